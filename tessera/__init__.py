@@ -1,0 +1,35 @@
+"""Tessera: the diffusion transformer, from a folder of images to a picture."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tessera.bundle import Model as Model
+    from tessera.bundle import save as save
+    from tessera.conditions import Condition as Condition
+    from tessera.drawing import decode as decode
+    from tessera.drawing import generate as generate
+    from tessera.drawing import walk as walk
+    from tessera.errors import TesseraError as TesseraError
+    from tessera.interop.sources import load as load
+
+_PUBLIC = {  # imported when first used: `tessera --help` must not wait for torch
+    "Condition": "tessera.conditions",
+    "Model": "tessera.bundle",
+    "TesseraError": "tessera.errors",
+    "decode": "tessera.drawing",
+    "generate": "tessera.drawing",
+    "load": "tessera.interop.sources",
+    "save": "tessera.bundle",
+    "walk": "tessera.drawing",
+}
+
+__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "load", "save", "walk"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tessera' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)

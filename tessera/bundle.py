@@ -1,0 +1,234 @@
+"""A trained model: in memory, and as one folder that holds everything needed to draw from it.
+
+config.json        what the network, process, codec and sampler are
+model.safetensors  the weights (the EMA of training)
+codec/             the autoencoder, if it came from a folder; a hub id stays an id
+README.md          the model card
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tessera.codecs import AnyCodec, AutoencoderConfig
+from tessera.codecs.autoencoder import Autoencoder
+from tessera.codecs.pixels import Pixels
+from tessera.errors import TesseraError
+from tessera.files import whole_folder
+from tessera.models.dit import DiT, DiTConfig, parameter_count
+from tessera.process.gaussian import Gaussian, GaussianConfig
+from tessera.sampling import SamplingConfig
+from tessera.settings import Settings, parse
+
+CONFIG, WEIGHTS, CARD, CODEC = "config.json", "model.safetensors", "README.md", "codec"
+
+
+class BundleConfig(Settings):
+    """What config.json says."""
+
+    format: Literal[1] = 1
+    network: DiTConfig
+    process: GaussianConfig
+    codec: AnyCodec
+    sampling: SamplingConfig = SamplingConfig()
+    class_names: tuple[str, ...] = ()
+    origin: dict[str, Any] = Field(default_factory=dict, description="how it was trained, or where it came from")
+
+
+@dataclass
+class Model:
+    """A network with all it takes to draw: process, codec, class names and the best-known sampler settings."""
+
+    config: BundleConfig
+    network: nn.Module
+
+    @cached_property
+    def process(self) -> Gaussian:
+        return self.config.process.build()
+
+    @cached_property
+    def codec(self) -> Pixels | Autoencoder:
+        """Loaded when first asked for: it may be large, or on a hub."""
+        return self.config.codec.build().to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name for each class; the numbers themselves where none were given."""
+        return list(self.config.class_names) or [str(i) for i in range(self.config.network.classes)]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The bundles that training left in a run's folder, the newest first."""
+    return sorted(Path(run).glob("checkpoints/step-" + "[0-9]" * 9), reverse=True)
+
+
+def save(model: Model, folder: Path, codec_at: str | None = None) -> None:
+    """Write a bundle, whole or not at all; a codec in a local folder is copied in.
+
+    codec_at: where the codec stands already, relative to the bundle, if it is not to be copied.
+    Raises TesseraError if the folder exists or cannot be written.
+    """
+    with whole_folder(Path(folder)) as partial:
+        write(model, partial, codec_at)
+
+
+def write(model: Model, folder: Path, codec_at: str | None = None) -> None:
+    """The files of a bundle, into a folder that is being made."""
+    codec = model.config.codec
+    if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir():
+        if codec_at is None:
+            copy_codec(codec, folder / CODEC)
+            codec_at = f"./{CODEC}"
+        codec = codec.model_copy(update={"source": codec_at, "subfolder": None})
+    config = model.config.model_copy(update={"codec": codec})
+    (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    write_tensors(model.network.state_dict(), folder / WEIGHTS)
+    (folder / CARD).write_text(card(model), encoding="utf-8")
+
+
+def copy_codec(codec: AutoencoderConfig, target: Path) -> None:
+    """The files of an autoencoder that stands in a local folder."""
+    source = Path(codec.source) / (codec.subfolder or "")
+    target.mkdir(parents=True)
+    for file in sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors")):
+        shutil.copyfile(file, target / file.name)
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> Model:
+    """Read a bundle. Raises TesseraError if it is incomplete, damaged or of another architecture."""
+    folder = Path(folder)
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TesseraError(f"cannot read {folder / CONFIG}: {error}") from None
+    if isinstance(data, dict) and data.get("format", 1) != 1:
+        raise TesseraError(f"{folder} has bundle format {data['format']}; this Tessera reads format 1: upgrade Tessera")
+    config = parse(BundleConfig, data, str(folder / CONFIG))
+    if isinstance(config.codec, AutoencoderConfig) and config.codec.source.startswith(("./", "../")):
+        here = str((folder / config.codec.source).resolve())
+        config = config.model_copy(update={"codec": config.codec.model_copy(update={"source": here})})
+    return assemble(config, read_tensors(folder / WEIGHTS), str(folder), device)
+
+
+def assemble(
+    config: BundleConfig, tensors: dict[str, Tensor], source: str, device: torch.device | str = "cpu"
+) -> Model:
+    """A model from its configuration and its network's state dict; float32. Raises TesseraError if they do not fit."""
+    with torch.device("meta"):  # no time spent on initial weights that are replaced at once
+        network = config.network.build()
+    fit(network, tensors, source)
+    network.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}, assign=True)
+    return Model(config, network.eval())
+
+
+def fit(network: DiT, tensors: dict[str, Tensor], source: str) -> None:
+    """Raise TesseraError that names the keys in which tensors and network differ."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    faults = [f"missing {name} {expected[name]}" for name in expected if name not in found]
+    faults += [f"unexpected {name} {found[name]}" for name in found if name not in expected]
+    faults += [
+        f"{name} is {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if faults:
+        shown = "\n  ".join(faults[:8]) + (f"\n  and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise TesseraError(f"{source} holds another architecture than its configuration says:\n  {shown}")
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names begin with a prefix, without it. TesseraError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+    except FileNotFoundError:
+        raise TesseraError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise TesseraError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file; a full disk raises OSError."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from None
+
+
+def weights_hash(network: nn.Module) -> str:
+    """A short hash of every weight: two networks with one hash draw the same pictures."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def describe(model: Model) -> dict[str, str]:
+    """The facts of a model, for the card and for `tessera info`."""
+    config = model.config
+    network, process, sampling = config.network, config.process, config.sampling
+    height, width = network.size
+    classes = f"{network.classes} classes" if network.classes else "unconditional"
+    codec = config.codec
+    return {
+        "network": f"DiT, {network.block.kind}, depth {network.depth}, width {network.width}, heads {network.heads}, "
+        f"patch {network.patch}",
+        "sees": f"{network.channels} x {height} x {width}, {classes}",
+        "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, AutoencoderConfig) else ""),
+        "process": f"{process.kind}, {process.steps} steps, {process.schedule.kind} schedule, "
+        f"{process.prediction} prediction, {process.variance} variance",
+        "parameters": f"{parameter_count(model.network):,}",
+        "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
+        "draws with": f"{sampling.sampler.kind}, {sampling.steps} steps, {sampling.spacing} times, "
+        f"guidance {sampling.guidance:g} on {sampling.guidance_channels} channels",
+    }
+
+
+def card(model: Model) -> str:
+    """The model card in Markdown: what it is, how it was trained, how to draw from it."""
+    facts = "\n".join(f"| {name} | {value} |" for name, value in describe(model).items())
+    origin = "\n".join(f"- **{name}**: {value}" for name, value in model.config.origin.items()) or "- not recorded"
+    classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
+    example = "0" if model.config.network.classes else "None"
+    return f"""---
+library_name: tessera
+tags: [diffusion, dit]
+---
+# A diffusion transformer
+
+| | |
+|---|---|
+{facts}
+
+## How it came to be
+{origin}
+
+## Classes
+{classes or "none: unconditional"}
+
+## How to draw from it
+```
+tessera sample FOLDER {"--classes all " if model.config.network.classes else ""}--count 4
+```
+```python
+import tessera
+model = tessera.load("FOLDER")
+images = tessera.generate(model, classes={"[" + example + "]" if example != "None" else None}, seeds=[0])  # uint8 [B, H, W, C]
+```
+"""

@@ -1,0 +1,69 @@
+"""Writing files so that they are whole or absent: nothing is lost to a kill or a full disk in mid-write."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tessera.errors import TesseraError
+
+PARTIAL = ".partial"  # the ending of a folder or file that is being written
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill beside the target; it takes the target's name, on disk to the last byte, at the end.
+
+    If anything fails the half-written folder is removed and the target is untouched. Raises TesseraError if the
+    target exists and holds something.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TesseraError(f"{target} exists already: remove it or give another name")
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            sync(path)
+        sync(partial)
+        partial.rename(target)  # replaces an empty folder
+        sync(target.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_whole(target: Path, data: bytes | str) -> None:
+    """Write a file under another name, then rename it over the target. Raises TesseraError if that cannot be done."""
+    partial = target.with_name(target.name + PARTIAL)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(partial)
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def remove_partials(folder: Path) -> None:
+    """Clear away what a killed program left half-written in a folder."""
+    for path in folder.glob("*" + PARTIAL):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Push a file or folder to the disk, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

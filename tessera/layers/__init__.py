@@ -1,0 +1,1 @@
+"""Tensors to tensors: the parts networks are made of, each stating its own multiply-adds."""

@@ -1,0 +1,60 @@
+"""Times and labels to vectors, with the parameter names of the official checkpoints.
+
+Shapes: B batch, D width, F sinusoid channels.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(t: Tensor, channels: int, divisor: float, period: float = 10000.0) -> Tensor:
+    """t [...] -> [..., F]: cosines then sines of frequencies period^(-i / divisor), i = 0 .. F/2 - 1, in float32.
+
+    The GLIDE form (Nichol et al. 2021) divides by F/2; diffusers' DiT divides by F/2 - 1.
+    """
+    exponents = torch.arange(channels // 2, dtype=torch.float32, device=t.device) / divisor
+    angles = t.to(torch.float32)[..., None] * torch.exp(-math.log(period) * exponents)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A sinusoid of the time, then a two-layer MLP."""
+
+    CHANNELS = 256
+
+    def __init__(self, width: int, divisor: int = CHANNELS // 2) -> None:
+        super().__init__()
+        self.divisor = divisor
+        self.mlp = nn.Sequential(nn.Linear(self.CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [...] in the units the network was trained in -> [..., D]"""
+        return self.mlp(sinusoid(t, self.CHANNELS, self.divisor).to(self.mlp[0].weight.dtype))
+
+    def macs(self) -> int:
+        """Multiply-adds for one time."""
+        return self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
+
+
+class LabelEmbedder(nn.Module):
+    """A learned vector for each class, and one more row for 'not told', which label dropout and guidance use."""
+
+    def __init__(self, classes: int, width: int, null_class: bool = True) -> None:
+        super().__init__()
+        self.classes = classes
+        self.null_class = null_class
+        self.embedding_table = nn.Embedding(classes + null_class, width)
+
+    def forward(self, label: Tensor, drop: Tensor | None = None) -> Tensor:
+        """label [B] (negative: told nothing), drop [B] forces 'told nothing' where true -> [B, D]
+
+        Raises ValueError if a row is told nothing and the table was made without a null row.
+        """
+        untold = label < 0 if drop is None else (label < 0) | drop
+        if self.null_class:
+            label = torch.where(untold, self.classes, label)
+        elif bool(untold.any()):
+            raise ValueError("this network was made without a null class: it cannot be told nothing, so no guidance")
+        return self.embedding_table(label)

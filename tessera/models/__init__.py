@@ -1,0 +1,1 @@
+"""Networks: `network(x, t, condition) -> raw`. They know nothing of noise schedules, devices or sharding."""

@@ -1,0 +1,191 @@
+"""The diffusion transformer (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers").
+
+Shapes: B batch, C channels, O raw output channels, H W height and width, p patch side, (h, w) = (H / p, W / p) the
+token grid, L = h w tokens, M condition tokens, G condition vectors, D width.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from tessera.conditions import Condition
+from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
+from tessera.layers.modulation import modulate
+from tessera.layers.patches import PatchEmbed, unpatchify
+from tessera.layers.positions import sincos_grid
+from tessera.models.blocks import AdaLNZero, AnyBlock, BlockConfig, Context
+from tessera.models.presets import PRESETS
+from tessera.settings import Settings, by_kind, unknown
+
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+
+
+class DiTConfig(Settings):
+    """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults are DiT-XL/2 on ImageNet."""
+
+    kind: Literal["dit"] = "dit"
+    size: Size = Field((32, 32), description="height and width of what the network sees (latents or pixels)")
+    channels: PositiveInt = Field(4, description="channels of what the network sees")
+    outputs: PositiveInt = Field(8, description="raw output channels: twice `channels` where the variance is learned")
+    classes: int = Field(1000, ge=0, description="0: unconditional")
+    null_class: bool = Field(True, description="a learned 'told nothing' row, which guidance needs")
+    patch: PositiveInt = 2
+    depth: PositiveInt = 28
+    width: PositiveInt = 1152
+    heads: PositiveInt = 16
+    mlp_ratio: PositiveFloat = 4.0
+    block: Annotated[AnyBlock, BeforeValidator(by_kind), Field(discriminator="kind")] = AdaLNZero()
+    time_divisor: PositiveInt = Field(128, description="of the time frequencies; diffusers' DiT was made with 127")
+    mlp_norm_eps: PositiveFloat = Field(1e-6, description="of the norm before the MLP; diffusers' DiT has 1e-5")
+
+    @classmethod
+    def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
+        if "preset" not in data:
+            return data
+        name = str(data["preset"])
+        if name not in PRESETS:
+            raise ValueError(unknown("preset", name, PRESETS))
+        return {**PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DiTConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
+        if self.size[0] % self.patch or self.size[1] % self.patch:
+            raise ValueError(f"patch {self.patch} does not divide the size {self.size[0]} x {self.size[1]}")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The token grid (h, w)."""
+        return self.size[0] // self.patch, self.size[1] // self.patch
+
+    def build(self) -> "DiT":
+        return DiT(self)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm and a linear map from a token to its patch; steered by the condition in the adaLN designs."""
+
+    def __init__(self, width: int, outputs: int, modulated: bool) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if modulated else None
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x [B, L, D], c [B, 1, D] -> [B, L, p p O]"""
+        x = self.norm_final(x)
+        if self.adaLN_modulation is not None:
+            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+            x = modulate(x, shift, scale)
+        return self.linear(x)
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one sample."""
+        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation[1].weight.numel()
+        return tokens * self.linear.weight.numel() + steering
+
+
+class DiT(nn.Module):
+    """A transformer over patches, told the time and the class. Parameter names are those of the official checkpoints."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        block = BlockConfig(config.width, config.heads, int(config.width * config.mlp_ratio), config.mlp_norm_eps)
+        self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
+        self.t_embedder = TimestepEmbedder(config.width, config.time_divisor)
+        self.y_embedder = LabelEmbedder(config.classes, config.width, config.null_class) if config.classes else None
+        # Frozen, yet a parameter: official checkpoints hold it and the paper's counts include it.
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, config.grid[0] * config.grid[1], config.width), requires_grad=False
+        )
+        self.blocks = nn.ModuleList([config.block.build(block) for _ in range(config.depth)])
+        self.final_layer = FinalLayer(config.width, config.patch**2 * config.outputs, self._block.modulated_readout)
+        self.initialise()
+
+    @property
+    def _block(self):
+        return self.blocks[0]
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """The official initial weights, in one place: every Linear Xavier, then the exceptions."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.width))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the matrix it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # Zero modulation makes a fresh adaLN-Zero block the identity; a zero readout makes a fresh network draw zero.
+        for module in (*self.blocks, self.final_layer):
+            modulation = getattr(module, "adaLN_modulation", None)
+            if modulation is not None:
+                nn.init.zeros_(modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x [B, C, H, W], t [B] in the units the network was trained in (0 .. 999 for the paper's) -> [B, O, H, W]
+
+        H and W may differ from the configured size: positions are recomputed for any grid the patch divides.
+        Raises ValueError if the patch does not divide the size, or labels are missing.
+        """
+        tokens, context = self.embed(x, t, condition)
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        return self.readout(tokens, context)
+
+    def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
+        """The picture as tokens [B, L, D] (L + M where the design appends the condition) and what the blocks are told."""
+        if x.shape[-2] % self.config.patch or x.shape[-1] % self.config.patch:
+            raise ValueError(f"patch {self.config.patch} does not divide the size {x.shape[-2]} x {x.shape[-1]}")
+        grid = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
+        time = self.t_embedder(t).unflatten(0, (len(x), -1))  # one vector a picture; per frame, t [B, T] gives T
+        told = [time]
+        if self.y_embedder is not None:
+            if condition.label is None:
+                raise ValueError(f"this network knows {self.config.classes} classes: give Condition(label=...)")
+            told.append(self.y_embedder(condition.label)[:, None])
+        context = Context(c=sum(told[1:], start=time), tokens=torch.cat(told, dim=1), grid=grid)
+        tokens = self.x_embedder(x) + self._positions(grid)
+        return torch.cat((tokens, context.tokens), dim=1) if self._block.appends_tokens else tokens, context
+
+    def readout(self, tokens: Tensor, context: Context) -> Tensor:
+        """tokens [B, L (+ M), D] -> [B, O, H, W]"""
+        drawn = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context.c)
+        return unpatchify(drawn, self.config.patch, context.grid)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.config.grid:
+            return self.pos_embed
+        return sincos_grid(grid, self.config.width).to(self.pos_embed)
+
+    def macs(self, size: tuple[int, int] | None = None) -> int:
+        """Multiply-adds of one forward pass of one picture of `size` (the configured one by default).
+
+        The paper's "Gflops" are these; twice as many are the floating-point operations.
+        """
+        height, width = size or self.config.size
+        tokens = (height // self.config.patch) * (width // self.config.patch)
+        told = 1 if self.y_embedder is None else 2
+        return (
+            self.x_embedder.macs(tokens)
+            + self.t_embedder.macs()
+            + sum(block.macs(tokens, told) for block in self.blocks)
+            + self.final_layer.macs(tokens)
+        )
+
+
+def parameter_count(network: nn.Module) -> int:
+    """All parameters, the frozen position table included, as the paper counts them."""
+    return sum(parameter.numel() for parameter in network.parameters())

@@ -1,0 +1,31 @@
+"""What a network's raw output means, said once.
+
+Shapes: B batch.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The denoiser's answer at (x, t). Every target, velocity and score is linear in x0 and eps."""
+
+    x0: Tensor  # [B, ...] the clean picture
+    eps: Tensor  # [B, ...] the noise in x
+    fraction: Tensor | None = None  # [B, ...] learned log-variance: 0 the posterior's, 1 log beta; None: not learned
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Per-sample training losses [B]; total is what is minimised."""
+
+    total: Tensor
+    mse: Tensor
+    vb: Tensor | None = None
+
+
+def expand(values: Tensor, x: Tensor) -> Tensor:
+    """Per-row values [B] on x's device and in its type, shaped to multiply x [B, ...]."""
+    return values.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * (x.ndim - 1))

@@ -1,0 +1,57 @@
+"""What the layers above may ask of the machine: a device, its precision, its memory."""
+
+import resource
+import sys
+from typing import Literal
+
+import torch
+
+from tessera.errors import TesseraError
+
+DeviceName = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """auto takes CUDA, then Apple's MPS, then the CPU. Raises TesseraError if a named device is absent."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    kind = name.partition(":")[0]
+    if not available.get(kind, False):
+        present = ", ".join(kind for kind in available if available[kind])
+        raise TesseraError(f"device '{name}' is not available here; this machine has: {present}")
+    return torch.device(name)
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type of matrix products under autocast, or None for plain float32.
+
+    auto means bfloat16 on GPUs that compute in it, float32 elsewhere: most CPUs emulate bfloat16 many times slower.
+    """
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    """The context in which a network runs."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: allocated on a GPU, resident for the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it, so that a clock reads true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,27 @@
+"""Drawing as pure steps: each solver is `step(denoise, x, t, s, memory, noise) -> (x, memory)`, looped by `walk`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from tessera.sampling.ancestral import Ancestral
+from tessera.sampling.ddim import DDIM
+from tessera.sampling.times import SPACINGS, Spacing
+from tessera.sampling.walk import State, walk
+from tessera.settings import Settings, by_kind
+
+SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM}
+AnySampler = Annotated[Ancestral | DDIM, BeforeValidator(by_kind), Field(discriminator="kind")]
+
+
+class SamplingConfig(Settings):
+    """How to draw from a model: kept in its bundle, so that drawing needs no flags."""
+
+    sampler: AnySampler = DDIM()
+    steps: PositiveInt = 50
+    spacing: Spacing = Field("even", description="even (official), leading (diffusers) or trailing")
+    guidance: float = Field(1.0, description="classifier-free guidance; 1 is off")
+    guidance_channels: PositiveInt | Literal["all"] = Field("all", description="3 repeats the official code's rule")
+
+
+__all__ = ["SAMPLERS", "SPACINGS", "AnySampler", "Ancestral", "DDIM", "SamplingConfig", "Spacing", "State", "walk"]

@@ -1,0 +1,27 @@
+"""Ancestral sampling: draw from the learned reverse process (Ho et al. 2020, algorithm 2)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tessera.process.prediction import expand
+from tessera.sampling.denoiser import Denoise, Noise
+from tessera.settings import Settings
+
+
+class Ancestral(Settings):
+    """One call of the denoiser and one draw of noise a step, over any subset of the trained times.
+
+    On a subset the betas are those of the longer steps (Nichol & Dhariwal 2021, section 4).
+    """
+
+    kind: Literal["ancestral"] = "ancestral"
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> tuple[Tensor, None]:
+        """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the mean."""
+        mean, log_variance = denoise.process.reverse(x, denoise(x, t), t, s)
+        spread = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
+        return mean + spread * noise(), memory

@@ -1,0 +1,136 @@
+"""Configuration: frozen models that validate, name the nearest right key, and write themselves back as YAML."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from tessera.errors import TesseraError
+
+
+class Settings(BaseModel):
+    """The base of everything configurable: immutable, no unknown keys, every default stands in the class.
+
+    A class with a `kind` field is one choice of several; writing just its kind (`block: adaln`) chooses it with its
+    own defaults, in YAML and on the command line alike.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """A class's own shorthand, written out (a preset's name, say); called on every mapping before validation."""
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = cls.expand(data)
+        for key in data:
+            if key not in cls.model_fields:
+                raise PydanticCustomError("unknown_key", "{text}", {"text": unknown("key", str(key), cls.model_fields)})
+        return data
+
+
+def by_kind(value: Any) -> Any:
+    """Let `name` stand for `{kind: name}`: the validator of every field that is a choice among kinds."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def unknown(what: str, got: str, known: Any) -> str:
+    """One sentence for a name that does not exist: the nearest known one, or all of them."""
+    known = sorted(str(name) for name in known)
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    return f"unknown {what} '{got}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(kind: type[S], data: Any, source: str) -> S:
+    """Validate data into a settings class.
+
+    Raises TesseraError that lists every fault with its dotted place, what was got and what was expected.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            place = ".".join(str(part) for part in fault["loc"])
+            got = fault["input"]
+            shown = "" if isinstance(got, dict) or fault["type"] == "missing" else f" (got {got!r})"
+            message = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"  {place or 'top level'}: {message}{shown}")
+        raise TesseraError(f"{source} is not valid:\n" + "\n".join(faults)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, or TesseraError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TesseraError(f"no recipe at {path}: give the path of a .yaml file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TesseraError(f"{path} is not readable as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise TesseraError(
+            f"{path} holds {type(data).__name__}; expected a mapping of sections such as data: and network:"
+        )
+    return data
+
+
+def write_yaml(settings: Settings) -> str:
+    """The settings as YAML text that reads back into the same settings."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply dotted assignments (`training.steps=1000`) to nested mappings; values are read as YAML.
+
+    Choosing another kind (`process.schedule=cosine`, `data.kind=parquet`) drops the fields of the kind it replaces.
+    """
+    result = _copied(data)
+    for assignment in assignments:
+        path, found, text = assignment.partition("=")
+        if not found or not path:
+            raise TesseraError(f"'{assignment}' is not an override; write key=value, for example training.steps=1000")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise TesseraError(f"cannot read the value of '{assignment}' as YAML; quote it if it is text") from None
+        if isinstance(value, str):
+            value = _number(value)
+        *parents, last = path.split(".")
+        place = result
+        for depth, parent in enumerate(parents):
+            child = place.get(parent)
+            if child is None:
+                child = {}
+            elif isinstance(child, str):  # a choice written by its bare kind
+                child = {"kind": child}
+            elif not isinstance(child, dict):
+                raise TesseraError(f"'{assignment}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+            place[parent] = child
+            place = child
+        if last == "kind" and place.get("kind") not in (None, value):
+            place.clear()
+        place[last] = value
+    return result
+
+
+def _copied(data: Any) -> Any:
+    return {key: _copied(value) for key, value in data.items()} if isinstance(data, dict) else data
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as text; people who write it mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
