@@ -43,6 +43,7 @@ class BundleConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
     origin: dict[str, Any] = Field(default_factory=dict, description="how it was trained, or where it came from")
+    recipe: dict[str, Any] | None = Field(None, description="the resolved recipe of its training")
 
 
 @dataclass
@@ -50,16 +51,19 @@ class Model:
     """A network with all it takes to draw: process, codec, class names and the best-known sampler settings."""
 
     config: BundleConfig
-    network: nn.Module
+    network: DiT
+    loaded_codec: Pixels | Autoencoder | None = None
 
     @cached_property
     def process(self) -> Gaussian:
         return self.config.process.build()
 
-    @cached_property
+    @property
     def codec(self) -> Pixels | Autoencoder:
         """Loaded when first asked for: it may be large, or on a hub."""
-        return self.config.codec.build().to(self.device)
+        if self.loaded_codec is None:
+            self.loaded_codec = self.config.codec.build().to(self.device)
+        return self.loaded_codec
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +115,11 @@ def copy_codec(codec: AutoencoderConfig, target: Path) -> None:
 def load(folder: Path, device: torch.device | str = "cpu") -> Model:
     """Read a bundle. Raises TesseraError if it is incomplete, damaged or of another architecture."""
     folder = Path(folder)
+    return assemble(load_config(folder), read_tensors(folder / WEIGHTS), str(folder), device)
+
+
+def load_config(folder: Path) -> BundleConfig:
+    """What a bundle's config.json says, its codec's place made absolute. Raises TesseraError."""
     try:
         data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,7 +130,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Model:
     if isinstance(config.codec, AutoencoderConfig) and config.codec.source.startswith(("./", "../")):
         here = str((folder / config.codec.source).resolve())
         config = config.model_copy(update={"codec": config.codec.model_copy(update={"source": here})})
-    return assemble(config, read_tensors(folder / WEIGHTS), str(folder), device)
+    return config
 
 
 def assemble(
@@ -155,7 +164,8 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a safetensors file whose names begin with a prefix, without it. TesseraError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name[len(prefix) :]: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (no mapping)
+            return {name[len(prefix) :]: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise TesseraError(f"{path} is missing") from None
     except (SafetensorError, OSError) as error:
@@ -205,7 +215,7 @@ def card(model: Model) -> str:
     facts = "\n".join(f"| {name} | {value} |" for name, value in describe(model).items())
     origin = "\n".join(f"- **{name}**: {value}" for name, value in model.config.origin.items()) or "- not recorded"
     classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
-    example = "0" if model.config.network.classes else "None"
+    example = "classes=[0], " if model.config.network.classes else ""
     return f"""---
 library_name: tessera
 tags: [diffusion, dit]
@@ -229,6 +239,6 @@ tessera sample FOLDER {"--classes all " if model.config.network.classes else ""}
 ```python
 import tessera
 model = tessera.load("FOLDER")
-images = tessera.generate(model, classes={"[" + example + "]" if example != "None" else None}, seeds=[0])  # uint8 [B, H, W, C]
+images = tessera.generate(model, {example}seeds=[0])  # uint8 [B, H, W, C]
 ```
 """

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tessera.errors import TesseraError
@@ -47,7 +47,8 @@ def write_whole(target: Path, data: bytes | str) -> None:
         sync(partial)
         partial.replace(target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
 
 

@@ -61,3 +61,9 @@ def normal(seed: Tensor | int, position: Tensor, stream: int, shape: tuple[int, 
     angle = drawn[..., 1].to(torch.float32) * (2.0 * math.pi * 2.0**-32)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+def permutation(seed: int, stream: int, number: int, length: int) -> Tensor:
+    """The number-th shuffle of 0 .. length - 1, int64 [length]: the places sorted by a random key each."""
+    position = torch.tensor([number], dtype=torch.int64)
+    return torch.argsort(words(seed, position, stream, length)[0], stable=True)

@@ -1,6 +1,7 @@
 """Configuration: frozen models that validate, name the nearest right key, and write themselves back as YAML."""
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,7 +77,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TesseraError(f"no recipe at {path}: give the path of a .yaml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise TesseraError(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(data, dict):
         raise TesseraError(
@@ -104,7 +105,7 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise TesseraError(f"cannot read the value of '{assignment}' as YAML; quote it if it is text") from None
-        if isinstance(value, str):
+        if isinstance(value, str) and value == text.strip():  # quoted text stays text
             value = _number(value)
         *parents, last = path.split(".")
         place = result
@@ -131,6 +132,7 @@ def _copied(data: Any) -> Any:
 def _number(text: str) -> str | float:
     """YAML 1.1 reads 1e-4 as text; people who write it mean the number."""
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    return number if math.isfinite(number) else text

@@ -11,7 +11,8 @@ from torch import Tensor
 
 def sincos(positions: Tensor, width: int) -> Tensor:
     """One axis: positions [L] (float64) -> [L, width], all sines then all cosines, base 10000 (Vaswani et al. 2017)."""
-    frequencies = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width / 2))
+    channels = torch.arange(width // 2, dtype=torch.float64, device=positions.device)
+    frequencies = 10000.0 ** (-channels / (width / 2))
     angles = positions[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
@@ -22,8 +23,11 @@ def sincos_grid(grid: tuple[int, int], width: int) -> Tensor:
 
     Any grid, square or not; the same patch has the same position on every grid. width must be divisible by 4.
     """
+    # On the CPU whatever the default device: a table made while a network is built on "meta" would stay in the cache.
     rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
+        torch.arange(grid[0], dtype=torch.float64, device="cpu"),
+        torch.arange(grid[1], dtype=torch.float64, device="cpu"),
+        indexing="ij",
     )
     halves = (sincos(columns.flatten(), width // 2), sincos(rows.flatten(), width // 2))
     return torch.cat(halves, dim=1).to(torch.float32)

@@ -23,7 +23,7 @@ Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, 
 
 
 class DiTConfig(Settings):
-    """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults are DiT-XL/2 on ImageNet."""
+    """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults: DiT-XL/2 on ImageNet."""
 
     kind: Literal["dit"] = "dit"
     size: Size = Field((32, 32), description="height and width of what the network sees (latents or pixels)")
@@ -55,9 +55,14 @@ class DiTConfig(Settings):
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
-        if self.size[0] % self.patch or self.size[1] % self.patch:
-            raise ValueError(f"patch {self.patch} does not divide the size {self.size[0]} x {self.size[1]}")
+        if "size" in self.model_fields_set:
+            self.check_patch(self.size)
         return self
+
+    def check_patch(self, size: tuple[int, int]) -> None:
+        """Raise ValueError unless the patch divides a size."""
+        if size[0] % self.patch or size[1] % self.patch:
+            raise ValueError(f"patch {self.patch} does not divide the size {size[0]} x {size[1]}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -92,10 +97,11 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """A transformer over patches, told the time and the class. Parameter names are those of the official checkpoints."""
+    """A transformer over patches, told the time and the class. Parameters are named as in the official checkpoints."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        config.check_patch(config.size)
         self.config = config
         block = BlockConfig(config.width, config.heads, int(config.width * config.mlp_ratio), config.mlp_norm_eps)
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
@@ -146,9 +152,8 @@ class DiT(nn.Module):
         return self.readout(tokens, context)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
-        """The picture as tokens [B, L, D] (L + M where the design appends the condition) and what the blocks are told."""
-        if x.shape[-2] % self.config.patch or x.shape[-1] % self.config.patch:
-            raise ValueError(f"patch {self.config.patch} does not divide the size {x.shape[-2]} x {x.shape[-1]}")
+        """The picture as tokens [B, L, D] (L + M where the condition is appended) and what the blocks are told."""
+        self.config.check_patch((x.shape[-2], x.shape[-1]))
         grid = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
         time = self.t_embedder(t).unflatten(0, (len(x), -1))  # one vector a picture; per frame, t [B, T] gives T
         told = [time]

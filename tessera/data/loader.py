@@ -1,0 +1,89 @@
+"""Batches in an order that is a pure function of (seed, epoch): a place in the data is one integer.
+
+Position p counts samples since the start of training: it is sample p mod n of epoch p // n. Any range of positions can
+be read at any time, by any number of workers or ranks, so resuming needs no state but p.
+
+Shapes: B batch, C channels, H W height and width.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tessera import randomness
+from tessera.data.images import Source, Unusable
+from tessera.errors import TesseraError
+
+STREAM = 0x6F726472  # of randomness: the order of samples
+PATIENCE = 200  # unusable images in a row before the data set is called unusable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels uint8 [B, C, H, W], label int64 [B], position int64 [B]"""
+
+    pixels: Tensor
+    label: Tensor
+    position: Tensor
+
+
+class Loader:
+    """Reads ahead in threads (decoding leaves the interpreter free); every position gets one sample.
+
+    An unusable image is replaced by the next usable one of the epoch's order, so that the order stays a function of
+    position; `skipped` says which, and why.
+    """
+
+    def __init__(self, source: Source, batch: int, seed: int, workers: int = 2) -> None:
+        self.source = source
+        self.batch = batch
+        self.seed = seed
+        self.workers = max(workers, 1)
+        self.skipped: dict[str, str] = {}
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return randomness.permutation(self.seed, STREAM, epoch, len(self.source)).numpy()
+
+    def index(self, position: int) -> int:
+        """Which sample of the source stands at a position."""
+        epoch, place = divmod(position, len(self.source))
+        return int(self._order(epoch)[place])
+
+    def batches(self, position: int = 0) -> Iterator[Batch]:
+        """Endless batches from a position on. Raises TesseraError if no image is usable."""
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="tessera-data")
+        ahead = deque()
+        try:
+            while True:
+                while len(ahead) < self.workers + 1:
+                    ahead.append(pool.submit(self.read, position))
+                    position += self.batch
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def read(self, position: int) -> Batch:
+        """The batch that starts at a position."""
+        positions = range(position, position + self.batch)
+        pixels, label = zip(*map(self._sample, positions))
+        return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(label), torch.tensor(positions))
+
+    def _sample(self, position: int) -> tuple[np.ndarray, int]:
+        epoch, place = divmod(position, len(self.source))
+        order = self._order(epoch)
+        tries = min(len(order), PATIENCE)
+        for later in range(tries):
+            index = int(order[(place + later) % len(order)])
+            try:
+                return self.source.pixels(index), self.source.label(index)
+            except Unusable as reason:
+                self.skipped[self.source.name(index)] = str(reason)
+        name, reason = next(reversed(self.skipped.items()))
+        raise TesseraError(f"no usable image among {tries} of {len(order)}; the last, {name}, is {reason}")

@@ -1,0 +1,43 @@
+"""Judges for data whose truth is known."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tessera.data.digits import DigitsConfig, DigitsSource
+
+
+class DigitJudge:
+    """Reads drawn digits: a support vector classifier fitted on real digits that no model learned from.
+
+    `ceiling` is its share on further real digits: no drawing can be expected to be read better.
+    """
+
+    def __init__(self) -> None:
+        from sklearn.svm import SVC
+
+        fitted_on, held_out = DigitsSource(DigitsConfig(split="judge")), DigitsSource(DigitsConfig(split="ceiling"))
+        self._classifier = SVC(gamma=0.02, C=10.0)  # on pixels in 0 .. 1
+        self._classifier.fit(_features(fitted_on.images), fitted_on.labels)
+        self.ceiling = float(np.mean(self.read(held_out.images.transpose(0, 2, 3, 1)) == held_out.labels))
+        self.held_out = len(held_out)
+
+    def read(self, pictures: np.ndarray) -> np.ndarray:
+        """pictures uint8 [B, 8, 8, 1] -> the digit seen in each, int [B]"""
+        return self._classifier.predict(_features(pictures))
+
+    def share(self, pictures: np.ndarray, asked: Sequence[int]) -> float:
+        """The share of pictures read as the digit that was asked for."""
+        return float(np.mean(self.read(pictures) == np.asarray(asked)))
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The interval of a share of `count` trials (Wilson 1927); z = 1.96 for 95 %."""
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _features(pictures: np.ndarray) -> np.ndarray:
+    return pictures.reshape(len(pictures), -1) / 255.0

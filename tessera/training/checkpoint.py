@@ -1,0 +1,74 @@
+"""A run on disk, whole at every instant: each checkpoint is a bundle (the EMA, ready to draw from) with the state of
+training beside it.
+
+    RUN/recipe.yaml
+    RUN/log.jsonl
+    RUN/codec/                          the autoencoder, if it came from a local folder
+    RUN/checkpoints/step-000001000/     config.json, model.safetensors, README.md: the bundle
+                                        training.safetensors: weights, optimizer; training.json: the step
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tessera import bundle
+from tessera.errors import TesseraError
+from tessera.files import whole_folder
+
+STATE, PLACE = "training.safetensors", "training.json"
+
+
+def path_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:09d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of steps done, as the checkpoint itself says. Raises TesseraError if it is no training checkpoint."""
+    try:
+        return int(json.loads((checkpoint / PLACE).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise TesseraError(f"{checkpoint} is no training checkpoint: {PLACE} is missing or damaged") from None
+
+
+def save(run: Path, step: int, model: bundle.Model, network: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """Write a checkpoint, whole or not at all; model holds the EMA. A TesseraError leaves the others as they were."""
+    target = path_of(run, step)
+    with whole_folder(target) as partial:
+        bundle.write(model, partial, codec_at=f"../../{bundle.CODEC}")
+        tensors = {f"weights/{name}": tensor for name, tensor in network.state_dict().items()}
+        for name, parameter in network.named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{key}/{name}"] = value
+        bundle.write_tensors(tensors, partial / STATE)
+        (partial / PLACE).write_text(json.dumps({"step": step}), encoding="utf-8")
+    return target
+
+
+def restore(checkpoint: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put weights, EMA and optimizer back as they were; returns the step. TesseraError if one is missing."""
+    weights = bundle.read_tensors(checkpoint / STATE, "weights/")
+    mean = bundle.read_tensors(checkpoint / bundle.WEIGHTS)
+    bundle.fit(network, weights, str(checkpoint / STATE))
+    bundle.fit(average, mean, str(checkpoint / bundle.WEIGHTS))
+    network.load_state_dict(weights)
+    average.load_state_dict(mean)
+    keys = ("step", "exp_avg", "exp_avg_sq")
+    kept = {key: bundle.read_tensors(checkpoint / STATE, f"optimizer/{key}/") for key in keys}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            try:
+                state = {key: kept[key][name] for key in keys}
+            except KeyError:
+                raise TesseraError(f"{checkpoint / STATE} lacks the optimizer's state of {name}") from None
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    return step_of(checkpoint)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for old in bundle.checkpoints(run)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,397 @@
+"""The run itself: set up, resume, step, log, draw, save, and end resumable whatever happens."""
+
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tessera
+from tessera import bundle, drawing, pictures, runtime
+from tessera.codecs import AutoencoderConfig
+from tessera.data import Loader
+from tessera.errors import TesseraError
+from tessera.files import remove_partials, write_whole
+from tessera.interop import sources
+from tessera.models.dit import DiT
+from tessera.settings import write_yaml
+from tessera.training import checkpoint, initial
+from tessera.training.ema import Average
+from tessera.training.journal import Journal, clock
+from tessera.training.recipe import Recipe, pixels_like_data, resolve
+from tessera.training.step import Task, learning_rate, optimizer_for, train_step
+
+RECIPE, SKIPPED, INIT, SAMPLES = "recipe.yaml", "skipped.txt", "init.txt", "samples"
+COLUMNS = 16  # of a grid of samples, at most
+
+
+@dataclass
+class Run:
+    """Everything a run holds in memory."""
+
+    recipe: Recipe
+    model: bundle.Model  # the EMA and all that is needed to draw
+    network: DiT  # the weights being trained
+    forward: Callable[..., Any]  # the same network, compiled if the recipe says so
+    average: Average
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    task: Task
+    inherited: str  # what was kept of training.init, for people
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.recipe.output)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dry run learns."""
+
+    parameters: int
+    gmacs: float
+    images: int
+    seconds_per_step: float
+    seconds: float
+    peak_bytes: int
+    checkpoint_bytes: int
+    skipped: int
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
+                f"data         {self.images:,} images" + (f", {self.skipped} skipped so far" if self.skipped else ""),
+                f"a step       {self.seconds_per_step * 1000:.4g} ms",
+                f"the run      {clock(self.seconds)}",
+                f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
+                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint",
+            )
+        )
+
+
+def set_up(recipe: Recipe) -> Run:
+    """Open the data, build the network and all around it. Writes nothing. Raises TesseraError."""
+    config = recipe.training
+    device = runtime.choose_device(config.device)
+    start = None
+    if config.init is not None:
+        start = sources.load(config.init, heads=config.init_heads, device="cpu")
+        recipe = initial.inherit(recipe, start)
+    recipe = pixels_like_data(recipe)
+    codec = recipe.codec.build().to(device)
+    source = recipe.data.open()
+    recipe = resolve(recipe, source, codec)
+    torch.manual_seed(config.seed)
+    network = recipe.network.build()
+    inherited = ""
+    if start is not None:
+        told = initial.start_from(network, source.class_names, start, str(config.init))
+        inherited = "\n".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
+    network.to(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32 products
+    average = Average(network, config.ema)
+    described = bundle.BundleConfig(
+        network=recipe.network,
+        process=recipe.process,
+        codec=recipe.codec,
+        sampling=recipe.sampling,
+        class_names=source.class_names,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    model = bundle.Model(described, average.network, codec)
+    return Run(
+        recipe=recipe,
+        model=model,
+        network=network,
+        forward=torch.compile(network) if config.compile else network,
+        average=average,
+        optimizer=optimizer_for(network, config.optimizer),
+        loader=Loader(source, config.batch, config.seed, config.workers),
+        task=Task(
+            process=model.process,
+            codec=codec,
+            flip=recipe.data.flip,
+            label_dropout=config.label_dropout,
+            classes=recipe.network.classes,
+            seed=config.seed,
+            dtype=runtime.autocast_dtype(config.precision, device),
+        ),
+        inherited=inherited,
+    )
+
+
+def train(recipe: Recipe, resume: str = "auto") -> Path:
+    """Train as the recipe says and return the run's folder.
+
+    resume: auto goes on from the newest checkpoint in the run's folder, if there is one; never refuses a folder that
+    holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end; the exception is Interrupted.
+    """
+    folder = Path(recipe.output)
+    found = _checkpoint_to_resume(folder, resume)
+    run = set_up(recipe)
+    step = 0
+    if found is not None:
+        _agrees(run.recipe, found)
+        step = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
+    config = run.recipe.training
+    _prepare_folder(run)
+    journal = Journal(folder, step, config.steps, config.tensorboard)
+    try:
+        if found is not None:
+            journal.say(f"going on from step {step} ({found})")
+        if run.inherited and not found:
+            write_whole(folder / INIT, run.inherited + "\n")
+            journal.say(f"started from {config.init}: see {folder / INIT} for what was kept")
+        if step >= config.steps:
+            journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
+            return folder
+        _loop(run, step, journal)
+    finally:
+        journal.close()
+    return folder
+
+
+class Interrupted(TesseraError):
+    """The run was asked to stop, and is saved."""
+
+    exit_code = 130  # as a shell reports Ctrl-C
+
+
+def _loop(run: Run, step: int, journal: Journal) -> None:
+    config = run.recipe.training
+    device = run.model.device
+    network = run.forward
+    seen_skips = 0
+    sums: dict[str, torch.Tensor] = {}
+    counted, clock_start = 0, time.monotonic()
+    if step == 0:
+        _draw(run, 0, journal)
+    with _stop_signals() as stopping:
+        batches = run.loader.batches(step * config.batch)
+        try:
+            while step < config.steps:
+                batch = next(batches)
+                for group in run.optimizer.param_groups:
+                    group["lr"] = learning_rate(config.optimizer, step, config.steps)
+                told = train_step(
+                    network, run.optimizer, batch, run.task, config.optimizer, config.micro_batch or config.batch
+                )
+                step += 1
+                run.average.update(step)
+                for name, value in told.items():
+                    sums[name] = sums[name] + value if name in sums else value
+                counted += 1
+                if step % config.log_every == 0 or step == config.steps:
+                    means = {name: value.item() / counted for name, value in sums.items()}
+                    seconds = time.monotonic() - clock_start
+                    if not all(math.isfinite(value) for value in means.values()):
+                        raise TesseraError(_diverged(run, step))
+                    journal.record(
+                        step,
+                        **means,
+                        learning_rate=run.optimizer.param_groups[0]["lr"],
+                        images_per_second=counted * config.batch / seconds,
+                        epoch=step * config.batch / len(run.loader.source),
+                    )
+                    sums, counted, clock_start = {}, 0, time.monotonic()
+                journal.advance(step)
+                if len(run.loader.skipped) > seen_skips:
+                    seen_skips = _report_skips(run, journal, seen_skips)
+                stop = bool(stopping)
+                if (step % config.sample_every == 0 and not stop) or step == config.steps:
+                    paused = time.monotonic()
+                    _draw(run, step, journal)
+                    clock_start += time.monotonic() - paused
+                if step % config.checkpoint_every == 0 or stop or step == config.steps:
+                    paused = time.monotonic()
+                    _save(run, step, device)
+                    clock_start += time.monotonic() - paused
+                if stop and step < config.steps:
+                    raise Interrupted(
+                        f"stopped at step {step} of {config.steps}, everything saved in {run.folder}\n"
+                        "run the same command again to go on"
+                    )
+        finally:
+            batches.close()
+    journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
+
+
+def _save(run: Run, step: int, device: torch.device) -> None:
+    runtime.synchronise(device)
+    config = run.recipe
+    origin = {
+        "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}",
+        "trained on": f"{len(run.loader.source):,} images ({config.data.kind}"
+        + (f": {config.data.path})" if hasattr(config.data, "path") else ")"),
+        "steps": step,
+        "batch": config.training.batch,
+        "learning rate": config.training.optimizer.learning_rate,
+        "EMA decay": config.training.ema.decay,
+        "started from": config.training.init or "fresh weights",
+    }
+    model = bundle.Model(run.model.config.model_copy(update={"origin": origin}), run.model.network)
+    checkpoint.save(run.folder, step, model, run.network, run.optimizer)
+    checkpoint.prune(run.folder, config.training.keep_checkpoints)
+
+
+def _draw(run: Run, step: int, journal: Journal) -> None:
+    """A grid of samples from fixed seeds, one column a class."""
+    classes = run.recipe.network.classes
+    columns = min(classes, COLUMNS) or 8
+    rows = run.recipe.training.sample_seeds
+    told = [index * classes // columns for index in range(columns)] * rows if classes else None
+    seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
+    drawn = drawing.generate(run.model, told, seeds)
+    sheet = pictures.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
+    pictures.save_png(run.folder / SAMPLES / f"step-{step:09d}.png", sheet)
+    journal.picture(step, sheet)
+
+
+def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
+    present = bundle.checkpoints(folder)
+    if resume == "auto":
+        return present[0] if present else None
+    if resume == "never":
+        if present or (folder / RECIPE).exists():
+            raise TesseraError(f"{folder} holds a run already: choose another output=, or go on with --resume auto")
+        return None
+    path = Path(resume)
+    inside = [path] if (path / checkpoint.PLACE).exists() else bundle.checkpoints(path)
+    if not inside:
+        raise TesseraError(f"nothing to resume at {resume}: expected a run's folder or one of its checkpoints")
+    if present and checkpoint.step_of(present[0]) > checkpoint.step_of(inside[0]):
+        raise TesseraError(f"{folder} holds later checkpoints than {inside[0]}: branch off with another output=")
+    return inside[0]
+
+
+def _agrees(recipe: Recipe, found: Path) -> None:
+    """A resumed run keeps network, process and codec: raise TesseraError that says what differs."""
+    saved = bundle.load_config(found)
+    for name in ("network", "process"):
+        before, now = getattr(saved, name).model_dump(), getattr(recipe, name).model_dump()
+        differing = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before.get(key) != now[key]]
+        if differing:
+            raise TesseraError(
+                f"cannot go on from {found} with another {name}: {'; '.join(differing)}\n"
+                f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
+            )
+
+
+def _prepare_folder(run: Run) -> None:
+    """Make the run's folder, with its recipe and its codec. Raises TesseraError if it cannot be written."""
+    folder = run.folder
+    for place in (folder, folder / "checkpoints", folder / SAMPLES):  # what a kill left half-written
+        remove_partials(place)
+    write_whole(folder / RECIPE, write_yaml(run.recipe))
+    codec = run.recipe.codec
+    if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir() and not (folder / bundle.CODEC).exists():
+        bundle.copy_codec(codec, folder / bundle.CODEC)
+
+
+def _report_skips(run: Run, journal: Journal, before: int) -> int:
+    skipped = dict(run.loader.skipped)
+    lines = [f"{name}\t{reason}" for name, reason in skipped.items()]
+    path = run.folder / SKIPPED
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    write_whole(path, "\n".join(dict.fromkeys(old + lines)) + "\n")
+    if before == 0:
+        name, reason = next(iter(skipped.items()))
+        journal.say(f"skipping images that cannot be used, for example {name} ({reason}); all are named in {path}")
+    return len(skipped)
+
+
+def _diverged(run: Run, step: int) -> str:
+    saved = bundle.checkpoints(run.folder)
+    back = f"; the last checkpoint is {saved[0]}" if saved else ""
+    return (
+        f"the loss is not a number at step {step}: training diverged{back}\n"
+        "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen training.optimizer.warmup"
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrives; a second Ctrl-C is not held back."""
+    received: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are its business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def dry_run(recipe: Recipe, steps: int = 3) -> Estimate:
+    """Everything a run does, a few times, on real data, into a folder that is thrown away.
+
+    Tells what the whole run will take. Raises the TesseraError that the run would raise.
+    """
+    _writable(Path(recipe.output))
+    with tempfile.TemporaryDirectory(prefix="tessera-") as scratch:
+        run = set_up(recipe.model_copy(update={"output": scratch}))
+        config, device = run.recipe.training, run.model.device
+        micro = config.micro_batch or config.batch
+        batches = run.loader.batches()
+        times = []
+        try:
+            for step in range(1 + steps):  # the first warms up
+                began = time.monotonic()
+                train_step(run.forward, run.optimizer, next(batches), run.task, config.optimizer, micro)
+                run.average.update(step + 1)
+                runtime.synchronise(device)
+                times.append(time.monotonic() - began)
+        finally:
+            batches.close()
+        seconds = sorted(times[1:])[len(times[1:]) // 2]
+        _save(run, 1, device)
+        size = sum(file.stat().st_size for file in checkpoint.path_of(Path(scratch), 1).iterdir())
+        free = shutil.disk_usage(_existing(Path(recipe.output))).free
+        needed = size * (config.keep_checkpoints + 1)
+        if needed > free:
+            raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
+        return Estimate(
+            parameters=sum(parameter.numel() for parameter in run.network.parameters()),
+            gmacs=run.model.network.macs() / 1e9,
+            images=len(run.loader.source),
+            seconds_per_step=seconds,
+            seconds=seconds * config.steps,
+            peak_bytes=runtime.peak_memory(device),
+            checkpoint_bytes=size,
+            skipped=len(run.loader.skipped),
+        )
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _writable(folder: Path) -> None:
+    place = _existing(folder.absolute())
+    try:
+        with tempfile.TemporaryFile(dir=place if place.is_dir() else place.parent):
+            pass
+    except OSError as error:
+        raise TesseraError(f"cannot write to {folder}: {error.strerror or error}") from None
+    if place == folder.absolute() and not place.is_dir():
+        raise TesseraError(f"output={folder} is a file; give a folder")

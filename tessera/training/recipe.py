@@ -1,0 +1,120 @@
+"""What a run is: one YAML file that validates into these types."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from tessera.codecs import AnyCodec, PixelsConfig
+from tessera.data import AnyData
+from tessera.data.images import Source
+from tessera.errors import TesseraError
+from tessera.models.dit import DiTConfig
+from tessera.process.gaussian import GaussianConfig
+from tessera.runtime import DeviceName, Precision
+from tessera.sampling import SamplingConfig
+from tessera.settings import Settings, by_kind, override, parse, read_yaml
+
+
+class Adam(Settings):
+    """AdamW (Loshchilov & Hutter 2019). The defaults are those of the DiT paper."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: PositiveFloat = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: NonNegativeInt = Field(0, description="steps in which the learning rate rises from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls over the whole run")
+    clip: PositiveFloat | None = Field(None, description="largest norm of the gradient")
+
+
+class EMA(Settings):
+    """The moving average of the weights, which is what a model draws with."""
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = Field(False, description="a shorter average at first: (1 + step) / (10 + step) where that is less")
+
+
+class TrainingConfig(Settings):
+    """How a run learns, and what it writes down. The defaults are those of the DiT paper."""
+
+    steps: PositiveInt = 400_000
+    batch: PositiveInt = Field(256, description="samples a step, over all devices and accumulation")
+    micro_batch: PositiveInt | None = Field(None, description="samples on the device at once; null: the whole batch")
+    optimizer: Annotated[Adam, BeforeValidator(by_kind)] = Adam()
+    ema: EMA = EMA()
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
+    precision: Precision = Field("auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
+    compile: bool = Field(False, description="torch.compile the network")
+    seed: NonNegativeInt = 0
+    device: DeviceName = "auto"
+    workers: PositiveInt = Field(2, description="threads that read data ahead")
+    init: str | None = Field(None, description="start from this bundle, run, official .pt or diffusers folder")
+    init_heads: PositiveInt | None = Field(None, description="attention heads of init, where a .pt cannot say")
+    log_every: PositiveInt = 100
+    sample_every: PositiveInt = Field(5_000, description="steps between grids of samples")
+    sample_seeds: PositiveInt = Field(4, description="rows of the grid")
+    checkpoint_every: PositiveInt = 5_000
+    keep_checkpoints: PositiveInt = 2
+    tensorboard: bool = Field(True, description="write TensorBoard logs, where tensorboard is installed")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainingConfig":
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class Recipe(Settings):
+    """A whole run. Sizes that follow from the data and the codec may be left out of `network`."""
+
+    output: str = Field(description="the run's folder")
+    data: AnyData
+    codec: AnyCodec = PixelsConfig()
+    network: DiTConfig = DiTConfig()
+    process: Annotated[GaussianConfig, BeforeValidator(by_kind)] = GaussianConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+def read(path: Path, overrides: list[str]) -> Recipe:
+    """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
+    data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
+    return parse(Recipe, override(data, overrides), f"recipe {path}")
+
+
+def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
+    """The recipe with every size filled in from data, codec and process.
+
+    Raises TesseraError if the recipe itself says otherwise: training would fail later, or learn something else.
+    """
+    height, width = recipe.data.size
+    if codec.pixel_channels != recipe.data.channels:
+        raise TesseraError(
+            f"the codec takes {codec.pixel_channels} channels, but data.channels is {recipe.data.channels}"
+        )
+    if height % codec.factor or width % codec.factor:
+        raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
+    facts = {
+        "size": (height // codec.factor, width // codec.factor),
+        "channels": codec.latent_channels,
+        "outputs": recipe.process.build().outputs(codec.latent_channels),
+        "classes": len(source.class_names),
+    }
+    network = recipe.network
+    for name, fact in facts.items():
+        told = getattr(network, name)
+        if name in network.model_fields_set and told != fact:
+            raise TesseraError(f"network.{name} is {told} in the recipe, but data, codec and process make it {fact}")
+    network = parse(DiTConfig, {**network.model_dump(), **facts}, "network")
+    if facts["classes"] and recipe.training.label_dropout and not network.null_class:
+        raise TesseraError("training.label_dropout needs network.null_class=true: labels are withheld by that class")
+    return recipe.model_copy(update={"network": network})
+
+
+def pixels_like_data(recipe: Recipe) -> Recipe:
+    """The pixel codec takes its channels from the data, unless the recipe says them."""
+    codec = recipe.codec
+    if isinstance(codec, PixelsConfig) and "channels" not in codec.model_fields_set:
+        return recipe.model_copy(update={"codec": PixelsConfig(channels=recipe.data.channels)})
+    return recipe
