@@ -43,7 +43,7 @@ class BundleConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
     origin: dict[str, Any] = Field(default_factory=dict, description="how it was trained, or where it came from")
-    recipe: dict[str, Any] | None = Field(None, description="the resolved recipe of its training")
+    recipe: dict[str, Any] | None = Field(default=None, description="the resolved recipe of its training")
 
 
 @dataclass
@@ -105,9 +105,12 @@ def write(model: Model, folder: Path, codec_at: str | None = None) -> None:
 
 
 def copy_codec(codec: AutoencoderConfig, target: Path) -> None:
-    """The files of an autoencoder that stands in a local folder."""
+    """The files of an autoencoder that stands in a local folder; a pickle of weights becomes safetensors."""
     source = Path(codec.source) / (codec.subfolder or "")
-    target.mkdir(parents=True)
+    if not any(source.glob("*.safetensors")):
+        codec.build().save(target)
+        return
+    target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.glob("*.json")) + sorted(source.glob("*.safetensors")):
         shutil.copyfile(file, target / file.name)
 
@@ -175,7 +178,8 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file; a full disk raises OSError."""
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, metadata={"format": "pt"})  # which some readers insist on
     except SafetensorError as error:
         raise OSError(None, str(error)) from None
 

@@ -1,5 +1,7 @@
 """The verbs of `tessera`. Nothing heavy is imported before a verb needs it: `tessera --help` must answer at once."""
 
+import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +22,10 @@ app = typer.Typer(
 
 ModelPath = Annotated[str, typer.Argument(help="a bundle, a run's folder, an official .pt or a diffusers folder")]
 Heads = Annotated[int | None, typer.Option(help="attention heads, where a .pt of unusual width cannot say")]
-Codec = Annotated[str | None, typer.Option(help="autoencoder folder or hub id, or 'pixels', instead of the model's own")]
+Codec = Annotated[
+    str | None, typer.Option(help="autoencoder folder or hub id, or 'pixels', instead of the model's own")
+]
+MOST = 1_000_000  # pictures of one command: more is a slip of the finger
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 
 
@@ -55,7 +60,7 @@ def train(
 
     settings = read(recipe, overrides or [])
     if dry_run:
-        print(loop.dry_run(settings))
+        print(loop.dry_run(settings, resume))
     else:
         print(loop.train(settings, resume))
 
@@ -92,13 +97,15 @@ def sample(
     }
     if eta is not None and sampler not in (None, "ddim"):
         raise TesseraError(f"--eta belongs to ddim, not to {sampler}")
+    if guidance is not None and not math.isfinite(guidance):
+        raise TesseraError(f"--guidance is {guidance}; expected a number, such as 4; 1 is off")
     if precision not in ("float32", "bfloat16", "auto"):
         raise TesseraError(f"--precision is {precision}; expected float32, bfloat16 or auto")
     loaded = load(model, device=device, heads=heads, codec=codec)
     seed_list = _seeds(seeds, count)
     class_list = _classes(classes, loaded)
     shape = _size(size)
-    asked = [(told, seed) for told in class_list or [None] for seed in seed_list]
+    asked: list[tuple[Any, int]] = [(told, seed) for told in class_list or [None] for seed in seed_list]
     used = drawing.settings(loaded, guidance=guidance, **settings)
     with _progress(f"drawing {len(asked)}") as progress:
         drawn = drawing.generate(
@@ -112,7 +119,8 @@ def sample(
             progress=progress,
             **settings,
         )
-    said = {"model": str(model), "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": shape}
+    said = {"model": model, "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": shape}
+    said |= {"heads": heads, "codec": codec, "precision": precision}
     columns = len(seed_list) if class_list is not None else min(len(seed_list), 8)
     sheet = pictures.grid(drawn, columns, zoom=max(1, 64 // drawn.shape[1]))
     if out.suffix.lower() == ".png":
@@ -131,7 +139,9 @@ def convert(
     source: ModelPath,
     target: Annotated[Path, typer.Argument(help="a new folder, or a .pt file for official")],
     to: Annotated[str, typer.Option("--to", help="bundle, official or diffusers")],
-    approximate: Annotated[bool, typer.Option(help="write what the target cannot hold exactly, and say by how much")] = False,
+    approximate: Annotated[
+        bool, typer.Option(help="write what the target cannot hold exactly, and say by how much")
+    ] = False,
     heads: Heads = None,
     codec: Codec = None,
 ) -> None:
@@ -169,7 +179,7 @@ def _how_made(path: Path) -> str:
     except OSError as error:
         raise TesseraError(f"cannot read {path}: {error}") from None
     if settings is None:
-        raise TesseraError(f"{path} does not say how it was made: it was not drawn by Tessera")
+        raise TesseraError(f"{path} does not say how it was made: it was not drawn by `tessera sample`")
     sampling = settings["sampling"]
     words = ["tessera", "sample", settings["model"], "--seeds", ",".join(map(str, settings["seeds"]))]
     if settings["classes"] is not None:
@@ -177,15 +187,18 @@ def _how_made(path: Path) -> str:
     words += ["--sampler", sampling["sampler"]["kind"], "--steps", str(sampling["steps"])]
     if sampling["sampler"].get("eta"):
         words += ["--eta", str(sampling["sampler"]["eta"])]
-    words += ["--guidance", f"{sampling['guidance']:g}", "--guidance-channels", str(sampling["guidance_channels"])]
+    words += ["--guidance", str(sampling["guidance"]), "--guidance-channels", str(sampling["guidance_channels"])]
     words += ["--spacing", sampling["spacing"]]
     if settings["size"]:
         words += ["--size", "x".join(map(str, settings["size"]))]
-    return " ".join(f"'{word}'" if " " in word else word for word in words)
+    for name in ("heads", "codec", "precision"):
+        if settings.get(name) not in (None, "float32"):
+            words += [f"--{name}", str(settings[name])]
+    return shlex.join(words)
 
 
 def _whole_or_text(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def _seeds(text: str | None, count: int | None) -> list[int]:
@@ -195,9 +208,12 @@ def _seeds(text: str | None, count: int | None) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise TesseraError(f"--seeds {text} is not understood; write 0-15 or 1,5,9")
-        found += range(int(first), int(last or first) + 1)
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2**63):
+            raise TesseraError(f"--seeds {text} is not understood; write 0-15 or 1,5,9 (below 2^63)")
+        if int(last) - int(first) >= MOST:
+            raise TesseraError(f"--seeds {text} asks for more than {MOST:,} pictures at once")
+        found += range(int(first), int(last) + 1)
     if count is not None and count != len(found):
         raise TesseraError(f"--seeds names {len(found)} seeds, --count says {count}: give one of the two")
     return found
@@ -223,7 +239,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, found, width = text.lower().partition("x")
-    if not height.isdigit() or (found and not width.isdigit()):
+    if not height.isdecimal() or (found and not width.isdecimal()):
         raise TesseraError(f"--size {text} is not understood; write 256 or 256x384 (height x width)")
     return int(height), int(width or height)
 

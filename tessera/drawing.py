@@ -78,8 +78,9 @@ def walk(
         raise TesseraError("this model cannot be guided: it has no 'told nothing' class; leave guidance at 1")
     seeds = list(seeds)
     label = None if classes is None else labels(model, classes)
-    rows = max(len(seeds), len(label or [0]), scales.numel())
-    for what, length in (("classes", len(label or [0])), ("seeds", len(seeds)), ("guidance", scales.numel())):
+    told = 1 if label is None else len(label)
+    rows = max(len(seeds), told, scales.numel())
+    for what, length in (("classes", told), ("seeds", len(seeds)), ("guidance", scales.numel())):
         if length not in (1, rows):
             raise TesseraError(f"{rows} pictures are asked for, but {length} {what}: give {rows}, or 1 for all")
     if label is not None:
@@ -140,7 +141,7 @@ def generate(
     pictures, total = [], steps * -(-rows // batch)
     for start in range(0, rows, batch):
         part = slice(start, start + batch)
-        state = None
+        latents = None
         for state in walk(
             model,
             None if told is None else told[part],
@@ -150,9 +151,11 @@ def generate(
             precision=precision,
             **changes,
         ):
+            latents = state.x
             if progress is not None:
                 progress(start // batch * steps + state.done, total)
-        pictures.append(decode(model, state.x))
+        assert latents is not None  # walk always yields
+        pictures.append(decode(model, latents))
     return np.concatenate(pictures)
 
 

@@ -96,21 +96,21 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
     Choosing another kind (`process.schedule=cosine`, `data.kind=parquet`) drops the fields of the kind it replaces.
     """
-    result = _copied(data)
+    result: dict[str, Any] = _copied(data)
     for assignment in assignments:
         path, found, text = assignment.partition("=")
         if not found or not path:
             raise TesseraError(f"'{assignment}' is not an override; write key=value, for example training.steps=1000")
         try:
-            value = yaml.safe_load(text)
+            value: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             raise TesseraError(f"cannot read the value of '{assignment}' as YAML; quote it if it is text") from None
         if isinstance(value, str) and value == text.strip():  # quoted text stays text
             value = _number(value)
         *parents, last = path.split(".")
-        place = result
+        place: dict[str, Any] = result
         for depth, parent in enumerate(parents):
-            child = place.get(parent)
+            child: Any = place.get(parent)
             if child is None:
                 child = {}
             elif isinstance(child, str):  # a choice written by its bare kind

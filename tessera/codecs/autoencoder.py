@@ -21,7 +21,7 @@ class AutoencoderConfig(Settings):
     source: str = Field(description="a folder, or a hub id such as stabilityai/sd-vae-ft-ema")
     subfolder: str | None = None
     revision: str | None = None
-    tile_above: int = Field(1024, gt=0, description="decode in tiles when a side has more pixels than this")
+    tile_above: int = Field(default=1024, gt=0, description="decode in tiles when a side has more pixels than this")
 
     def build(self) -> "Autoencoder":
         return Autoencoder(self)
@@ -67,14 +67,17 @@ class Autoencoder:
 
 def _load(config: AutoencoderConfig) -> Any:
     try:
-        from diffusers import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:
         raise TesseraError("an autoencoder needs diffusers: pip install 'tessera[diffusers]'") from None
     place = {"subfolder": config.subfolder} if config.subfolder else {}
     if config.revision:
         place["revision"] = config.revision
+    folder = Path(config.source) / (config.subfolder or "")
+    # Older folders hold a pickle alone; diffusers reads it with weights_only, so that it cannot run a program.
+    pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
     try:
-        return AutoencoderKL.from_pretrained(config.source, use_safetensors=True, **place)
+        return AutoencoderKL.from_pretrained(config.source, use_safetensors=not pickled, **place)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise TesseraError(

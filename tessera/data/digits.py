@@ -1,6 +1,6 @@
 """The embedded data set: 1797 handwritten digits, 8 x 8 scans that ship with scikit-learn (Alpaydin & Kaynak 1998)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -17,14 +17,20 @@ class DigitsConfig(Settings):
     """Grey, 8 x 8, ten classes, never mirrored."""
 
     kind: Literal["digits"] = "digits"
-    split: Literal["model", "judge", "ceiling", "all"] = Field("model", description="1000 / 500 / 297 scans, or all")
+    split: Literal["model", "judge", "ceiling", "all"] = Field(
+        default="model", description="1000 / 500 / 297 scans, or all"
+    )
+
+    @property
+    def where(self) -> str:
+        return f"the digits of scikit-learn, split {self.split}"
 
     @property
     def size(self) -> tuple[int, int]:
         return 8, 8
 
     @property
-    def channels(self) -> int:
+    def channels(self) -> Literal[1]:
         return 1
 
     @property
@@ -45,7 +51,7 @@ class DigitsSource:
             from sklearn.datasets import load_digits
         except ImportError:
             raise TesseraError("the embedded digits need scikit-learn: pip install 'tessera[demo]'") from None
-        bunch = load_digits()
+        bunch: Any = load_digits()
         chosen = randomness.permutation(0, 0, 0, len(bunch.target)).numpy()[SPLITS[config.split]]
         self.split = config.split
         self.images = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)[:, None]  # [N, 1, 8, 8]

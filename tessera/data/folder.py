@@ -1,5 +1,7 @@
 """A folder of images: one subfolder for each class, or all in one place without classes."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +19,13 @@ class FolderConfig(ImagesConfig):
 
     kind: Literal["folder"] = "folder"
     path: str = Field(description="the folder")
-    classes: Literal["auto", "folders", "none"] = Field("auto", description="auto: by subfolders, if there are any")
+    classes: Literal["auto", "folders", "none"] = Field(
+        default="auto", description="auto: by subfolders, if there are any"
+    )
+
+    @property
+    def where(self) -> str:
+        return f"{self.kind} {self.path}"
 
     def open(self) -> "FolderSource":
         return FolderSource(self)
@@ -32,8 +40,7 @@ class FolderSource:
         if not root.is_dir():
             what = "is a file" if root.exists() else "does not exist"
             raise TesseraError(f"data.path {root} {what}; expected a folder of images, or of one subfolder per class")
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        self.paths = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+        self.paths = sorted(_images_below(root))
         if not self.paths:
             raise TesseraError(
                 f"data.path {root} holds no images; looked at every depth for {', '.join(sorted(ENDINGS))}"
@@ -43,6 +50,8 @@ class FolderSource:
         if config.classes == "none" or (config.classes == "auto" and loose == len(parts)):
             self.class_names: tuple[str, ...] = ()
             return
+        if loose == len(parts):
+            raise TesseraError(f"data.classes=folders, but {root} holds no class folders: its {loose} images are loose")
         if loose:
             raise TesseraError(
                 f"{root} holds {loose} images beside its class folders, so their class is unknown: "
@@ -68,3 +77,14 @@ class FolderSource:
 
     def pixels(self, index: int) -> np.ndarray:
         return read(self.paths[index], self.config)
+
+
+def _images_below(root: Path) -> Iterator[Path]:
+    """Every image file at any depth but hidden ones; links to folders are followed, though never in a circle."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        here = Path(folder).resolve()
+        folders[:] = [name for name in folders if name[0] != "." and not here.is_relative_to((here / name).resolve())]
+        for name in names:
+            path = Path(folder, name)
+            if name[0] != "." and path.suffix.lower() in ENDINGS and path.is_file():
+                yield path

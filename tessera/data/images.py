@@ -15,6 +15,8 @@ from tessera.settings import Settings
 
 Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
 
+Level = Annotated[int, Field(ge=0, le=255)]
+
 
 class Unusable(Exception):
     """This image cannot be trained on; the text says why."""
@@ -23,11 +25,15 @@ class Unusable(Exception):
 class ImagesConfig(Settings):
     """What becomes of every image, wherever it comes from."""
 
-    size: Size = Field((256, 256), description="height and width after the crop, in pixels")
-    channels: Literal[1, 3] = Field(3, description="3 for colour, 1 for grey")
-    flip: bool = Field(True, description="mirror at random; turn off where left and right mean something")
-    background: tuple[int, int, int] = Field((255, 255, 255), description="what shows through transparent images")
-    enlarge: bool = Field(False, description="scale up images smaller than the size; otherwise they are skipped")
+    size: Size = Field(default=(256, 256), description="height and width after the crop, in pixels")
+    channels: Literal[1, 3] = Field(default=3, description="3 for colour, 1 for grey")
+    flip: bool = Field(default=True, description="mirror at random; turn off where left and right mean something")
+    background: tuple[Level, Level, Level] = Field(
+        default=(255, 255, 255), description="what shows through transparent images"
+    )
+    enlarge: bool = Field(
+        default=False, description="scale up images smaller than the size; otherwise they are skipped"
+    )
 
 
 class Source(Protocol):
@@ -58,7 +64,7 @@ def read(file: Path | bytes, config: ImagesConfig) -> np.ndarray:
             image = flatten(ImageOps.exif_transpose(image), config)
     except UnidentifiedImageError:
         raise Unusable("not an image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise anything on damaged bytes, struct.error among them
         raise Unusable(f"damaged: {error}") from None
     height, width = config.size
     if not config.enlarge and (image.height < height or image.width < width):
@@ -75,7 +81,8 @@ def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
     mode = "L" if config.channels == 1 else "RGB"
     if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bits of grey
         values = np.asarray(image, dtype=np.float64)
-        values = values * (255 / 65535 if values.max(initial=0) > 255 else 1)
+        sixteen = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        values = values * (255 / 65535 if sixteen else 1)
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W height and width.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,7 +56,7 @@ class Loader:
         epoch, place = divmod(position, len(self.source))
         return int(self._order(epoch)[place])
 
-    def batches(self, position: int = 0) -> Iterator[Batch]:
+    def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Endless batches from a position on. Raises TesseraError if no image is usable."""
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="tessera-data")
         ahead = deque()
@@ -79,11 +79,12 @@ class Loader:
         epoch, place = divmod(position, len(self.source))
         order = self._order(epoch)
         tries = min(len(order), PATIENCE)
+        name, reason = "", ""
         for later in range(tries):
             index = int(order[(place + later) % len(order)])
             try:
                 return self.source.pixels(index), self.source.label(index)
-            except Unusable as reason:
-                self.skipped[self.source.name(index)] = str(reason)
-        name, reason = next(reversed(self.skipped.items()))
+            except Unusable as fault:
+                name, reason = self.source.name(index), str(fault)
+                self.skipped[name] = reason
         raise TesseraError(f"no usable image among {tries} of {len(order)}; the last, {name}, is {reason}")

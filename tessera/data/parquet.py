@@ -17,8 +17,12 @@ class ParquetConfig(ImagesConfig):
 
     kind: Literal["parquet"] = "parquet"
     path: str = Field(description="a .parquet file or a folder of them")
-    image: str = Field("image", description="the column of images: bytes, or a struct with a field bytes")
-    label: str | None = Field("label", description="the column of labels; null: without classes")
+    image: str = Field(default="image", description="the column of images: bytes, or a struct with a field bytes")
+    label: str | None = Field(default="label", description="the column of labels; null: without classes")
+
+    @property
+    def where(self) -> str:
+        return f"{self.kind} {self.path}"
 
     def open(self) -> "ParquetSource":
         return ParquetSource(self)
@@ -45,13 +49,14 @@ class ParquetSource:
                 known = parquet.read_schema(file).names
                 for column in columns:
                     if column not in known:
-                        raise TesseraError(
-                            f"{file}: {unknown('column', column, known)} (data.image, data.label)"
-                        )
+                        raise TesseraError(f"{file}: {unknown('column', column, known)} (data.image, data.label)")
                 tables.append(parquet.read_table(file, columns=columns))
-            except (arrow.ArrowInvalid, OSError) as error:
+            except (arrow.ArrowException, OSError) as error:
                 raise TesseraError(f"{file} is damaged or no parquet file: {error}") from None
-        table = arrow.concat_tables(tables)
+        try:
+            table = arrow.concat_tables(tables)
+        except arrow.ArrowException as error:
+            raise TesseraError(f"the files in {root} do not hold the same columns: {error}") from None
         if not len(table):
             raise TesseraError(f"data.path {root} holds no rows")
         self._images = table[config.image]
@@ -91,9 +96,16 @@ def _classes(table: Any, column: str) -> tuple[tuple[str, ...], np.ndarray]:
         return names, np.array([number[value] for value in values])
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise TesseraError(f"column '{column}' holds neither class numbers nor names; set data.label")
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = metadata.get("info", {}).get("features", {}).get(column, {}).get("names")
-    names = tuple(names or (str(i) for i in range(max(values) + 1)))
+    names = _hub_names(table, column) or tuple(str(i) for i in range(max(values) + 1))
     if max(values) >= len(names):
         raise TesseraError(f"column '{column}' holds class {max(values)}, but the file names {len(names)} classes")
     return names, np.array(values)
+
+
+def _hub_names(table: Any, column: str) -> tuple[str, ...]:
+    """The class names that Hugging Face's `datasets` writes into a file's metadata, or none."""
+    try:
+        metadata = json.loads((table.schema.metadata or {})[b"huggingface"])
+        return tuple(str(name) for name in metadata["info"]["features"][column]["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()

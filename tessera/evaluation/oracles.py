@@ -18,7 +18,7 @@ class DigitJudge:
         from sklearn.svm import SVC
 
         fitted_on, held_out = DigitsSource(DigitsConfig(split="judge")), DigitsSource(DigitsConfig(split="ceiling"))
-        self._classifier = SVC(gamma=0.02, C=10.0)  # on pixels in 0 .. 1
+        self._classifier = SVC(gamma=0.02, C=10.0)  # pyright: ignore[reportArgumentType] (stub says str); on pixels in 0 .. 1
         self._classifier.fit(_features(fitted_on.images), fitted_on.labels)
         self.ceiling = float(np.mean(self.read(held_out.images.transpose(0, 2, 3, 1)) == held_out.labels))
         self.held_out = len(held_out)

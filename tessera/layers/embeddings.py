@@ -4,6 +4,7 @@ Shapes: B batch, D width, F sinusoid channels.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ def sinusoid(t: Tensor, channels: int, divisor: float, period: float = 10000.0) 
 
     The GLIDE form (Nichol et al. 2021) divides by F/2; diffusers' DiT divides by F/2 - 1.
     """
-    exponents = torch.arange(channels // 2, dtype=torch.float32, device=t.device) / divisor
-    angles = t.to(torch.float32)[..., None] * torch.exp(-math.log(period) * exponents)
+    # Multiplied before divided, as both do: at t = 999 the last bit of a frequency is seen in the network's output.
+    exponents = -math.log(period) * torch.arange(channels // 2, dtype=torch.float32, device=t.device) / divisor
+    angles = t.to(torch.float32)[..., None] * torch.exp(exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -29,13 +31,17 @@ class TimestepEmbedder(nn.Module):
         self.divisor = divisor
         self.mlp = nn.Sequential(nn.Linear(self.CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+
     def forward(self, t: Tensor) -> Tensor:
         """t [...] in the units the network was trained in -> [..., D]"""
-        return self.mlp(sinusoid(t, self.CHANNELS, self.divisor).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, self.CHANNELS, self.divisor).to(self.linears[0].weight.dtype))
 
     def macs(self) -> int:
         """Multiply-adds for one time."""
-        return self.mlp[0].weight.numel() + self.mlp[2].weight.numel()
+        return sum(linear.weight.numel() for linear in self.linears)
 
 
 class LabelEmbedder(nn.Module):

@@ -3,8 +3,25 @@
 Shapes: B batch, L tokens, D width; the steering vectors are [B, 1, D] or [B, L, D].
 """
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Modulation(nn.Sequential):
+    """The steering vectors a condition regresses: SiLU, then one linear map."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
+
+    @property
+    def linear(self) -> nn.Linear:
+        return cast(nn.Linear, self[1])
+
+    def macs(self) -> int:
+        """Multiply-adds for one condition vector."""
+        return self.linear.weight.numel()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tessera.layers.attention import Attention, CrossAttention
 from tessera.layers.mlp import MLP
-from tessera.layers.modulation import gated, modulate
+from tessera.layers.modulation import Modulation, gated, modulate
 from tessera.settings import Settings
 
 
@@ -91,7 +91,7 @@ class AdaLNBlock(Block):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 4 * config.width))
+        self.adaLN_modulation = Modulation(config.width, 4)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
@@ -100,7 +100,7 @@ class AdaLNBlock(Block):
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
     def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.adaLN_modulation[1].weight.numel()
+        return super().macs(tokens, told) + self.adaLN_modulation.macs()
 
 
 class AdaLNZeroBlock(Block):
@@ -113,7 +113,7 @@ class AdaLNZeroBlock(Block):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+        self.adaLN_modulation = Modulation(config.width, 6)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
@@ -122,7 +122,7 @@ class AdaLNZeroBlock(Block):
         return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.adaLN_modulation[1].weight.numel()
+        return super().macs(tokens, told) + self.adaLN_modulation.macs()
 
 
 class InContext(Settings):

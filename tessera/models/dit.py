@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tessera.conditions import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from tessera.layers.modulation import modulate
+from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_grid
-from tessera.models.blocks import AdaLNZero, AnyBlock, BlockConfig, Context
+from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockConfig, Context
 from tessera.models.presets import PRESETS
 from tessera.settings import Settings, by_kind, unknown
 
@@ -26,19 +26,23 @@ class DiTConfig(Settings):
     """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults: DiT-XL/2 on ImageNet."""
 
     kind: Literal["dit"] = "dit"
-    size: Size = Field((32, 32), description="height and width of what the network sees (latents or pixels)")
-    channels: PositiveInt = Field(4, description="channels of what the network sees")
-    outputs: PositiveInt = Field(8, description="raw output channels: twice `channels` where the variance is learned")
-    classes: int = Field(1000, ge=0, description="0: unconditional")
-    null_class: bool = Field(True, description="a learned 'told nothing' row, which guidance needs")
+    size: Size = Field(default=(32, 32), description="height and width of what the network sees (latents or pixels)")
+    channels: PositiveInt = Field(default=4, description="channels of what the network sees")
+    outputs: PositiveInt = Field(
+        default=8, description="raw output channels: twice `channels` where the variance is learned"
+    )
+    classes: int = Field(default=1000, ge=0, description="0: unconditional")
+    null_class: bool = Field(default=True, description="a learned 'told nothing' row, which guidance needs")
     patch: PositiveInt = 2
     depth: PositiveInt = 28
     width: PositiveInt = 1152
     heads: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
     block: Annotated[AnyBlock, BeforeValidator(by_kind), Field(discriminator="kind")] = AdaLNZero()
-    time_divisor: PositiveInt = Field(128, description="of the time frequencies; diffusers' DiT was made with 127")
-    mlp_norm_eps: PositiveFloat = Field(1e-6, description="of the norm before the MLP; diffusers' DiT has 1e-5")
+    time_divisor: PositiveInt = Field(
+        default=128, description="of the time frequencies; diffusers' DiT was made with 127"
+    )
+    mlp_norm_eps: PositiveFloat = Field(default=1e-6, description="of the norm before the MLP; diffusers' DiT has 1e-5")
 
     @classmethod
     def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +84,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)) if modulated else None
+        self.adaLN_modulation = Modulation(width, 2) if modulated else None
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, L, D], c [B, 1, D] -> [B, L, p p O]"""
@@ -92,7 +96,7 @@ class FinalLayer(nn.Module):
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one sample."""
-        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation[1].weight.numel()
+        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
         return tokens * self.linear.weight.numel() + steering
 
 
@@ -111,13 +115,11 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(
             torch.zeros(1, config.grid[0] * config.grid[1], config.width), requires_grad=False
         )
-        self.blocks = nn.ModuleList([config.block.build(block) for _ in range(config.depth)])
-        self.final_layer = FinalLayer(config.width, config.patch**2 * config.outputs, self._block.modulated_readout)
+        blocks = [config.block.build(block) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(blocks)
+        self.appends_tokens = blocks[0].appends_tokens
+        self.final_layer = FinalLayer(config.width, config.patch**2 * config.outputs, blocks[0].modulated_readout)
         self.initialise()
-
-    @property
-    def _block(self):
-        return self.blocks[0]
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -128,16 +130,16 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.width))
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the matrix it is
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for linear in self.t_embedder.linears:
+            nn.init.normal_(linear.weight, std=0.02)
         # Zero modulation makes a fresh adaLN-Zero block the identity; a zero readout makes a fresh network draw zero.
-        for module in (*self.blocks, self.final_layer):
-            modulation = getattr(module, "adaLN_modulation", None)
-            if modulation is not None:
-                nn.init.zeros_(modulation[1].weight)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.linear.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -156,14 +158,15 @@ class DiT(nn.Module):
         self.config.check_patch((x.shape[-2], x.shape[-1]))
         grid = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
         time = self.t_embedder(t).unflatten(0, (len(x), -1))  # one vector a picture; per frame, t [B, T] gives T
-        told = [time]
+        c, told = time, [time]
         if self.y_embedder is not None:
             if condition.label is None:
                 raise ValueError(f"this network knows {self.config.classes} classes: give Condition(label=...)")
-            told.append(self.y_embedder(condition.label)[:, None])
-        context = Context(c=sum(told[1:], start=time), tokens=torch.cat(told, dim=1), grid=grid)
+            label = self.y_embedder(condition.label)[:, None]
+            c, told = time + label, [time, label]
+        context = Context(c=c, tokens=torch.cat(told, dim=1), grid=grid)
         tokens = self.x_embedder(x) + self._positions(grid)
-        return torch.cat((tokens, context.tokens), dim=1) if self._block.appends_tokens else tokens, context
+        return torch.cat((tokens, context.tokens), dim=1) if self.appends_tokens else tokens, context
 
     def readout(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, L (+ M), D] -> [B, O, H, W]"""
@@ -186,7 +189,7 @@ class DiT(nn.Module):
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
-            + sum(block.macs(tokens, told) for block in self.blocks)
+            + sum(block.macs(tokens, told) for block in self.blocks if isinstance(block, Block))
             + self.final_layer.macs(tokens)
         )
 

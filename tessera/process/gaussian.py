@@ -19,8 +19,8 @@ class Linear(Settings):
     """Betas on a straight line, scaled so that any number of steps ends in the same noise (Ho et al. 2020)."""
 
     kind: Literal["linear"] = "linear"
-    start: float = Field(1e-4, gt=0, lt=1)
-    end: float = Field(0.02, gt=0, lt=1)
+    start: float = Field(default=1e-4, gt=0, lt=1)
+    end: float = Field(default=0.02, gt=0, lt=1)
 
     def betas(self, steps: int) -> Tensor:
         scale = 1000 / steps
@@ -31,8 +31,8 @@ class Cosine(Settings):
     """alpha_bar follows a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
 
     kind: Literal["cosine"] = "cosine"
-    offset: float = Field(0.008, ge=0)
-    largest_beta: float = Field(0.999, gt=0, lt=1)
+    offset: float = Field(default=0.008, ge=0)
+    largest_beta: float = Field(default=0.999, gt=0, lt=1)
 
     def betas(self, steps: int) -> Tensor:
         t = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -48,7 +48,8 @@ class GaussianConfig(Settings):
     schedule: Annotated[Linear | Cosine, BeforeValidator(by_kind), Field(discriminator="kind")] = Linear()
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     variance: Literal["learned", "posterior", "beta"] = Field(
-        "learned", description="learned between the two others, or fixed to one: posterior (small) or beta (large)"
+        default="learned",
+        description="learned between the two others, or fixed to one: posterior (small) or beta (large)",
     )
 
     def build(self) -> "Gaussian":
@@ -132,7 +133,7 @@ class Gaussian:
         return expand(of_x0, x) * x0 + expand(of_x, x) * x
 
     def log_variances(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """(log variance of q(x_s | x_t, x0), log beta) of the step from t to s, float64 [B]: the bounds of a learned one.
+        """(log variance of q(x_s | x_t, x0), log beta) of the step from t to s, float64 [B]: the learned one's bounds.
 
         The posterior variance is 0 at s = 0; as in the official code, that of the second of all steps stands in.
         """

@@ -19,9 +19,11 @@ class SamplingConfig(Settings):
 
     sampler: AnySampler = DDIM()
     steps: PositiveInt = 50
-    spacing: Spacing = Field("even", description="even (official), leading (diffusers) or trailing")
-    guidance: float = Field(1.0, description="classifier-free guidance; 1 is off")
-    guidance_channels: PositiveInt | Literal["all"] = Field("all", description="3 repeats the official code's rule")
+    spacing: Spacing = Field(default="even", description="even (official), leading (diffusers) or trailing")
+    guidance: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
+    guidance_channels: PositiveInt | Literal["all"] = Field(
+        default="all", description="3 repeats the official code's rule"
+    )
 
 
-__all__ = ["SAMPLERS", "SPACINGS", "AnySampler", "Ancestral", "DDIM", "SamplingConfig", "Spacing", "State", "walk"]
+__all__ = ["DDIM", "SAMPLERS", "SPACINGS", "Ancestral", "AnySampler", "SamplingConfig", "Spacing", "State", "walk"]

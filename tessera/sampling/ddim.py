@@ -14,7 +14,7 @@ class DDIM(Settings):
     """First order; one call of the denoiser a step. eta 0 draws no noise, eta 1 as much as ancestral sampling."""
 
     kind: Literal["ddim"] = "ddim"
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: float = Field(default=0.0, ge=0, le=1)
 
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise

@@ -41,7 +41,7 @@ SPACINGS: dict[Spacing, Callable[[int, int], list[int]]] = {"even": even, "leadi
 
 
 def times(spacing: Spacing, count: int, trained: int) -> Tensor:
-    """Falling times [count + 1] from the highest kept step to 0. Raises TesseraError if count is not in 1 .. trained."""
+    """Falling times [count + 1] from the highest kept step to 0. TesseraError if count is not in 1 .. trained."""
     if not 1 <= count <= trained:
         raise TesseraError(f"steps is {count}; this model was trained with {trained}, so give 1 to {trained}")
     kept = sorted(SPACINGS[spacing](count, trained), reverse=True)

@@ -25,7 +25,7 @@ class State:
 
 
 def walk(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -> Iterator[State]:
-    """Loop a step over falling times [n + 1] from x [B, ...] at times[0]; yields the start and the state after each step.
+    """Loop a step over falling times [n + 1] from x [B, ...] at times[0]; yields the start and every state after it.
 
     Keep the last state for the picture, wrap it in a progress bar, or stream it as a preview.
     """

@@ -13,11 +13,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.files import whole_folder
+from tessera.models.dit import DiT
 
 STATE, PLACE = "training.safetensors", "training.json"
 
@@ -34,7 +34,7 @@ def step_of(checkpoint: Path) -> int:
         raise TesseraError(f"{checkpoint} is no training checkpoint: {PLACE} is missing or damaged") from None
 
 
-def save(run: Path, step: int, model: bundle.Model, network: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+def save(run: Path, step: int, model: bundle.Model, network: DiT, optimizer: torch.optim.Optimizer) -> Path:
     """Write a checkpoint, whole or not at all; model holds the EMA. A TesseraError leaves the others as they were."""
     target = path_of(run, step)
     with whole_folder(target) as partial:
@@ -48,7 +48,7 @@ def save(run: Path, step: int, model: bundle.Model, network: nn.Module, optimize
     return target
 
 
-def restore(checkpoint: Path, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim.Optimizer) -> int:
     """Put weights, EMA and optimizer back as they were; returns the step. TesseraError if one is missing."""
     weights = bundle.read_tensors(checkpoint / STATE, "weights/")
     mean = bundle.read_tensors(checkpoint / bundle.WEIGHTS)

@@ -24,4 +24,4 @@ class Average:
         if self.config.warmup:
             decay = min(decay, (1 + step) / (10 + step))
         means, lives = zip(*self._pairs)
-        torch._foreach_lerp_(means, lives, 1 - decay)
+        torch._foreach_lerp_(means, lives, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tessera.bundle import Model
+from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError
 from tessera.layers.patches import resample_patches, resample_readout
 from tessera.models.dit import DiT
@@ -12,8 +13,6 @@ from tessera.training.recipe import Recipe
 
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 PATCHES, READOUT = "x_embedder.proj.weight", "final_layer.linear."
-
-
 ARCHITECTURE = ("patch", "depth", "width", "heads", "mlp_ratio", "block", "time_divisor", "mlp_norm_eps", "null_class")
 
 
@@ -25,7 +24,9 @@ def inherit(recipe: Recipe, source: Model) -> Recipe:
         name: getattr(old.network, name) for name in ARCHITECTURE if name not in told
     }
     inherited = {
-        name: getattr(old, name) for name in ("process", "codec", "sampling") if name not in recipe.model_fields_set
+        name: getattr(old, name)
+        for name in ("process", "codec", "sampling")
+        if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)  # as the data are
     }
     return recipe.model_copy(update={"network": parse(type(old.network), network, "network"), **inherited})
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from tessera import bundle, drawing, pictures, runtime
 from tessera.codecs import AutoencoderConfig
 from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.files import remove_partials, write_whole
+from tessera.files import remove_partials, whole_folder, write_whole
 from tessera.interop import sources
 from tessera.models.dit import DiT
+from tessera.sampling.denoiser import Network
 from tessera.settings import write_yaml
 from tessera.training import checkpoint, initial
 from tessera.training.ema import Average
@@ -39,7 +40,7 @@ class Run:
     recipe: Recipe
     model: bundle.Model  # the EMA and all that is needed to draw
     network: DiT  # the weights being trained
-    forward: Callable[..., Any]  # the same network, compiled if the recipe says so
+    forward: Network  # the same network, compiled if the recipe says so
     average: Average
     optimizer: torch.optim.Optimizer
     loader: Loader
@@ -77,13 +78,16 @@ class Estimate:
         )
 
 
-def set_up(recipe: Recipe) -> Run:
-    """Open the data, build the network and all around it. Writes nothing. Raises TesseraError."""
+def set_up(recipe: Recipe, found: Path | None = None) -> Run:
+    """Open the data, build the network and all around it. Writes nothing. Raises TesseraError.
+
+    found: the checkpoint that goes on; it stands in for training.init, which may be gone by now.
+    """
     config = recipe.training
     device = runtime.choose_device(config.device)
     start = None
     if config.init is not None:
-        start = sources.load(config.init, heads=config.init_heads, device="cpu")
+        start = bundle.load(found) if found else sources.load(config.init, heads=config.init_heads, device="cpu")
         recipe = initial.inherit(recipe, start)
     recipe = pixels_like_data(recipe)
     codec = recipe.codec.build().to(device)
@@ -92,7 +96,7 @@ def set_up(recipe: Recipe) -> Run:
     torch.manual_seed(config.seed)
     network = recipe.network.build()
     inherited = ""
-    if start is not None:
+    if start is not None and found is None:
         told = initial.start_from(network, source.class_names, start, str(config.init))
         inherited = "\n".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
     network.to(device)
@@ -137,10 +141,10 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     """
     folder = Path(recipe.output)
     found = _checkpoint_to_resume(folder, resume)
-    run = set_up(recipe)
+    run = set_up(recipe, found)
     step = 0
     if found is not None:
-        _agrees(run.recipe, found)
+        _agrees(run, found)
         step = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
     config = run.recipe.training
     _prepare_folder(run)
@@ -148,7 +152,7 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     try:
         if found is not None:
             journal.say(f"going on from step {step} ({found})")
-        if run.inherited and not found:
+        if run.inherited:
             write_whole(folder / INIT, run.inherited + "\n")
             journal.say(f"started from {config.init}: see {folder / INIT} for what was kept")
         if step >= config.steps:
@@ -190,11 +194,14 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                 for name, value in told.items():
                     sums[name] = sums[name] + value if name in sums else value
                 counted += 1
-                if step % config.log_every == 0 or step == config.steps:
-                    means = {name: value.item() / counted for name, value in sums.items()}
+                stop, last = bool(stopping), step == config.steps
+                logs = step % config.log_every == 0 or last
+                saves = step % config.checkpoint_every == 0 or last or stop
+                means = {name: value.item() / counted for name, value in sums.items()} if logs or saves else {}
+                if not all(math.isfinite(value) for value in means.values()):
+                    raise TesseraError(_diverged(run, step))  # and no checkpoint of it
+                if logs:
                     seconds = time.monotonic() - clock_start
-                    if not all(math.isfinite(value) for value in means.values()):
-                        raise TesseraError(_diverged(run, step))
                     journal.record(
                         step,
                         **means,
@@ -206,16 +213,13 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                 journal.advance(step)
                 if len(run.loader.skipped) > seen_skips:
                     seen_skips = _report_skips(run, journal, seen_skips)
-                stop = bool(stopping)
-                if (step % config.sample_every == 0 and not stop) or step == config.steps:
-                    paused = time.monotonic()
-                    _draw(run, step, journal)
-                    clock_start += time.monotonic() - paused
-                if step % config.checkpoint_every == 0 or stop or step == config.steps:
-                    paused = time.monotonic()
+                paused = time.monotonic()
+                if saves:
                     _save(run, step, device)
-                    clock_start += time.monotonic() - paused
-                if stop and step < config.steps:
+                if (step % config.sample_every == 0 and not stop) or last:
+                    _draw(run, step, journal)
+                clock_start += time.monotonic() - paused
+                if stop and not last:
                     raise Interrupted(
                         f"stopped at step {step} of {config.steps}, everything saved in {run.folder}\n"
                         "run the same command again to go on"
@@ -230,8 +234,7 @@ def _save(run: Run, step: int, device: torch.device) -> None:
     config = run.recipe
     origin = {
         "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}",
-        "trained on": f"{len(run.loader.source):,} images ({config.data.kind}"
-        + (f": {config.data.path})" if hasattr(config.data, "path") else ")"),
+        "trained on": f"{len(run.loader.source):,} images ({config.data.where})",
         "steps": step,
         "batch": config.training.batch,
         "learning rate": config.training.optimizer.learning_rate,
@@ -273,15 +276,24 @@ def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     return inside[0]
 
 
-def _agrees(recipe: Recipe, found: Path) -> None:
-    """A resumed run keeps network, process and codec: raise TesseraError that says what differs."""
-    saved = bundle.load_config(found)
+def _agrees(run: Run, found: Path) -> None:
+    """A resumed run keeps network, process, kind of codec and classes: raise TesseraError that says what differs."""
+    saved, fresh = bundle.load_config(found), run.model.config
     for name in ("network", "process"):
-        before, now = getattr(saved, name).model_dump(), getattr(recipe, name).model_dump()
+        before, now = getattr(saved, name).model_dump(), getattr(fresh, name).model_dump()
         differing = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before.get(key) != now[key]]
         if differing:
             raise TesseraError(
                 f"cannot go on from {found} with another {name}: {'; '.join(differing)}\n"
+                f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
+            )
+    for name, before, now in (
+        ("codec", saved.codec.kind, fresh.codec.kind),
+        ("classes", ", ".join(saved.class_names), ", ".join(fresh.class_names)),
+    ):
+        if before != now:
+            raise TesseraError(
+                f"cannot go on from {found} with another {name}: was {before}, is {now}\n"
                 f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
             )
 
@@ -294,7 +306,8 @@ def _prepare_folder(run: Run) -> None:
     write_whole(folder / RECIPE, write_yaml(run.recipe))
     codec = run.recipe.codec
     if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir() and not (folder / bundle.CODEC).exists():
-        bundle.copy_codec(codec, folder / bundle.CODEC)
+        with whole_folder(folder / bundle.CODEC) as partial:
+            bundle.copy_codec(codec, partial)
 
 
 def _report_skips(run: Run, journal: Journal, before: int) -> int:
@@ -340,14 +353,17 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def dry_run(recipe: Recipe, steps: int = 3) -> Estimate:
+def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
     """Everything a run does, a few times, on real data, into a folder that is thrown away.
 
     Tells what the whole run will take. Raises the TesseraError that the run would raise.
     """
+    found = _checkpoint_to_resume(Path(recipe.output), resume)
     _writable(Path(recipe.output))
     with tempfile.TemporaryDirectory(prefix="tessera-") as scratch:
-        run = set_up(recipe.model_copy(update={"output": scratch}))
+        run = set_up(recipe.model_copy(update={"output": scratch}), found)
+        if found is not None:
+            _agrees(run, found)
         config, device = run.recipe.training, run.model.device
         micro = config.micro_batch or config.batch
         batches = run.loader.batches()
@@ -388,10 +404,10 @@ def _existing(path: Path) -> Path:
 
 def _writable(folder: Path) -> None:
     place = _existing(folder.absolute())
+    if not place.is_dir():
+        raise TesseraError(f"cannot write to output={folder}: {place} is a file, not a folder")
     try:
-        with tempfile.TemporaryFile(dir=place if place.is_dir() else place.parent):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise TesseraError(f"cannot write to {folder}: {error.strerror or error}") from None
-    if place == folder.absolute() and not place.is_dir():
-        raise TesseraError(f"output={folder} is a file; give a folder")

@@ -13,7 +13,10 @@ from tessera.models.dit import DiTConfig
 from tessera.process.gaussian import GaussianConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
+from tessera.sampling.times import times
 from tessera.settings import Settings, by_kind, override, parse, read_yaml
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Adam(Settings):
@@ -21,42 +24,48 @@ class Adam(Settings):
 
     kind: Literal["adamw"] = "adamw"
     learning_rate: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: NonNegativeInt = Field(0, description="steps in which the learning rate rises from 0")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="how it falls over the whole run")
-    clip: PositiveFloat | None = Field(None, description="largest norm of the gradient")
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: NonNegativeInt = Field(default=0, description="steps in which the learning rate rises from 0")
+    decay: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="how it falls over the whole run"
+    )
+    clip: PositiveFloat | None = Field(default=None, description="largest norm of the gradient")
 
 
 class EMA(Settings):
     """The moving average of the weights, which is what a model draws with."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
-    warmup: bool = Field(False, description="a shorter average at first: (1 + step) / (10 + step) where that is less")
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    warmup: bool = Field(
+        default=False, description="a shorter average at first: (1 + step) / (10 + step) where that is less"
+    )
 
 
 class TrainingConfig(Settings):
     """How a run learns, and what it writes down. The defaults are those of the DiT paper."""
 
     steps: PositiveInt = 400_000
-    batch: PositiveInt = Field(256, description="samples a step, over all devices and accumulation")
-    micro_batch: PositiveInt | None = Field(None, description="samples on the device at once; null: the whole batch")
+    batch: PositiveInt = Field(default=256, description="samples a step, over all devices and accumulation")
+    micro_batch: PositiveInt | None = Field(
+        default=None, description="samples on the device at once; null: the whole batch"
+    )
     optimizer: Annotated[Adam, BeforeValidator(by_kind)] = Adam()
     ema: EMA = EMA()
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
-    precision: Precision = Field("auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
-    compile: bool = Field(False, description="torch.compile the network")
+    label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
+    precision: Precision = Field(default="auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
+    compile: bool = Field(default=False, description="torch.compile the network")
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
-    workers: PositiveInt = Field(2, description="threads that read data ahead")
-    init: str | None = Field(None, description="start from this bundle, run, official .pt or diffusers folder")
-    init_heads: PositiveInt | None = Field(None, description="attention heads of init, where a .pt cannot say")
+    workers: PositiveInt = Field(default=2, description="threads that read data ahead")
+    init: str | None = Field(default=None, description="start from this bundle, run, official .pt or diffusers folder")
+    init_heads: PositiveInt | None = Field(default=None, description="attention heads of init, where a .pt cannot say")
     log_every: PositiveInt = 100
-    sample_every: PositiveInt = Field(5_000, description="steps between grids of samples")
-    sample_seeds: PositiveInt = Field(4, description="rows of the grid")
+    sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
+    sample_seeds: PositiveInt = Field(default=4, description="rows of the grid")
     checkpoint_every: PositiveInt = 5_000
     keep_checkpoints: PositiveInt = 2
-    tensorboard: bool = Field(True, description="write TensorBoard logs, where tensorboard is installed")
+    tensorboard: bool = Field(default=True, description="write TensorBoard logs, where tensorboard is installed")
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":
@@ -109,6 +118,12 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
     network = parse(DiTConfig, {**network.model_dump(), **facts}, "network")
     if facts["classes"] and recipe.training.label_dropout and not network.null_class:
         raise TesseraError("training.label_dropout needs network.null_class=true: labels are withheld by that class")
+    if recipe.sampling.guidance != 1 and not (facts["classes"] and network.null_class):
+        raise TesseraError(
+            f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
+            "set sampling.guidance=1"
+        )
+    times(recipe.sampling.spacing, recipe.sampling.steps, recipe.process.steps)  # an error now, not at the first grid
     return recipe.model_copy(update={"network": network})
 
 

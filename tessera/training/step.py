@@ -17,6 +17,7 @@ from tessera.conditions import Condition
 from tessera.data import Batch
 from tessera.process.gaussian import Gaussian
 from tessera.process.prediction import Losses
+from tessera.sampling.denoiser import Network
 from tessera.training.recipe import Adam
 
 # Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
@@ -54,7 +55,7 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
     return pixels, condition, position
 
 
-def losses(network: nn.Module, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> Losses:
+def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> Losses:
     """The process's training losses at times and noise drawn for these positions. x0 [B, C, h, w], position [B]"""
     t = task.process.draw_times(randomness.uniform(task.seed, position.cpu(), TIME)[:, 0])
     noise = randomness.normal(task.seed, position, NOISE, tuple(x0.shape[1:]))
@@ -86,7 +87,7 @@ def learning_rate(config: Adam, step: int, steps: int) -> float:
 
 
 def train_step(
-    network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, task: Task, config: Adam, micro: int
+    network: Network, optimizer: torch.optim.Optimizer, batch: Batch, task: Task, config: Adam, micro: int
 ) -> dict[str, Tensor]:
     """Gradients of the mean loss over a batch, `micro` samples at a time, and one update.
 

@@ -1,0 +1,436 @@
+"""Folders of diffusers' DiTPipeline, or of its transformer alone <-> a Model.
+
+diffusers' network is the official one but for two numbers, which our configuration carries: its time frequencies divide
+by 127, and the norm before the MLP adds 1e-5. Import needs no diffusers; export needs it only to measure or to fetch.
+
+Shapes: D width, O raw output channels, p patch side.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from tessera.bundle import BundleConfig, Model, assemble, copy_codec, read_tensors, write_tensors
+from tessera.codecs import AutoencoderConfig
+from tessera.codecs.autoencoder import Autoencoder
+from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.files import whole_folder
+from tessera.interop.reading import Codec, codec_for, difference, read_json, read_pickle
+from tessera.layers.positions import sincos_grid
+from tessera.models.dit import DiTConfig
+from tessera.process.gaussian import Cosine, GaussianConfig, Linear
+from tessera.sampling import DDIM, Ancestral, SamplingConfig
+from tessera.settings import S, Settings, parse
+
+INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
+TRANSFORMER, SCHEDULER, VAE, SCHEDULER_CONFIG = "transformer", "scheduler", "vae", "scheduler_config.json"
+VERSION = "0.31.0"  # of diffusers, whose files these are; every later one reads them
+TIME_DIVISOR = 127  # hard-coded there
+NULL_CLASS = 1000  # hard-coded in DiTPipeline
+PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+
+
+class TransformerConfig(Settings):
+    """config.json of a DiTTransformer2DModel; where Tessera knows but one value, so does the type."""
+
+    num_attention_heads: PositiveInt = 16
+    attention_head_dim: PositiveInt = 72
+    in_channels: PositiveInt = 4
+    out_channels: PositiveInt | None = None
+    num_layers: PositiveInt = 28
+    dropout: float = 0.0
+    norm_num_groups: int | None = 32
+    attention_bias: Literal[True] = True
+    sample_size: PositiveInt = 32
+    patch_size: PositiveInt = 2
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
+    num_embeds_ada_norm: PositiveInt = 1000
+    upcast_attention: bool = False
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    norm_elementwise_affine: Literal[False] = False
+    norm_eps: float = 1e-5
+
+
+class SchedulerConfig(Settings):
+    """scheduler_config.json of a DDIMScheduler: the process, and how to draw from it."""
+
+    num_train_timesteps: PositiveInt = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: Annotated[list[float], Field(min_length=1)] | None = None
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    rescale_betas_zero_snr: Literal[False] = False
+    clip_sample: bool = True
+    thresholding: bool = False
+    set_alpha_to_one: bool = True
+    steps_offset: int = 0
+    variance_type: str | None = Field(default=None, description="of the DDPM scheduler", exclude=True)
+
+
+class Place(NamedTuple):
+    """Where one of our tensors stands there: under one name, in parts cut along its rows, or copied to all blocks."""
+
+    ours: str
+    how: Literal["one", "parts", "copies"]
+    theirs: tuple[str, ...]
+
+
+def places(depth: int) -> list[Place]:
+    """Every tensor of a network but the position table, which diffusers makes anew."""
+
+    def both(ours: str, *theirs: str, how: Literal["one", "parts", "copies"] = "one") -> list[Place]:
+        return [Place(f"{ours}.{kind}", how, tuple(f"{name}.{kind}" for name in theirs)) for kind in ("weight", "bias")]
+
+    blocks = [f"transformer_blocks.{i}" for i in range(depth)]
+    told = [f"{block}.norm1.emb" for block in blocks]
+    table = tuple(f"{name}.class_embedder.embedding_table.weight" for name in told)
+    found = [
+        *both("x_embedder.proj", "pos_embed.proj"),
+        *both("t_embedder.mlp.0", *(f"{name}.timestep_embedder.linear_1" for name in told), how="copies"),
+        *both("t_embedder.mlp.2", *(f"{name}.timestep_embedder.linear_2" for name in told), how="copies"),
+        Place("y_embedder.embedding_table.weight", "copies", table),
+        *both("final_layer.adaLN_modulation.1", "proj_out_1"),
+        *both("final_layer.linear", "proj_out_2"),
+    ]
+    for i, block in enumerate(blocks):
+        found += both(f"blocks.{i}.adaLN_modulation.1", f"{block}.norm1.linear")
+        found += both(f"blocks.{i}.attn.qkv", *(f"{block}.attn1.to_{part}" for part in "qkv"), how="parts")
+        found += both(f"blocks.{i}.attn.proj", f"{block}.attn1.to_out.0")
+        found += both(f"blocks.{i}.mlp.fc1", f"{block}.ff.net.0.proj")
+        found += both(f"blocks.{i}.mlp.fc2", f"{block}.ff.net.2")
+    return found
+
+
+# Import
+
+
+def read(folder: Path, device: torch.device | str = "cpu", *, codec: Codec | None = None) -> Model:
+    """A Model from a pipeline's folder or a transformer's, which draws what diffusers draws.
+
+    codec: in place of the folder's own vae/. A transformer alone is taken to be under the paper's process. Raises
+    TesseraError if something is missing or damaged, or is of a kind that Tessera cannot represent.
+    """
+    folder = Path(folder)
+    index = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+    place = folder / TRANSFORMER if index else folder
+    told = read_json(place / CONFIG)
+    if told.get("_class_name") not in ("DiTTransformer2DModel", "Transformer2DModel"):  # the second until version 0.30
+        raise TesseraError(
+            f"{place} holds diffusers' {told.get('_class_name')}; Tessera reads DiTTransformer2DModel (DiTPipeline)"
+        )
+    if told.get("interpolation_scale") not in (None, 1):
+        raise TesseraError(
+            f"{place / CONFIG}: interpolation_scale {told['interpolation_scale']} stretches the positions; expected 1"
+        )
+    transformer = _parse(TransformerConfig, told, place / CONFIG)
+    network = network_of(transformer, str(place / CONFIG))
+    tensors = from_diffusers(_tensors(place), network, str(place))
+    scheduler, kind = SchedulerConfig(clip_sample=False), "DDIMScheduler"
+    if (folder / SCHEDULER / SCHEDULER_CONFIG).exists() or index:
+        scheduler, kind = _scheduler(folder / SCHEDULER / SCHEDULER_CONFIG)
+    if codec is None and index and (folder / VAE / CONFIG).exists():
+        codec = str(folder)
+    origin = {"from": f"diffusers folder {folder.resolve().name}"}
+    unused = _unused(scheduler)
+    if unused:
+        origin["not carried over"] = f"{', '.join(unused)} of the scheduler"
+    config = BundleConfig(
+        network=network,
+        process=process_of(scheduler, network, str(folder / SCHEDULER)),
+        codec=codec_for(codec, network.channels),
+        sampling=SamplingConfig(
+            sampler=Ancestral() if kind == "DDPMScheduler" else DDIM(),
+            steps=min(50, scheduler.num_train_timesteps),
+            spacing="even" if scheduler.timestep_spacing == "linspace" else scheduler.timestep_spacing,
+            guidance=4.0,  # DiTPipeline's own, which guides every channel
+            guidance_channels="all",
+        ),
+        class_names=_class_names(index.get("id2label"), network.classes),
+        origin=origin,
+    )
+    return assemble(config, tensors, str(place), device)
+
+
+def network_of(config: TransformerConfig, source: str) -> DiTConfig:
+    """Our configuration of diffusers' network; of its classes, one more is the null class."""
+    return parse(
+        DiTConfig,
+        {
+            "size": (config.sample_size, config.sample_size),
+            "channels": config.in_channels,
+            "outputs": config.out_channels or config.in_channels,
+            "classes": config.num_embeds_ada_norm,
+            "null_class": True,
+            "patch": config.patch_size,
+            "depth": config.num_layers,
+            "width": config.num_attention_heads * config.attention_head_dim,
+            "heads": config.num_attention_heads,
+            "time_divisor": TIME_DIVISOR,
+            "mlp_norm_eps": config.norm_eps,
+        },
+        source,
+    )
+
+
+def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) -> dict[str, Tensor]:
+    """diffusers' state dict -> ours. Raises TesseraError that names what is missing, too much or not representable."""
+    wanted = places(network.depth)
+    names = {name for place in wanted for name in place.theirs}
+    faults = [f"missing {name}" for name in sorted(names - tensors.keys())]
+    faults += [f"unexpected {name}" for name in sorted(tensors.keys() - names)]
+    if faults:
+        shown = "\n  ".join(faults[:8]) + (f"\n  and {len(faults) - 8} more" if len(faults) > 8 else "")
+        raise TesseraError(f"{source} holds another architecture than its configuration says:\n  {shown}")
+    # As diffusers does: the positions of the configured grid, unscaled at any size.
+    result = {"pos_embed": sincos_grid(network.grid, network.width)[None]}
+    for ours, how, theirs in wanted:
+        first = tensors[theirs[0]]
+        if how == "copies":
+            odd = next((name for name in theirs if not torch.equal(tensors[name], first)), None)
+            if odd is not None:
+                raise TesseraError(
+                    f"{source}: {odd} differs from {theirs[0]}; Tessera has one embedding for all blocks, as the "
+                    "official network does, and cannot represent one for each"
+                )
+        result[ours] = torch.cat([tensors[name] for name in theirs]) if how == "parts" else first
+    return result
+
+
+def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> GaussianConfig:
+    """The process that a scheduler's betas belong to. Raises TesseraError if Tessera has no such schedule."""
+    if network.outputs not in (network.channels, 2 * network.channels):
+        raise TesseraError(
+            f"{source}: {network.outputs} raw outputs for {network.channels} channels; expected 1x or 2x"
+        )
+    steps = scheduler.num_train_timesteps
+    if scheduler.trained_betas is not None:
+        betas = torch.tensor(scheduler.trained_betas, dtype=torch.float64)
+        first, last = (float(betas[i]) * steps / 1000 for i in (0, -1))
+        candidates = [Linear(), Cosine()] + ([Linear(start=first, end=last)] if 0 < first < 1 and 0 < last < 1 else [])
+    elif scheduler.beta_schedule == "linear":
+        betas = torch.linspace(scheduler.beta_start, scheduler.beta_end, steps, dtype=torch.float64)
+        ends = {"start": scheduler.beta_start * steps / 1000, "end": scheduler.beta_end * steps / 1000}
+        candidates = [parse(Linear, ends, source)]  # ours are said for 1000 steps
+    else:
+        candidates, betas = [Cosine()], Cosine().betas(steps)
+    for schedule in candidates:
+        if len(betas) == steps and torch.allclose(schedule.betas(steps), betas, rtol=1e-6, atol=1e-8):
+            fixed = "beta" if (scheduler.variance_type or "").startswith("fixed_large") else "posterior"
+            return GaussianConfig.model_validate(
+                {
+                    "steps": steps,
+                    "schedule": schedule,
+                    "prediction": PREDICTIONS[scheduler.prediction_type],
+                    "variance": "learned" if network.outputs == 2 * network.channels else fixed,
+                }
+            )
+    raise TesseraError(f"{source}: its {len(betas)} betas are neither linear nor the cosine schedule of {steps} steps")
+
+
+def _scheduler(path: Path) -> tuple[SchedulerConfig, str]:
+    told = read_json(path)
+    kind = str(told.get("_class_name"))
+    if kind not in ("DDIMScheduler", "DDPMScheduler") and not told.keys() & {"beta_schedule", "trained_betas"}:
+        raise TesseraError(f"{path} is a {kind}; expected a scheduler with betas, such as DDIMScheduler")
+    if told.get("trained_betas") is not None:
+        told.pop("beta_schedule", None)  # overruled
+    return _parse(SchedulerConfig, told, path), kind
+
+
+def _parse(kind: type[S], told: dict[str, Any], path: Path) -> S:
+    """The fields that matter here; every version of diffusers writes some more."""
+    return parse(kind, {name: value for name, value in told.items() if name in kind.model_fields}, str(path))
+
+
+def _unused(scheduler: SchedulerConfig) -> list[str]:
+    """What changes the pictures that diffusers draws and has no part in ours."""
+    usual = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
+    return [f"{name} {getattr(scheduler, name)}" for name, value in usual.items() if getattr(scheduler, name) != value]
+
+
+def _class_names(labels: Any, classes: int) -> tuple[str, ...]:
+    """A name for each class, or none at all if they are but the numbers."""
+    if not isinstance(labels, dict):
+        return ()
+    names = tuple(str(labels.get(str(i), i)) for i in range(classes))
+    return () if names == tuple(str(i) for i in range(classes)) else names
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """A transformer's state dict: safetensors before pickles, whole or in shards."""
+    for ending, reader in ((".safetensors", read_tensors), (".bin", _read_bin)):
+        whole, index = folder / f"{WEIGHTS}{ending}", folder / f"{WEIGHTS}{ending}.index.json"
+        if whole.exists():
+            return reader(whole)
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            files = sorted(set(shards.values())) if isinstance(shards, dict) else []
+            if not files or not all(isinstance(file, str) and file == Path(file).name for file in files):
+                raise TesseraError(f"{index} names no files: expected a weight_map from tensors to files beside it")
+            return {name: tensor for file in files for name, tensor in reader(folder / file).items()}
+    raise TesseraError(f"{folder} holds no weights: expected {WEIGHTS}.safetensors (or .bin), or its .index.json")
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    tensors = read_pickle(path)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise TesseraError(f"{path} holds no state dict")
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # off the mapped file
+
+
+# Export
+
+
+def write(model: Model, target: Path, approximate: bool = False) -> str:
+    """Write the folder of a DiTPipeline; returns a message that says what the reader must know.
+
+    diffusers' time frequencies are fixed: a network with others is written only if approximate, and the difference of
+    one forward pass is measured. Raises TesseraError for a network that diffusers has no place for.
+    """
+    target, network = Path(target), model.config.network
+    faults = _faults(model)
+    if faults:
+        raise TesseraError("diffusers' DiTPipeline cannot hold this model:\n  " + "\n  ".join(faults))
+    exact = network.time_divisor == TIME_DIVISOR
+    if not exact and not approximate:
+        raise TesseraError(
+            f"diffusers' DiT fixes the time_divisor at {TIME_DIVISOR}, and this network was trained with "
+            f"{network.time_divisor}: its outputs there would differ. Pass approximate=True (--approximate) to write "
+            f"it all the same and measure by how much, or train with time_divisor {TIME_DIVISOR}"
+        )
+    said = [f"wrote {target}: a folder for diffusers' DiTPipeline, exact" if exact else f"wrote {target}: approximate"]
+    with whole_folder(target) as folder:
+        for name in (TRANSFORMER, SCHEDULER):
+            (folder / name).mkdir()
+        _write_json(folder / TRANSFORMER / CONFIG, "DiTTransformer2DModel", transformer_of(network).model_dump())
+        write_tensors(
+            to_diffusers(model.network.state_dict(), network), folder / TRANSFORMER / f"{WEIGHTS}.safetensors"
+        )
+        _write_json(folder / SCHEDULER / SCHEDULER_CONFIG, "DDIMScheduler", scheduler_of(model.config).model_dump())
+        vae = _write_vae(model, folder / VAE)
+        index = {
+            "id2label": {str(i): name for i, name in enumerate(model.class_names)},
+            SCHEDULER: ["diffusers", "DDIMScheduler"],
+            TRANSFORMER: ["diffusers", "DiTTransformer2DModel"],
+            VAE: ["diffusers", "AutoencoderKL"] if vae else [None, None],
+        }
+        _write_json(folder / INDEX, "DiTPipeline", index)
+        if not exact:
+            said.append(f"one forward pass there differs by {_measured(model, folder):.3g} (relative L2)")
+    if not vae:
+        said.append(
+            "there is no vae/, as the network sees pixels: DiTPipeline.from_pretrained(..., vae=None) loads it, but "
+            "draws only with an autoencoder"
+        )
+    if network.classes != NULL_CLASS:
+        said.append(
+            f"DiTPipeline guides with class {NULL_CLASS}, and the null class of this model is {network.classes}: "
+            "draw there with guidance_scale=1"
+        )
+    return "\n".join(said)
+
+
+def _faults(model: Model) -> list[str]:
+    """What diffusers' network, scheduler or pipeline has no place for, one line each."""
+    network, faults = model.config.network, []
+    if network.block.kind != "adaln-zero":
+        faults.append(f"its blocks are {network.block.kind}; only adaln-zero is known there")
+    if network.size[0] != network.size[1]:
+        faults.append(f"it sees {network.size[0]} x {network.size[1]}; only squares are known there")
+    if int(network.width * network.mlp_ratio) != 4 * network.width:
+        faults.append(f"its mlp_ratio is {network.mlp_ratio:g}; only 4 is known there")
+    if not network.classes:
+        faults.append("it is unconditional; only networks told a class are known there")
+    elif not network.null_class:
+        faults.append("it has no null class; the label table there always has one")
+    positions = sincos_grid(network.grid, network.width).to(model.network.pos_embed)
+    if not torch.allclose(model.network.pos_embed[0], positions, rtol=0, atol=1e-5):
+        faults.append("its positions are no sin-cos table of its grid; diffusers would make that in their place")
+    return faults
+
+
+def transformer_of(network: DiTConfig) -> TransformerConfig:
+    return TransformerConfig(
+        num_attention_heads=network.heads,
+        attention_head_dim=network.width // network.heads,
+        in_channels=network.channels,
+        out_channels=network.outputs,
+        num_layers=network.depth,
+        sample_size=network.size[0],
+        patch_size=network.patch,
+        num_embeds_ada_norm=network.classes,
+        norm_eps=network.mlp_norm_eps,
+    )
+
+
+def to_diffusers(tensors: dict[str, Tensor], network: DiTConfig) -> dict[str, Tensor]:
+    """Our state dict -> diffusers'; each tensor with memory of its own."""
+    result = {}
+    for ours, how, theirs in places(network.depth):
+        tensor = tensors[ours].detach().cpu()
+        parts = tensor.chunk(len(theirs)) if how == "parts" else [tensor] * len(theirs)
+        result.update({name: part.clone() for name, part in zip(theirs, parts)})
+    return result
+
+
+def scheduler_of(config: BundleConfig) -> SchedulerConfig:
+    """The DDIM scheduler with a process's betas: by name where there is one, else number by number."""
+    steps, schedule = config.process.steps, config.process.schedule
+    told: dict[str, Any] = {"trained_betas": schedule.betas(steps).tolist()}
+    if schedule == Cosine():
+        told = {"beta_schedule": "squaredcos_cap_v2"}
+    elif isinstance(schedule, Linear) and schedule.end * 1000 / steps < 0.999:
+        told = {"beta_start": schedule.start * 1000 / steps, "beta_end": schedule.end * 1000 / steps}
+    return SchedulerConfig.model_validate(
+        {
+            "num_train_timesteps": steps,
+            "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.process.prediction),
+            "timestep_spacing": "trailing" if config.sampling.spacing == "trailing" else "leading",
+            "clip_sample": False,
+            **told,
+        }
+    )
+
+
+def _write_vae(model: Model, target: Path) -> bool:
+    """Copy the autoencoder, or fetch it from the hub; False if the network sees pixels."""
+    codec = model.config.codec
+    if not isinstance(codec, AutoencoderConfig):
+        return False
+    if Path(codec.source).is_dir():
+        copy_codec(codec, target)
+    elif isinstance(model.codec, Autoencoder):
+        model.codec.save(target)
+    shift = read_json(target / CONFIG).get("shift_factor")
+    if shift:
+        raise TesseraError(f"DiTPipeline ignores an autoencoder's shift_factor, and this one's is {shift}")
+    return True
+
+
+def _write_json(path: Path, kind: str, told: dict[str, Any]) -> None:
+    data = {"_class_name": kind, "_diffusers_version": VERSION, **told}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _measured(model: Model, folder: Path) -> float:
+    """Relative L2 distance of one forward pass: diffusers' network, loaded from the folder, and ours."""
+    try:
+        from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+    except ImportError:
+        raise TesseraError("measuring the difference needs diffusers: pip install 'tessera[diffusers]'") from None
+    theirs: Any = DiTTransformer2DModel.from_pretrained(folder, subfolder=TRANSFORMER).eval()
+    classes = model.config.network.classes
+
+    def forward(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        label = condition.label
+        assert label is not None  # such a network was refused
+        return theirs(x, timestep=t, class_labels=torch.where(label < 0, classes, label)).sample
+
+    return difference(model.network, forward)

@@ -1,0 +1,99 @@
+"""Telling apart what can be loaded, and turning one into another."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tessera import bundle, runtime
+from tessera.bundle import Model
+from tessera.errors import TesseraError
+from tessera.interop import diffusers, official
+from tessera.interop.reading import Codec, codec_for, read_json
+from tessera.settings import unknown
+
+ACCEPTED = (
+    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt or .pth), or a folder "
+    "of diffusers' DiTPipeline or of its transformer"
+)
+Format = Literal["bundle", "official", "diffusers"]
+
+
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    *,
+    heads: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    codec: Codec | None = None,
+) -> Model:
+    """Load a model from whatever holds one: a bundle, a run (its newest checkpoint), an official .pt or .pth file, a
+    diffusers folder. Nothing is fetched.
+
+    device: auto, cpu, cuda or mps. heads, size: what weights alone may leave unsaid (see `official.read`); elsewhere
+    they must agree with what is said. codec: in place of the source's own: "pixels", a folder or a hub id.
+    Raises TesseraError if nothing is recognised, or what is there is damaged.
+    """
+    path, device = Path(path).expanduser(), runtime.choose_device(str(device))
+    if path.is_file() and path.suffix in official.SUFFIXES:
+        return official.read(path, device, heads=heads, size=size, codec=codec)
+    model = _load_folder(path, device, codec)
+    network = model.config.network
+    for what, told, said in (("heads", heads, network.heads), ("size", size, network.size)):
+        if told is not None and told != said and (told, told) != said:
+            raise TesseraError(f"{path} says {what} {said}, not {told}: leave {what} out")
+    return model if codec is None else _with_codec(model, codec)
+
+
+def convert(
+    source: Model | str | Path,
+    target: str | Path,
+    to: Format | str,
+    approximate: bool = False,
+    *,
+    heads: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    codec: Codec | None = None,
+) -> str:
+    """Write a model, or what `load` reads, in another format; returns a message of what was written.
+
+    approximate: write also what the format cannot hold exactly, and say by how much one forward pass differs. Raises
+    TesseraError if the target exists, or the format has no place for the model.
+    """
+    writers = {"bundle": _write_bundle, "official": official.write, "diffusers": diffusers.write}
+    if to not in writers:
+        raise TesseraError(unknown("format", to, writers))
+    if not isinstance(source, Model):
+        source = load(source, "cpu", heads=heads, size=size, codec=codec)
+    elif codec is not None:
+        source = _with_codec(source, codec)
+    return writers[to](source, Path(target).expanduser(), approximate)
+
+
+def _load_folder(path: Path, device: torch.device, codec: Codec | None) -> Model:
+    if not path.exists():
+        raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
+    if not path.is_dir():
+        raise TesseraError(f"{path} is no model that Tessera knows: {ACCEPTED}")
+    config: dict[str, Any] = read_json(path / bundle.CONFIG) if (path / bundle.CONFIG).exists() else {}
+    if "format" in config:
+        return bundle.load(path, device)
+    if "_class_name" in config or (path / diffusers.INDEX).exists():
+        return diffusers.read(path, device, codec=codec)
+    found = bundle.checkpoints(path)
+    if found:
+        return bundle.load(found[0], device)
+    if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
+        raise TesseraError(f"the run in {path} has no checkpoint yet: wait for its first, or train it further")
+    raise TesseraError(f"{path} holds no model that Tessera knows: {ACCEPTED}")
+
+
+def _with_codec(model: Model, codec: Codec) -> Model:
+    chosen = codec_for(codec, model.config.network.channels)
+    return Model(model.config.model_copy(update={"codec": chosen}), model.network)
+
+
+def _write_bundle(model: Model, target: Path, approximate: bool) -> str:
+    """A bundle holds everything: it is never approximate."""
+    bundle.save(model, target)
+    return f"wrote {target}: a bundle, exact"
