@@ -170,8 +170,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     ratios: dict[str, list[float]] = {}
     for preset in options.models.split(","):
-        ours, theirs = pair(preset)
         for batch in map(int, options.batches.split(",")):
+            ours, theirs = pair(preset)  # anew: the steps of the last batch have moved the weights
             memory = "" if options.compile else [memory_of(preset, batch, which) for which in ("ours", "theirs")]
             for work, (first, second) in calls(ours, theirs, batch, options.compile).items():
                 mine, other = interleaved(first, second, options.rounds)

@@ -77,6 +77,8 @@ def walk(
     if bool((scales != 1).any()) and not (network.classes and network.null_class):
         raise TesseraError("this model cannot be guided: it has no 'told nothing' class; leave guidance at 1")
     seeds = list(seeds)
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise TesseraError(f"seeds are whole numbers from 0 to 2^63 - 1; got {seeds}")
     label = None if classes is None else labels(model, classes)
     told = 1 if label is None else len(label)
     rows = max(len(seeds), told, scales.numel())

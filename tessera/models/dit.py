@@ -157,7 +157,7 @@ class DiT(nn.Module):
         """The picture as tokens [B, L, D] (L + M where the condition is appended) and what the blocks are told."""
         self.config.check_patch((x.shape[-2], x.shape[-1]))
         grid = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
-        time = self.t_embedder(t).unflatten(0, (len(x), -1))  # one vector a picture; per frame, t [B, T] gives T
+        time = self.t_embedder(t)[:, None]  # one condition vector a picture: G = 1
         c, told = time, [time]
         if self.y_embedder is not None:
             if condition.label is None:

@@ -119,7 +119,7 @@ def clock(seconds: float) -> str:
     for size, name, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:
             return f"{int(seconds // size)} {name} {int(seconds % size // smaller_size)} {smaller}"
-    return f"{seconds:.0f} s"
+    return f"{int(seconds)} s"
 
 
 def _tensorboard(run: Path, step: int):

@@ -1,0 +1,23 @@
+"""The codec that is none."""
+
+import pytest
+import torch
+
+from tessera.codecs import PixelsConfig
+from tessera.errors import TesseraError
+from tessera.settings import parse
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_latents_are_the_pixels(channels):
+    codec = PixelsConfig(channels=channels).build().to("cpu")
+    pixels = torch.rand(2, channels, 4, 6) * 2 - 1
+    assert torch.equal(codec.encode(pixels), pixels)
+    assert torch.equal(codec.encode(pixels, torch.randn_like(pixels)), pixels)  # pixels have no spread to draw from
+    assert torch.equal(codec.decode(codec.encode(pixels)), pixels)
+    assert (codec.factor, codec.pixel_channels, codec.latent_channels) == (1, channels, channels)
+
+
+def test_pictures_have_one_channel_or_three():
+    with pytest.raises(TesseraError, match="channels"):
+        parse(PixelsConfig, {"channels": 4}, "the codec")

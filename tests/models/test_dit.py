@@ -1,0 +1,184 @@
+"""The network as a whole: what its rows depend on, where gradients flow, sizes other than the trained one."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.layers.positions import sincos_grid
+from tessera.models.dit import DiT, DiTConfig
+from tessera.settings import parse
+
+DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
+
+
+def config(**settings) -> DiTConfig:
+    sizes = {"size": (8, 12), "channels": 3, "outputs": 6, "depth": 3, "width": 32, "heads": 4, "classes": 5}
+    return DiTConfig.model_validate({**sizes, **settings})
+
+
+def inputs(rows=4, size=(8, 12), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, *size, generator=generator), torch.tensor([0.0, 17.0, 500.0, 999.0])[:rows]
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_gradients_reach_every_weight_of_every_block(design, randomise):
+    network = randomise(config(block=design).build()).train()
+    x, t = inputs()
+    network(x, t, Condition(torch.tensor([0, 1, 4, -1]))).square().mean().backward()
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
+    assert still == []
+    for block in network.blocks:
+        assert all(parameter.grad.norm() > 1e-6 for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_label_time_and_picture_each_change_their_own_row_alone(design, randomise):
+    network = randomise(config(block=design).build())
+    x, t = inputs()
+    label = torch.tensor([0, 1, 4, -1])
+    with torch.no_grad():
+        before = network(x, t, Condition(label))
+        for row in range(4):
+            at = torch.zeros(4, dtype=torch.bool)
+            at[row] = True
+            for changed in (
+                network(x, t, Condition(torch.where(at, 2, label))),
+                network(x, torch.where(at, 321.0, t), Condition(label)),
+                network(torch.where(at.view(4, 1, 1, 1), -x, x), t, Condition(label)),
+            ):
+                difference = (changed - before).abs().amax(dim=(1, 2, 3))
+                assert difference[row] > 1e-2
+                assert difference[~at].max() < 1e-5
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_all_four_designs_know_the_order_of_patches(design, randomise):
+    """Without positions a transformer would only permute its output with its input."""
+    network = randomise(config(block=design, patch=4).build())
+    x, t = inputs(2)
+    with torch.no_grad():
+        before = network(x, t, Condition([0, 1]))
+        swapped = network(x.roll(4, dims=3), t, Condition([0, 1]))
+    assert (swapped - before.roll(4, dims=3)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("classes", [1, 5, 1000])
+def test_told_nothing_is_the_row_after_the_last_class(classes, randomise):
+    network = randomise(config(classes=classes).build())
+    x, t = inputs()
+    rows = torch.full((4,), classes)
+    with torch.no_grad():
+        assert torch.equal(network(x, t, Condition(rows)), network(x, t, Condition(rows).null()))
+
+
+@pytest.mark.parametrize("size", [(10, 6), (16, 24), (12, 8)])  # the last has as many patches as the trained size
+@pytest.mark.parametrize("design", DESIGNS)
+def test_another_size_is_drawn_with_positions_of_its_own_grid(design, size, randomise):
+    """The same weights in a network configured for the other size give the same picture."""
+    trained, other = config(block=design).build(), config(block=design, size=size).build()
+    randomise(trained)
+    positions = sincos_grid((size[0] // 2, size[1] // 2), 32)[None]
+    other.load_state_dict({**trained.state_dict(), "pos_embed": positions})
+    x, t = inputs(size=size)
+    label = Condition([0, 1, 2, 3])
+    with torch.no_grad():
+        assert torch.equal(trained(x, t, label), other.eval()(x, t, label))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_patch_is_drawn_where_it_was_seen(design, randomise):
+    """With silent branches a token goes through unmixed, and the readout is norm, steering by c, linear."""
+    network = randomise(config(block=design).build())
+    x, t = inputs()
+    with torch.no_grad():
+        for block in network.blocks:
+            for name in ("attn", "cross_attn"):
+                if hasattr(block, name):
+                    getattr(block, name).proj.weight.zero_()
+                    getattr(block, name).proj.bias.zero_()
+            block.mlp.fc2.weight.zero_()
+            block.mlp.fc2.bias.zero_()
+        got = network(x, t, Condition([0, 1, 4, -1]))
+        c = network.t_embedder(t) + network.y_embedder.embedding_table.weight[[0, 1, 4, 5]]
+        final = network.final_layer
+        for i in range(4):
+            for j in range(6):
+                corner = x[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                token = network.x_embedder.proj(corner).flatten(1) + network.pos_embed[0, 6 * i + j]
+                token = (token - token.mean(1, keepdim=True)) / (token.var(1, False, keepdim=True) + 1e-6).sqrt()
+                if design in ("adaln", "adaln-zero"):
+                    shift, scale = final.adaLN_modulation[1](c * c.sigmoid()).chunk(2, dim=1)
+                    token = token * (1 + scale) + shift
+                drawn = final.linear(token).view(4, 2, 2, 6).permute(0, 3, 1, 2)  # rows, columns, then channels
+                expected = got[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_in_the_checkpoint_is_the_one_used(randomise):
+    """At the trained size the stored positions count, not a table made anew."""
+    network = randomise(config().build())
+    x, t = inputs()
+    with torch.no_grad():
+        before = network(x, t, Condition([0, 1, 2, 3]))
+        network.pos_embed.mul_(2.0)
+        assert (network(x, t, Condition([0, 1, 2, 3])) - before).abs().max() > 1e-2
+
+
+def test_a_size_the_patch_does_not_divide():
+    with pytest.raises(ValueError, match="patch 2 does not divide the size 7 x 12"):
+        config().build()(*inputs(size=(7, 12)), Condition([0, 1, 2, 3]))
+
+
+def test_labels_are_asked_for():
+    with pytest.raises(ValueError, match="5 classes"):
+        config().build()(*inputs(), Condition())
+
+
+def test_an_unconditional_network_has_no_table(randomise):
+    network = randomise(config(classes=0).build())
+    assert network.y_embedder is None
+    x, t = inputs()
+    with torch.no_grad():
+        assert network(x, t, Condition()).shape == (4, 6, 8, 12)
+
+
+def test_recomputed_blocks_give_the_same_gradients(randomise):
+    """Blocks are called with (tokens, context) alone, so that they can be recomputed, compiled and sharded."""
+    network = randomise(config().build())
+    x, t = inputs()
+    network(x, t, Condition([0, 1, 2, 3])).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    tokens, context = network.embed(x, t, Condition([0, 1, 2, 3]))
+    for block in network.blocks:
+        tokens = checkpoint(block, tokens, context, use_reentrant=False)
+    network.readout(tokens, context).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 30, "heads": 4}, "width 30 is not divisible by heads 4"),
+        ({"width": 30, "heads": 3}, "width 30 is not divisible by 4"),
+        ({"size": 9}, "patch 2 does not divide the size 9 x 9"),
+        ({"preset": "DiT-X/2"}, "did you mean 'DiT-"),
+        ({"block": "adaln-one"}, "adaln-zero"),
+        ({"widht": 32}, "did you mean 'width'?"),
+    ],
+)
+def test_configurations_that_cannot_be(settings, words):
+    with pytest.raises(TesseraError) as caught:
+        parse(DiTConfig, settings, "the network")
+    assert words in str(caught.value)
+
+
+def test_the_defaults_are_xl2_on_imagenet():
+    assert DiTConfig() == DiTConfig.model_validate({"preset": "DiT-XL/2"})
+    assert isinstance(config().build(), DiT)

@@ -1,0 +1,147 @@
+"""The official network and process, number by number: arrays its code gave for weights made by a formula.
+
+config is the network's; every weight is filled by its own name; x, noise, t, y are the inputs. The official code ran
+in float32 with float64 schedules: one forward pass agrees to 1e-5, the loops to 1e-4, relative.
+"""
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.conditions import Condition
+from tessera.models.dit import DiT, DiTConfig
+from tessera.process.gaussian import Gaussian, GaussianConfig
+from tessera.sampling import DDIM, Ancestral, walk
+from tessera.sampling.denoiser import Denoiser
+from tessera.sampling.times import times
+
+FOLDER = Path(__file__).parent
+
+
+def fill(shape: tuple[int, ...], name: str, scale: float) -> Tensor:
+    generator = np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode())))
+    return torch.from_numpy((scale * generator.standard_normal(shape)).astype(np.float32))
+
+
+@dataclass
+class Official:
+    name: str
+    numbers: dict[str, Tensor]
+    network: DiT
+    process: Gaussian
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.numbers[name]
+
+    @property
+    def times(self) -> Tensor:
+        return (self["t"] + 1) / 1000
+
+    def denoiser(self, guidance: float = 1.0, channels="all") -> Denoiser:
+        return Denoiser(self.network, self.process, Condition(self["y"]), guidance, channels)
+
+
+@pytest.fixture(scope="module", params=["tiny", "patch4"])
+def official(request) -> Official:
+    numbers = np.load(FOLDER / f"{request.param}.npz")
+    told = json.loads(str(numbers["config"]))
+    network = DiTConfig(
+        size=told["input_size"],
+        patch=told["patch_size"],
+        classes=told["num_classes"],
+        width=told["hidden_size"],
+        depth=told["depth"],
+        heads=told["num_heads"],
+    ).build()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name != "pos_embed":
+                scale = 0.2 if name == "y_embedder.embedding_table.weight" else 0.06
+                parameter.copy_(fill(tuple(parameter.shape), name, scale))
+    arrays = {name: torch.from_numpy(numbers[name]) for name in numbers.files if name != "config"}
+    return Official(request.param, arrays, network.eval(), GaussianConfig().build())
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def check(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert got.shape == expected.shape
+    assert float((got - expected).norm() / expected.norm()) < tolerance
+
+
+def test_the_numbers_cover_the_first_step(official):
+    assert official["t"][0] == 0
+    assert len(official["t"]) > 1
+
+
+def test_forward(official):
+    check(official.network(official["x"], official["t"].float(), Condition(official["y"])), official["forward"], 1e-5)
+
+
+def test_guidance_on_three_channels(official):
+    check(official.denoiser(4.0, 3).raw(official["x"], official.times), official["cfg3"], 1e-5)
+
+
+def test_guidance_on_all_channels_differs(official):
+    """The rule of three channels is not the default."""
+    raw = official.denoiser(4.0).raw(official["x"], official.times)
+    assert (raw[:, :3] - official["cfg3"][:, :3]).norm() / official["cfg3"][:, :3].norm() < 1e-5
+    assert (raw[:, 3] - official["cfg3"][:, 3]).norm() / official["cfg3"][:, 3].norm() > 0.01
+
+
+def test_noising(official):
+    check(official.process.mix(official["x"], official["noise"], official.times), official["q_sample"], 1e-6)
+
+
+def test_losses(official):
+    x = official.process.mix(official["x"], official["noise"], official.times)
+    raw = official.network(x, official.process.network_time(official.times), Condition(official["y"]))
+    losses = official.process.loss(raw, official["x"], official["noise"], official.times)
+    for got, name in ((losses.total, "train_loss"), (losses.mse, "train_mse"), (losses.vb, "train_vb")):
+        torch.testing.assert_close(got, official[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("count", [10, 250])
+def test_respaced_steps(official, count):
+    visited = times("even", count, 1000)
+    assert visited[-1] == 0
+    assert official.process.network_time(visited[:-1]).tolist() == sorted(
+        official[f"respace{count}"].tolist(), reverse=True
+    )
+
+
+def test_reverse_distribution(official):
+    grid = times("even", 10, 1000)
+    index = 10 - 1 - 6  # the file counts from the data upwards
+    x = official["noise"]
+    t, s = grid[index].expand(len(x)), grid[index + 1].expand(len(x))
+    prediction = official.denoiser()(x, t)
+    mean, log_variance = official.process.reverse(x, prediction, t, s)
+    check(prediction.x0, official["p_pred_xstart"], 1e-5)
+    check(mean, official["p_mean"], 1e-5)
+    check(log_variance, official["p_log_variance"], 1e-5)
+
+
+def test_ten_steps_of_ddim(official):
+    *_, last = walk(DDIM(), official.denoiser(), official["noise"], times("even", 10, 1000), noise=None)
+    check(last.x, official["ddim10"], 1e-4)
+
+
+def test_ten_ancestral_steps(official):
+    shape, step = tuple(official["noise"].shape), iter(range(10))
+
+    def noise() -> Tensor:
+        return fill(shape, f"{official.name}/step{next(step)}", 1.0)
+
+    *_, last = walk(Ancestral(), official.denoiser(), official["noise"], times("even", 10, 1000), noise)
+    check(last.x, official["ancestral10"], 1e-4)

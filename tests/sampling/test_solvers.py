@@ -1,0 +1,236 @@
+"""The samplers against diffusers' schedulers, and against data whose exact denoiser is known.
+
+For data N(mu, s^2) the posterior mean of the noise given x at time t is
+sigma (x - alpha mu) / (alpha^2 s^2 + sigma^2), and the probability-flow ODE keeps (x - alpha mu) / sqrt(alpha^2 s^2 +
+sigma^2) constant: both the right distribution and the exact path from every starting point are known.
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from tessera.conditions import Condition
+from tessera.process.gaussian import Gaussian, GaussianConfig
+from tessera.process.prediction import Prediction, expand
+from tessera.sampling import DDIM, SAMPLERS, Ancestral, walk
+from tessera.sampling.denoiser import Denoiser
+from tessera.sampling.times import times
+
+LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def process(**settings) -> Gaussian:
+    return GaussianConfig.model_validate(settings).build()
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Something smooth that mixes channels and knows the time; twice the channels, as with learned variance."""
+    raw = torch.cat((0.9 * x - 0.2 * x.flip(1), 0.8 * torch.tanh(x)), dim=1)
+    return raw * (0.9 + 0.1 * torch.cos(t / 300)).view(-1, 1, 1, 1)
+
+
+def relative(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def noise_from(seed: int, shape):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator)
+
+
+# Against diffusers
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v", "x0"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_is_that_of_diffusers(kind, spacing, eta):
+    theirs = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[kind]
+    scheduler = DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing=spacing, prediction_type=theirs)
+    scheduler.set_timesteps(20)
+    x = start = normal(3, 2, 3, 3)
+    draw = noise_from(7, start.shape)
+    for t in scheduler.timesteps:
+        raw = network(x, t.expand(3).float(), Condition())[:, :2]
+        x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
+    denoise = Denoiser(network, process(prediction=kind), Condition())
+    *_, last = walk(DDIM(eta=eta), denoise, start, times(spacing, 20, 1000), noise_from(7, start.shape))
+    assert relative(last.x, x) < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize(
+    ("variance", "theirs"), [("posterior", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")]
+)
+def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, theirs):
+    """x0 prediction keeps float32 errors from growing where alpha is small; epsilon is held by the official numbers."""
+    scheduler = DDPMScheduler(
+        beta_start=1e-4, beta_end=0.02, beta_schedule=schedule, clip_sample=False, variance_type=theirs,
+        prediction_type="sample",
+    )  # fmt: skip
+    x = start = normal(3, 2, 3, 3)
+    generator = torch.Generator().manual_seed(7)
+    for t in scheduler.timesteps:
+        raw = network(x, t.expand(3).float(), Condition())
+        raw = raw if variance == "learned" else raw[:, :2]
+        x = scheduler.step(raw, t, x, generator=generator).prev_sample
+    made = process(prediction="x0", variance=variance, schedule="linear" if schedule == "linear" else "cosine")
+    denoise = Denoiser(network, made, Condition())
+    *_, last = walk(Ancestral(), denoise, start, times("even", 1000, 1000), noise_from(7, start.shape))
+    assert relative(last.x, x) < 2e-3
+
+
+@pytest.mark.parametrize(("variance", "stride"), [("posterior", 1), ("posterior", 50), ("learned", 1)])
+def test_one_ancestral_step_is_ddpm_of_diffusers(variance, stride):
+    """Epsilon prediction, at steps short and long, with the noise diffusers draws itself.
+
+    Not with a learned variance over long steps: theirs takes the upper bound from the short step, which is not the
+    respaced process; the official numbers hold that case.
+    """
+    theirs = {"posterior": "fixed_small", "learned": "learned_range"}[variance]
+    scheduler = DDPMScheduler(**LINEAR, clip_sample=False, variance_type=theirs)
+    scheduler.set_timesteps(1000 // stride)
+    denoise = Denoiser(network, process(variance=variance), Condition())
+    x = normal(2, 2, 3, 3)
+    for step in (950, 500, 100, 50):
+        raw = network(x, torch.full((2,), float(step)), Condition())
+        raw = raw if variance == "learned" else raw[:, :2]
+        expected = scheduler.step(raw, step, x, generator=torch.Generator().manual_seed(step)).prev_sample
+        t, s = torch.full((2,), (step + 1) / 1000), torch.full((2,), (step - stride + 1) / 1000)
+        got, _ = Ancestral()(denoise, x, t, s, None, noise_from(step, x.shape))
+        assert relative(got, expected) < 1e-4
+
+
+# Against data whose denoiser is known
+
+
+class Exact:
+    """The best denoiser of data N(mu, s^2)."""
+
+    def __init__(self, made: Gaussian, mu: float, s: float) -> None:
+        self.process, self.mu, self.s = made, mu, s
+
+    def spread(self, t: Tensor) -> Tensor:
+        return (self.process.alpha(t) ** 2 * self.s**2 + self.process.sigma(t) ** 2).sqrt()
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
+        eps = sigma * (x - alpha * self.mu) / expand(self.spread(t), x) ** 2
+        return Prediction(x0=(x - sigma * eps) / alpha, eps=eps)
+
+    def ode(self, x: Tensor, t: float) -> Tensor:
+        """Where the exact flow takes x from time t to the data."""
+        t = torch.full((len(x),), t)
+        return self.mu + self.s * (x - expand(self.process.alpha(t), x) * self.mu) / expand(self.spread(t), x)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("mu", "s"), [(0.5, 0.5), (-1.0, 1.5)])
+def test_ddim_is_of_first_order(schedule, mu, s):
+    """The claim of its docstring: the error on the exact path falls like 1 / n."""
+    exact = Exact(process(steps=4096, schedule=schedule, variance="posterior"), mu, s)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+    counts, errors = [32, 64, 128, 256, 512], []
+    for count in counts:
+        grid = times("trailing", count, 4096)
+        *_, last = walk(DDIM(), exact, x, grid, None)
+        errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
+    slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
+    assert slope == pytest.approx(-1, abs=0.15)
+    assert errors[-1] < 0.02
+
+
+@pytest.mark.parametrize("mu_and_s", [(0.5, 0.5), (-1.0, 0.2)])
+@pytest.mark.parametrize(
+    ("step", "variance"),
+    [(Ancestral(), "posterior"), (Ancestral(), "beta"), (DDIM(eta=1), "posterior"), (DDIM(eta=0.5), "posterior")],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, variance):
+    mu, s = mu_and_s
+    exact = Exact(process(variance=variance), mu, s)
+    rows, generator = 10_000, torch.Generator().manual_seed(5)
+
+    def noise():
+        return torch.randn(rows, 1, 1, 1, dtype=torch.float64, generator=generator)
+
+    *_, last = walk(step, exact, noise(), times("even", 250, 1000), noise)
+    assert float(last.x.mean()) == pytest.approx(mu, abs=5 * s / math.sqrt(rows) + 0.005)
+    assert float(last.x.std()) == pytest.approx(s, rel=5 / math.sqrt(2 * rows) + 0.02)
+
+
+def test_ddim_ends_in_the_distribution_of_the_data():
+    exact = Exact(process(variance="posterior"), 0.5, 0.25)
+    x = normal(10_000, 1, 1, 1, dtype=torch.float64)
+    *_, last = walk(DDIM(), exact, x, times("even", 250, 1000), None)
+    assert float(last.x.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(last.x.std()) == pytest.approx(0.25, rel=0.05)
+
+
+def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
+    """Song et al. 2021, section 4.1: the two are one generative process, step for step."""
+    denoise = Denoiser(network, process(variance="posterior"), Condition())
+    x = normal(3, 2, 3, 3, dtype=torch.float64)
+    t, s = torch.tensor([0.9, 0.5, 0.02]), torch.tensor([0.6, 0.499, 0.01])
+    one = normal(3, 2, 3, 3, seed=1, dtype=torch.float64)
+    ddim, _ = DDIM(eta=1)(denoise, x, t, s, None, lambda: one)
+    ancestral, _ = Ancestral()(denoise, x, t, s, None, lambda: one)
+    torch.testing.assert_close(ddim, ancestral, rtol=1e-9, atol=1e-9)
+
+
+# The loop
+
+
+@pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.5)], ids=repr)
+def test_walk_yields_the_start_and_every_state(step):
+    denoise = Denoiser(network, process(), Condition())
+    x = normal(2, 2, 3, 3)
+    states = list(walk(step, denoise, x, times("even", 7, 1000), noise_from(0, x.shape)))
+    assert [state.done for state in states] == list(range(8))
+    assert {state.total for state in states} == {7}
+    assert torch.equal(states[0].x, x)
+    assert [state.t for state in states] == times("even", 7, 1000).tolist()
+    assert states[0].t == 1
+    assert states[-1].t == 0
+    assert all(later.t < earlier.t for earlier, later in pairwise(states))
+
+
+@pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.7)], ids=repr)
+def test_rows_at_different_times_are_the_rows_alone(step):
+    """As many rows as height and width, so that a wrong broadcast gives numbers; one row ends in the data."""
+    denoise = Denoiser(network, process(), Condition())
+    x, one = normal(3, 2, 3, 3), normal(3, 2, 3, 3, seed=1)
+    t, s = torch.tensor([1.0, 0.4, 0.001]), torch.tensor([0.9, 0.399, 0.0])
+    together, _ = step(denoise, x, t, s, None, lambda: one)
+    for row in range(3):
+        part = slice(row, row + 1)
+        alone, _ = step(denoise, x[part], t[part], s[part], None, lambda part=part: one[part])
+        torch.testing.assert_close(together[part], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [Ancestral(), DDIM(eta=1)], ids=repr)
+def test_the_last_step_adds_no_noise(step):
+    denoise = Denoiser(network, process(), Condition())
+    x, t = normal(2, 2, 3, 3), torch.full((2,), 0.05)
+    got, _ = step(denoise, x, t, torch.zeros(2), None, lambda: torch.full_like(x, 1e6))
+    torch.testing.assert_close(got, denoise(x, t).x0, rtol=1e-5, atol=1e-5)
+
+
+def test_ddim_without_eta_asks_for_no_noise():
+    denoise = Denoiser(network, process(), Condition())
+    x = normal(2, 2, 3, 3)
+    *_, last = walk(DDIM(), denoise, x, times("even", 3, 1000), lambda: pytest.fail("noise was drawn"))
+    assert torch.isfinite(last.x).all()
+
+
+def test_samplers_are_known_by_their_kind():
+    assert {kind: made().kind for kind, made in SAMPLERS.items()} == {"ancestral": "ancestral", "ddim": "ddim"}

@@ -1,0 +1,223 @@
+"""A model on disk: the same bits back, whole or absent, and every damage a sentence that names it."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tessera import bundle, drawing
+from tessera.errors import TesseraError
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    bundle.save(tiny_model, tmp_path / "cats")
+    return tmp_path / "cats"
+
+
+def fault(folder) -> str:
+    with pytest.raises(TesseraError) as caught:
+        bundle.load(folder)
+    return str(caught.value)
+
+
+def edit(folder, change):
+    """config.json with something changed."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+# There and back
+
+
+@pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero"])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_a_model_comes_back_to_the_bit(make_model, tmp_path, block, classes):
+    network = {"block": block, "classes": classes, "size": (4, 8)}
+    model = make_model(network, {"schedule": "cosine", "prediction": "v"}, origin={"steps": 7})
+    bundle.save(model, tmp_path / "deep" / "cats")
+    loaded = bundle.load(tmp_path / "deep" / "cats")
+    assert loaded.config == model.config
+    before, after = model.network.state_dict(), loaded.network.state_dict()
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name])
+        assert after[name].dtype == torch.float32
+    assert not loaded.network.training
+    trained = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.network.named_parameters()} == trained
+    assert bundle.weights_hash(loaded.network) == bundle.weights_hash(model.network)
+
+
+def test_a_loaded_model_draws_the_same_pictures(tiny_model, saved):
+    asked = {"classes": ["dog", "emu"], "seeds": [1, 2], "guidance": 2.0}
+    assert (drawing.generate(bundle.load(saved), **asked) == drawing.generate(tiny_model, **asked)).all()
+
+
+def test_the_files_of_a_bundle(saved):
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
+    assert config["format"] == 1
+    assert config["class_names"] == ["cat", "dog", "emu"]
+    card = (saved / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")  # the header that hubs read
+    assert "cat, dog, emu" in card
+    assert f"{sum(tensor.numel() for tensor in load_file(saved / 'model.safetensors').values()):,}" in card
+
+
+def test_weights_in_half_precision_are_read_as_float32(tiny_model, saved):
+    tensors = load_file(saved / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, saved / "model.safetensors")
+    loaded = bundle.load(saved).network.state_dict()
+    for name, tensor in tiny_model.network.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], tensor.bfloat16().float())
+
+
+def test_the_hash_knows_every_weight_and_its_name(make_model):
+    before = bundle.weights_hash(make_model().network)
+    assert bundle.weights_hash(make_model().network) == before
+    changed = make_model().network
+    with torch.no_grad():
+        changed.blocks[1].mlp.fc2.bias[-1] += 1e-6
+    assert bundle.weights_hash(changed) != before
+    swapped = make_model().network
+    swapped.blocks = swapped.blocks[::-1]
+    assert bundle.weights_hash(swapped) != before
+
+
+def test_class_names_default_to_numbers(make_model):
+    assert make_model(class_names=()).class_names == ["0", "1", "2"]
+    assert make_model({"classes": 0}, class_names=()).class_names == []
+
+
+# Writing
+
+
+def test_an_existing_folder_is_refused_and_untouched(tiny_model, make_model, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(TesseraError, match="cats exists already"):
+        bundle.save(make_model(seed=1), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("Error: I/O error: No space left on device")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_leaves_nothing(tiny_model, tmp_path, monkeypatch, error):
+    def half_written(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(bundle, "save_file", half_written)
+    with pytest.raises(TesseraError, match=r"cannot write .*cats: .*No space left on device"):
+        bundle.save(tiny_model, tmp_path / "cats")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_with_the_last_file_leaves_nothing(tiny_model, tmp_path, monkeypatch):
+    """The weights and the configuration are written by then."""
+
+    def full(*_):
+        assert (tmp_path / "cats.partial" / "model.safetensors").exists()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(bundle, "card", full)
+    with pytest.raises(TesseraError, match="No space left on device"):
+        bundle.save(tiny_model, tmp_path / "cats")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    assert "config.json" in fault(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "", "\x00"])
+def test_invalid_json(saved, content):
+    (saved / "config.json").write_text(content)
+    assert "cannot read" in fault(saved)
+    assert "config.json" in fault(saved)
+
+
+def test_json_that_is_no_mapping(saved):
+    (saved / "config.json").write_text("[]")
+    assert "config.json is not valid" in fault(saved)
+
+
+def test_another_format(saved):
+    edit(saved, lambda config: config.update(format=2))
+    assert "has bundle format 2; this Tessera reads format 1" in fault(saved)
+
+
+def test_a_key_misspelt(saved):
+    edit(saved, lambda config: config["network"].update(widht=32))
+    assert "network: unknown key 'widht'; did you mean 'width'?" in fault(saved)
+
+
+def test_a_section_missing(saved):
+    edit(saved, lambda config: config.pop("process"))
+    assert "process: Field required" in fault(saved)
+
+
+def test_weights_missing(saved):
+    (saved / "model.safetensors").unlink()
+    assert fault(saved).endswith("model.safetensors is missing")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1, -1000])
+def test_weights_truncated(saved, kept):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert "model.safetensors is damaged" in fault(saved)
+
+
+def test_weights_that_are_none(saved):
+    (saved / "model.safetensors").write_text("not a safetensors file, but long enough to look like one")
+    assert "model.safetensors is damaged" in fault(saved)
+
+
+def test_a_weight_missing_too_much_or_of_another_shape(saved):
+    tensors = load_file(saved / "model.safetensors")
+    missing = tensors.pop("blocks.1.attn.qkv.bias")
+    tensors["extra.weight"] = missing
+    tensors["final_layer.linear.bias"] = torch.zeros(5)
+    save_file(tensors, saved / "model.safetensors")
+    text = fault(saved)
+    assert "cats holds another architecture" in text
+    assert "missing blocks.1.attn.qkv.bias (96,)" in text
+    assert "unexpected extra.weight (96,)" in text
+    assert "final_layer.linear.bias is (5,), expected (8,)" in text
+
+
+def test_another_depth_names_some_of_many(saved):
+    edit(saved, lambda config: config["network"].update(depth=4))
+    text = fault(saved)
+    assert "missing blocks.2." in text
+    assert "more" in text
+    assert len(text.splitlines()) < 12
+
+
+def test_a_network_can_be_built_after_loading_one_like_it(saved):
+    """Loading builds without memory; what that leaves behind must not reach the next network."""
+    config = bundle.load(saved).config.network
+    assert torch.isfinite(config.build().pos_embed).all()
+
+
+# Checkpoints of a run
+
+
+def test_checkpoints_newest_first(tmp_path):
+    for name in ("step-000000010", "step-000000200", "step-000000003", "step-000000300.partial", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    found = [path.name for path in bundle.checkpoints(tmp_path)]
+    assert found == ["step-000000200", "step-000000010", "step-000000003"]

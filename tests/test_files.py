@@ -1,0 +1,136 @@
+"""Files are whole or absent, whatever happens while they are written."""
+
+import errno
+import os
+
+import pytest
+
+from tessera import files
+from tessera.errors import TesseraError
+from tessera.files import PARTIAL, remove_partials, whole_folder, write_whole
+
+
+def full_disk(*_args, **_named):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "deep" / "bundle"
+    with whole_folder(target) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a.txt").write_text("a")
+        assert not target.exists()
+    assert (target / "inner" / "a.txt").read_text() == "a"
+    assert tree(tmp_path) == ["deep", "deep/bundle", "deep/bundle/inner", "deep/bundle/inner/a.txt"]
+
+
+def test_every_byte_is_on_disk_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    target, synced = tmp_path / "bundle", []
+
+    def recorded(path):
+        synced.append((path.relative_to(tmp_path).as_posix(), target.exists()))
+
+    monkeypatch.setattr(files, "sync", recorded)
+    with whole_folder(target) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "a").write_text("a")
+    before = [path for path, named in synced if not named]
+    assert sorted(before) == ["bundle.partial", "bundle.partial/inner", "bundle.partial/inner/a"]
+    assert synced[-1] == (".", True)  # then the name itself
+    synced.clear()
+    write_whole(tmp_path / "b", "b")
+    assert synced[0][0] == "b.partial"
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    with whole_folder(tmp_path / "bundle") as partial:
+        (partial / "a").write_text("a")
+    assert tree(tmp_path) == ["bundle", "bundle/a"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_exists_is_refused_and_untouched(tmp_path, kind):
+    target = tmp_path / "bundle"
+    mine = target
+    if kind == "folder":
+        target.mkdir()
+        mine = target / "mine.txt"
+    mine.write_text("precious")
+    with pytest.raises(TesseraError, match="bundle exists already"), whole_folder(target):
+        pytest.fail("the folder must not be opened")
+    assert mine.read_text() == "precious"
+    assert len(tree(tmp_path)) == (2 if kind == "folder" else 1)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_a_failure_in_mid_write_leaves_nothing(tmp_path, error):
+    expected = TesseraError if isinstance(error, OSError) else type(error)
+
+    def write():
+        with whole_folder(tmp_path / "bundle") as partial:
+            (partial / "a").write_text("a")
+            raise error
+
+    with pytest.raises(expected) as caught:
+        write()
+    assert tree(tmp_path) == []
+    if isinstance(error, OSError):
+        assert "bundle: No space left on device" in str(caught.value)
+
+
+def test_a_disk_that_fails_while_syncing_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(TesseraError, match="No space left"), whole_folder(tmp_path / "bundle") as partial:
+        (partial / "a").write_text("a")
+    with pytest.raises(TesseraError, match="No space left"):
+        write_whole(tmp_path / "a.txt", "a")
+    assert tree(tmp_path) == []
+
+
+def test_remains_of_a_killed_program_do_not_end_up_in_the_folder(tmp_path):
+    remains = tmp_path / ("bundle" + PARTIAL)
+    remains.mkdir()
+    (remains / "stale").write_text("stale")
+    with whole_folder(tmp_path / "bundle") as partial:
+        (partial / "a").write_text("a")
+    assert tree(tmp_path) == ["bundle", "bundle/a"]
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    write_whole(path, "one")
+    write_whole(path, b"two \xc3\xa9")
+    assert path.read_text(encoding="utf-8") == "two é"
+    assert tree(tmp_path) == ["deep", "deep/a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_whole(path, "one")
+    monkeypatch.setattr(type(path), "replace", full_disk)
+    with pytest.raises(TesseraError, match=r"a\.txt: No space left"):
+        write_whole(path, "two")
+    assert path.read_text() == "one"
+    assert tree(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_that_cannot_be_is_a_readable_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TesseraError, match="cannot write"):
+        write_whole(tmp_path / "file" / "a.txt", "a")
+    with pytest.raises(TesseraError, match="cannot write"), whole_folder(tmp_path / "file" / "bundle"):
+        pytest.fail("the folder must not be opened")
+
+
+def test_remove_partials(tmp_path):
+    (tmp_path / ("a" + PARTIAL)).write_text("")
+    (tmp_path / ("b" + PARTIAL)).mkdir()
+    (tmp_path / ("b" + PARTIAL) / "inner").write_text("")
+    (tmp_path / "c").write_text("")
+    remove_partials(tmp_path)
+    assert tree(tmp_path) == ["c"]

@@ -1,0 +1,68 @@
+"""What only a GPU can show; skipped, saying so, where there is none."""
+
+import numpy as np
+import pytest
+import torch
+
+from tessera import bundle, drawing, runtime
+from tessera.bundle import BundleConfig, Model
+from tessera.codecs import PixelsConfig
+from tessera.conditions import Condition
+from tessera.data import Batch
+from tessera.models.dit import DiTConfig
+from tessera.process.gaussian import GaussianConfig
+from tessera.training.recipe import Adam
+from tessera.training.step import Task, optimizer_for, train_step
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+CONFIG = DiTConfig.model_validate(
+    {"size": 32, "channels": 3, "outputs": 6, "classes": 10, "width": 128, "depth": 4, "heads": 4, "patch": 4}
+)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    network = CONFIG.build().eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.03 * torch.randn_like(parameter))
+    return Model(BundleConfig(network=CONFIG, process=GaussianConfig(), codec=PixelsConfig(channels=3)), network)
+
+
+def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
+    bundle.save(model, tmp_path / "bundle")
+    there = bundle.load(tmp_path / "bundle", "cuda")
+    here = drawing.generate(model, [1, 2], [0, 1], steps=10, guidance=2.0)
+    gpu = drawing.generate(there, [1, 2], [0, 1], steps=10, guidance=2.0)
+    assert np.abs(here.astype(int) - gpu.astype(int)).max() <= 2
+
+
+def test_bfloat16_is_near_float32(model):
+    network = model.network.to("cuda")
+    x, t = torch.randn(8, 3, 32, 32, device="cuda"), torch.linspace(0, 999, 8, device="cuda")
+    condition = Condition(label=torch.arange(8, device="cuda"))
+    with torch.no_grad():
+        exact = network(x, t, condition)
+        with runtime.autocast(torch.bfloat16, x.device):
+            rough = network(x, t, condition)
+    assert float((rough.float() - exact).norm() / exact.norm()) < 0.03
+
+
+def test_a_step_is_repeatable_on_the_gpu():
+    def weights() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = CONFIG.build().to("cuda")
+        task = Task(GaussianConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
+        optimizer = optimizer_for(network, Adam(learning_rate=1e-3))
+        for number in range(3):
+            generator = torch.Generator().manual_seed(number)
+            pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
+            batch = Batch(pixels, torch.arange(16) % 10, torch.arange(16) + 16 * number)
+            train_step(network, optimizer, batch, task, Adam(), 16)
+        return [parameter.detach().cpu() for parameter in network.parameters()]
+
+    for first, second in zip(weights(), weights()):
+        assert torch.allclose(first, second, atol=1e-6)

@@ -1,0 +1,49 @@
+"""The machine: devices by name, precision, memory."""
+
+import pytest
+import torch
+
+from tessera import runtime
+from tessera.errors import TesseraError
+
+
+def test_the_cpu_is_always_there():
+    assert runtime.choose_device("cpu") == torch.device("cpu")
+    assert runtime.choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:1", "mps"])
+def test_an_absent_device_is_named_with_the_present_ones(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(TesseraError, match=f"'{name}' is not available here; this machine has: cpu"):
+        runtime.choose_device(name)
+
+
+def test_auto_prefers_cuda_then_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.choose_device().type == "cuda"
+    assert runtime.choose_device("cuda:1") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert runtime.choose_device().type == "mps"
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    assert runtime.autocast_dtype("float32", cpu) is None
+    assert runtime.autocast_dtype("auto", cpu) is None
+    assert runtime.autocast_dtype("bfloat16", cpu) == torch.bfloat16
+    matrix = torch.ones(2, 2)
+    with runtime.autocast(None, cpu):
+        assert (matrix @ matrix).dtype == torch.float32
+    with runtime.autocast(torch.bfloat16, cpu):
+        assert (matrix @ matrix).dtype == torch.bfloat16
+
+
+def test_peak_memory_counts_bytes():
+    """PyTorch alone takes tens of MB; a wrong unit would be a thousand times off."""
+    before = runtime.peak_memory(torch.device("cpu"))
+    held = torch.ones(200_000_000 // 4)
+    assert 50e6 < before < 100e9
+    assert runtime.peak_memory(torch.device("cpu")) >= held.numel() * 4

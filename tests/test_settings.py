@@ -1,0 +1,271 @@
+"""Configuration: faults named with their place and the nearest right key, overrides, presets, YAML and back."""
+
+import math
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
+
+from tessera.errors import TesseraError
+from tessera.models.dit import DiTConfig
+from tessera.process.gaussian import GaussianConfig
+from tessera.sampling import SamplingConfig
+from tessera.settings import Settings, by_kind, override, parse, read_yaml, unknown, write_yaml
+
+
+class Round(Settings):
+    kind: Literal["round"] = "round"
+    radius: float = 1.0
+
+
+class Square(Settings):
+    kind: Literal["square"] = "square"
+    side: float = 2.0
+
+
+class Inner(Settings):
+    steps: PositiveInt = 10
+    rate: float = 1e-4
+    name: str = "plain"
+
+
+class Outer(Settings):
+    inner: Inner = Inner()
+    shape: Annotated[Round | Square, BeforeValidator(by_kind), Field(discriminator="kind")] = Round()
+    sizes: tuple[int, ...] = (1, 2)
+    needed: int
+
+
+def fault(data, kind=Outer) -> str:
+    with pytest.raises(TesseraError) as caught:
+        parse(kind, data, "recipe.yaml")
+    return str(caught.value)
+
+
+# Faults
+
+
+def test_an_unknown_key_names_the_nearest_and_its_place():
+    text = fault({"needed": 1, "inner": {"stpes": 3}})
+    assert text.startswith("recipe.yaml is not valid:\n")
+    assert "inner: unknown key 'stpes'; did you mean 'steps'?" in text
+
+
+def test_a_key_like_no_other_gets_the_whole_list():
+    assert "unknown key 'zzz'; known: name, rate, steps" in fault({"needed": 1, "inner": {"zzz": 3}})
+
+
+def test_a_wrong_type_says_what_was_got():
+    text = fault({"needed": 1, "inner": {"steps": "many"}})
+    assert "inner.steps: " in text
+    assert "integer" in text
+    assert "(got 'many')" in text
+
+
+def test_a_value_out_of_range():
+    text = fault({"needed": 1, "inner": {"steps": 0}})
+    assert "inner.steps: " in text
+    assert "greater than 0" in text
+
+
+def test_a_missing_key():
+    assert "needed: Field required" in fault({})
+
+
+def test_all_faults_are_listed_at_once():
+    text = fault({"inner": {"steps": 0, "rate": "fast"}})
+    for place in ("inner.steps", "inner.rate", "needed"):
+        assert place in text
+
+
+@pytest.mark.parametrize("data", [[1, 2], "text", None, 3])
+def test_what_is_no_mapping_is_a_readable_error(data):
+    assert "top level" in fault(data)
+
+
+def test_an_unknown_kind_lists_the_known():
+    text = fault({"needed": 1, "shape": "circle"})
+    assert "circle" in text
+    assert "round" in text
+    assert "square" in text
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Inner().steps = 3
+
+
+def test_wrong_defaults_do_not_pass():
+    class Wrong(Settings):
+        steps: PositiveInt = 0
+
+    with pytest.raises(ValidationError):
+        Wrong()
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        ("ddmi", "unknown sampler 'ddmi'; did you mean 'ddim'?"),
+        ("xyz", "unknown sampler 'xyz'; known: ancestral, ddim"),
+    ],
+)
+def test_unknown(got, expected):
+    assert unknown("sampler", got, ["ddim", "ancestral"]) == expected
+
+
+# Choices and presets
+
+
+def test_a_bare_kind_chooses_with_its_own_defaults():
+    assert parse(Outer, {"needed": 1, "shape": "square"}, "").shape == Square()
+    assert parse(Outer, {"needed": 1, "shape": {"kind": "square", "side": 3}}, "").shape == Square(side=3)
+    assert "unknown key 'radius'" in fault({"needed": 1, "shape": {"kind": "square", "radius": 3}})
+
+
+def test_the_kinds_of_the_core():
+    assert parse(GaussianConfig, {"schedule": "cosine"}, "").schedule.kind == "cosine"
+    assert parse(DiTConfig, {"block": "in-context"}, "").block.kind == "in-context"
+    assert parse(SamplingConfig, {"sampler": "ancestral"}, "").sampler.kind == "ancestral"
+    assert parse(SamplingConfig, {"sampler": {"kind": "ddim", "eta": 1}}, "").sampler.eta == 1
+
+
+def test_a_preset_fills_in_and_gives_way():
+    config = parse(DiTConfig, {"preset": "DiT-B/4"}, "")
+    assert (config.depth, config.width, config.heads, config.patch) == (12, 768, 12, 4)
+    config = parse(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch": 8, "size": [16, 24]}, "")
+    assert (config.depth, config.width, config.heads, config.patch) == (3, 768, 12, 8)
+    assert config.size == (16, 24)
+    assert "preset" not in config.model_dump()
+
+
+def test_an_unknown_preset_names_the_nearest():
+    assert "unknown preset 'DiT-B4'; did you mean 'DiT-B/4'?" in fault({"preset": "DiT-B4"}, DiTConfig)
+
+
+# Overrides
+
+
+def test_overrides_reach_into_sections_and_leave_the_original():
+    data = {"training": {"steps": 10, "seed": 0}, "name": "a"}
+    got = override(data, ["training.steps=1000", "name=b", "network.block.kind=adaln"])
+    assert got == {"training": {"steps": 1000, "seed": 0}, "name": "b", "network": {"block": {"kind": "adaln"}}}
+    assert data == {"training": {"steps": 10, "seed": 0}, "name": "a"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("{kind: ddim, eta: 1}", {"kind": "ddim", "eta": 1}),
+        ("plain", "plain"),
+        ("a=b", "a=b"),
+        ("nan", "nan"),
+        ("infinity", "infinity"),
+        ("'1e-4'", "1e-4"),
+        ('"12"', "12"),
+        ("", None),
+    ],
+)
+def test_values_are_read_as_people_mean_them(text, value):
+    got = override({}, [f"key={text}"])["key"]
+    assert got == value
+    assert type(got) is type(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_every_number_python_prints_is_read_back(number):
+    assert override({}, [f"key={number!r}"])["key"] == number
+
+
+def test_another_kind_drops_the_fields_of_the_one_it_replaces():
+    data = {"process": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "steps": 100}}
+    for assignment in ("process.schedule.kind=cosine", "process.schedule=cosine"):
+        process = override(data, [assignment])["process"]
+        assert parse(GaussianConfig, process, "").schedule.kind == "cosine"
+        assert process["steps"] == 100
+
+
+def test_the_same_kind_keeps_its_fields():
+    data = {"schedule": {"kind": "linear", "start": 1e-3}}
+    assert override(data, ["schedule.kind=linear"]) == data
+
+
+def test_a_field_of_a_choice_written_by_its_bare_kind():
+    assert override({"schedule": "cosine"}, ["schedule.offset=0.1"]) == {"schedule": {"kind": "cosine", "offset": 0.1}}
+
+
+def test_later_overrides_win():
+    assert override({}, ["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("data", "assignment", "words"),
+    [
+        ({}, "steps", "write key=value"),
+        ({}, "=3", "write key=value"),
+        ({}, "key=[1, 2", "cannot read the value of 'key=[1, 2'"),
+        ({"steps": 3}, "steps.more=1", "steps is a value, not a section"),
+        ({"a": {"b": [1]}}, "a.b.c=1", "a.b is a value, not a section"),
+    ],
+)
+def test_overrides_that_cannot_be(data, assignment, words):
+    with pytest.raises(TesseraError) as caught:
+        override(data, [assignment])
+    assert words in str(caught.value)
+
+
+# YAML
+
+
+def test_settings_survive_yaml(tmp_path):
+    first = Outer(needed=3, inner=Inner(rate=1e-7, name="émeu: #1"), shape=Square(side=math.pi), sizes=())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_yaml(first), encoding="utf-8")
+    assert parse(Outer, read_yaml(path), "") == first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DiTConfig(size=(16, 24), preset="DiT-S/8", block="cross-attention"),
+        GaussianConfig(schedule="cosine", prediction="v", variance="beta"),
+        SamplingConfig(sampler={"kind": "ddim", "eta": 0.3}, guidance=4.0, guidance_channels=3),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_the_settings_of_the_core_survive_yaml(tmp_path, settings):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(write_yaml(settings), encoding="utf-8")
+    assert parse(type(settings), read_yaml(path), "") == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1, 2", "not readable as YAML"),
+        (b"\xff\xfe\xfa", "not readable as YAML"),
+        (b"- 1\n- 2\n", "holds list"),
+        (b"", "holds NoneType"),
+    ],
+)
+def test_recipes_that_cannot_be_read(tmp_path, content, words):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(TesseraError, match=words):
+        read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(TesseraError, match="no recipe at"):
+        read_yaml(tmp_path / "recipe.yaml")
+    with pytest.raises(TesseraError, match="not readable"):
+        read_yaml(tmp_path)
