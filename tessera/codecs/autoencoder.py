@@ -21,7 +21,7 @@ class AutoencoderConfig(Settings):
     source: str = Field(description="a folder, or a hub id such as stabilityai/sd-vae-ft-ema")
     subfolder: str | None = None
     revision: str | None = None
-    tile_above: int = Field(default=1024, gt=0, description="decode in tiles when a side has more pixels than this")
+    tile_above: int = Field(default=1024, ge=64, description="work in tiles of so many pixels a side, if one has more")
 
     def build(self) -> "Autoencoder":
         return Autoencoder(self)
@@ -38,6 +38,11 @@ class Autoencoder:
         self.pixel_channels = int(self.vae.config.in_channels)
         self.latent_channels = int(self.vae.config.latent_channels)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # Tiles as large as what is worked on whole, not as small as its training pictures (256 for most): group norms
+        # take their statistics tile by tile, so that small tiles differ in colour and contrast.
+        self.vae.tile_latent_min_size = config.tile_above // self.factor
+        self.vae.tile_sample_min_size = self.vae.tile_latent_min_size * self.factor
+        self.vae.enable_tiling()
 
     def to(self, device) -> "Autoencoder":
         self.vae.to(device)
@@ -54,10 +59,6 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, H / f, W / f] -> pixels [B, 3, H, W], about -1 .. 1"""
-        if max(latents.shape[-2:]) * self.factor > self.config.tile_above:
-            self.vae.enable_tiling()
-        else:
-            self.vae.disable_tiling()
         return self.vae.decode(latents / self.scale + self.shift).sample
 
     def save(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.bundle import BundleConfig, Model, assemble
+from tessera.bundle import BundleConfig, Model, assemble, read_tensors
 from tessera.codecs import AutoencoderConfig
 from tessera.errors import TesseraError
 from tessera.files import write_whole
@@ -29,6 +29,7 @@ from tessera.sampling import Ancestral, SamplingConfig
 from tessera.settings import parse
 
 SUFFIXES = (".pt", ".pth")
+READABLE = (*SUFFIXES, ".safetensors")  # the same state dict in a safer file
 TABLE = "y_embedder.embedding_table.weight"
 NEEDED = {  # from which the architecture is read, with their numbers of axes
     "x_embedder.proj.weight": 4,  # [D, C, p, p]
@@ -56,7 +57,8 @@ def read(
     and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds more than weights, or is no DiT.
     """
     path = Path(path)
-    tensors, args, which = _weights(read_pickle(path, [argparse.Namespace]), path)
+    stored = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path, [argparse.Namespace])
+    tensors, args, which = _weights(stored, path)
     network = infer(tensors, str(path), heads=heads, size=size, classes=args.get("num_classes"))
     decoder = "mse" if args.get("vae") == "mse" else "ema"
     config = BundleConfig(
@@ -225,7 +227,8 @@ def implied_process(network: DiTConfig, source: str) -> GaussianConfig:
             f"{source} has {network.outputs} raw output channels for {network.channels} channels; expected as many, "
             "or twice as many (learned variance)"
         )
-    return GaussianConfig(variance="learned" if network.outputs == 2 * network.channels else "posterior")
+    # Without learned sigma the official code fixes the variance to the larger of the two bounds.
+    return GaussianConfig(variance="learned" if network.outputs == 2 * network.channels else "beta")
 
 
 def _sampling(network: DiTConfig) -> SamplingConfig:

@@ -13,7 +13,7 @@ from tessera.interop.reading import Codec, codec_for, read_json
 from tessera.settings import unknown
 
 ACCEPTED = (
-    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt or .pth), or a folder "
+    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt, .pth or .safetensors), or a folder "
     "of diffusers' DiTPipeline or of its transformer"
 )
 Format = Literal["bundle", "official", "diffusers"]
@@ -35,7 +35,7 @@ def load(
     Raises TesseraError if nothing is recognised, or what is there is damaged.
     """
     path, device = Path(path).expanduser(), runtime.choose_device(str(device))
-    if path.is_file() and path.suffix in official.SUFFIXES:
+    if path.is_file() and path.suffix in official.READABLE:
         return official.read(path, device, heads=heads, size=size, codec=codec)
     model = _load_folder(path, device, codec)
     network = model.config.network

@@ -28,4 +28,5 @@ class Losses:
 
 def expand(values: Tensor, x: Tensor) -> Tensor:
     """Per-row values [B] on x's device and in its type, shaped to multiply x [B, ...]."""
-    return values.to(device=x.device, dtype=x.dtype).view(-1, *(1,) * (x.ndim - 1))
+    values = values.to(x.dtype).to(x.device)  # in this order: not every device has float64
+    return values.view(-1, *(1,) * (x.ndim - 1))

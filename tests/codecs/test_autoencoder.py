@@ -1,0 +1,153 @@
+"""The autoencoder: scale and shift stand in it alone, its draws are the posterior's, and it travels with its bundle."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tessera import bundle, drawing
+from tessera.codecs import AutoencoderConfig
+from tessera.errors import TesseraError
+
+pytest.importorskip("diffusers")
+
+
+@pytest.fixture
+def shifted(autoencoder_folder, tmp_path):
+    """The same autoencoder with a shift, as newer ones have."""
+    folder = tmp_path / "shifted"
+    shutil.copytree(autoencoder_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"shift_factor": 0.25}), encoding="utf-8")
+    return folder
+
+
+def built(folder, **told):
+    return AutoencoderConfig(source=str(folder), **told).build()
+
+
+def normal(*shape, seed: int = 0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_says_what_it_is(autoencoder_folder):
+    codec = built(autoencoder_folder)
+    assert (codec.pixel_channels, codec.latent_channels, codec.factor) == (3, 4, 2)
+    assert (codec.scale, codec.shift) == (0.5, 0.0)
+    assert not any(parameter.requires_grad for parameter in codec.vae.parameters())
+    assert codec.encode(normal(2, 3, 8, 12)).shape == (2, 4, 4, 6)
+    assert codec.decode(normal(2, 4, 4, 6)).shape == (2, 3, 8, 12)
+
+
+def test_scale_and_shift_are_applied_once_each_way(shifted):
+    codec = built(shifted)
+    assert (codec.scale, codec.shift) == (0.5, 0.25)
+    pixels, latents = normal(2, 3, 8, 8), normal(2, 4, 4, 4)
+    with torch.no_grad():
+        raw = codec.vae.encode(pixels).latent_dist.mean
+        drawn = codec.vae.decode(latents / 0.5 + 0.25).sample
+    assert torch.allclose(codec.encode(pixels), (raw - 0.25) * 0.5, rtol=0, atol=1e-6)
+    assert torch.allclose(codec.decode(latents), drawn, rtol=0, atol=1e-6)
+
+
+def test_noise_gives_a_draw_from_the_posterior(shifted):
+    codec = built(shifted)
+    pixels = normal(2, 3, 8, 8)
+    with torch.no_grad():
+        posterior = codec.vae.encode(pixels).latent_dist
+        theirs = posterior.sample(torch.Generator().manual_seed(3))
+    noise = normal(2, 4, 4, 4, seed=3)
+    assert torch.allclose(codec.encode(pixels, noise), (theirs - 0.25) * 0.5, rtol=0, atol=1e-6)
+    mean, std = posterior.mean, torch.exp(0.5 * posterior.logvar)
+    assert torch.allclose(codec.encode(pixels, noise), (mean + std * noise - 0.25) * 0.5, rtol=0, atol=1e-6)
+    assert torch.equal(codec.encode(pixels, torch.zeros_like(noise)), codec.encode(pixels))
+
+
+def test_large_pictures_are_worked_on_in_tiles(autoencoder_folder):
+    """Tiles of 64 pixels: 96 differ a little from the whole, each tile having norms and attention of its own; 64 do
+    not at all."""
+    whole, tiled = built(autoencoder_folder), built(autoencoder_folder, tile_above=64)
+    small, large = normal(1, 4, 32, 32), normal(1, 4, 48, 48)
+    assert torch.equal(tiled.decode(small), whole.decode(small))
+    one, two = whole.decode(large), tiled.decode(large)
+    assert two.shape == one.shape
+    assert 0 < (one - two).norm() / one.norm() < 0.2
+    pixels = normal(1, 3, 96, 96)
+    one, two = whole.encode(pixels), tiled.encode(pixels)
+    assert two.shape == one.shape
+    assert 0 < (one - two).norm() / one.norm() < 0.2
+
+
+def test_a_large_picture_leaves_the_next_as_it_was(autoencoder_folder):
+    codec = built(autoencoder_folder, tile_above=64)
+    small, pixels = normal(1, 4, 32, 32), normal(1, 3, 64, 64)
+    before = codec.decode(small), codec.encode(pixels)
+    codec.decode(normal(1, 4, 40, 40))
+    assert torch.equal(codec.decode(small), before[0])
+    assert torch.equal(codec.encode(pixels), before[1])
+
+
+def test_it_is_saved_and_read_back(shifted, tmp_path):
+    codec = built(shifted)
+    codec.save(tmp_path / "deep" / "copy")
+    copy, latents = built(tmp_path / "deep" / "copy"), normal(1, 4, 4, 4)
+    assert torch.equal(copy.decode(latents), codec.decode(latents))
+    assert (copy.scale, copy.shift) == (0.5, 0.25)
+
+
+def test_a_bundle_carries_it_wherever_it_goes(make_model, shifted, tmp_path):
+    shutil.move(shifted, tmp_path / "pipeline" / "vae")
+    codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "pipeline"), "subfolder": "vae"}
+    model = make_model({"channels": 4, "outputs": 8}, codec=codec)
+    picture = drawing.generate(model, classes=["dog"], seeds=[3])
+    assert picture.shape == (1, 16, 16, 3)
+    bundle.save(model, tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "pipeline")
+    moved = shutil.move(tmp_path / "bundle", tmp_path / "elsewhere")
+    loaded = bundle.load(moved)
+    assert (drawing.generate(loaded, classes=["dog"], seeds=[3]) == picture).all()
+    # A bundle of a bundle carries it on.
+    bundle.save(loaded, tmp_path / "again")
+    shutil.rmtree(moved)
+    assert (drawing.generate(bundle.load(tmp_path / "again"), classes=["dog"], seeds=[3]) == picture).all()
+
+
+def test_pickled_weights_are_read_and_saved_as_safetensors(make_model, autoencoder_folder, tmp_path):
+    codec = built(autoencoder_folder)
+    codec.vae.save_pretrained(tmp_path / "old", safe_serialization=False)
+    assert not list((tmp_path / "old").glob("*.safetensors"))
+    latents = normal(1, 4, 4, 4)
+    assert torch.equal(built(tmp_path / "old").decode(latents), codec.decode(latents))
+    told = {"kind": "autoencoder-kl", "source": str(tmp_path / "old")}
+    bundle.save(make_model({"channels": 4, "outputs": 8}, codec=told), tmp_path / "bundle")
+    assert not list((tmp_path / "bundle").rglob("*.bin"))
+    assert torch.equal(bundle.load(tmp_path / "bundle").codec.decode(latents), codec.decode(latents))
+
+
+def test_a_program_in_pickled_weights_is_not_run(autoencoder_folder, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    (tmp_path / "old").mkdir()
+    shutil.copyfile(autoencoder_folder / "config.json", tmp_path / "old" / "config.json")
+    torch.save({"decoder.conv_in.bias": Bomb()}, tmp_path / "old" / "diffusion_pytorch_model.bin")
+    with pytest.raises(TesseraError, match="cannot load the autoencoder"):
+        built(tmp_path / "old")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "truncated"])
+def test_what_is_no_autoencoder_is_one_clear_error(autoencoder_folder, tmp_path, damage):
+    folder = tmp_path / "autoencoder"
+    if damage != "gone":
+        folder.mkdir()
+    if damage == "truncated":
+        shutil.copytree(autoencoder_folder, folder, dirs_exist_ok=True)
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(TesseraError) as caught:
+        built(folder)
+    assert f"cannot load the autoencoder '{folder}'" in str(caught.value)
+    assert "give a folder written by" in str(caught.value)

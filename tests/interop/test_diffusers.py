@@ -1,0 +1,508 @@
+"""diffusers' folders: its own classes are the judge, on random weights, in both directions."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tessera import bundle, sampling
+from tessera.conditions import NOTHING, Condition
+from tessera.errors import TesseraError
+from tessera.interop import diffusers as interop
+from tessera.interop import official
+from tessera.layers.positions import sincos_grid
+from tessera.process.gaussian import GaussianConfig
+from tessera.sampling.denoiser import Denoiser
+from tessera.sampling.times import times
+
+diffusers = pytest.importorskip("diffusers")
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+THEIRS = {"time_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 4, "outputs": 8}
+PAPER = {"prediction": "epsilon"}
+PIXELS = {"kind": "pixels"}
+
+
+@pytest.fixture
+def make_theirs(make_model, autoencoder_folder):
+    """Our model of a network that diffusers can hold exactly, with a tiny autoencoder."""
+
+    def make(network=None, process=None, **changes):
+        codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder)}
+        network = THEIRS | (network or {})
+        if network["channels"] != 4:
+            codec = {"kind": "pixels", "channels": network["channels"]}
+        names = tuple(f"beast {i}" for i in range(network.get("classes", 3)))
+        return make_model(network, PAPER | (process or {}), codec, **{"class_names": names, **changes})
+
+    return make
+
+
+def transformer(**changes):
+    """diffusers' network with random weights, none of them zero."""
+    told = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "in_channels": 4}
+    told |= {"out_channels": 8, "num_embeds_ada_norm": 5, **changes}
+    torch.manual_seed(0)
+    network = diffusers.DiTTransformer2DModel(**told).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    first = network.transformer_blocks[0].norm1.emb
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(first.state_dict())
+    return network
+
+
+def inputs(network, rows: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, network.channels, *network.size, generator=generator)
+    t = torch.tensor([0, 1, 20, 333, 980, 999])[:rows]
+    label = torch.randint(network.classes, (rows,), generator=generator)
+    label[1] = NOTHING
+    return x, t, label
+
+
+def apart(ours, theirs) -> float:
+    """Largest relative L2 distance of a row; theirs is a network of diffusers."""
+    x, t, label = inputs(ours.config)
+    with torch.no_grad():
+        one = ours(x, t.float(), Condition(label=label))
+        told = torch.where(label < 0, ours.config.classes, label)
+        two = theirs(x, timestep=t, class_labels=told).sample
+    assert two.flatten(1).norm(dim=1).min() > 0.1  # there is something to compare
+    return float(((one - two).flatten(1).norm(dim=1) / two.flatten(1).norm(dim=1)).max())
+
+
+def same_weights(one, two) -> bool:
+    before, after = one.network.state_dict(), two.network.state_dict()
+    return list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def fault(folder, **told) -> str:
+    with pytest.raises(TesseraError) as caught:
+        interop.read(folder, **told)
+    return str(caught.value)
+
+
+def edit(path, **changes):
+    data = json.loads(path.read_text(encoding="utf-8")) | changes
+    data = {name: value for name, value in data.items() if value is not ...}
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+@pytest.fixture
+def exported(make_theirs, tmp_path):
+    interop.write(make_theirs(), tmp_path / "exported")
+    return tmp_path / "exported"
+
+
+# One function
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_eps": 1e-6, "out_channels": None, "num_layers": 3},
+        {"in_channels": 3, "out_channels": 3, "patch_size": 4, "sample_size": 16},
+        {"sample_size": 64, "patch_size": 8},
+        {"sample_size": 128, "patch_size": 8},  # where diffusers' other networks scale the positions
+    ],
+)
+def test_an_imported_network_is_the_same_function(tmp_path, changes):
+    theirs = transformer(**changes)
+    theirs.save_pretrained(tmp_path / "dit")
+    read = interop.read(tmp_path / "dit")
+    assert apart(read.network, theirs) < 1e-6
+    assert torch.allclose(read.network.pos_embed, theirs.pos_embed.pos_embed, rtol=0, atol=1e-7)
+
+
+def test_the_two_numbers_matter(tmp_path):
+    """What the test above would miss if both networks were dull: the wrong divisor or eps is seen."""
+    theirs = transformer()
+    theirs.save_pretrained(tmp_path / "dit")
+    read = interop.read(tmp_path / "dit")
+    for change, least in (({"time_divisor": 128}, 1e-3), ({"mlp_norm_eps": 1e-6}, 3e-6)):
+        wrong = read.config.network.model_copy(update=change).build().eval()
+        wrong.load_state_dict(read.network.state_dict())
+        assert apart(wrong, theirs) > least
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"mlp_norm_eps": 1e-6, "outputs": 4, "depth": 1}, {"channels": 3, "outputs": 3, "patch": 4, "classes": 7}],
+)
+def test_an_exported_network_is_the_same_function(make_theirs, tmp_path, changes):
+    variance = "learned" if changes.get("outputs", 8) == 8 else "posterior"
+    model = make_theirs(changes, {"variance": variance})
+    assert "exact" in interop.write(model, tmp_path / "pipe")
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer")
+    assert apart(model.network, theirs.eval()) < 1e-6
+
+
+def test_weights_are_bit_identical_through_every_format(make_theirs, tmp_path):
+    model = make_theirs()
+    bundle.save(model, tmp_path / "one")
+    first = bundle.load(tmp_path / "one")
+    official.write(first, tmp_path / "two.pt", approximate=True)
+    second = official.read(tmp_path / "two.pt", heads=2, codec=model.config.codec)
+    bundle.save(second, tmp_path / "three")
+    interop.write(bundle.load(tmp_path / "three"), tmp_path / "four", approximate=True)
+    third = interop.read(tmp_path / "four")
+    bundle.save(third, tmp_path / "five")
+    for passed in (first, second, third, bundle.load(tmp_path / "five")):
+        assert same_weights(passed, model)
+
+
+def test_an_export_comes_back_whole(make_theirs, tmp_path):
+    model = make_theirs({"classes": 4}, {"schedule": "cosine", "prediction": "v", "steps": 100})
+    interop.write(model, tmp_path / "pipe")
+    read = interop.read(tmp_path / "pipe")
+    assert same_weights(read, model)
+    assert read.config.network == model.config.network
+    assert read.config.process == model.config.process
+    assert read.config.class_names == model.config.class_names
+    assert read.config.codec.source == str((tmp_path / "pipe").resolve())
+    assert read.config.codec.subfolder == "vae"
+    assert read.config.sampling.model_dump()["sampler"]["kind"] == "ddim"
+    assert (read.config.sampling.steps, read.config.sampling.spacing) == (50, "leading")
+    assert (read.config.sampling.guidance, read.config.sampling.guidance_channels) == (4.0, "all")
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(read.codec.decode(latents), model.codec.decode(latents))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]
+
+
+# One pipeline
+
+
+def drawn(model, latents, label, guidance, steps):
+    """Our DDIM walk from given noise, with the settings that an import takes over."""
+    condition = Condition(label=torch.tensor([label]))
+    denoise = Denoiser(model.network, model.process, condition, guidance, model.config.sampling.guidance_channels)
+    config = model.config.sampling
+    walked = sampling.walk(
+        config.sampler, denoise, latents, times(config.spacing, steps, model.config.process.steps), lambda: latents
+    )
+    with torch.no_grad():
+        return list(walked)[-1].x
+
+
+@pytest.mark.parametrize(
+    ("classes", "guidance", "process"),
+    [
+        (3, 1.0, {}),
+        (1000, 4.0, {}),
+        (1000, 1.5, {"schedule": "cosine", "prediction": "v"}),
+        (3, 1.0, {"prediction": "x0", "steps": 100}),
+    ],
+)
+def test_their_pipeline_draws_our_picture(make_theirs, tmp_path, classes, guidance, process):
+    model = make_theirs({"classes": classes}, process)
+    said = interop.write(model, tmp_path / "pipe")
+    assert ("guidance_scale=1" in said) == (classes != 1000)
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipe")
+    assert pipeline.get_label_ids(["beast 2"]) == [2]
+    pipeline.set_progress_bar_config(disable=True)
+    picture = pipeline(
+        [2],
+        guidance_scale=guidance,
+        num_inference_steps=10,
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+        return_dict=False,
+    )[0]
+    read = interop.read(tmp_path / "pipe")
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    ours = (read.codec.decode(drawn(read, noise, 2, guidance, 10)) / 2 + 0.5).clamp(0, 1)
+    assert picture.std() > 0.01  # a picture, not a flat field
+    assert torch.allclose(picture, ours, rtol=0, atol=2e-4)
+    # The seed, the class and the guidance all show in it.
+    other = (read.codec.decode(drawn(read, noise, 1, guidance, 10)) / 2 + 0.5).clamp(0, 1)
+    assert (picture - other).abs().max() > 4e-4
+
+
+@pytest.mark.parametrize(
+    "process",
+    [
+        {},
+        {"steps": 250},
+        {"schedule": {"kind": "linear", "start": 2e-4, "end": 0.01}},
+        {"schedule": "cosine"},
+        {"schedule": {"kind": "cosine", "offset": 0.02}},  # which has no name there: written number by number
+        {"steps": 10},  # whose last betas are cut off
+    ],
+)
+def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
+    model = make_theirs(None, process)
+    interop.write(model, tmp_path / "pipe")
+    theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "pipe", subfolder="scheduler")
+    assert len(theirs.alphas_cumprod) == model.config.process.steps
+    assert torch.allclose(theirs.alphas_cumprod.double(), model.process.alpha_bar[1:], rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"beta_start": 2e-4, "beta_end": 0.03, "prediction_type": "sample"},
+        {"num_train_timesteps": 250, "beta_start": 4e-4, "beta_end": 0.08},
+        {"trained_betas": torch.linspace(1e-4, 0.02, 1000).tolist()},
+        {"trained_betas": torch.linspace(3e-4, 0.01, 1000).tolist(), "beta_schedule": "scaled_linear"},
+    ],
+)
+def test_our_process_has_their_alphas(exported, kind, told):
+    theirs = getattr(diffusers, kind)(**told)
+    shutil.rmtree(exported / "scheduler")
+    theirs.save_pretrained(exported / "scheduler")
+    read = interop.read(exported)
+    assert torch.allclose(theirs.alphas_cumprod.double(), read.process.alpha_bar[1:], rtol=2e-4, atol=1e-9)
+    assert read.config.process.prediction == interop.PREDICTIONS[told.get("prediction_type", "epsilon")]
+    assert read.config.process.variance == "learned"
+    assert read.config.sampling.sampler.kind == ("ancestral" if kind == "DDPMScheduler" else "ddim")
+
+
+def test_a_scheduler_says_the_fixed_variance_and_the_spacing(make_theirs, tmp_path):
+    interop.write(make_theirs({"outputs": 4}, {"variance": "posterior"}), tmp_path / "pipe")
+    assert interop.read(tmp_path / "pipe").config.process.variance == "posterior"
+    path = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
+    edit(path, _class_name="DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing")
+    assert interop.read(tmp_path / "pipe").config.process.variance == "beta"
+    assert interop.read(tmp_path / "pipe").config.sampling.spacing == "trailing"
+
+
+def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):
+    assert "not carried over" not in interop.read(exported).config.origin
+    edit(exported / "scheduler" / "scheduler_config.json", clip_sample=..., steps_offset=1)
+    assert (
+        interop.read(exported).config.origin["not carried over"] == "clip_sample True, steps_offset 1 of the scheduler"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"beta_schedule": "scaled_linear"}, "scaled_linear"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": ..., "trained_betas": ...}, "FlowMatch"),
+        ({"trained_betas": [0.1] * 999 + [0.3]}, "neither linear nor the cosine"),
+        ({"trained_betas": [0.1] * 3}, "3 betas"),
+        ({"beta_start": "much"}, "beta_start"),
+        ({"beta_start": 0}, "start"),
+    ],
+)
+def test_schedulers_that_ours_is_not_are_named(exported, changes, named):
+    edit(exported / "scheduler" / "scheduler_config.json", **changes)
+    assert named in fault(exported)
+
+
+# Folders as people have them
+
+
+def test_a_transformer_alone_is_under_the_papers_process(exported):
+    read = interop.read(exported / "transformer")
+    assert read.config.process == GaussianConfig()
+    assert read.config.codec.source == "stabilityai/sd-vae-ft-ema"
+    assert read.config.class_names == ()
+    assert "not carried over" not in read.config.origin
+
+
+def test_folders_of_old_versions_are_read(make_theirs, exported):
+    """As the first released folders: another class name, no norm_eps, pickled weights, labels of synonyms."""
+    folder = exported / "transformer"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    edit(folder / "config.json", _class_name="Transformer2DModel", norm_eps=..., cross_attention_dim=None)
+    edit(exported / "model_index.json", id2label={"0": "tench, Tinca tinca", "2": "crane"})
+    read = interop.read(exported)
+    assert same_weights(read, make_theirs())
+    assert read.config.network.mlp_norm_eps == 1e-5
+    assert read.config.class_names == ("tench, Tinca tinca", "1", "crane")
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_shards_are_read(make_theirs, exported, pickled):
+    folder = exported / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    ending, places = ("bin" if pickled else "safetensors"), {}
+    for i in range(3):
+        file = f"diffusion_pytorch_model-{i}.{ending}"
+        part = dict(list(tensors.items())[i::3])
+        torch.save(part, folder / file) if pickled else save_file(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = folder / f"diffusion_pytorch_model.{ending}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert same_weights(interop.read(exported), make_theirs())
+    (folder / f"diffusion_pytorch_model-1.{ending}").unlink()
+    assert f"diffusion_pytorch_model-1.{ending} is missing" in fault(exported)
+    index.write_text(json.dumps({"weight_map": {"a": "../../secret"}}))
+    assert "files beside it" in fault(exported)
+
+
+def test_a_program_in_pickled_weights_is_refused(exported, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    folder = exported / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"proj_out_1.bias": Bomb()}, folder / "diffusion_pytorch_model.bin")
+    assert "is refused: it holds" in fault(exported)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_embeddings_that_differ_from_block_to_block_are_refused(exported):
+    path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
+    tensors[name][3] += 1e-3
+    save_file(tensors, path)
+    assert f"{name} differs from transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias" in fault(exported)
+
+
+def test_missing_and_unexpected_weights_are_named_as_there(exported):
+    path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer_blocks.0.attn2.to_q.weight"] = tensors.pop("transformer_blocks.0.attn1.to_q.weight")
+    save_file(tensors, path)
+    assert "missing transformer_blocks.0.attn1.to_q.weight" in fault(exported)
+    assert "unexpected transformer_blocks.0.attn2.to_q.weight" in fault(exported)
+    tensors["transformer_blocks.0.attn1.to_q.weight"] = tensors.pop("transformer_blocks.0.attn2.to_q.weight")
+    tensors["proj_out_1.bias"] = torch.zeros(7)
+    save_file(tensors, path)
+    assert "final_layer.adaLN_modulation.1.bias is (7,), expected (64,)" in fault(exported)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"_class_name": "PixArtTransformer2DModel"}, "PixArtTransformer2DModel"),
+        ({"norm_type": "ada_norm_single"}, "norm_type"),
+        ({"activation_fn": "geglu"}, "activation_fn"),
+        ({"attention_bias": False}, "attention_bias"),
+        ({"norm_elementwise_affine": True}, "norm_elementwise_affine"),
+        ({"interpolation_scale": 2}, "interpolation_scale 2"),
+        ({"sample_size": 9}, "patch 2 does not divide the size 9 x 9"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"num_layers": 3}, "missing transformer_blocks.2"),
+    ],
+)
+def test_networks_that_ours_is_not_are_named(exported, changes, named):
+    edit(exported / "transformer" / "config.json", **changes)
+    assert named in fault(exported)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000])
+def test_truncated_weights_are_one_sentence(exported, kept):
+    path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert f"{path} is damaged" in fault(exported)
+
+
+def test_missing_and_damaged_parts_are_named(exported):
+    (exported / "scheduler" / "scheduler_config.json").rename(exported / "scheduler" / "kept.json")
+    assert "scheduler_config.json" in fault(exported)
+    (exported / "scheduler" / "kept.json").rename(exported / "scheduler" / "scheduler_config.json")
+    (exported / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "holds no weights: expected diffusion_pytorch_model.safetensors" in fault(exported)
+    (exported / "transformer" / "config.json").write_text("{")
+    assert f"cannot read {exported / 'transformer' / 'config.json'}" in fault(exported)
+    (exported / "transformer" / "config.json").write_text("[]")
+    assert "expected an object" in fault(exported)
+
+
+def test_an_autoencoder_of_other_channels_is_refused(exported):
+    edit(exported / "vae" / "config.json", latent_channels=16)
+    assert "sees 4 channels, but" in fault(exported)
+    assert interop.read(exported, codec="some/hub-id").config.codec.source == "some/hub-id"
+
+
+# Export
+
+
+@pytest.mark.parametrize(
+    ("network", "named"),
+    [
+        ({"block": "adaln"}, "its blocks are adaln"),
+        ({"size": (8, 16)}, "8 x 16"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
+        ({"classes": 0}, "unconditional"),
+        ({"null_class": False}, "no null class"),
+    ],
+)
+def test_what_diffusers_cannot_hold_is_refused_by_name(make_theirs, tmp_path, network, named):
+    with pytest.raises(TesseraError) as caught:
+        interop.write(make_theirs(network, class_names=()), tmp_path / "pipe", approximate=True)
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_positions_of_another_make_are_refused(make_theirs, tmp_path):
+    model = make_theirs()
+    model.network.pos_embed.data += 0.01
+    with pytest.raises(TesseraError, match="no sin-cos table"):
+        interop.write(model, tmp_path / "pipe")
+
+
+def test_the_official_divisor_is_exported_only_as_an_approximation(make_theirs, tmp_path):
+    model = make_theirs({"time_divisor": 128, "mlp_norm_eps": 1e-6})
+    with pytest.raises(TesseraError, match="approximate=True"):
+        interop.write(model, tmp_path / "pipe")
+    assert list(tmp_path.iterdir()) == []
+    said = interop.write(model, tmp_path / "pipe", approximate=True)
+    told = float(re.search(r"differs by (\S+) \(relative", said)[1])
+    theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer").eval()
+    assert apart(model.network, theirs) / 5 < told < apart(model.network, theirs) * 5
+    assert told > 1e-3
+    # What is read back is what diffusers computes, and its weights are ours.
+    read = interop.read(tmp_path / "pipe")
+    assert apart(read.network, theirs) < 1e-6
+    assert same_weights(read, model)
+
+
+def test_a_network_of_pixels_is_exported_without_an_autoencoder(make_theirs, tmp_path):
+    model = make_theirs({"channels": 3, "outputs": 6})
+    assert "there is no vae/" in interop.write(model, tmp_path / "pipe")
+    assert not (tmp_path / "pipe" / "vae").exists()
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipe", vae=None)
+    assert apart(model.network, pipeline.transformer.eval()) < 1e-6
+    read = interop.read(tmp_path / "pipe")
+    assert read.config.codec.kind == "pixels"
+    assert read.config.class_names == model.config.class_names
+
+
+def test_an_autoencoder_with_a_shift_is_refused(make_theirs, autoencoder_folder, tmp_path):
+    shutil.copytree(autoencoder_folder, tmp_path / "shifted")
+    edit(tmp_path / "shifted" / "config.json", shift_factor=0.1)
+    codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "shifted")}
+    model = make_theirs()
+    model.config = model.config.model_copy(update={"codec": type(model.config.codec)(**codec)})
+    with pytest.raises(TesseraError, match="ignores an autoencoder's shift_factor"):
+        interop.write(model, tmp_path / "pipe")
+    assert not (tmp_path / "pipe").exists()
+
+
+def test_nothing_is_overwritten(make_theirs, tmp_path):
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "mine").write_text("mine")
+    with pytest.raises(TesseraError, match="exists already"):
+        interop.write(make_theirs(), tmp_path / "pipe")
+    assert [path.name for path in (tmp_path / "pipe").iterdir()] == ["mine"]
+
+
+def test_every_tensor_has_its_place(make_theirs):
+    """And only one: the two state dicts are as long as the table says."""
+    model = make_theirs({"depth": 3})
+    ours = [place.ours for place in interop.places(3)]
+    assert sorted([*ours, "pos_embed"]) == sorted(model.network.state_dict())
+    theirs = [name for place in interop.places(3) for name in place.theirs]
+    assert sorted(theirs) == sorted(transformer(num_layers=3).state_dict())
+    assert torch.equal(sincos_grid((4, 4), 32), model.network.pos_embed[0])
