@@ -167,8 +167,10 @@ def info(
     loaded = load(model, device="cpu", heads=heads, codec=codec)
     names = ", ".join(loaded.config.class_names[:12]) + (", …" if len(loaded.config.class_names) > 12 else "")
     facts = {**describe(loaded), "classes": names or "not named", "weights": weights_hash(loaded.network)}
-    for name, value in {**facts, **loaded.config.origin}.items():
-        print(f"{name:<14}{value}")
+    facts |= loaded.config.origin
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        print(f"{name:<{width}}{value}")
 
 
 def _how_made(path: Path) -> str:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings as hypothesis_settings
 from torch import nn
 
 from tessera.bundle import BundleConfig, Model
 
+hypothesis_settings.register_profile("tessera", deadline=None)  # speed lives in benchmarks/
+hypothesis_settings.load_profile("tessera")
 torch.set_num_threads(1)  # tests are tiny: threads only wait for each other
 
 

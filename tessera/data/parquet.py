@@ -11,6 +11,8 @@ from tessera.data.images import ImagesConfig, Unusable, read
 from tessera.errors import TesseraError
 from tessera.settings import unknown
 
+MOST_CLASSES = 100_000  # more are identities of rows, not classes
+
 
 class ParquetConfig(ImagesConfig):
     """One parquet file, or a folder of them, with the image as bytes and the label as a number or a name."""
@@ -96,7 +98,11 @@ def _classes(table: Any, column: str) -> tuple[tuple[str, ...], np.ndarray]:
         return names, np.array([number[value] for value in values])
     if not all(isinstance(value, int) and value >= 0 for value in values):
         raise TesseraError(f"column '{column}' holds neither class numbers nor names; set data.label")
-    names = _hub_names(table, column) or tuple(str(i) for i in range(max(values) + 1))
+    names = _hub_names(table, column)
+    if not names:
+        if max(values) >= MOST_CLASSES:
+            raise TesseraError(f"column '{column}' holds {max(values)}, which is no class number; set data.label")
+        names = tuple(str(i) for i in range(max(values) + 1))
     if max(values) >= len(names):
         raise TesseraError(f"column '{column}' holds class {max(values)}, but the file names {len(names)} classes")
     return names, np.array(values)

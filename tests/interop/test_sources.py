@@ -127,7 +127,7 @@ def test_all_else_is_one_sentence_that_says_what_is_accepted(tmp_path, name):
     text = fault(tmp_path / name)
     assert str(tmp_path / name) in text
     assert "expected a bundle" in text
-    assert "official checkpoint (.pt or .pth)" in text
+    assert "official checkpoint (.pt, .pth or .safetensors)" in text
     assert len(text.splitlines()) == 1
 
 

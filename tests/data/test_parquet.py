@@ -1,0 +1,188 @@
+"""Parquet files as the Hugging Face hub has them, and as they go wrong."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera.data import ParquetConfig
+from tessera.data.images import Unusable
+from tessera.errors import TesseraError
+
+arrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+def png(value: int = 0, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (value, value, value)).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def struct(*images: bytes) -> list[dict]:
+    return [{"bytes": image, "path": f"{number}.png"} for number, image in enumerate(images)]
+
+
+def put(path, metadata: dict | bytes | None = None, **columns):
+    table = arrow.table(columns)
+    if metadata is not None:
+        raw = metadata if isinstance(metadata, bytes) else json.dumps(metadata).encode()
+        table = table.replace_schema_metadata({b"huggingface": raw})
+    parquet.write_table(table, path)
+    return path
+
+
+def hub(*names: str, column: str = "label") -> dict:
+    return {"info": {"features": {"image": {"_type": "Image"}, column: {"names": list(names), "_type": "ClassLabel"}}}}
+
+
+def opened(path, **changes):
+    return ParquetConfig(path=str(path), size=8, **changes).open()
+
+
+def read(source) -> list[tuple[int, int]]:
+    return [(int(source.pixels(i)[0, 0, 0]), source.label(i)) for i in range(len(source))]
+
+
+def test_structs_of_bytes_and_path(tmp_path):
+    source = opened(put(tmp_path / "a.parquet", image=struct(png(5), png(6)), label=[1, 0]))
+    assert source.pixels(0).shape == (3, 8, 8)
+    assert read(source) == [(5, 1), (6, 0)]
+    assert source.class_names == ("0", "1")
+    assert source.name(1) == f"{tmp_path / 'a.parquet'} row 1"
+
+
+def test_raw_bytes_and_other_columns(tmp_path):
+    path = put(tmp_path / "a.parquet", img=[png(5), png(6)], y=[0, 1], more=["a", "b"])
+    source = opened(path, image="img", label="y")
+    assert read(source) == [(5, 0), (6, 1)]
+
+
+def test_labels_in_words_are_classes_in_alphabetical_order(tmp_path):
+    source = opened(put(tmp_path / "a.parquet", image=[png()] * 4, label=["emu", "cat", "dog", "cat"]))
+    assert source.class_names == ("cat", "dog", "emu")
+    assert [source.label(i) for i in range(4)] == [2, 0, 1, 0]
+
+
+def test_labels_in_a_dictionary_column(tmp_path):
+    labels = arrow.array(["dog", "cat"]).dictionary_encode()
+    source = opened(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
+    assert source.class_names == ("cat", "dog")
+    assert [source.label(i) for i in range(2)] == [1, 0]
+
+
+def test_class_names_come_from_the_hub_s_metadata(tmp_path):
+    path = put(tmp_path / "a.parquet", hub("cat", "dog", "emu"), image=[png(), png()], label=[2, 0])
+    assert opened(path).class_names == ("cat", "dog", "emu")
+
+
+@pytest.mark.parametrize("metadata", [b"{broken", {}, {"info": None}, {"info": {"features": {"label": {}}}}, [1]])
+def test_other_metadata_gives_numbers_for_names(tmp_path, metadata):
+    path = put(tmp_path / "a.parquet", metadata, image=[png(), png()], label=[2, 0])
+    assert opened(path).class_names == ("0", "1", "2")
+
+
+def test_more_classes_than_names_is_an_error(tmp_path):
+    path = put(tmp_path / "a.parquet", hub("cat", "dog"), image=[png(), png()], label=[2, 0])
+    with pytest.raises(TesseraError, match="holds class 2, but the file names 2 classes"):
+        opened(path)
+
+
+def test_without_labels(tmp_path):
+    source = opened(put(tmp_path / "a.parquet", image=[png(5), png(6)]), label=None)
+    assert source.class_names == ()
+    assert read(source) == [(5, 0), (6, 0)]
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    put(tmp_path / "train-00001.parquet", image=[png(2), png(3)], label=["b", "a"])
+    put(tmp_path / "train-00000.parquet", image=[png(1)], label=["a"])
+    put(tmp_path / "deep/x.parquet", image=[png(0)], label=["b"])
+    assert read(opened(tmp_path)) == [(0, 1), (1, 0), (2, 1), (3, 0)]
+
+
+def test_files_that_do_not_go_together(tmp_path):
+    put(tmp_path / "0.parquet", image=[png()], label=["a"])
+    put(tmp_path / "1.parquet", image=[png()], label=[1])
+    with pytest.raises(TesseraError, match="do not hold the same columns"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": "imag"}, r"unknown column 'imag'; did you mean 'image'\?"),
+        ({"label": "lable"}, r"unknown column 'lable'; did you mean 'label'\?"),
+        ({"label": "zzz"}, r"unknown column 'zzz'; known: image, label"),
+    ],
+)
+def test_a_missing_column_names_the_nearest(tmp_path, changes, said):
+    path = put(tmp_path / "a.parquet", image=[png()], label=[0])
+    with pytest.raises(TesseraError, match=said):
+        opened(path, **changes)
+
+
+def test_missing_labels_are_counted(tmp_path):
+    path = put(tmp_path / "a.parquet", image=[png()] * 3, label=[0, None, None])
+    with pytest.raises(TesseraError, match="2 of 3 rows have no label in column 'label'"):
+        opened(path)
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.5], [-1, 0], [[0], [1]]])
+def test_labels_that_are_neither_numbers_nor_names(tmp_path, labels):
+    with pytest.raises(TesseraError, match="neither class numbers nor names"):
+        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
+
+
+def test_identities_are_no_class_numbers(tmp_path):
+    with pytest.raises(TesseraError, match="column 'label' holds 987654321012, which is no class number; set data.lab"):
+        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=[0, 987654321012]))
+
+
+def test_one_class_only(tmp_path):
+    with pytest.raises(TesseraError, match=r"one class only \('cat'\).*data\.label=null"):
+        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=["cat", "cat"]))
+
+
+def test_a_truncated_file(tmp_path):
+    path = put(tmp_path / "a.parquet", image=[png(i) for i in range(9)], label=list(range(9)))
+    whole = path.read_bytes()
+    for share in (0.1, 0.5, 0.9, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(TesseraError, match=r"a\.parquet is damaged or no parquet file"):
+            opened(path)
+
+
+def test_garbage_in_the_middle(tmp_path):
+    path = put(tmp_path / "a.parquet", image=[png(i) for i in range(9)], label=list(range(9)))
+    whole = bytearray(path.read_bytes())
+    whole[4:400] = b"\xff" * 396
+    path.write_bytes(whole)
+    with pytest.raises(TesseraError, match="is damaged or no parquet file"):
+        opened(path)
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(TesseraError, match="holds no parquet file"):
+        opened(tmp_path)
+    with pytest.raises(TesseraError, match="holds no parquet file"):
+        opened(tmp_path / "gone.parquet")
+
+
+def test_no_rows(tmp_path):
+    empty = arrow.array([], arrow.binary())
+    with pytest.raises(TesseraError, match="holds no rows"):
+        opened(put(tmp_path / "a.parquet", image=empty, label=arrow.array([], arrow.int64())))
+
+
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": "a.png"}])
+def test_a_row_without_bytes_is_unusable(tmp_path, image):
+    kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    images = arrow.array([image, {"bytes": png(3), "path": None}], kind)
+    source = opened(put(tmp_path / "a.parquet", image=images, label=[0, 1]))
+    with pytest.raises(Unusable, match="no image bytes"):
+        source.pixels(0)
+    np.testing.assert_array_equal(source.pixels(1), np.full((3, 8, 8), 3))

@@ -1,0 +1,114 @@
+"""Whole commands: in this process where that is as good, in one of their own where it is not."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tessera import cli
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+data: {kind: digits}
+network: {patch: 4, width: 16, depth: 1, heads: 2}
+process: {steps: 20, schedule: cosine, prediction: v}
+sampling: {steps: 3}
+training:
+  steps: 4
+  batch: 32
+  optimizer: {learning_rate: 0.001}
+  log_every: 1
+  sample_every: 1000
+  sample_seeds: 1
+  checkpoint_every: 1000
+  tensorboard: false
+  device: cpu
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    """A recipe file of a run that takes milliseconds; its output is tmp_path / run."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"output: {tmp_path / 'run'}\n" + RECIPE)
+    return path
+
+
+@pytest.fixture
+def tessera(capsys, monkeypatch) -> Callable[..., Outcome]:
+    """The command line as `tessera` runs it, in this process."""
+
+    def run(*words: object) -> Outcome:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["tessera", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        told = capsys.readouterr()
+        return Outcome(code, told.out, told.err)
+
+    return run
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """For a process that shall find the package and be as quick as this one."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def command(environment) -> Callable[..., Outcome]:
+    """`python -m tessera` in a process of its own."""
+
+    def run(*words: object, cwd: Path | None = None) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "tessera", *map(str, words)],
+            cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`python -m tessera` in a process of its own, to be disturbed; it is gone when the test is."""
+    started = []
+
+    def run(*words: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tessera", *map(str, words)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A run on digits, to draw from; not to be changed."""
+    from tessera.training import loop
+    from tessera.training.recipe import read
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return loop.train(read(folder / "tiny.yaml", [f"output={folder / 'run'}", "training.ema.decay=0"]))

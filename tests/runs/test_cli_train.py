@@ -1,0 +1,230 @@
+"""`tessera train`: what it prints, where it stops, and how."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tessera import bundle
+
+
+def test_a_run_prints_its_folder_and_tells_its_progress(tessera, recipe, tmp_path):
+    done = tessera("train", recipe)
+    assert done.code == 0
+    assert done.out.strip() == str(tmp_path / "run")
+    lines = done.err.splitlines()
+    assert lines[0].startswith("step 1/4  loss ")
+    assert lines[-2].startswith("step 4/4  loss ")
+    assert lines[-1] == f"trained 4 steps; the model is in {tmp_path / 'run'}"
+    assert len(bundle.checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_piped_command_tells_its_progress_in_plain_lines(command, recipe):
+    done = command("train", recipe)
+    assert done.code == 0, done.err
+    assert "step 4/4  loss " in done.err
+    assert "\x1b" not in done.err
+    assert "\r" not in done.err
+
+
+def test_overrides_reach_the_run(tessera, recipe, tmp_path):
+    done = tessera("train", recipe, "training.steps=2", f"output={tmp_path / 'other'}", "training.seed=5")
+    assert done.code == 0
+    said = bundle.load(bundle.checkpoints(tmp_path / "other")[0]).config.recipe["training"]
+    assert (said["steps"], said["seed"]) == (2, 5)
+
+
+def test_the_same_command_goes_on(tessera, recipe, tmp_path):
+    tessera("train", recipe, "training.steps=2")
+    done = tessera("train", recipe)
+    assert done.code == 0
+    assert f"going on from step 2 ({tmp_path / 'run'}" in done.err
+    tessera("train", recipe, f"output={tmp_path / 'whole'}")
+    for name in ("model.safetensors", "training.safetensors"):
+        part, whole = (bundle.checkpoints(tmp_path / run)[0] / name for run in ("run", "whole"))
+        assert part.read_bytes() == whole.read_bytes()
+
+
+def test_a_dry_run_prints_an_estimate_and_writes_nothing(tessera, recipe, tmp_path):
+    done = tessera("train", recipe, "--dry-run", "training.steps=100000")
+    assert done.code == 0
+    for fact in ("network", "data", "a step", "the run", "peak memory", "disk"):
+        assert any(line.startswith(fact) for line in done.out.splitlines()), fact
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainin.steps=1"], "unknown key 'trainin'; did you mean 'training'?"),
+        (["training.optimizer.learning_rte=1"], "did you mean 'learning_rate'?"),
+        (["training.steps=x"], "training.steps"),
+        (["training.steps"], "'training.steps' is not an override; write key=value"),
+        (["training.steps.more=1"], "training.steps is a value, not a section"),
+        (["training.steps=[1"], "cannot read the value of 'training.steps=[1' as YAML"),
+        (["network.patch=3"], "patch 3 does not divide the size 8 x 8"),
+        (["network.heads=5"], "width 16 is not divisible by heads 5"),
+        (["network.classes=7"], "network.classes is 7 in the recipe, but data, codec and process make it 10"),
+        (["data={kind: folder, path: nowhere}"], "data.path nowhere does not exist"),
+        (["data={kind: parquet, path: nowhere.parquet}"], "data.path nowhere.parquet holds no parquet file"),
+        (["data.kind=directory"], "'directory'"),
+        (["training.init=nowhere"], "nowhere"),
+        (["training.device=cuda"], "device 'cuda' is not available here"),
+        (["sampling.steps=21"], "steps is 21; this model was trained with 20"),
+        (["sampling.sampler=dimm"], "dimm"),
+        (["codec={kind: pixels, channels: 3}"], "the codec takes 3 channels, but data.channels is 1"),
+        (["--resume", "nowhere"], "nothing to resume at nowhere"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_1(tessera, recipe, tmp_path, words, said, dry):
+    if "cuda" in str(words) and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    done = tessera("train", recipe, *words, *(["--dry-run"] if dry else []))
+    assert done.code == 1
+    assert done.out == ""
+    assert said in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("error:") == 1
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_of_a_process_show_no_traceback(command, recipe):
+    done = command("train", recipe, "network.patch=3")
+    assert done.code == 1
+    assert done.err.startswith("error: network is not valid:")
+    assert "Traceback" not in done.err
+
+
+def test_a_missing_recipe(tessera, tmp_path):
+    done = tessera("train", tmp_path / "gone.yaml")
+    assert (done.code, done.err) == (
+        1,
+        f"error: no recipe at {tmp_path / 'gone.yaml'}: give the path of a .yaml file\n",
+    )
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "a.yaml", "--resum", "never"], ["trian"], ["train", "--batch"]])
+def test_wrong_usage_is_exit_code_2(tessera, words):
+    done = tessera(*words)
+    assert done.code == 2
+    assert "Usage:" in done.err
+
+
+def test_a_run_is_not_begun_twice(tessera, recipe, tmp_path):
+    tessera("train", recipe)
+    done = tessera("train", recipe, "--resume", "never")
+    assert (done.code, done.err.splitlines()[-1][:7]) == (1, "error: ")
+    assert "holds a run already" in done.err
+
+
+def test_an_output_that_cannot_be_written(tessera, recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = tessera("train", recipe, f"output={tmp_path / 'file/run'}")
+    assert done.code == 1
+    assert done.err.startswith("error: cannot write")
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_loss_that_is_no_number(tessera, recipe):
+    done = tessera("train", recipe, "training.optimizer.learning_rate=1e30", "training.steps=20")
+    assert done.code == 1
+    assert "error: the loss is not a number at step" in done.err
+    assert "lower training.optimizer.learning_rate" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("go", ["--dry-run", None])
+def test_folders_that_are_no_data(tessera, recipe, tmp_path, go):
+    def put(name):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+
+    (tmp_path / "empty").mkdir()
+    put("one/cat/a.png")
+    put("mixed/cat/a.png")
+    put("mixed/loose.png")
+    put("bad/a.png")
+    (tmp_path / "bad/a.png").write_text("no image")
+    put("small/a.png")
+    for name, said in (
+        ("empty", "holds no images"),
+        ("one", "set data.classes=none"),
+        ("mixed", "1 images beside its class folders"),
+        ("mixed/loose.png", "is a file; expected a folder"),
+        ("bad", "no usable image among 1 of 1"),
+        ("small", "smaller than the size: 8 x 8, but data.size is 16 x 16"),
+    ):
+        size = 16 if name == "small" else 8
+        data = f"data={{kind: folder, path: {tmp_path / name}, size: {size}}}"
+        done = tessera("train", recipe, data, *([go] if go else []))
+        assert done.code == 1, name
+        assert said in done.err
+        assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], {"torch", "numpy", "PIL", "pydantic", "tessera.settings"}),
+        (["--version"], {"torch", "numpy", "PIL", "tessera.settings"}),  # typer itself imports pydantic for options
+        (["train", "--help"], {"torch", "numpy", "PIL", "tessera.settings"}),
+        (["sample", "--help"], {"torch", "numpy", "PIL", "tessera.settings"}),
+    ],
+)
+def test_help_imports_nothing_heavy(environment, words, absent):
+    code = (
+        "import sys\nfrom tessera import cli\n"
+        f"sys.argv = ['tessera', *{words}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
+        "print('\\nloaded:', *sys.modules)\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    said, _, loaded = told.partition("loaded:")
+    assert said.strip()
+    assert "tessera.cli" in loaded.split()
+    assert not absent & set(loaded.split())
+
+
+# Real pictures
+
+
+def test_a_folder_of_noise_trains_and_its_damage_is_named(tessera, recipe, tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"data/{kind}/{number}.jpg")
+    (tmp_path / "data/cat/2.jpg").write_bytes((tmp_path / "data/cat/2.jpg").read_bytes()[:200])
+    done = tessera("train", recipe, f"data={{kind: folder, path: {tmp_path / 'data'}, size: 8}}", "training.batch=8")
+    assert done.code == 0, done.err
+    assert f"all are named in {tmp_path / 'run/skipped.txt'}" in done.err
+    lines = (tmp_path / "run/skipped.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(tmp_path / "data/cat/2.jpg")]
+    assert bundle.load(bundle.checkpoints(tmp_path / "run")[0]).config.class_names == ("cat", "dog")
+
+
+def test_tiles_train_as_nested_class_folders(tessera, recipe, tmp_path):
+    archive = Path(os.environ.get("TESSERA_SHARED") or Path(__file__).parents[2] / "../shared/data") / "tiles/tiles.zip"
+    if not archive.exists():
+        pytest.skip("tiles.zip is absent: set TESSERA_SHARED to the folder of shared data")
+    with zipfile.ZipFile(archive) as tiles:
+        names = [name for name in tiles.namelist() if name.endswith(".png")]
+        tiles.extractall(tmp_path / "tiles", names[::20])
+    data = f"data={{kind: folder, path: {tmp_path / 'tiles'}, size: 32, enlarge: true}}"
+    done = tessera("train", recipe, data, "network.patch=8", "training.steps=2")
+    assert done.code == 0, done.err
+    newest = bundle.checkpoints(tmp_path / "run")[0]
+    assert set(bundle.load(newest).config.class_names) == {name.split("/")[0] for name in names[::20]}
+    assert all(torch.isfinite(value).all() for value in load_file(newest / "model.safetensors").values())
+    assert not (tmp_path / "run/skipped.txt").exists()

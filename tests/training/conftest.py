@@ -1,0 +1,64 @@
+"""Runs that take milliseconds: digits of 8 x 8, four tokens, one block."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tessera import bundle
+from tessera.settings import override, parse
+from tessera.training.recipe import Recipe
+
+TINY: dict[str, Any] = {
+    "data": {"kind": "digits"},
+    "network": {"patch": 4, "width": 16, "depth": 1, "heads": 2},
+    "process": {"steps": 20, "schedule": "cosine", "prediction": "v"},
+    "sampling": {"steps": 2},
+    "training": {
+        "steps": 4,
+        "batch": 32,
+        "optimizer": {"learning_rate": 1e-3},
+        "log_every": 1,
+        "sample_every": 1000,
+        "sample_seeds": 1,
+        "checkpoint_every": 1000,
+        "tensorboard": False,
+        "device": "cpu",
+    },
+}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Callable[..., Recipe]:
+    """A recipe into tmp_path / output, with dotted changes: tiny("out", "training.steps=2")."""
+
+    def make(output: str = "run", *changes: str, **sections: Any) -> Recipe:
+        data = {**TINY, **sections, "output": str(tmp_path / output)}
+        return parse(Recipe, override(data, list(changes)), "the test's recipe")
+
+    return make
+
+
+@pytest.fixture
+def weights() -> Callable[[Path], dict[str, Tensor]]:
+    """The EMA of a run's newest checkpoint."""
+
+    def read(run: Path) -> dict[str, Tensor]:
+        return load_file(bundle.checkpoints(Path(run))[0] / bundle.WEIGHTS)
+
+    return read
+
+
+@pytest.fixture
+def state() -> Callable[[Path], dict[str, bytes]]:
+    """All that a run's newest checkpoint holds of weights and optimizer, byte for byte."""
+
+    def read(run: Path) -> dict[str, bytes]:
+        newest = bundle.checkpoints(Path(run))[0]
+        names = ("model.safetensors", "training.safetensors", "training.json")
+        return {name: (newest / name).read_bytes() for name in names}
+
+    return read

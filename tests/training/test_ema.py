@@ -1,0 +1,37 @@
+"""The moving average, against an explicit loop."""
+
+import pytest
+import torch
+
+from tessera.training.ema import Average
+from tessera.training.recipe import EMA
+
+
+@pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9, True), (0.0, False), (0.5, True)])
+def test_the_average_is_that_of_an_explicit_loop(tiny_model, decay, warmup):
+    network = tiny_model.network
+    network.pos_embed.requires_grad_(False)
+    average = Average(network, EMA(decay=decay, warmup=warmup))
+    expected = {name: weight.detach().double().clone() for name, weight in network.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 8):
+        with torch.no_grad():
+            for weight in network.parameters():
+                if weight.requires_grad:
+                    weight += torch.randn(weight.shape, generator=generator)
+        average.update(step)
+        share = min(decay, (1 + step) / (10 + step)) if warmup else decay
+        for name, weight in network.named_parameters():
+            expected[name] = share * expected[name] + (1 - share) * weight.double()
+    for name, mean in average.network.named_parameters():
+        torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_average_is_a_network_of_its_own_that_is_not_trained(tiny_model):
+    average = Average(tiny_model.network, EMA())
+    assert not any(weight.requires_grad for weight in average.network.parameters())
+    assert not average.network.training
+    with torch.no_grad():
+        tiny_model.network.final_layer.linear.weight.add_(1)
+    difference = tiny_model.network.final_layer.linear.weight - average.network.final_layer.linear.weight
+    torch.testing.assert_close(difference, torch.ones_like(difference))

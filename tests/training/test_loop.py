@@ -1,0 +1,478 @@
+"""The run: resumable bit for bit, whole at every instant, and honest about what it cannot do."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tessera import bundle, drawing
+from tessera.errors import TesseraError
+from tessera.training import loop
+from tessera.training.journal import read_log
+from tessera.training.recipe import read
+
+
+def pictures(folder: Path, *names: str, size: int = 8) -> dict:
+    """A folder of noise and what a recipe says of it."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return {"kind": "folder", "path": str(folder), "size": size}
+
+
+# What a run leaves
+
+
+def test_a_run_leaves_recipe_log_samples_and_checkpoints(tiny):
+    run = loop.train(tiny("run", "training.steps=5", "training.checkpoint_every=2", "training.sample_every=2"))
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "log.jsonl", "recipe.yaml", "samples"]
+    assert [path.name for path in bundle.checkpoints(run)] == ["step-000000005", "step-000000004"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{s:09d}.png" for s in (0, 2, 4, 5)]
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["network"]["classes"] == 10
+    assert recipe["training"]["steps"] == 5
+    model = bundle.load(bundle.checkpoints(run)[0])
+    assert model.config.recipe == recipe
+    assert model.config.class_names == tuple("0123456789")
+    assert model.config.origin["steps"] == 5
+
+
+def test_the_log_tells_every_number(tiny):
+    run = loop.train(tiny("run", "training.steps=6", "training.log_every=2", "training.optimizer.warmup=4"))
+    records = read_log(run)
+    assert [record["step"] for record in records] == [2, 4, 6]
+    expected = {"step", "loss", "mse", "vb", "gradient_norm", "learning_rate", "images_per_second", "epoch"}
+    assert set(records[0]) == expected
+    assert [record["learning_rate"] for record in records] == pytest.approx([0.0005, 0.001, 0.001])
+    assert records[-1]["epoch"] == pytest.approx(6 * 32 / 1000)
+    assert all(record["images_per_second"] > 0 for record in records)
+
+
+def test_logged_losses_are_means_over_the_steps_between(tiny):
+    each = read_log(loop.train(tiny("each", "training.steps=6")))
+    pairs = read_log(loop.train(tiny("pairs", "training.steps=6", "training.log_every=2")))
+    for index, record in enumerate(pairs):
+        mean = (each[2 * index]["loss"] + each[2 * index + 1]["loss"]) / 2
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_run_learns(tiny):
+    changes = ("training.steps=150", "training.optimizer.learning_rate=0.01", "process.variance=posterior")
+    losses = [record["loss"] for record in read_log(loop.train(tiny("run", *changes)))]
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_two_runs_of_one_recipe_are_the_same_bit_for_bit_and_another_seed_is_not(tiny, state):
+    first, second = loop.train(tiny("first")), loop.train(tiny("second"))
+    assert state(first) == state(second)
+    assert state(loop.train(tiny("third", "training.seed=1"))) != state(first)
+
+
+def test_the_number_of_workers_changes_nothing(tiny, state):
+    one = loop.train(tiny("one", "training.workers=1"))
+    assert state(one) == state(loop.train(tiny("many", "training.workers=5")))
+
+
+def test_micro_batches_change_nothing_but_rounding(tiny, weights):
+    whole = weights(loop.train(tiny("whole", "training.ema.decay=0")))
+    parts = weights(loop.train(tiny("parts", "training.ema.decay=0", "training.micro_batch=8")))
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=0, atol=5e-5)
+
+
+def test_a_saved_recipe_trains_the_same_model(tiny, state, tmp_path):
+    first = loop.train(tiny("first"))
+    again = read(first / "recipe.yaml", [f"output={tmp_path / 'again'}"])
+    assert state(loop.train(again)) == state(first)
+
+
+def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
+    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(5)))
+    model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.batch=4", data=data)))[0])
+    assert model.config.network.classes == 0
+    assert drawing.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("batch", [32, 300])  # within an epoch of 1000, and across its end
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypatch, batch, decay):
+    changes = (f"training.batch={batch}", f"training.optimizer.decay={decay}", "training.optimizer.warmup=2",
+               "training.ema={decay: 0.9, warmup: true}", "training.steps=6")  # fmt: skip
+    whole = loop.train(tiny("whole", *changes))
+    save = loop._save
+
+    def stops(run, step, device):
+        save(run, step, device)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # seen at the next step
+
+    monkeypatch.setattr(loop, "_save", stops)
+    recipe = tiny("part", *changes, "training.checkpoint_every=3")
+    with pytest.raises(loop.Interrupted, match=r"stopped at step 4 of 6, everything saved in .*part"):
+        loop.train(recipe)
+    monkeypatch.undo()
+    part = loop.train(recipe)
+    assert state(part) == state(whole)
+    without_speed = [[{**record, "images_per_second": 0} for record in read_log(run)] for run in (part, whole)]
+    assert without_speed[0] == without_speed[1]
+
+
+def test_more_steps_go_on_from_where_a_run_ended(tiny, state):
+    whole = loop.train(tiny("whole", "training.steps=6"))
+    part = loop.train(tiny("part", "training.steps=3"))
+    assert loop.train(tiny("part", "training.steps=6")) == part
+    assert state(part) == state(whole)
+    assert [record["step"] for record in read_log(part)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_nothing_is_left_to_do(tiny, state, capsys):
+    run = loop.train(tiny("run"))
+    before = state(run)
+    assert loop.train(tiny("run")) == run
+    assert "nothing left to do: 4 of 4 steps are done" in capsys.readouterr().err
+    assert state(run) == before
+
+
+def test_what_a_kill_left_half_written_is_cleared_away_and_made_again(tiny, state):
+    whole = loop.train(tiny("whole", "training.steps=6"))
+    run = loop.train(tiny("run", "training.steps=3"))
+    half = run / "checkpoints/step-000000004.partial"
+    shutil.copytree(bundle.checkpoints(run)[0], half)
+    (half / "model.safetensors").write_bytes(b"half")
+    (run / "samples/step-000000004.png.partial").write_bytes(b"half")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
+    loop.train(tiny("run", "training.steps=6"))
+    assert state(run) == state(whole)
+    assert not list(run.rglob("*.partial"))
+    assert [record["step"] for record in read_log(run)] == [1, 2, 3, 4, 5, 6]
+    assert read_log(run)[3]["loss"] == pytest.approx(read_log(whole)[3]["loss"])
+
+
+def test_never_refuses_a_folder_that_holds_a_run(tiny, tmp_path):
+    run = loop.train(tiny("run"))
+    with pytest.raises(TesseraError, match=rf"{run} holds a run already: choose another output="):
+        loop.train(tiny("run"), resume="never")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(TesseraError, match="holds a run already"):
+        loop.train(tiny("run"), resume="never")
+    (tmp_path / "empty").mkdir()
+    assert loop.train(tiny("empty"), resume="never") == tmp_path / "empty"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_going_on_from_a_path_branches_off_into_another_folder(tiny, state, inside):
+    whole = loop.train(tiny("whole", "training.steps=6"))
+    first = loop.train(tiny("first", "training.steps=3"))
+    path = bundle.checkpoints(first)[0] if inside else first
+    branch = loop.train(tiny("branch", "training.steps=6"), resume=str(path))
+    assert state(branch) == state(whole)
+    assert [path.name for path in bundle.checkpoints(first)] == ["step-000000003"]
+    assert [record["step"] for record in read_log(branch)] == [4, 5, 6]
+
+
+def test_going_on_from_an_earlier_checkpoint_than_the_folder_holds_is_refused(tiny, state):
+    run = loop.train(tiny("run", "training.steps=4", "training.checkpoint_every=2"))
+    before = state(run)
+    earlier = bundle.checkpoints(run)[1]
+    with pytest.raises(TesseraError, match=r"holds later checkpoints than .*step-000000002: branch off with another"):
+        loop.train(tiny("run", "training.steps=6"), resume=str(earlier))
+    assert state(run) == before
+
+
+def test_nothing_to_go_on_from(tiny, tmp_path):
+    with pytest.raises(TesseraError, match=r"nothing to resume at .*gone: expected a run's folder"):
+        loop.train(tiny("run"), resume=str(tmp_path / "gone"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("network.width=32", r"another network: network\.width was 16, is 32"),
+        ("network.depth=2", r"another network: network\.depth was 1, is 2"),
+        ("network.block=adaln", r"another network: network\.block was .*adaln-zero.*, is .*'adaln'"),
+        ("network.patch=2", r"another network: network\.patch was 4, is 2"),
+        ("process.prediction=x0", r"another process: process\.prediction was v, is x0"),
+        ("process.steps=30", r"another process: process\.steps was 20, is 30"),
+    ],
+)
+def test_going_on_with_another_network_or_process_names_the_difference(tiny, state, change, said):
+    run = loop.train(tiny("run"))
+    before = state(run), (run / "recipe.yaml").read_text()
+    with pytest.raises(TesseraError, match=said):
+        loop.train(tiny("run", "training.steps=6", change))
+    assert (state(run), (run / "recipe.yaml").read_text()) == before
+
+
+def test_going_on_with_other_classes_is_refused(tiny, tmp_path):
+    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png")
+    loop.train(tiny("run", "training.batch=4", data=data))
+    (tmp_path / "data/dog").rename(tmp_path / "data/ant")
+    with pytest.raises(TesseraError, match="another classes: was cat, dog, is ant, cat"):
+        loop.train(tiny("run", "training.batch=4", "training.steps=8", data=data))
+
+
+def test_going_on_from_a_damaged_checkpoint_names_the_file(tiny):
+    run = loop.train(tiny("run"))
+    path = bundle.checkpoints(run)[0] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(TesseraError, match=r"model\.safetensors is damaged"):
+        loop.train(tiny("run", "training.steps=6"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_and_handlers_are_put_back(tiny, monkeypatch, number):
+    before = signal.getsignal(number)
+    step = loop.train_step
+
+    def signals(*told):
+        os.kill(os.getpid(), number)
+        return step(*told)
+
+    monkeypatch.setattr(loop, "train_step", signals)
+    with pytest.raises(loop.Interrupted, match="stopped at step 1 of 4") as caught:
+        loop.train(tiny("run"))
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_is_not_held_back(tiny, monkeypatch, tmp_path):
+    def signals(*told):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "train_step", signals)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(tiny("run"))
+    assert list(bundle.checkpoints(tmp_path / "run")) == []
+
+
+# Going wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_a_diagnosis_and_is_never_saved(tiny, tmp_path):
+    changes = ("training.steps=20", "training.checkpoint_every=1", "training.log_every=20",
+               "training.keep_checkpoints=20")  # fmt: skip
+    loop.train(tiny("run", *changes, "training.steps=2"))
+    with pytest.raises(TesseraError) as caught:
+        loop.train(tiny("run", *changes, "training.optimizer.learning_rate=1e+30"))
+    said = str(caught.value)
+    assert re.search(r"the loss is not a number at step \d+: training diverged; the last checkpoint is .*step-0", said)
+    assert "lower training.optimizer.learning_rate" in said
+    newest = bundle.checkpoints(tmp_path / "run")[0]
+    assert newest.name in said
+    assert all(torch.isfinite(value).all() for value in bundle.load(newest).network.state_dict().values())
+
+
+def test_unusable_images_are_skipped_replaced_and_named(tiny, state, tmp_path, capsys):
+    names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(6)]
+    data = pictures(tmp_path / "data", *names)
+    whole = (tmp_path / "data/cat/1.png").read_bytes()
+    (tmp_path / "data/cat/1.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "data/cat/2.png").write_text("no image")
+    Image.new("RGB", (5, 20)).save(tmp_path / "data/dog/3.png")
+    changes = ("training.batch=8", "training.steps=6")
+    run = loop.train(tiny("run", *changes, data=data))
+    lines = dict(line.split("\t") for line in (run / "skipped.txt").read_text().splitlines())
+    assert {Path(name).name: reason.split(":")[0] for name, reason in lines.items()} == {
+        "1.png": "damaged",
+        "2.png": "not an image",
+        "3.png": "smaller than the size",
+    }
+    assert capsys.readouterr().err.count("skipping images that cannot be used, for example") == 1
+    again = loop.train(tiny("again", *changes, "training.workers=5", data=data))
+    assert state(again) == state(run)
+
+
+def test_skips_are_named_once_over_all_resumptions(tiny, tmp_path):
+    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
+    (tmp_path / "data/2.png").write_text("no image")
+    for steps in (2, 4, 6):
+        run = loop.train(tiny("run", "training.batch=6", f"training.steps={steps}", data=data))
+    assert len((run / "skipped.txt").read_text().splitlines()) == 1
+
+
+def test_no_usable_image_at_all_is_one_error(tiny, tmp_path):
+    data = {**pictures(tmp_path / "data", "a.png", "b.png"), "size": 16}
+    with pytest.raises(TesseraError, match=r"no usable image among 2 of 2; the last, .*\.png, is smaller than the siz"):
+        loop.train(tiny("run", "training.batch=4", data=data))
+
+
+def test_an_output_below_a_file_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output in ("file", "file/run"):
+        with pytest.raises(TesseraError, match=r"cannot write .*file"):
+            loop.train(tiny(output))
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which not even root may write to")
+@pytest.mark.parametrize("go", [loop.train, loop.dry_run])
+def test_an_output_that_not_even_root_may_write(tiny, go):
+    with pytest.raises(TesseraError, match="cannot write"):
+        go(tiny().model_copy(update={"output": "/proc/run"}))
+
+
+# Latents
+
+
+@pytest.fixture
+def autoencoder(tmp_path) -> Path:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=2, norm_num_groups=2,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16, scaling_factor=0.5, force_upcast=False,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    return tmp_path / "vae"
+
+
+def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, tmp_path, autoencoder):
+    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+    codec = {"kind": "autoencoder-kl", "source": str(autoencoder)}
+    run = loop.train(tiny("run", "training.batch=2", "training.steps=2", data=data, codec=codec))
+    model = bundle.load(bundle.checkpoints(run)[0])
+    assert (model.config.network.size, model.config.network.channels) == ((8, 8), 2)
+    before = drawing.generate(model, [0, 1], [5])
+    assert before.shape == (2, 16, 16, 3)
+    run.rename(tmp_path / "moved")
+    shutil.rmtree(autoencoder)
+    shutil.rmtree(tmp_path / "data")
+    newest = bundle.checkpoints(tmp_path / "moved")[0]
+    assert "../../codec" in (newest / "config.json").read_text()
+    assert (drawing.generate(bundle.load(newest), [0, 1], [5]) == before).all()
+    bundle.save(bundle.load(newest), tmp_path / "alone")
+    shutil.rmtree(tmp_path / "moved")
+    assert (drawing.generate(bundle.load(tmp_path / "alone"), [0, 1], [5]) == before).all()
+
+
+def test_a_run_on_latents_goes_on_bit_for_bit(tiny, tmp_path, autoencoder, state):
+    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+    sections = {"data": data, "codec": {"kind": "autoencoder-kl", "source": str(autoencoder)}}
+    whole = loop.train(tiny("whole", "training.batch=2", "training.steps=4", **sections))
+    for steps in (2, 4):
+        part = loop.train(tiny("part", "training.batch=2", f"training.steps={steps}", **sections))
+    assert state(part) == state(whole)
+
+
+def test_a_codec_copied_by_half_is_copied_again(tiny, tmp_path, autoencoder, monkeypatch):
+    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+    recipe = tiny("run", "training.batch=2", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)})
+    copy = shutil.copyfile
+
+    def killed(source, target):
+        if str(target).endswith(".safetensors"):
+            raise KeyboardInterrupt
+        copy(source, target)
+
+    monkeypatch.setattr(bundle.shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe)
+    monkeypatch.undo()
+    run = loop.train(recipe)
+    assert sorted(path.name for path in (run / "codec").iterdir()) == sorted(
+        path.name for path in autoencoder.iterdir()
+    )
+
+
+def test_a_size_that_the_codec_cannot_divide(tiny, tmp_path, autoencoder):
+    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=17)
+    with pytest.raises(TesseraError, match=r"data\.size 17 x 17 is not a multiple of 2, as the codec needs"):
+        loop.train(tiny("run", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)}))
+
+
+def test_a_missing_autoencoder(tiny, tmp_path):
+    pytest.importorskip("diffusers")
+    codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "gone")}
+    with pytest.raises(TesseraError, match="cannot load the autoencoder"):
+        loop.train(tiny("run", codec=codec))
+
+
+# Dry runs
+
+
+def test_a_dry_run_writes_nothing_and_tells_what_the_run_takes(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    estimate = loop.dry_run(tiny("run", "training.steps=1000"))
+    assert list(tmp_path.iterdir()) == []
+    assert estimate.images == 1000
+    assert estimate.seconds == pytest.approx(1000 * estimate.seconds_per_step)
+    assert estimate.parameters > 1000
+    assert estimate.peak_bytes > 2**20
+    text = str(estimate)
+    assert re.search(r"network +[\d,]+ parameters", text)
+    assert re.search(r"a step +[\d.]+ ms", text)
+    assert re.search(r"the run +\d+ ", text)
+    assert re.search(r"peak memory +[\d,]+ MiB", text)
+
+
+def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
+    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
+    for name in ("2.png", "5.png"):
+        (tmp_path / "data" / name).write_text("no image")
+    estimate = loop.dry_run(tiny("run", "training.batch=6", data=data))
+    assert (estimate.images, estimate.skipped) == (6, 2)
+    assert "6 images, 2 skipped so far" in str(estimate)
+
+
+def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny):
+    estimate = loop.dry_run(tiny())
+    newest = bundle.checkpoints(loop.train(tiny()))[0]
+    assert estimate.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
+
+
+def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
+    run = loop.train(tiny("run"))
+    before = state(run), sorted(run.rglob("*"))
+    loop.dry_run(tiny("run", "training.steps=10"))
+    assert (state(run), sorted(run.rglob("*"))) == before
+
+
+@pytest.mark.parametrize(
+    ("output", "changes", "resume"),
+    [
+        ("new", ["data={kind: folder, path: nowhere}"], "auto"),
+        ("new", ["network.patch=3"], "auto"),
+        ("new", ["network.classes=3"], "auto"),
+        ("new", ["sampling.steps=99"], "auto"),
+        ("new", ["training.init=nowhere"], "auto"),
+        ("new", [], "nowhere"),
+        ("old", ["network.width=32", "training.steps=9"], "auto"),
+        ("old", [], "never"),
+    ],
+)
+def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
+    loop.train(tiny("old"))
+    said = []
+    for go in (loop.train, loop.dry_run):
+        with pytest.raises(TesseraError) as caught:
+            go(tiny(output, *changes), resume)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("output", ["file", "file/run"])
+def test_a_dry_run_knows_an_output_that_cannot_be_written(tiny, tmp_path, output):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TesseraError, match=r"cannot write to output=.*: .*file is a file"):
+        loop.dry_run(tiny(output))
+
+
+def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(TesseraError, match=r"checkpoints need .* GiB, the disk has 0\.00 GiB free"):
+        loop.dry_run(tiny())

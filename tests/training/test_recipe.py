@@ -1,0 +1,159 @@
+"""Recipes: what is refused, and in which words; what follows from the data."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tessera.codecs import PixelsConfig
+from tessera.data import DigitsConfig
+from tessera.errors import TesseraError
+from tessera.settings import write_yaml
+from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    recipe = pixels_like_data(recipe)
+    return resolve(recipe, recipe.data.open(), recipe.codec.build())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_of_ours_parses_and_opens_with_its_command(path):
+    recipe = read(path, [])
+    assert recipe.output
+    assert re.search(rf"tessera train \S*{path.name}", path.read_text(encoding="utf-8"))
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_the_output_is_named_after_the_file_unless_told(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {kind: digits}")
+    assert read(path, []).output == "runs/mine"
+    assert read(path, ["output=elsewhere"]).output == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("trainin.steps=3", r"unknown key 'trainin'; did you mean 'training'\?"),
+        ("training.step=3", r"training: unknown key 'step'; did you mean 'steps'\?"),
+        ("training.optimizer.lr=3", r"training\.optimizer.*: unknown key 'lr'"),
+        ("network.witdh=3", r"network: unknown key 'witdh'; did you mean 'width'\?"),
+        ("data.split=modell", r"data.*split: .*'model'.*got 'modell'"),
+        ("data.kind=foldr", r"data: .*'foldr'.*'folder'"),
+        ("process.schedule=cosin", r"process.*'cosin'.*'cosine'"),
+        ("training.steps=many", r"training\.steps: .*integer.*got 'many'"),
+        ("training.steps=0", r"training\.steps: .*greater than 0.*got 0"),
+        ("training.batch=1.5", r"training\.batch: .*integer.*got 1\.5"),
+        ("training.optimizer.learning_rate=-1", r"learning_rate: .*greater than 0.*got -1"),
+        ("training.optimizer.betas=[0.9, 1.5]", r"betas.*less than 1.*got 1\.5"),
+        ("training.label_dropout=1", r"label_dropout: .*less than 1"),
+        ("training.ema.decay=2", r"ema\.decay: .*less than 1"),
+        ("training.micro_batch=5", "batch 32 is not a multiple of micro_batch 5"),
+        ("training.device=gpu", r"training\.device: .*'cuda'.*got 'gpu'"),
+        ("network.heads=3", "width 16 is not divisible by heads 3"),
+        ("network.preset=DiT-XL/3", r"unknown preset 'DiT-XL/3'; did you mean 'DiT-XL/\d'"),
+        ("network.block=adaln-one", r"network\.block: .*'adaln-one'.*'adaln-zero'"),
+        ("data=5", r"data: "),
+    ],
+)
+def test_a_fault_is_named_with_its_place_and_the_nearest_right_thing(tiny, change, said):
+    with pytest.raises(TesseraError, match=said) as caught:
+        tiny("run", change)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_several_faults_are_told_at_once(tiny):
+    with pytest.raises(
+        TesseraError, match=r"training\.steps[\s\S]*network: unknown key 'widht'|network[\s\S]*training"
+    ):
+        tiny("run", "training.steps=x", "network.widht=3")
+
+
+def test_data_are_needed(tmp_path):
+    (tmp_path / "a.yaml").write_text("output: x")
+    with pytest.raises(TesseraError, match="data: Field required"):
+        read(tmp_path / "a.yaml", [])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "just text", "", "a: [1", "a: b: c"])
+def test_what_is_no_mapping_is_no_recipe(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(TesseraError, match=r"a\.yaml"):
+        read(tmp_path / "a.yaml", [])
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(TesseraError, match=r"no recipe at .*gone\.yaml"):
+        read(tmp_path / "gone.yaml", [])
+
+
+# What follows from data, codec and process
+
+
+@pytest.mark.parametrize(("variance", "outputs"), [("learned", 2), ("posterior", 1)])
+def test_sizes_follow_from_data_and_process(tiny, variance, outputs):
+    network = resolved(tiny("run", f"process.variance={variance}")).network
+    assert (network.size, network.channels, network.outputs, network.classes) == ((8, 8), 1, outputs, 10)
+    assert (network.patch, network.width, network.depth) == (4, 16, 1)
+
+
+def test_a_resolved_recipe_written_and_read_is_the_same(tiny, tmp_path):
+    recipe = resolved(tiny())
+    (tmp_path / "again.yaml").write_text(write_yaml(recipe))
+    again = read(tmp_path / "again.yaml", [])
+    assert again == recipe
+    assert resolved(again) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["network.classes=5"], "network.classes is 5 in the recipe, but data, codec and process make it 10"),
+        (["network.size=16"], r"network\.size is \(16, 16\) in the recipe, .* make it \(8, 8\)"),
+        (["network.outputs=1"], "network.outputs is 1 in the recipe, .* make it 2"),
+        (["network.channels=4"], "network.channels is 4 in the recipe, .* make it 1"),
+        (["codec={kind: pixels, channels: 3}"], "the codec takes 3 channels, but data.channels is 1"),
+        (["network.patch=3"], "patch 3 does not divide the size 8 x 8"),
+        (["network.null_class=false"], r"label_dropout needs network\.null_class=true"),
+        (
+            ["network.null_class=false", "training.label_dropout=0", "sampling.guidance=2"],
+            r"sampling\.guidance is 2, but guidance needs classes and network\.null_class",
+        ),
+        (["sampling.steps=21"], r"steps is 21; this model was trained with 20"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_runs(tiny, changes, said):
+    with pytest.raises(TesseraError, match=said):
+        resolved(tiny("run", *changes))
+
+
+def test_agreeing_with_the_data_is_allowed(tiny):
+    recipe = resolved(tiny("run", "network.classes=10", "network.size=8", "network.channels=1"))
+    assert recipe.network.classes == 10
+
+
+def test_the_pixel_codec_follows_the_data_unless_told(tiny):
+    assert pixels_like_data(tiny()).codec == PixelsConfig(channels=1)
+    assert pixels_like_data(tiny("run", "codec={kind: pixels, channels: 3}")).codec == PixelsConfig(channels=3)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    recipe = Recipe(output="x", data=DigitsConfig())
+    training, network, process = recipe.training, recipe.network, recipe.process
+    assert (training.batch, training.steps, training.label_dropout) == (256, 400_000, 0.1)
+    assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (1e-4, 0.0)
+    assert (training.optimizer.warmup, training.optimizer.decay, training.optimizer.clip) == (0, "constant", None)
+    assert (training.ema.decay, training.ema.warmup) == (0.9999, False)
+    assert (network.depth, network.width, network.heads, network.patch) == (28, 1152, 16, 2)
+    assert (process.steps, process.schedule.kind, process.prediction) == (1000, "linear", "epsilon")
+
+
+def test_the_text_of_a_recipe_is_plain_yaml(tiny):
+    assert yaml.safe_load(write_yaml(tiny()))["network"]["width"] == 16
