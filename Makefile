@@ -1,7 +1,7 @@
 # Each target sets up all it needs in .venv, pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# torch from PyTorch's CPU wheels unless another is wanted: `make demo TORCH=torch` takes the default build (CUDA).
+# Whatever build of torch pip is set up to take; on Linux that is the CUDA one unless pip's index says otherwise.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test prove check docs clean

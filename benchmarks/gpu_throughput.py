@@ -53,7 +53,13 @@ def train(model: str, micros: list[int], seconds: float, device: torch.device) -
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             network = config.build().to(device)
-            rate = training_rate(network, micro, compiled, seconds, dtype)
+            try:
+                rate = training_rate(network, micro, compiled, seconds, dtype)
+            except torch.OutOfMemoryError:
+                print(f"| {model} | {micro} | {'yes' if compiled else 'no'} | out of memory | | | |", flush=True)
+                del network
+                torch.cuda.empty_cache()
+                continue
             operations = 6 * network.macs() * rate
             print(
                 f"| {model} | {micro} | {'yes' if compiled else 'no'} | {rate:.4g} | {operations / DATA_SHEET:.1%} | "
@@ -66,7 +72,8 @@ def training_rate(network: DiT, micro: int, compiled: bool, seconds: float, dtyp
     """Images a second of whole training steps: forward, backward, AdamW, EMA."""
     device, classes = network.pos_embed.device, network.config.classes
     average, optimizer = Average(network, EMA()), optimizer_for(network, Adam())
-    forward = torch.compile(network) if compiled else network
+    torch._dynamo.reset()  # a fresh compilation for each size, never a dynamic one
+    forward = torch.compile(network, dynamic=False) if compiled else network
     # The codec is the identity, as on cached latents: the autoencoder is no part of the step.
     task = Task(GaussianConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
     pixels = torch.randint(0, 256, (micro, 4, 32, 32), dtype=torch.uint8)
@@ -133,8 +140,6 @@ def main() -> None:
     device = runtime.choose_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     if options.train:
         train(options.model, [int(micro) for micro in options.micro.split(",")], options.seconds, device)
     if options.sample:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tessera.codecs import AnyCodec, AutoencoderConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.codecs.pixels import Pixels
-from tessera.errors import TesseraError
+from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
 from tessera.models.dit import DiT, DiTConfig, parameter_count
 from tessera.process.gaussian import Gaussian, GaussianConfig
@@ -159,8 +159,7 @@ def fit(network: DiT, tensors: dict[str, Tensor], source: str) -> None:
         if name in found and found[name] != expected[name]
     ]
     if faults:
-        shown = "\n  ".join(faults[:8]) + (f"\n  and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise TesseraError(f"{source} holds another architecture than its configuration says:\n  {shown}")
+        raise TesseraError(f"{source} holds another architecture than its configuration says:{listed(faults)}")
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:

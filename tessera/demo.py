@@ -52,18 +52,19 @@ def run(out: Path, seconds: float = 120) -> float:
 
 def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
     """The recipe with as many steps as fit the time on this machine, or that of the demo already begun in `out`."""
-    begun = out / "run" / loop.RECIPE
+    here, begun = [f"output={out / 'run'}"], out / "run" / loop.RECIPE
     if begun.exists():
-        recipe = read_recipe(begun, [])
-        return recipe, f"{recipe.training.steps} steps, as begun before"
-    places = (Path(__file__).parent / "recipes" / RECIPE, Path(__file__).parent.parent / "recipes" / RECIPE)
-    recipe = read_recipe(next(place for place in places if place.exists()), [f"output={out / 'run'}"])
+        recipe = read_recipe(begun, here)
+        told = f"{recipe.training.steps} steps, as begun before"
+        print(f"going on with the demo in {out}: {told}; give another --out for a new one", flush=True)
+        return recipe, told
+    installed = Path(__file__).parent / "recipes"  # beside the package in a checkout, inside it when installed
+    recipes = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
+    recipe = read_recipe(recipes / RECIPE, here)
     print("measuring this machine", flush=True)
     estimate = loop.dry_run(recipe, steps=10)
     steps = max(round(seconds / estimate.seconds_per_step), 20)
-    recipe = read_recipe(
-        next(place for place in places if place.exists()), [f"output={out / 'run'}", f"training.steps={steps}"]
-    )
+    recipe = read_recipe(recipes / RECIPE, [*here, f"training.steps={steps}"])
     told = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"
     print(f"training a DiT of {estimate.parameters:,} parameters for about {clock(seconds)}: {told}", flush=True)
     return recipe, told

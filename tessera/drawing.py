@@ -69,12 +69,12 @@ def walk(
     """
     scales = torch.as_tensor(model.config.sampling.guidance if guidance is None else guidance, dtype=torch.float32)
     config = settings(model, **changes)
-    network, device = model.config.network, model.device
-    if classes is not None and not network.classes:
+    seen, device = model.config.network, model.device
+    if classes is not None and not seen.classes:
         raise TesseraError("this model is unconditional: leave classes out")
-    if classes is None and network.classes:
-        raise TesseraError(f"this model knows {network.classes} classes: say which, for example classes=[0]")
-    if bool((scales != 1).any()) and not (network.classes and network.null_class):
+    if classes is None and seen.classes:
+        raise TesseraError(f"this model knows {seen.classes} classes: say which, for example classes=[0]")
+    if bool((scales != 1).any()) and not (seen.classes and seen.null_class):
         raise TesseraError("this model cannot be guided: it has no 'told nothing' class; leave guidance at 1")
     seeds = list(seeds)
     if not all(0 <= seed < 2**63 for seed in seeds):
@@ -87,7 +87,7 @@ def walk(
             raise TesseraError(f"{rows} pictures are asked for, but {length} {what}: give {rows}, or 1 for all")
     if label is not None:
         label = torch.tensor(label).expand(rows)
-    shape = (network.channels, *_latent_size(model, size))
+    shape = (seen.channels, *_latent_size(model, size))
     seed = torch.tensor(seeds, dtype=torch.int64).expand(rows)
     drawn = 0
 
@@ -98,13 +98,17 @@ def walk(
         position = torch.full((rows,), drawn - 1, dtype=torch.int64)
         return randomness.normal(seed, position, STREAM, shape).to(device)
 
+    dtype = runtime.autocast_dtype(precision, device)
+
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with runtime.autocast(dtype, device):  # around the network alone: it must not leak into the caller's loop
+            return model.network(x, t, condition)
+
     denoise = Denoiser(
-        model.network, model.process, Condition(label=label).to(device), scales.expand(rows), config.guidance_channels
+        network, model.process, Condition(label=label).to(device), scales.expand(rows), config.guidance_channels
     )
-    with runtime.autocast(runtime.autocast_dtype(precision, device), device):
-        yield from sampling.walk(
-            config.sampler, denoise, noise(), times(config.spacing, config.steps, model.config.process.steps), noise
-        )
+    visited = times(config.spacing, config.steps, model.config.process.steps)
+    yield from sampling.walk(config.sampler, denoise, noise(), visited, noise)
 
 
 @torch.no_grad()

@@ -58,6 +58,34 @@ def remove_partials(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make a folder if need be and hold it for one process at a time, where the system can.
+
+    Raises TesseraError if it cannot be made, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TesseraError(f"cannot write {folder}: {error.strerror or error}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TesseraError(f"{folder} is in use by another process: wait for it, or give another output=") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def sync(path: Path) -> None:
     """Push a file or folder to the disk, where the system can."""
     try:

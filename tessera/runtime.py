@@ -1,6 +1,5 @@
 """What the layers above may ask of the machine: a device, its precision, its memory."""
 
-import resource
 import sys
 from typing import Literal
 
@@ -45,6 +44,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the highest: allocated on a GPU, resident for the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 

@@ -3,13 +3,16 @@
 import difflib
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from tessera.errors import TesseraError
+
+# Height and width; one number stands for a square.
+Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
 
 
 class Settings(BaseModel):

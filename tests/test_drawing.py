@@ -264,3 +264,11 @@ def test_nothing_to_draw(tiny_model, classes, seeds):
     assert fault(tiny_model, classes, seeds)
     with pytest.raises(TesseraError, match="1 pictures are asked for, but 0"):
         next(drawing.walk(tiny_model, classes, seeds))
+
+
+def test_autocast_stays_inside_the_network(tiny_model):
+    for _ in drawing.walk(tiny_model, [0], [0], precision="bfloat16"):
+        assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in drawing.walk(tiny_model, [0], [0], precision="float32"):
+            assert torch.is_autocast_enabled("cpu")

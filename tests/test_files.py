@@ -134,3 +134,15 @@ def test_remove_partials(tmp_path):
     (tmp_path / "c").write_text("")
     remove_partials(tmp_path)
     assert tree(tmp_path) == ["c"]
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    with files.alone(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+        with pytest.raises(TesseraError, match="in use by another process"), files.alone(tmp_path / "run"):
+            pass
+    with files.alone(tmp_path / "run"):
+        pass
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TesseraError, match="cannot write"), files.alone(tmp_path / "file"):
+        pass

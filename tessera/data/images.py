@@ -9,11 +9,9 @@ from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import Field
 
-from tessera.settings import Settings
-
-Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+from tessera.settings import Settings, Size
 
 Level = Annotated[int, Field(ge=0, le=255)]
 

@@ -53,7 +53,7 @@ class ParquetSource:
                     if column not in known:
                         raise TesseraError(f"{file}: {unknown('column', column, known)} (data.image, data.label)")
                 tables.append(parquet.read_table(file, columns=columns))
-            except (arrow.ArrowException, OSError) as error:
+            except (arrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no text
                 raise TesseraError(f"{file} is damaged or no parquet file: {error}") from None
         try:
             table = arrow.concat_tables(tables)
@@ -79,7 +79,10 @@ class ParquetSource:
         return f"{self.config.path} row {index}"
 
     def pixels(self, index: int) -> np.ndarray:
-        value = self._images[index].as_py()
+        try:
+            value = self._images[index].as_py()
+        except ValueError as error:
+            raise Unusable(f"damaged: {error}") from None
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise Unusable("holds no image bytes")
@@ -88,7 +91,10 @@ class ParquetSource:
 
 def _classes(table: Any, column: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and the class number of every row."""
-    values = table[column].to_pylist()
+    try:
+        values = table[column].to_pylist()
+    except ValueError as error:
+        raise TesseraError(f"column '{column}' is damaged: {error}") from None
     missing = sum(value is None for value in values)
     if missing:
         raise TesseraError(f"{missing} of {len(values)} rows have no label in column '{column}'")

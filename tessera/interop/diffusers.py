@@ -18,7 +18,7 @@ from tessera.bundle import BundleConfig, Model, assemble, copy_codec, read_tenso
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.conditions import Condition
-from tessera.errors import TesseraError
+from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
 from tessera.interop.reading import Codec, codec_for, difference, read_json, read_pickle
 from tessera.layers.positions import sincos_grid
@@ -186,8 +186,7 @@ def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) 
     faults = [f"missing {name}" for name in sorted(names - tensors.keys())]
     faults += [f"unexpected {name}" for name in sorted(tensors.keys() - names)]
     if faults:
-        shown = "\n  ".join(faults[:8]) + (f"\n  and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise TesseraError(f"{source} holds another architecture than its configuration says:\n  {shown}")
+        raise TesseraError(f"{source} holds another architecture than its configuration says:{listed(faults)}")
     # As diffusers does: the positions of the configured grid, unscaled at any size.
     result = {"pos_embed": sincos_grid(network.grid, network.width)[None]}
     for ours, how, theirs in wanted:

@@ -13,8 +13,8 @@ from tessera.interop.reading import Codec, codec_for, read_json
 from tessera.settings import unknown
 
 ACCEPTED = (
-    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt, .pth or .safetensors), or a folder "
-    "of diffusers' DiTPipeline or of its transformer"
+    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt, .pth or "
+    ".safetensors), or a folder of diffusers' DiTPipeline or of its transformer"
 )
 Format = Literal["bundle", "official", "diffusers"]
 

@@ -17,9 +17,7 @@ from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockConfig, Context
 from tessera.models.presets import PRESETS
-from tessera.settings import Settings, by_kind, unknown
-
-Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+from tessera.settings import Settings, Size, by_kind, unknown
 
 
 class DiTConfig(Settings):

@@ -28,5 +28,6 @@ class Losses:
 
 def expand(values: Tensor, x: Tensor) -> Tensor:
     """Per-row values [B] on x's device and in its type, shaped to multiply x [B, ...]."""
-    values = values.to(x.dtype).to(x.device)  # in this order: not every device has float64
+    # The type first, as not every device has float64; and a GPU is not waited for.
+    values = values.to(x.dtype).to(x.device, non_blocking=x.is_cuda)
     return values.view(-1, *(1,) * (x.ndim - 1))

@@ -57,10 +57,10 @@ class Denoiser:
 
     def raw(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's raw output [B, outputs, ...], guided."""
-        time = self.process.network_time(t).to(x.device)
+        time = self.process.network_time(t).to(x.device, non_blocking=x.is_cuda)
         if not self.guided:
-            return self.network(x, time, self.condition)
-        told, untold = self.network(torch.cat((x, x)), torch.cat((time, time)), self._both).chunk(2)
+            return self.network(x, time, self.condition).to(x.dtype)
+        told, untold = self.network(torch.cat((x, x)), torch.cat((time, time)), self._both).to(x.dtype).chunk(2)
         count = x.shape[1] if self.channels == "all" else min(self.channels, x.shape[1])
         scale = self.guidance.to(told).view(-1, *(1,) * (x.ndim - 1))
         mixed = torch.lerp(untold[:, :count], told[:, :count], scale)

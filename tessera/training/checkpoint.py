@@ -5,11 +5,12 @@ training beside it.
     RUN/log.jsonl
     RUN/codec/                          the autoencoder, if it came from a local folder
     RUN/checkpoints/step-000001000/     config.json, model.safetensors, README.md: the bundle
-                                        training.safetensors: weights, optimizer; training.json: the step
+                                        training.safetensors: weights, optimizer; training.json: the place
 """
 
 import json
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,21 +23,30 @@ from tessera.models.dit import DiT
 STATE, PLACE = "training.safetensors", "training.json"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: steps done, and samples taken from the data: step times batch, unless the batch changed."""
+
+    step: int
+    position: int
+
+
 def path_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:09d}"
 
 
-def step_of(checkpoint: Path) -> int:
-    """The number of steps done, as the checkpoint itself says. Raises TesseraError if it is no training checkpoint."""
+def place_of(checkpoint: Path) -> Place:
+    """Where the run stood, as the checkpoint itself says. Raises TesseraError if it is no training checkpoint."""
     try:
-        return int(json.loads((checkpoint / PLACE).read_text(encoding="utf-8"))["step"])
+        told = json.loads((checkpoint / PLACE).read_text(encoding="utf-8"))
+        return Place(int(told["step"]), int(told["position"]))
     except (OSError, ValueError, KeyError, TypeError):
         raise TesseraError(f"{checkpoint} is no training checkpoint: {PLACE} is missing or damaged") from None
 
 
-def save(run: Path, step: int, model: bundle.Model, network: DiT, optimizer: torch.optim.Optimizer) -> Path:
+def save(run: Path, place: Place, model: bundle.Model, network: DiT, optimizer: torch.optim.Optimizer) -> Path:
     """Write a checkpoint, whole or not at all; model holds the EMA. A TesseraError leaves the others as they were."""
-    target = path_of(run, step)
+    target = path_of(run, place.step)
     with whole_folder(target) as partial:
         bundle.write(model, partial, codec_at=f"../../{bundle.CODEC}")
         tensors = {f"weights/{name}": tensor for name, tensor in network.state_dict().items()}
@@ -44,12 +54,12 @@ def save(run: Path, step: int, model: bundle.Model, network: DiT, optimizer: tor
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{key}/{name}"] = value
         bundle.write_tensors(tensors, partial / STATE)
-        (partial / PLACE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        (partial / PLACE).write_text(json.dumps(asdict(place)), encoding="utf-8")
     return target
 
 
-def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim.Optimizer) -> int:
-    """Put weights, EMA and optimizer back as they were; returns the step. TesseraError if one is missing."""
+def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim.Optimizer) -> Place:
+    """Put weights, EMA and optimizer back as they were; returns the place. TesseraError if one is missing."""
     weights = bundle.read_tensors(checkpoint / STATE, "weights/")
     mean = bundle.read_tensors(checkpoint / bundle.WEIGHTS)
     bundle.fit(network, weights, str(checkpoint / STATE))
@@ -64,8 +74,11 @@ def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim
                 state = {key: kept[key][name] for key in keys}
             except KeyError:
                 raise TesseraError(f"{checkpoint / STATE} lacks the optimizer's state of {name}") from None
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-    return step_of(checkpoint)
+            moments = {key: value.to(parameter.device) for key, value in state.items()}
+            if not optimizer.defaults["fused"]:
+                moments["step"] = state["step"]  # counts on the CPU
+            optimizer.state[parameter] = moments
+    return place_of(checkpoint)
 
 
 def prune(run: Path, keep: int) -> None:

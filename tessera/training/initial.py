@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tessera.bundle import Model
 from tessera.codecs import PixelsConfig
-from tessera.errors import TesseraError
+from tessera.errors import TesseraError, listed
 from tessera.layers.patches import resample_patches, resample_readout
 from tessera.models.dit import DiT
 from tessera.settings import parse
@@ -48,11 +48,9 @@ def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: 
     ]
     strangers += [f"{key} has no place" for key in old if key not in fresh and key != TABLE]
     if strangers:
-        more = f"\n  and {len(strangers) - 8} more" if len(strangers) > 8 else ""
         raise TesseraError(
-            f"cannot start from {name}: it is another architecture; width, depth, heads and block must agree\n  "
-            + "\n  ".join(strangers[:8])
-            + more
+            f"cannot start from {name}: it is another architecture; width, depth, heads and block must agree "
+            f"(leave network: out of the recipe to take them from it){listed(strangers)}"
         )
     if source.config.network.heads != network.config.heads:
         raise TesseraError(

@@ -18,12 +18,13 @@ from tessera import bundle, drawing, pictures, runtime
 from tessera.codecs import AutoencoderConfig
 from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.files import remove_partials, whole_folder, write_whole
+from tessera.files import alone, remove_partials, whole_folder, write_whole
 from tessera.interop import sources
 from tessera.models.dit import DiT
 from tessera.sampling.denoiser import Network
 from tessera.settings import write_yaml
 from tessera.training import checkpoint, initial
+from tessera.training.checkpoint import Place
 from tessera.training.ema import Average
 from tessera.training.journal import Journal, clock
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
@@ -140,28 +141,31 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end; the exception is Interrupted.
     """
     folder = Path(recipe.output)
-    found = _checkpoint_to_resume(folder, resume)
-    run = set_up(recipe, found)
-    step = 0
+    run = set_up(recipe, found := _checkpoint_to_resume(folder, resume))
+    place = Place(step=0, position=0)
     if found is not None:
         _agrees(run, found)
-        step = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
-    config = run.recipe.training
-    _prepare_folder(run)
-    journal = Journal(folder, step, config.steps, config.tensorboard)
-    try:
-        if found is not None:
-            journal.say(f"going on from step {step} ({found})")
-        if run.inherited:
-            write_whole(folder / INIT, run.inherited + "\n")
-            journal.say(f"started from {config.init}: see {folder / INIT} for what was kept")
-        if step >= config.steps:
-            journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
-            return folder
-        _loop(run, step, journal)
-    finally:
-        journal.close()
+        place = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
+    with alone(folder):
+        _prepare_folder(run)
+        journal = Journal(folder, place.step, run.recipe.training.steps, run.recipe.training.tensorboard)
+        try:
+            _begin(run, found, place, journal)
+            _loop(run, place, journal)
+        finally:
+            journal.close()
     return folder
+
+
+def _begin(run: Run, found: Path | None, place: Place, journal: Journal) -> None:
+    """Say where the run starts from."""
+    if found is not None:
+        journal.say(f"going on from step {place.step} ({found})")
+        for change in _changed(run, found):
+            journal.say(f"changed since: {change}")
+    if run.inherited:
+        write_whole(run.folder / INIT, run.inherited + "\n")
+        journal.say(f"started from {run.recipe.training.init}: see {run.folder / INIT} for what was kept")
 
 
 class Interrupted(TesseraError):
@@ -170,18 +174,23 @@ class Interrupted(TesseraError):
     exit_code = 130  # as a shell reports Ctrl-C
 
 
-def _loop(run: Run, step: int, journal: Journal) -> None:
+def _loop(run: Run, place: Place, journal: Journal) -> None:
     config = run.recipe.training
-    device = run.model.device
+    step, position = place.step, place.position
+    if step >= config.steps:
+        journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
+        return
     network = run.forward
     seen_skips = 0
     sums: dict[str, torch.Tensor] = {}
     counted, clock_start = 0, time.monotonic()
-    if step == 0:
-        _draw(run, 0, journal)
     with _stop_signals() as stopping:
-        batches = run.loader.batches(step * config.batch)
+        batches = run.loader.batches(position)
         try:
+            if step == 0:
+                journal.say("drawing the first grid of samples")
+                _draw(run, 0, journal)
+                clock_start = time.monotonic()
             while step < config.steps:
                 batch = next(batches)
                 for group in run.optimizer.param_groups:
@@ -189,7 +198,7 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                 told = train_step(
                     network, run.optimizer, batch, run.task, config.optimizer, config.micro_batch or config.batch
                 )
-                step += 1
+                step, position = step + 1, position + config.batch
                 run.average.update(step)
                 for name, value in told.items():
                     sums[name] = sums[name] + value if name in sums else value
@@ -207,7 +216,8 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                         **means,
                         learning_rate=run.optimizer.param_groups[0]["lr"],
                         images_per_second=counted * config.batch / seconds,
-                        epoch=step * config.batch / len(run.loader.source),
+                        skipped=len(run.loader.skipped),
+                        epoch=position / len(run.loader.source),
                     )
                     sums, counted, clock_start = {}, 0, time.monotonic()
                 journal.advance(step)
@@ -215,7 +225,7 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                     seen_skips = _report_skips(run, journal, seen_skips)
                 paused = time.monotonic()
                 if saves:
-                    _save(run, step, device)
+                    _save(run, Place(step, position))
                 if (step % config.sample_every == 0 and not stop) or last:
                     _draw(run, step, journal)
                 clock_start += time.monotonic() - paused
@@ -226,23 +236,27 @@ def _loop(run: Run, step: int, journal: Journal) -> None:
                     )
         finally:
             batches.close()
+    if run.loader.skipped:
+        journal.say(f"{len(run.loader.skipped)} images could not be used: {run.folder / SKIPPED} names them")
     journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
 
 
-def _save(run: Run, step: int, device: torch.device) -> None:
+def _save(run: Run, place: Place) -> None:
+    device = run.model.device
     runtime.synchronise(device)
     config = run.recipe
     origin = {
         "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}",
         "trained on": f"{len(run.loader.source):,} images ({config.data.where})",
-        "steps": step,
+        "steps": place.step,
+        "images seen": place.position,
         "batch": config.training.batch,
         "learning rate": config.training.optimizer.learning_rate,
         "EMA decay": config.training.ema.decay,
         "started from": config.training.init or "fresh weights",
     }
     model = bundle.Model(run.model.config.model_copy(update={"origin": origin}), run.model.network)
-    checkpoint.save(run.folder, step, model, run.network, run.optimizer)
+    checkpoint.save(run.folder, place, model, run.network, run.optimizer)
     checkpoint.prune(run.folder, config.training.keep_checkpoints)
 
 
@@ -271,7 +285,7 @@ def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     inside = [path] if (path / checkpoint.PLACE).exists() else bundle.checkpoints(path)
     if not inside:
         raise TesseraError(f"nothing to resume at {resume}: expected a run's folder or one of its checkpoints")
-    if present and checkpoint.step_of(present[0]) > checkpoint.step_of(inside[0]):
+    if present and checkpoint.place_of(present[0]).step > checkpoint.place_of(inside[0]).step:
         raise TesseraError(f"{folder} holds later checkpoints than {inside[0]}: branch off with another output=")
     return inside[0]
 
@@ -279,23 +293,39 @@ def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
 def _agrees(run: Run, found: Path) -> None:
     """A resumed run keeps network, process, kind of codec and classes: raise TesseraError that says what differs."""
     saved, fresh = bundle.load_config(found), run.model.config
+    differing: dict[str, list[str]] = {}
     for name in ("network", "process"):
         before, now = getattr(saved, name).model_dump(), getattr(fresh, name).model_dump()
-        differing = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before.get(key) != now[key]]
-        if differing:
-            raise TesseraError(
-                f"cannot go on from {found} with another {name}: {'; '.join(differing)}\n"
-                f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
-            )
+        differing[name] = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
     for name, before, now in (
         ("codec", saved.codec.kind, fresh.codec.kind),
         ("classes", ", ".join(saved.class_names), ", ".join(fresh.class_names)),
     ):
-        if before != now:
+        differing[name] = [f"was {before}, is {now}"] if before != now else []
+    for name, faults in differing.items():
+        if faults:
             raise TesseraError(
-                f"cannot go on from {found} with another {name}: was {before}, is {now}\n"
+                f"cannot go on from {found} with another {name}: {'; '.join(faults)}\n"
                 f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
             )
+
+
+def _changed(run: Run, found: Path) -> list[str]:
+    """What the recipe says otherwise than that of the checkpoint: allowed, but not to be overlooked."""
+    before, now = _flat(bundle.load_config(found).recipe or {}), _flat(run.recipe.model_dump(mode="json"))
+    return [
+        f"{name} was {before[name]}, is {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name] and name != "output"
+    ]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _prepare_folder(run: Run) -> None:
@@ -360,7 +390,7 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
     """
     found = _checkpoint_to_resume(Path(recipe.output), resume)
     _writable(Path(recipe.output))
-    with tempfile.TemporaryDirectory(prefix="tessera-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.output).absolute())) as scratch:
         run = set_up(recipe.model_copy(update={"output": scratch}), found)
         if found is not None:
             _agrees(run, found)
@@ -378,7 +408,7 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
         finally:
             batches.close()
         seconds = sorted(times[1:])[len(times[1:]) // 2]
-        _save(run, 1, device)
+        _save(run, Place(1, config.batch))
         size = sum(file.stat().st_size for file in checkpoint.path_of(Path(scratch), 1).iterdir())
         free = shutil.disk_usage(_existing(Path(recipe.output))).free
         needed = size * (config.keep_checkpoints + 1)
@@ -389,11 +419,22 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
             gmacs=run.model.network.macs() / 1e9,
             images=len(run.loader.source),
             seconds_per_step=seconds,
-            seconds=seconds * config.steps,
+            seconds=seconds * config.steps + _drawing_seconds(run),
             peak_bytes=runtime.peak_memory(device),
             checkpoint_bytes=size,
             skipped=len(run.loader.skipped),
         )
+
+
+def _drawing_seconds(run: Run) -> float:
+    """What the grids of samples of a whole run take, from a short drawing of one batch."""
+    config, network = run.recipe.training, run.recipe.network
+    count, steps = 16, min(2, run.recipe.sampling.steps)
+    began = time.monotonic()
+    drawing.generate(run.model, [0] if network.classes else None, list(range(count)), steps=steps)
+    seconds = (time.monotonic() - began) / count / steps
+    pictures_each = (min(network.classes, COLUMNS) or 8) * config.sample_seeds
+    return seconds * run.recipe.sampling.steps * pictures_each * (config.steps // config.sample_every + 2)
 
 
 def _existing(path: Path) -> Path:

@@ -52,15 +52,17 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
         condition = Condition(label=batch.label.to(device))
         if task.label_dropout:
             condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
-    return pixels, condition, position
+    return pixels, condition, batch.position
 
 
 def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> Losses:
     """The process's training losses at times and noise drawn for these positions. x0 [B, C, h, w], position [B]"""
-    t = task.process.draw_times(randomness.uniform(task.seed, position.cpu(), TIME)[:, 0])
-    noise = randomness.normal(task.seed, position, NOISE, tuple(x0.shape[1:]))
+    t = task.process.draw_times(randomness.uniform(task.seed, position, TIME)[:, 0])
+    noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
     with runtime.autocast(task.dtype, x0.device):
-        raw = network(task.process.mix(x0, noise, t), task.process.network_time(t).to(x0.device), condition)
+        raw = network(
+            task.process.mix(x0, noise, t), task.process.network_time(t).to(x0.device, non_blocking=True), condition
+        )
     return task.process.loss(raw.float(), x0, noise, t)
 
 

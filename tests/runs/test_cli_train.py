@@ -20,7 +20,7 @@ def test_a_run_prints_its_folder_and_tells_its_progress(tessera, recipe, tmp_pat
     assert done.code == 0
     assert done.out.strip() == str(tmp_path / "run")
     lines = done.err.splitlines()
-    assert lines[0].startswith("step 1/4  loss ")
+    assert lines[1].startswith("step 1/4  loss ")
     assert lines[-2].startswith("step 4/4  loss ")
     assert lines[-1] == f"trained 4 steps; the model is in {tmp_path / 'run'}"
     assert len(bundle.checkpoints(tmp_path / "run")) == 1

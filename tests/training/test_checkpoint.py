@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tessera import bundle, drawing
 from tessera.errors import TesseraError
 from tessera.training import checkpoint, loop
+from tessera.training.checkpoint import Place
 from tessera.training.recipe import Adam
 from tessera.training.step import optimizer_for
 
@@ -30,11 +31,11 @@ def trained(tiny_model):
 
 def test_what_is_saved_is_restored_bit_for_bit(trained, tmp_path):
     model, network, optimizer = trained
-    saved = checkpoint.save(tmp_path, 12, model, network, optimizer)
+    saved = checkpoint.save(tmp_path, Place(12, 3072), model, network, optimizer)
     assert saved == tmp_path / "checkpoints/step-000000012"
     other, average = model.config.network.build(), model.config.network.build()
     fresh = optimizer_for(other, Adam())
-    assert checkpoint.restore(saved, other, average, fresh) == 12
+    assert checkpoint.restore(saved, other, average, fresh) == Place(12, 3072)
     for mine, theirs in ((other, network), (average, model.network)):
         assert all(torch.equal(one, two) for one, two in zip(mine.state_dict().values(), theirs.state_dict().values()))
     for one, two in zip(other.parameters(), network.parameters()):
@@ -45,20 +46,20 @@ def test_what_is_saved_is_restored_bit_for_bit(trained, tmp_path):
 
 def test_a_checkpoint_is_a_bundle_that_draws(trained, tmp_path):
     model, network, optimizer = trained
-    loaded = bundle.load(checkpoint.save(tmp_path, 1, model, network, optimizer))
+    loaded = bundle.load(checkpoint.save(tmp_path, Place(1, 8), model, network, optimizer))
     assert (drawing.generate(loaded, [0, 1], [0, 1]) == drawing.generate(model, [0, 1], [0, 1])).all()
 
 
 def test_only_the_newest_are_kept(trained, tmp_path):
     for step in (1, 2, 10, 100):
-        checkpoint.save(tmp_path, step, *trained)
+        checkpoint.save(tmp_path, Place(step, 8 * step), *trained)
     checkpoint.prune(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000010", "step-000000100"]
 
 
 def test_a_missing_piece_is_named(trained, tmp_path):
     model, network, optimizer = trained
-    saved = checkpoint.save(tmp_path, 1, *trained)
+    saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
     tensors = load_file(saved / checkpoint.STATE)
     for gone, said in (
         ("weights/final_layer.linear.bias", r"missing final_layer\.linear\.bias"),
@@ -72,7 +73,7 @@ def test_a_missing_piece_is_named(trained, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
 def test_truncated_weights_are_an_error_that_names_the_file(trained, tmp_path, name):
     model, network, optimizer = trained
-    saved = checkpoint.save(tmp_path, 1, *trained)
+    saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
     whole = (saved / name).read_bytes()
     for size in (0, 100, len(whole) - 1):
         (saved / name).write_bytes(whole[:size])
@@ -83,12 +84,12 @@ def test_truncated_weights_are_an_error_that_names_the_file(trained, tmp_path, n
         checkpoint.restore(saved, network, model.network, optimizer)
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"step": "many"}', '{"step": null}'])
-def test_what_does_not_say_its_step_is_no_checkpoint(tmp_path, text):
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"step": 3}', '{"step": "many"}', '{"step": null}'])
+def test_what_does_not_say_its_place_is_no_checkpoint(tmp_path, text):
     if text is not None:
         (tmp_path / checkpoint.PLACE).write_text(text)
     with pytest.raises(TesseraError, match="is no training checkpoint"):
-        checkpoint.step_of(tmp_path)
+        checkpoint.place_of(tmp_path)
 
 
 # A full disk
@@ -125,7 +126,7 @@ def test_safetensors_own_error_is_an_error_of_the_disk(trained, tmp_path, monkey
 
     monkeypatch.setattr(bundle, "save_file", fails)
     with pytest.raises(TesseraError, match=r"cannot write .*step-000000001: I/O error: No space left on device"):
-        checkpoint.save(tmp_path, 1, *trained)
+        checkpoint.save(tmp_path, Place(1, 8), *trained)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
@@ -157,7 +158,7 @@ def test_a_really_full_disk(tiny, small_disk, state, tensorboard):
     with pytest.raises((TesseraError, OSError), match="No space left on device") as caught:
         loop.train(recipe)
     assert "\n" not in str(caught.value)
-    assert json.loads((small_disk / "run/checkpoints/step-000000002/training.json").read_text()) == {"step": 2}
+    assert json.loads((small_disk / "run/checkpoints/step-000000002/training.json").read_text())["step"] == 2
     bundle.load(small_disk / "run/checkpoints/step-000000002")
     assert len(bundle.checkpoints(small_disk / "run")) == 1
     ballast.unlink()

@@ -13,8 +13,9 @@ import yaml
 from PIL import Image
 
 from tessera import bundle, drawing
+from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.training import loop
+from tessera.training import checkpoint, loop
 from tessera.training.journal import read_log
 from tessera.training.recipe import read
 
@@ -51,6 +52,7 @@ def test_the_log_tells_every_number(tiny):
     records = read_log(run)
     assert [record["step"] for record in records] == [2, 4, 6]
     expected = {"step", "loss", "mse", "vb", "gradient_norm", "learning_rate", "images_per_second", "epoch"}
+    expected |= {"skipped"}
     assert set(records[0]) == expected
     assert [record["learning_rate"] for record in records] == pytest.approx([0.0005, 0.001, 0.001])
     assert records[-1]["epoch"] == pytest.approx(6 * 32 / 1000)
@@ -113,9 +115,9 @@ def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypat
     whole = loop.train(tiny("whole", *changes))
     save = loop._save
 
-    def stops(run, step, device):
-        save(run, step, device)
-        if step == 3:
+    def stops(run, place):
+        save(run, place)
+        if place.step == 3:
             os.kill(os.getpid(), signal.SIGINT)  # seen at the next step
 
     monkeypatch.setattr(loop, "_save", stops)
@@ -409,7 +411,8 @@ def test_a_dry_run_writes_nothing_and_tells_what_the_run_takes(tiny, tmp_path, m
     estimate = loop.dry_run(tiny("run", "training.steps=1000"))
     assert list(tmp_path.iterdir()) == []
     assert estimate.images == 1000
-    assert estimate.seconds == pytest.approx(1000 * estimate.seconds_per_step)
+    training = 1000 * estimate.seconds_per_step
+    assert training < estimate.seconds < training + 60  # and the grids of samples
     assert estimate.parameters > 1000
     assert estimate.peak_bytes > 2**20
     text = str(estimate)
@@ -476,3 +479,14 @@ def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
     monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TesseraError, match=r"checkpoints need .* GiB, the disk has 0\.00 GiB free"):
         loop.dry_run(tiny())
+
+
+def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, monkeypatch):
+    loop.train(tiny("run", "training.steps=3", "training.batch=32"))
+    seen = []
+    read = Loader.read
+    monkeypatch.setattr(Loader, "read", lambda self, position: seen.append(position) or read(self, position))
+    folder = loop.train(tiny("run", "training.steps=5", "training.batch=16"))
+    assert sorted(seen)[:2] == [96, 112]
+    assert checkpoint.place_of(bundle.checkpoints(folder)[0]) == checkpoint.Place(step=5, position=128)
+    assert "changed since: training.batch was 32, is 16" in capsys.readouterr().err
