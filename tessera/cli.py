@@ -87,6 +87,7 @@ def sample(
 ) -> None:
     """Draw pictures: one PNG each and a grid. Every PNG says how to make it again (`tessera info PICTURE`)."""
     from tessera import drawing, pictures
+    from tessera.bundle import weights_hash
     from tessera.interop.sources import load
 
     settings: dict[str, Any] = {
@@ -120,7 +121,7 @@ def sample(
             **settings,
         )
     said = {"model": model, "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": shape}
-    said |= {"heads": heads, "codec": codec, "precision": precision}
+    said |= {"heads": heads, "codec": codec, "precision": precision, "weights": weights_hash(loaded.network)}
     columns = len(seed_list) if class_list is not None else min(len(seed_list), 8)
     sheet = pictures.grid(drawn, columns, zoom=max(1, 64 // drawn.shape[1]))
     if out.suffix.lower() == ".png":
@@ -196,7 +197,8 @@ def _how_made(path: Path) -> str:
     for name in ("heads", "codec", "precision"):
         if settings.get(name) not in (None, "float32"):
             words += [f"--{name}", str(settings[name])]
-    return shlex.join(words)
+    weights = f"# weights {settings['weights']}: the same picture, if `tessera info` of the model says so too"
+    return f"{shlex.join(words)}\n{weights}"
 
 
 def _whole_or_text(text: str) -> int | str:

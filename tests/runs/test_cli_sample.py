@@ -69,7 +69,7 @@ def test_info_of_a_picture_is_the_command_that_makes_it_again(tessera, trained, 
     for name in ("class-8-seed-11.png", "grid.png"):
         told = tessera("info", tmp_path / "first" / name)
         assert told.code == 0
-        command = shlex.split(told.out)
+        command = shlex.split(told.out, comments=True)
         assert command[:3] == ["tessera", "sample", str(run)]
         for flag, value in zip(words[::2], words[1::2]):  # to the last digit
             assert command[command.index(flag) + 1] == value
@@ -84,7 +84,10 @@ def test_the_printed_command_runs_in_a_shell(command, trained, tmp_path):
     assert command("sample", trained, "--classes", "2", "--seeds", "7", "--out", tmp_path / "first").code == 0
     told = command("info", tmp_path / "first/class-2-seed-7.png")
     assert told.out.startswith("tessera sample ")
-    assert command(*shlex.split(told.out)[1:], cwd=tmp_path).code == 0
+    weights = read_settings(tmp_path / "first/class-2-seed-7.png")["weights"]
+    assert f"# weights {weights}" in told.out
+    assert weights in command("info", trained).out
+    assert command(*shlex.split(told.out, comments=True)[1:], cwd=tmp_path).code == 0
     again = tmp_path / "samples/class-2-seed-7.png"
     np.testing.assert_array_equal(pixels(again), pixels(tmp_path / "first/class-2-seed-7.png"))
 
