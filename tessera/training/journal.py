@@ -51,6 +51,10 @@ class Journal:
         if self._board is not None:
             self._board.add_image("samples", sheet, step, dataformats="HWC")
 
+    def start(self, step: int) -> None:
+        """The steps begin now: what came before does not count towards the time left."""
+        self._screen.start(step)
+
     def advance(self, step: int) -> None:
         """A step is done."""
         self._screen.advance(step)
@@ -83,6 +87,9 @@ class Screen:
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=steps, completed=step, numbers="")
             self._bar.start()
+
+    def start(self, step: int) -> None:
+        self._started = (time.monotonic(), step)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         if "loss" in values:

@@ -190,6 +190,7 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
             if step == 0:
                 journal.say("drawing the first grid of samples")
                 _draw(run, 0, journal)
+                journal.start(step)
                 clock_start = time.monotonic()
             while step < config.steps:
                 batch = next(batches)
