@@ -55,12 +55,12 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, tell time and memory")] = False,
 ) -> None:
     """Train a model as a recipe says. Run the same command again to go on after an interruption."""
-    from tessera.training import loop
+    from tessera.training import estimate, loop
     from tessera.training.recipe import read
 
     settings = read(recipe, overrides or [])
     if dry_run:
-        print(loop.dry_run(settings, resume))
+        print(estimate.dry_run(settings, resume))
     else:
         print(loop.train(settings, resume))
 

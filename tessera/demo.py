@@ -10,6 +10,7 @@ from tessera import bundle, drawing, files, pictures
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.evaluation.oracles import DigitJudge, wilson
 from tessera.training import loop
+from tessera.training.estimate import dry_run
 from tessera.training.journal import clock, read_log
 from tessera.training.recipe import Recipe
 from tessera.training.recipe import read as read_recipe
@@ -62,7 +63,7 @@ def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
     recipes = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
     recipe = read_recipe(recipes / RECIPE, here)
     print("measuring this machine", flush=True)
-    estimate = loop.dry_run(recipe, steps=10)
+    estimate = dry_run(recipe, steps=10)
     steps = max(round(seconds / estimate.seconds_per_step), 20)
     recipe = read_recipe(recipes / RECIPE, [*here, f"training.steps={steps}"])
     told = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"

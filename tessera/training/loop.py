@@ -1,9 +1,7 @@
 """The run itself: set up, resume, step, log, draw, save, and end resumable whatever happens."""
 
 import math
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,7 @@ from tessera.settings import write_yaml
 from tessera.training import checkpoint, initial
 from tessera.training.checkpoint import Place
 from tessera.training.ema import Average
-from tessera.training.journal import Journal, clock
+from tessera.training.journal import Journal
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
 from tessera.training.step import Task, learning_rate, optimizer_for, train_step
 
@@ -51,32 +49,6 @@ class Run:
     @property
     def folder(self) -> Path:
         return Path(self.recipe.output)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a dry run learns."""
-
-    parameters: int
-    gmacs: float
-    images: int
-    seconds_per_step: float
-    seconds: float
-    peak_bytes: int
-    checkpoint_bytes: int
-    skipped: int
-
-    def __str__(self) -> str:
-        return "\n".join(
-            (
-                f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
-                f"data         {self.images:,} images" + (f", {self.skipped} skipped so far" if self.skipped else ""),
-                f"a step       {self.seconds_per_step * 1000:.4g} ms",
-                f"the run      {clock(self.seconds)}",
-                f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
-                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint",
-            )
-        )
 
 
 def set_up(recipe: Recipe, found: Path | None = None) -> Run:
@@ -141,10 +113,10 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end; the exception is Interrupted.
     """
     folder = Path(recipe.output)
-    run = set_up(recipe, found := _checkpoint_to_resume(folder, resume))
+    run = set_up(recipe, found := checkpoint_to_resume(folder, resume))
     place = Place(step=0, position=0)
     if found is not None:
-        _agrees(run, found)
+        check_agreement(run, found)
         place = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
     with alone(folder):
         _prepare_folder(run)
@@ -226,7 +198,7 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                     seen_skips = _report_skips(run, journal, seen_skips)
                 paused = time.monotonic()
                 if saves:
-                    _save(run, Place(step, position))
+                    save(run, Place(step, position))
                 if (step % config.sample_every == 0 and not stop) or last:
                     _draw(run, step, journal)
                 clock_start += time.monotonic() - paused
@@ -242,7 +214,7 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
     journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
 
 
-def _save(run: Run, place: Place) -> None:
+def save(run: Run, place: Place) -> None:
     device = run.model.device
     runtime.synchronise(device)
     config = run.recipe
@@ -274,7 +246,7 @@ def _draw(run: Run, step: int, journal: Journal) -> None:
     journal.picture(step, sheet)
 
 
-def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
+def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     present = bundle.checkpoints(folder)
     if resume == "auto":
         return present[0] if present else None
@@ -291,7 +263,7 @@ def _checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
     return inside[0]
 
 
-def _agrees(run: Run, found: Path) -> None:
+def check_agreement(run: Run, found: Path) -> None:
     """A resumed run keeps network, process, kind of codec and classes: raise TesseraError that says what differs."""
     saved, fresh = bundle.load_config(found), run.model.config
     differing: dict[str, list[str]] = {}
@@ -382,74 +354,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
-    """Everything a run does, a few times, on real data, into a folder that is thrown away.
-
-    Tells what the whole run will take. Raises the TesseraError that the run would raise.
-    """
-    found = _checkpoint_to_resume(Path(recipe.output), resume)
-    _writable(Path(recipe.output))
-    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.output).absolute())) as scratch:
-        run = set_up(recipe.model_copy(update={"output": scratch}), found)
-        if found is not None:
-            _agrees(run, found)
-        config, device = run.recipe.training, run.model.device
-        micro = config.micro_batch or config.batch
-        batches = run.loader.batches()
-        times = []
-        try:
-            for step in range(1 + steps):  # the first warms up
-                began = time.monotonic()
-                train_step(run.forward, run.optimizer, next(batches), run.task, config.optimizer, micro)
-                run.average.update(step + 1)
-                runtime.synchronise(device)
-                times.append(time.monotonic() - began)
-        finally:
-            batches.close()
-        seconds = sorted(times[1:])[len(times[1:]) // 2]
-        _save(run, Place(1, config.batch))
-        size = sum(file.stat().st_size for file in checkpoint.path_of(Path(scratch), 1).iterdir())
-        free = shutil.disk_usage(_existing(Path(recipe.output))).free
-        needed = size * (config.keep_checkpoints + 1)
-        if needed > free:
-            raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
-        return Estimate(
-            parameters=sum(parameter.numel() for parameter in run.network.parameters()),
-            gmacs=run.model.network.macs() / 1e9,
-            images=len(run.loader.source),
-            seconds_per_step=seconds,
-            seconds=seconds * config.steps + _drawing_seconds(run),
-            peak_bytes=runtime.peak_memory(device),
-            checkpoint_bytes=size,
-            skipped=len(run.loader.skipped),
-        )
-
-
-def _drawing_seconds(run: Run) -> float:
-    """What the grids of samples of a whole run take, from a short drawing of one batch."""
-    config, network = run.recipe.training, run.recipe.network
-    count, steps = 16, min(2, run.recipe.sampling.steps)
-    began = time.monotonic()
-    drawing.generate(run.model, [0] if network.classes else None, list(range(count)), steps=steps)
-    seconds = (time.monotonic() - began) / count / steps
-    pictures_each = (min(network.classes, COLUMNS) or 8) * config.sample_seeds
-    return seconds * run.recipe.sampling.steps * pictures_each * (config.steps // config.sample_every + 2)
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _writable(folder: Path) -> None:
-    place = _existing(folder.absolute())
-    if not place.is_dir():
-        raise TesseraError(f"cannot write to output={folder}: {place} is a file, not a folder")
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise TesseraError(f"cannot write to {folder}: {error.strerror or error}") from None

@@ -15,7 +15,7 @@ from PIL import Image
 from tessera import bundle, drawing
 from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.training import checkpoint, loop
+from tessera.training import checkpoint, estimate, loop
 from tessera.training.journal import read_log
 from tessera.training.recipe import read
 
@@ -113,14 +113,14 @@ def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypat
     changes = (f"training.batch={batch}", f"training.optimizer.decay={decay}", "training.optimizer.warmup=2",
                "training.ema={decay: 0.9, warmup: true}", "training.steps=6")  # fmt: skip
     whole = loop.train(tiny("whole", *changes))
-    save = loop._save
+    save = loop.save
 
     def stops(run, place):
         save(run, place)
         if place.step == 3:
             os.kill(os.getpid(), signal.SIGINT)  # seen at the next step
 
-    monkeypatch.setattr(loop, "_save", stops)
+    monkeypatch.setattr(loop, "save", stops)
     recipe = tiny("part", *changes, "training.checkpoint_every=3")
     with pytest.raises(loop.Interrupted, match=r"stopped at step 4 of 6, everything saved in .*part"):
         loop.train(recipe)
@@ -322,7 +322,7 @@ def test_an_output_below_a_file_cannot_be_written(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which not even root may write to")
-@pytest.mark.parametrize("go", [loop.train, loop.dry_run])
+@pytest.mark.parametrize("go", [loop.train, estimate.dry_run])
 def test_an_output_that_not_even_root_may_write(tiny, go):
     with pytest.raises(TesseraError, match="cannot write"):
         go(tiny().model_copy(update={"output": "/proc/run"}))
@@ -408,14 +408,14 @@ def test_a_missing_autoencoder(tiny, tmp_path):
 
 def test_a_dry_run_writes_nothing_and_tells_what_the_run_takes(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    estimate = loop.dry_run(tiny("run", "training.steps=1000"))
+    told = estimate.dry_run(tiny("run", "training.steps=1000"))
     assert list(tmp_path.iterdir()) == []
-    assert estimate.images == 1000
-    training = 1000 * estimate.seconds_per_step
-    assert training < estimate.seconds < training + 60  # and the grids of samples
-    assert estimate.parameters > 1000
-    assert estimate.peak_bytes > 2**20
-    text = str(estimate)
+    assert told.images == 1000
+    training = 1000 * told.seconds_per_step
+    assert training < told.seconds < training + 60  # and the grids of samples
+    assert told.parameters > 1000
+    assert told.peak_bytes > 2**20
+    text = str(told)
     assert re.search(r"network +[\d,]+ parameters", text)
     assert re.search(r"a step +[\d.]+ ms", text)
     assert re.search(r"the run +\d+ ", text)
@@ -426,21 +426,21 @@ def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     for name in ("2.png", "5.png"):
         (tmp_path / "data" / name).write_text("no image")
-    estimate = loop.dry_run(tiny("run", "training.batch=6", data=data))
-    assert (estimate.images, estimate.skipped) == (6, 2)
-    assert "6 images, 2 skipped so far" in str(estimate)
+    told = estimate.dry_run(tiny("run", "training.batch=6", data=data))
+    assert (told.images, told.skipped) == (6, 2)
+    assert "6 images, 2 skipped so far" in str(told)
 
 
 def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny):
-    estimate = loop.dry_run(tiny())
+    told = estimate.dry_run(tiny())
     newest = bundle.checkpoints(loop.train(tiny()))[0]
-    assert estimate.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
+    assert told.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
 
 
 def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
     run = loop.train(tiny("run"))
     before = state(run), sorted(run.rglob("*"))
-    loop.dry_run(tiny("run", "training.steps=10"))
+    estimate.dry_run(tiny("run", "training.steps=10"))
     assert (state(run), sorted(run.rglob("*"))) == before
 
 
@@ -460,7 +460,7 @@ def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
 def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
     loop.train(tiny("old"))
     said = []
-    for go in (loop.train, loop.dry_run):
+    for go in (loop.train, estimate.dry_run):
         with pytest.raises(TesseraError) as caught:
             go(tiny(output, *changes), resume)
         said.append(str(caught.value))
@@ -471,14 +471,14 @@ def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
 def test_a_dry_run_knows_an_output_that_cannot_be_written(tiny, tmp_path, output):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TesseraError, match=r"cannot write to output=.*: .*file is a file"):
-        loop.dry_run(tiny(output))
+        estimate.dry_run(tiny(output))
 
 
 def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TesseraError, match=r"checkpoints need .* GiB, the disk has 0\.00 GiB free"):
-        loop.dry_run(tiny())
+        estimate.dry_run(tiny())
 
 
 def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, monkeypatch):
