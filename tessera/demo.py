@@ -8,7 +8,8 @@ from PIL import Image
 import tessera
 from tessera import bundle, drawing, files, pictures
 from tessera.data.digits import DigitsConfig, DigitsSource
-from tessera.evaluation.oracles import DigitJudge, wilson
+from tessera.evaluation.intervals import wilson
+from tessera.evaluation.oracles import DigitJudge
 from tessera.training import loop
 from tessera.training.estimate import dry_run
 from tessera.training.journal import clock, read_log

@@ -1,6 +1,5 @@
 """Judges for data whose truth is known."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,13 +29,6 @@ class DigitJudge:
     def share(self, pictures: np.ndarray, asked: Sequence[int]) -> float:
         """The share of pictures read as the digit that was asked for."""
         return float(np.mean(self.read(pictures) == np.asarray(asked)))
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share of `count` trials (Wilson 1927); z = 1.96 for 95 %."""
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _features(pictures: np.ndarray) -> np.ndarray:
