@@ -147,7 +147,7 @@ def assemble(
     return Model(config, network.eval())
 
 
-def fit(network: DiT, tensors: dict[str, Tensor], source: str) -> None:
+def fit(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Raise TesseraError that names the keys in which tensors and network differ."""
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

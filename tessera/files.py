@@ -1,10 +1,13 @@
 """Writing files so that they are whole or absent: nothing is lost to a kill or a full disk in mid-write."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from tessera.errors import TesseraError
 
@@ -50,6 +53,21 @@ def write_whole(target: Path, data: bytes | str) -> None:
         with suppress(OSError):
             partial.unlink()
         raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def write_array(target: Path, array: np.ndarray) -> None:
+    """An .npy file, whole or absent. Raises TesseraError if it cannot be written."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(target, buffer.getvalue())
+
+
+def read_array(path: Path) -> np.ndarray:
+    """An .npy file as a memory map. Raises TesseraError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise TesseraError(f"{path} is damaged: {error}; remove it to have it made again") from None
 
 
 def remove_partials(folder: Path) -> None:

@@ -50,6 +50,18 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return None if text is None else json.loads(text)
 
 
+def load_png(path: Path, settings: dict[str, Any]) -> np.ndarray | None:
+    """uint8 [H, W, C] of a picture that was drawn with these settings, or None: absent, damaged, or drawn otherwise."""
+    try:
+        if not path.exists() or read_settings(path) != json.loads(json.dumps(settings)):
+            return None
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError):  # Pillow's word for a broken PNG
+        return None
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
 def save_gif(path: Path, frames: list[np.ndarray], milliseconds: int = 60, hold: int = 1500) -> None:
     """Write uint8 [H, W, C] frames as a looping animation that holds its last frame."""
     images = [to_image(frame) for frame in frames]

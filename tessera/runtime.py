@@ -1,9 +1,15 @@
-"""What the layers above may ask of the machine: a device, its precision, its memory."""
+"""What the layers above may ask of the machine: a device, its precision, its memory, its fellow processes."""
 
+import os
 import sys
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
+from torch import distributed
 
 from tessera.errors import TesseraError
 
@@ -15,11 +21,13 @@ def choose_device(name: str = "auto") -> torch.device:
     """auto takes CUDA, then Apple's MPS, then the CPU. Raises TesseraError if a named device is absent."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
-    kind = name.partition(":")[0]
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    kind, _, number = name.partition(":")
     if not available.get(kind, False):
         present = ", ".join(kind for kind in available if available[kind])
         raise TesseraError(f"device '{name}' is not available here; this machine has: {present}")
+    if kind == "cuda" and not number and "LOCAL_RANK" in os.environ:  # torchrun: each process takes a card of its own
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
@@ -58,3 +66,47 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a task, one of them this one; started by torchrun, or alone."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until every process has come this far."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process brings, in the order of ranks; values travel as pickles between processes of one task."""
+        if self.count == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.count
+        distributed.all_gather_object(gathered, value)
+        return gathered
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Join the processes that torchrun started beside this one, if it did.
+
+    The group is of gloo: what is exchanged here are small objects of the CPU, never tensors of a step.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield Ranks()
+        return
+    # Whoever is done first waits as long as the others draw.
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield Ranks(distributed.get_rank(), count)
+    finally:
+        distributed.destroy_process_group()

@@ -128,6 +128,21 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return result
 
 
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The dotted names in which two nested mappings differ, with both values; "absent" where one has none."""
+    old, new = flat(before), flat(after)
+    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in dict.fromkeys([*old, *new])]
+    return [(name, one, other) for name, one, other in pairs if one != other]
+
+
 def _copied(data: Any) -> Any:
     return {key: _copied(value) for key, value in data.items()} if isinstance(data, dict) else data
 

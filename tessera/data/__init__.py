@@ -8,7 +8,8 @@ from tessera.data.digits import DigitsConfig
 from tessera.data.folder import FolderConfig
 from tessera.data.loader import Batch, Loader
 from tessera.data.parquet import ParquetConfig
+from tessera.data.shapes import ShapesConfig
 
-AnyData = Annotated[FolderConfig | ParquetConfig | DigitsConfig, Field(discriminator="kind")]
+AnyData = Annotated[FolderConfig | ParquetConfig | DigitsConfig | ShapesConfig, Field(discriminator="kind")]
 
-__all__ = ["AnyData", "Batch", "DigitsConfig", "FolderConfig", "Loader", "ParquetConfig"]
+__all__ = ["AnyData", "Batch", "DigitsConfig", "FolderConfig", "Loader", "ParquetConfig", "ShapesConfig"]

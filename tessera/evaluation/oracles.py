@@ -4,7 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tessera.data import AnyData
 from tessera.data.digits import DigitsConfig, DigitsSource
+from tessera.data.shapes import ShapesConfig
+from tessera.evaluation.intervals import Measured
+from tessera.evaluation.shapes import ShapesJudge
 
 
 class DigitJudge:
@@ -12,6 +16,8 @@ class DigitJudge:
 
     `ceiling` is its share on further real digits: no drawing can be expected to be read better.
     """
+
+    reads = "the digit asked for, by a support vector classifier fitted on other scans"
 
     def __init__(self) -> None:
         from sklearn.svm import SVC
@@ -30,6 +36,22 @@ class DigitJudge:
         """The share of pictures read as the digit that was asked for."""
         return float(np.mean(self.read(pictures) == np.asarray(asked)))
 
+    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Measured]:
+        """The same share as "as asked", with its interval; nothing where nothing was asked."""
+        if asked is None:
+            return {}
+        return {"as asked": Measured.share(self.share(pictures, asked) * len(pictures), len(pictures))}
+
 
 def _features(pictures: np.ndarray) -> np.ndarray:
     return pictures.reshape(len(pictures), -1) / 255.0
+
+
+def oracle_for(data: AnyData) -> DigitJudge | ShapesJudge | None:
+    """The judge of a data set; None if its truth is not known."""
+    match data:
+        case DigitsConfig():
+            return DigitJudge()
+        case ShapesConfig():
+            return ShapesJudge()
+    return None

@@ -45,6 +45,13 @@ def load(
     return model if codec is None else _with_codec(model, codec)
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether a path looks like something that `load` reads, without reading it."""
+    path = Path(path).expanduser()
+    marks = (bundle.CONFIG, diffusers.INDEX, "checkpoints", "recipe.yaml")
+    return path.suffix in official.READABLE if path.is_file() else any((path / mark).exists() for mark in marks)
+
+
 def convert(
     source: Model | str | Path,
     target: str | Path,

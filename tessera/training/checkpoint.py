@@ -81,7 +81,8 @@ def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim
     return place_of(checkpoint)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
+def prune(run: Path, keep: int, best: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and that of the best step."""
     for old in bundle.checkpoints(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != path_of(run, best):
+            shutil.rmtree(old, ignore_errors=True)

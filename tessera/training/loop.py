@@ -20,12 +20,13 @@ from tessera.files import alone, remove_partials, whole_folder, write_whole
 from tessera.interop import sources
 from tessera.models.dit import DiT
 from tessera.sampling.denoiser import Network
-from tessera.settings import write_yaml
-from tessera.training import checkpoint, initial
+from tessera.settings import changes, write_yaml
+from tessera.training import checkpoint, initial, scores
 from tessera.training.checkpoint import Place
 from tessera.training.ema import Average
-from tessera.training.journal import Journal
+from tessera.training.journal import Journal, read_log
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
+from tessera.training.scores import Scorer
 from tessera.training.step import Task, learning_rate, optimizer_for, train_step
 
 RECIPE, SKIPPED, INIT, SAMPLES = "recipe.yaml", "skipped.txt", "init.txt", "samples"
@@ -45,6 +46,7 @@ class Run:
     loader: Loader
     task: Task
     inherited: str  # what was kept of training.init, for people
+    scorer: Scorer | None  # where the recipe asks for scores
 
     @property
     def folder(self) -> Path:
@@ -85,7 +87,9 @@ def set_up(recipe: Recipe, found: Path | None = None) -> Run:
         recipe=recipe.model_dump(mode="json"),
     )
     model = bundle.Model(described, average.network, codec)
+    scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.output)) if recipe.evaluation.every else None
     return Run(
+        scorer=scorer,
         recipe=recipe,
         model=model,
         network=network,
@@ -164,6 +168,9 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 _draw(run, 0, journal)
                 journal.start(step)
                 clock_start = time.monotonic()
+            elif run.scorer is not None and run.scorer.due(step) and not _scored(run, step):
+                _score(run, step, journal)  # killed between the checkpoint and its scores
+                clock_start = time.monotonic()
             while step < config.steps:
                 batch = next(batches)
                 for group in run.optimizer.param_groups:
@@ -178,7 +185,8 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 counted += 1
                 stop, last = bool(stopping), step == config.steps
                 logs = step % config.log_every == 0 or last
-                saves = step % config.checkpoint_every == 0 or last or stop
+                judged = run.scorer is not None and run.scorer.due(step) and not stop
+                saves = step % config.checkpoint_every == 0 or judged or last or stop
                 means = {name: value.item() / counted for name, value in sums.items()} if logs or saves else {}
                 if not all(math.isfinite(value) for value in means.values()):
                     raise TesseraError(_diverged(run, step))  # and no checkpoint of it
@@ -199,6 +207,8 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 paused = time.monotonic()
                 if saves:
                     save(run, Place(step, position))
+                if judged:
+                    _score(run, step, journal)
                 if (step % config.sample_every == 0 and not stop) or last:
                     _draw(run, step, journal)
                 clock_start += time.monotonic() - paused
@@ -230,7 +240,32 @@ def save(run: Run, place: Place) -> None:
     }
     model = bundle.Model(run.model.config.model_copy(update={"origin": origin}), run.model.network)
     checkpoint.save(run.folder, place, model, run.network, run.optimizer)
-    checkpoint.prune(run.folder, config.training.keep_checkpoints)
+    _prune(run)
+
+
+def _prune(run: Run) -> None:
+    best = scores.best(read_log(run.folder), run.recipe.evaluation.metrics[0]) if run.scorer else None
+    checkpoint.prune(run.folder, run.recipe.training.keep_checkpoints, None if best is None else best["step"])
+
+
+def _scored(run: Run, step: int) -> bool:
+    """Whether the log holds scores of a step."""
+    metric = run.recipe.evaluation.metrics[0]
+    return any(record["step"] == step and metric in record for record in read_log(run.folder))
+
+
+def _score(run: Run, step: int, journal: Journal) -> None:
+    """Score the EMA, write it down, and keep the best checkpoint."""
+    assert run.scorer is not None
+    metric = run.recipe.evaluation.metrics[0]
+    journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
+    journal.record(step, **run.scorer.score(step))
+    records = read_log(run.folder)
+    if (best := scores.best(records, metric)) is not None:
+        journal.say(f"{metric} {records[-1][metric]:.5g}; the best so far is {best[metric]:.5g} at step {best['step']}")
+    names = [name for name in records[-1] if f"{name}_low" in records[-1]]
+    scores.plot(records, names, run.folder / scores.FOLDER / "curve.png")
+    _prune(run)
 
 
 def _draw(run: Run, step: int, journal: Journal) -> None:
@@ -285,20 +320,12 @@ def check_agreement(run: Run, found: Path) -> None:
 
 def _changed(run: Run, found: Path) -> list[str]:
     """What the recipe says otherwise than that of the checkpoint: allowed, but not to be overlooked."""
-    before, now = _flat(bundle.load_config(found).recipe or {}), _flat(run.recipe.model_dump(mode="json"))
+    before, now = bundle.load_config(found).recipe or {}, run.recipe.model_dump(mode="json")
     return [
-        f"{name} was {before[name]}, is {now[name]}"
-        for name in now
-        if name in before and before[name] != now[name] and name != "output"
+        f"{name} was {old}, is {new}"
+        for name, old, new in changes(before, now)
+        if "absent" not in (old, new) and name != "output"
     ]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _prepare_folder(run: Run) -> None:

@@ -15,6 +15,7 @@ from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.times import times
 from tessera.settings import Settings, by_kind, override, parse, read_yaml
+from tessera.training.scores import EvaluationConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -84,6 +85,7 @@ class Recipe(Settings):
     process: Annotated[GaussianConfig, BeforeValidator(by_kind)] = GaussianConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def read(path: Path, overrides: list[str]) -> Recipe:

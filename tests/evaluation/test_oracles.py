@@ -1,8 +1,9 @@
-"""The judge of digits."""
+"""The judge of digits, and which data have a judge."""
 
 import numpy as np
 import pytest
 
+from tessera.data import FolderConfig, ShapesConfig
 from tessera.data.digits import DigitsConfig
 
 
@@ -37,3 +38,26 @@ def test_a_share_is_that_of_the_pictures_read_as_asked(judge):
     assert read.shape == (10,)
     asked = np.where(np.arange(10) < 4, read, (read + 1) % 10)
     assert judge.share(pictures, asked) == pytest.approx(0.4)
+
+
+def test_judging_is_the_share_with_its_interval(judge):
+    pictures = DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1)[:10]
+    asked = np.where(np.arange(10) < 4, judge.read(pictures), (judge.read(pictures) + 1) % 10)
+    judged = judge.judge(pictures, asked)
+    assert set(judged) == {"as asked"}
+    assert judged["as asked"].value == pytest.approx(0.4)
+    assert (judged["as asked"].low, judged["as asked"].high) == pytest.approx((0.168, 0.687), abs=1e-3)
+    assert judge.judge(pictures, None) == {}
+
+
+def test_data_of_known_truth_have_a_judge():
+    pytest.importorskip("sklearn")
+    from tessera.evaluation.oracles import DigitJudge, oracle_for
+    from tessera.evaluation.shapes import ShapesJudge
+
+    for data, kind in ((DigitsConfig(), DigitJudge), (ShapesConfig(split="train"), ShapesJudge)):
+        found = oracle_for(data)
+        assert isinstance(found, kind)
+        assert found.reads
+        assert found.ceiling > 0.9
+    assert oracle_for(FolderConfig(path="pictures")) is None

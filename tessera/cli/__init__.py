@@ -1,0 +1,204 @@
+"""The verbs of `tessera`. Nothing heavy is imported before a verb needs it: `tessera --help` must answer at once."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera import __version__
+from tessera.cli.evaluate import app as evaluate_app
+from tessera.cli.options import (
+    ClassPolicy,
+    Codec,
+    Device,
+    Eta,
+    Guidance,
+    GuidanceChannels,
+    Heads,
+    ModelPath,
+    Precision,
+    Sampler,
+    Size,
+    Spacing,
+    Steps,
+    checked,
+    sampler_settings,
+    size_of,
+)
+from tessera.errors import TesseraError
+
+app = typer.Typer(
+    name="tessera",
+    help="The diffusion transformer, from a folder of images to a picture.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.add_typer(evaluate_app, name="evaluate")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(help="how long to train")] = 120,
+    out: Annotated[Path, typer.Option(help="folder for the results")] = Path("demo"),
+) -> None:
+    """Train a small DiT on handwritten digits, draw with it, and score what it draws. Needs no download."""
+    from tessera.demo import run
+
+    run(out, seconds)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/your-images.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted settings")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, tell time and memory")] = False,
+) -> None:
+    """Train a model as a recipe says. Run the same command again to go on after an interruption."""
+    from tessera.training import estimate, loop
+    from tessera.training.recipe import read
+
+    settings = read(recipe, overrides or [])
+    if dry_run:
+        print(estimate.dry_run(settings, resume))
+    else:
+        print(loop.train(settings, resume))
+
+
+@app.command()
+def sample(
+    model: ModelPath,
+    classes: Annotated[str | None, typer.Option(help="numbers or names, as in 3,7, or all")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="pictures a class (1)")] = None,
+    seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; a seed is a picture")] = None,
+    total: Annotated[int | None, typer.Option(min=1, help="pictures in all, their classes by --class-policy")] = None,
+    class_policy: ClassPolicy = "uniform",
+    sampler: Sampler = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    guidance_channels: GuidanceChannels = None,
+    spacing: Spacing = None,
+    eta: Eta = None,
+    size: Size = None,
+    batch: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a folder, or a .png for the grid alone")] = Path("samples"),
+    npz: Annotated[Path | None, typer.Option(help="instead, one .npz as the ADM suite takes it")] = None,
+    heads: Heads = None,
+    codec: Codec = None,
+) -> None:
+    """Draw pictures: one PNG each and a grid. Every PNG says how to make it again (`tessera info PICTURE`).
+
+    Interrupted? The same command goes on. With torchrun, --npz is drawn by many processes.
+    """
+    from tessera.cli import sampling
+
+    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing)
+    checked(guidance, precision, class_policy)
+    if total is not None and (classes or count or seeds):
+        raise TesseraError("--total chooses classes and seeds by itself: leave out --classes, --count and --seeds")
+    loaded = sampling.loaded(model, device, heads, codec)
+    asked = sampling.asked(
+        loaded, classes, count, seeds, total, class_policy, settings, guidance, precision, size_of(size)
+    )
+    if npz is not None:
+        print(sampling.packed(loaded, asked, npz, batch, model))
+    else:
+        print(sampling.pictured(loaded, asked, out, batch, {"model": model, "heads": heads, "codec": codec}))
+
+
+@app.command()
+def convert(
+    source: ModelPath,
+    target: Annotated[Path, typer.Argument(help="a new folder, or a .pt file for official")],
+    to: Annotated[str, typer.Option("--to", help="bundle, official or diffusers")],
+    approximate: Annotated[
+        bool, typer.Option(help="write what the target cannot hold exactly, and say by how much")
+    ] = False,
+    heads: Heads = None,
+    codec: Codec = None,
+) -> None:
+    """Turn a model into another format, weights bit by bit."""
+    from tessera.interop import sources
+
+    print(sources.convert(source, target, to, approximate=approximate, heads=heads, codec=codec))
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="a model, or a picture drawn by Tessera")],
+    heads: Heads = None,
+    codec: Codec = None,
+) -> None:
+    """Say what a model is and how it was trained, or how a picture was made."""
+    if Path(model).suffix.lower() == ".png":
+        print(_how_made(Path(model)))
+        return
+    from tessera.bundle import describe, weights_hash
+    from tessera.interop.sources import load
+
+    loaded = load(model, device="cpu", heads=heads, codec=codec)
+    names = ", ".join(loaded.config.class_names[:12]) + (", …" if len(loaded.config.class_names) > 12 else "")
+    facts = {**describe(loaded), "classes": names or "not named", "weights": weights_hash(loaded.network)}
+    facts |= loaded.config.origin
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        print(f"{name:<{width}}{value}")
+
+
+def _how_made(path: Path) -> str:
+    from tessera.pictures import read_settings
+
+    try:
+        settings = read_settings(path)
+    except OSError as error:
+        raise TesseraError(f"cannot read {path}: {error}") from None
+    if settings is None:
+        raise TesseraError(f"{path} does not say how it was made: it was not drawn by `tessera sample`")
+    sampling = settings["sampling"]
+    words = ["tessera", "sample", settings["model"], "--seeds", ",".join(map(str, settings["seeds"]))]
+    if settings["classes"] is not None:
+        words += ["--classes", ",".join(map(str, settings["classes"]))]
+    words += ["--sampler", sampling["sampler"]["kind"], "--steps", str(sampling["steps"])]
+    if sampling["sampler"].get("eta"):
+        words += ["--eta", str(sampling["sampler"]["eta"])]
+    words += ["--guidance", str(sampling["guidance"]), "--guidance-channels", str(sampling["guidance_channels"])]
+    words += ["--spacing", sampling["spacing"]]
+    if settings["size"]:
+        words += ["--size", "x".join(map(str, settings["size"]))]
+    for name in ("heads", "codec", "precision"):
+        if settings.get(name) not in (None, "float32"):
+            words += [f"--{name}", str(settings[name])]
+    weights = f"# weights {settings['weights']}: the same picture, if `tessera info` of the model says so too"
+    return f"{shlex.join(words)}\n{weights}"
+
+
+def main() -> None:
+    """Run a verb; whatever a user can mend ends in one message and a non-zero exit."""
+    try:
+        app()
+    except TesseraError as error:
+        print(f"error: {error}" if not hasattr(error, "exit_code") else str(error), file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot read or write{where}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,144 @@
+"""What several verbs take, and how it is read. Nothing heavy is imported here."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from tessera.errors import TesseraError
+
+ModelPath = Annotated[str, typer.Argument(help="a bundle, a run's folder, an official .pt or a diffusers folder")]
+Heads = Annotated[int | None, typer.Option(help="attention heads, where a .pt of unusual width cannot say")]
+Codec = Annotated[
+    str | None, typer.Option(help="autoencoder folder or hub id, or 'pixels', instead of the model's own")
+]
+MOST = 1_000_000  # pictures of one command: more is a slip of the finger
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
+Sampler = Annotated[str | None, typer.Option(help="ancestral or ddim (the model's own)")]
+Steps = Annotated[int | None, typer.Option(help="steps of the sampler")]
+Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is off")]
+GuidanceChannels = Annotated[str | None, typer.Option(help="all, or 3 as in the official code")]
+Spacing = Annotated[str | None, typer.Option(help="even, leading or trailing")]
+Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0 to 1")]
+Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels (the trained size)")]
+Precision = Annotated[str, typer.Option(help="float32, bfloat16 or auto")]
+ClassPolicy = Annotated[str, typer.Option(help="how classes are chosen: uniform (at random) or balanced")]
+
+
+def sampler_settings(
+    sampler: str | None, eta: float | None, steps: int | None, channels: str | None, spacing: str | None
+) -> dict[str, Any]:
+    """The changes to a model's sampler that flags ask for."""
+    if eta is not None and sampler not in (None, "ddim"):
+        raise TesseraError(f"--eta belongs to ddim, not to {sampler}")
+    return {
+        "sampler": {"kind": "ddim", "eta": eta} if eta is not None else sampler,
+        "steps": steps,
+        "guidance_channels": channels and whole_or_text(channels),
+        "spacing": spacing,
+    }
+
+
+def checked(guidance: float | None, precision: str, class_policy: str = "uniform") -> None:
+    """Raise TesseraError for values that no drawing can take."""
+    if guidance is not None and not math.isfinite(guidance):
+        raise TesseraError(f"--guidance is {guidance}; expected a number, such as 4; 1 is off")
+    if precision not in ("float32", "bfloat16", "auto"):
+        raise TesseraError(f"--precision is {precision}; expected float32, bfloat16 or auto")
+    if class_policy not in ("uniform", "balanced"):
+        raise TesseraError(f"--class-policy is {class_policy}; expected uniform or balanced")
+
+
+def whole_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def seeds_of(text: str | None, count: int | None) -> list[int]:
+    """'0-15' or '1,5,9' -> numbers; without it 0 .. count - 1."""
+    if text is None:
+        return list(range(count or 1))
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2**63):
+            raise TesseraError(f"--seeds {text} is not understood; write 0-15 or 1,5,9 (below 2^63)")
+        if int(last) - int(first) >= MOST:
+            raise TesseraError(f"--seeds {text} asks for more than {MOST:,} pictures at once")
+        found += range(int(first), int(last) + 1)
+    if count is not None and count != len(found):
+        raise TesseraError(f"--seeds names {len(found)} seeds, --count says {count}: give one of the two")
+    return found
+
+
+def classes_of(text: str | None, model: Any) -> list[int] | None:
+    """'3,7', 'cat,dog' or 'all' -> numbers; a model without classes gives None."""
+    from tessera import drawing
+
+    known = model.config.network.classes
+    if not known:
+        if text is not None:
+            raise TesseraError("this model is unconditional: leave --classes out")
+        return None
+    if text is None and known > 16:
+        raise TesseraError(f"this model knows {known} classes: say which, for example --classes 0,1,2 or --classes all")
+    if text is None or text == "all":
+        return list(range(known))
+    return drawing.labels(model, [part.strip() for part in text.split(",")])
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, found, width = text.lower().partition("x")
+    if not height.isdecimal() or (found and not width.isdecimal()):
+        raise TesseraError(f"--size {text} is not understood; write 256 or 256x384 (height x width)")
+    return int(height), int(width or height)
+
+
+PAUSE = 10.0  # seconds between lines where there is no terminal
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars with the time left: `progress()(what)` begins one, whose value is called with (done, total).
+
+    Where there is no terminal a line now and then, on work that takes longer than some seconds.
+    """
+    if not sys.stderr.isatty():
+        yield Lines
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("left"), console=Console(stderr=True), transient=True) as bars:
+
+        def begin(what: str) -> Callable[[int, int], None]:
+            task = bars.add_task(what, total=None)
+            return lambda done, total: bars.update(task, completed=done, total=total)
+
+        yield begin
+
+
+class Lines:
+    """A progress bar for logs."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.began, self.first = what, time.monotonic(), 0
+        self.last = self.began
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        self.first = self.first or done  # what stood there already says nothing of the time left
+        if now - self.last < PAUSE:
+            return
+        self.last = now
+        from tessera.training.journal import clock
+
+        left = (now - self.began) / max(done - self.first, 1) * (total - done)
+        print(f"{self.what}: {done} of {total}, {clock(left)} left", file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""A data set by one word or path, as commands take it."""
+
+from pathlib import Path
+from typing import Any
+
+from tessera.data import AnyData
+from tessera.data.folder import FolderConfig
+from tessera.data.images import Source
+from tessera.errors import TesseraError
+from tessera.settings import Settings, parse, read_yaml
+
+EMBEDDED = ("digits", "shapes")
+
+
+class _Section(Settings):
+    data: AnyData
+
+
+def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData:
+    """`digits`, `shapes:test`, a folder of images, a parquet file or folder, or a recipe for its `data` section.
+
+    size, channels: what files are read as; a recipe and the embedded sets say their own.
+    Raises TesseraError for what is none of these.
+    """
+    word, _, split = text.partition(":")
+    path = Path(text).expanduser()
+    if word in EMBEDDED:
+        data: dict[str, Any] = {"kind": word} | ({"split": split} if split else {})
+    elif path.suffix in (".yaml", ".yml"):
+        data = read_yaml(path).get("data") or {}
+    elif not path.exists():
+        raise TesseraError(
+            f"no data at {text}: expected a folder of images, a .parquet file, a recipe (.yaml), "
+            f"{' or '.join(EMBEDDED)}"
+        )
+    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
+        data = {"kind": "parquet", "path": text, "label": _label(path)}
+    else:
+        data = {"kind": "folder", "path": text}
+    if data.get("kind") in ("folder", "parquet") and "size" not in data:
+        if size is None:
+            raise TesseraError(f"say at which size the images of {text} are to be read: --size 256")
+        data = {"size": size, "channels": channels, **data}
+    return as_data(data, f"the data {text}")
+
+
+def as_data(told: dict[str, Any], where: str = "the data") -> AnyData:
+    """The `data` section of a recipe, validated. Raises TesseraError."""
+    return parse(_Section, {"data": told}, where).data
+
+
+def opened(config: AnyData) -> Source:
+    """The data set, with classes where its folders are classes in good order, without them where not."""
+    if isinstance(config, FolderConfig) and config.classes == "auto":
+        try:
+            return config.open()
+        except TesseraError:  # loose images beside folders, or one folder only: raised again below if it is not that
+            return config.model_copy(update={"classes": "none"}).open()
+    return config.open()
+
+
+def _label(path: Path) -> str | None:
+    """The column of labels: `label`, if there is one."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        return "label"  # opening it says what to install
+    first = path if path.is_file() else min(path.rglob("*.parquet"))
+    try:
+        return "label" if "label" in parquet.read_schema(first).names else None
+    except (OSError, ValueError):
+        return "label"  # opening it says what is damaged

@@ -1,0 +1,1 @@
+"""Networks of others that see or read."""

@@ -1,0 +1,178 @@
+"""What samples are compared with: a data set, or statistics that were saved of one.
+
+Our file is an .npz that other programs read too: `mu`, `sigma` (pytorch-fid, clean-fid, ADM) and `mu_s`, `sigma_s`
+(ADM); beside them stand `features` and `number` (some thousand rows, for the distances that need rows), and `tessera`,
+which says what they are of.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera import randomness
+from tessera.data import AnyData
+from tessera.data.named import named
+from tessera.errors import TesseraError
+from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract
+from tessera.evaluation.moments import Moments
+from tessera.evaluation.subjects import Data, Npz, Subject
+from tessera.files import write_whole
+from tessera.runtime import Ranks
+
+STREAM = 0x6B657074  # of randomness: the rows that are kept
+KEPT = 10_000  # rows of features in a file of statistics
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether an .npz holds statistics, not pictures. ADM's reference batches hold both, and count as statistics."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise TesseraError(f"{path} is truncated or no .npz file: {error}") from None
+
+
+def save(features: FeatureSet, path: Path, kept: int = KEPT) -> None:
+    """Write statistics, with `kept` rows chosen at random. Raises TesseraError if it cannot be written."""
+    arrays: dict[str, Any] = {}
+    for part, moments in features.moments.items():
+        mean, covariance = MOMENTS[part]
+        arrays |= {mean: moments.mean, covariance: moments.cov}
+    pool, number = features.rows.get("pool"), features.number
+    if pool is not None and number is not None:
+        chosen = np.sort(randomness.permutation(0, STREAM, 0, len(pool)).numpy()[:kept])
+        arrays |= {"features": np.asarray(pool[chosen]), "number": number[chosen]}
+        if features.label is not None:
+            arrays["label"] = features.label[chosen]
+    told = {
+        "format": 1,
+        "where": features.where,
+        "hash": features.hash,
+        "count": features.count,
+        "size": features.size,
+        "channels": features.channels,
+        "features": features.features,
+        "class_names": features.class_names,
+        "unusable": features.unusable,
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, tessera=np.array(json.dumps(told)), **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def load(path: Path) -> FeatureSet:
+    """Statistics of our own, of pytorch-fid, clean-fid or ADM. Raises TesseraError if the file is damaged."""
+    arrays: dict[str, np.ndarray] = {}
+    wanted = {name for pair in MOMENTS.values() for name in pair} | {"features", "number", "label", "tessera"}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name in wanted}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise TesseraError(f"{path} is truncated or damaged: {error}") from None
+    try:
+        told = json.loads(str(arrays["tessera"])) if "tessera" in arrays else {}
+    except ValueError:
+        raise TesseraError(f"{path}: what it says of itself cannot be read") from None
+    count = told.get("count")
+    moments = {}
+    for part, (mean, covariance) in MOMENTS.items():
+        if mean in arrays:
+            if covariance not in arrays:
+                raise TesseraError(f"{path} holds {mean}, but no {covariance}")
+            moments[part] = _moments(path, mean, arrays[mean], arrays[covariance], count)
+    digest = hashlib.sha256(b"".join(m.mean.tobytes() + m.cov.tobytes() for m in moments.values())).hexdigest()[:16]
+    return FeatureSet(
+        where=f"{path.name} ({told['where']})" if told else str(path),
+        hash=told.get("hash", digest),
+        count=count,
+        size=None if told.get("size") is None else (told["size"][0], told["size"][1]),
+        channels=told.get("channels"),
+        features=told.get("features"),
+        moments=moments,
+        rows={"pool": arrays["features"]} if "features" in arrays else {},
+        number=arrays.get("number"),
+        label=arrays.get("label"),
+        class_names=tuple(told.get("class_names", ())),
+        unusable=told.get("unusable", 0),
+    )
+
+
+def open_reference(
+    told: str | AnyData,
+    like: Subject,
+    network: Extractor,
+    folder: Path,
+    ranks: Ranks,
+    batch: int = 50,
+    progress: Progress = None,
+) -> tuple[FeatureSet, Subject | None]:
+    """The reference that a command names, and its pictures where they are at hand.
+
+    told: data, also as a word as in `named`; an .npz of pictures or of statistics. like: what will be compared with it,
+    at whose size data are read. folder: for the features of pictures. TesseraError where they do not go together.
+    """
+    path = Path(told).expanduser() if isinstance(told, str) else Path()
+    if path.suffix == ".npz" and path.exists() and is_statistics(path):
+        found, subject = load(path), None
+    else:
+        config = named(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
+        subject = Npz(path) if isinstance(config, str) else Data(config)
+        _same("size", tuple(subject.size), tuple(like.size), subject.where, like.where)
+        _same("channels", subject.channels, like.channels, subject.where, like.where)
+        found = extract(subject, network, folder, ranks, batch, progress)
+    check(found, like, network)
+    return found, subject
+
+
+def check(reference: FeatureSet, like: Subject, network: Extractor) -> None:
+    """Raise TesseraError if a reference is of other pictures or other features than what is to be compared with it."""
+    if reference.features is not None and reference.features != network.identity:
+        theirs, ours = (
+            f"{told['name']} (weights {told['weights']})" for told in (reference.features, network.identity)
+        )
+        raise TesseraError(f"the reference {reference.where} is of the features {theirs}; asked for are {ours}")
+    if reference.size is not None:
+        _same("size", reference.size, tuple(like.size), reference.where, like.where)
+    if reference.channels is not None:
+        _same("channels", reference.channels, like.channels, reference.where, like.where)
+
+
+def check_widths(reference: FeatureSet, samples: FeatureSet) -> None:
+    """Raise TesseraError if two sets hold features of different widths: files of others do not say what they are of."""
+    for part, moments in reference.moments.items():
+        if part in samples.moments and len(moments.mean) != len(samples.moments[part].mean):
+            network = (samples.features or {}).get("name")
+            raise TesseraError(
+                f"the reference {reference.where} has {len(moments.mean)} {part} features a picture, {network} gives "
+                f"{len(samples.moments[part].mean)}: it is of other features, or of pictures of another size"
+            )
+
+
+def _same(what: str, theirs: Any, ours: Any, reference: str, subject: str) -> None:
+    if theirs != ours:
+        raise TesseraError(
+            f"{what} differ: {reference} has {_shown(theirs)}, {subject} has {_shown(ours)}; "
+            "pictures are compared as they are: give a reference of the same kind, or --size to crop and scale folders"
+        )
+
+
+def _shown(value: Any) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _moments(path: Path, name: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Moments:
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise TesseraError(
+            f"{path}: {name} is {list(mean.shape)} and its covariance {list(covariance.shape)}; expected [D] and [D, D]"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise TesseraError(f"{path}: {name} or its covariance holds numbers that are not finite")
+    return Moments(count or 0, mean, covariance)

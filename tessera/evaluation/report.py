@@ -1,0 +1,180 @@
+"""An evaluation as a page: scores with their protocol, pictures, the nearest reference pictures, class by class.
+
+Written as Markdown with the pictures beside it, and as one self-contained HTML file.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera import pictures
+from tessera.evaluation import distances, protocol
+from tessera.evaluation.subjects import SHARD, Subject
+from tessera.evaluation.suite import Evaluation, chosen, few
+from tessera.files import write_whole
+from tessera.settings import flat
+
+GRID, NEIGHBOURS = "grid.png", "neighbours.png"
+SHOWN = 64  # pictures of the grid
+SUSPECTS = 8  # samples nearest to the reference, and as many at random
+
+MEANING = {
+    "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
+    "fd_inf": "the same, extrapolated to infinitely many samples",
+    "sfid": "Fréchet distance of spatial features: layout rather than content; lower is better",
+    "kid": "kernel distance, unbiased at any number of samples; lower is better, 0 is equal",
+    "is": "Inception score: sharp and varied by the classifier's own classes; higher is better",
+    "precision": "share of samples among the real ones (fidelity)",
+    "recall": "share of real pictures among the samples (variety)",
+    "density": "how densely samples stand among real ones; 1 for real ones",
+    "coverage": "share of real pictures with a sample near",
+    "authenticity": "share of samples not nearer to a reference picture than its nearest fellow is; copies lower it",
+    "as asked": "share of pictures that show what was asked for, by the oracle",
+    "impossible": "share of pictures that cannot be, by the oracle",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    file: str
+    pixels: np.ndarray
+    about: str
+
+
+Part = str | Table | Picture
+
+
+def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
+    """scores.json, report.md, report.html and the pictures, into a folder. TesseraError if they cannot be written."""
+    parts = _parts(evaluation, command)
+    for part in parts:
+        if isinstance(part, Picture):
+            pictures.save_png(folder / part.file, part.pixels)
+    protocol.save(evaluation.scores, folder / "scores.json")
+    write_whole(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
+    body = "\n".join(map(_html, parts))
+    write_whole(folder / "report.html", _PAGE.format(title=html.escape(evaluation.subject.where), body=body))
+
+
+def _parts(evaluation: Evaluation, command: str) -> list[Part]:
+    scores, subject, reference = evaluation.scores, evaluation.subject, evaluation.reference
+    told: list[Part] = [f"# Scores of {subject.where}", f"Against {reference.where}."]
+    if command:
+        told.append(f"    {command}")
+    rows = [
+        (score.metric, f"{score.value:.5g}", f"{score.low:.5g} to {score.high:.5g}", score.fingerprint, meaning)
+        for score in scores
+        for meaning in [MEANING.get(score.metric, "")]
+    ]
+    told.append(Table(("metric", "value", "95 % interval", "fingerprint", ""), rows))
+    told += [f"Note: {note}." for note in evaluation.notes]
+    told += ["## Pictures", Picture(GRID, _grid(subject), "the first samples, unpicked")]
+    told += _neighbours(evaluation)
+    if evaluation.classes:
+        by_class = sorted(evaluation.classes.items(), key=lambda item: -item[1].value)
+        rows = [(name, f"{kid.value:.4g}", f"{kid.low:.4g} to {kid.high:.4g}") for name, kid in by_class]
+        told += ["## Class by class", "The worst first.", Table(("class", "kid", "95 % interval"), rows)]
+    if scores:
+        score = scores[0]
+        facts = flat(score.protocol.model_dump(mode="json", exclude={"definition"}))
+        facts |= {f"subject.{name}": value for name, value in score.subject.items()}
+        facts |= {f"environment.{name}": value for name, value in score.environment.items()}
+        told += ["## Protocol", "Scores compare where their fingerprints agree (`tessera evaluate compare`)."]
+        told.append(Table(("", ""), [(name, str(value)) for name, value in facts.items()]))
+    return told
+
+
+def _grid(subject: Subject) -> np.ndarray:
+    shown = subject.shard(0).pictures[:SHOWN]
+    return pictures.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
+
+
+def _neighbours(evaluation: Evaluation) -> list[Part]:
+    """The samples nearest to a reference picture, and random ones, each above the picture it is nearest to."""
+    reference, samples, source = evaluation.reference, evaluation.samples, evaluation.reference_pictures
+    if source is None or "pool" not in reference.rows or samples.number is None or reference.number is None:
+        return []
+    ours, theirs = few(samples), few(reference)
+    distance, index = distances.nearest(ours, theirs)
+    count = min(SUSPECTS, len(ours))
+    suspects = np.argsort(distance, kind="stable")[:count]
+    others = np.arange(len(ours))[:: max(1, len(ours) // count)][:count]
+    our_number = samples.number[chosen(len(samples.rows["pool"]), len(ours))]
+    their_number = reference.number[chosen(len(reference.rows["pool"]), len(theirs))]
+
+    def row(subject: Subject, numbers: Any) -> list[np.ndarray]:
+        return [_picture(subject, int(number)) for number in numbers]
+
+    sheet = [
+        *row(evaluation.subject, our_number[suspects]),
+        *row(source, their_number[index[suspects]]),
+        *row(evaluation.subject, our_number[others]),
+        *row(source, their_number[index[others]]),
+    ]
+    about = (
+        "rows 1 and 2: the samples nearest to a reference picture, and that picture; "
+        "rows 3 and 4: samples not chosen so, and the picture each is nearest to. "
+        f"Mean distance to the nearest reference picture, in features: {distance.mean():.4g}"
+    )
+    drawn = pictures.grid(np.stack(sheet), count, gap=2, zoom=max(1, 64 // sheet[0].shape[0]))
+    return ["## Is it copying?", Picture(NEIGHBOURS, drawn, about)]
+
+
+def _picture(subject: Subject, number: int) -> np.ndarray:
+    """One picture of a subject, uint8 [H, W, C]."""
+    shard = subject.shard(number // SHARD)
+    return shard.pictures[int(np.flatnonzero(shard.row == number)[0])]
+
+
+def _markdown(part: Part) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Picture):
+        return f"![{part.about}]({part.file})\n\n{part.about}"
+    lines = [part.head, ["---"] * len(part.head), *part.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _html(part: Part) -> str:
+    if isinstance(part, Picture):
+        buffer = io.BytesIO()
+        pictures.to_image(part.pixels).save(buffer, format="png")
+        told = base64.b64encode(buffer.getvalue()).decode()
+        about = html.escape(part.about)
+        return (
+            f'<figure><img src="data:image/png;base64,{told}" alt="{about}"><figcaption>{about}</figcaption></figure>'
+        )
+    if isinstance(part, Table):
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.head)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in part.rows)
+        return f"<table><tr>{head}</tr>{rows}</table>"
+    for mark, tag in (("## ", "h2"), ("# ", "h1"), ("    ", "pre")):
+        if part.startswith(mark):
+            return f"<{tag}>{html.escape(part.removeprefix(mark))}</{tag}>"
+    return f"<p>{html.escape(part)}</p>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse }}
+td, th {{ text-align: left; padding: .2em .8em .2em 0; border-bottom: 1px solid #ddd }}
+img {{ max-width: 100%; image-rendering: pixelated }} figure {{ margin: 0 }} figcaption {{ color: #555 }}
+pre {{ background: #f4f4f4; padding: .6em; overflow: auto }}
+</style>
+{body}
+</html>
+"""

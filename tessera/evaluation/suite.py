@@ -1,0 +1,283 @@
+"""Samples and a reference to scores: which metric needs what, and under which definition it is computed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera import randomness
+from tessera.bundle import Model
+from tessera.data import AnyData
+from tessera.data.named import EMBEDDED, as_data, named
+from tessera.errors import TesseraError
+from tessera.evaluation import distances
+from tessera.evaluation.drawn import Drawn
+from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract
+from tessera.evaluation.intervals import Measured
+from tessera.evaluation.oracles import oracle_for
+from tessera.evaluation.protocol import Protocol, Score
+from tessera.evaluation.reference import check_widths, open_reference
+from tessera.evaluation.subjects import Data, Folder, Npz, Subject, shards
+from tessera.runtime import Ranks
+from tessera.settings import unknown
+
+STREAM = 0x726F7773  # of randomness: the rows that metrics of pairs look at
+MOST = 10_000  # of those: their cost grows with the square
+FEWEST = 20  # pictures of a class, to score it by itself
+
+Measure = Callable[[FeatureSet, FeatureSet], dict[str, Measured]]
+
+
+def few(features: FeatureSet, most: int = MOST) -> np.ndarray:
+    """At most so many rows of pool, float32 [n, D], always the same ones."""
+    return np.asarray(features.rows["pool"][chosen(len(features.rows["pool"]), most)])
+
+
+def chosen(count: int, most: int) -> np.ndarray:
+    """The numbers of at most `most` of `count` rows, in order."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(randomness.permutation(0, STREAM, 0, count).numpy()[:most])
+
+
+def _fd(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return {"fd": distances.frechet(samples.rows["pool"], samples.moments["pool"], reference.moments["pool"])}
+
+
+def _fd_inf(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return {"fd_inf": distances.frechet_infinity(samples.rows["pool"], reference.moments["pool"])}
+
+
+def _sfid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    moments = samples.moments["spatial"]
+    return {"sfid": distances.frechet(samples.rows["spatial"], moments, reference.moments["spatial"])}
+
+
+def _kid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return {"kid": distances.kernel_distance(few(samples), few(reference))}
+
+
+def _is(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return {"is": distances.inception_score(samples.rows["logits"])}
+
+
+def _prdc(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return distances.precision_recall(few(samples), few(reference)) | distances.density_coverage(
+        few(samples), few(reference)
+    )
+
+
+def _authenticity(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    return {"authenticity": distances.authenticity(few(samples), few(reference))}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is measured, in words and constants (they are part of every score's protocol), and what it needs."""
+
+    measure: Measure
+    definition: dict[str, Any]
+    moments: str = ""  # of samples and reference
+    rows: tuple[str, str] = ("", "")  # of samples, of reference
+
+
+METRICS = {
+    "fd": Metric(_fd, {"distance": "Fréchet", "of": "pool"}, moments="pool", rows=("pool", "")),
+    "fd_inf": Metric(
+        _fd_inf, {"distance": "Fréchet, infinitely many samples", "of": "pool"}, moments="pool", rows=("pool", "")
+    ),
+    "sfid": Metric(_sfid, {"distance": "Fréchet", "of": "spatial"}, moments="spatial", rows=("spatial", "")),
+    "kid": Metric(_kid, {"distance": "MMD², kernel (x.y/D + 1)³, unbiased", "rows": MOST}, rows=("pool", "pool")),
+    "is": Metric(_is, {"score": "Inception", "splits": 10}, rows=("logits", "")),
+    "prdc": Metric(
+        _prdc, {"precision, recall": "k = 3", "density, coverage": "k = 5", "rows": MOST}, rows=("pool", "pool")
+    ),
+    "authenticity": Metric(_authenticity, {"share": "not copied", "rows": MOST}, rows=("pool", "pool")),
+}
+USUAL = ("fd", "kid", "prdc", "authenticity", "oracle")  # where nothing is asked for, and it can be had
+
+
+def wanted(text: str | None) -> list[str] | None:
+    """'fd,kid' -> names; None is whatever of the usual can be had. Raises TesseraError for an unknown one."""
+    if text is None:
+        return None
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in METRICS and name != "oracle":
+            raise TesseraError(unknown("metric", name, [*METRICS, "oracle"]))
+    return names
+
+
+def lacking(name: str, samples: FeatureSet, reference: FeatureSet) -> str:
+    """Why a metric cannot be had, in words; empty if it can."""
+    metric = METRICS[name]
+    network = (samples.features or {}).get("name")
+    ours, theirs = metric.rows
+    if ours and ours not in samples.rows:
+        return f"{name} needs {ours} features, which {network} does not give"
+    if metric.moments and metric.moments not in reference.moments:
+        return f"{name} needs the moments of {metric.moments} features, which the reference {reference.where} lacks"
+    if theirs and theirs not in reference.rows:
+        return f"{name} compares row by row, but the reference {reference.where} holds statistics only"
+    return ""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores, and what a report shows beside them."""
+
+    scores: list[Score]
+    subject: Subject
+    samples: FeatureSet
+    reference: FeatureSet
+    reference_pictures: Subject | None
+    notes: list[str]
+    classes: dict[str, Measured]  # KID of each class by itself
+
+
+def evaluate(
+    subject: Subject,
+    reference: str | AnyData,
+    network: Extractor,
+    folder: Path,
+    metrics: Sequence[str] | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    batch: int = 50,
+    progress: Callable[[str], Progress] | None = None,
+    reference_folder: Path | None = None,
+) -> Evaluation:
+    """Score a subject against a reference (as `open_reference` takes it), everything kept in a folder so that a killed
+    evaluation goes on. metrics: names of METRICS, and "oracle" for data whose truth is known; None: the usual ones.
+
+    Every process of `ranks` must call it; the scores are the first one's. Raises TesseraError.
+    """
+    told = progress or _silent
+    if isinstance(subject, Drawn):
+        subject.begin(ranks)
+    known, pictures = open_reference(
+        reference,
+        subject,
+        network,
+        reference_folder or folder / "reference",
+        ranks,
+        batch,
+        told("looking at the reference"),
+    )
+    what = "drawing and looking" if isinstance(subject, Drawn) else "looking at the samples"
+    samples = extract(subject, network, folder / "features", ranks, batch, told(what))
+    check_widths(known, samples)
+    notes, found = [], {}
+    if not ranks.first:
+        return Evaluation([], subject, samples, known, pictures, [], {})
+    if samples.unusable or known.unusable:
+        notes.append(
+            f"unusable pictures left out: {samples.unusable} of the samples, {known.unusable} of the reference"
+        )
+    width = len(samples.moments["pool"].mean)
+    if (samples.count or 0) <= width and (metrics is None or "fd" in metrics):
+        notes.append(
+            f"{samples.count} samples of {width} features: too few for the Fréchet distance, which is biased upwards; "
+            "compare it with scores of as many samples only, or rely on kid"
+        )
+    for name in metrics if metrics is not None else USUAL:
+        if name == "oracle":
+            judged, note = _judged(subject, pictures)
+            notes += [note] if note else []
+            if metrics is not None and not judged:
+                raise TesseraError("oracle needs data whose truth is known: digits or shapes as --reference")
+            found[name] = judged
+        elif reason := lacking(name, samples, known):
+            if metrics is not None:
+                raise TesseraError(reason)
+            notes.append(reason)
+        else:
+            found[name] = METRICS[name].measure(samples, known)
+    about, device = _subject(subject, samples, known), str(network.device)
+    scores = [
+        Score.of(metric, measured, _protocol(name, subject, samples, known), about, device)
+        for name, group in found.items()
+        for metric, measured in group.items()
+    ]
+    return Evaluation(scores, subject, samples, known, pictures, notes, by_class(samples, known))
+
+
+def trained_on(model: Model) -> AnyData:
+    """The data that a model's own recipe names: the usual reference. Raises TesseraError if it names none."""
+    told = (model.config.recipe or {}).get("data")
+    if told is None:
+        raise TesseraError("this model does not say what it was trained on: give --reference DATA or statistics (.npz)")
+    return as_data(told)
+
+
+def found(target: str, size: tuple[int, int] | None, count: int | None) -> Subject:
+    """The pictures at a path: an .npz, a folder of samples exactly as they are, or data (also folders, where a size is
+    given to crop and scale them to). Raises TesseraError.
+    """
+    path = Path(target).expanduser()
+    if path.suffix == ".npz":
+        return Npz(path, count)
+    if path.is_dir() and size is None and not any(path.rglob("*.parquet")):
+        return Folder(path, count)
+    return Data(named(target, size), count)
+
+
+def usual_features(reference: str | AnyData) -> str:
+    """The features for a reference, where none are asked for: its own for the embedded data, else Inception's."""
+    kind = reference.partition(":")[0] if isinstance(reference, str) else reference.kind
+    return kind if kind in EMBEDDED else "inception"
+
+
+def _silent(what: str) -> Progress:
+    return None
+
+
+def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+    """KID of each class by itself, where both sides have labels of the same classes; it is unbiased at any count."""
+    ours, theirs, names = samples.label, reference.label, samples.class_names
+    if ours is None or theirs is None or names != reference.class_names or "pool" not in reference.rows:
+        return {}
+    found = {}
+    for number, name in enumerate(names):
+        rows, others = np.flatnonzero(ours == number), np.flatnonzero(theirs == number)
+        if min(len(rows), len(others)) >= FEWEST:
+            pool, real = samples.rows["pool"][rows[:MOST]], reference.rows["pool"][others[:MOST]]
+            found[name] = distances.kernel_distance(np.asarray(pool), np.asarray(real))
+    return found
+
+
+def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Measured], str]:
+    """What an oracle says of the pictures, shard by shard, and what to know of the oracle."""
+    data = reference.config if isinstance(reference, Data) else None
+    oracle = oracle_for(data) if data is not None else None
+    if oracle is None:
+        return {}, ""
+    hits: dict[str, float] = {}
+    seen = 0
+    for index in range(shards(subject)):
+        shard = subject.shard(index)
+        asked = None if shard.label is None else shard.label.tolist()
+        for name, share in oracle.judge(shard.pictures, asked).items():
+            hits[name] = hits.get(name, 0.0) + share.value * len(shard.pictures)
+        seen += len(shard.pictures)
+    told = f"the oracle reads {oracle.reads}; of real pictures that it has not seen, {oracle.ceiling:.1%} right"
+    return {name: Measured.share(count, seen) for name, count in hits.items()}, told
+
+
+def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: FeatureSet) -> Protocol:
+    definition = {"metric": name} | (METRICS[name].definition if name in METRICS else {})
+    return Protocol(
+        definition=definition,
+        features=samples.features or {},
+        reference={"hash": reference.hash, "count": reference.count},
+        samples=samples.count or 0,
+        size=(subject.size[0], subject.size[1]),
+        channels=subject.channels,
+        drawing=subject.protocol if isinstance(subject, Drawn) else None,
+    )
+
+
+def _subject(subject: Subject, samples: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+    told = {"where": subject.where, "pictures": samples.hash, "reference": reference.where}
+    return told | ({"weights": subject.weights} if isinstance(subject, Drawn) else {})

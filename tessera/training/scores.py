@@ -1,0 +1,112 @@
+"""Scores while a run goes on: the EMA draws, features are compared with the data's, the best checkpoint is kept.
+
+RUN/evaluation/reference/           features of the data, looked at once
+RUN/evaluation/step-000001000.json  the scores of a step, each with its protocol
+RUN/evaluation/curve.png            all of them over the steps
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt, field_validator
+
+from tessera import bundle
+from tessera.data import AnyData
+from tessera.evaluation import protocol, suite
+from tessera.evaluation.drawn import Drawn, asked_by_policy
+from tessera.evaluation.features import extractor
+from tessera.evaluation.protocol import Score
+from tessera.files import write_whole
+from tessera.settings import Settings
+
+FOLDER = "evaluation"
+HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as asked"}  # the better
+
+
+class EvaluationConfig(Settings):
+    """How a run scores itself while it learns. The pictures are drawn with the recipe's `sampling`, classes in turn."""
+
+    every: PositiveInt | None = Field(default=None, description="steps between evaluations; null: never")
+    count: PositiveInt = Field(default=1000, ge=2, description="pictures drawn each time")
+    metrics: tuple[str, ...] = Field(default=("fd", "kid"), description="of `tessera evaluate`; the first decides")
+    features: str | None = Field(default=None, description="as in `tessera evaluate`; null: by the data")
+    reference: str | None = Field(default=None, description="data or statistics; null: the data learned from")
+    batch: PositiveInt = Field(default=50, description="pictures drawn or looked at at once")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("name at least one metric, for example fd")
+        suite.wanted(",".join(value))
+        return value
+
+
+class Scorer:
+    """Scores the model of a run. Raises TesseraError at once if its features cannot be had."""
+
+    def __init__(self, config: EvaluationConfig, model: bundle.Model, data: AnyData, run: Path) -> None:
+        self.config, self.model, self.folder = config, model, run / FOLDER
+        self.reference: str | AnyData = config.reference or data
+        self.network = extractor(config.features or suite.usual_features(self.reference), model.device)
+
+    def due(self, step: int) -> bool:
+        return self.config.every is not None and step > 0 and step % self.config.every == 0
+
+    def score(self, step: int) -> dict[str, float]:
+        """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept."""
+        work = self.folder / f"step-{step:09d}.work"
+        if work.exists() and not (self.folder / "reference").exists():
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        asked = asked_by_policy(self.model, self.config.count, "balanced")
+        drawn = Drawn(self.model, asked, work / "samples", self.config.batch, f"step {step}")
+        done = suite.evaluate(
+            drawn,
+            self.reference,
+            self.network,
+            work,
+            self.config.metrics,
+            batch=self.config.batch,
+            reference_folder=self.folder / "reference",
+        )
+        protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
+        shutil.rmtree(work)
+        return _numbers(done.scores)
+
+
+def _numbers(scores: list[Score]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for score in scores:
+        name = score.metric.replace(" ", "_")
+        found |= {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
+    return found
+
+
+def best(records: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The record of the best value of a metric so far, the earlier one of equals."""
+    scored = [record for record in records if metric in record]
+    sign = -1 if metric in HIGHER else 1
+    return min(scored, key=lambda record: sign * record[metric], default=None)
+
+
+def plot(records: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
+    """Curves over the steps, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    import io
+
+    figure = Figure(figsize=(4.5 * len(metrics), 3.2), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
+        scored = [record for record in records if metric in record]
+        steps = [record["step"] for record in scored]
+        axes.plot(steps, [record[metric] for record in scored], marker="o", markersize=3)
+        low, high = ([record[f"{metric}_{end}"] for record in scored] for end in ("low", "high"))
+        axes.fill_between(steps, low, high, alpha=0.2)
+        axes.set(xlabel="step", ylabel=metric)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
