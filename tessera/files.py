@@ -41,18 +41,29 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_whole(target: Path, data: bytes | str) -> None:
-    """Write a file under another name, then rename it over the target. Raises TesseraError if that cannot be done."""
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a file to write beside the target; it takes the target's name, on disk to the last byte, at the
+    end. If anything fails it is removed and the target is untouched. Raises TesseraError if it cannot be written.
+    """
     partial = target.with_name(target.name + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield partial
         sync(partial)
         partial.replace(target)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
-        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+        raise
+
+
+def write_whole(target: Path, data: bytes | str) -> None:
+    """Write a file under another name, then rename it over the target. Raises TesseraError if that cannot be done."""
+    with whole_file(target) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_array(target: Path, array: np.ndarray) -> None:

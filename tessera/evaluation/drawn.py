@@ -17,10 +17,9 @@ import torch
 
 from tessera import drawing, randomness
 from tessera.bundle import Model, weights_hash
-from tessera.errors import TesseraError
 from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import Shard, rows, shards
-from tessera.files import PARTIAL, read_array, write_array
+from tessera.files import read_array, whole_file, write_array
 from tessera.runtime import Precision, Ranks
 from tessera.sampling import SamplingConfig
 
@@ -134,22 +133,15 @@ def pack(drawn: Drawn, target: Path) -> None:
 
     Written a shard at a time, whole or not at all. Raises TesseraError if it cannot be written.
     """
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                shape = (drawn.count, *drawn.size, drawn.channels)
-                np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                for index in range(shards(drawn)):
-                    member.write(drawn.shard(index).pictures.tobytes())
-            if drawn.asked.classes is not None:
-                with archive.open("arr_1.npy", "w") as member:
-                    np.lib.format.write_array(member, np.array(drawn.asked.classes, np.int64), allow_pickle=False)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+    with whole_file(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            shape = (drawn.count, *drawn.size, drawn.channels)
+            np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for index in range(shards(drawn)):
+                member.write(drawn.shard(index).pictures.tobytes())
+        if drawn.asked.classes is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(drawn.asked.classes, np.int64), allow_pickle=False)
 
 
 def _hash(values: Sequence[int] | None) -> str:

@@ -36,7 +36,9 @@ class FeatureConfig(Settings):
     size: Size
     channels: Literal[1, 3]
     classes: PositiveInt
-    width: PositiveInt = Field(default=24, description="channels of the first map; they double up to four times that")
+    width: PositiveInt = Field(
+        default=24, multiple_of=8, description="channels of the first map; they double up to four times that"
+    )
     origin: dict[str, Any] = Field(default_factory=dict, description="how it was trained")
 
     def build(self) -> "FeatureNetwork":
@@ -164,7 +166,8 @@ def train(
     order = randomness.permutation(0, STREAM, 0, len(source)).numpy()
     held_out, learned = Part(source, order[::HELD_OUT]), Part(source, np.delete(order, np.s_[::HELD_OUT]))
     torch.manual_seed(0)
-    config = FeatureConfig(size=size, channels=channels, classes=len(source.class_names), width=width)
+    told = {"size": size, "channels": channels, "classes": len(source.class_names), "width": width}
+    config = parse(FeatureConfig, told, "the feature network")
     network = config.build().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)

@@ -11,7 +11,8 @@ Shapes: B pictures, N rows, D features.
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from torch import Tensor
 from tessera.bundle import weights_hash
 from tessera.errors import TesseraError
 from tessera.evaluation import embedded
+from tessera.evaluation.drawn import Drawn
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.plan import begin
-from tessera.evaluation.subjects import Subject, shards
+from tessera.evaluation.subjects import Shard, Subject, shards
 from tessera.files import read_array, write_whole
 from tessera.runtime import Ranks
+from tessera.settings import unknown
 
 FACTS = "facts.json"
 OWN = Path(__file__).parent / "weights"  # the feature networks that come with the package
@@ -78,6 +81,8 @@ def extractor(name: str, device: torch.device) -> Extractor:
 
         network = inception.load(None if name == "inception" else path).to(device)
         return Extractor(network.name, network.weights, network.resize, network, device)
+    if "/" not in name and not path.exists():  # ids of Hugging Face name their owner
+        raise TesseraError(unknown("features", name, [*own, "inception"]))
     from tessera.encoders import vision
 
     model = vision.load(name)
@@ -120,11 +125,12 @@ def extract(
     ranks.wait()
     total = shards(subject)
     if not (folder / FACTS).exists():
-        for index in range(ranks.rank, total, ranks.count):
-            if not (path := folder / f"{index:06d}.npz").exists():
-                _extract_shard(subject, index, network, batch, path)
+        share = range(ranks.rank, total, ranks.count)
+        missing = [index for index in share if not _path(folder, index).exists()]
+        for done, (index, shard) in enumerate(_ahead(subject, missing), start=len(share) - len(missing) + 1):
+            _extract_shard(shard, network, batch, _path(folder, index))
             if progress is not None:
-                progress(min(index + ranks.count, total), total)
+                progress(done, len(share))
         ranks.wait()
         if ranks.first:
             _join(folder, total, subject)
@@ -145,8 +151,25 @@ def _check(subject: Subject, network: Extractor) -> None:
         )
 
 
-def _extract_shard(subject: Subject, index: int, network: Extractor, batch: int, path: Path) -> None:
-    shard = subject.shard(index)
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npz"
+
+
+def _ahead(subject: Subject, indices: Sequence[int]) -> Iterator[tuple[int, Shard]]:
+    """Shards by their numbers, the next one read while this one is looked at; drawing takes the device for itself."""
+    if isinstance(subject, Drawn):
+        yield from ((index, subject.shard(index)) for index in indices)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(subject.shard, index) for index in indices[:1]]
+        for place, index in enumerate(indices):
+            current = coming.pop()
+            shard = current.result()
+            coming += [pool.submit(subject.shard, later) for later in indices[place + 1 : place + 2]]
+            yield index, shard
+
+
+def _extract_shard(shard: Shard, network: Extractor, batch: int, path: Path) -> None:
     found = network(shard.pictures, batch) if len(shard.pictures) else {}
     for part, values in found.items():
         wrong = int((~np.isfinite(values).all(axis=1)).sum())
@@ -165,7 +188,7 @@ def _extract_shard(subject: Subject, index: int, network: Extractor, batch: int,
 
 def _join(folder: Path, total: int, subject: Subject) -> None:
     """Shards to one array a part. The facts are written last, and the shards removed after that."""
-    paths = [folder / f"{index:06d}.npz" for index in range(total)]
+    paths = [_path(folder, index) for index in range(total)]
     digest, names, counts = hashlib.sha256(), {}, []
     for path in paths:
         with np.load(path) as shard:
@@ -194,7 +217,10 @@ def _join(folder: Path, total: int, subject: Subject) -> None:
 
 
 def _read(subject: Subject, network: Extractor, folder: Path, ranks: Ranks) -> FeatureSet:
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TesseraError(f"{folder / FACTS} is damaged: {error}; remove {folder} to have it made again") from None
     parts = [part for part in ("pool", "spatial", "logits") if (folder / f"{part}.npy").exists()]
     rows = {part: read_array(folder / f"{part}.npy") for part in parts}
     label = folder / "label.npy"

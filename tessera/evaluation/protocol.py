@@ -113,13 +113,15 @@ def compared(one: Sequence[Score], other: Sequence[Score]) -> str:
     if not common:
         raise TesseraError(f"nothing to compare: one has {', '.join(left)}, the other {', '.join(right)}")
     lines = [f"{'metric':<18}{'first':<12}{'second':<12}difference"]
-    warnings: dict[str, str] = {}
+    warnings: dict[tuple[str, ...], list[str]] = {}
     for metric in common:
         a, b = left[metric], right[metric]
         apart = "intervals exclude each other" if a.high < b.low or b.high < a.low else "intervals overlap"
         lines.append(f"{metric:<18}{a.value:<12.5g}{b.value:<12.5g}{b.value - a.value:+.5g}, {apart}")
-        found = differences(a, b)
-        if found:
-            told = f"\n  {a.fingerprint} and {b.fingerprint}, which differ in\n  - " + "\n  - ".join(found)
-            warnings.setdefault("\n  - ".join(found), f"warning: {metric}: the numbers were not made alike:{told}")
-    return "\n".join([*lines, *warnings.values()])
+        if found := differences(a, b):
+            warnings.setdefault(tuple(found), []).append(metric)
+    for found, metrics in warnings.items():
+        prints = " and ".join(side[metrics[0]].fingerprint for side in (left, right))
+        lines.append(f"warning: {', '.join(metrics)}: the numbers were not made alike:\n  {prints}, which differ in")
+        lines += [f"  - {difference}" for difference in found]
+    return "\n".join(lines)

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tessera.evaluation.subjects import Data, Npz, Subject
 from tessera.files import write_whole
 from tessera.runtime import Ranks
 
-STREAM = 0x6B657074  # of randomness: the rows that are kept
+STREAM = 0x726F7773  # of randomness: the rows that are kept, and those that metrics of pairs look at
 KEPT = 10_000  # rows of features in a file of statistics
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -39,6 +38,13 @@ def is_statistics(path: Path) -> bool:
         raise TesseraError(f"{path} is truncated or no .npz file: {error}") from None
 
 
+def chosen(count: int, most: int) -> np.ndarray:
+    """The numbers of at most `most` of `count` rows, in order, always the same ones."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(randomness.permutation(0, STREAM, 0, count).numpy()[:most])
+
+
 def save(features: FeatureSet, path: Path, kept: int = KEPT) -> None:
     """Write statistics, with `kept` rows chosen at random. Raises TesseraError if it cannot be written."""
     arrays: dict[str, Any] = {}
@@ -46,11 +52,11 @@ def save(features: FeatureSet, path: Path, kept: int = KEPT) -> None:
         mean, covariance = MOMENTS[part]
         arrays |= {mean: moments.mean, covariance: moments.cov}
     pool, number = features.rows.get("pool"), features.number
-    if pool is not None and number is not None:
-        chosen = np.sort(randomness.permutation(0, STREAM, 0, len(pool)).numpy()[:kept])
-        arrays |= {"features": np.asarray(pool[chosen]), "number": number[chosen]}
+    if pool is not None and number is not None and kept:
+        keep = chosen(len(pool), kept)
+        arrays |= {"features": np.asarray(pool[keep]), "number": number[keep]}
         if features.label is not None:
-            arrays["label"] = features.label[chosen]
+            arrays["label"] = features.label[keep]
     told = {
         "format": 1,
         "where": features.where,
@@ -74,11 +80,11 @@ def load(path: Path) -> FeatureSet:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in wanted}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # readers raise anything on damaged bytes
         raise TesseraError(f"{path} is truncated or damaged: {error}") from None
     try:
-        told = json.loads(str(arrays["tessera"])) if "tessera" in arrays else {}
-    except ValueError:
+        told = dict(json.loads(str(arrays["tessera"]))) if "tessera" in arrays else {}
+    except (ValueError, TypeError):
         raise TesseraError(f"{path}: what it says of itself cannot be read") from None
     count = told.get("count")
     moments = {}
@@ -87,16 +93,21 @@ def load(path: Path) -> FeatureSet:
             if covariance not in arrays:
                 raise TesseraError(f"{path} holds {mean}, but no {covariance}")
             moments[part] = _moments(path, mean, arrays[mean], arrays[covariance], count)
+    if not moments:
+        raise TesseraError(f"{path} holds no statistics: expected mu and sigma")
+    rows = arrays.get("features")
+    if rows is not None and (rows.ndim != 2 or "pool" not in moments or rows.shape[1] != len(moments["pool"].mean)):
+        raise TesseraError(f"{path}: features are {list(rows.shape)}; expected as many a row as mu has")
     digest = hashlib.sha256(b"".join(m.mean.tobytes() + m.cov.tobytes() for m in moments.values())).hexdigest()[:16]
     return FeatureSet(
-        where=f"{path.name} ({told['where']})" if told else str(path),
+        where=f"{path.name} ({told['where']})" if "where" in told else str(path),
         hash=told.get("hash", digest),
         count=count,
         size=None if told.get("size") is None else (told["size"][0], told["size"][1]),
         channels=told.get("channels"),
         features=told.get("features"),
         moments=moments,
-        rows={"pool": arrays["features"]} if "features" in arrays else {},
+        rows={} if rows is None else {"pool": rows},
         number=arrays.get("number"),
         label=arrays.get("label"),
         class_names=tuple(told.get("class_names", ())),
@@ -135,7 +146,8 @@ def check(reference: FeatureSet, like: Subject, network: Extractor) -> None:
     """Raise TesseraError if a reference is of other pictures or other features than what is to be compared with it."""
     if reference.features is not None and reference.features != network.identity:
         theirs, ours = (
-            f"{told['name']} (weights {told['weights']})" for told in (reference.features, network.identity)
+            f"{told['name']} (weights {told['weights']}, resize {told['resize']})"
+            for told in (reference.features, network.identity)
         )
         raise TesseraError(f"the reference {reference.where} is of the features {theirs}; asked for are {ours}")
     if reference.size is not None:
@@ -168,6 +180,8 @@ def _shown(value: Any) -> str:
 
 
 def _moments(path: Path, name: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Moments:
+    if any(array.dtype.kind not in "fiu" for array in (mean, covariance)):
+        raise TesseraError(f"{path}: {name} is no array of numbers, or its covariance is none")
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise TesseraError(

@@ -15,8 +15,9 @@ import numpy as np
 
 from tessera import pictures
 from tessera.evaluation import distances, protocol
-from tessera.evaluation.subjects import SHARD, Subject
-from tessera.evaluation.suite import Evaluation, chosen, few
+from tessera.evaluation.reference import chosen
+from tessera.evaluation.subjects import SHARD, Subject, shards
+from tessera.evaluation.suite import Evaluation, few
 from tessera.files import write_whole
 from tessera.settings import flat
 
@@ -97,7 +98,8 @@ def _parts(evaluation: Evaluation, command: str) -> list[Part]:
 
 
 def _grid(subject: Subject) -> np.ndarray:
-    shown = subject.shard(0).pictures[:SHOWN]
+    each = (subject.shard(index).pictures for index in range(shards(subject)))
+    shown = next(found for found in each if len(found))[:SHOWN]
     return pictures.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
 
 

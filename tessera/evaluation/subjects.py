@@ -7,7 +7,7 @@ Shapes: n pictures of a shard, H W height and width, C channels (1 or 3).
 
 import hashlib
 import zipfile
-import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from tessera.data import AnyData
-from tessera.data.folder import FolderConfig
+from tessera.data.folder import FolderConfig, FolderSource
 from tessera.data.images import ImagesConfig, Unusable, flatten
 from tessera.data.named import opened
+from tessera.data.parquet import MOST_CLASSES, ParquetSource
 from tessera.errors import TesseraError
 from tessera.pictures import read_settings
 
@@ -72,7 +73,11 @@ class Data:
 
     @property
     def plan(self) -> dict[str, Any]:
-        return {"data": self.config.model_dump(mode="json"), "count": self.count}
+        told: dict[str, Any] = {"data": self.config.model_dump(mode="json"), "count": self.count}
+        if isinstance(self.source, FolderSource | ParquetSource):
+            files = self.source.paths if isinstance(self.source, FolderSource) else self.source.files
+            told["files"] = _state(files, Path(self.source.config.path).expanduser())
+        return told
 
     def shard(self, index: int) -> Shard:
         with ThreadPoolExecutor(4) as pool:
@@ -107,14 +112,11 @@ class Folder:
         self.count = _enough(count, len(self.paths), self.where)
         first = self._open(self.paths[0])
         self.size = (first.height, first.width)
-        self.channels = 1 if first.mode in ("1", "L", "LA") else 3
+        self.channels = 1 if _grey(first) else 3
 
     @property
     def plan(self) -> dict[str, Any]:
-        stats = [
-            (str(path.relative_to(self.path)), path.stat().st_size, path.stat().st_mtime_ns) for path in self.paths
-        ]
-        return {"folder": hashlib.sha256(repr(stats).encode()).hexdigest(), "count": self.count}
+        return {"folder": _state(self.paths, self.path), "count": self.count}
 
     def shard(self, index: int) -> Shard:
         row = rows(self, index)
@@ -137,6 +139,8 @@ class Folder:
                 f"{path} is {image.height} x {image.width}, but {self.paths[0]} is {self.size[0]} x {self.size[1]}: "
                 "samples are scored as they are, at one size; give --size to crop and scale all of them like data"
             )
+        if self.channels == 1 and not _grey(image):
+            raise TesseraError(f"{path} is in colour, but {self.paths[0]} is grey: samples are scored as they are")
         pixels = np.asarray(flatten(image, ImagesConfig(size=self.size, channels=1 if self.channels == 1 else 3)))
         return pixels[..., None] if self.channels == 1 else pixels
 
@@ -157,18 +161,20 @@ class Npz:
                 with archive.open("arr_0.npy") as member:
                     self._shape, self._type = _npy_header(member)
                 self._labels = _small(archive, "arr_1.npy") if "arr_1.npy" in names else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except TesseraError:
+            raise
+        except Exception as error:  # readers raise anything on damaged bytes
             raise TesseraError(f"{path} is truncated or no .npz file: {error}") from None
-        if len(self._shape) != 4 or self._shape[3] not in (1, 3) or self._type != np.uint8:
-            raise TesseraError(f"{path}: arr_0 is {self._type} {list(self._shape)}; expected uint8 [N, H, W, 3 or 1]")
+        shape = self._shape
+        if len(shape) != 4 or not shape[1] * shape[2] or shape[3] not in (1, 3) or self._type != np.uint8:
+            raise TesseraError(f"{path}: arr_0 is {self._type} {list(shape)}; expected uint8 [N, H, W, 3 or 1]")
+        if not shape[0]:
+            raise TesseraError(f"{path} holds no pictures: arr_0 is {list(shape)}")
         self.count = _enough(count, self._shape[0], self.where)
         self.size, self.channels = (self._shape[1], self._shape[2]), self._shape[3]
         self.class_names: tuple[str, ...] = ()
         if self._labels is not None:
-            if self._labels.shape != self._shape[:1]:
-                raise TesseraError(
-                    f"{path}: arr_1 holds {list(self._labels.shape)} labels of {self._shape[0]} pictures"
-                )
+            self._labels = _class_numbers(self._labels, shape[0], path)
             self.class_names = tuple(str(number) for number in range(int(self._labels.max()) + 1))
 
     @property
@@ -181,7 +187,7 @@ class Npz:
         each = int(np.prod(self._shape[1:]))
         try:
             content = self._read(row.start * each, len(row) * each)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # readers raise anything on damaged bytes
             raise TesseraError(f"{self.path} is damaged: {error}") from None
         if len(content) != len(row) * each:
             raise TesseraError(f"{self.path} is truncated: picture {row.stop - 1} of {self._shape[0]} is missing")
@@ -210,12 +216,36 @@ def _asked(paths: list[Path]) -> list[int]:
     for path in paths:
         try:
             said = read_settings(path) if path.suffix.lower() == ".png" else None
-        except OSError:
-            said = None  # reading it as a picture tells what is wrong
-        if not said or not said["classes"]:
-            return []
-        found.append(int(said["classes"][0]))
+        except Exception:  # damaged bytes, or settings of somebody else; reading it as a picture tells what is wrong
+            said = None
+        match said:
+            case {"classes": [int(told)]} if 0 <= told < MOST_CLASSES:
+                found.append(told)
+            case _:
+                return []
     return found
+
+
+def _class_numbers(labels: np.ndarray, count: int, path: Path) -> np.ndarray:
+    """arr_1 as int64 [N], or TesseraError."""
+    if labels.shape != (count,):
+        raise TesseraError(f"{path}: arr_1 holds {list(labels.shape)} labels of {count} pictures")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TesseraError(f"{path}: arr_1 is {labels.dtype}; expected the numbers of classes")
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < MOST_CLASSES:
+            raise TesseraError(f"{path}: arr_1 holds the label {label}; expected the numbers of classes")
+    return labels.astype(np.int64)
+
+
+def _state(files: Sequence[Path], root: Path) -> str:
+    """A hash that changes with any of the files below a folder."""
+    stats = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+
+def _grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def _enough(asked: int | None, there: int, where: str) -> int:
@@ -235,4 +265,4 @@ def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 def _small(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(name) as member:
-        return np.lib.format.read_array(member, allow_pickle=False).astype(np.int64)
+        return np.lib.format.read_array(member, allow_pickle=False)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from tessera import randomness
 from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.data.named import EMBEDDED, as_data, named
@@ -18,13 +17,12 @@ from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract
 from tessera.evaluation.intervals import Measured
 from tessera.evaluation.oracles import oracle_for
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.evaluation.reference import check_widths, open_reference
+from tessera.evaluation.reference import check_widths, chosen, open_reference
 from tessera.evaluation.subjects import Data, Folder, Npz, Subject, shards
 from tessera.runtime import Ranks
 from tessera.settings import unknown
 
-STREAM = 0x726F7773  # of randomness: the rows that metrics of pairs look at
-MOST = 10_000  # of those: their cost grows with the square
+MOST = 10_000  # rows that metrics of pairs look at: their cost grows with the square
 FEWEST = 20  # pictures of a class, to score it by itself
 
 Measure = Callable[[FeatureSet, FeatureSet], dict[str, Measured]]
@@ -33,13 +31,6 @@ Measure = Callable[[FeatureSet, FeatureSet], dict[str, Measured]]
 def few(features: FeatureSet, most: int = MOST) -> np.ndarray:
     """At most so many rows of pool, float32 [n, D], always the same ones."""
     return np.asarray(features.rows["pool"][chosen(len(features.rows["pool"]), most)])
-
-
-def chosen(count: int, most: int) -> np.ndarray:
-    """The numbers of at most `most` of `count` rows, in order."""
-    if count <= most:
-        return np.arange(count)
-    return np.sort(randomness.permutation(0, STREAM, 0, count).numpy()[:most])
 
 
 def _fd(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
@@ -104,6 +95,8 @@ def wanted(text: str | None) -> list[str] | None:
     if text is None:
         return None
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise TesseraError("name at least one metric, for example fd")
     for name in names:
         if name not in METRICS and name != "oracle":
             raise TesseraError(unknown("metric", name, [*METRICS, "oracle"]))
@@ -183,17 +176,23 @@ def evaluate(
         )
     for name in metrics if metrics is not None else USUAL:
         if name == "oracle":
-            judged, note = _judged(subject, pictures)
-            notes += [note] if note else []
-            if metrics is not None and not judged:
-                raise TesseraError("oracle needs data whose truth is known: digits or shapes as --reference")
-            found[name] = judged
+            judged, said = _judged(subject, pictures)
+            if judged:
+                found[name] = judged
+                notes.append(said)
+            elif metrics is not None:
+                raise TesseraError(said)
         elif reason := lacking(name, samples, known):
             if metrics is not None:
                 raise TesseraError(reason)
             notes.append(reason)
         else:
-            found[name] = METRICS[name].measure(samples, known)
+            try:
+                found[name] = METRICS[name].measure(samples, known)
+            except TesseraError as error:  # too few rows
+                if metrics is not None:
+                    raise
+                notes.append(f"{name} is left out: {error}")
     about, device = _subject(subject, samples, known), str(network.device)
     scores = [
         Score.of(metric, measured, _protocol(name, subject, samples, known), about, device)
@@ -248,29 +247,46 @@ def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
 
 
 def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Measured], str]:
-    """What an oracle says of the pictures, shard by shard, and what to know of the oracle."""
-    data = reference.config if isinstance(reference, Data) else None
-    oracle = oracle_for(data) if data is not None else None
-    if oracle is None:
-        return {}, ""
+    """What an oracle says of the pictures, shard by shard, and what to know of it; or nothing, and why."""
+    data = reference if isinstance(reference, Data) else None
+    oracle = oracle_for(data.config) if data is not None else None
+    if data is None or oracle is None:
+        return {}, "oracle needs data whose truth is known: digits or shapes as --reference"
+    number = _numbers(subject.class_names or data.class_names, data.class_names)
     hits: dict[str, float] = {}
     seen = 0
     for index in range(shards(subject)):
         shard = subject.shard(index)
-        asked = None if shard.label is None else shard.label.tolist()
+        if not len(shard.pictures):
+            continue
+        asked = None if shard.label is None or number is None else [number[label] for label in shard.label.tolist()]
         for name, share in oracle.judge(shard.pictures, asked).items():
             hits[name] = hits.get(name, 0.0) + share.value * len(shard.pictures)
         seen += len(shard.pictures)
+    if not hits:
+        return {}, f"oracle needs to know which class each sample was asked for: {subject.where} does not say"
     told = f"the oracle reads {oracle.reads}; of real pictures that it has not seen, {oracle.ceiling:.1%} right"
     return {name: Measured.share(count, seen) for name, count in hits.items()}, told
 
 
+def _numbers(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
+    """Which of the known classes each name stands for, itself or as a number; None if one of them is no such class."""
+    if set(names) <= set(known):
+        return [known.index(name) for name in names]
+    if all(name.isdecimal() and int(name) < len(known) for name in names):
+        return [int(name) for name in names]
+    return None
+
+
 def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: FeatureSet) -> Protocol:
-    definition = {"metric": name} | (METRICS[name].definition if name in METRICS else {})
+    metric = METRICS.get(name)
+    against: dict[str, Any] = {"hash": reference.hash, "count": reference.count}
+    if metric is not None and metric.rows[1]:  # statistics may keep a part
+        against["rows"] = min(len(reference.rows[metric.rows[1]]), MOST)
     return Protocol(
-        definition=definition,
+        definition={"metric": name} | (metric.definition if metric is not None else {}),
         features=samples.features or {},
-        reference={"hash": reference.hash, "count": reference.count},
+        reference=against,
         samples=samples.count or 0,
         size=(subject.size[0], subject.size[1]),
         channels=subject.channels,

@@ -85,14 +85,16 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
 
 
 def _drawing_seconds(run: loop.Run) -> float:
-    """What the grids of samples of a whole run take, from a short drawing of one batch."""
-    config, network = run.recipe.training, run.recipe.network
+    """What the grids and the pictures that are scored take in a whole run, from a short drawing of one batch."""
+    config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
     count, steps = 16, min(2, run.recipe.sampling.steps)
     began = time.monotonic()
     drawing.generate(run.model, [0] if network.classes else None, list(range(count)), steps=steps)
     seconds = (time.monotonic() - began) / count / steps
     pictures_each = (min(network.classes, loop.COLUMNS) or 8) * config.sample_seeds
-    return seconds * run.recipe.sampling.steps * pictures_each * (config.steps // config.sample_every + 2)
+    pictures = pictures_each * (config.steps // config.sample_every + 2)
+    pictures += evaluation.count * (config.steps // evaluation.every) if evaluation.every else 0
+    return seconds * run.recipe.sampling.steps * pictures
 
 
 def _existing(path: Path) -> Path:

@@ -244,27 +244,25 @@ def save(run: Run, place: Place) -> None:
 
 
 def _prune(run: Run) -> None:
-    best = scores.best(read_log(run.folder), run.recipe.evaluation.metrics[0]) if run.scorer else None
-    checkpoint.prune(run.folder, run.recipe.training.keep_checkpoints, None if best is None else best["step"])
+    best = scores.best(read_log(run.folder)) if run.scorer else None
+    checkpoint.prune(run.folder, run.recipe.training.keep_checkpoints, best[0] if best else None)
 
 
 def _scored(run: Run, step: int) -> bool:
     """Whether the log holds scores of a step."""
-    metric = run.recipe.evaluation.metrics[0]
-    return any(record["step"] == step and metric in record for record in read_log(run.folder))
+    return any(record["step"] == step and scores.metrics_of(record) for record in read_log(run.folder))
 
 
 def _score(run: Run, step: int, journal: Journal) -> None:
     """Score the EMA, write it down, and keep the best checkpoint."""
     assert run.scorer is not None
-    metric = run.recipe.evaluation.metrics[0]
     journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
     journal.record(step, **run.scorer.score(step))
     records = read_log(run.folder)
-    if (best := scores.best(records, metric)) is not None:
-        journal.say(f"{metric} {records[-1][metric]:.5g}; the best so far is {best[metric]:.5g} at step {best['step']}")
-    names = [name for name in records[-1] if f"{name}_low" in records[-1]]
-    scores.plot(records, names, run.folder / scores.FOLDER / "curve.png")
+    if best := scores.best(records):
+        at, metric, value = best
+        journal.say(f"{metric} {records[-1][metric]:.5g}; the best so far is {value:.5g} at step {at}, and is kept")
+    scores.plot(records, run.folder / scores.FOLDER / "curve.png")
     _prune(run)
 
 

@@ -57,9 +57,7 @@ class Scorer:
     def score(self, step: int) -> dict[str, float]:
         """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept."""
         work = self.folder / f"step-{step:09d}.work"
-        if work.exists() and not (self.folder / "reference").exists():
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
         asked = asked_by_policy(self.model, self.config.count, "balanced")
         drawn = Drawn(self.model, asked, work / "samples", self.config.batch, f"step {step}")
         done = suite.evaluate(
@@ -84,15 +82,25 @@ def _numbers(scores: list[Score]) -> dict[str, float]:
     return found
 
 
-def best(records: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The record of the best value of a metric so far, the earlier one of equals."""
-    scored = [record for record in records if metric in record]
+def metrics_of(record: dict[str, Any]) -> list[str]:
+    """The metrics that a record of the log holds, the deciding one first; none where it is of losses."""
+    return [name for name in record if f"{name}_low" in record]
+
+
+def best(records: list[dict[str, Any]]) -> tuple[int, str, float] | None:
+    """Step, metric and value of the best scores so far, by the deciding metric; the earlier one of equals."""
+    scored = [record for record in records if metrics_of(record)]
+    if not scored:
+        return None
+    metric = metrics_of(scored[-1])[0]
     sign = -1 if metric in HIGHER else 1
-    return min(scored, key=lambda record: sign * record[metric], default=None)
+    found = min((record for record in scored if metric in record), key=lambda record: sign * record[metric])
+    return found["step"], metric, found[metric]
 
 
-def plot(records: list[dict[str, Any]], metrics: list[str], path: Path) -> None:
-    """Curves over the steps, where matplotlib is installed."""
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Curves of all metrics over the steps, where matplotlib is installed."""
+    metrics = list(dict.fromkeys(name for record in records for name in metrics_of(record)))
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,0 +1,134 @@
+"""Do the distances order what everybody would order, and how do they move with the number of samples? On CIFAR-10.
+
+    tessera evaluate train-features DATA/cifar10/train.parquet --size 32 --out cifar-features
+    python benchmarks/evaluation_real.py --data DATA/cifar10 --features cifar-features
+
+The reference is the whole training set; what is scored are equally many pictures of the test set: as they are, without
+one class, blurred, with noise. Prints Markdown.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from tessera.data import ParquetConfig
+from tessera.evaluation import suite
+from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor, moments_of
+from tessera.evaluation.intervals import Measured
+from tessera.evaluation.subjects import Data, Shard
+from tessera.runtime import Ranks
+
+COUNT = 9000  # of each copy: the test set without one class holds no more
+MISSING = 3  # the class that is left out: cats
+
+
+class Changed(Data):
+    """A data set whose pictures are changed one by one."""
+
+    def __init__(self, config: ParquetConfig, name: str, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+        super().__init__(config)
+        self.name, self.change = name, change
+
+    @property
+    def plan(self):
+        return super().plan | {"changed": self.name}
+
+    def shard(self, index: int) -> Shard:
+        shard = super().shard(index)
+        changed = [self.change(picture, int(row)) for picture, row in zip(shard.pictures, shard.row)]
+        return Shard(np.stack(changed), shard.row, shard.label)
+
+
+def blurred(radius: float) -> Callable[[np.ndarray, int], np.ndarray]:
+    return lambda picture, row: np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+
+
+def noised(deviation: float) -> Callable[[np.ndarray, int], np.ndarray]:
+    def change(picture: np.ndarray, row: int) -> np.ndarray:
+        noise = np.random.default_rng(row).normal(0, deviation, picture.shape)
+        return (picture + noise).round().clip(0, 255).astype(np.uint8)
+
+    return change
+
+
+def rows(features: FeatureSet, chosen: np.ndarray) -> FeatureSet:
+    """Some rows of a feature set, as a set of their own."""
+    kept = {part: np.asarray(values[chosen]) for part, values in features.rows.items()}
+    return FeatureSet(
+        where=features.where,
+        hash=features.hash,
+        count=len(chosen),
+        size=features.size,
+        channels=features.channels,
+        features=features.features,
+        moments={part: moments_of(kept[part]) for part in features.moments},
+        rows=kept,
+    )
+
+
+def shown(measured: Measured) -> str:
+    return f"{measured.value:.4g} ({measured.low:.4g} to {measured.high:.4g})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--features", default="cifar-features")
+    parser.add_argument("--work", type=Path, help="folder for the features, to go on after an interruption")
+    asked = parser.parse_args()
+    network: Extractor = extractor(asked.features, torch.device("cpu"))
+    work = asked.work or Path(tempfile.mkdtemp())
+
+    def config(split: str) -> ParquetConfig:
+        return ParquetConfig(path=str(asked.data / f"{split}.parquet"), size=(32, 32))
+
+    def look(subject: Data, name: str) -> FeatureSet:
+        return extract(subject, network, work / name, Ranks(), batch=250)
+
+    train, test = look(Data(config("train")), "train"), look(Data(config("test")), "test")
+    assert test.label is not None
+    order = np.random.default_rng(0).permutation(test.count or 0)
+    without = order[test.label[order] != MISSING][:COUNT]
+    changes = {
+        "noise of 8 levels": noised(8),
+        "blurred, 0.5 px": blurred(0.5),
+        "noise of 16 levels": noised(16),
+        "noise of 24 levels": noised(24),
+        "blurred, 1 px": blurred(1.0),
+    }
+    copies = {"test set": rows(test, order[:COUNT]), "without cats": rows(test, without)}
+    for name, change in changes.items():
+        copies[name] = rows(look(Changed(config("test"), name, change), name), order[:COUNT])
+    names = ["fd", "fd_inf", "kid", "prdc"]
+    found = {
+        name: {key: value for metric in names for key, value in suite.METRICS[metric].measure(copy, train).items()}
+        for name, copy in copies.items()
+    }
+    print(f"features {network.name}, weights {network.weights}; {COUNT} pictures each against {train.count}\n")
+    print("| pictures | fd | fd_inf | 1000 kid | precision | recall | density | coverage |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, scores in found.items():
+        kid = scores["kid"]
+        cells = [shown(scores["fd"]), shown(scores["fd_inf"])]
+        cells.append(shown(Measured(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
+        cells += [f"{scores[key].value:.3f}" for key in ("precision", "recall", "density", "coverage")]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+    print("\n| samples of the test set | fd | fd_inf | 1000 kid |\n|---|---|---|---|")
+    for count in (100, 250, 500, 1000, 2500, 5000, 10000):
+        few = rows(test, order[:count])
+        kid = suite.METRICS["kid"].measure(few, train)["kid"]
+        cells = [shown(suite.METRICS["fd"].measure(few, train)["fd"])]
+        enough = count >= 4 * few.rows["pool"].shape[1]
+        cells.append(shown(suite.METRICS["fd_inf"].measure(few, train)["fd_inf"]) if enough else "too few")
+        cells.append(shown(Measured(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
+        print(f"| {count:,} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
