@@ -10,6 +10,7 @@ import typer
 from tessera import __version__
 from tessera.cli.evaluate import app as evaluate_app
 from tessera.cli.options import (
+    MOST,
     ClassPolicy,
     Codec,
     Device,
@@ -83,7 +84,9 @@ def sample(
     classes: Annotated[str | None, typer.Option(help="numbers or names, as in 3,7, or all")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="pictures a class (1)")] = None,
     seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; a seed is a picture")] = None,
-    total: Annotated[int | None, typer.Option(min=1, help="pictures in all, their classes by --class-policy")] = None,
+    total: Annotated[
+        int | None, typer.Option(min=1, max=MOST, help="pictures in all, their classes by --class-policy")
+    ] = None,
     class_policy: ClassPolicy = "uniform",
     sampler: Sampler = None,
     steps: Steps = None,

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from tessera.cli.options import (
+    MOST,
     ClassPolicy,
     Codec,
     Device,
@@ -59,10 +60,12 @@ def score(
     metrics: Annotated[
         str | None, typer.Option(help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle (those that apply)")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=2, help="samples: 50000 of a model, all that a folder holds")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=2, max=MOST, help="samples: 50000 of a model, all that a folder holds")
+    ] = None,
     features: Features = None,
     class_policy: ClassPolicy = "uniform",
-    seed: Annotated[int, typer.Option(min=0, help="of the first sample; the others follow")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; the others follow")] = 0,
     sampler: Sampler = None,
     steps: Steps = None,
     guidance: Guidance = None,

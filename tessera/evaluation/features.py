@@ -119,7 +119,7 @@ def extract(
     What stands in the folder already is kept: a killed extraction goes on. Raises TesseraError for pictures that the
     network cannot take, for features that are not finite, and for a folder that holds other work.
     """
-    _check(subject, network)
+    check_pictures(subject, network)
     if ranks.first:
         begin(folder, {"subject": subject.plan, "features": network.identity})
     ranks.wait()
@@ -138,7 +138,8 @@ def extract(
     return _read(subject, network, folder, ranks)
 
 
-def _check(subject: Subject, network: Extractor) -> None:
+def check_pictures(subject: Subject, network: Extractor) -> None:
+    """Raise TesseraError for pictures that the network cannot take."""
     if subject.channels not in network.channels:
         raise TesseraError(
             f"{subject.where} has {subject.channels} channels, but the features {network.name} are of "

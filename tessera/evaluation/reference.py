@@ -129,17 +129,24 @@ def open_reference(
     told: data, also as a word as in `named`; an .npz of pictures or of statistics. like: what will be compared with it,
     at whose size data are read. folder: for the features of pictures. TesseraError where they do not go together.
     """
+    opened = find_reference(told, like, network)
+    if isinstance(opened, FeatureSet):
+        return opened, None
+    return extract(opened, network, folder, ranks, batch, progress), opened
+
+
+def find_reference(told: str | AnyData, like: Subject, network: Extractor) -> FeatureSet | Subject:
+    """The statistics that a command names, or the pictures, not looked at yet. Raises as `open_reference`."""
     path = Path(told).expanduser() if isinstance(told, str) else Path()
     if path.suffix == ".npz" and path.exists() and is_statistics(path):
-        found, subject = load(path), None
-    else:
-        config = named(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
-        subject = Npz(path) if isinstance(config, str) else Data(config)
-        _same("size", tuple(subject.size), tuple(like.size), subject.where, like.where)
-        _same("channels", subject.channels, like.channels, subject.where, like.where)
-        found = extract(subject, network, folder, ranks, batch, progress)
-    check(found, like, network)
-    return found, subject
+        found = load(path)
+        check(found, like, network)
+        return found
+    config = named(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
+    subject = Npz(path) if isinstance(config, str) else Data(config)
+    _same("size", tuple(subject.size), tuple(like.size), subject.where, like.where)
+    _same("channels", subject.channels, like.channels, subject.where, like.where)
+    return subject
 
 
 def check(reference: FeatureSet, like: Subject, network: Extractor) -> None:

@@ -153,6 +153,8 @@ class Interrupted(TesseraError):
 def _loop(run: Run, place: Place, journal: Journal) -> None:
     config = run.recipe.training
     step, position = place.step, place.position
+    if run.scorer is not None and run.scorer.due(step) and not _scored(run, step):
+        _score(run, step, journal)  # killed between the checkpoint and its scores
     if step >= config.steps:
         journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
         return
@@ -167,9 +169,6 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 journal.say("drawing the first grid of samples")
                 _draw(run, 0, journal)
                 journal.start(step)
-                clock_start = time.monotonic()
-            elif run.scorer is not None and run.scorer.due(step) and not _scored(run, step):
-                _score(run, step, journal)  # killed between the checkpoint and its scores
                 clock_start = time.monotonic()
             while step < config.steps:
                 batch = next(batches)

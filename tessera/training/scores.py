@@ -15,13 +15,14 @@ from tessera import bundle
 from tessera.data import AnyData
 from tessera.evaluation import protocol, suite
 from tessera.evaluation.drawn import Drawn, asked_by_policy
-from tessera.evaluation.features import extractor
+from tessera.evaluation.features import check_pictures, extractor
 from tessera.evaluation.protocol import Score
+from tessera.evaluation.reference import find_reference
 from tessera.files import write_whole
 from tessera.settings import Settings
 
 FOLDER = "evaluation"
-HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as asked"}  # the better
+HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as_asked"}  # the better
 
 
 class EvaluationConfig(Settings):
@@ -44,12 +45,16 @@ class EvaluationConfig(Settings):
 
 
 class Scorer:
-    """Scores the model of a run. Raises TesseraError at once if its features cannot be had."""
+    """Scores the model of a run. Raises TesseraError at once if features or reference cannot be had."""
 
     def __init__(self, config: EvaluationConfig, model: bundle.Model, data: AnyData, run: Path) -> None:
         self.config, self.model, self.folder = config, model, run / FOLDER
         self.reference: str | AnyData = config.reference or data
         self.network = extractor(config.features or suite.usual_features(self.reference), model.device)
+        drawn = self._drawn(0, self.folder)
+        check_pictures(drawn, self.network)
+        if config.reference:
+            find_reference(config.reference, drawn, self.network)
 
     def due(self, step: int) -> bool:
         return self.config.every is not None and step > 0 and step % self.config.every == 0
@@ -58,10 +63,8 @@ class Scorer:
         """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept."""
         work = self.folder / f"step-{step:09d}.work"
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
-        asked = asked_by_policy(self.model, self.config.count, "balanced")
-        drawn = Drawn(self.model, asked, work / "samples", self.config.batch, f"step {step}")
         done = suite.evaluate(
-            drawn,
+            self._drawn(step, work / "samples"),
             self.reference,
             self.network,
             work,
@@ -72,6 +75,10 @@ class Scorer:
         protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
         shutil.rmtree(work)
         return _numbers(done.scores)
+
+    def _drawn(self, step: int, folder: Path) -> Drawn:
+        asked = asked_by_policy(self.model, self.config.count, "balanced")
+        return Drawn(self.model, asked, folder, self.config.batch, f"step {step}")
 
 
 def _numbers(scores: list[Score]) -> dict[str, float]:
