@@ -178,7 +178,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file; a full disk raises OSError."""
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        path.touch()
+        mode = path.stat().st_mode  # safetensors makes files that their owner alone may read
         save_file(contiguous, path, metadata={"format": "pt"})  # which some readers insist on
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(None, str(error)) from None
 

@@ -118,7 +118,8 @@ def sample(
         loaded, classes, count, seeds, total, class_policy, settings, guidance, precision, size_of(size)
     )
     if npz is not None:
-        print(sampling.packed(loaded, asked, npz, batch, model))
+        if told := sampling.packed(loaded, asked, npz, batch, model):
+            print(told)
     else:
         print(sampling.pictured(loaded, asked, out, batch, {"model": model, "heads": heads, "codec": codec}))
 

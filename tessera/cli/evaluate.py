@@ -87,6 +87,7 @@ def score(
     from tessera import runtime
     from tessera.evaluation import report, suite
     from tessera.evaluation.features import extractor
+    from tessera.evaluation.reference import check_word
 
     settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing)
     checked(guidance, precision, class_policy)
@@ -109,6 +110,8 @@ def score(
             subject, compared_with = suite.found(target, size_of(size), count), reference
             if compared_with is None:
                 raise TesseraError(f"say what {target} is to be compared with: --reference DATA or statistics (.npz)")
+        if isinstance(compared_with, str):
+            check_word(compared_with)  # before features are loaded, which may mean to fetch them
         network = extractor(features or suite.usual_features(compared_with), chosen)
         done = suite.evaluate(
             subject, compared_with, network, folder, names, ranks, batch, begin if ranks.first else None

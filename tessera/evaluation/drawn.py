@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tessera import drawing, randomness
+from tessera import drawing, randomness, runtime
 from tessera.bundle import Model, weights_hash
 from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import Shard, rows, shards
@@ -81,12 +81,13 @@ class Drawn:
         """How the pictures are drawn, whatever the model."""
         seeds, asked = self.asked.seeds, self.asked
         consecutive = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+        dtype = runtime.autocast_dtype(asked.precision, self.model.device)  # what auto means here
         policy = asked.policy if asked.policy != "as told" else f"as told, {_hash(asked.classes)}"
         return {
             **self.sampling.model_dump(mode="json"),
             "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else _hash(seeds),
             "class policy": policy,
-            "precision": asked.precision,
+            "precision": str(dtype or torch.float32).removeprefix("torch."),
         }
 
     @property

@@ -135,6 +135,12 @@ def open_reference(
     return extract(opened, network, folder, ranks, batch, progress), opened
 
 
+def check_word(told: str) -> None:
+    """Raise TesseraError for a word or path that names no reference, without opening it."""
+    if Path(told).suffix != ".npz" or not Path(told).expanduser().exists():
+        named(told, (1, 1))
+
+
 def find_reference(told: str | AnyData, like: Subject, network: Extractor) -> FeatureSet | Subject:
     """The statistics that a command names, or the pictures, not looked at yet. Raises as `open_reference`."""
     path = Path(told).expanduser() if isinstance(told, str) else Path()

@@ -152,6 +152,8 @@ class Npz:
         self.path, self.where = path, f"npz {path}"
         self._open: IO[bytes] | None = None
         self._at = 0
+        if not path.exists():
+            raise TesseraError(f"there is nothing at {path}: give an .npz of pictures, a folder of samples or a model")
         try:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()

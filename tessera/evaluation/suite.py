@@ -87,6 +87,7 @@ METRICS = {
     ),
     "authenticity": Metric(_authenticity, {"share": "not copied", "rows": MOST}, rows=("pool", "pool")),
 }
+ALIASES = {"fid": "fd", "FID": "fd"}  # with Inception's features they are one
 USUAL = ("fd", "kid", "prdc", "authenticity", "oracle")  # where nothing is asked for, and it can be had
 
 
@@ -94,7 +95,8 @@ def wanted(text: str | None) -> list[str] | None:
     """'fd,kid' -> names; None is whatever of the usual can be had. Raises TesseraError for an unknown one."""
     if text is None:
         return None
-    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    told = [part.strip() for part in text.split(",") if part.strip()]
+    names = list(dict.fromkeys(ALIASES.get(name, name) for name in told))
     if not names:
         raise TesseraError("name at least one metric, for example fd")
     for name in names:
@@ -234,12 +236,13 @@ def _silent(what: str) -> Progress:
 
 def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
     """KID of each class by itself, where both sides have labels of the same classes; it is unbiased at any count."""
-    ours, theirs, names = samples.label, reference.label, samples.class_names
-    if ours is None or theirs is None or names != reference.class_names or "pool" not in reference.rows:
+    ours, theirs, known = samples.label, reference.label, reference.class_names
+    numbers = _numbers(samples.class_names, known)
+    if ours is None or theirs is None or numbers is None or "pool" not in reference.rows:
         return {}
     found = {}
-    for number, name in enumerate(names):
-        rows, others = np.flatnonzero(ours == number), np.flatnonzero(theirs == number)
+    for place, number in enumerate(numbers):
+        rows, others, name = np.flatnonzero(ours == place), np.flatnonzero(theirs == number), known[number]
         if min(len(rows), len(others)) >= FEWEST:
             pool, real = samples.rows["pool"][rows[:MOST]], reference.rows["pool"][others[:MOST]]
             found[name] = distances.kernel_distance(np.asarray(pool), np.asarray(real))

@@ -124,6 +124,8 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
         place = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
     with alone(folder):
         _prepare_folder(run)
+        if run.scorer is not None:
+            run.scorer.begin()
         journal = Journal(folder, place.step, run.recipe.training.steps, run.recipe.training.tensorboard)
         try:
             _begin(run, found, place, journal)
@@ -256,7 +258,11 @@ def _score(run: Run, step: int, journal: Journal) -> None:
     """Score the EMA, write it down, and keep the best checkpoint."""
     assert run.scorer is not None
     journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
-    journal.record(step, **run.scorer.score(step))
+    try:
+        journal.record(step, **run.scorer.score(step))
+    except TesseraError as error:  # a full disk, too few pictures for a metric: no reason to end a run of days
+        journal.say(f"step {step} could not be scored: {error}")
+        return
     records = read_log(run.folder)
     if best := scores.best(records):
         at, metric, value = best

@@ -1,5 +1,6 @@
 """Scores while a run goes on: the EMA draws, features are compared with the data's, the best checkpoint is kept.
 
+RUN/evaluation/plan.json            how they are made
 RUN/evaluation/reference/           features of the data, looked at once
 RUN/evaluation/step-000001000.json  the scores of a step, each with its protocol
 RUN/evaluation/curve.png            all of them over the steps
@@ -16,6 +17,7 @@ from tessera.data import AnyData
 from tessera.evaluation import protocol, suite
 from tessera.evaluation.drawn import Drawn, asked_by_policy
 from tessera.evaluation.features import check_pictures, extractor
+from tessera.evaluation.plan import begin
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import find_reference
 from tessera.files import write_whole
@@ -40,8 +42,7 @@ class EvaluationConfig(Settings):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value:
             raise ValueError("name at least one metric, for example fd")
-        suite.wanted(",".join(value))
-        return value
+        return tuple(suite.wanted(",".join(value)) or ())
 
 
 class Scorer:
@@ -55,6 +56,12 @@ class Scorer:
         check_pictures(drawn, self.network)
         if config.reference:
             find_reference(config.reference, drawn, self.network)
+
+    def begin(self) -> None:
+        """Claim the run's folder of scores. TesseraError if those in it were made otherwise: one curve, one way."""
+        reference = self.reference if isinstance(self.reference, str) else self.reference.model_dump(mode="json")
+        how = {"count": self.config.count, "drawing": self._drawn(0, self.folder).protocol}
+        begin(self.folder, {"reference": reference, "features": self.network.identity, **how})
 
     def due(self, step: int) -> bool:
         return self.config.every is not None and step > 0 and step % self.config.every == 0

@@ -303,7 +303,7 @@ def test_labels_that_are_none_are_an_error(make_npz, labels, said):
 
 def test_no_npz_at_all_and_one_of_other_keys(tmp_path):
     path = tmp_path / "samples.npz"
-    with pytest.raises(TesseraError, match=r"samples\.npz.*No such file"):
+    with pytest.raises(TesseraError, match=r"there is nothing at .*samples\.npz"):
         Npz(path)
     path.write_text("text")
     with pytest.raises(TesseraError, match=r"truncated or no \.npz file"):

@@ -65,7 +65,12 @@ def test_scores_are_written_into_log_files_and_a_curve(whole):
     )
     Image.open(run / "evaluation/curve.png").verify()
     left = {path.name for path in (run / "evaluation").iterdir()}
-    assert left == {"reference", "curve.png", *(f"step-{step:09d}.json" for step in found)}  # no pictures, no features
+    assert left == {
+        "plan.json",
+        "reference",
+        "curve.png",
+        *(f"step-{step:09d}.json" for step in found),
+    }  # no pictures, no features
 
 
 def test_scores_are_those_that_evaluate_gives_of_the_checkpoint(whole, digits_scores):
@@ -207,8 +212,15 @@ def test_what_cannot_be_scored_is_an_error_before_training_begins(tiny, tmp_path
 
 def test_another_reference_in_a_run_that_goes_on_is_one_error(tiny):
     run = loop.train(tiny("run", *SCORED, "training.steps=2"))
-    with pytest.raises(TesseraError, match=r"evaluation/reference holds other work: .*split was ceiling, is judge"):
+    with pytest.raises(TesseraError, match=r"evaluation holds other work: reference was digits:ceiling, is"):
         loop.train(tiny("run", *SCORED, "evaluation.reference=digits:judge"))
-    shutil.rmtree(run / "evaluation/reference")
+    shutil.rmtree(run / "evaluation")
     loop.train(tiny("run", *SCORED, "evaluation.reference=digits:judge"))
     assert list(scores_of(run)) == [2, 4, 6]
+
+
+def test_scores_that_cannot_be_made_do_not_end_the_run(tiny, capsys):
+    run = loop.train(tiny("run", *SCORED, "evaluation.metrics=[is]", "evaluation.count=4"))
+    assert "step 2 could not be scored: " in capsys.readouterr().err
+    assert read_log(run)[-1]["step"] == 6
+    assert scores_of(run) == {}
