@@ -163,7 +163,6 @@ def torchmetrics(count: int = 4000, rounds: int = 5) -> None:
 
     def theirs() -> float:
         metric = FrechetInceptionDistance(feature=network, normalize=False, input_img_size=(3, 64, 64))
-        metric.set_dtype(torch.float64)
         for start in range(0, count, 50):
             metric.update(real[start : start + 50], real=True)
             metric.update(fake[start : start + 50], real=False)

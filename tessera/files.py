@@ -107,7 +107,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TesseraError(f"{folder} is in use by another process: wait for it, or give another output=") from None
+            raise TesseraError(
+                f"{folder} is in use by another process: wait for it, or choose another folder"
+            ) from None
         except OSError:  # a file system without locks
             pass
         yield

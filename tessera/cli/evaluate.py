@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+DRAWING = (  # flags that mean something for a model only
+    *("class_policy", "seed", "sampler", "steps", "guidance", "guidance_channels", "spacing", "eta"),
+    *("precision", "heads", "codec"),
+)
 Features = Annotated[
     str | None,
     typer.Option(help="inception, digits, shapes, a folder of features, or a Hugging Face vision model (by the data)"),
@@ -55,6 +60,7 @@ DataWord = Annotated[str, typer.Argument(help="a folder, .parquet, recipe, digit
 
 @app.command()
 def score(
+    ctx: typer.Context,
     target: Annotated[str, typer.Argument(help="a model, a folder or .npz of samples, or data")],
     reference: Annotated[str | None, typer.Option(help="data or statistics (what the model was trained on)")] = None,
     metrics: Annotated[
@@ -86,27 +92,30 @@ def score(
     """
     from tessera import runtime
     from tessera.evaluation import report, suite
+    from tessera.evaluation.drawn import Drawn, asked_by_policy
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
+    from tessera.files import alone
+    from tessera.interop import sources
 
     settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing)
     checked(guidance, precision, class_policy)
     names = suite.wanted(metrics)
-    folder = out or Path("evaluation") / (Path(target).stem or "samples").replace(":", "-")
-    with runtime.ranks() as ranks, progress() as begin:
+    folder = out or Path("evaluation") / suite.name_of(target)
+    suite.check_target(target)
+    with runtime.ranks() as ranks, alone(folder) if ranks.first else nullcontext(), progress() as begin:
         chosen = runtime.choose_device(device)
-        if _is_model(target):
-            from tessera.evaluation.drawn import Drawn, asked_by_policy
-            from tessera.interop import sources
-
+        if sources.is_model(target):
             model = sources.load(target, device=chosen, heads=heads, codec=codec)
             more = {"settings": settings, "guidance": guidance, "precision": precision, "size": size_of(size)}
             asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
             subject = Drawn(model, asked, folder / "samples", batch, target)
             compared_with = reference or suite.trained_on(model)
         else:
-            if any(value is not None for value in (*settings.values(), guidance)):
-                raise TesseraError(f"{target} is no model: leave out the flags of drawing (--steps, --guidance, ...)")
+            told = [name for name in DRAWING if _is_told(ctx, name)]
+            if told:
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in told)
+                raise TesseraError(f"{target} is no model: leave out what is of drawing ({flags})")
             subject, compared_with = suite.found(target, size_of(size), count), reference
             if compared_with is None:
                 raise TesseraError(f"say what {target} is to be compared with: --reference DATA or statistics (.npz)")
@@ -134,7 +143,7 @@ def stats(
     features: Features = None,
     size: Size = None,
     count: Annotated[int | None, typer.Option(min=2, help="pictures (all)")] = None,
-    keep: Annotated[int, typer.Option(min=0, help="rows of features kept, for kid and prdc")] = 10_000,
+    keep: Annotated[int, typer.Option(min=0, max=10_000, help="rows of features kept, for kid and prdc")] = 10_000,
     batch: Annotated[int, typer.Option(min=1, help="pictures looked at at once")] = 50,
     device: Device = "auto",
 ) -> None:
@@ -213,7 +222,7 @@ def compare(
     print(protocol.compared(protocol.load(first), protocol.load(second)))
 
 
-def _is_model(target: str) -> bool:
-    from tessera.interop import sources
-
-    return sources.is_model(target)
+def _is_told(ctx: typer.Context, name: str) -> bool:
+    """Whether a flag stands on the command line, not its default."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

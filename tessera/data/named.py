@@ -7,7 +7,7 @@ from tessera.data import AnyData
 from tessera.data.folder import FolderConfig
 from tessera.data.images import Source
 from tessera.errors import TesseraError
-from tessera.settings import Settings, parse, read_yaml
+from tessera.settings import Settings, by_kind, parse, read_yaml
 
 EMBEDDED = ("digits", "shapes")
 
@@ -27,7 +27,11 @@ def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData
     if word in EMBEDDED:
         data: dict[str, Any] = {"kind": word} | ({"split": split} if split else {})
     elif path.suffix in (".yaml", ".yml"):
-        data = read_yaml(path).get("data") or {}
+        data = by_kind(read_yaml(path).get("data") or {})
+        if not isinstance(data, dict):
+            raise TesseraError(
+                f"{path}: its data section is {data!r}; expected a mapping, or the name of embedded data"
+            )
     elif not path.exists():
         raise TesseraError(
             f"no data at {text}: expected a folder of images, a .parquet file, a recipe (.yaml), "

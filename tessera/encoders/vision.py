@@ -60,7 +60,8 @@ class Preparation:
 
     def __str__(self) -> str:
         to = f"shorter side to {self.size}" if isinstance(self.size, int) else f"to {self.size[0]} x {self.size[1]}"
-        return f"{self.filter} as in Pillow, {to}" + (f", middle {self._crop}" if self.crop else "")
+        scaled = f", mean {self.mean}, std {self.std}"
+        return f"{self.filter} as in Pillow, {to}" + (f", middle {self._crop}" if self.crop else "") + scaled
 
 
 def resize_like_pillow(pictures: Tensor, size: tuple[int, int], filter: str) -> Tensor:

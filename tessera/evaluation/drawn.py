@@ -17,6 +17,7 @@ import torch
 
 from tessera import drawing, randomness, runtime
 from tessera.bundle import Model, weights_hash
+from tessera.codecs.autoencoder import Autoencoder
 from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import Shard, rows, shards
 from tessera.files import read_array, whole_file, write_array
@@ -60,7 +61,7 @@ class Drawn:
         self.count = len(asked.seeds)
         self.size = asked.size or (network.size[0] * codec.factor, network.size[1] * codec.factor)
         self.channels = codec.pixel_channels
-        self.class_names = tuple(model.class_names) if network.classes else ()
+        self.class_names = tuple(model.config.class_names)
 
     def begin(self, ranks: Ranks) -> None:
         """Claim the folder. Raises TesseraError if it holds pictures of another plan."""
@@ -82,18 +83,30 @@ class Drawn:
         seeds, asked = self.asked.seeds, self.asked
         consecutive = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
         dtype = runtime.autocast_dtype(asked.precision, self.model.device)  # what auto means here
+        tf32 = self.model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
         policy = asked.policy if asked.policy != "as told" else f"as told, {_hash(asked.classes)}"
         return {
             **self.sampling.model_dump(mode="json"),
             "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else _hash(seeds),
             "class policy": policy,
-            "precision": str(dtype or torch.float32).removeprefix("torch."),
+            "precision": "tf32" if dtype is None and tf32 else str(dtype or torch.float32).removeprefix("torch."),
+        }
+
+    @cached_property
+    def made_by(self) -> dict[str, Any]:
+        """The model, as far as it decides a picture."""
+        config = self.model.config
+        codec = self.model.codec.vae if isinstance(self.model.codec, Autoencoder) else None
+        return {
+            "weights": self.weights,
+            "network": config.network.model_dump(mode="json"),
+            "process": config.process.model_dump(mode="json"),
+            "codec": config.codec.kind if codec is None else weights_hash(codec),
         }
 
     @property
     def plan(self) -> dict[str, Any]:
-        codec = self.model.config.codec.model_dump(mode="json")
-        return {"weights": self.weights, "codec": codec, "drawing": self.protocol, "size": list(self.size)}
+        return {**self.made_by, "drawing": self.protocol, "size": list(self.size)}
 
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npy"

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from tessera.bundle import weights_hash
 from tessera.errors import TesseraError
 from tessera.evaluation import embedded
 from tessera.evaluation.drawn import Drawn
+from tessera.evaluation.inception import exact
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import Shard, Subject, shards
-from tessera.files import read_array, write_whole
+from tessera.files import read_array, write_array, write_whole
 from tessera.runtime import Ranks
 from tessera.settings import unknown
 
@@ -54,13 +56,21 @@ class Extractor:
     def identity(self) -> dict[str, str]:
         return {"name": self.name, "weights": self.weights, "resize": self.resize}
 
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """How many features each part has."""
+        blank = np.zeros((1, *(self.size or (64, 64)), self.channels[-1]), np.uint8)
+        return {part: values.shape[1] for part, values in self(blank, 1).items()}
+
     @torch.no_grad()
     def __call__(self, pictures: np.ndarray, batch: int) -> dict[str, np.ndarray]:
         """uint8 [B, H, W, C] -> float32 [B, D] of each part: pool, and spatial and logits where it has them."""
         found: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(pictures), batch):
             seen = torch.from_numpy(np.array(pictures[start : start + batch].transpose(0, 3, 1, 2), order="C"))
-            for part, values in self.network(seen.to(self.device)).items():
+            with exact(self.device):
+                told = self.network(seen.to(self.device))
+            for part, values in told.items():
                 found.setdefault(part, []).append(values.float().cpu().numpy())
         return {part: np.concatenate(values) for part, values in found.items()}
 
@@ -136,6 +146,12 @@ def extract(
             _join(folder, total, subject)
         ranks.wait()
     return _read(subject, network, folder, ranks)
+
+
+def place(folder: Path, what: str, subject: Subject, network: Extractor) -> Path:
+    """Where the features of a subject by a network are kept: other features of the same pictures stand beside them."""
+    told = json.dumps([subject.plan, network.identity], sort_keys=True)
+    return folder / f"{what}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 def check_pictures(subject: Subject, network: Extractor) -> None:
@@ -225,6 +241,7 @@ def _read(subject: Subject, network: Extractor, folder: Path, ranks: Ranks) -> F
     parts = [part for part in ("pool", "spatial", "logits") if (folder / f"{part}.npy").exists()]
     rows = {part: read_array(folder / f"{part}.npy") for part in parts}
     label = folder / "label.npy"
+    moments = {part: _kept_moments(folder, part, rows[part], ranks) for part in ("pool", "spatial") if part in rows}
     return FeatureSet(
         where=subject.where,
         hash=facts["hash"],
@@ -232,13 +249,25 @@ def _read(subject: Subject, network: Extractor, folder: Path, ranks: Ranks) -> F
         size=(subject.size[0], subject.size[1]),
         channels=subject.channels,
         features=network.identity,
-        moments={part: moments_of(rows[part], ranks) for part in ("pool", "spatial") if part in rows},
+        moments=moments,
         rows=rows,
         number=read_array(folder / "number.npy"),
         label=read_array(label) if label.exists() else None,
         class_names=subject.class_names,
         unusable=facts["unusable"],
     )
+
+
+def _kept_moments(folder: Path, part: str, rows: np.ndarray, ranks: Ranks) -> Moments:
+    """Moments, computed once and kept beside the rows."""
+    mean, covariance = folder / f"{part}-mean.npy", folder / f"{part}-covariance.npy"
+    if not covariance.exists():
+        moments = moments_of(rows, ranks)
+        if ranks.first:
+            write_array(mean, moments.mean)
+            write_array(covariance, moments.cov)
+        ranks.wait()
+    return Moments(len(rows), np.array(read_array(mean)), np.array(read_array(covariance)))
 
 
 def moments_of(rows: np.ndarray, ranks: Ranks = Ranks()) -> Moments:  # noqa: B008 (frozen)

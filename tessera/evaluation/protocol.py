@@ -37,7 +37,9 @@ class Protocol(Settings):
     @property
     def fingerprint(self) -> str:
         """Eight letters that stand for all of it."""
-        told = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        facts = self.model_dump(mode="json")
+        facts["features"].pop("name", None)  # for people: the same network goes by many paths
+        told = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 

@@ -14,19 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from tessera import randomness
 from tessera.data import AnyData
 from tessera.data.named import named
 from tessera.errors import TesseraError
-from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract
+from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.subjects import Data, Npz, Subject
+from tessera.evaluation.subjects import Data, Npz, Subject, chosen
 from tessera.files import write_whole
 from tessera.runtime import Ranks
 
-STREAM = 0x726F7773  # of randomness: the rows that are kept, and those that metrics of pairs look at
-KEPT = 10_000  # rows of features in a file of statistics
+MOST = 10_000  # rows that metrics of pairs look at: their cost grows with the square; a file of statistics keeps them
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+def features_of(path: Path) -> str | None:
+    """The name of the features that statistics are of, where they say it."""
+    name = (load(path).features or {}).get("name") if is_statistics(path) else None
+    return None if name is None else name.removeprefix("tessera/")
 
 
 def is_statistics(path: Path) -> bool:
@@ -38,22 +42,15 @@ def is_statistics(path: Path) -> bool:
         raise TesseraError(f"{path} is truncated or no .npz file: {error}") from None
 
 
-def chosen(count: int, most: int) -> np.ndarray:
-    """The numbers of at most `most` of `count` rows, in order, always the same ones."""
-    if count <= most:
-        return np.arange(count)
-    return np.sort(randomness.permutation(0, STREAM, 0, count).numpy()[:most])
-
-
-def save(features: FeatureSet, path: Path, kept: int = KEPT) -> None:
-    """Write statistics, with `kept` rows chosen at random. Raises TesseraError if it cannot be written."""
+def save(features: FeatureSet, path: Path, kept: int = MOST) -> None:
+    """Write statistics, with `kept` rows chosen at random, at most MOST. TesseraError if it cannot be written."""
     arrays: dict[str, Any] = {}
     for part, moments in features.moments.items():
         mean, covariance = MOMENTS[part]
         arrays |= {mean: moments.mean, covariance: moments.cov}
     pool, number = features.rows.get("pool"), features.number
     if pool is not None and number is not None and kept:
-        keep = chosen(len(pool), kept)
+        keep = chosen(len(pool), min(kept, MOST))  # the very rows that `suite.few` takes of all
         arrays |= {"features": np.asarray(pool[keep]), "number": number[keep]}
         if features.label is not None:
             arrays["label"] = features.label[keep]
@@ -132,7 +129,7 @@ def open_reference(
     opened = find_reference(told, like, network)
     if isinstance(opened, FeatureSet):
         return opened, None
-    return extract(opened, network, folder, ranks, batch, progress), opened
+    return extract(opened, network, place(folder, "reference", opened, network), ranks, batch, progress), opened
 
 
 def check_word(told: str) -> None:
@@ -157,10 +154,10 @@ def find_reference(told: str | AnyData, like: Subject, network: Extractor) -> Fe
 
 def check(reference: FeatureSet, like: Subject, network: Extractor) -> None:
     """Raise TesseraError if a reference is of other pictures or other features than what is to be compared with it."""
-    if reference.features is not None and reference.features != network.identity:
+    known = reference.features
+    if known is not None and any(known.get(fact) != network.identity[fact] for fact in ("weights", "resize")):
         theirs, ours = (
-            f"{told['name']} (weights {told['weights']}, resize {told['resize']})"
-            for told in (reference.features, network.identity)
+            f"{told['name']} (weights {told['weights']}, resize {told['resize']})" for told in (known, network.identity)
         )
         raise TesseraError(f"the reference {reference.where} is of the features {theirs}; asked for are {ours}")
     if reference.size is not None:

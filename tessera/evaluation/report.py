@@ -9,7 +9,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -59,11 +58,11 @@ Part = str | Table | Picture
 
 def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
     """scores.json, report.md, report.html and the pictures, into a folder. TesseraError if they cannot be written."""
+    protocol.save(evaluation.scores, folder / "scores.json")  # first: what follows may take a while
     parts = _parts(evaluation, command)
     for part in parts:
         if isinstance(part, Picture):
             pictures.save_png(folder / part.file, part.pixels)
-    protocol.save(evaluation.scores, folder / "scores.json")
     write_whole(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
     body = "\n".join(map(_html, parts))
     write_whole(folder / "report.html", _PAGE.format(title=html.escape(evaluation.subject.where), body=body))
@@ -116,15 +115,10 @@ def _neighbours(evaluation: Evaluation) -> list[Part]:
     our_number = samples.number[chosen(len(samples.rows["pool"]), len(ours))]
     their_number = reference.number[chosen(len(reference.rows["pool"]), len(theirs))]
 
-    def row(subject: Subject, numbers: Any) -> list[np.ndarray]:
-        return [_picture(subject, int(number)) for number in numbers]
-
-    sheet = [
-        *row(evaluation.subject, our_number[suspects]),
-        *row(source, their_number[index[suspects]]),
-        *row(evaluation.subject, our_number[others]),
-        *row(source, their_number[index[others]]),
-    ]
+    above, below = np.r_[suspects, others], np.r_[index[suspects], index[others]]
+    shown = _pictures(evaluation.subject, our_number[above])
+    theirs_shown = _pictures(source, their_number[below])
+    sheet = shown[:count] + theirs_shown[:count] + shown[count:] + theirs_shown[count:]
     about = (
         "rows 1 and 2: the samples nearest to a reference picture, and that picture; "
         "rows 3 and 4: samples not chosen so, and the picture each is nearest to. "
@@ -134,10 +128,13 @@ def _neighbours(evaluation: Evaluation) -> list[Part]:
     return ["## Is it copying?", Picture(NEIGHBOURS, drawn, about)]
 
 
-def _picture(subject: Subject, number: int) -> np.ndarray:
-    """One picture of a subject, uint8 [H, W, C]."""
-    shard = subject.shard(number // SHARD)
-    return shard.pictures[int(np.flatnonzero(shard.row == number)[0])]
+def _pictures(subject: Subject, numbers: np.ndarray) -> list[np.ndarray]:
+    """Pictures of a subject by their numbers, uint8 [H, W, C]; each shard is read once."""
+    found: dict[int, np.ndarray] = {}
+    for index in sorted({int(number) // SHARD for number in numbers}):
+        shard = subject.shard(index)
+        found |= {int(row): picture for row, picture in zip(shard.row, shard.pictures) if row in numbers}
+    return [found[int(number)] for number in numbers]
 
 
 def _markdown(part: Part) -> str:

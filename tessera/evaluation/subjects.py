@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image
 
+from tessera import randomness
 from tessera.data import AnyData
 from tessera.data.folder import FolderConfig, FolderSource
 from tessera.data.images import ImagesConfig, Unusable, flatten
@@ -25,6 +26,7 @@ from tessera.errors import TesseraError
 from tessera.pictures import read_settings
 
 SHARD = 250
+STREAM = 0x726F7773  # of randomness: which rows stand for many
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Subject(Protocol):
     count: int
     size: tuple[int, int]
     channels: int
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...]  # empty: labels, where there are any, are numbers
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -58,6 +60,13 @@ def rows(subject: Subject, index: int) -> range:
     return range(index * SHARD, min((index + 1) * SHARD, subject.count))
 
 
+def chosen(there: int, most: int | None) -> np.ndarray:
+    """The numbers of at most `most` of `there`, in order, always the same ones, from everywhere: files lie by class."""
+    if most is None or there <= most:
+        return np.arange(there)
+    return np.sort(randomness.permutation(0, STREAM, 0, there).numpy()[:most])
+
+
 def shards(subject: Subject) -> int:
     return -(-subject.count // SHARD)
 
@@ -68,7 +77,8 @@ class Data:
     def __init__(self, config: AnyData, count: int | None = None) -> None:
         self.config, self.source = config, opened(config)
         self.where = config.where
-        self.count = _enough(count, len(self.source), self.where)
+        self._numbers = _enough(count, len(self.source), self.where)
+        self.count = len(self._numbers)
         self.size, self.channels, self.class_names = config.size, config.channels, self.source.class_names
 
     @property
@@ -85,13 +95,13 @@ class Data:
         row = np.array([row for row, picture in zip(rows(self, index), read) if picture is not None], np.int64)
         kept = [picture for picture in read if picture is not None]
         pictures = np.stack(kept) if kept else np.empty((0, *self.size, self.channels), np.uint8)
-        label = np.array([self.source.label(int(number)) for number in row], np.int64) if self.class_names else None
-        return Shard(pictures, row, label)
+        found = [self.source.label(int(number)) for number in self._numbers[row]] if self.class_names else None
+        return Shard(pictures, row, None if found is None else np.array(found, np.int64))
 
     def picture(self, row: int) -> np.ndarray | None:
         """uint8 [H, W, C], or None where the image cannot be used."""
         try:
-            return self.source.pixels(row).transpose(1, 2, 0)
+            return self.source.pixels(int(self._numbers[row])).transpose(1, 2, 0)
         except Unusable:
             return None
 
@@ -103,13 +113,12 @@ class Folder:
         source = opened(FolderConfig(path=str(path), size=(1, 1)))
         found = [(Path(source.name(index)), source.label(index)) for index in range(len(source))]
         self.where, self.path, self.class_names = f"folder {path}", path, source.class_names
-        self.paths = [place for place, _ in found if place.name != "grid.png"]  # which `tessera sample` leaves beside
-        self._labels = [label for place, label in found if place.name != "grid.png"] if source.class_names else None
-        if not self.paths:
+        found = [(place, label) for place, label in found if place.name != "grid.png"]  # of `tessera sample`
+        if not found:
             raise TesseraError(f"{path} holds no samples, only a grid of them: draw without a .png as --out")
-        if self._labels is None and (asked := _asked(self.paths)):
-            self._labels, self.class_names = asked, tuple(str(number) for number in range(max(asked) + 1))
-        self.count = _enough(count, len(self.paths), self.where)
+        found = [found[number] for number in _enough(count, len(found), self.where)]
+        self.paths, self.count = [place for place, _ in found], len(found)
+        self._labels = [label for _, label in found] if source.class_names else _asked(self.paths) or None
         first = self._open(self.paths[0])
         self.size = (first.height, first.width)
         self.channels = 1 if _grey(first) else 3
@@ -172,12 +181,12 @@ class Npz:
             raise TesseraError(f"{path}: arr_0 is {self._type} {list(shape)}; expected uint8 [N, H, W, 3 or 1]")
         if not shape[0]:
             raise TesseraError(f"{path} holds no pictures: arr_0 is {list(shape)}")
-        self.count = _enough(count, self._shape[0], self.where)
+        self._numbers = _enough(count, self._shape[0], self.where)
+        self.count = len(self._numbers)
         self.size, self.channels = (self._shape[1], self._shape[2]), self._shape[3]
         self.class_names: tuple[str, ...] = ()
         if self._labels is not None:
             self._labels = _class_numbers(self._labels, shape[0], path)
-            self.class_names = tuple(str(number) for number in range(int(self._labels.max()) + 1))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -188,13 +197,15 @@ class Npz:
         row = rows(self, index)
         each = int(np.prod(self._shape[1:]))
         try:
-            content = self._read(row.start * each, len(row) * each)
+            content = b"".join(self._read(int(number) * each, each) for number in self._numbers[row])
         except Exception as error:  # readers raise anything on damaged bytes
             raise TesseraError(f"{self.path} is damaged: {error}") from None
         if len(content) != len(row) * each:
-            raise TesseraError(f"{self.path} is truncated: picture {row.stop - 1} of {self._shape[0]} is missing")
+            raise TesseraError(
+                f"{self.path} is truncated: picture {self._numbers[row][-1]} of {self._shape[0]} is missing"
+            )
         pictures = np.frombuffer(content, np.uint8).reshape(len(row), *self._shape[1:])
-        return Shard(pictures, np.array(row), None if self._labels is None else self._labels[row.start : row.stop])
+        return Shard(pictures, np.array(row), None if self._labels is None else self._labels[self._numbers[row]])
 
     def _read(self, start: int, length: int) -> bytes:
         """Bytes of the array. The file stays open between shards: a compressed one can only be read onwards."""
@@ -250,10 +261,11 @@ def _grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
-def _enough(asked: int | None, there: int, where: str) -> int:
+def _enough(asked: int | None, there: int, where: str) -> np.ndarray:
+    """The numbers of as many pictures as are asked for, out of those that are there."""
     if asked is not None and asked > there:
         raise TesseraError(f"{asked:,} pictures are asked for, but {where} holds {there:,}: lower --count")
-    return there if asked is None else asked
+    return chosen(there, asked)
 
 
 def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype]:

@@ -13,16 +13,15 @@ from tessera.data.named import EMBEDDED, as_data, named
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
 from tessera.evaluation.drawn import Drawn
-from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract
+from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
 from tessera.evaluation.intervals import Measured
-from tessera.evaluation.oracles import oracle_for
+from tessera.evaluation.oracles import DigitJudge, ShapesJudge, oracle_for
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.evaluation.reference import check_widths, chosen, open_reference
-from tessera.evaluation.subjects import Data, Folder, Npz, Subject, shards
+from tessera.evaluation.reference import MOST, check_widths, features_of, open_reference
+from tessera.evaluation.subjects import Data, Folder, Npz, Subject, chosen, shards
 from tessera.runtime import Ranks
 from tessera.settings import unknown
 
-MOST = 10_000  # rows that metrics of pairs look at: their cost grows with the square
 FEWEST = 20  # pictures of a class, to score it by itself
 
 Measure = Callable[[FeatureSet, FeatureSet], dict[str, Measured]]
@@ -64,6 +63,26 @@ def _authenticity(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measu
     return {"authenticity": distances.authenticity(few(samples), few(reference))}
 
 
+def _one(width: int) -> int:
+    return 1
+
+
+def _two(width: int) -> int:
+    return 2
+
+
+def _twenty(width: int) -> int:
+    return 20  # two of each split
+
+
+def _four(width: int) -> int:
+    return 4  # a sample and its three nearest fellows
+
+
+def _four_each(width: int) -> int:
+    return max(80, 4 * width)
+
+
 @dataclass(frozen=True)
 class Metric:
     """What is measured, in words and constants (they are part of every score's protocol), and what it needs."""
@@ -72,20 +91,21 @@ class Metric:
     definition: dict[str, Any]
     moments: str = ""  # of samples and reference
     rows: tuple[str, str] = ("", "")  # of samples, of reference
+    least: Callable[[int], int] = _two  # samples, by the number of features
 
 
 METRICS = {
     "fd": Metric(_fd, {"distance": "Fréchet", "of": "pool"}, moments="pool", rows=("pool", "")),
     "fd_inf": Metric(
-        _fd_inf, {"distance": "Fréchet, infinitely many samples", "of": "pool"}, moments="pool", rows=("pool", "")
+        _fd_inf, {"distance": "Fréchet, infinitely many samples", "of": "pool"}, "pool", ("pool", ""), _four_each
     ),
     "sfid": Metric(_sfid, {"distance": "Fréchet", "of": "spatial"}, moments="spatial", rows=("spatial", "")),
     "kid": Metric(_kid, {"distance": "MMD², kernel (x.y/D + 1)³, unbiased", "rows": MOST}, rows=("pool", "pool")),
-    "is": Metric(_is, {"score": "Inception", "splits": 10}, rows=("logits", "")),
+    "is": Metric(_is, {"score": "Inception", "splits": 10}, rows=("logits", ""), least=_twenty),
     "prdc": Metric(
-        _prdc, {"precision, recall": "k = 3", "density, coverage": "k = 5", "rows": MOST}, rows=("pool", "pool")
+        _prdc, {"precision, recall": "k = 3", "density, coverage": "k = 5", "rows": MOST}, "", ("pool", "pool"), _four
     ),
-    "authenticity": Metric(_authenticity, {"share": "not copied", "rows": MOST}, rows=("pool", "pool")),
+    "authenticity": Metric(_authenticity, {"share": "not copied", "rows": MOST}, rows=("pool", "pool"), least=_one),
 }
 ALIASES = {"fid": "fd", "FID": "fd"}  # with Inception's features they are one
 USUAL = ("fd", "kid", "prdc", "authenticity", "oracle")  # where nothing is asked for, and it can be had
@@ -105,18 +125,28 @@ def wanted(text: str | None) -> list[str] | None:
     return names
 
 
-def lacking(name: str, samples: FeatureSet, reference: FeatureSet) -> str:
-    """Why a metric cannot be had, in words; empty if it can."""
+def lacking(name: str, count: int, network: Extractor, reference: FeatureSet | None) -> str:
+    """Why a metric of so many samples cannot be had, in words; empty if it can. reference: None if it will have all."""
     metric = METRICS[name]
-    network = (samples.features or {}).get("name")
     ours, theirs = metric.rows
-    if ours and ours not in samples.rows:
-        return f"{name} needs {ours} features, which {network} does not give"
+    if ours not in network.widths:
+        return f"{name} needs {ours} features, which {network.name} does not give"
+    if count < (least := metric.least(network.widths[ours])):
+        return f"{name} with {network.widths[ours]} features needs at least {least} samples, not {count}"
+    if reference is None:
+        return ""
     if metric.moments and metric.moments not in reference.moments:
         return f"{name} needs the moments of {metric.moments} features, which the reference {reference.where} lacks"
     if theirs and theirs not in reference.rows:
         return f"{name} compares row by row, but the reference {reference.where} holds statistics only"
     return ""
+
+
+def check_metrics(metrics: Sequence[str], count: int, network: Extractor, reference: FeatureSet | None = None) -> None:
+    """Raise TesseraError if one of the metrics cannot be had: before pictures are drawn, not after."""
+    for name in metrics:
+        if name != "oracle" and (reason := lacking(name, count, network, reference)):
+            raise TesseraError(reason)
 
 
 @dataclass(frozen=True)
@@ -149,19 +179,23 @@ def evaluate(
     Every process of `ranks` must call it; the scores are the first one's. Raises TesseraError.
     """
     told = progress or _silent
+    check_metrics(metrics or (), subject.count, network)
     if isinstance(subject, Drawn):
         subject.begin(ranks)
     known, pictures = open_reference(
         reference,
         subject,
         network,
-        reference_folder or folder / "reference",
+        reference_folder or folder,
         ranks,
         batch,
         told("looking at the reference"),
     )
+    check_metrics(metrics or (), subject.count, network, known)
+    if "oracle" in (metrics or ()):
+        _oracle(pictures)
     what = "drawing and looking" if isinstance(subject, Drawn) else "looking at the samples"
-    samples = extract(subject, network, folder / "features", ranks, batch, told(what))
+    samples = extract(subject, network, place(folder, "features", subject, network), ranks, batch, told(what))
     check_widths(known, samples)
     notes, found = [], {}
     if not ranks.first:
@@ -177,23 +211,19 @@ def evaluate(
             "compare it with scores of as many samples only, or rely on kid"
         )
     for name in metrics if metrics is not None else USUAL:
-        if name == "oracle":
-            judged, said = _judged(subject, pictures)
-            if judged:
-                found[name] = judged
-                notes.append(said)
-            elif metrics is not None:
-                raise TesseraError(said)
-        elif reason := lacking(name, samples, known):
-            if metrics is not None:
-                raise TesseraError(reason)
+        if name != "oracle" and (reason := lacking(name, samples.count or 0, network, known)):
             notes.append(reason)
-        else:
-            try:
+            continue
+        try:
+            if name == "oracle":
+                found[name], said = _judged(subject, pictures)
+                notes.append(said)
+            else:
                 found[name] = METRICS[name].measure(samples, known)
-            except TesseraError as error:  # too few rows
-                if metrics is not None:
-                    raise
+        except TesseraError as error:  # labels missing, too few rows of the reference: other scores are worth having
+            if metrics is not None and len(metrics) == 1:
+                raise
+            if metrics is not None or name != "oracle":
                 notes.append(f"{name} is left out: {error}")
     about, device = _subject(subject, samples, known), str(network.device)
     scores = [
@@ -212,6 +242,21 @@ def trained_on(model: Model) -> AnyData:
     return as_data(told)
 
 
+def check_target(target: str) -> None:
+    """Raise TesseraError if there is nothing at a path that is to be scored."""
+    if not Path(target).expanduser().exists() and target.partition(":")[0] not in EMBEDDED:
+        raise TesseraError(
+            f"there is nothing at {target}: give a model (a run, a bundle, a .pt, a diffusers folder), a folder or an "
+            f".npz of samples, or data ({', '.join(EMBEDDED)}, a .parquet, a recipe)"
+        )
+
+
+def name_of(target: str) -> str:
+    """What to call the folder of an evaluation: the target's last name, without the ending of a file."""
+    path = Path(target)
+    return ((path.stem if path.is_file() else path.name) or "samples").replace(":", "-")
+
+
 def found(target: str, size: tuple[int, int] | None, count: int | None) -> Subject:
     """The pictures at a path: an .npz, a folder of samples exactly as they are, or data (also folders, where a size is
     given to crop and scale them to). Raises TesseraError.
@@ -225,8 +270,11 @@ def found(target: str, size: tuple[int, int] | None, count: int | None) -> Subje
 
 
 def usual_features(reference: str | AnyData) -> str:
-    """The features for a reference, where none are asked for: its own for the embedded data, else Inception's."""
-    kind = reference.partition(":")[0] if isinstance(reference, str) else reference.kind
+    """The features for a reference, where none are asked for: those its statistics are of, its own for the embedded
+    data, else Inception's."""
+    if isinstance(reference, str) and Path(reference).suffix == ".npz":
+        return features_of(Path(reference).expanduser()) or "inception"
+    kind = (named(reference, (1, 1)) if isinstance(reference, str) else reference).kind
     return kind if kind in EMBEDDED else "inception"
 
 
@@ -236,26 +284,34 @@ def _silent(what: str) -> Progress:
 
 def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
     """KID of each class by itself, where both sides have labels of the same classes; it is unbiased at any count."""
-    ours, theirs, known = samples.label, reference.label, reference.class_names
+    ours, theirs = samples.label, reference.label
+    if ours is None or theirs is None or "pool" not in reference.rows:
+        return {}
+    known = reference.class_names or tuple(str(number) for number in range(int(theirs.max()) + 1))
     numbers = _numbers(samples.class_names, known)
-    if ours is None or theirs is None or numbers is None or "pool" not in reference.rows:
+    if numbers is None:
         return {}
     found = {}
-    for place, number in enumerate(numbers):
-        rows, others, name = np.flatnonzero(ours == place), np.flatnonzero(theirs == number), known[number]
+    for label, number in enumerate(numbers):
+        rows, others, name = np.flatnonzero(ours == label), np.flatnonzero(theirs == number), known[number]
         if min(len(rows), len(others)) >= FEWEST:
             pool, real = samples.rows["pool"][rows[:MOST]], reference.rows["pool"][others[:MOST]]
             found[name] = distances.kernel_distance(np.asarray(pool), np.asarray(real))
     return found
 
 
+def _oracle(reference: Subject | None) -> tuple[Data, DigitJudge | ShapesJudge]:
+    """The data whose truth is known, and its judge. Raises TesseraError for other references."""
+    found = oracle_for(reference.config) if isinstance(reference, Data) else None
+    if not isinstance(reference, Data) or found is None:
+        raise TesseraError("oracle needs data whose truth is known: digits or shapes as --reference")
+    return reference, found
+
+
 def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Measured], str]:
-    """What an oracle says of the pictures, shard by shard, and what to know of it; or nothing, and why."""
-    data = reference if isinstance(reference, Data) else None
-    oracle = oracle_for(data.config) if data is not None else None
-    if data is None or oracle is None:
-        return {}, "oracle needs data whose truth is known: digits or shapes as --reference"
-    number = _numbers(subject.class_names or data.class_names, data.class_names)
+    """What an oracle says of the pictures, shard by shard, and what to know of it. Raises TesseraError if it cannot."""
+    data, oracle = _oracle(reference)
+    number = _numbers(subject.class_names, data.class_names)
     hits: dict[str, float] = {}
     seen = 0
     for index in range(shards(subject)):
@@ -267,13 +323,18 @@ def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Meas
             hits[name] = hits.get(name, 0.0) + share.value * len(shard.pictures)
         seen += len(shard.pictures)
     if not hits:
-        return {}, f"oracle needs to know which class each sample was asked for: {subject.where} does not say"
+        raise TesseraError(f"oracle needs to know which class each sample was asked for: {subject.where} does not say")
     told = f"the oracle reads {oracle.reads}; of real pictures that it has not seen, {oracle.ceiling:.1%} right"
     return {name: Measured.share(count, seen) for name, count in hits.items()}, told
 
 
 def _numbers(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
-    """Which of the known classes each name stands for, itself or as a number; None if one of them is no such class."""
+    """Which of the known classes each name stands for, itself or as a number; None if one of them is no such class.
+
+    Without names labels are numbers of the known classes.
+    """
+    if not names:
+        return list(range(len(known)))
     if set(names) <= set(known):
         return [known.index(name) for name in names]
     if all(name.isdecimal() and int(name) < len(known) for name in names):
@@ -282,13 +343,16 @@ def _numbers(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
 
 
 def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: FeatureSet) -> Protocol:
+    """What a metric depends on: an oracle on no features, the Inception score on no reference."""
     metric = METRICS.get(name)
-    against: dict[str, Any] = {"hash": reference.hash, "count": reference.count}
-    if metric is not None and metric.rows[1]:  # statistics may keep a part
-        against["rows"] = min(len(reference.rows[metric.rows[1]]), MOST)
+    against: dict[str, Any] = {}
+    if metric is not None and (metric.moments or metric.rows[1]):
+        against = {"hash": reference.hash, "count": reference.count}
+        if metric.rows[1]:  # statistics may keep a part
+            against["rows"] = min(len(reference.rows[metric.rows[1]]), MOST)
     return Protocol(
         definition={"metric": name} | (metric.definition if metric is not None else {}),
-        features=samples.features or {},
+        features=(samples.features or {}) if metric is not None else {},
         reference=against,
         samples=samples.count or 0,
         size=(subject.size[0], subject.size[1]),
@@ -299,4 +363,4 @@ def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: Featu
 
 def _subject(subject: Subject, samples: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
     told = {"where": subject.where, "pictures": samples.hash, "reference": reference.where}
-    return told | ({"weights": subject.weights} if isinstance(subject, Drawn) else {})
+    return told | (subject.made_by if isinstance(subject, Drawn) else {})

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tessera.files import write_whole
 
 LOG = "log.jsonl"
 PAUSE = 5.0  # seconds between lines where there is no terminal
+PART = 20.0  # and between lines of work beside the steps
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -37,6 +39,7 @@ class Journal:
         self._file = (run / LOG).open("a", encoding="utf-8", buffering=1)
         self._board = _tensorboard(run, step) if tensorboard else None
         self._screen = Screen(step, steps)
+        self._told = time.monotonic()
 
     def record(self, step: int, **values: float) -> None:
         """Write numbers at a step."""
@@ -58,6 +61,17 @@ class Journal:
     def advance(self, step: int) -> None:
         """A step is done."""
         self._screen.advance(step)
+
+    def part(self, what: str) -> Callable[[int, int], None]:
+        """Work beside the steps, of which (done, total) is told now and then."""
+
+        def told(done: int, total: int) -> None:
+            now = time.monotonic()
+            if now - self._told > PART:
+                self._told = now
+                self._screen.say(f"  {what}: {done} of {total}")
+
+        return told
 
     def say(self, text: str) -> None:
         """A sentence for the person who watches."""

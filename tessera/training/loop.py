@@ -24,7 +24,7 @@ from tessera.settings import changes, write_yaml
 from tessera.training import checkpoint, initial, scores
 from tessera.training.checkpoint import Place
 from tessera.training.ema import Average
-from tessera.training.journal import Journal, read_log
+from tessera.training.journal import Journal
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
 from tessera.training.scores import Scorer
 from tessera.training.step import Task, learning_rate, optimizer_for, train_step
@@ -125,7 +125,7 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     with alone(folder):
         _prepare_folder(run)
         if run.scorer is not None:
-            run.scorer.begin()
+            run.scorer.begin(place.step)
         journal = Journal(folder, place.step, run.recipe.training.steps, run.recipe.training.tensorboard)
         try:
             _begin(run, found, place, journal)
@@ -155,7 +155,7 @@ class Interrupted(TesseraError):
 def _loop(run: Run, place: Place, journal: Journal) -> None:
     config = run.recipe.training
     step, position = place.step, place.position
-    if run.scorer is not None and run.scorer.due(step) and not _scored(run, step):
+    if run.scorer is not None and run.scorer.due(step, config.steps) and step not in scores.history(run.folder):
         _score(run, step, journal)  # killed between the checkpoint and its scores
     if step >= config.steps:
         journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
@@ -186,7 +186,7 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 counted += 1
                 stop, last = bool(stopping), step == config.steps
                 logs = step % config.log_every == 0 or last
-                judged = run.scorer is not None and run.scorer.due(step) and not stop
+                judged = run.scorer is not None and run.scorer.due(step, config.steps) and not stop
                 saves = step % config.checkpoint_every == 0 or judged or last or stop
                 means = {name: value.item() / counted for name, value in sums.items()} if logs or saves else {}
                 if not all(math.isfinite(value) for value in means.values()):
@@ -245,13 +245,8 @@ def save(run: Run, place: Place) -> None:
 
 
 def _prune(run: Run) -> None:
-    best = scores.best(read_log(run.folder)) if run.scorer else None
+    best = scores.best(scores.history(run.folder)) if run.scorer else None
     checkpoint.prune(run.folder, run.recipe.training.keep_checkpoints, best[0] if best else None)
-
-
-def _scored(run: Run, step: int) -> bool:
-    """Whether the log holds scores of a step."""
-    return any(record["step"] == step and scores.metrics_of(record) for record in read_log(run.folder))
 
 
 def _score(run: Run, step: int, journal: Journal) -> None:
@@ -259,16 +254,16 @@ def _score(run: Run, step: int, journal: Journal) -> None:
     assert run.scorer is not None
     journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
     try:
-        journal.record(step, **run.scorer.score(step))
-    except TesseraError as error:  # a full disk, too few pictures for a metric: no reason to end a run of days
+        journal.record(step, **run.scorer.score(step, journal.part))
+        scored = scores.history(run.folder)
+        if best := scores.best(scored):
+            at, score = best
+            now = scored[step][score.metric].value
+            journal.say(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
+        scores.plot(scored, run.folder / scores.FOLDER / "curve.png")
+        _prune(run)
+    except (TesseraError, OSError, RuntimeError) as error:  # a full disk or card is no reason to end a run of days
         journal.say(f"step {step} could not be scored: {error}")
-        return
-    records = read_log(run.folder)
-    if best := scores.best(records):
-        at, metric, value = best
-        journal.say(f"{metric} {records[-1][metric]:.5g}; the best so far is {value:.5g} at step {at}, and is kept")
-    scores.plot(records, run.folder / scores.FOLDER / "curve.png")
-    _prune(run)
 
 
 def _draw(run: Run, step: int, journal: Journal) -> None:

@@ -7,8 +7,8 @@ RUN/evaluation/curve.png            all of them over the steps
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -16,7 +16,7 @@ from tessera import bundle
 from tessera.data import AnyData
 from tessera.evaluation import protocol, suite
 from tessera.evaluation.drawn import Drawn, asked_by_policy
-from tessera.evaluation.features import check_pictures, extractor
+from tessera.evaluation.features import FeatureSet, Progress, check_pictures, extractor
 from tessera.evaluation.plan import begin
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import find_reference
@@ -24,7 +24,7 @@ from tessera.files import write_whole
 from tessera.settings import Settings
 
 FOLDER = "evaluation"
-HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as_asked"}  # the better
+HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as asked"}  # the better
 
 
 class EvaluationConfig(Settings):
@@ -54,19 +54,27 @@ class Scorer:
         self.network = extractor(config.features or suite.usual_features(self.reference), model.device)
         drawn = self._drawn(0, self.folder)
         check_pictures(drawn, self.network)
-        if config.reference:
-            find_reference(config.reference, drawn, self.network)
+        opened = find_reference(config.reference, drawn, self.network) if config.reference else None
+        statistics = opened if isinstance(opened, FeatureSet) else None
+        suite.check_metrics(config.metrics, config.count, self.network, statistics)
 
-    def begin(self) -> None:
-        """Claim the run's folder of scores. TesseraError if those in it were made otherwise: one curve, one way."""
+    def begin(self, step: int) -> None:
+        """Claim the run's folder of scores, and drop those past a step: they will be made again.
+
+        Raises TesseraError if those in it were made otherwise: one curve, one way.
+        """
         reference = self.reference if isinstance(self.reference, str) else self.reference.model_dump(mode="json")
         how = {"count": self.config.count, "drawing": self._drawn(0, self.folder).protocol}
         begin(self.folder, {"reference": reference, "features": self.network.identity, **how})
+        for path, at in _files(self.folder):
+            if at > step:
+                path.unlink()
 
-    def due(self, step: int) -> bool:
-        return self.config.every is not None and step > 0 and step % self.config.every == 0
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the model is to be scored after a step: every so many, and after the last."""
+        return self.config.every is not None and step > 0 and (step % self.config.every == 0 or step == steps)
 
-    def score(self, step: int) -> dict[str, float]:
+    def score(self, step: int, progress: Callable[[str], Progress] | None = None) -> dict[str, float]:
         """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept."""
         work = self.folder / f"step-{step:09d}.work"
         shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
@@ -77,7 +85,8 @@ class Scorer:
             work,
             self.config.metrics,
             batch=self.config.batch,
-            reference_folder=self.folder / "reference",
+            progress=progress,
+            reference_folder=self.folder,
         )
         protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
         shutil.rmtree(work)
@@ -96,38 +105,41 @@ def _numbers(scores: list[Score]) -> dict[str, float]:
     return found
 
 
-def metrics_of(record: dict[str, Any]) -> list[str]:
-    """The metrics that a record of the log holds, the deciding one first; none where it is of losses."""
-    return [name for name in record if f"{name}_low" in record]
+def history(run: Path) -> dict[int, dict[str, Score]]:
+    """The scores of each step of a run, by metric, the deciding one first."""
+    return {at: {score.metric: score for score in protocol.load(path)} for path, at in _files(run / FOLDER)}
 
 
-def best(records: list[dict[str, Any]]) -> tuple[int, str, float] | None:
-    """Step, metric and value of the best scores so far, by the deciding metric; the earlier one of equals."""
-    scored = [record for record in records if metrics_of(record)]
-    if not scored:
+def _files(folder: Path) -> list[tuple[Path, int]]:
+    return [(path, int(path.stem.removeprefix("step-"))) for path in sorted(folder.glob("step-*.json"))]
+
+
+def best(scored: dict[int, dict[str, Score]]) -> tuple[int, Score] | None:
+    """The step of the best scores so far and its deciding score; the earlier one of equals."""
+    metric = next((name for scores in scored.values() for name in scores), None)
+    if metric is None:
         return None
-    metric = metrics_of(scored[-1])[0]
     sign = -1 if metric in HIGHER else 1
-    found = min((record for record in scored if metric in record), key=lambda record: sign * record[metric])
-    return found["step"], metric, found[metric]
+    step = min((step for step in scored if metric in scored[step]), key=lambda step: sign * scored[step][metric].value)
+    return step, scored[step][metric]
 
 
-def plot(records: list[dict[str, Any]], path: Path) -> None:
+def plot(scored: dict[int, dict[str, Score]], path: Path) -> None:
     """Curves of all metrics over the steps, where matplotlib is installed."""
-    metrics = list(dict.fromkeys(name for record in records for name in metrics_of(record)))
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     import io
 
+    metrics = list(dict.fromkeys(name for scores in scored.values() for name in scores))
     figure = Figure(figsize=(4.5 * len(metrics), 3.2), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
-        scored = [record for record in records if metric in record]
-        steps = [record["step"] for record in scored]
-        axes.plot(steps, [record[metric] for record in scored], marker="o", markersize=3)
-        low, high = ([record[f"{metric}_{end}"] for record in scored] for end in ("low", "high"))
-        axes.fill_between(steps, low, high, alpha=0.2)
+        told = {step: scores[metric] for step, scores in scored.items() if metric in scores}
+        axes.plot(list(told), [score.value for score in told.values()], marker="o", markersize=3)
+        axes.fill_between(
+            list(told), [score.low for score in told.values()], [score.high for score in told.values()], alpha=0.2
+        )
         axes.set(xlabel="step", ylabel=metric)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -14,7 +14,7 @@ from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import features
 from tessera.evaluation.features import extract, extractor, moments_of
-from tessera.evaluation.subjects import Data, Folder, Npz
+from tessera.evaluation.subjects import Data, Folder, Npz, chosen
 from tessera.runtime import Ranks
 
 
@@ -24,12 +24,13 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 def test_every_part_of_every_picture_in_order(digits, real, small_shards, tmp_path):
     found = extract(Data(DigitsConfig(), 90), digits, tmp_path, Ranks(), batch=7)
-    whole = digits(real[:90], 90)
+    some = chosen(1000, 90)
+    whole = digits(real[some], 90)
     assert set(found.rows) == {"pool", "spatial", "logits"}
     for part, rows in found.rows.items():
         np.testing.assert_allclose(rows, whole[part], atol=2e-5)
     assert found.number.tolist() == list(range(90))
-    assert found.label.tolist() == DigitsConfig().open().labels[:90].tolist()
+    assert found.label.tolist() == DigitsConfig().open().labels[some].tolist()
     assert (found.count, found.unusable, found.size, found.channels) == (90, 0, (8, 8), 1)
     np.testing.assert_allclose(found.moments["pool"].mean, whole["pool"].mean(axis=0), atol=2e-5)
     np.testing.assert_allclose(found.moments["pool"].cov, np.cov(whole["pool"].T), atol=2e-4)
@@ -129,7 +130,7 @@ def test_features_that_are_no_numbers_are_an_error_that_counts_them(digits, real
         pool[pictures[:, 0, 0, 3] > 100, 5] = bad
         return {**found, "pool": pool}
 
-    wrong = int((real[:60, 0, 3, 0] > 100).sum())
+    wrong = int((real[chosen(1000, 60), 0, 3, 0] > 100).sum())
     assert 0 < wrong < 60
     said = rf"tessera/digits gives pool features that are not finite for {wrong} of 60 pictures"
     with pytest.raises(TesseraError, match=said):
@@ -175,10 +176,11 @@ def test_unusable_pictures_are_counted_and_leave_no_row(digits, real, make_folde
 
 
 def test_the_hash_is_that_of_the_pictures_wherever_they_lie(digits, real, make_folder, make_npz, tmp_path):
-    subjects = (Data(DigitsConfig(), 40), Folder(make_folder("s", real[:40])), Npz(make_npz("s.npz", real[:40])))
+    some = real[chosen(1000, 40)]
+    subjects = (Data(DigitsConfig(), 40), Folder(make_folder("s", some)), Npz(make_npz("s.npz", some)))
     hashes = [extract(each, digits, tmp_path / str(i), Ranks()).hash for i, each in enumerate(subjects)]
     assert len(set(hashes)) == 1
-    other = real[:40].copy()
+    other = some.copy()
     other[39, 7, 7] ^= 1
     assert extract(Npz(make_npz("o.npz", other)), digits, tmp_path / "o", Ranks()).hash != hashes[0]
 
@@ -256,4 +258,10 @@ def test_hash_features_and_moments_are_the_same_from_one_two_and_four_processes(
         np.testing.assert_allclose(found["cov"], alone.cov, rtol=1e-10, atol=1e-10 * np.abs(alone.cov).max())
         scale = np.abs(told[1, 0]["fd"]).max()
         np.testing.assert_allclose(found["fd"], told[1, 0]["fd"], rtol=0, atol=1e-10 * scale)
-    assert arrays(tmp_path / "1") == arrays(tmp_path / "2") == arrays(tmp_path / "4") != {}
+    one, two, four = (_without_moments(arrays(tmp_path / str(count))) for count in (1, 2, 4))
+    assert one == two == four != {}
+
+
+def _without_moments(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Sums of floating-point numbers in another order differ in the last digits: they were compared above."""
+    return {name: content for name, content in files.items() if not name.endswith(("mean.npy", "covariance.npy"))}

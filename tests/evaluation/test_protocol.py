@@ -52,7 +52,6 @@ CHANGES: list[dict[str, Any]] = [
     {"definition__metric": "kid"},
     {"definition__of": "spatial"},
     {"definition__splits": 10},
-    {"features__name": "dinov2"},
     {"features__weights": "0124"},
     {"features__resize": "224"},
     {"features": {}},
@@ -179,3 +178,7 @@ def test_a_file_cut_short_is_one_error(tmp_path):
         (tmp_path / "scores.json").write_bytes(whole[:length])
         with pytest.raises(TesseraError, match="cannot read scores from"):
             protocol.load(tmp_path)
+
+
+def test_the_name_of_a_network_is_for_people():
+    assert changed(features__name="by/another/path").fingerprint == changed().fingerprint

@@ -15,7 +15,7 @@ from PIL import Image
 from tessera import pictures
 from tessera.data import DigitsConfig, FolderConfig
 from tessera.errors import TesseraError
-from tessera.evaluation.subjects import Data, Folder, Npz, Subject, rows, shards
+from tessera.evaluation.subjects import Data, Folder, Npz, Subject, chosen, rows, shards
 from tessera.evaluation.suite import found
 
 
@@ -60,11 +60,15 @@ def test_a_shard_without_a_usable_picture_is_empty(make_folder, small_shards):
     assert len(read(subject)[0]) == 5
 
 
-def test_the_first_of_the_data_or_an_error_if_there_are_not_as_many(real):
+def test_some_of_the_data_from_everywhere_or_an_error_if_there_are_not_as_many(real):
     subject = Data(DigitsConfig(), 30)
     seen, row, label = read(subject)
-    np.testing.assert_array_equal(seen, real[:30])
-    assert (row.tolist(), len(label)) == (list(range(30)), 30)
+    some = chosen(1000, 30)
+    assert some[0] < 100 < 900 < some[-1]
+    assert len(set(some)) == 30
+    np.testing.assert_array_equal(seen, real[some])
+    np.testing.assert_array_equal(label, DigitsConfig().open().labels[some])
+    assert row.tolist() == list(range(30))
     with pytest.raises(TesseraError, match=r"1,001 pictures are asked for, but .* holds 1,000: lower --count"):
         Data(DigitsConfig(), 1001)
 
@@ -175,7 +179,7 @@ def drawn_pictures(folder: Path, classes: list) -> Path:
 def test_pictures_that_tessera_drew_say_their_class(tmp_path):
     subject = Folder(drawn_pictures(tmp_path, [[3], [0], [2]]))
     assert read(subject)[2].tolist() == [3, 0, 2]
-    assert subject.class_names == ("0", "1", "2", "3")
+    assert subject.class_names == ()  # numbers
 
 
 @pytest.mark.parametrize("classes", [[[1], None], [None, None]])
@@ -214,7 +218,7 @@ def test_an_npz_is_read_shard_by_shard(make_npz, small_shards, save, channels):
     seen, row, label = read(subject)
     np.testing.assert_array_equal(seen, told)
     np.testing.assert_array_equal(label, labels)
-    assert (row.tolist(), subject.class_names) == (list(range(45)), ("0", "1", "2", "3"))
+    assert (row.tolist(), subject.class_names) == (list(range(45)), ())
     assert (subject.size, subject.channels, subject.count) == ((6, 10), channels, 45)
     backwards = [subject.shard(index).pictures for index in (2, 0, 1, 1)]
     for index, part in zip((2, 0, 1, 1), backwards):
@@ -225,8 +229,24 @@ def test_an_npz_without_labels_and_a_part_of_one(make_npz, small_shards):
     told = noise(45)
     subject = Npz(make_npz("samples.npz", told), 30)
     seen, _, label = read(subject)
-    np.testing.assert_array_equal(seen, told[:30])
+    np.testing.assert_array_equal(seen, told[chosen(45, 30)])
     assert (label, subject.class_names) == (None, ())
+
+
+@pytest.mark.parametrize("count", [40, 300])
+def test_some_of_the_samples_are_of_all_classes(make_folder, make_npz, count):
+    """Files lie class by class, so the first ones would be of the first class."""
+    told, labels = noise(400), np.arange(400) // 200
+    for subject in (
+        Folder(make_folder("samples", told, labels), count),
+        Npz(make_npz("samples.npz", told, labels), count),
+        Data(FolderConfig(path=str(make_folder("data", told, labels)), size=told.shape[1:3]), count),
+    ):
+        seen, _, label = read(subject)
+        assert len(seen) == len(label) == count
+        assert abs(int((label == 0).sum()) - count / 2) < count / 4
+        np.testing.assert_array_equal(seen, told[chosen(400, count)])
+        np.testing.assert_array_equal(label, labels[chosen(400, count)])
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

@@ -149,16 +149,16 @@ def test_too_few_samples_for_a_metric_leave_it_out_and_say_so(scored, real, coun
         {"precision", "recall", "density", "coverage"} if count >= 4 else set()
     )
     for name in ("fd", "kid") if count < 2 else ():
-        assert any(note.startswith(f"{name} is left out") for note in done.notes)
+        assert any(note.startswith(f"{name} with 48 features needs at least 2 samples") for note in done.notes)
     if count < 4:
-        assert any(note.startswith("prdc is left out: precision and recall") for note in done.notes)
-        with pytest.raises(TesseraError, match="needs at least 4 rows"):
+        assert any(note.startswith("prdc with 48 features needs at least 4 samples") for note in done.notes)
+        with pytest.raises(TesseraError, match="needs at least 4 samples"):
             scored(real[:count], metrics=["prdc"], out="asked")
 
 
 @pytest.mark.parametrize(("name", "least"), [("is", 20), ("fd_inf", 192)])
 def test_too_few_samples_for_a_metric_that_is_asked_for_are_an_error(scored, real, name, least):
-    with pytest.raises(TesseraError, match=f"needs at least {least} rows"):
+    with pytest.raises(TesseraError, match=f"needs at least {least} samples"):
         scored(real[: least - 1], metrics=[name])
     assert name in values(scored(real[:least], metrics=[name], out="enough"))
 

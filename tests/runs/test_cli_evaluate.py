@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tessera import drawing
+from tessera.data import DigitsConfig
 from tessera.evaluation import protocol
 
 pytest.importorskip("sklearn")
@@ -70,11 +71,12 @@ def test_score_is_the_word_that_may_be_left_out(tessera, samples, tmp_path):
 def test_a_folder_an_npz_and_data_of_the_same_pictures_score_the_same(tessera, samples, real, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "packed.npz", real[:60])
-    for target in ("samples", "packed.npz", "digits:ceiling"):
-        done = tessera("evaluate", target, "--reference", "digits", "--metrics", "fd", "--count", "60")
+    np.savez(tmp_path / "whole.npz", DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1))
+    for target in ("samples", "packed.npz", "whole.npz", "digits:ceiling"):
+        done = tessera("evaluate", target, "--reference", "digits", "--metrics", "fd")
         assert done.code == 0, done.err
-    told = [scores(tmp_path / "evaluation" / name) for name in ("samples", "packed", "digits-ceiling")]
-    assert told[0] == told[1] == told[2]
+    told = [scores(tmp_path / "evaluation" / name) for name in ("samples", "packed", "whole", "digits-ceiling")]
+    assert told[0] == told[1] != told[2] == told[3]
 
 
 def test_statistics_stand_for_the_data(tessera, samples, tmp_path):
@@ -247,10 +249,10 @@ def test_help_needs_nothing_heavy(environment, verb):
         (["{samples}"], "say what {samples} is to be compared with: --reference DATA"),
         (["{samples}", "--features", "digits", "--reference", "{gone}"], "no data at {gone}"),
         (["{samples}", "--features", "digits", "--reference", "{gone}.npz"], "no data at {gone}"),
-        (["{gone}", "--reference", "digits"], "no data at {gone}"),
+        (["{gone}", "--reference", "digits"], "there is nothing at {gone}: give a model"),
         (["{gone}.npz", "--reference", "digits"], "there is nothing at {gone}.npz"),
-        (["{samples}", "--reference", "digits", "--steps", "5"], "is no model: leave out the flags of drawing"),
-        (["{samples}", "--reference", "digits", "--guidance", "2"], "is no model: leave out the flags of drawing"),
+        (["{samples}", "--reference", "digits", "--steps", "5"], "is no model: leave out what is of drawing (--"),
+        (["{samples}", "--reference", "digits", "--guidance", "2"], "is no model: leave out what is of drawing (--"),
         (["{samples}", "--reference", "digits", "--count", "61"], "61 pictures are asked for, but"),
         (["{samples}", "--features", "digits", "--reference", "shapes"], "size differ"),
         (["{samples}", "--reference", "digits", "--size", "8y8"], "--size 8y8 is not understood"),
