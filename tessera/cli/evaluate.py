@@ -103,7 +103,7 @@ def score(
     names = suite.wanted(metrics)
     folder = out or Path("evaluation") / suite.name_of(target)
     suite.check_target(target)
-    with runtime.ranks() as ranks, alone(folder) if ranks.first else nullcontext(), progress() as begin:
+    with runtime.ranks() as ranks, progress() as begin:
         chosen = runtime.choose_device(device)
         if sources.is_model(target):
             model = sources.load(target, device=chosen, heads=heads, codec=codec)
@@ -122,12 +122,13 @@ def score(
         if isinstance(compared_with, str):
             check_word(compared_with)  # before features are loaded, which may mean to fetch them
         network = extractor(features or suite.usual_features(compared_with), chosen)
-        done = suite.evaluate(
-            subject, compared_with, network, folder, names, ranks, batch, begin if ranks.first else None
-        )
-        if not ranks.first:
-            return
-        report.write(done, folder, shlex.join(["tessera", *sys.argv[1:]]))
+        with alone(folder) if ranks.first else nullcontext():
+            done = suite.evaluate(
+                subject, compared_with, network, folder, names, ranks, batch, begin if ranks.first else None
+            )
+            if not ranks.first:
+                return
+            report.write(done, folder, shlex.join(["tessera", *sys.argv[1:]]))
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{'metric':<18}{'value':<12}{'95 % interval':<26}fingerprint")
