@@ -89,7 +89,7 @@ def _parts(evaluation: Evaluation, command: str) -> list[Part]:
     if scores:
         score = scores[0]
         facts = flat(score.protocol.model_dump(mode="json", exclude={"definition"}))
-        facts |= {f"subject.{name}": value for name, value in score.subject.items()}
+        facts |= {f"subject.{name}": value for name, value in score.subject.items() if not isinstance(value, dict)}
         facts |= {f"environment.{name}": value for name, value in score.environment.items()}
         told += ["## Protocol", "Scores compare where their fingerprints agree (`tessera evaluate compare`)."]
         told.append(Table(("", ""), [(name, str(value)) for name, value in facts.items()]))
