@@ -26,7 +26,7 @@ from tessera.codecs.pixels import Pixels
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
 from tessera.models.dit import DiT, DiTConfig, parameter_count
-from tessera.process.gaussian import Gaussian, GaussianConfig
+from tessera.process import AnyProcess, Process
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse
 
@@ -38,7 +38,7 @@ class BundleConfig(Settings):
 
     format: Literal[1] = 1
     network: DiTConfig
-    process: GaussianConfig
+    process: AnyProcess
     codec: AnyCodec
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Model:
     loaded_codec: Pixels | Autoencoder | None = None
 
     @cached_property
-    def process(self) -> Gaussian:
+    def process(self) -> Process:
         return self.config.process.build()
 
     @property
@@ -207,11 +207,10 @@ def describe(model: Model) -> dict[str, str]:
         f"patch {network.patch}",
         "sees": f"{network.channels} x {height} x {width}, {classes}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, AutoencoderConfig) else ""),
-        "process": f"{process.kind}, {process.steps} steps, {process.schedule.kind} schedule, "
-        f"{process.prediction} prediction, {process.variance} variance",
+        "process": process.words(),
         "parameters": f"{parameter_count(model.network):,}",
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
-        "draws with": f"{sampling.sampler.kind}, {sampling.steps} steps, {sampling.spacing} times, "
+        "draws with": f"{sampling.sampler.kind}, {sampling.steps} steps, {sampling.spacing.kind} times, "
         f"guidance {sampling.guidance:g} on {sampling.guidance_channels} channels",
     }
 

@@ -107,7 +107,8 @@ def walk(
     denoise = Denoiser(
         network, model.process, Condition(label=label).to(device), scales.expand(rows), config.guidance_channels
     )
-    visited = times(config.spacing, config.steps, model.config.process.steps)
+    config.sampler.check(model.process)
+    visited = times(config.spacing, config.steps, model.process)
     yield from sampling.walk(config.sampler, denoise, noise(), visited, noise)
 
 

@@ -7,7 +7,8 @@ import torch
 from tessera import drawing
 from tessera.conditions import Condition
 from tessera.errors import TesseraError
-from tessera.sampling.times import times
+from tessera.process import GaussianConfig
+from tessera.sampling.times import Even, times
 
 NOISY = pytest.mark.parametrize("sampler", ["ancestral", {"kind": "ddim", "eta": 0.8}, "ddim"], ids=str)
 
@@ -77,7 +78,7 @@ def test_noise_samplers_draw_fresh_noise_at_every_step(tiny_model, monkeypatch):
 
 def test_the_start_is_standard_noise_and_the_end_is_data(tiny_model):
     states = list(drawing.walk(tiny_model, [0], list(range(64)), steps=5))
-    assert [state.t for state in states] == times("even", 5, 1000).tolist()
+    assert [state.t for state in states] == times(Even(), 5, GaussianConfig().build()).tolist()
     assert float(states[0].x.mean()) == pytest.approx(0, abs=5 / 64)
     assert float(states[0].x.std()) == pytest.approx(1, abs=5 / 90)
     assert (drawing.decode(tiny_model, states[-1].x) == drawing.generate(tiny_model, [0], range(64), steps=5)).all()

@@ -180,7 +180,7 @@ def _how_made(path: Path) -> str:
     if sampling["sampler"].get("eta"):
         words += ["--eta", str(sampling["sampler"]["eta"])]
     words += ["--guidance", str(sampling["guidance"]), "--guidance-channels", str(sampling["guidance_channels"])]
-    words += ["--spacing", sampling["spacing"]]
+    words += ["--spacing", sampling["spacing"]["kind"]]
     if settings["size"]:
         words += ["--size", "x".join(map(str, settings["size"]))]
     for name in ("heads", "codec", "precision"):

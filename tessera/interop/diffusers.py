@@ -25,6 +25,7 @@ from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.process.gaussian import Cosine, GaussianConfig, Linear
 from tessera.sampling import DDIM, Ancestral, SamplingConfig
+from tessera.sampling.times import Even, Leading, Trailing
 from tessera.settings import S, Settings, parse
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
@@ -32,6 +33,7 @@ TRANSFORMER, SCHEDULER, VAE, SCHEDULER_CONFIG = "transformer", "scheduler", "vae
 VERSION = "0.31.0"  # of diffusers, whose files these are; every later one reads them
 TIME_DIVISOR = 127  # hard-coded there
 NULL_CLASS = 1000  # hard-coded in DiTPipeline
+SPACING_OF = {"linspace": Even(), "leading": Leading(), "trailing": Trailing()}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
 
@@ -148,7 +150,7 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: Codec | Non
         sampling=SamplingConfig(
             sampler=Ancestral() if kind == "DDPMScheduler" else DDIM(),
             steps=min(50, scheduler.num_train_timesteps),
-            spacing="even" if scheduler.timestep_spacing == "linspace" else scheduler.timestep_spacing,
+            spacing=SPACING_OF[scheduler.timestep_spacing],
             guidance=4.0,  # DiTPipeline's own, which guides every channel
             guidance_channels="all",
         ),
@@ -339,6 +341,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
 def _faults(model: Model) -> list[str]:
     """What diffusers' network, scheduler or pipeline has no place for, one line each."""
     network, faults = model.config.network, []
+    if not isinstance(model.config.process, GaussianConfig):
+        faults.append(f"its process is {model.config.process.words()}; only Gaussian ones are known there")
     if network.block.kind != "adaln-zero":
         faults.append(f"its blocks are {network.block.kind}; only adaln-zero is known there")
     if network.size[0] != network.size[1]:
@@ -381,6 +385,7 @@ def to_diffusers(tensors: dict[str, Tensor], network: DiTConfig) -> dict[str, Te
 
 def scheduler_of(config: BundleConfig) -> SchedulerConfig:
     """The DDIM scheduler with a process's betas: by name where there is one, else number by number."""
+    assert isinstance(config.process, GaussianConfig)  # _faults has said so
     steps, schedule = config.process.steps, config.process.schedule
     told: dict[str, Any] = {"trained_betas": schedule.betas(steps).tolist()}
     if schedule == Cosine():
@@ -391,7 +396,7 @@ def scheduler_of(config: BundleConfig) -> SchedulerConfig:
         {
             "num_train_timesteps": steps,
             "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.process.prediction),
-            "timestep_spacing": "trailing" if config.sampling.spacing == "trailing" else "leading",
+            "timestep_spacing": "trailing" if config.sampling.spacing.kind == "trailing" else "leading",
             "clip_sample": False,
             **told,
         }

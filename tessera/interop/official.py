@@ -234,9 +234,7 @@ def implied_process(network: DiTConfig, source: str) -> GaussianConfig:
 def _sampling(network: DiTConfig) -> SamplingConfig:
     """As the official sample.py draws: 250 ancestral steps, guidance 4 on three channels."""
     guided = bool(network.classes) and network.null_class
-    return SamplingConfig(
-        sampler=Ancestral(), steps=250, spacing="even", guidance=4.0 if guided else 1.0, guidance_channels=3
-    )
+    return SamplingConfig(sampler=Ancestral(), steps=250, guidance=4.0 if guided else 1.0, guidance_channels=3)
 
 
 def _lost(config: BundleConfig, implied: DiTConfig, source: str) -> list[str]:
@@ -247,6 +245,8 @@ def _lost(config: BundleConfig, implied: DiTConfig, source: str) -> list[str]:
         if getattr(network, name) != getattr(implied, name):
             faults.append(f"network.{name} is {getattr(network, name)}; it would be read as {getattr(implied, name)}")
     process = implied_process(implied, source)
+    if not isinstance(config.process, GaussianConfig):
+        return sorted([*faults, f"its process is {config.process.words()}, not {process.words()}"])
     for name in GaussianConfig.model_fields:
         if getattr(config.process, name) != getattr(process, name):
             faults.append(f"process.{name} is {getattr(config.process, name)!r}, not {getattr(process, name)!r}")

@@ -31,3 +31,8 @@ def expand(values: Tensor, x: Tensor) -> Tensor:
     # The type first, as not every device has float64; and a GPU is not waited for.
     values = values.to(x.dtype).to(x.device, non_blocking=x.is_cuda)
     return values.view(-1, *(1,) * (x.ndim - 1))
+
+
+def row_mean(x: Tensor) -> Tensor:
+    """The mean over everything but the batch: [B, ...] -> [B]"""
+    return x.flatten(1).mean(dim=1)

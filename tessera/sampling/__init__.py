@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 
 from tessera.sampling.ancestral import Ancestral
 from tessera.sampling.ddim import DDIM
-from tessera.sampling.times import SPACINGS, Spacing
+from tessera.sampling.times import SPACINGS, AnySpacing, Even
 from tessera.sampling.walk import State, walk
 from tessera.settings import Settings, by_kind
 
@@ -19,11 +19,11 @@ class SamplingConfig(Settings):
 
     sampler: AnySampler = DDIM()
     steps: PositiveInt = 50
-    spacing: Spacing = Field(default="even", description="even (official), leading (diffusers) or trailing")
+    spacing: AnySpacing = Field(default=Even(), description="the grid of times")
     guidance: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
     guidance_channels: PositiveInt | Literal["all"] = Field(
         default="all", description="3 repeats the official code's rule"
     )
 
 
-__all__ = ["DDIM", "SAMPLERS", "SPACINGS", "Ancestral", "AnySampler", "SamplingConfig", "Spacing", "State", "walk"]
+__all__ = ["DDIM", "SAMPLERS", "SPACINGS", "Ancestral", "AnySampler", "AnySpacing", "SamplingConfig", "State", "walk"]

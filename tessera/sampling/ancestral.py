@@ -5,12 +5,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tessera.errors import TesseraError
+from tessera.process import Gaussian, Process
 from tessera.process.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.settings import Settings
+from tessera.sampling.solver import Solver
 
 
-class Ancestral(Settings):
+class Ancestral(Solver):
     """One call of the denoiser and one draw of noise a step, over any subset of the trained times.
 
     On a subset the betas are those of the longer steps (Nichol & Dhariwal 2021, section 4).
@@ -18,10 +20,18 @@ class Ancestral(Settings):
 
     kind: Literal["ancestral"] = "ancestral"
 
+    def check(self, process: Process) -> None:
+        if not isinstance(process, Gaussian):
+            raise TesseraError(
+                f"ancestral sampling belongs to Gaussian processes, and this one is {process.config.words()}; "
+                "ddim with eta=1 draws with as much noise"
+            )
+
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the mean."""
+        assert isinstance(denoise.process, Gaussian)
         mean, log_variance = denoise.process.reverse(x, denoise(x, t), t, s)
         spread = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
         return mean + spread * noise(), memory

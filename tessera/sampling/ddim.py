@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tessera.process.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.settings import Settings
+from tessera.sampling.solver import Solver
 
 
-class DDIM(Settings):
+class DDIM(Solver):
     """First order; one call of the denoiser a step. eta 0 draws no noise, eta 1 as much as ancestral sampling."""
 
     kind: Literal["ddim"] = "ddim"
@@ -22,8 +22,8 @@ class DDIM(Settings):
         """One step from t to s. x [B, ...], t and s [B]."""
         process, predicted = denoise.process, denoise(x, t)
         alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
-        # Equation 16: the standard deviation of the ancestral step, times eta.
-        spread = self.eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
+        # Equation 16: the standard deviation of the ancestral step, times eta; in a form for any alpha and sigma.
+        spread = self.eta * sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).sqrt()
         direction = (sigma_s**2 - spread**2).clamp(min=0).sqrt()
         x = expand(alpha_s, x) * predicted.x0 + expand(direction, x) * predicted.eps
         return (x + expand(spread, x) * noise() if self.eta else x), memory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditions import Condition
-from tessera.process.gaussian import Gaussian
+from tessera.process import Process
 from tessera.process.prediction import Prediction
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -20,7 +20,7 @@ Noise = Callable[[], Tensor]  # a fresh standard normal tensor shaped like x at 
 class Denoise(Protocol):
     """What a step may ask for. process gives alpha, sigma and the reverse distribution at any time."""
 
-    process: Gaussian
+    process: Process
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         """x [B, C, ...], t [B] -> Prediction"""
@@ -38,7 +38,7 @@ class Denoiser:
     def __init__(
         self,
         network: Network,
-        process: Gaussian,
+        process: Process,
         condition: Condition,
         guidance: float | Tensor = 1.0,
         channels: int | Literal["all"] = "all",

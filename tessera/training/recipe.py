@@ -10,7 +10,7 @@ from tessera.data import AnyData
 from tessera.data.images import Source
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
-from tessera.process.gaussian import GaussianConfig
+from tessera.process import AnyProcess, FlowConfig, GaussianConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.times import times
@@ -82,7 +82,7 @@ class Recipe(Settings):
     data: AnyData
     codec: AnyCodec = PixelsConfig()
     network: DiTConfig = DiTConfig()
-    process: Annotated[GaussianConfig, BeforeValidator(by_kind)] = GaussianConfig()
+    process: AnyProcess = GaussianConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -106,10 +106,13 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
         )
     if height % codec.factor or width % codec.factor:
         raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
+    size, process = (height // codec.factor, width // codec.factor), recipe.process
+    if isinstance(process, FlowConfig):
+        process = process.resolved(codec.latent_channels, size)
     facts = {
-        "size": (height // codec.factor, width // codec.factor),
+        "size": size,
         "channels": codec.latent_channels,
-        "outputs": recipe.process.build().outputs(codec.latent_channels),
+        "outputs": process.build().outputs(codec.latent_channels),
         "classes": len(source.class_names),
     }
     network = recipe.network
@@ -125,8 +128,8 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
             f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
             "set sampling.guidance=1"
         )
-    times(recipe.sampling.spacing, recipe.sampling.steps, recipe.process.steps)  # an error now, not at the first grid
-    return recipe.model_copy(update={"network": network})
+    times(recipe.sampling.spacing, recipe.sampling.steps, process.build())  # an error now, not at the first grid
+    return recipe.model_copy(update={"network": network, "process": process})
 
 
 def pixels_like_data(recipe: Recipe) -> Recipe:

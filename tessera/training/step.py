@@ -15,7 +15,7 @@ from tessera.codecs.autoencoder import Autoencoder
 from tessera.codecs.pixels import Pixels
 from tessera.conditions import Condition
 from tessera.data import Batch
-from tessera.process.gaussian import Gaussian
+from tessera.process import Process
 from tessera.process.prediction import Losses
 from tessera.sampling.denoiser import Network
 from tessera.training.recipe import Adam
@@ -28,7 +28,7 @@ TIME, NOISE, DROP, FLIP, POSTERIOR = 1, 2, 3, 4, 5
 class Task:
     """What a step needs beside weights and data."""
 
-    process: Gaussian
+    process: Process
     codec: Pixels | Autoencoder
     flip: bool
     label_dropout: float

@@ -168,7 +168,7 @@ def test_an_export_comes_back_whole(make_theirs, tmp_path):
     assert read.config.codec.source == str((tmp_path / "pipe").resolve())
     assert read.config.codec.subfolder == "vae"
     assert read.config.sampling.model_dump()["sampler"]["kind"] == "ddim"
-    assert (read.config.sampling.steps, read.config.sampling.spacing) == (50, "leading")
+    assert (read.config.sampling.steps, read.config.sampling.spacing.kind) == (50, "leading")
     assert (read.config.sampling.guidance, read.config.sampling.guidance_channels) == (4.0, "all")
     latents = torch.randn(1, 4, 8, 8)
     assert torch.equal(read.codec.decode(latents), model.codec.decode(latents))
@@ -184,7 +184,7 @@ def drawn(model, latents, label, guidance, steps):
     denoise = Denoiser(model.network, model.process, condition, guidance, model.config.sampling.guidance_channels)
     config = model.config.sampling
     walked = sampling.walk(
-        config.sampler, denoise, latents, times(config.spacing, steps, model.config.process.steps), lambda: latents
+        config.sampler, denoise, latents, times(config.spacing, steps, model.process), lambda: latents
     )
     with torch.no_grad():
         return list(walked)[-1].x
@@ -272,7 +272,7 @@ def test_a_scheduler_says_the_fixed_variance_and_the_spacing(make_theirs, tmp_pa
     path = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     edit(path, _class_name="DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing")
     assert interop.read(tmp_path / "pipe").config.process.variance == "beta"
-    assert interop.read(tmp_path / "pipe").config.sampling.spacing == "trailing"
+    assert interop.read(tmp_path / "pipe").config.sampling.spacing.kind == "trailing"
 
 
 def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):

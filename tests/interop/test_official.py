@@ -96,7 +96,7 @@ def test_the_papers_process_and_the_official_sampling(make_model, tmp_path):
     read = official.read(saved(state(make_model(None, PAPER)), tmp_path / "a.pt"), heads=2)
     assert read.config.process == GaussianConfig()
     sampling = read.config.sampling
-    assert (sampling.sampler.kind, sampling.steps, sampling.spacing) == ("ancestral", 250, "even")
+    assert (sampling.sampler.kind, sampling.steps, sampling.spacing.kind) == ("ancestral", 250, "even")
     assert (sampling.guidance, sampling.guidance_channels) == (4.0, 3)
 
 

@@ -19,9 +19,11 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.process.gaussian import Gaussian, GaussianConfig
 from tessera.sampling import DDIM, Ancestral, walk
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import times
+from tessera.sampling.times import Even, times
 
 FOLDER = Path(__file__).parent
+
+TEN = times(Even(), 10, GaussianConfig().build())
 
 
 def fill(shape: tuple[int, ...], name: str, scale: float) -> Tensor:
@@ -113,7 +115,7 @@ def test_losses(official):
 
 @pytest.mark.parametrize("count", [10, 250])
 def test_respaced_steps(official, count):
-    visited = times("even", count, 1000)
+    visited = times(Even(), count, GaussianConfig().build())
     assert visited[-1] == 0
     assert official.process.network_time(visited[:-1]).tolist() == sorted(
         official[f"respace{count}"].tolist(), reverse=True
@@ -121,7 +123,7 @@ def test_respaced_steps(official, count):
 
 
 def test_reverse_distribution(official):
-    grid = times("even", 10, 1000)
+    grid = TEN
     index = 10 - 1 - 6  # the file counts from the data upwards
     x = official["noise"]
     t, s = grid[index].expand(len(x)), grid[index + 1].expand(len(x))
@@ -133,7 +135,7 @@ def test_reverse_distribution(official):
 
 
 def test_ten_steps_of_ddim(official):
-    *_, last = walk(DDIM(), official.denoiser(), official["noise"], times("even", 10, 1000), noise=None)
+    *_, last = walk(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
     check(last.x, official["ddim10"], 1e-4)
 
 
@@ -143,5 +145,5 @@ def test_ten_ancestral_steps(official):
     def noise() -> Tensor:
         return fill(shape, f"{official.name}/step{next(step)}", 1.0)
 
-    *_, last = walk(Ancestral(), official.denoiser(), official["noise"], times("even", 10, 1000), noise)
+    *_, last = walk(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
     check(last.x, official["ancestral10"], 1e-4)

@@ -19,7 +19,7 @@ from tessera.process.gaussian import Gaussian, GaussianConfig
 from tessera.process.prediction import Prediction, expand
 from tessera.sampling import DDIM, SAMPLERS, Ancestral, walk
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import times
+from tessera.sampling.times import SPACINGS, Even, Trailing, times
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -63,7 +63,9 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
         raw = network(x, t.expand(3).float(), Condition())[:, :2]
         x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
-    *_, last = walk(DDIM(eta=eta), denoise, start, times(spacing, 20, 1000), noise_from(7, start.shape))
+    *_, last = walk(
+        DDIM(eta=eta), denoise, start, times(SPACINGS[spacing](), 20, denoise.process), noise_from(7, start.shape)
+    )
     assert relative(last.x, x) < 1e-4
 
 
@@ -85,7 +87,7 @@ def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, t
         x = scheduler.step(raw, t, x, generator=generator).prev_sample
     made = process(prediction="x0", variance=variance, schedule="linear" if schedule == "linear" else "cosine")
     denoise = Denoiser(network, made, Condition())
-    *_, last = walk(Ancestral(), denoise, start, times("even", 1000, 1000), noise_from(7, start.shape))
+    *_, last = walk(Ancestral(), denoise, start, times(Even(), 1000, made), noise_from(7, start.shape))
     assert relative(last.x, x) < 2e-3
 
 
@@ -141,7 +143,7 @@ def test_ddim_is_of_first_order(schedule, mu, s):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     counts, errors = [32, 64, 128, 256, 512], []
     for count in counts:
-        grid = times("trailing", count, 4096)
+        grid = times(Trailing(), count, exact.process)
         *_, last = walk(DDIM(), exact, x, grid, None)
         errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
     slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
@@ -163,7 +165,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
     def noise():
         return torch.randn(rows, 1, 1, 1, dtype=torch.float64, generator=generator)
 
-    *_, last = walk(step, exact, noise(), times("even", 250, 1000), noise)
+    *_, last = walk(step, exact, noise(), times(Even(), 250, GaussianConfig().build()), noise)
     assert float(last.x.mean()) == pytest.approx(mu, abs=5 * s / math.sqrt(rows) + 0.005)
     assert float(last.x.std()) == pytest.approx(s, rel=5 / math.sqrt(2 * rows) + 0.02)
 
@@ -171,7 +173,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
 def test_ddim_ends_in_the_distribution_of_the_data():
     exact = Exact(process(variance="posterior"), 0.5, 0.25)
     x = normal(10_000, 1, 1, 1, dtype=torch.float64)
-    *_, last = walk(DDIM(), exact, x, times("even", 250, 1000), None)
+    *_, last = walk(DDIM(), exact, x, times(Even(), 250, GaussianConfig().build()), None)
     assert float(last.x.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(last.x.std()) == pytest.approx(0.25, rel=0.05)
 
@@ -194,11 +196,11 @@ def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
 def test_walk_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    states = list(walk(step, denoise, x, times("even", 7, 1000), noise_from(0, x.shape)))
+    states = list(walk(step, denoise, x, times(Even(), 7, GaussianConfig().build()), noise_from(0, x.shape)))
     assert [state.done for state in states] == list(range(8))
     assert {state.total for state in states} == {7}
     assert torch.equal(states[0].x, x)
-    assert [state.t for state in states] == times("even", 7, 1000).tolist()
+    assert [state.t for state in states] == times(Even(), 7, GaussianConfig().build()).tolist()
     assert states[0].t == 1
     assert states[-1].t == 0
     assert all(later.t < earlier.t for earlier, later in pairwise(states))
@@ -228,7 +230,9 @@ def test_the_last_step_adds_no_noise(step):
 def test_ddim_without_eta_asks_for_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    *_, last = walk(DDIM(), denoise, x, times("even", 3, 1000), lambda: pytest.fail("noise was drawn"))
+    *_, last = walk(
+        DDIM(), denoise, x, times(Even(), 3, GaussianConfig().build()), lambda: pytest.fail("noise was drawn")
+    )
     assert torch.isfinite(last.x).all()
 
 

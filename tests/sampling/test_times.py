@@ -7,13 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.errors import TesseraError
-from tessera.sampling.times import SPACINGS, times
+from tessera.process import GaussianConfig
+from tessera.sampling.times import SPACINGS, Even, times
 
-spacings = pytest.mark.parametrize("spacing", sorted(SPACINGS))
+spacings = pytest.mark.parametrize("spacing", ["even", "leading", "trailing"])
 
 
 def steps(spacing, count, trained=1000):
-    return [round(float(t) * trained) - 1 for t in times(spacing, count, trained)[:-1]]
+    return [
+        round(float(t) * trained) - 1
+        for t in times(SPACINGS[spacing](), count, GaussianConfig(steps=trained).build())[:-1]
+    ]
 
 
 @spacings
@@ -21,7 +25,7 @@ def steps(spacing, count, trained=1000):
 def test_times_fall_from_the_first_step_to_the_data(spacing, data):
     trained = data.draw(st.integers(1, 2000))
     count = data.draw(st.integers(1, trained))
-    got = times(spacing, count, trained)
+    got = times(SPACINGS[spacing](), count, GaussianConfig(steps=trained).build())
     assert got.shape == (count + 1,)
     assert got[-1] == 0
     assert (got.diff() < 0).all()
@@ -62,8 +66,8 @@ def test_one_even_step_starts_in_full_noise():
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_steps_out_of_range(spacing, count):
     with pytest.raises(TesseraError, match=f"steps is {count}; .* give 1 to 1000"):
-        times(spacing, count, 1000)
+        times(SPACINGS[spacing](), count, GaussianConfig().build())
 
 
 def test_times_are_float32():
-    assert times("even", 10, 1000).dtype == torch.float32
+    assert times(Even(), 10, GaussianConfig().build()).dtype == torch.float64
