@@ -27,7 +27,6 @@ from tessera.conditions import Condition
 from tessera.interop.diffusers import to_diffusers, transformer_of
 from tessera.models.dit import DiT, DiTConfig
 from tessera.training.recipe import Adam
-from tessera.training.step import optimizer_for
 
 
 def pair(preset: str) -> tuple[DiT, nn.Module]:
@@ -61,7 +60,7 @@ def calls(ours: DiT, theirs: nn.Module, batch: int, compiled: bool) -> dict[str,
         return theirs(x, time_, condition) if compiled else theirs(x, timestep=t, class_labels=label).sample
 
     plain = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-6)
-    fused = optimizer_for(ours, Adam(learning_rate=1e-6))
+    fused = Adam(learning_rate=1e-6).build(ours)
 
     def forward(run: Callable) -> Callable:
         def work():
@@ -144,7 +143,7 @@ def report_memory(preset: str, batch: int, which: str) -> None:
     )
     raw.square().mean().backward()
     parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = optimizer_for(ours, Adam()) if which == "ours" else torch.optim.AdamW(parameters)
+    optimizer = Adam().build(ours) if which == "ours" else torch.optim.AdamW(parameters)
     optimizer.step()
     print((memory("VmHWM") - before) / 1024)
 

@@ -22,7 +22,7 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.process.gaussian import GaussianConfig
 from tessera.training.ema import Average
 from tessera.training.recipe import EMA, Adam
-from tessera.training.step import Task, optimizer_for, train_step
+from tessera.training.step import Task, train_step
 
 DATA_SHEET = 989e12
 
@@ -71,7 +71,7 @@ def train(model: str, micros: list[int], seconds: float, device: torch.device) -
 def training_rate(network: DiT, micro: int, compiled: bool, seconds: float, dtype: torch.dtype | None) -> float:
     """Images a second of whole training steps: forward, backward, AdamW, EMA."""
     device, classes = network.pos_embed.device, network.config.classes
-    average, optimizer = Average(network, EMA()), optimizer_for(network, Adam())
+    average, optimizer = Average(network, EMA()), Adam().build(network)
     torch._dynamo.reset()  # a fresh compilation for each size, never a dynamic one
     forward = torch.compile(network, dynamic=False) if compiled else network
     # The codec is the identity, as on cached latents: the autoencoder is no part of the step.

@@ -4,6 +4,7 @@ config.json        what the network, process, codec and sampler are
 model.safetensors  the weights (the EMA of training)
 codec/             the autoencoder, if it came from a folder; a hub id stays an id
 README.md          the model card
+ema/0.999.safetensors    in a run's checkpoint: the weights averaged over another length, here with decay 0.999
 """
 
 import hashlib
@@ -30,7 +31,8 @@ from tessera.process import AnyProcess, Process
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse
 
-CONFIG, WEIGHTS, CARD, CODEC = "config.json", "model.safetensors", "README.md", "codec"
+CONFIG, WEIGHTS, CARD, CODEC, AVERAGES = "config.json", "model.safetensors", "README.md", "codec", "ema"
+DECAY = "EMA decay"  # the word in `origin` that tells which average the weights are
 
 
 class BundleConfig(Settings):
@@ -115,10 +117,28 @@ def copy_codec(codec: AutoencoderConfig, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> Model:
-    """Read a bundle. Raises TesseraError if it is incomplete, damaged or of another architecture."""
+def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
+    """Read a bundle; ema: the decay of the average to take, where there are several (the one that the run draws with).
+
+    Raises TesseraError if it is incomplete, damaged or of another architecture, or has no such average.
+    """
     folder = Path(folder)
-    return assemble(load_config(folder), read_tensors(folder / WEIGHTS), str(folder), device)
+    config, weights = load_config(folder), folder / WEIGHTS
+    if ema is not None:
+        kept = averages(folder, config)
+        if ema not in kept:
+            known = ", ".join(map(str, kept)) or "weights of which it does not say how they were averaged"
+            raise TesseraError(f"{folder} has no average of decay {ema}; it has {known}")
+        weights = kept[ema]
+        config = config.model_copy(update={"origin": {**config.origin, DECAY: ema}})
+    return assemble(config, read_tensors(weights), str(folder), device)
+
+
+def averages(folder: Path, config: BundleConfig) -> dict[float, Path]:
+    """The averages of the weights that a bundle holds, by decay; the one that it draws with first."""
+    own = config.origin.get(DECAY)
+    kept = {} if own is None else {float(own): folder / WEIGHTS}
+    return kept | {float(path.stem): path for path in sorted((folder / AVERAGES).glob("[0-9]*.safetensors"))}
 
 
 def load_config(folder: Path) -> BundleConfig:
@@ -203,8 +223,8 @@ def describe(model: Model) -> dict[str, str]:
     classes = f"{network.classes} classes" if network.classes else "unconditional"
     codec = config.codec
     return {
-        "network": f"DiT, {network.block.kind}, depth {network.depth}, width {network.width}, heads {network.heads}, "
-        f"patch {network.patch}",
+        "network": f"DiT, {network.block.words()}, depth {network.depth}, width {network.width}, "
+        f"heads {network.heads}, patch {network.patch}",
         "sees": f"{network.channels} x {height} x {width}, {classes}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, AutoencoderConfig) else ""),
         "process": process.words(),

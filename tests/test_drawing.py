@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from tessera import drawing
+from tessera.adapters.caching import Tally
 from tessera.conditions import Condition
 from tessera.errors import TesseraError
 from tessera.process import GaussianConfig
+from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, walk
+from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.times import Even, times
 
 NOISY = pytest.mark.parametrize("sampler", ["ancestral", {"kind": "ddim", "eta": 0.8}, "ddim"], ids=str)
@@ -273,3 +276,243 @@ def test_autocast_stays_inside_the_network(tiny_model):
     with torch.autocast("cpu", torch.bfloat16):
         for _ in drawing.walk(tiny_model, [0], [0], precision="float32"):
             assert torch.is_autocast_enabled("cpu")
+
+
+# Guidance over time, autoguidance, caching
+
+
+EVERYTHING = {
+    "guidance": 3.0,
+    "guidance_interval": (0.1, 0.8),
+    "guidance_schedule": "cosine",
+    "guidance_rescale": 0.5,
+    "caching": {"kind": "first-block", "threshold": 1.0},
+    "steps": 12,
+}
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpm++", "unipc"])
+def test_a_picture_is_the_same_alone_and_in_a_batch_with_all_of_it_switched_on(make_model, sampler):
+    model, guide = make_model({"channels": 3, "outputs": 6}), make_model({"channels": 3, "outputs": 6, "depth": 1})
+    image = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    mask = np.zeros((8, 8), bool)
+    mask[:, 2:7] = True
+    asked = {**EVERYTHING, "sampler": sampler, "guide": guide, "mask": mask, "strength": 0.9}
+    tally, classes, seeds = Tally(), [0, 1, 2, 0, 1], [3, 4, 5, 6, 7]
+    together = drawing.generate(model, classes, seeds, image=image, tally=tally, **asked)
+    assert 0 < tally.computed < tally.asked
+    for row in range(5):
+        part = slice(row, row + 1)
+        close(drawing.generate(model, classes[part], seeds[part], image=image[row], **asked), together[part])
+    close(drawing.generate(model, classes, seeds, image=image, batch=2, **asked), together)
+
+
+def test_without_a_table_of_steering_vectors_the_walk_is_the_bare_one_to_the_bit(tiny_model, monkeypatch):
+    """As before all that is optional, from the seam's pieces by hand."""
+    monkeypatch.setattr(drawing, "TABLE", -1)
+    label = torch.tensor([0, 1])
+    start = drawing.randomness.normal(torch.tensor([4, 9]), torch.zeros(2), drawing.STREAM, (1, 8, 8))
+    for guidance in (1.0, 2.5):
+        *_, last = drawing.walk(tiny_model, [0, 1], [4, 9], guidance=guidance)
+        denoise = Denoiser(tiny_model.network, tiny_model.process, Condition(label), guidance)
+        with torch.no_grad():
+            *_, expected = walk(DDIM(), denoise, start, times(Even(), 6, tiny_model.process), lambda: start)
+        assert torch.equal(last.x, expected.x)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun"])
+def test_a_table_of_steering_vectors_changes_no_more_than_rounding(make_model, monkeypatch, sampler):
+    model, asked = make_model({"channels": 3, "outputs": 6}), {"guidance": 3.0, "sampler": sampler}
+    tables, true = [], drawing.Tabulated
+
+    def made(*told):
+        tables.append(told)
+        return true(*told)
+
+    made.size = true.size
+    monkeypatch.setattr(drawing, "Tabulated", made)
+    *_, looked_up = drawing.walk(model, [0, 1, 1], [4, 9, 2], **asked)
+    assert len(tables) == 1
+    monkeypatch.setattr(drawing, "TABLE", -1)
+    *_, computed = drawing.walk(model, [0, 1, 1], [4, 9, 2], **asked)
+    assert len(tables) == 1
+    torch.testing.assert_close(looked_up.x, computed.x, rtol=1e-4, atol=1e-4)
+
+
+def test_halves_of_guidance_apart_change_no_more_than_rounding(tiny_model, monkeypatch):
+    monkeypatch.setattr(drawing, "APART", 1)
+    *_, apart = drawing.walk(tiny_model, [0, 1], [4, 9], guidance=3.0)
+    monkeypatch.setattr(drawing, "APART", 10**9)
+    *_, together = drawing.walk(tiny_model, [0, 1], [4, 9], guidance=3.0)
+    torch.testing.assert_close(apart.x, together.x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_settings_of_guidance_are_a_models_own(make_model):
+    own = {key: value for key, value in EVERYTHING.items() if key != "steps"}
+    model = make_model(sampling={**own, "steps": 12})
+    assert (drawing.generate(model, [1], [3]) == drawing.generate(make_model(), [1], [3], **EVERYTHING)).all()
+    for key in own:
+        changed = {**EVERYTHING, key: SamplingConfig.model_fields[key].default}
+        assert (drawing.generate(make_model(), [1], [3], **changed) != drawing.generate(model, [1], [3])).any(), key
+
+
+def test_a_guide_stands_in_for_the_untold_half(make_model):
+    model, guide = make_model(), make_model({"depth": 1}, seed=1)
+    *_, same = drawing.walk(model, [1], [3], guide=model, guidance=4.0)
+    *_, alone = drawing.walk(model, [1], [3])
+    torch.testing.assert_close(same.x, alone.x, rtol=1e-4, atol=1e-4)  # away from itself is nowhere
+    *_, led = drawing.walk(model, [1], [3], guide=guide, guidance=2.0, steps=1)
+    with torch.no_grad():
+        start = drawing.randomness.normal(torch.tensor([3]), torch.tensor([0]), drawing.STREAM, (1, 8, 8))
+        one, other = (each.network(start, torch.tensor([999.0]), Condition([1]))[:, :1] for each in (model, guide))
+    torch.testing.assert_close(led.x, 2 * one - other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", [{"classes": 0}, {"null_class": False}])
+def test_a_guide_guides_a_model_that_cannot_be_told_nothing(make_model, network):
+    model, guide = make_model(network), make_model(network, seed=1)
+    classes = [0] if model.config.network.classes else None
+    led = drawing.generate(model, classes, guidance=2.0, guide=guide)
+    assert (led != drawing.generate(model, classes)).any()
+
+
+@pytest.mark.parametrize(
+    ("network", "process", "words"),
+    [
+        ({"channels": 3, "outputs": 6}, {}, "channels 3, not 1"),
+        ({"size": 4}, {}, "size (4, 4), not (8, 8)"),
+        ({"classes": 2}, {}, "classes 2, not 3"),
+        ({}, {"prediction": "v"}, "v prediction"),
+        ({}, {"schedule": "cosine"}, "cosine schedule"),
+    ],
+)
+def test_a_guide_that_does_not_fit(make_model, network, process, words):
+    text = fault(make_model(), [0], guidance=2.0, guide=make_model(network, process))
+    assert text.startswith("this guide does not fit the model: ")
+    assert words in text
+
+
+def test_a_guide_trained_under_another_weighting_fits(make_model):
+    guide = make_model({}, {"weighting": "min-snr"}, seed=1)
+    assert drawing.generate(make_model(), [0], guidance=2.0, guide=guide).shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"guidance_interval": (0.8, 0.2)}, "two times, the lower one first"),
+        ({"guidance_interval": (0.2, 1.2)}, "two times, the lower one first"),
+        ({"guidance_schedule": "cosin"}, "guidance_schedule"),
+        ({"guidance_rescale": 1.5}, "less than or equal to 1"),
+        ({"caching": {"kind": "first-block", "threshold": -1}}, "caching"),
+    ],
+)
+def test_settings_of_guidance_that_cannot_be(tiny_model, changes, words):
+    assert words in fault(tiny_model, [0], **changes)
+
+
+# From a picture
+
+
+def picture(rows: int = 0, channels: int = 1, seed: int = 0, size: tuple[int, int] = (8, 8)) -> np.ndarray:
+    shape = (rows, *size, channels) if rows else (*size, channels)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def half() -> np.ndarray:
+    """Draw the right half, keep the left."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 1
+    return mask
+
+
+@pytest.mark.parametrize(("strength", "begins"), [(0.5, 3), (0.49, 4), (0.9, 1), (1.0, 0), (1 / 6, 5)])
+def test_it_begins_in_the_picture_mixed_with_the_rows_own_noise(make_model, strength, begins):
+    model = make_model(process={"steps": 6})
+    grid = times(Even(), 6, model.process)
+    states = list(drawing.walk(model, [0], [5], image=picture(), strength=strength, steps=6))
+    assert [state.t for state in states] == grid[begins:].tolist()
+    assert {state.total for state in states} == {6 - begins}
+    noise = drawing.randomness.normal(torch.tensor([5]), torch.tensor([0]), drawing.STREAM, (1, 8, 8))
+    data = torch.from_numpy(picture()).permute(2, 0, 1)[None] / 127.5 - 1
+    expected = noise if strength == 1 else model.process.mix(data, noise, grid[begins : begins + 1])
+    torch.testing.assert_close(states[0].x, expected)
+
+
+def test_strength_1_is_a_new_picture(tiny_model):
+    new = drawing.generate(tiny_model, [0], [5])
+    assert (drawing.generate(tiny_model, [0], [5], image=picture(), strength=1.0) == new).all()
+    assert (drawing.generate(tiny_model, [0], [5], image=picture(), strength=0.8) != new).any()
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_what_a_mask_keeps_is_kept_to_the_bit_with_every_solver(tiny_model, sampler):
+    asked = {"image": picture(), "mask": half(), "sampler": sampler, "steps": 8}
+    states = list(drawing.walk(tiny_model, [0, 1], [5, 6], **asked))
+    data = (torch.from_numpy(picture()).permute(2, 0, 1) / 127.5 - 1).expand(2, 1, 8, 8)
+    for state in states:  # the picture with each row's own noise, at every time
+        mixed = tiny_model.process.mix(data, states_noise(2), torch.full((2,), state.t, dtype=torch.float64))
+        torch.testing.assert_close(state.x[..., :4], mixed[..., :4])
+    drawn = drawing.generate(tiny_model, [0, 1], [5, 6], **asked)
+    assert (drawn[:, :, :4] == picture()[:, :4]).all()
+    assert (drawn[:, :, 4:] != picture()[:, 4:]).any()
+    assert (drawn[0] != drawn[1]).any()
+
+
+def states_noise(rows: int) -> torch.Tensor:
+    seeds = torch.tensor([5, 6])[:rows]
+    return drawing.randomness.normal(seeds, torch.zeros(rows, dtype=torch.int64), drawing.STREAM, (1, 8, 8))
+
+
+def test_a_mask_of_everything_and_one_of_nothing(tiny_model):
+    everything, nothing = np.ones((8, 8), bool), np.zeros((8, 8), bool)
+    new = drawing.generate(tiny_model, [0], [5])
+    assert (drawing.generate(tiny_model, [0], [5], image=picture(), mask=everything) == new).all()
+    assert (drawing.generate(tiny_model, [0], [5], image=picture(), mask=nothing)[0] == picture()).all()
+
+
+def test_latents_are_drawn_where_a_pixel_is_and_kept_pixels_are_put_back(make_model, autoencoder_folder):
+    codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder)}
+    model = make_model({"channels": 4, "outputs": 8}, codec=codec)
+    mask = np.zeros((16, 16), bool)
+    mask[5, 5] = True  # one pixel of the latent at (2, 2)
+    image = picture(channels=3, size=(16, 16))
+    *_, last = drawing.walk(model, [0], [5], image=image, mask=mask)
+    kept = model.codec.encode(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
+    assert (last.x != kept).any(dim=1).nonzero().tolist() == [[0, 2, 2]]
+    drawn = drawing.generate(model, [0], [5], image=image, mask=mask)[0]
+    assert (drawn[~mask] == image[~mask]).all()
+    assert (drawn[5, 5] != image[5, 5]).any()
+
+
+def test_pictures_and_masks_pair_up_with_seeds(tiny_model):
+    image, mask = picture(3), np.stack([half(), 1 - half(), half().T])
+    together = drawing.generate(tiny_model, [0], [1, 2, 3], image=image, mask=mask, batch=2)
+    for row in range(3):
+        close(drawing.generate(tiny_model, [0], [row + 1], image=image[row], mask=mask[row]), together[row : row + 1])
+    assert drawing.generate(tiny_model, [0], [1], image=image, strength=0.5).shape == (3, 8, 8, 1)
+
+
+def test_the_size_is_the_pictures(tiny_model):
+    assert drawing.generate(tiny_model, [0], image=picture(size=(4, 12)), strength=0.5).shape == (1, 4, 12, 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"strength": 0.5}, "strength belongs to an image"),
+        ({"mask": half()}, "a mask belongs to an image"),
+        ({"image": picture(), "strength": 0.0}, "strength is 0.0; expected more than 0"),
+        ({"image": picture(), "strength": 1.1}, "strength is 1.1"),
+        ({"image": picture(), "strength": 0.0005}, "strength 0.0005 leaves no step"),
+        ({"image": picture(channels=3)}, "[H, W, 1]; got uint8 [1, 8, 8, 3]"),
+        ({"image": picture() / 255}, "got float64"),
+        ({"image": picture(size=(7, 8))}, "size 7 x 8 does not fit"),
+        ({"image": picture(), "size": (16, 16)}, "size 16 x 16 is not"),
+        ({"image": picture(), "mask": half()[:4]}, "a mask is [B, 8, 8] or [8, 8]"),
+        ({"image": picture(), "mask": half() * 255}, "with other values"),
+        ({"image": picture(3), "seeds": [0, 1]}, "do not pair up"),
+    ],
+)
+def test_pictures_that_do_not_fit(tiny_model, asked, words):
+    assert words in fault(tiny_model, [0], **asked)

@@ -14,8 +14,9 @@ from tessera.models.dit import DiTConfig
 from tessera.process.gaussian import GaussianConfig
 from tessera.settings import parse
 from tessera.training import loop
-from tessera.training.recipe import Adam, Recipe
-from tessera.training.step import Task, optimizer_for, train_step
+from tessera.training.optimizers import Adam, Muon, orthogonalise
+from tessera.training.recipe import Recipe
+from tessera.training.step import Task, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -54,24 +55,32 @@ def test_bfloat16_is_near_float32(model):
     assert float((rough.float() - exact).norm() / exact.norm()) < 0.03
 
 
-def test_a_step_is_repeatable_on_the_gpu():
+@pytest.mark.parametrize("config", [Adam(learning_rate=1e-3), Muon(learning_rate=1e-3)])
+def test_a_step_is_repeatable_on_the_gpu(config):
     def weights() -> list[torch.Tensor]:
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
         task = Task(GaussianConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
-        optimizer = optimizer_for(network, Adam(learning_rate=1e-3))
+        optimizer = config.build(network)
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
             batch = Batch(pixels, torch.arange(16) % 10, torch.arange(16) + 16 * number)
-            train_step(network, optimizer, batch, task, Adam(), 16)
+            train_step(network, optimizer, batch, task, config, 16)
         return [parameter.detach().cpu() for parameter in network.parameters()]
 
     for first, second in zip(weights(), weights()):
         assert torch.allclose(first, second, atol=1e-6)
 
 
-def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path):
+def test_orthogonal_on_the_gpu_as_on_the_processor():
+    matrices = torch.randn(6, 128, 512, generator=torch.Generator().manual_seed(0))
+    here, there = orthogonalise(matrices, 5), orthogonalise(matrices.cuda(), 5, torch.bfloat16).cpu()
+    assert float((here - there).norm() / here.norm()) < 0.03
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path, optimizer):
     """To rounding: kernels that add in any order are allowed; tokens enough (256) for attention to use them."""
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -85,7 +94,8 @@ def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path):
             "data": {"kind": "folder", "path": str(tmp_path / "data"), "size": 32},
             "network": {"width": 128, "depth": 4, "heads": 4, "patch": 2},
             "sampling": {"steps": 2},
-            "training": {"steps": steps, "batch": 16, "tensorboard": False, "device": "cuda", "sample_every": 1000},
+            "training": {"steps": steps, "batch": 16, "tensorboard": False, "device": "cuda", "sample_every": 1000}
+            | {"optimizer": optimizer, "ema": {"also": [0.9]}},
         }
         folder = loop.train(parse(Recipe, data, "the test's recipe"))
         return bundle.read_tensors(bundle.checkpoints(folder)[0] / "training.safetensors", "weights/")

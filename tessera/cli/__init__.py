@@ -10,24 +10,34 @@ import typer
 from tessera import __version__
 from tessera.cli.evaluate import app as evaluate_app
 from tessera.cli.options import (
+    EMA,
     MOST,
+    Changes,
     ClassPolicy,
     Codec,
+    Compile,
     Device,
     Eta,
+    From,
     Guidance,
     GuidanceChannels,
+    Guide,
     Heads,
+    Mask,
     ModelPath,
     Precision,
+    ReadAs,
     Sampler,
     Size,
     Spacing,
     Steps,
+    Strength,
+    assignments,
     checked,
     sampler_settings,
     size_of,
 )
+from tessera.cli.tune import tune
 from tessera.errors import TesseraError
 
 app = typer.Typer(
@@ -40,6 +50,7 @@ app = typer.Typer(
 )
 
 app.add_typer(evaluate_app, name="evaluate")
+app.command()(tune)
 
 
 @app.callback(invoke_without_command=True)
@@ -94,12 +105,20 @@ def sample(
     guidance_channels: GuidanceChannels = None,
     spacing: Spacing = None,
     eta: Eta = None,
+    changes: Changes = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 16,
     precision: Precision = "float32",
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="a folder, or a .png for the grid alone")] = Path("samples"),
     npz: Annotated[Path | None, typer.Option(help="instead, one .npz as the ADM suite takes it")] = None,
+    guide: Guide = None,
+    image: From = None,
+    strength: Strength = None,
+    mask: Mask = None,
+    compile_: Compile = False,
+    ema: EMA = None,
+    read_as: ReadAs = None,
     heads: Heads = None,
     codec: Codec = None,
 ) -> None:
@@ -109,19 +128,26 @@ def sample(
     """
     from tessera.cli import sampling
 
-    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing)
+    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing, changes)
     checked(guidance, precision, class_policy)
     if total is not None and (classes or count or seeds):
         raise TesseraError("--total chooses classes and seeds by itself: leave out --classes, --count and --seeds")
-    loaded = sampling.loaded(model, device, heads, codec)
+    loaded = sampling.loaded(model, device, ema, read_as, heads, codec)
     asked = sampling.asked(
         loaded, classes, count, seeds, total, class_policy, settings, guidance, precision, size_of(size)
     )
+    extras = sampling.extras(loaded, guide, image, strength, mask)
+    if compile_:
+        sampling.compiled(loaded)
     if npz is not None:
+        if extras:
+            raise TesseraError("--npz draws from noise and one model: leave out --guide, --from, --strength and --mask")
         if told := sampling.packed(loaded, asked, npz, batch, model):
             print(told)
     else:
-        print(sampling.pictured(loaded, asked, out, batch, {"model": model, "heads": heads, "codec": codec}))
+        said = {"model": model, "heads": heads, "codec": codec, **({"as": read_as} if read_as else {})}
+        said |= {} if ema is None else {"ema": ema}
+        print(sampling.pictured(loaded, asked, out, batch, said, extras))
 
 
 @app.command()
@@ -132,18 +158,24 @@ def convert(
     approximate: Annotated[
         bool, typer.Option(help="write what the target cannot hold exactly, and say by how much")
     ] = False,
+    ema: EMA = None,
+    read_as: ReadAs = None,
     heads: Heads = None,
     codec: Codec = None,
 ) -> None:
     """Turn a model into another format, weights bit by bit."""
     from tessera.interop import sources
 
-    print(sources.convert(source, target, to, approximate=approximate, heads=heads, codec=codec))
+    print(
+        sources.convert(source, target, to, approximate=approximate, ema=ema, read_as=read_as, heads=heads, codec=codec)
+    )
 
 
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="a model, or a picture drawn by Tessera")],
+    ema: EMA = None,
+    read_as: ReadAs = None,
     heads: Heads = None,
     codec: Codec = None,
 ) -> None:
@@ -152,12 +184,14 @@ def info(
         print(_how_made(Path(model)))
         return
     from tessera.bundle import describe, weights_hash
-    from tessera.interop.sources import load
+    from tessera.interop.sources import averages, load
 
-    loaded = load(model, device="cpu", heads=heads, codec=codec)
+    loaded = load(model, device="cpu", ema=ema, read_as=read_as, heads=heads, codec=codec)
     names = ", ".join(loaded.config.class_names[:12]) + (", …" if len(loaded.config.class_names) > 12 else "")
     facts = {**describe(loaded), "classes": names or "not named", "weights": weights_hash(loaded.network)}
     facts |= loaded.config.origin
+    if kept := averages(model):
+        facts["averages kept"] = f"{', '.join(map(str, kept))} (--ema takes one of them)"
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         print(f"{name:<{width}}{value}")
@@ -172,18 +206,26 @@ def _how_made(path: Path) -> str:
         raise TesseraError(f"cannot read {path}: {error}") from None
     if settings is None:
         raise TesseraError(f"{path} does not say how it was made: it was not drawn by `tessera sample`")
-    sampling = settings["sampling"]
+    sampling = dict(settings["sampling"])
     words = ["tessera", "sample", settings["model"], "--seeds", ",".join(map(str, settings["seeds"]))]
     if settings["classes"] is not None:
         words += ["--classes", ",".join(map(str, settings["classes"]))]
-    words += ["--sampler", sampling["sampler"]["kind"], "--steps", str(sampling["steps"])]
-    if sampling["sampler"].get("eta"):
-        words += ["--eta", str(sampling["sampler"]["eta"])]
-    words += ["--guidance", str(sampling["guidance"]), "--guidance-channels", str(sampling["guidance_channels"])]
-    words += ["--spacing", sampling["spacing"]["kind"]]
+    told = []  # what has no flag; everything is said, as the model's own settings may differ
+    for name in ("sampler", "steps", "guidance", "guidance_channels", "spacing"):
+        value = sampling.pop(name)
+        first, *more = assignments(name, value)
+        words += [f"--{name.replace('_', '-')}", first.partition("=")[2]]
+        told += more
+    if (eta := next((word for word in told if word.startswith("sampler.eta=")), None)) is not None:
+        told.remove(eta)
+        words += ["--eta", eta.partition("=")[2]]
+    for name, value in sampling.items():
+        told += assignments(name, value)
+    for word in told:
+        words += ["--set", word]
     if settings["size"]:
         words += ["--size", "x".join(map(str, settings["size"]))]
-    for name in ("heads", "codec", "precision"):
+    for name in ("ema", "as", "heads", "codec", "precision", "guide", "from", "strength", "mask"):
         if settings.get(name) not in (None, "float32"):
             words += [f"--{name}", str(settings[name])]
     weights = f"# weights {settings['weights']}: the same picture, if `tessera info` of the model says so too"

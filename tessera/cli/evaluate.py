@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from tessera.cli.options import (
+    EMA,
     MOST,
+    Changes,
     ClassPolicy,
     Codec,
     Device,
@@ -19,6 +21,7 @@ from tessera.cli.options import (
     GuidanceChannels,
     Heads,
     Precision,
+    ReadAs,
     Sampler,
     Size,
     Spacing,
@@ -48,8 +51,8 @@ app = typer.Typer(
 )
 
 DRAWING = (  # flags that mean something for a model only
-    *("class_policy", "seed", "sampler", "steps", "guidance", "guidance_channels", "spacing", "eta"),
-    *("precision", "heads", "codec"),
+    *("class_policy", "seed", "sampler", "steps", "guidance", "guidance_channels", "spacing", "eta", "changes"),
+    *("precision", "ema", "read_as", "heads", "codec"),
 )
 Features = Annotated[
     str | None,
@@ -78,10 +81,13 @@ def score(
     guidance_channels: GuidanceChannels = None,
     spacing: Spacing = None,
     eta: Eta = None,
+    changes: Changes = None,
     size: Size = None,
     batch: Annotated[int, typer.Option(min=1, help="pictures drawn or looked at at once")] = 50,
     precision: Precision = "float32",
     device: Device = "auto",
+    ema: EMA = None,
+    read_as: ReadAs = None,
     heads: Heads = None,
     codec: Codec = None,
     out: Annotated[Path | None, typer.Option(help="folder for everything (evaluation/NAME)")] = None,
@@ -98,7 +104,7 @@ def score(
     from tessera.files import alone
     from tessera.interop import sources
 
-    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing)
+    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing, changes)
     checked(guidance, precision, class_policy)
     names = suite.wanted(metrics)
     folder = out or Path("evaluation") / suite.name_of(target)
@@ -106,7 +112,7 @@ def score(
     with runtime.ranks() as ranks, progress() as begin:
         chosen = runtime.choose_device(device)
         if sources.is_model(target):
-            model = sources.load(target, device=chosen, heads=heads, codec=codec)
+            model = sources.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
             more = {"settings": settings, "guidance": guidance, "precision": precision, "size": size_of(size)}
             asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
             subject = Drawn(model, asked, folder / "samples", batch, target)
@@ -114,7 +120,7 @@ def score(
         else:
             told = [name for name in DRAWING if _is_told(ctx, name)]
             if told:
-                flags = ", ".join(f"--{name.replace('_', '-')}" for name in told)
+                flags = ", ".join(param.opts[0] for param in ctx.command.params if param.name in told)
                 raise TesseraError(f"{target} is no model: leave out what is of drawing ({flags})")
             subject, compared_with = suite.found(target, size_of(size), count), reference
             if compared_with is None:

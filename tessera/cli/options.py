@@ -1,5 +1,6 @@
 """What several verbs take, and how it is read. Nothing heavy is imported here."""
 
+import json
 import math
 import sys
 import time
@@ -12,35 +13,74 @@ import typer
 from tessera.errors import TesseraError
 
 ModelPath = Annotated[str, typer.Argument(help="a bundle, a run's folder, an official .pt or a diffusers folder")]
+EMA = Annotated[float | None, typer.Option("--ema", help="decay of the average, of a run with several (its first)")]
 Heads = Annotated[int | None, typer.Option(help="attention heads, where a .pt of unusual width cannot say")]
+ReadAs = Annotated[
+    str | None, typer.Option("--as", help="what a .pt was trained as: dit, sit or sit-gvp (dit, or as the file says)")
+]
 Codec = Annotated[
     str | None, typer.Option(help="autoencoder folder or hub id, or 'pixels', instead of the model's own")
 ]
 MOST = 1_000_000  # pictures of one command: more is a slip of the finger
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
-Sampler = Annotated[str | None, typer.Option(help="ancestral or ddim (the model's own)")]
+Sampler = Annotated[
+    str | None, typer.Option(help="ancestral, ddim, euler, heun, dpm++, dpm++-sde, unipc or sde (the model's own)")
+]
 Steps = Annotated[int | None, typer.Option(help="steps of the sampler")]
 Guidance = Annotated[float | None, typer.Option(help="classifier-free guidance; 1 is off")]
 GuidanceChannels = Annotated[str | None, typer.Option(help="all, or 3 as in the official code")]
-Spacing = Annotated[str | None, typer.Option(help="even, leading or trailing")]
+Spacing = Annotated[
+    str | None, typer.Option(help="even, leading, trailing, quadratic, shifted, karras or logsnr (the model's own)")
+]
 Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0 to 1")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="any setting of a recipe's sampling section (sampler.order=3); repeatable"
+    ),
+]
+Guide = Annotated[
+    str | None, typer.Option(help="a worse model of the same kind to lead away from, such as an early checkpoint")
+]
+From = Annotated[str | None, typer.Option("--from", help="a picture to begin from")]
+Strength = Annotated[
+    float | None, typer.Option(help="how far the picture of --from may change, 0 to 1 (0.6, or 1 with --mask)")
+]
+Mask = Annotated[str | None, typer.Option(help="a picture that is white where to draw and black where --from stays")]
+Compile = Annotated[bool, typer.Option("--compile", help="compile the network first: for many pictures")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH in pixels (the trained size)")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16 or auto")]
 ClassPolicy = Annotated[str, typer.Option(help="how classes are chosen: uniform (at random) or balanced")]
 
 
 def sampler_settings(
-    sampler: str | None, eta: float | None, steps: int | None, channels: str | None, spacing: str | None
+    sampler: str | None,
+    eta: float | None,
+    steps: int | None,
+    channels: str | None,
+    spacing: str | None,
+    changes: list[str] | None,
 ) -> dict[str, Any]:
-    """The changes to a model's sampler that flags ask for."""
+    """The changes to a model's sampler that flags ask for, those of --set last."""
     if eta is not None and sampler not in (None, "ddim"):
         raise TesseraError(f"--eta belongs to ddim, not to {sampler}")
-    return {
-        "sampler": {"kind": "ddim", "eta": eta} if eta is not None else sampler,
+    flags = {
+        "sampler": sampler if eta is None else "ddim",
+        "sampler.eta": eta,
         "steps": steps,
-        "guidance_channels": channels and whole_or_text(channels),
+        "guidance_channels": channels,
         "spacing": spacing,
     }
+    told = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    return {"overrides": [*told, *(changes or [])]}
+
+
+def assignments(name: str, value: Any) -> list[str]:
+    """A setting as the words after --set that make it: the kind of a choice first, as it drops what it replaces."""
+    if not isinstance(value, dict):
+        return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    told = [f"{name}={value['kind']}"] if "kind" in value else []
+    return told + [word for key in value if key != "kind" for word in assignments(f"{name}.{key}", value[key])]
 
 
 def checked(guidance: float | None, precision: str, class_policy: str = "uniform") -> None:
@@ -51,10 +91,6 @@ def checked(guidance: float | None, precision: str, class_policy: str = "uniform
         raise TesseraError(f"--precision is {precision}; expected float32, bfloat16 or auto")
     if class_policy not in ("uniform", "balanced"):
         raise TesseraError(f"--class-policy is {class_policy}; expected uniform or balanced")
-
-
-def whole_or_text(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def seeds_of(text: str | None, count: int | None) -> list[int]:

@@ -1,12 +1,18 @@
 """What `tessera sample` does: pictures as PNGs with a grid, or as one .npz."""
 
+import hashlib
 import shutil
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from tessera import __version__, drawing, pictures, runtime
+from tessera.adapters.caching import Tally
+from tessera.adapters.compilation import compiled as compiled_blocks
 from tessera.bundle import Model, weights_hash
 from tessera.cli.options import classes_of, progress, seeds_of
 from tessera.errors import TesseraError
@@ -17,8 +23,10 @@ from tessera.interop import sources
 COLUMNS, ROWS = 16, 32  # of the grid, at most
 
 
-def loaded(path: str, device: str, heads: int | None, codec: str | None) -> Model:
-    return sources.load(path, device=device, heads=heads, codec=codec)
+def loaded(
+    path: str, device: str, ema: float | None, read_as: str | None, heads: int | None, codec: str | None
+) -> Model:
+    return sources.load(path, device=device, ema=ema, read_as=read_as, heads=heads, codec=codec)
 
 
 def asked(
@@ -43,6 +51,68 @@ def asked(
     return Asked([seed for _ in of for seed in each], [told for told in of for _ in each], **more)
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What pictures begin from and lead away from: words for `drawing.generate`, and what their PNGs say of it."""
+
+    words: dict[str, Any] = field(default_factory=dict)
+    said: dict[str, Any] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.words)
+
+
+def extras(model: Model, guide: str | None, image: str | None, strength: float | None, mask: str | None) -> Extras:
+    """What --guide, --from, --strength and --mask say. Raises TesseraError for what does not fit the model."""
+    words: dict[str, Any] = {}
+    said: dict[str, Any] = {}
+    if guide is not None:
+        words["guide"] = sources.load(guide, device=str(model.device))
+        drawing.check_guide(model, words["guide"])
+        said |= {"guide": guide, "guide_weights": weights_hash(words["guide"].network)}
+    if image is None and (strength is not None or mask is not None):
+        raise TesseraError(
+            f"{'--mask' if strength is None else '--strength'} belongs to --from: give --from PICTURE, too"
+        )
+    if image is not None:
+        words["image"] = read_picture("--from", image, model.codec.pixel_channels)
+        said |= {"from": image, "from_hash": _hash(words["image"])}
+    if strength is not None:
+        words["strength"] = said["strength"] = strength
+    if mask is not None:
+        words["mask"] = read_picture("--mask", mask, 1)[..., 0] >= 128
+        said |= {"mask": mask, "mask_hash": _hash(words["mask"])}
+    return Extras(words, said)
+
+
+def read_picture(flag: str, path: str, channels: int) -> np.ndarray:
+    """uint8 [H, W, C] of a file. Raises TesseraError if it is none, or would lose colour or transparency."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            allowed = {"L", "1", "P", "RGB"} if channels == 3 or flag == "--mask" else {"L", "1"}
+            transparent = "transparency" in opened.info
+            if opened.mode not in allowed or transparent:
+                raise TesseraError(
+                    f"{flag} {path} has the mode {opened.mode}{' with transparency' if transparent else ''}; "
+                    f"expected {'RGB or grey' if 'RGB' in allowed else 'grey, as this model draws'}: convert it first"
+                )
+            pixels = np.asarray(opened.convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise TesseraError(f"cannot read {flag} {path}: {error}") from None
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _hash(pixels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+
+
+def compiled(model: Model) -> None:
+    """Compile a model's network, or say in one line why not and go on without."""
+    if reason := compiled_blocks(model.network):
+        print(f"not compiled, drawing without: {reason}", file=sys.stderr)
+
+
 def packed(model: Model, asked: Asked, target: Path, batch: int, where: str) -> str:
     """Draw into shards beside the target, by all processes, and pack them; returns what to say."""
     if target.suffix != ".npz":
@@ -59,7 +129,9 @@ def packed(model: Model, asked: Asked, target: Path, batch: int, where: str) -> 
     return f"{drawn.count} pictures in {target}" if ranks.first else ""
 
 
-def pictured(model: Model, asked: Asked, out: Path, batch: int, said: dict[str, Any]) -> str:
+def pictured(
+    model: Model, asked: Asked, out: Path, batch: int, said: dict[str, Any], extras: Extras | None = None
+) -> str:
     """Draw one PNG each, and a grid; or the grid alone into a .png. Returns what to say.
 
     A PNG that stands there and was drawn in the same way is kept: an interrupted command goes on.
@@ -67,6 +139,8 @@ def pictured(model: Model, asked: Asked, out: Path, batch: int, said: dict[str, 
     used = drawing.settings(model, guidance=asked.guidance, **asked.settings)
     said = {**said, "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": asked.size}
     said |= {"precision": asked.precision, "weights": weights_hash(model.network)}
+    tally, extras = Tally(), extras or Extras()
+    said |= extras.said
     alone, count = out.suffix.lower() == ".png", len(asked.seeds)
     if alone and count > COLUMNS * ROWS:
         raise TesseraError(f"a grid holds {COLUMNS * ROWS} pictures at most, {count} are asked for: give a folder")
@@ -75,7 +149,7 @@ def pictured(model: Model, asked: Asked, out: Path, batch: int, said: dict[str, 
         told = begin(f"drawing {count}")
         for start in range(0, count, batch):
             part = range(start, min(start + batch, count))
-            for picture in _drawn(model, asked, part, None if alone else out, said):
+            for picture in _drawn(model, asked, part, None if alone else out, said, {**extras.words, "tally": tally}):
                 if len(sheet) < COLUMNS * ROWS:
                     sheet.append(picture)
             told(part.stop, count)
@@ -84,10 +158,13 @@ def pictured(model: Model, asked: Asked, out: Path, batch: int, said: dict[str, 
     in_rows = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= COLUMNS
     grid = pictures.grid(np.stack(sheet), len(seeds) if in_rows else min(count, 8), zoom=max(1, 64 // len(sheet[0])))
     pictures.save_png(out if alone else out / "grid.png", grid, {**said, "classes": classes, "seeds": seeds})
-    return str(out) if alone else f"{count} pictures and grid.png in {out}"
+    saved = f"; caching computed {tally.computed / tally.asked:.0%} of the blocks" if tally.asked else ""
+    return (str(out) if alone else f"{count} pictures and grid.png in {out}") + saved
 
 
-def _drawn(model: Model, asked: Asked, part: range, out: Path | None, said: dict[str, Any]) -> list[np.ndarray]:
+def _drawn(
+    model: Model, asked: Asked, part: range, out: Path | None, said: dict[str, Any], extras: dict[str, Any]
+) -> list[np.ndarray]:
     """The pictures of some rows, those that stand in the folder as they are."""
     found: dict[int, np.ndarray] = {}
     texts = {}
@@ -107,6 +184,7 @@ def _drawn(model: Model, asked: Asked, part: range, out: Path | None, said: dict
             guidance=asked.guidance,
             precision=asked.precision,
             batch=len(missing),
+            **extras,
             **asked.settings,
         )
         for row, picture in zip(missing, drawn):

@@ -49,6 +49,18 @@ def frechet(features: np.ndarray, moments: Moments, reference: Moments) -> Measu
     return Measured.normal(_frechet(first, second, root), _frechet_error(features, first, second, root))
 
 
+def frechet_pulls(features: np.ndarray, moments: Moments, reference: Moments) -> np.ndarray:
+    """How much each of n samples pulls at their Fréchet distance to a reference, float64 [n]; moments are theirs.
+
+    std(pulls) / sqrt(n) is the standard error of `frechet`. Of two models that drew from the same seeds,
+    std(pulls - others) / sqrt(n) is that of the difference: less, the more alike their pictures are.
+    """
+    _rows(features, 2, "the Fréchet distance")
+    _same_width(features.shape[1], len(moments.mean))
+    first, second = _gaussian(moments.mean, moments.cov), _gaussian(reference.mean, reference.cov)
+    return _pulls(features, first, second, _root(second[1])).numpy()
+
+
 def frechet_infinity(features: np.ndarray, reference: Moments, seed: int = 0) -> Measured:
     """Fréchet distance that infinitely many samples would have. features [n, D], at least 4 D and 80.
 
@@ -129,10 +141,15 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: 
 def _frechet_error(
     features: np.ndarray, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: Tensor
 ) -> float:
-    """Standard error of the distance, from how much each sample pulls at it (its influence function).
+    """Standard error of the distance."""
+    return float(_pulls(features, first, second, root).std()) / len(features) ** 0.5
 
-    At x, up to a constant: 2 (mu1 - mu2).(x - mu1) + (x - mu1)^T (1 - T) (x - mu1), with T = A (A^T cov1 A)^(-1/2) A^T
-    the optimal transport from the first Gaussian to the second.
+
+def _pulls(features: np.ndarray, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: Tensor) -> Tensor:
+    """How much each sample pulls at the distance, float64 [n]: its influence function, up to a constant.
+
+    At x: 2 (mu1 - mu2).(x - mu1) + (x - mu1)^T (1 - T) (x - mu1), with T = A (A^T cov1 A)^(-1/2) A^T the optimal
+    transport from the first Gaussian to the second.
     """
     (mu1, cov1), mu2 = first, second[0]
     values, vectors = torch.linalg.eigh(root.T @ cov1 @ root)
@@ -143,7 +160,7 @@ def _frechet_error(
         centred = _tensor(features[start : start + ROWS]) - mu1
         curved = centred.square().sum(dim=1) - (centred @ transport).square().sum(dim=1)
         pulls.append(2 * centred @ (mu1 - mu2) + curved)
-    return float(torch.cat(pulls).std()) / len(features) ** 0.5
+    return torch.cat(pulls)
 
 
 # Kernel distance

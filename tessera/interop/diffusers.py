@@ -68,7 +68,7 @@ class SchedulerConfig(Settings):
     trained_betas: Annotated[list[float], Field(min_length=1)] | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    rescale_betas_zero_snr: Literal[False] = False
+    rescale_betas_zero_snr: bool = False
     clip_sample: bool = True
     thresholding: bool = False
     set_alpha_to_one: bool = True
@@ -224,14 +224,14 @@ def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> G
     for schedule in candidates:
         if len(betas) == steps and torch.allclose(schedule.betas(steps), betas, rtol=1e-6, atol=1e-8):
             fixed = "beta" if (scheduler.variance_type or "").startswith("fixed_large") else "posterior"
-            return GaussianConfig.model_validate(
-                {
-                    "steps": steps,
-                    "schedule": schedule,
-                    "prediction": PREDICTIONS[scheduler.prediction_type],
-                    "variance": "learned" if network.outputs == 2 * network.channels else fixed,
-                }
-            )
+            told = {
+                "steps": steps,
+                "schedule": schedule,
+                "prediction": PREDICTIONS[scheduler.prediction_type],
+                "variance": "learned" if network.outputs == 2 * network.channels else fixed,
+                "zero_terminal_snr": scheduler.rescale_betas_zero_snr,  # of the betas said, as there
+            }
+            return parse(GaussianConfig, told, source)
     raise TesseraError(f"{source}: its {len(betas)} betas are neither linear nor the cosine schedule of {steps} steps")
 
 
@@ -353,8 +353,10 @@ def _faults(model: Model) -> list[str]:
         faults.append("it is unconditional; only networks told a class are known there")
     elif not network.null_class:
         faults.append("it has no null class; the label table there always has one")
-    positions = sincos_grid(network.grid, network.width).to(model.network.pos_embed)
-    if not torch.allclose(model.network.pos_embed[0], positions, rtol=0, atol=1e-5):
+    table = model.network.pos_embed
+    if table is not None and not torch.allclose(
+        table[0], sincos_grid(network.grid, network.width).to(table), rtol=0, atol=1e-5
+    ):
         faults.append("its positions are no sin-cos table of its grid; diffusers would make that in their place")
     return faults
 
@@ -397,6 +399,7 @@ def scheduler_of(config: BundleConfig) -> SchedulerConfig:
             "num_train_timesteps": steps,
             "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.process.prediction),
             "timestep_spacing": "trailing" if config.sampling.spacing.kind == "trailing" else "leading",
+            "rescale_betas_zero_snr": config.process.zero_terminal_snr,
             "clip_sample": False,
             **told,
         }

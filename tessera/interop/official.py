@@ -1,7 +1,8 @@
 """Checkpoints of the official DiT code (facebookresearch/DiT): a .pt file of weights alone <-> a Model.
 
 The file is the released state dict, or the training script's dict of model, ema, opt and args. Its keys are those of
-our own network; what it leaves unsaid is read off the tensors, or asked for.
+our own network; what it leaves unsaid is read off the tensors, or asked for. SiT's checkpoints (Ma et al. 2024;
+willisma/SiT) have the same keys and shapes under a flow: they are read too, if their reader says what they are.
 
 Shapes: C channels, O raw output channels, H W height and width, p patch side, L tokens, D width.
 """
@@ -24,13 +25,13 @@ from tessera.interop.reading import Codec, codec_for, difference, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
-from tessera.process.gaussian import GaussianConfig
-from tessera.sampling import Ancestral, SamplingConfig
-from tessera.settings import parse
+from tessera.process import AnyProcess, FlowConfig, GaussianConfig
+from tessera.sampling import Ancestral, Heun, SamplingConfig
+from tessera.settings import parse, unknown
 
 SUFFIXES = (".pt", ".pth")
 READABLE = (*SUFFIXES, ".safetensors")  # the same state dict in a safer file
-TABLE = "y_embedder.embedding_table.weight"
+TABLE, READOUT = "y_embedder.embedding_table.weight", "final_layer.linear."
 NEEDED = {  # from which the architecture is read, with their numbers of axes
     "x_embedder.proj.weight": 4,  # [D, C, p, p]
     "pos_embed": 3,  # [1, L, D]
@@ -40,33 +41,46 @@ NEEDED = {  # from which the architecture is read, with their numbers of axes
     "final_layer.linear.weight": 2,  # [p p O, D]
 }
 DESIGNS = {6: "adaln-zero", 4: "adaln"}  # by the number of vectors that steer a block
+WRITABLE = ("adaln-zero", "adaln", "cross-attention", "in-context")  # the designs of the DiT paper
+FAMILIES = ("dit", "sit", "sit-gvp")  # what weights of these keys may have been trained as: read_as=, --as
+PATHS = {"sit": "linear", "sit-gvp": "trigonometric"}
+SAID_AS = {"Linear": "sit", "GVP": "sit-gvp"}  # path_type in the arguments of SiT's training script
 
 
 def read(
     path: Path,
     device: torch.device | str = "cpu",
     *,
+    read_as: str | None = None,
     heads: int | None = None,
     size: int | tuple[int, int] | None = None,
     codec: Codec | None = None,
 ) -> Model:
-    """A Model from an official checkpoint, under the paper's process, drawing as the official sample.py does.
+    """A Model from an official checkpoint, under its paper's process, drawing as the official sample.py does.
 
-    heads: of attention, where the width is none of the paper's. size: of what the network sees, where the position
-    table does not show it. codec: "pixels", a folder or a hub id; by default that of the official code for 4 channels,
-    and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds more than weights, or is no DiT.
+    read_as: what the weights were trained as: dit (by default), sit, or sit-gvp (SiT's path of that name); a checkpoint
+    of SiT's training script says so itself. heads: of attention, where the width is none of the paper's. size: of what
+    the network sees, where the position table does not show it. codec: "pixels", a folder or a hub id; by default that
+    of the official code for 4 channels, and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds more
+    than weights, or is no DiT.
     """
     path = Path(path)
     stored = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path, [argparse.Namespace])
     tensors, args, which = _weights(stored, path)
     network = infer(tensors, str(path), heads=heads, size=size, classes=args.get("num_classes"))
+    process: AnyProcess = implied_process(network, str(path))
+    family = _family(read_as, args, tensors[f"{READOUT}weight"], network, str(path))
+    if family != "dit":
+        process = _flow(family, args, str(path))
+        tensors |= _flow_readout(tensors, network, process)
+        network = network.model_copy(update={"outputs": network.channels})
     decoder = "mse" if args.get("vae") == "mse" else "ema"
     config = BundleConfig(
         network=network,
-        process=implied_process(network, str(path)),
+        process=process,
         codec=codec_for(codec, network.channels, decoder),
-        sampling=_sampling(network),
-        origin={"from": f"official checkpoint {path.name} ({which})"},
+        sampling=_sampling(network, process),
+        origin={"from": f"{'official' if family == 'dit' else 'SiT'} checkpoint {path.name} ({which})"},
     )
     return assemble(config, tensors, str(path), device)
 
@@ -82,6 +96,10 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         raise TesseraError(f"an official checkpoint is a file that ends in {' or '.join(SUFFIXES)}; got {target}")
     if target.exists():
         raise TesseraError(f"{target} exists already: remove it or give another name")
+    if network.block.kind not in WRITABLE:
+        raise TesseraError(
+            f"the official format knows no {network.block.kind} blocks, only {', '.join(WRITABLE)}: convert to a bundle"
+        )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     implied = infer(tensors, str(target), heads=network.heads, size=network.size)
     lost = _lost(model.config, implied, str(target))
@@ -231,10 +249,57 @@ def implied_process(network: DiTConfig, source: str) -> GaussianConfig:
     return GaussianConfig(variance="learned" if network.outputs == 2 * network.channels else "beta")
 
 
-def _sampling(network: DiTConfig) -> SamplingConfig:
-    """As the official sample.py draws: 250 ancestral steps, guidance 4 on three channels."""
+def _sampling(network: DiTConfig, process: AnyProcess) -> SamplingConfig:
+    """As the official sample.py draws, with 250 calls of the network, guidance 4 on three channels; SiT along its ODE
+    by Heun's method, which calls twice a step (Ma et al. 2024)."""
     guided = bool(network.classes) and network.null_class
-    return SamplingConfig(sampler=Ancestral(), steps=250, guidance=4.0 if guided else 1.0, guidance_channels=3)
+    sampler, steps = (Ancestral(), 250) if isinstance(process, GaussianConfig) else (Heun(), 125)
+    return SamplingConfig(sampler=sampler, steps=steps, guidance=4.0 if guided else 1.0, guidance_channels=3)
+
+
+# SiT
+
+
+def _family(told: str | None, args: dict[str, Any], readout: Tensor, network: DiTConfig, source: str) -> str:
+    """What the weights were trained as, one of FAMILIES: as told, or as SiT's training script wrote down, or dit."""
+    if told is not None and told not in FAMILIES:
+        raise TesseraError(unknown("kind of checkpoint", told, FAMILIES))
+    if (path := args.get("path_type")) is not None:
+        if path not in SAID_AS:
+            raise TesseraError(f"{source} is a SiT on the {path} path; Tessera knows {' and '.join(SAID_AS)}")
+        if told not in (None, SAID_AS[path]):
+            raise TesseraError(f"{source} says itself that it is {SAID_AS[path]}, not {told}: leave read_as (--as) out")
+        return SAID_AS[path]
+    # SiT throws away the half of its outputs that DiT learns the variance with: it stays as it began, at zero.
+    used = _used(readout, network)
+    if told is None and not used.all() and readout[used].any() and not readout[~used].any():
+        raise TesseraError(
+            f"half the outputs of {source} are untrained, as SiT leaves them, but weights do not say what they were "
+            "trained as: give read_as='sit' (--as sit), or 'dit'"
+        )
+    return told or "dit"
+
+
+def _flow(family: str, args: dict[str, Any], source: str) -> FlowConfig:
+    """SiT's process: its time runs from 0 at the noise to 1 at the data, and is not scaled."""
+    kinds = {"velocity": "velocity", "noise": "epsilon"}
+    predicted = args.get("prediction", "velocity")
+    if predicted not in kinds:
+        raise TesseraError(f"{source} is a SiT that predicts the {predicted}; Tessera knows {' and '.join(kinds)}")
+    told = {"path": PATHS[family], "prediction": kinds[predicted], "loss": kinds[predicted], "network_times": (1, 0)}
+    return parse(FlowConfig, told, source)
+
+
+def _flow_readout(tensors: dict[str, Tensor], network: DiTConfig, process: FlowConfig) -> dict[str, Tensor]:
+    """The readout without the half that SiT throws away; its velocity turned round, from data to noise."""
+    sign = -1 if process.prediction == "velocity" else 1
+    readout = {name: tensor for name, tensor in tensors.items() if name.startswith(READOUT)}
+    return {name: sign * tensor[_used(tensor, network)] for name, tensor in readout.items()}
+
+
+def _used(readout: Tensor, network: DiTConfig) -> Tensor:
+    """Which rows of a readout [p p O, ...] are of the first C outputs: bool [p p O]."""
+    return torch.arange(len(readout)) % network.outputs < network.channels
 
 
 def _lost(config: BundleConfig, implied: DiTConfig, source: str) -> list[str]:

@@ -100,7 +100,7 @@ def codec_for(told: Codec | None, channels: int, decoder: str = "ema") -> AnyCod
 @torch.no_grad()
 def difference(network: DiT, other: Callable[[Tensor, Tensor, Condition], Tensor]) -> float:
     """Relative L2 distance of two networks' raw outputs: at noise, at four times, told a class and told nothing."""
-    config, device = network.config, network.pos_embed.device
+    config, device = network.config, network.x_embedder.proj.weight.device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, config.channels, *config.size, generator=generator).to(device)
     t = torch.tensor([0.0, 250.0, 500.0, 999.0] * 2, device=device)

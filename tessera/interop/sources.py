@@ -16,6 +16,10 @@ ACCEPTED = (
     "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt, .pth or "
     ".safetensors), or a folder of diffusers' DiTPipeline or of its transformer"
 )
+SAYS_ITSELF = (
+    "{} says itself what it was trained as ({}): leave read_as (--as) out; it is for files of bare weights (.pt, .pth, "
+    ".safetensors)"
+)
 Format = Literal["bundle", "official", "diffusers"]
 
 
@@ -23,6 +27,8 @@ def load(
     path: str | Path,
     device: str | torch.device = "auto",
     *,
+    ema: float | None = None,
+    read_as: str | None = None,
     heads: int | None = None,
     size: int | tuple[int, int] | None = None,
     codec: Codec | None = None,
@@ -30,19 +36,32 @@ def load(
     """Load a model from whatever holds one: a bundle, a run (its newest checkpoint), an official .pt or .pth file, a
     diffusers folder. Nothing is fetched.
 
-    device: auto, cpu, cuda or mps. heads, size: what weights alone may leave unsaid (see `official.read`); elsewhere
-    they must agree with what is said. codec: in place of the source's own: "pixels", a folder or a hub id.
+    device: auto, cpu, cuda or mps. ema: the decay of the average to take of a run that keeps several (its first).
+    read_as: what a .pt was trained as where it cannot say: dit, sit or sit-gvp.
+    heads, size: what weights alone may leave unsaid (see `official.read`); elsewhere they must agree with what is said.
+    codec: in place of the source's own: "pixels", a folder or a hub id.
     Raises TesseraError if nothing is recognised, or what is there is damaged.
     """
     path, device = Path(path).expanduser(), runtime.choose_device(str(device))
     if path.is_file() and path.suffix in official.READABLE:
-        return official.read(path, device, heads=heads, size=size, codec=codec)
-    model = _load_folder(path, device, codec)
+        _one_set_of_weights(path, ema)
+        return official.read(path, device, read_as=read_as, heads=heads, size=size, codec=codec)
+    model = _load_folder(path, device, codec, ema)
+    if read_as is not None:
+        raise TesseraError(SAYS_ITSELF.format(path, model.config.process.words()))
     network = model.config.network
     for what, told, said in (("heads", heads, network.heads), ("size", size, network.size)):
         if told is not None and told != said and (told, told) != said:
             raise TesseraError(f"{path} says {what} {said}, not {told}: leave {what} out")
     return model if codec is None else _with_codec(model, codec)
+
+
+def averages(path: str | Path) -> list[float]:
+    """The decays of the averages that a run keeps, the one it draws with first; [] where there is but one."""
+    folder = next(iter(bundle.checkpoints(Path(path).expanduser())), Path(path).expanduser())
+    if not (folder / bundle.AVERAGES).is_dir():
+        return []
+    return list(bundle.averages(folder, bundle.load_config(folder)))
 
 
 def is_model(path: str | Path) -> bool:
@@ -58,6 +77,8 @@ def convert(
     to: Format | str,
     approximate: bool = False,
     *,
+    ema: float | None = None,
+    read_as: str | None = None,
     heads: int | None = None,
     size: int | tuple[int, int] | None = None,
     codec: Codec | None = None,
@@ -71,25 +92,35 @@ def convert(
     if to not in writers:
         raise TesseraError(unknown("format", to, writers))
     if not isinstance(source, Model):
-        source = load(source, "cpu", heads=heads, size=size, codec=codec)
+        source = load(source, "cpu", ema=ema, read_as=read_as, heads=heads, size=size, codec=codec)
+    elif ema is not None:
+        raise TesseraError(f"this model has its weights already, no average of decay {ema}: leave ema out")
+    elif read_as is not None:
+        raise TesseraError(SAYS_ITSELF.format("this model", source.config.process.words()))
     elif codec is not None:
         source = _with_codec(source, codec)
     return writers[to](source, Path(target).expanduser(), approximate)
 
 
-def _load_folder(path: Path, device: torch.device, codec: Codec | None) -> Model:
+def _one_set_of_weights(path: Path, ema: float | None) -> None:
+    if ema is not None:
+        raise TesseraError(f"{path} holds one set of weights, no average of decay {ema}: leave ema (--ema) out")
+
+
+def _load_folder(path: Path, device: torch.device, codec: Codec | None, ema: float | None) -> Model:
     if not path.exists():
         raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
     if not path.is_dir():
         raise TesseraError(f"{path} is no model that Tessera knows: {ACCEPTED}")
     config: dict[str, Any] = read_json(path / bundle.CONFIG) if (path / bundle.CONFIG).exists() else {}
     if "format" in config:
-        return bundle.load(path, device)
+        return bundle.load(path, device, ema)
     if "_class_name" in config or (path / diffusers.INDEX).exists():
+        _one_set_of_weights(path, ema)
         return diffusers.read(path, device, codec=codec)
     found = bundle.checkpoints(path)
     if found:
-        return bundle.load(found[0], device)
+        return bundle.load(found[0], device, ema)
     if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
         raise TesseraError(f"the run in {path} has no checkpoint yet: wait for its first, or train it further")
     raise TesseraError(f"{path} holds no model that Tessera knows: {ACCEPTED}")

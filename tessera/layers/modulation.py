@@ -24,6 +24,25 @@ class Modulation(nn.Sequential):
         return self.linear.weight.numel()
 
 
+class Offsets(nn.Module):
+    """A block's own part of steering vectors that all blocks share: one learned table, added to them.
+
+    adaLN-single (Chen et al. 2023, "PixArt-alpha", section 2.3). It costs no multiply-adds.
+    """
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(count, width))
+
+    def forward(self, shared: Tensor) -> Tensor:
+        """shared [B, G, count D] -> [B, G, count D]"""
+        return shared + self.table.flatten()
+
+    def macs(self) -> int:
+        """Multiply-adds for one condition vector."""
+        return 0
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, in one pass over x [B, L, D]."""
     return torch.addcmul(shift, x, 1 + scale)

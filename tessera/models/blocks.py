@@ -1,17 +1,21 @@
-"""The four block designs of the DiT paper (Peebles & Xie 2023, section 3.2), each one class.
+"""The four block designs of the DiT paper (Peebles & Xie 2023, section 3.2) and two later ones, each one class.
 
 A block is `block(x, context)`. Shapes: B batch, L tokens of the picture, M tokens of the condition, G condition
-vectors (one for the picture), D width.
+vectors (one for the picture), D width, H channels of a head.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.layers.attention import Attention, CrossAttention
-from tessera.layers.mlp import MLP
-from tessera.layers.modulation import Modulation, gated, modulate
+from tessera.layers.attention import Attention, CrossAttention, ModernAttention
+from tessera.layers.mlp import MLP, SwiGLU
+from tessera.layers.modulation import Modulation, Offsets, gated, modulate
+from tessera.layers.norms import RMSNorm
+from tessera.layers.positions import rotary_grid
 from tessera.settings import Settings
 
 
@@ -22,6 +26,30 @@ class Context:
     c: Tensor  # [B, G, D] the condition vectors: time + label
     tokens: Tensor  # [B, M, D] the same as a sequence: time, then label
     grid: tuple[int, int]  # (h, w) of the picture's tokens
+    # What `Shared` works out once for all blocks, in the designs that have it:
+    shared: Tensor | None = None  # [B, G, 6 D] steering vectors, to which every block adds its own offsets
+    rotary: Tensor | None = None  # [L, H / 2, 2] the angles of the grid
+    values: Tensor | None = None  # [B, L, D] the first values, of which every attention takes a share
+
+    def steering(self, modulation: Modulation | Offsets) -> Tensor:
+        """The steering vectors [B, G, count D] that a part regresses from the condition, or its offsets to shared ones.
+
+        Every part asks here, so that a context that holds them already (of a whole drawing's times and classes) can
+        hand them out instead.
+        """
+        if isinstance(modulation, Modulation):
+            return modulation(self.c)
+        assert self.shared is not None, "Shared fills it before the first block"
+        return modulation(self.shared)
+
+    def rows(self, chosen: Tensor) -> Self:
+        """The chosen rows of the batch."""
+        told = {name: getattr(self, name) for name in ("c", "tokens", "shared", "values")}
+        return replace(self, **{name: value[chosen] for name, value in told.items() if value is not None})
+
+
+def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
 
 
 @dataclass(frozen=True)
@@ -34,18 +62,53 @@ class BlockConfig:
     mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this one norm
 
 
+class Shared(nn.Module):
+    """What all blocks of a network have in common, worked out once a forward pass and handed to them in the context.
+
+    The first values are a linear map of the embedded patches, normalised. Zhou et al. (2024) take those of the first
+    block; a map of its own keeps all blocks alike, and nothing has to be carried from one block to another.
+    """
+
+    def __init__(self, config: BlockConfig, modulation: bool, rotary: bool = False, values: bool = False) -> None:
+        super().__init__()
+        self.adaLN_modulation = Modulation(config.width, 6) if modulation else None
+        self.rotary_channels = config.width // config.heads if rotary else 0
+        self.norm = RMSNorm(config.width)
+        self.values = nn.Linear(config.width, config.width, bias=False) if values else None
+
+    def forward(self, x: Tensor, context: Context) -> Context:
+        """x [B, L, D] the embedded patches"""
+        return replace(
+            context,
+            shared=None if self.adaLN_modulation is None else context.steering(self.adaLN_modulation),
+            rotary=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
+            values=None if self.values is None else self.values(self.norm(x)),
+        )
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one sample."""
+        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
+        return steering + (0 if self.values is None else tokens * self.values.weight.numel())
+
+
 class Block(nn.Module):
-    """What all designs share: attention, then an MLP, each behind a LayerNorm without weights of its own."""
+    """What all designs share: attention, then an MLP, each behind a norm without weights of its own."""
 
     appends_tokens: ClassVar[bool] = False  # the condition's tokens join the picture's for all blocks
     modulated_readout: ClassVar[bool] = False  # the final layer is steered by c, too
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(
+        self,
+        config: BlockConfig,
+        norm: Callable[[int, float], nn.Module] = layer_norm,
+        attn: Attention | None = None,
+        mlp: MLP | SwiGLU | None = None,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(config.width, config.heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.mlp_norm_eps, elementwise_affine=False)
-        self.mlp = MLP(config.width, config.hidden)
+        self.norm1 = norm(config.width, 1e-6)
+        self.attn = Attention(config.width, config.heads) if attn is None else attn
+        self.norm2 = norm(config.width, config.mlp_norm_eps)
+        self.mlp = MLP(config.width, config.hidden) if mlp is None else mlp
 
     def macs(self, tokens: int, told: int) -> int:
         """Multiply-adds for one sample of L = tokens and M = told."""
@@ -71,7 +134,7 @@ class CrossAttentionBlock(Block):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config)
-        self.norm_cross = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.norm_cross = layer_norm(config.width)
         self.cross_attn = CrossAttention(config.width, config.heads)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -95,7 +158,7 @@ class AdaLNBlock(Block):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, shift2, scale2 = self.adaLN_modulation(context.c).chunk(4, dim=-1)
+        shift1, scale1, shift2, scale2 = context.steering(self.adaLN_modulation).chunk(4, dim=-1)
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -110,14 +173,15 @@ class AdaLNZeroBlock(Block):
     """
 
     modulated_readout = True
+    regressed_by: ClassVar[type[Modulation] | type[Offsets]] = Modulation
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config)
-        self.adaLN_modulation = Modulation(config.width, 6)
+        self.adaLN_modulation = self.regressed_by(config.width, 6)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(context.c).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.steering(self.adaLN_modulation).chunk(6, dim=-1)
         x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
@@ -125,7 +189,66 @@ class AdaLNZeroBlock(Block):
         return super().macs(tokens, told) + self.adaLN_modulation.macs()
 
 
-class InContext(Settings):
+class AdaLNSingleBlock(AdaLNZeroBlock):
+    """The adaLN-Zero block, its six vectors those that all blocks share plus a table of its own.
+
+    PixArt-alpha draws the tables at random. Here they start at zero, as the shared layer does, so that a fresh block
+    is the identity as in adaLN-Zero: trained from nothing, that is what made the difference to adaLN in the DiT paper.
+    """
+
+    regressed_by = Offsets
+
+
+class ModernBlock(Block):
+    """x + gate * branch(norm(x) (1 + scale) + shift), as adaLN-Zero, of the parts that `Modern` chooses.
+
+    A fresh block is the identity.
+    """
+
+    modulated_readout = True
+
+    def __init__(self, config: BlockConfig, design: "Modern") -> None:
+        super().__init__(
+            config,
+            norm=RMSNorm if design.norm == "rms" else layer_norm,
+            attn=ModernAttention(config.width, config.heads, design.bias, design.qk_norm, design.value_residual),
+            mlp=(SwiGLU if design.mlp == "swiglu" else MLP)(config.width, config.hidden, design.bias),
+        )
+        self.adaLN_modulation = (Offsets if design.modulation == "shared" else Modulation)(config.width, 6)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.steering(self.adaLN_modulation).chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(x), shift1, scale1), context.rotary, context.values)
+        x = gated(x, gate1, attended)
+        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+    def macs(self, tokens: int, told: int) -> int:
+        return super().macs(tokens, told) + self.adaLN_modulation.macs()
+
+
+class Design(Settings):
+    """The settings of a block design, which say what a network of such blocks needs beside them."""
+
+    def words(self) -> str:
+        """The kind, and what is not as this design has it by default."""
+        own = {name: value for name, value in self if name != "kind" and value != type(self).model_fields[name].default}
+        return " ".join([type(self).model_fields["kind"].default, *(f"{name}={value}" for name, value in own.items())])
+
+    @property
+    def absolute_positions(self) -> bool:
+        """Whether a table of positions is added to the embedded patches."""
+        return True
+
+    def check(self, width: int, heads: int) -> None:
+        """Raise ValueError if a block of this width cannot be."""
+
+    def shared(self, config: BlockConfig) -> Shared | None:
+        """What the blocks have in common."""
+        return None
+
+
+class InContext(Design):
     """Condition by two more tokens: the cheapest design."""
 
     kind: Literal["in-context"] = "in-context"
@@ -134,7 +257,7 @@ class InContext(Settings):
         return InContextBlock(config)
 
 
-class CrossAttend(Settings):
+class CrossAttend(Design):
     """Condition by cross-attention: about 15 % more compute."""
 
     kind: Literal["cross-attention"] = "cross-attention"
@@ -143,7 +266,7 @@ class CrossAttend(Settings):
         return CrossAttentionBlock(config)
 
 
-class AdaLN(Settings):
+class AdaLN(Design):
     """Condition by adaptive layer norm."""
 
     kind: Literal["adaln"] = "adaln"
@@ -152,7 +275,7 @@ class AdaLN(Settings):
         return AdaLNBlock(config)
 
 
-class AdaLNZero(Settings):
+class AdaLNZero(Design):
     """Condition by adaptive layer norm with zero-initialised gates: the paper's choice."""
 
     kind: Literal["adaln-zero"] = "adaln-zero"
@@ -161,4 +284,59 @@ class AdaLNZero(Settings):
         return AdaLNZeroBlock(config)
 
 
-AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero
+class AdaLNSingle(Design):
+    """adaLN-Zero with one layer for the steering vectors of all blocks: a quarter fewer parameters (PixArt-alpha)."""
+
+    kind: Literal["adaln-single"] = "adaln-single"
+
+    def build(self, config: BlockConfig) -> Block:
+        return AdaLNSingleBlock(config)
+
+    def shared(self, config: BlockConfig) -> Shared:
+        return Shared(config, modulation=True)
+
+
+class Modern(Design):
+    """adaLN-Zero with the parts that later transformers found better, each of which can be switched back alone.
+
+    With `mlp: gelu, norm: layer, positions: sincos, modulation: own, qk_norm: false, value_residual: false, bias: true`
+    it is the paper's adaLN-Zero block.
+    """
+
+    kind: Literal["modern"] = "modern"
+    mlp: Literal["swiglu", "gelu"] = Field(
+        default="swiglu", description="SwiGLU (two thirds of the hidden width) or GELU"
+    )
+    norm: Literal["rms", "layer"] = Field(default="rms", description="before attention and MLP; no weights in either")
+    positions: Literal["rotary", "sincos"] = Field(
+        default="rotary", description="queries and keys turned by row and column, or a table added to the patches"
+    )
+    modulation: Literal["shared", "own"] = Field(
+        default="shared", description="one layer for the steering vectors of all blocks (adaLN-single), or one in each"
+    )
+    qk_norm: bool = Field(default=True, description="queries and keys of one length, times a learned one for each head")
+    value_residual: bool = Field(default=True, description="each attention takes a learned share of the first values")
+    bias: bool = Field(default=False, description="of the linear layers of attention and MLP; the modulation keeps its")
+
+    @property
+    def absolute_positions(self) -> bool:
+        return self.positions == "sincos"
+
+    def check(self, width: int, heads: int) -> None:
+        if self.positions == "rotary" and width // heads % 4:
+            raise ValueError(
+                f"width {width} over {heads} heads makes {width // heads} channels a head, and rotary positions need a "
+                f"multiple of 4: choose another width or number of heads, or block.positions=sincos"
+            )
+
+    def build(self, config: BlockConfig) -> Block:
+        return ModernBlock(config, self)
+
+    def shared(self, config: BlockConfig) -> Shared | None:
+        shared, rotary = self.modulation == "shared", self.positions == "rotary"
+        if not (shared or rotary or self.value_residual):
+            return None
+        return Shared(config, modulation=shared, rotary=rotary, values=self.value_residual)
+
+
+AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | Modern

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from torch import Tensor, nn
 
 from tessera.conditions import Condition
+from tessera.layers.attention import ModernAttention
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from tessera.layers.modulation import Modulation, modulate
+from tessera.layers.modulation import Modulation, Offsets, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockConfig, Context
@@ -57,6 +58,7 @@ class DiTConfig(Settings):
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
         if self.width % 4:
             raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
+        self.block.check(self.width, self.heads)
         if "size" in self.model_fields_set:
             self.check_patch(self.size)
         return self
@@ -84,11 +86,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = Modulation(width, 2) if modulated else None
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x [B, L, D], c [B, 1, D] -> [B, L, p p O]"""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, L, D], context.c [B, 1, D] -> [B, L, p p O]"""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
-            shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+            shift, scale = context.steering(self.adaLN_modulation).chunk(2, dim=-1)
             x = modulate(x, shift, scale)
         return self.linear(x)
 
@@ -110,9 +112,9 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(config.width, config.time_divisor)
         self.y_embedder = LabelEmbedder(config.classes, config.width, config.null_class) if config.classes else None
         # Frozen, yet a parameter: official checkpoints hold it and the paper's counts include it.
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, config.grid[0] * config.grid[1], config.width), requires_grad=False
-        )
+        table = torch.zeros(1, config.grid[0] * config.grid[1], config.width)
+        self.pos_embed = nn.Parameter(table, requires_grad=False) if config.block.absolute_positions else None
+        self.shared = config.block.shared(block)
         blocks = [config.block.build(block) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.appends_tokens = blocks[0].appends_tokens
@@ -125,8 +127,10 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.width))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.pos_embed is not None:
+            self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.width))
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the matrix it is
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
@@ -134,16 +138,23 @@ class DiT(nn.Module):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for linear in self.t_embedder.linears:
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero modulation makes a fresh adaLN-Zero block the identity; a zero readout makes a fresh network draw zero.
+        # Zero modulation makes a fresh block with gates the identity; a zero readout makes a fresh network draw zero.
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
+            elif isinstance(module, Offsets):
+                nn.init.zeros_(module.table)
+            elif isinstance(module, ModernAttention):  # a sharpness of 1; half of the values from the first
+                if module.sharpness is not None:
+                    nn.init.ones_(module.sharpness)
+                if module.value_mix is not None:
+                    nn.init.constant_(module.value_mix, 0.5)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] in the units the network was trained in (0 .. 999 for the paper's) -> [B, O, H, W]
 
-        H and W may differ from the configured size: positions are recomputed for any grid the patch divides.
+        H and W may differ from the configured size: positions are made for any grid the patch divides.
         Raises ValueError if the patch does not divide the size, or labels are missing.
         """
         tokens, context = self.embed(x, t, condition)
@@ -153,8 +164,28 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
         """The picture as tokens [B, L, D] (L + M where the condition is appended) and what the blocks are told."""
+        return self.enter(x, self.tell(t, condition, self.grid(x)))
+
+    def grid(self, x: Tensor) -> tuple[int, int]:
+        """The token grid (h, w) of x [B, C, H, W]."""
         self.config.check_patch((x.shape[-2], x.shape[-1]))
-        grid = (x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch)
+        return x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
+
+    def enter(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        """As `embed`, where the time and the condition are told already."""
+        # As precise as the picture: under autocast the residuals are summed here.
+        tokens = self.x_embedder(x).to(x.dtype)
+        if self.pos_embed is not None:
+            tokens = tokens + self._positions(context.grid, self.pos_embed)
+        if self.shared is not None:
+            context = self.shared(tokens, context)
+        return torch.cat((tokens, context.tokens), dim=1) if self.appends_tokens else tokens, context
+
+    def tell(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
+        """What the blocks and the readout are told of a time and a condition: all of it that no picture is needed for.
+
+        t [B], a token grid (h, w).
+        """
         time = self.t_embedder(t)[:, None]  # one condition vector a picture: G = 1
         c, told = time, [time]
         if self.y_embedder is not None:
@@ -162,19 +193,15 @@ class DiT(nn.Module):
                 raise ValueError(f"this network knows {self.config.classes} classes: give Condition(label=...)")
             label = self.y_embedder(condition.label)[:, None]
             c, told = time + label, [time, label]
-        context = Context(c=c, tokens=torch.cat(told, dim=1), grid=grid)
-        tokens = self.x_embedder(x) + self._positions(grid)
-        return torch.cat((tokens, context.tokens), dim=1) if self.appends_tokens else tokens, context
+        return Context(c=c, tokens=torch.cat(told, dim=1), grid=grid)
 
     def readout(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, L (+ M), D] -> [B, O, H, W]"""
-        drawn = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context.c)
+        drawn = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
         return unpatchify(drawn, self.config.patch, context.grid)
 
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        if grid == self.config.grid:
-            return self.pos_embed
-        return sincos_grid(grid, self.config.width).to(self.pos_embed)
+    def _positions(self, grid: tuple[int, int], table: Tensor) -> Tensor:
+        return table if grid == self.config.grid else sincos_grid(grid, self.config.width).to(table)
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         """Multiply-adds of one forward pass of one picture of `size` (the configured one by default).
@@ -187,6 +214,7 @@ class DiT(nn.Module):
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
+            + (0 if self.shared is None else self.shared.macs(tokens))
             + sum(block.macs(tokens, told) for block in self.blocks if isinstance(block, Block))
             + self.final_layer.macs(tokens)
         )

@@ -61,7 +61,11 @@ class FlowConfig(Settings):
         "the size of what the network sees over 4096, so that noise hides as much in any size",
     )
     floor: float = Field(
-        default=0.05, gt=0, lt=1, description="shares of data or noise below this count as this in a converted loss"
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="shares of data or noise below this count as this in a converted loss, and where x0 is read off "
+        "an epsilon: in pure noise it would be an error divided by nothing",
     )
     network_times: tuple[float, float] = Field(
         default=(0.0, 1000.0), description="what the network is told at the data and at the noise; SiT's: 1, 0"
@@ -118,7 +122,7 @@ class Flow:
     def time_at(self, ratio: Tensor) -> Tensor:
         """The time at which sigma / alpha is ratio, float64 [B]."""
         ratio = ratio.double()
-        return ratio / (1 + ratio) if self.config.path == "linear" else torch.atan(ratio) * 2 / math.pi
+        return 1 / (1 + 1 / ratio) if self.config.path == "linear" else torch.atan(ratio) * 2 / math.pi
 
     # Noise
 
@@ -151,7 +155,7 @@ class Flow:
         if self.config.prediction == "x0":  # at the data no noise is left to tell: any eps is as good
             return Prediction(raw, (x - expand(alpha, x) * raw) / expand(sigma.clamp(min=NEAREST), x))
         if self.config.prediction == "epsilon":
-            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=NEAREST), x), raw)
+            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.floor), x), raw)
         # v = alpha' x0 + sigma' eps and x = alpha x0 + sigma eps, solved for x0 and eps
         alpha_rate, sigma_rate = self.rates(t)
         turn = alpha * sigma_rate - alpha_rate * sigma

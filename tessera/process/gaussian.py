@@ -85,6 +85,8 @@ class GaussianConfig(Settings):
     def _fits(self) -> "GaussianConfig":
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v or x0: of pure noise, epsilon tells nothing of x0")
+        if self.zero_terminal_snr and self.steps == 1:
+            raise ValueError("zero_terminal_snr needs 2 steps or more: the first stays, the last is all noise")
         return self
 
     def build(self) -> "Gaussian":

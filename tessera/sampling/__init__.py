@@ -2,16 +2,30 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from tessera.sampling.ancestral import Ancestral
+from tessera.sampling.caching import AnyCaching, FirstBlock, NoCaching
 from tessera.sampling.ddim import DDIM
+from tessera.sampling.dpm import DPMSolver, StochasticDPMSolver
+from tessera.sampling.euler import Euler
+from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
+from tessera.sampling.heun import Heun
+from tessera.sampling.sde import SDE
 from tessera.sampling.times import SPACINGS, AnySpacing, Even
+from tessera.sampling.unipc import UniPC
 from tessera.sampling.walk import State, walk
 from tessera.settings import Settings, by_kind
 
-SAMPLERS = {"ancestral": Ancestral, "ddim": DDIM}
-AnySampler = Annotated[Ancestral | DDIM, BeforeValidator(by_kind), Field(discriminator="kind")]
+SAMPLERS = {
+    "ancestral": Ancestral, "ddim": DDIM, "euler": Euler, "heun": Heun, "dpm++": DPMSolver,
+    "dpm++-sde": StochasticDPMSolver, "unipc": UniPC, "sde": SDE,
+}  # fmt: skip
+AnySampler = Annotated[
+    Ancestral | DDIM | Euler | Heun | DPMSolver | StochasticDPMSolver | UniPC | SDE,
+    BeforeValidator(by_kind),
+    Field(discriminator="kind"),
+]
 
 
 class SamplingConfig(Settings):
@@ -24,6 +38,41 @@ class SamplingConfig(Settings):
     guidance_channels: PositiveInt | Literal["all"] = Field(
         default="all", description="3 repeats the official code's rule"
     )
+    guidance_interval: tuple[float, float] | None = Field(
+        default=None, description="the lowest and the highest time (0 data, 1 noise) that is guided; null: all are"
+    )
+    guidance_schedule: AnyGuidanceSchedule = Field(
+        default=ConstantGuidance(), description="how the guidance changes over time"
+    )
+    guidance_rescale: float = Field(
+        default=0.0, ge=0, le=1, description="how far a guided output gets the unguided one's standard deviation"
+    )
+    caching: AnyCaching = Field(default=NoCaching(), description="what is reused from one step to the next")
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise ValueError("expected two times, the lower one first, from 0 (data) to 1 (noise), such as [0.2, 0.8]")
+        return interval
 
 
-__all__ = ["DDIM", "SAMPLERS", "SPACINGS", "Ancestral", "AnySampler", "AnySpacing", "SamplingConfig", "State", "walk"]
+__all__ = [
+    "DDIM",
+    "SAMPLERS",
+    "SDE",
+    "SPACINGS",
+    "Ancestral",
+    "AnySampler",
+    "AnySpacing",
+    "DPMSolver",
+    "Euler",
+    "FirstBlock",
+    "Heun",
+    "NoCaching",
+    "SamplingConfig",
+    "State",
+    "StochasticDPMSolver",
+    "UniPC",
+    "walk",
+]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tessera.process.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
+from tessera.sampling.euler import placed
 from tessera.sampling.solver import Solver
 
 
@@ -21,9 +22,10 @@ class DDIM(Solver):
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]."""
         process, predicted = denoise.process, denoise(x, t)
-        alpha_t, sigma_t, alpha_s, sigma_s = process.alpha(t), process.sigma(t), process.alpha(s), process.sigma(s)
+        if not self.eta:
+            return placed(process, predicted, s), memory
         # Equation 16: the standard deviation of the ancestral step, times eta; in a form for any alpha and sigma.
-        spread = self.eta * sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).sqrt()
-        direction = (sigma_s**2 - spread**2).clamp(min=0).sqrt()
-        x = expand(alpha_s, x) * predicted.x0 + expand(direction, x) * predicted.eps
-        return (x + expand(spread, x) * noise() if self.eta else x), memory
+        sigma = process.sigma(s)
+        kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
+        spread = self.eta * sigma * (1 - kept**2).clamp(min=0).sqrt()
+        return placed(process, predicted, s, spread) + expand(spread, x) * noise(), memory

@@ -1,12 +1,14 @@
 """Which times a drawing visits: a grid is `grid(count, process)`, falling times [count + 1] that end at 0, float64.
 
-A process trained in discrete steps has that many times; one trained in continuous time has any.
+A process trained in discrete steps has that many times; one trained in continuous time has any. Grids that are curves
+may fall between the trained steps, where a network of discrete steps still knows its way, but never beyond the first
+and the last of them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat
+from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from tessera.errors import TesseraError
@@ -65,7 +67,7 @@ class Quadratic(Settings):
     kind: Literal["quadratic"] = "quadratic"
 
     def __call__(self, count: int, process: Process) -> Tensor:
-        return torch.linspace(1, 0, count + 1, dtype=torch.float64) ** 2
+        return within(torch.linspace(1, 0, count + 1, dtype=torch.float64) ** 2, process)
 
 
 class Shifted(Settings):
@@ -75,55 +77,99 @@ class Shifted(Settings):
     shift: PositiveFloat = 3.0
 
     def __call__(self, count: int, process: Process) -> Tensor:
-        return shifted(torch.linspace(1, 0, count + 1, dtype=torch.float64), self.shift)
+        return within(shifted(torch.linspace(1, 0, count + 1, dtype=torch.float64), self.shift), process)
 
 
-class Karras(Settings):
-    """Noise-to-data ratios whose rho-th roots are even (Karras et al. 2022, equation 5).
+class _ByRatio(Settings):
+    """A grid of noise-to-data ratios sigma / alpha.
 
-    smallest and largest: the ratios sigma / alpha of the last time before 0 and of the first. A process of discrete
-    steps stays within those it was trained at; the first time is always that at which drawing begins in noise.
+    smallest and largest: the last before the data and the first. A process of discrete steps stays within those it was
+    trained at. Whatever the largest, the first time is 1: drawing begins in noise.
     """
 
-    kind: Literal["karras"] = "karras"
-    rho: PositiveFloat = 7.0
     smallest: PositiveFloat = 0.002
     largest: PositiveFloat = 80.0
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.smallest >= self.largest:
+            raise ValueError(f"smallest is {self.smallest:g} and largest {self.largest:g}: it must be below it")
+        return self
+
+    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+        """The ratios at shares of the way from the first to the last."""
+        raise NotImplementedError
+
     def __call__(self, count: int, process: Process) -> Tensor:
-        first, last = self.largest ** (1 / self.rho), self.smallest ** (1 / self.rho)
+        first, last = torch.tensor([self.largest, self.smallest], dtype=torch.float64)
         if process.steps is not None:
-            ends = torch.tensor([1.0, 1 / process.steps], dtype=torch.float64)
+            ends = torch.tensor([1, 1 / process.steps], dtype=torch.float64)
             ratio = process.sigma(ends) / process.alpha(ends)
-            first = min(first, float(ratio[0]) ** (1 / self.rho))
-            last = max(last, float(ratio[1]) ** (1 / self.rho))
-        roots = torch.linspace(first, last, count, dtype=torch.float64)
-        times = torch.cat((process.time_at(roots**self.rho), torch.zeros(1, dtype=torch.float64)))
+            first, last = first.clamp(max=ratio[0]), last.clamp(min=ratio[1])
+        ratios = self.between(first, last, torch.linspace(0, 1, count, dtype=torch.float64))
+        times = torch.cat((process.time_at(ratios), torch.zeros(1, dtype=torch.float64)))
         times[0] = 1
         return times
 
 
+class Karras(_ByRatio):
+    """Noise-to-data ratios whose rho-th roots are even (Karras et al. 2022, equation 5)."""
+
+    kind: Literal["karras"] = "karras"
+    rho: PositiveFloat = 7.0
+
+    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+        return torch.lerp(first ** (1 / self.rho), last ** (1 / self.rho), share) ** self.rho
+
+
+class LogSNR(_ByRatio):
+    """Even in the logarithm of the signal-to-noise ratio (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+
+    kind: Literal["logsnr"] = "logsnr"
+
+    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
+        return torch.lerp(first.log(), last.log(), share).exp()
+
+
 AnySpacing = Annotated[
-    Even | Leading | Trailing | Quadratic | Shifted | Karras, BeforeValidator(by_kind), Field(discriminator="kind")
+    Even | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR,
+    BeforeValidator(by_kind),
+    Field(discriminator="kind"),
 ]
 SPACINGS = {
     "even": Even, "leading": Leading, "trailing": Trailing,
-    "quadratic": Quadratic, "shifted": Shifted, "karras": Karras,
+    "quadratic": Quadratic, "shifted": Shifted, "karras": Karras, "logsnr": LogSNR,
 }  # fmt: skip
 
 
 def of_steps(steps: list[int], process: Process) -> Tensor:
     """Trained steps in any order -> falling times with 0 at the end."""
     assert process.steps is not None
-    return torch.tensor([(step + 1) / process.steps for step in sorted(steps, reverse=True)] + [0.0]).double()
+    falling = [(step + 1) / process.steps for step in sorted(steps, reverse=True)]
+    return torch.tensor([*falling, 0.0], dtype=torch.float64)
+
+
+def within(curve: Tensor, process: Process) -> Tensor:
+    """A curve that falls from 1 to 0; for a process of discrete steps, its inner part ends at the first of them."""
+    if process.steps is None:
+        return curve
+    first = 1 / process.steps
+    return torch.where(curve > 0, first + (1 - first) * curve, 0)
 
 
 def times(spacing: AnySpacing, count: int, process: Process) -> Tensor:
-    """Falling times [count + 1] of a grid, float64. Raises TesseraError if the process has not so many."""
+    """Falling times [count + 1] of a grid, float64: no two alike in their noise.
+
+    Raises TesseraError if the process has not so many, or the grid cannot tell them apart.
+    """
     if process.steps is not None and not 1 <= count <= process.steps:
         raise TesseraError(
             f"steps is {count}; this model was trained with {process.steps}, so give 1 to {process.steps}"
         )
     if count < 1:
         raise TesseraError(f"steps is {count}; give 1 or more")
-    return spacing(count, process)
+    found = spacing(count, process)
+    noise = process.sigma(found) - process.alpha(found)  # rises with the time on every path
+    if not ((found.diff() < 0) & (noise.diff() < 0)).all():
+        raise TesseraError(f"{spacing.kind} times run together at {count} steps; use fewer steps, or the times even")
+    return found

@@ -5,6 +5,7 @@ training beside it.
     RUN/log.jsonl
     RUN/codec/                          the autoencoder, if it came from a local folder
     RUN/checkpoints/step-000001000/     config.json, model.safetensors, README.md: the bundle
+                                        ema/: averages of other lengths
                                         training.safetensors: weights, optimizer; training.json: the place
 """
 
@@ -14,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.files import whole_folder
 from tessera.models.dit import DiT
+from tessera.training.ema import Average
 
 STATE, PLACE = "training.safetensors", "training.json"
 
@@ -44,11 +47,19 @@ def place_of(checkpoint: Path) -> Place:
         raise TesseraError(f"{checkpoint} is no training checkpoint: {PLACE} is missing or damaged") from None
 
 
-def save(run: Path, place: Place, model: bundle.Model, network: DiT, optimizer: torch.optim.Optimizer) -> Path:
-    """Write a checkpoint, whole or not at all; model holds the EMA. A TesseraError leaves the others as they were."""
+def save(
+    run: Path, place: Place, model: bundle.Model, network: DiT, average: Average, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write a checkpoint, whole or not at all; model holds the average that draws, as in `average`.
+
+    A TesseraError leaves the others as they were.
+    """
     target = path_of(run, place.step)
     with whole_folder(target) as partial:
         bundle.write(model, partial, codec_at=f"../../{bundle.CODEC}")
+        for decay, mean in average.others.items():
+            (partial / bundle.AVERAGES).mkdir(exist_ok=True)
+            bundle.write_tensors(mean.state_dict(), partial / bundle.AVERAGES / f"{decay}.safetensors")
         tensors = {f"weights/{name}": tensor for name, tensor in network.state_dict().items()}
         for name, parameter in network.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -58,27 +69,62 @@ def save(run: Path, place: Place, model: bundle.Model, network: DiT, optimizer: 
     return target
 
 
-def restore(checkpoint: Path, network: DiT, average: DiT, optimizer: torch.optim.Optimizer) -> Place:
-    """Put weights, EMA and optimizer back as they were; returns the place. TesseraError if one is missing."""
-    weights = bundle.read_tensors(checkpoint / STATE, "weights/")
-    mean = bundle.read_tensors(checkpoint / bundle.WEIGHTS)
-    bundle.fit(network, weights, str(checkpoint / STATE))
-    bundle.fit(average, mean, str(checkpoint / bundle.WEIGHTS))
-    network.load_state_dict(weights)
-    average.load_state_dict(mean)
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    kept = {key: bundle.read_tensors(checkpoint / STATE, f"optimizer/{key}/") for key in keys}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            try:
-                state = {key: kept[key][name] for key in keys}
-            except KeyError:
-                raise TesseraError(f"{checkpoint / STATE} lacks the optimizer's state of {name}") from None
-            moments = {key: value.to(parameter.device) for key, value in state.items()}
-            if not optimizer.defaults["fused"]:
-                moments["step"] = state["step"]  # counts on the CPU
-            optimizer.state[parameter] = moments
+def restore(checkpoint: Path, network: DiT, average: Average, optimizer: torch.optim.Optimizer) -> Place:
+    """Put weights, averages and optimizer back as they were; returns the place. TesseraError if something is missing.
+
+    What the checkpoint never had begins here: an average it did not keep starts from the weights as they are, and
+    another kind of optimizer without a memory of the parameters that it did not train (`begun_anew` names both).
+    """
+    _fill(network, checkpoint / STATE, "weights/")
+    for mean, path in _averages_of(checkpoint, average).values():
+        if path is None:
+            mean.load_state_dict(network.state_dict())
+        else:
+            _fill(mean, path)
+    held: dict[str, dict[str, Tensor]] = {}
+    for place, value in bundle.read_tensors(checkpoint / STATE, "optimizer/").items():
+        key, _, name = place.partition("/")
+        held.setdefault(name, {})[key] = value
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state, keys = held.get(names[parameter], {}), group["keys"]
+            if state and not state.keys() & set(keys):
+                continue  # of another kind of optimizer
+            if not state.keys() >= set(keys):
+                raise TesseraError(f"{checkpoint / STATE} lacks the optimizer's state of {names[parameter]}")
+            optimizer.state[parameter] = {key: state[key].to(parameter.device) for key in keys}
+            if "step" in keys and not group["fused"]:
+                optimizer.state[parameter]["step"] = state["step"]  # counts on the CPU
     return place_of(checkpoint)
+
+
+def begun_anew(checkpoint: Path, network: DiT, average: Average, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What a restored run has that its checkpoint could not tell, for people."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    anew = [parameter for parameter in trained if parameter not in optimizer.state]
+    told = [f"the optimizer's state of {len(anew)} of {len(trained)} tensors"] if anew else []
+    averages = _averages_of(checkpoint, average)
+    return told + [f"the average of decay {decay}" for decay, (_, path) in averages.items() if path is None]
+
+
+def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[DiT, Path | None]]:
+    """Each average with the file that holds it, or None if the checkpoint never kept it.
+
+    The first goes on from the one that drew before, if its own decay is new.
+    """
+    config = bundle.load_config(checkpoint)
+    kept = bundle.averages(checkpoint, config)
+    for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("also", ()):
+        kept.setdefault(decay, checkpoint / bundle.AVERAGES / f"{decay}.safetensors")  # missing: an error that names it
+    first = {average.config.decay: kept.get(average.config.decay, checkpoint / bundle.WEIGHTS)}
+    return {decay: (mean, (kept | first).get(decay)) for decay, mean in average.networks.items()}
+
+
+def _fill(network: DiT, path: Path, prefix: str = "") -> None:
+    tensors = bundle.read_tensors(path, prefix)
+    bundle.fit(network, tensors, str(path))
+    network.load_state_dict(tensors)
 
 
 def prune(run: Path, keep: int, best: int | None = None) -> None:

@@ -67,7 +67,8 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
             batches.close()
         seconds = sorted(times[1:])[len(times[1:]) // 2]
         loop.save(run, Place(1, config.batch))
-        size = sum(file.stat().st_size for file in checkpoint.path_of(Path(scratch), 1).iterdir())
+        saved = checkpoint.path_of(Path(scratch), 1).rglob("*")
+        size = sum(file.stat().st_size for file in saved if file.is_file())
         free = shutil.disk_usage(_existing(Path(recipe.output))).free
         needed = size * (config.keep_checkpoints + 1)
         if needed > free:

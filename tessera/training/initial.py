@@ -57,6 +57,11 @@ def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: 
             f"cannot start from {name}: it has {source.config.network.heads} heads, "
             f"network.heads is {network.config.heads}"
         )
+    if source.config.network.block != network.config.block:
+        raise TesseraError(
+            f"cannot start from {name}: its blocks are {source.config.network.block.words()}, network.block is "
+            f"{network.config.block.words()}: leave block: out of the recipe to take it from there"
+        )
     for key, target in fresh.items():
         if key == POSITIONS:
             same = old[key].shape == target.shape and source.config.network.grid == network.config.grid

@@ -25,9 +25,10 @@ from tessera.training import checkpoint, initial, scores
 from tessera.training.checkpoint import Place
 from tessera.training.ema import Average
 from tessera.training.journal import Journal
+from tessera.training.optimizers import learning_rate, set_learning_rate
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
 from tessera.training.scores import Scorer
-from tessera.training.step import Task, learning_rate, optimizer_for, train_step
+from tessera.training.step import Task, train_step
 
 RECIPE, SKIPPED, INIT, SAMPLES = "recipe.yaml", "skipped.txt", "init.txt", "samples"
 COLUMNS = 16  # of a grid of samples, at most
@@ -95,7 +96,7 @@ def set_up(recipe: Recipe, found: Path | None = None) -> Run:
         network=network,
         forward=torch.compile(network) if config.compile else network,
         average=average,
-        optimizer=optimizer_for(network, config.optimizer),
+        optimizer=config.optimizer.build(network),
         loader=Loader(source, config.batch, config.seed, config.workers),
         task=Task(
             process=model.process,
@@ -121,7 +122,7 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     place = Place(step=0, position=0)
     if found is not None:
         check_agreement(run, found)
-        place = checkpoint.restore(found, run.network, run.average.network, run.optimizer)
+        place = checkpoint.restore(found, run.network, run.average, run.optimizer)
     with alone(folder):
         _prepare_folder(run)
         if run.scorer is not None:
@@ -141,6 +142,8 @@ def _begin(run: Run, found: Path | None, place: Place, journal: Journal) -> None
         journal.say(f"going on from step {place.step} ({found})")
         for change in _changed(run, found):
             journal.say(f"changed since: {change}")
+        for what in checkpoint.begun_anew(found, run.network, run.average, run.optimizer):
+            journal.say(f"begins anew: {what}")
     if run.inherited:
         write_whole(run.folder / INIT, run.inherited + "\n")
         journal.say(f"started from {run.recipe.training.init}: see {run.folder / INIT} for what was kept")
@@ -174,8 +177,7 @@ def _loop(run: Run, place: Place, journal: Journal) -> None:
                 clock_start = time.monotonic()
             while step < config.steps:
                 batch = next(batches)
-                for group in run.optimizer.param_groups:
-                    group["lr"] = learning_rate(config.optimizer, step, config.steps)
+                set_learning_rate(run.optimizer, learning_rate(config.optimizer, step, config.steps))
                 told = train_step(
                     network, run.optimizer, batch, run.task, config.optimizer, config.micro_batch or config.batch
                 )
@@ -236,11 +238,11 @@ def save(run: Run, place: Place) -> None:
         "images seen": place.position,
         "batch": config.training.batch,
         "learning rate": config.training.optimizer.learning_rate,
-        "EMA decay": config.training.ema.decay,
+        bundle.DECAY: config.training.ema.decay,
         "started from": config.training.init or "fresh weights",
     }
     model = bundle.Model(run.model.config.model_copy(update={"origin": origin}), run.model.network)
-    checkpoint.save(run.folder, place, model, run.network, run.optimizer)
+    checkpoint.save(run.folder, place, model, run.network, run.average, run.optimizer)
     _prune(run)
 
 

@@ -1,9 +1,9 @@
 """What a run is: one YAML file that validates into these types."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from tessera.codecs import AnyCodec, PixelsConfig
 from tessera.data import AnyData
@@ -14,33 +14,33 @@ from tessera.process import AnyProcess, FlowConfig, GaussianConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.times import times
-from tessera.settings import Settings, by_kind, override, parse, read_yaml
+from tessera.settings import Settings, override, parse, read_yaml
+from tessera.training.optimizers import Adam, AnyOptimizer, Share
 from tessera.training.scores import EvaluationConfig
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Adam(Settings):
-    """AdamW (Loshchilov & Hutter 2019). The defaults are those of the DiT paper."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: PositiveFloat = 1e-4
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup: NonNegativeInt = Field(default=0, description="steps in which the learning rate rises from 0")
-    decay: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="how it falls over the whole run"
-    )
-    clip: PositiveFloat | None = Field(default=None, description="largest norm of the gradient")
 
 
 class EMA(Settings):
-    """The moving average of the weights, which is what a model draws with."""
+    """Moving averages of the weights: the first is what a model draws with, others may be kept beside it.
 
-    decay: float = Field(default=0.9999, ge=0, lt=1)
+    Which length is best is known at the end of a run, not before (Karras et al. 2024, section 3): `--ema` chooses one.
+    """
+
+    decay: Share = 0.9999
+    also: tuple[Share, ...] = Field(default=(), description="decays of the averages kept beside the first")
     warmup: bool = Field(
-        default=False, description="a shorter average at first: (1 + step) / (10 + step) where that is less"
+        default=False, description="shorter averages at first: (1 + step) / (10 + step) where that is less"
     )
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """Of all averages, the first being the one that draws."""
+        return self.decay, *self.also
+
+    @model_validator(mode="after")
+    def _differ(self) -> "EMA":
+        if len(set(self.decays)) < len(self.decays):
+            raise ValueError(f"each average needs a decay of its own, got {', '.join(map(str, self.decays))}")
+        return self
 
 
 class TrainingConfig(Settings):
@@ -51,7 +51,7 @@ class TrainingConfig(Settings):
     micro_batch: PositiveInt | None = Field(
         default=None, description="samples on the device at once; null: the whole batch"
     )
-    optimizer: Annotated[Adam, BeforeValidator(by_kind)] = Adam()
+    optimizer: AnyOptimizer = Adam()
     ema: EMA = EMA()
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
     precision: Precision = Field(default="auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
@@ -91,6 +91,10 @@ class Recipe(Settings):
 def read(path: Path, overrides: list[str]) -> Recipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
     data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
+    # The kinds that go without saying, so that process.kind=flow or training.optimizer.kind=muon replaces them.
+    for place, name, usual in ((data, "process", "gaussian"), (data.get("training"), "optimizer", "adamw")):
+        if isinstance(place, dict) and isinstance(place.get(name), dict):
+            place[name] = {"kind": usual, **place[name]}
     return parse(Recipe, override(data, overrides), f"recipe {path}")
 
 

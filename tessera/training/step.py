@@ -18,7 +18,7 @@ from tessera.data import Batch
 from tessera.process import Process
 from tessera.process.prediction import Losses
 from tessera.sampling.denoiser import Network
-from tessera.training.recipe import Adam
+from tessera.training.optimizers import Optimizer
 
 # Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
 TIME, NOISE, DROP, FLIP, POSTERIOR = 1, 2, 3, 4, 5
@@ -66,30 +66,8 @@ def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor,
     return task.process.loss(raw.float(), x0, noise, t)
 
 
-def optimizer_for(network: nn.Module, config: Adam) -> torch.optim.AdamW:
-    """AdamW over what is trained, fused into one kernel where the device has it (it also does on the CPU)."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    fused = trained[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=fused
-    )
-
-
-def learning_rate(config: Adam, step: int, steps: int) -> float:
-    """The rate of a step (0 for the first) of a run of `steps`."""
-    rate = config.learning_rate
-    if step < config.warmup:
-        return rate * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(steps - config.warmup, 1)
-    if config.decay == "linear":
-        rate *= 1 - done
-    elif config.decay == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * done))
-    return rate
-
-
 def train_step(
-    network: Network, optimizer: torch.optim.Optimizer, batch: Batch, task: Task, config: Adam, micro: int
+    network: Network, optimizer: torch.optim.Optimizer, batch: Batch, task: Task, config: Optimizer, micro: int
 ) -> dict[str, Tensor]:
     """Gradients of the mean loss over a batch, `micro` samples at a time, and one update.
 

@@ -434,3 +434,21 @@ def test_intervals_hold_what_they_say_in_many_repeats(apart, kind, width):
     fd, infinite, _ = _coverage(apart, kind, 1000, count=20 * width, width=width)
     assert fd >= 0.92  # 160 samples with heavy tails: 92.9 %
     assert infinite >= 0.92
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.95])
+def test_pulls_tell_the_error_of_a_score_and_of_a_paired_difference(alike):
+    """Two models that draw from the same noise: how much their difference varies, against what pulls say of it."""
+    numbers = np.random.default_rng(1)
+    reference = Moments(10_000, np.zeros(4), np.eye(4))
+    differences, told = [], []
+    for _ in range(400):
+        shared, own, others = numbers.normal(size=(3, 200, 4))
+        drawn = [0.3 + 1.2 * (alike * shared + (1 - alike**2) ** 0.5 * noise) for noise in (own, others)]
+        moments = [Moments.of(rows) for rows in drawn]
+        pulls = [distances.frechet_pulls(rows, its, reference) for rows, its in zip(drawn, moments)]
+        found = [distances.frechet(rows, its, reference) for rows, its in zip(drawn, moments)]
+        assert 1.96 * pulls[0].std(ddof=1) / 200**0.5 == pytest.approx(found[0].high - found[0].value, rel=1e-4)
+        differences.append(found[0].value - found[1].value)
+        told.append((pulls[0] - pulls[1]).std(ddof=1) / 200**0.5)
+    assert np.mean(told) == pytest.approx(np.std(differences), rel=0.15)

@@ -157,8 +157,10 @@ def test_weights_are_bit_identical_through_every_format(make_theirs, tmp_path):
         assert same_weights(passed, model)
 
 
-def test_an_export_comes_back_whole(make_theirs, tmp_path):
-    model = make_theirs({"classes": 4}, {"schedule": "cosine", "prediction": "v", "steps": 100})
+@pytest.mark.parametrize("zero", [False, True])
+def test_an_export_comes_back_whole(make_theirs, tmp_path, zero):
+    process = {"schedule": "cosine", "prediction": "v", "steps": 100, "zero_terminal_snr": zero}
+    model = make_theirs({"classes": 4}, process)
     interop.write(model, tmp_path / "pipe")
     read = interop.read(tmp_path / "pipe")
     assert same_weights(read, model)
@@ -196,6 +198,7 @@ def drawn(model, latents, label, guidance, steps):
         (3, 1.0, {}),
         (1000, 4.0, {}),
         (1000, 1.5, {"schedule": "cosine", "prediction": "v"}),
+        (1000, 1.5, {"prediction": "v", "zero_terminal_snr": True}),
         (3, 1.0, {"prediction": "x0", "steps": 100}),
     ],
 )
@@ -233,6 +236,9 @@ def test_their_pipeline_draws_our_picture(make_theirs, tmp_path, classes, guidan
         {"schedule": "cosine"},
         {"schedule": {"kind": "cosine", "offset": 0.02}},  # which has no name there: written number by number
         {"steps": 10},  # whose last betas are cut off
+        {"prediction": "v", "zero_terminal_snr": True},
+        {"prediction": "x0", "zero_terminal_snr": True, "schedule": "cosine", "steps": 100},
+        {"prediction": "v", "zero_terminal_snr": True, "steps": 10},
     ],
 )
 def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
@@ -240,7 +246,11 @@ def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
     interop.write(model, tmp_path / "pipe")
     theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "pipe", subfolder="scheduler")
     assert len(theirs.alphas_cumprod) == model.config.process.steps
-    assert torch.allclose(theirs.alphas_cumprod.double(), model.process.alpha_bar[1:], rtol=2e-4, atol=1e-9)
+    zero = model.config.process.zero_terminal_snr  # taken from one another there, in float32
+    assert torch.allclose(
+        theirs.alphas_cumprod.double(), model.process.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
+    )
+    assert bool(theirs.alphas_cumprod[-1] == 0) == zero
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
@@ -253,6 +263,8 @@ def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
         {"num_train_timesteps": 250, "beta_start": 4e-4, "beta_end": 0.08},
         {"trained_betas": torch.linspace(1e-4, 0.02, 1000).tolist()},
         {"trained_betas": torch.linspace(3e-4, 0.01, 1000).tolist(), "beta_schedule": "scaled_linear"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ],
 )
 def test_our_process_has_their_alphas(exported, kind, told):
@@ -260,7 +272,11 @@ def test_our_process_has_their_alphas(exported, kind, told):
     shutil.rmtree(exported / "scheduler")
     theirs.save_pretrained(exported / "scheduler")
     read = interop.read(exported)
-    assert torch.allclose(theirs.alphas_cumprod.double(), read.process.alpha_bar[1:], rtol=2e-4, atol=1e-9)
+    zero = told.get("rescale_betas_zero_snr", False)
+    assert torch.allclose(
+        theirs.alphas_cumprod.double(), read.process.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
+    )
+    assert read.config.process.zero_terminal_snr == zero
     assert read.config.process.prediction == interop.PREDICTIONS[told.get("prediction_type", "epsilon")]
     assert read.config.process.variance == "learned"
     assert read.config.sampling.sampler.kind == ("ancestral" if kind == "DDPMScheduler" else "ddim")
@@ -288,7 +304,8 @@ def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):
     [
         ({"beta_schedule": "scaled_linear"}, "scaled_linear"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True}, "zero_terminal_snr needs prediction v or x0"),
+        ({"rescale_betas_zero_snr": "often"}, "rescale_betas_zero_snr"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": ..., "trained_betas": ...}, "FlowMatch"),
         ({"trained_betas": [0.1] * 999 + [0.3]}, "neither linear nor the cosine"),
         ({"trained_betas": [0.1] * 3}, "3 betas"),
@@ -431,6 +448,8 @@ def test_an_autoencoder_of_other_channels_is_refused(exported):
     ("network", "named"),
     [
         ({"block": "adaln"}, "its blocks are adaln"),
+        ({"block": "adaln-single"}, "its blocks are adaln-single"),
+        ({"block": "modern"}, "its blocks are modern"),
         ({"size": (8, 16)}, "8 x 16"),
         ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
         ({"classes": 0}, "unconditional"),

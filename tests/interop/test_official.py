@@ -286,6 +286,17 @@ def test_the_file_is_a_bare_state_dict_of_plain_tensors(make_model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.parametrize("block", ["adaln-single", "modern"])
+@pytest.mark.parametrize("approximate", [False, True])
+def test_later_blocks_are_refused(make_model, tmp_path, block, approximate):
+    model = make_model({"block": block}, PAPER)
+    with pytest.raises(TesseraError, match=f"knows no {block} blocks.*convert to a bundle"):
+        official.write(model, tmp_path / "a.pt", approximate)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TesseraError):  # nor is it taken for another, if its weights are saved by hand
+        official.read(saved(state(model), tmp_path / "a.pt"), heads=2)
+
+
 def test_nothing_is_overwritten(make_model, tmp_path):
     (tmp_path / "a.pt").write_text("mine")
     with pytest.raises(TesseraError, match="exists already"):
@@ -344,3 +355,11 @@ def test_a_state_dict_in_safetensors_is_read_like_the_pt_file(make_model, tmp_pa
     read = official.read(tmp_path / "a.safetensors")
     assert read.config.network == official.read(saved(state(model), tmp_path / "a.pt")).config.network
     assert same_weights(read, model)
+
+
+@pytest.mark.parametrize("block", ["adaln-single", "modern"])
+@pytest.mark.parametrize("approximate", [False, True])
+def test_later_designs_are_refused(make_model, tmp_path, block, approximate):
+    with pytest.raises(TesseraError, match=f"knows no {block} blocks.*convert to a bundle"):
+        official.write(make_model(network={"block": block}), tmp_path / "model.pt", approximate)
+    assert not (tmp_path / "model.pt").exists()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.layers.attention import Attention, CrossAttention
+from tessera.layers.attention import Attention, CrossAttention, ModernAttention
+from tessera.layers.positions import rotary_grid, rotate
 
 
 def explicit(q, k, v, heads):
@@ -42,3 +43,59 @@ def test_cross_attention_is_the_formula(told, randomise):
     k, v = np.split(affine(attention.kv_linear, tokens.numpy()), 2, axis=-1)
     expected = affine(attention.proj, explicit(affine(attention.q_linear, x.numpy()), k, v, 3))
     np.testing.assert_allclose(attention(x, tokens).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def heads_of(x, heads=3):
+    """x [B, L, D] -> [B, L, K, H]"""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("value_residual", [False, True])
+def test_modern_attention_is_the_formula(qk_norm, rotary, value_residual, randomise):
+    """Norm by torch.nn.RMSNorm, sharpness, rotation, a share of the first values: in this order, each by itself."""
+    attention = randomise(ModernAttention(24, 3, True, qk_norm, value_residual).double())
+    x, values = torch.randn(2, 2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    q, k, v = (torch.tensor(part) for part in np.split(affine(attention.qkv, x.numpy()), 3, axis=-1))
+    with torch.no_grad():
+        if qk_norm:
+            norm = torch.nn.RMSNorm(8, eps=1e-6, elementwise_affine=False)
+            q = (norm(heads_of(q)) * attention.sharpness[:, None]).flatten(2)
+            k = norm(heads_of(k)).flatten(2)
+        if rotary:
+            table = rotary_grid((2, 3), 8)
+            q, k = (rotate(heads_of(part), table).flatten(2) for part in (q, k))
+        if value_residual:
+            v = (1 - attention.value_mix) * v + attention.value_mix * values
+        got = attention(x, rotary_grid((2, 3), 8) if rotary else None, values)
+    expected = affine(attention.proj, explicit(q.numpy(), k.numpy(), v.numpy(), 3))
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_normalised_logits_do_not_grow_with_the_weights(randomise):
+    attention = randomise(ModernAttention(24, 3, False, True, False))
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = attention(x)
+        attention.qkv.weight[:48] *= 1000
+        torch.testing.assert_close(attention(x), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_modern_attention_with_nothing_modern_is_attention(bias, randomise):
+    modern, plain = ModernAttention(24, 3, bias, False, False), randomise(Attention(24, 3, bias))
+    modern.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(modern(x), plain(x), rtol=1e-6, atol=1e-6)
+
+
+def test_under_autocast_it_stays_near_the_full_precision(randomise):
+    attention = randomise(ModernAttention(24, 3, False, True, True))
+    x, values = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(1))
+    table = rotary_grid((2, 3), 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = attention(x, table, values.bfloat16())
+    assert got.dtype == torch.bfloat16
+    with torch.no_grad():
+        torch.testing.assert_close(got.float(), attention(x, table, values), rtol=0.05, atol=0.05)

@@ -3,10 +3,11 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from tessera.layers.mlp import MLP
-from tessera.layers.modulation import gated, modulate
+from tessera.layers.mlp import MLP, SwiGLU
+from tessera.layers.modulation import Offsets, gated, modulate
 
 
 def test_mlp_uses_the_tanh_form_of_gelu(randomise):
@@ -33,3 +34,26 @@ def test_modulation_with_as_many_rows_as_tokens_and_channels():
                 assert abs(float(steered[b, token, d]) - expected) < 1e-5
                 expected = got + float(gate[b, 0, d]) * float(branch[b, token, d])
                 assert abs(float(added[b, token, d]) - expected) < 1e-5
+
+
+@pytest.mark.parametrize(("hidden", "inner"), [(24, 16), (768, 512), (25, 24), (4, 8)])
+def test_swiglu_is_its_formula(hidden, inner, randomise):
+    """W2 (silu(W x) * V x); two thirds of the hidden width, rounded up to a multiple of 8."""
+    mlp = randomise(SwiGLU(6, hidden).double())
+    x = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = {name: value.numpy() for name, value in mlp.state_dict().items()}
+    gate, up = np.split(x.numpy() @ weights["fc1.weight"].T + weights["fc1.bias"], 2, axis=-1)
+    assert gate.shape[-1] == inner
+    expected = (gate / (1 + np.exp(-gate)) * up) @ weights["fc2.weight"].T + weights["fc2.bias"]
+    np.testing.assert_allclose(mlp(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_offsets_are_added_to_the_vectors_all_blocks_share():
+    offsets = Offsets(4, 3)
+    with torch.no_grad():
+        offsets.table.copy_(torch.arange(12.0).view(3, 4))
+    shared = torch.randn(4, 1, 12, generator=torch.Generator().manual_seed(1))
+    shift, scale, gate = offsets(shared).chunk(3, dim=-1)
+    assert torch.equal(shift, shared[..., :4] + torch.arange(4.0))
+    assert torch.equal(scale, shared[..., 4:8] + torch.arange(4.0, 8.0))
+    assert torch.equal(gate, shared[..., 8:] + torch.arange(8.0, 12.0))

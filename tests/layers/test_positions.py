@@ -1,5 +1,6 @@
 """Fixed positions against their formula, one number at a time; any grid, width first."""
 
+import cmath
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.layers.positions import sincos_grid
+from tessera.layers.positions import rotary_grid, rotate, sincos_grid
 
 
 def formula(row: int, column: int, width: int) -> list[float]:
@@ -54,3 +55,57 @@ def test_positions_are_those_of_diffusers(grid):
 
     theirs = get_2d_sincos_pos_embed(384, grid[0], base_size=grid[0], output_type="pt")
     torch.testing.assert_close(sincos_grid(grid, 384), theirs.float(), rtol=0, atol=1e-6)
+
+
+def turned_as_complex(x, grid):
+    """x [h w, H]: each pair of channels a complex number, turned by e^(i place frequency), one at a time."""
+    half, out = x.shape[1] // 4, np.empty_like(x)
+    for token in range(len(x)):
+        row, column = divmod(token, grid[1])
+        for pair in range(2 * half):
+            place = row if pair < half else column
+            turn = cmath.exp(1j * place * 100 ** (-(pair % half) / half))
+            number = complex(*x[token, 2 * pair : 2 * pair + 2]) * turn
+            out[token, 2 * pair : 2 * pair + 2] = number.real, number.imag
+    return out
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([4, 8, 20, 32]))
+def test_rotary_is_a_product_of_complex_numbers(height, width, channels):
+    grid = (height, width)
+    x = torch.randn(height * width, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(height))
+    table = rotary_grid(grid, channels)
+    assert table.shape == (height * width, channels // 2, 2)
+    got = rotate(x[None], table)[0]
+    np.testing.assert_allclose(got.numpy(), turned_as_complex(x.numpy(), grid), rtol=0, atol=1e-5)
+    torch.testing.assert_close(got.norm(dim=1), x.norm(dim=1), rtol=1e-6, atol=1e-6)  # only turned
+
+
+def test_products_of_turned_vectors_depend_on_their_offset_alone():
+    """One query and one key at every place of a grid: the logits of two pairs with one offset agree."""
+    h, w, channels = 5, 7, 16
+    q, k = torch.randn(2, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table = rotary_grid((h, w), channels)
+    places = (rotate(vector.expand(1, h * w, channels), table)[0].view(h, w, channels) for vector in (q, k))
+    logits = torch.einsum("rch,sdh->rcsd", *places)
+    for rows in range(h - 2):
+        for columns in range(w - 3):
+            difference = logits[rows, columns, rows + 2, columns + 3] - logits[0, 0, 2, 3]
+            assert difference.abs() < 1e-5
+    assert (logits[0, 0] - logits[0, 0, 0, 0]).abs().flatten()[1:].min() > 1e-3  # rows and columns both tell
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_every_head_is_turned_alike_and_every_row_of_the_batch(heads):
+    x = torch.randn(12, 12, 2, heads, 8, generator=torch.Generator().manual_seed(0))  # B = L
+    table = rotary_grid((3, 4), 8)
+    got = rotate(x, table)
+    for which in range(2):
+        for head in range(heads):
+            torch.testing.assert_close(got[:, :, which, head], rotate(x[:, :, which, head].contiguous(), table))
+
+
+def test_compiled_the_rotation_is_the_same():
+    x, table = torch.randn(2, 12, 3, 8, generator=torch.Generator().manual_seed(0)), rotary_grid((3, 4), 8)
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), rotate(x, table))

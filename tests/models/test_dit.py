@@ -11,6 +11,7 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.settings import parse
 
 DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
+LATER = ["adaln-single", "modern"]
 
 
 def config(**settings) -> DiTConfig:
@@ -23,7 +24,7 @@ def inputs(rows=4, size=(8, 12), seed=0):
     return torch.randn(rows, 3, *size, generator=generator), torch.tensor([0.0, 17.0, 500.0, 999.0])[:rows]
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
 def test_gradients_reach_every_weight_of_every_block(design, randomise):
     network = randomise(config(block=design).build()).train()
     x, t = inputs()
@@ -35,7 +36,7 @@ def test_gradients_reach_every_weight_of_every_block(design, randomise):
         assert all(parameter.grad.norm() > 1e-6 for parameter in block.parameters())
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
 def test_label_time_and_picture_each_change_their_own_row_alone(design, randomise):
     network = randomise(config(block=design).build())
     x, t = inputs()
@@ -55,8 +56,8 @@ def test_label_time_and_picture_each_change_their_own_row_alone(design, randomis
                 assert difference[~at].max() < 1e-5
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_all_four_designs_know_the_order_of_patches(design, randomise):
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
+def test_all_designs_know_the_order_of_patches(design, randomise):
     """Without positions a transformer would only permute its output with its input."""
     network = randomise(config(block=design, patch=4).build())
     x, t = inputs(2)

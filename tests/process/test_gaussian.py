@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
+from tessera.errors import TesseraError
 from tessera.process.gaussian import Gaussian, GaussianConfig, binned_log_likelihood
 from tessera.process.prediction import Prediction
+from tessera.settings import parse
 
 KINDS = ["epsilon", "x0", "v"]
 
@@ -62,6 +65,90 @@ def test_signal_and_noise_share_one_variance(kind):
     torch.testing.assert_close(made.alpha(t) ** 2 + made.sigma(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-15)
     assert (made.alpha(t)[:1].item(), made.sigma(t)[:1].item()) == (1, 0)
     assert (made.alpha(t).diff() < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "steps"), [("linear", 1000), ("cosine", 1000), ("linear", 7), ("cosine", 4999)])
+def test_the_trained_steps_are_the_table_to_the_bit(kind, steps, dtype):
+    made = process(schedule=kind, steps=steps)
+    bar = torch.cumprod(1 - made.config.schedule.betas(steps), dim=0)
+    t = (torch.arange(1, steps + 1) / steps).to(dtype)
+    assert torch.equal(made.alpha(t), bar.sqrt())
+    assert torch.equal(made.sigma(t), (1 - bar).sqrt())
+    if steps > 7:  # beside a time that is not trained, too
+        both = torch.stack((torch.full_like(t, 0.5 + 0.4 / steps), t), dim=1)
+        assert torch.equal(torch.stack([made.alpha(pair) for pair in both[::50]])[:, 1], bar.sqrt()[::50])
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_between_the_trained_steps_alpha_bar_is_a_straight_line(kind):
+    made = process(schedule=kind, steps=50)
+    fine = torch.linspace(0, 1, 5001, dtype=torch.float64)
+    bar = made.alpha(fine) ** 2
+    assert (bar.diff() < 0).all()
+    expected = np.interp(fine.numpy(), np.arange(51) / 50, made.alpha_bar.numpy())
+    np.testing.assert_allclose(bar.numpy(), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(bar + made.sigma(fine) ** 2, torch.ones_like(fine), rtol=0, atol=1e-15)
+    assert made.network_time(torch.tensor([0.02, 0.03, 0.5, 0.525])).tolist() == pytest.approx([0, 0.5, 24, 25.25])
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_time_at_undoes_the_ratio_of_noise_to_data(kind, zero):
+    made = process(schedule=kind, steps=100, prediction="v", zero_terminal_snr=zero)
+    t = torch.linspace(0.01, 1, 991, dtype=torch.float64)  # every trained step, and nine times between
+    ratio = made.sigma(t) / made.alpha(t)
+    torch.testing.assert_close(made.time_at(ratio), t, rtol=0, atol=1e-10)
+    beyond = torch.tensor([0.0, 1e-9, 1e12, math.inf])
+    assert made.time_at(beyond).tolist() == [0.01, 0.01, 1, 1]
+
+
+# Zero terminal SNR
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_zero_terminal_snr_is_that_of_diffusers(kind, steps):
+    betas = process(schedule=kind, steps=steps).config.schedule.betas(steps)
+    expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    made = process(schedule=kind, steps=steps, prediction="v", zero_terminal_snr=True)
+    torch.testing.assert_close(made.alpha_bar[1:], expected, rtol=1e-9, atol=1e-15)
+    assert made.alpha_bar[-1] == 0
+    assert made.alpha_bar[1] == pytest.approx(float(1 - betas[0]), rel=1e-12)  # the first step stays
+
+
+@pytest.mark.parametrize("kind", ["x0", "v"])
+@pytest.mark.parametrize("variance", ["learned", "posterior", "beta"])
+def test_everything_is_finite_in_pure_noise(kind, variance):
+    made = process(prediction=kind, variance=variance, zero_terminal_snr=True, weighting="min-snr")
+    x0, noise, t = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1), torch.ones(2)
+    x = made.mix(x0, noise, t)
+    assert torch.equal(x, noise)
+    raw = made.target(x0, noise, t)
+    raw = torch.cat((raw, torch.zeros_like(raw)), dim=1) if variance == "learned" else raw
+    found = made.predict(raw, x, t)
+    torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.eps, noise, rtol=0, atol=1e-12)
+    mean, log_variance = made.reverse(x, found, t, torch.full((2,), 0.9))
+    assert torch.isfinite(mean).all()
+    assert torch.isfinite(log_variance).all()
+    assert torch.isfinite(made.loss(raw, x0, noise, t).total).all()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"zero_terminal_snr": True}, "needs prediction v or x0"),
+        ({"zero_terminal_snr": True, "prediction": "x0", "steps": 1}, "needs 2 steps or more"),
+        ({"weighting": {"kind": "min-snr", "gamma": 0}}, "greater than 0"),
+        ({"weighting": "min-snrr"}, "min-snr"),
+        ({"shift": 2}, "unknown key 'shift'"),
+    ],
+)
+def test_faults_are_named(told, said):
+    with pytest.raises(TesseraError) as caught:
+        parse(GaussianConfig, told, "the process")
+    assert said in str(caught.value)
 
 
 # Times
@@ -361,3 +448,43 @@ def test_raw_outputs_in_bfloat16_are_weighed_in_float32():
     losses = made.loss(raw, x0, noise, t)
     assert losses.total.dtype == torch.float32
     torch.testing.assert_close(losses.total, made.loss(raw.float(), x0, noise, t).total)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_min_snr_weighs_every_prediction_by_the_same_error_of_x0(kind, gamma):
+    """min(SNR, gamma) times the squared error of x0, whatever is predicted (Hang et al. 2023, section 3.4)."""
+    weighting = {"kind": "min-snr", "gamma": gamma}
+    made = process(prediction=kind, variance="beta", weighting=weighting)
+    x0, noise, raw = normal(4, 4, 4, 4), normal(4, 4, 4, 4, seed=1), normal(4, 4, 4, 4, seed=2)
+    t = torch.tensor([0.001, 0.2, 0.5, 1.0])
+    losses = made.loss(raw, x0, noise, t)
+    plain = process(prediction=kind, variance="beta").loss(raw, x0, noise, t)
+    assert torch.equal(losses.mse, plain.total)
+    found = made.predict(raw, made.mix(x0, noise, t), t).x0
+    for row in range(4):
+        bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: round(float(t[row]) * 1000)])
+        snr = bar / (1 - bar)
+        expected = min(snr, gamma) * float((found[row] - x0[row]).square().mean())
+        assert float(losses.total[row]) == pytest.approx(expected, rel=1e-6)
+        # The weights that the paper, and diffusers' training scripts, give to each.
+        weight = {"epsilon": min(snr, gamma) / snr, "x0": min(snr, gamma), "v": min(snr, gamma) / (snr + 1)}[kind]
+        assert float(losses.total[row] / plain.total[row]) == pytest.approx(weight, rel=1e-9)
+
+
+def test_min_snr_leaves_the_variance_alone():
+    x0, noise, raw = normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1), normal(2, 2, 4, 4, seed=2)
+    t = torch.tensor([0.05, 0.9])
+    weighted, plain = (process(weighting=kind).loss(raw, x0, noise, t) for kind in ("min-snr", "uniform"))
+    assert torch.equal(weighted.vb, plain.vb)
+    share = (weighted.total - weighted.vb) / plain.mse
+    assert share[0] < 0.7  # the signal is strong here: 5 / SNR
+    assert share[1] == pytest.approx(1)
+
+
+def test_with_zero_terminal_snr_min_snr_weighs_the_last_step_by_nothing():
+    made = process(prediction="v", variance="beta", zero_terminal_snr=True, weighting="min-snr")
+    x0, noise, raw = normal(1, 1, 4, 4), normal(1, 1, 4, 4, seed=1), normal(1, 1, 4, 4, seed=2)
+    losses = made.loss(raw, x0, noise, torch.ones(1))
+    assert losses.total.item() == 0
+    assert losses.mse.item() > 0

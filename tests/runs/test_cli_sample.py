@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tessera import bundle, drawing
 from tessera.pictures import read_settings
+from tessera.sampling import SAMPLERS, SPACINGS
 
 
 def pixels(path) -> np.ndarray:
@@ -57,6 +58,7 @@ def test_a_png_holds_the_settings(tessera, trained, tmp_path):
         ["--guidance", "3.123456789", "--steps", "5", "--spacing", "trailing"],
         ["--sampler", "ancestral", "--guidance-channels", "1", "--guidance", "2.0"],
         ["--eta", "0.5", "--size", "8x16"],
+        ["--sampler", "unipc", "--set", "sampler.variant=bh1", "--set", "spacing=karras", "--set", "spacing.rho=5.5"],
         ["--precision", "bfloat16"],
         ["--codec", "pixels"],
     ],
@@ -72,11 +74,34 @@ def test_info_of_a_picture_is_the_command_that_makes_it_again(tessera, trained, 
         command = shlex.split(told.out, comments=True)
         assert command[:3] == ["tessera", "sample", str(run)]
         for flag, value in zip(words[::2], words[1::2]):  # to the last digit
-            assert command[command.index(flag) + 1] == value
+            assert (
+                value in [word for at, word in enumerate(command) if command[at - 1] == flag]
+                or value == "spacing=karras"
+            )
         assert tessera(*command[1:]).code == 0
         np.testing.assert_array_equal(pixels(tmp_path / "samples" / name), pixels(tmp_path / "first" / name))
         shutil.rmtree(tmp_path / "samples")
     assert read_settings(tmp_path / "first/grid.png")["seeds"] == [5, 11]
+
+
+def test_set_reaches_every_setting_and_comes_last(tessera, trained, tmp_path):
+    words = ["--sampler", "dpm++", "--set", "sampler.order=3", "--set", "guidance=2.5", "--set", "spacing=karras"]
+    words += ["--set", "steps=4", "--steps", "5"]
+    assert tessera("sample", trained, "--classes", "1", *words, "--out", tmp_path / "s").code == 0
+    said = read_settings(tmp_path / "s/class-1-seed-0.png")["sampling"]
+    assert said["sampler"] == {"kind": "dpm++", "order": 3}
+    assert said["spacing"] == {"kind": "karras", "smallest": 0.002, "largest": 80.0, "rho": 7.0}
+    assert (said["steps"], said["guidance"]) == (4, 2.5)
+    model = bundle.load(bundle.checkpoints(trained)[0])
+    expected = drawing.generate(
+        model, [1], steps=4, guidance=2.5, sampler={"kind": "dpm++", "order": 3}, spacing="karras"
+    )
+    np.testing.assert_array_equal(pixels(tmp_path / "s/class-1-seed-0.png"), expected[0, ..., 0])
+
+
+def test_help_names_every_sampler_and_spacing(tessera):
+    said = " ".join(tessera("sample", "--help").out.split())
+    assert all(re.search(rf"(?<![\w+-]){re.escape(kind)}(?![\w+-])", said) for kind in [*SAMPLERS, *SPACINGS]), said
 
 
 def test_the_printed_command_runs_in_a_shell(command, trained, tmp_path):
@@ -120,6 +145,12 @@ def test_info_of_a_model_tells_its_parameters(tessera, trained):
         (["--sampler", "dimm"], "unknown sampler 'dimm'; did you mean 'ddim'?"),
         (["--sampler", "ancestral", "--eta", "1"], "--eta belongs to ddim, not to ancestral"),
         (["--eta", "2"], "less than or equal to 1"),
+        (["--set", "sampler=dpmm++"], "unknown sampler 'dpmm++'; did you mean 'dpm++'?"),
+        (["--set", "spacing.kind=karas"], "unknown spacing 'karas'; did you mean 'karras'?"),
+        (["--sampler", "dpm++", "--set", "sampler.oder=3"], "unknown key 'oder'; did you mean 'order'?"),
+        (["--set", "stops=3"], "unknown key 'stops'; did you mean 'steps'?"),
+        (["--set", "steps"], "'steps' is not an override; write key=value"),
+        (["--set", "steps.more=3"], "steps is a value, not a section"),
         (["--steps", "0"], "steps"),
         (["--steps", "21"], "steps is 21; this model was trained with 20, so give 1 to 20"),
         (["--spacing", "odd"], "spacing"),
@@ -227,3 +258,84 @@ def test_version_and_usage(tessera):
     assert tessera("sample").code == 2
     assert tessera("sample", "x", "--steps", "many").code == 2
     assert tessera("sample", "x", "--count", "0").code == 2
+
+
+# From a picture, away from a guide
+
+
+def saved(path, size=(8, 8), mode="L", seed=0):
+    """A picture of noise in a file."""
+    numbers = np.random.default_rng(seed).integers(0, 256, (*size, len(Image.new(mode, (1, 1)).getbands())), np.uint8)
+    Image.fromarray(numbers[..., 0] if numbers.shape[-1] == 1 else numbers, mode).save(path)
+    return path
+
+
+def test_info_of_a_picture_that_began_in_another_and_was_led_away(tessera, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, guide = saved(tmp_path / "a picture.png", (8, 12)), bundle.checkpoints(trained)[-1]
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:, 6:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = ["--from", image, "--strength", 0.8, "--mask", tmp_path / "mask.png", "--guide", guide, "--guidance", "2.0"]
+    for change in ("guidance_interval=[0.1, 0.9]", "guidance_schedule=cosine", "caching=first-block"):
+        words += ["--set", change]
+    done = tessera("sample", trained, "--classes", "3", "--seeds", "5", *words, "--out", tmp_path / "first")
+    assert done.code == 0, done.err
+    assert re.search(r"; caching computed \d+% of the blocks", done.out)
+    first = pixels(tmp_path / "first/class-3-seed-5.png")
+    assert (first[:, :6] == pixels(image)[:, :6]).all()
+    assert (first[:, 6:] != pixels(image)[:, 6:]).any()
+    command = shlex.split(tessera("info", tmp_path / "first/class-3-seed-5.png").out, comments=True)
+    assert tessera(*command[1:]).code == 0
+    np.testing.assert_array_equal(pixels(tmp_path / "samples/class-3-seed-5.png"), first)
+
+
+def test_another_picture_of_the_same_name_is_drawn_from_anew(tessera, trained, tmp_path):
+    command = ["sample", trained, "--classes", "3", "--from", tmp_path / "a.png", "--strength", "0.3"]
+    drawn = []
+    for seed in (0, 1):
+        saved(tmp_path / "a.png", seed=seed)
+        assert tessera(*command, "--out", tmp_path / "s").code == 0
+        drawn.append(pixels(tmp_path / "s/class-3-seed-0.png"))
+    assert (drawn[0] != drawn[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strength", "0.5"], "--strength belongs to --from"),
+        (["--mask", "grey.png"], "--mask belongs to --from"),
+        (["--from", "gone.png"], "cannot read --from gone.png"),
+        (["--from", "text.png"], "cannot read --from text.png"),
+        (["--from", "colour.png"], "has the mode RGB; expected grey, as this model draws"),
+        (["--from", "transparent.png"], "has the mode LA"),
+        (["--from", "odd.png"], "size 7 x 8 does not fit"),
+        (["--from", "grey.png", "--size", "16"], "size 16 x 16 is not that of the image, 8 x 8"),
+        (["--from", "grey.png", "--strength", "2"], "strength is 2.0; expected more than 0"),
+        (["--from", "grey.png", "--strength", "0.001"], "strength 0.001 leaves no step"),
+        (["--from", "grey.png", "--mask", "odd.png"], "a mask is [B, 8, 8] or [8, 8]"),
+        (["--guide", "gone"], "gone"),
+        (["--from", "grey.png", "--npz", "many.npz"], "leave out --guide, --from, --strength and --mask"),
+    ],
+)
+def test_pictures_and_guides_that_do_not_fit(tessera, trained, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    saved("grey.png")
+    saved("colour.png", mode="RGB")
+    saved("transparent.png", mode="LA")
+    saved("odd.png", size=(7, 8))
+    (tmp_path / "text.png").write_text("no image")
+    done = tessera("sample", trained, "--classes", "1", *words, "--out", tmp_path / "s")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ")
+    assert said in done.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_without_a_compiler_it_draws_all_the_same(tessera, trained, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", broken)
+    done = tessera("sample", trained, "--classes", "1", "--compile", "--out", tmp_path / "s")
+    assert (done.code, done.err) == (0, "not compiled, drawing without: no C++ compiler\n")

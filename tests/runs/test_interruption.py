@@ -63,7 +63,7 @@ print("\\ntold:" + json.dumps({"lives": told, "code": os.waitstatus_to_exitcode(
 
 def state(run: Path) -> dict[str, bytes]:
     newest = bundle.checkpoints(run)[0]
-    return {name: (newest / name).read_bytes() for name in ("model.safetensors", "training.safetensors")}
+    return {path.name: path.read_bytes() for path in sorted(newest.rglob("*.safetensors"))}
 
 
 def killed_and_gone_on(recipe: Path, run: Path, environment: dict[str, str], kills: int, *words: str) -> dict:
@@ -87,7 +87,7 @@ def is_whole(run: Path, whole: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tessera, recipe, tmp_path, environment):
-    words = (f"training.steps={STEPS}", *EVERY_STEP)
+    words = (f"training.steps={STEPS}", *EVERY_STEP, "training.optimizer=muon", "training.ema.also=[0.9, 0.99]")
     assert tessera("train", recipe, *words, f"output={tmp_path / 'whole'}", "training.checkpoint_every=40").code == 0
     told = killed_and_gone_on(recipe, tmp_path / "run", environment, 8, *words)
     assert told["code"] == 0

@@ -15,9 +15,11 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.process import FlowConfig
 from tessera.process.gaussian import Gaussian, GaussianConfig
 from tessera.process.prediction import Prediction, expand
-from tessera.sampling import DDIM, SAMPLERS, Ancestral, walk
+from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, walk
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.times import SPACINGS, Even, Trailing, times
 
@@ -206,7 +208,7 @@ def test_walk_yields_the_start_and_every_state(step):
     assert all(later.t < earlier.t for earlier, later in pairwise(states))
 
 
-@pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.7)], ids=repr)
+@pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.7), Euler(), Heun(), SDE()], ids=repr)
 def test_rows_at_different_times_are_the_rows_alone(step):
     """As many rows as height and width, so that a wrong broadcast gives numbers; one row ends in the data."""
     denoise = Denoiser(network, process(), Condition())
@@ -219,7 +221,7 @@ def test_rows_at_different_times_are_the_rows_alone(step):
         torch.testing.assert_close(together[part], alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [Ancestral(), DDIM(eta=1)], ids=repr)
+@pytest.mark.parametrize("step", [Ancestral(), DDIM(eta=1), SDE(), SDE(diffusion="constant")], ids=repr)
 def test_the_last_step_adds_no_noise(step):
     denoise = Denoiser(network, process(), Condition())
     x, t = normal(2, 2, 3, 3), torch.full((2,), 0.05)
@@ -237,4 +239,57 @@ def test_ddim_without_eta_asks_for_no_noise():
 
 
 def test_samplers_are_known_by_their_kind():
-    assert {kind: made().kind for kind, made in SAMPLERS.items()} == {"ancestral": "ancestral", "ddim": "ddim"}
+    assert all(made().kind == kind for kind, made in SAMPLERS.items())
+    assert {type(SamplingConfig.model_validate({"sampler": kind}).sampler) for kind in SAMPLERS} == {*SAMPLERS.values()}
+
+
+def test_ancestral_sampling_is_refused_where_there_is_no_reverse_process():
+    with pytest.raises(TesseraError, match="belongs to Gaussian processes, and this one is flow"):
+        Ancestral().check(FlowConfig().build())
+    for solver in SAMPLERS.values():
+        solver().check(process())
+
+
+# Numbers that are not finite
+
+
+class Spoilt(Denoiser):
+    """Row 1 is spoilt by the call of that number."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(network, process(), Condition())
+        self.at = at
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        told = super().__call__(x, t)
+        self.at -= 1
+        if self.at == 0:
+            told.x0[1, 0, 0, 0] = math.inf
+            told.eps[1, 0, 0, 0] = math.nan
+        return told
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
+    x, solver = normal(3, 2, 3, 3), SAMPLERS[kind]()
+    grid = times(Even(), 6, process())
+    states, step = [], 4
+    drawing = walk(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
+    with pytest.raises(TesseraError) as error:
+        states.extend(state.done for state in drawing)
+    said = f"1 of 3 pictures hold numbers that are not finite, for the first time after step {step} of 6 (time 0.401)"
+    assert str(error.value).startswith(f"{said} of {kind}; try --precision float32")
+    assert states == [0, 1, 2, 3, 4, 5]  # looked at once, at the end
+
+
+def test_noise_that_is_not_finite_is_named():
+    with pytest.raises(TesseraError, match="2 of 2 pictures hold .* for the first time in the noise of ddim"):
+        list(
+            walk(
+                DDIM(),
+                Denoiser(network, process(), Condition()),
+                torch.full((2, 2, 3, 3), math.nan),
+                times(Even(), 2, process()),
+                None,
+            )
+        )

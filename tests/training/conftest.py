@@ -59,6 +59,7 @@ def state() -> Callable[[Path], dict[str, bytes]]:
     def read(run: Path) -> dict[str, bytes]:
         newest = bundle.checkpoints(Path(run))[0]
         names = ("model.safetensors", "training.safetensors", "training.json")
-        return {name: (newest / name).read_bytes() for name in names}
+        averages = [str(path.relative_to(newest)) for path in sorted(newest.glob("ema/*"))]
+        return {name: (newest / name).read_bytes() for name in (*names, *averages)}
 
     return read

@@ -10,43 +10,120 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tessera import bundle, drawing
+from tessera.bundle import Model
 from tessera.errors import TesseraError
 from tessera.training import checkpoint, loop
 from tessera.training.checkpoint import Place
-from tessera.training.recipe import Adam
-from tessera.training.step import optimizer_for
+from tessera.training.ema import Average
+from tessera.training.optimizers import Adam, Muon, hidden_matrices
+from tessera.training.recipe import EMA
+
+MOMENTS, MOMENTUM = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}
+
+
+def used(model, config, also=()):
+    """A model, another network of the same make, its averages, of which the model holds the first, and its optimizer,
+    all of them used.
+    """
+    network = model.config.network.build()
+    average, optimizer = Average(network, EMA(decay=0.5, also=also)), config.build(network)
+    for step in range(1, 4):
+        for weight in network.parameters():
+            weight.grad = torch.randn_like(weight) if weight.requires_grad else None
+        optimizer.step()
+        average.update(step)
+    origin = {"EMA decay": 0.5}
+    return Model(model.config.model_copy(update={"origin": origin}), average.network), network, average, optimizer
 
 
 @pytest.fixture
 def trained(tiny_model):
-    """A model, another network of the same make with a used optimizer, and that optimizer."""
-    network = tiny_model.config.network.build()
-    optimizer = optimizer_for(network, Adam())
-    for _ in range(3):
-        for weight in network.parameters():
-            weight.grad = torch.randn_like(weight) if weight.requires_grad else None
-        optimizer.step()
-    return tiny_model, network, optimizer
+    return used(tiny_model, Adam())
 
 
-def test_what_is_saved_is_restored_bit_for_bit(trained, tmp_path):
-    model, network, optimizer = trained
-    saved = checkpoint.save(tmp_path, Place(12, 3072), model, network, optimizer)
+def same(one, two) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("config", "also"), [(Adam(), ()), (Muon(), ()), (Muon(), (0.9, 0.25, 1e-5))])
+def test_what_is_saved_is_restored_bit_for_bit(tiny_model, tmp_path, config, also):
+    model, network, average, optimizer = used(tiny_model, config, also)
+    saved = checkpoint.save(tmp_path, Place(12, 3072), model, network, average, optimizer)
     assert saved == tmp_path / "checkpoints/step-000000012"
-    other, average = model.config.network.build(), model.config.network.build()
-    fresh = optimizer_for(other, Adam())
-    assert checkpoint.restore(saved, other, average, fresh) == Place(12, 3072)
-    for mine, theirs in ((other, network), (average, model.network)):
-        assert all(torch.equal(one, two) for one, two in zip(mine.state_dict().values(), theirs.state_dict().values()))
+    other = model.config.network.build()
+    means, fresh = Average(other, EMA(decay=0.5, also=also)), config.build(other)
+    assert checkpoint.restore(saved, other, means, fresh) == Place(12, 3072)
+    assert checkpoint.begun_anew(saved, other, means, fresh) == []
+    assert same(other, network)
+    for decay in (0.5, *also):
+        assert same(means.networks[decay], average.networks[decay])
+        assert not same(means.networks[decay], network)
+    kinds = set()
     for one, two in zip(other.parameters(), network.parameters()):
         if one.requires_grad:
-            assert set(fresh.state[one]) == set(optimizer.state[two]) == {"step", "exp_avg", "exp_avg_sq"}
+            kinds.add(tuple(sorted(fresh.state[one])))
+            assert set(fresh.state[one]) == set(optimizer.state[two])
             assert all(torch.equal(value, optimizer.state[two][key]) for key, value in fresh.state[one].items())
+    assert kinds == {tuple(sorted(keys)) for keys in ([MOMENTS, MOMENTUM] if config.kind == "muon" else [MOMENTS])}
+
+
+@pytest.mark.parametrize(("before", "now"), [(Adam(), Muon()), (Muon(), Adam())])
+def test_another_kind_of_optimizer_starts_without_a_memory_where_it_has_none_and_says_so(
+    tiny_model, tmp_path, before, now
+):
+    model, network, average, optimizer = used(tiny_model, before)
+    saved = checkpoint.save(tmp_path, Place(3, 24), model, network, average, optimizer)
+    other = model.config.network.build()
+    means, fresh = Average(other, EMA(decay=0.5)), now.build(other)
+    checkpoint.restore(saved, other, means, fresh)
+    matrices = [name for name, weight in other.named_parameters() if weight in hidden_matrices(other)]
+    anew = [name for name, weight in other.named_parameters() if weight.requires_grad and weight not in fresh.state]
+    assert anew == matrices
+    count = sum(weight.requires_grad for weight in other.parameters())
+    told = f"the optimizer's state of {len(matrices)} of {count} tensors"
+    assert checkpoint.begun_anew(saved, other, means, fresh) == [told]
+    for weight in other.parameters():
+        weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+    fresh.step()  # and goes on
+
+
+def test_averages_that_are_new_start_from_the_weights_and_the_first_from_the_first(tiny_model, tmp_path):
+    model, network, average, optimizer = used(tiny_model, Adam(), also=(0.9,))
+    saved = checkpoint.save(tmp_path, Place(3, 24), model, network, average, optimizer)
+    other = model.config.network.build()
+    means = Average(other, EMA(decay=0.25, also=(0.5, 0.75)))
+    checkpoint.restore(saved, other, means, Adam().build(other))
+    assert same(means.network, average.network)
+    assert same(means.networks[0.5], average.networks[0.5])
+    assert same(means.networks[0.75], network)
+    swapped = Average(other, EMA(decay=0.9, also=(0.5,)))
+    checkpoint.restore(saved, other, swapped, Adam().build(other))
+    assert all(same(swapped.networks[decay], average.networks[decay]) for decay in (0.5, 0.9))
+
+
+def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
+    model, *rest = used(tiny_model, Adam(), also=(0.9, 0.25))
+    saved = checkpoint.save(tmp_path, Place(3, 24), model, *rest)
+    means = rest[1]
+    assert same(bundle.load(saved).network, means.network)
+    for decay in (0.5, 0.9, 0.25):
+        loaded = bundle.load(saved, ema=decay)
+        assert same(loaded.network, means.networks[decay])
+        assert loaded.config.origin["EMA decay"] == decay
+    with pytest.raises(TesseraError, match=r"no average of decay 0\.99; it has 0\.5, 0\.25, 0\.9"):
+        bundle.load(saved, ema=0.99)
+    bundle.save(bundle.load(saved, ema=0.9), tmp_path / "alone")
+    assert same(bundle.load(tmp_path / "alone", ema=0.9).network, means.networks[0.9])
+    with pytest.raises(TesseraError, match=r"no average of decay 0\.5; it has 0\.9"):
+        bundle.load(tmp_path / "alone", ema=0.5)
+    bundle.save(tiny_model, tmp_path / "bare")
+    with pytest.raises(TesseraError, match=r"it does not say how they were averaged"):
+        bundle.load(tmp_path / "bare", ema=0.5)
 
 
 def test_a_checkpoint_is_a_bundle_that_draws(trained, tmp_path):
-    model, network, optimizer = trained
-    loaded = bundle.load(checkpoint.save(tmp_path, Place(1, 8), model, network, optimizer))
+    model = trained[0]
+    loaded = bundle.load(checkpoint.save(tmp_path, Place(1, 8), *trained))
     assert (drawing.generate(loaded, [0, 1], [0, 1]) == drawing.generate(model, [0, 1], [0, 1])).all()
 
 
@@ -58,7 +135,7 @@ def test_only_the_newest_are_kept(trained, tmp_path):
 
 
 def test_a_missing_piece_is_named(trained, tmp_path):
-    model, network, optimizer = trained
+    _, network, average, optimizer = trained
     saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
     tensors = load_file(saved / checkpoint.STATE)
     for gone, said in (
@@ -67,21 +144,21 @@ def test_a_missing_piece_is_named(trained, tmp_path):
     ):
         save_file({key: value for key, value in tensors.items() if key != gone}, saved / checkpoint.STATE)
         with pytest.raises(TesseraError, match=said):
-            checkpoint.restore(saved, network, model.network, optimizer)
+            checkpoint.restore(saved, network, average, optimizer)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
 def test_truncated_weights_are_an_error_that_names_the_file(trained, tmp_path, name):
-    model, network, optimizer = trained
+    _, network, average, optimizer = trained
     saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
     whole = (saved / name).read_bytes()
     for size in (0, 100, len(whole) - 1):
         (saved / name).write_bytes(whole[:size])
         with pytest.raises(TesseraError, match=rf"{name} is damaged"):
-            checkpoint.restore(saved, network, model.network, optimizer)
+            checkpoint.restore(saved, network, average, optimizer)
     (saved / name).unlink()
     with pytest.raises(TesseraError, match=rf"{name} is missing"):
-        checkpoint.restore(saved, network, model.network, optimizer)
+        checkpoint.restore(saved, network, average, optimizer)
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"step": 3}', '{"step": "many"}', '{"step": null}'])

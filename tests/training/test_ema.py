@@ -27,6 +27,24 @@ def test_the_average_is_that_of_an_explicit_loop(tiny_model, decay, warmup):
         torch.testing.assert_close(mean.double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [False, True])
+def test_several_averages_are_each_what_it_would_be_alone(tiny_model, warmup):
+    network = tiny_model.network
+    together = Average(network, EMA(decay=0.9, also=(0.5, 0.99), warmup=warmup))
+    alone = {decay: Average(network, EMA(decay=decay, warmup=warmup)) for decay in (0.9, 0.5, 0.99)}
+    assert together.network is together.networks[0.9]
+    assert set(together.others) == {0.5, 0.99}
+    for step in range(1, 20):
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight += torch.randn_like(weight) if weight.requires_grad else 0
+        for average in (together, *alone.values()):
+            average.update(step)
+    for decay, average in alone.items():
+        mine, theirs = together.networks[decay].parameters(), average.network.parameters()
+        assert all(torch.equal(one, other) for one, other in zip(mine, theirs))
+
+
 def test_the_average_is_a_network_of_its_own_that_is_not_trained(tiny_model):
     average = Average(tiny_model.network, EMA())
     assert not any(weight.requires_grad for weight in average.network.parameters())

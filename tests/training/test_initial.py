@@ -165,6 +165,29 @@ def test_another_block_is_refused(make_model, tiny_model):
         start_from(network, NAMES, tiny_model, "m")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ({"positions": "rotary"}, {"positions": "sincos"}, "modern, network.block is modern positions=sincos"),
+        ({"positions": "sincos"}, {"positions": "rotary"}, "pos_embed has no place"),
+    ],
+)
+def test_another_kind_of_position_is_refused(make_model, old, new, said):
+    """No other weight tells rotary positions from a table."""
+    source = make_model(network={"block": {"kind": "modern", **old}})
+    network = make_model(network={"block": {"kind": "modern", **new}}).network
+    with pytest.raises(TesseraError, match=said):
+        start_from(network, NAMES, source, "m")
+
+
+def test_a_modern_network_starts_from_one_of_another_size(make_model):
+    source, network = (make_model(network={"block": "modern", "size": size}, seed=size) for size in (8, 16))
+    told = start_from(network.network, NAMES, source, "m")
+    assert told["resampled"] == told["anew"] == []
+    for name, weight in source.network.state_dict().items():
+        assert torch.equal(network.network.state_dict()[name], weight)
+
+
 # Through a recipe
 
 

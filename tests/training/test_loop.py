@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tessera import bundle, drawing
 from tessera.data import Loader
@@ -108,10 +109,13 @@ def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [32, 300])  # within an epoch of 1000, and across its end
-@pytest.mark.parametrize("decay", ["constant", "cosine"])
-def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypatch, batch, decay):
-    changes = (f"training.batch={batch}", f"training.optimizer.decay={decay}", "training.optimizer.warmup=2",
-               "training.ema={decay: 0.9, warmup: true}", "training.steps=6")  # fmt: skip
+@pytest.mark.parametrize("decay", ["constant", "cosine", "wsd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypatch, batch, decay, optimizer):
+    changes = (f"training.batch={batch}", f"training.optimizer.kind={optimizer}",
+               f"training.optimizer.decay={decay}", "training.optimizer.warmup=2",
+               "training.optimizer.learning_rate=0.001", "training.steps=6",
+               "training.ema={decay: 0.9, also: [0.5, 0.99], warmup: true}")  # fmt: skip
     whole = loop.train(tiny("whole", *changes))
     save = loop.save
 
@@ -129,6 +133,41 @@ def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypat
     assert state(part) == state(whole)
     without_speed = [[{**record, "images_per_second": 0} for record in read_log(run)] for run in (part, whole)]
     assert without_speed[0] == without_speed[1]
+
+
+def test_going_on_with_another_optimizer_and_another_average_is_told(tiny, capsys):
+    loop.train(tiny("run"))
+    changes = ("training.steps=6", "training.optimizer=muon", "training.ema.also=[0.5]")
+    run = loop.train(tiny("run", *changes))
+    said = capsys.readouterr().err
+    assert "changed since: training.optimizer.kind was adamw, is muon" in said
+    assert re.search(r"begins anew: the optimizer's state of 4 of \d+ tensors", said)
+    assert "begins anew: the average of decay 0.5" in said
+    loop.train(tiny("run", *changes, "training.steps=8"))
+    assert "begins anew" not in capsys.readouterr().err
+    (bundle.checkpoints(run)[0] / "ema/0.5.safetensors").unlink()
+    with pytest.raises(TesseraError, match=r"ema/0\.5\.safetensors is missing"):
+        loop.train(tiny("run", *changes, "training.steps=9"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_damaged_average_or_state_names_what_is_missing(tiny, optimizer):
+    changes = (f"training.optimizer.kind={optimizer}", "training.ema.also=[0.5]")
+    newest = bundle.checkpoints(loop.train(tiny("run", *changes)))[0]
+    average = newest / "ema/0.5.safetensors"
+    whole = average.read_bytes()
+    average.write_bytes(whole[:-10])
+    with pytest.raises(TesseraError, match=r"ema/0\.5\.safetensors is damaged"):
+        loop.train(tiny("run", *changes, "training.steps=6"))
+    average.write_bytes(whole)
+    tensors = load_file(newest / checkpoint.STATE)
+    gone = "momentum" if optimizer == "muon" else "exp_avg"
+    name = "blocks.0.attn.qkv.weight"
+    save_file(
+        {key: value for key, value in tensors.items() if key != f"optimizer/{gone}/{name}"}, newest / checkpoint.STATE
+    )
+    with pytest.raises(TesseraError, match=rf"lacks the optimizer's state of {name}"):
+        loop.train(tiny("run", *changes, "training.steps=6"))
 
 
 def test_more_steps_go_on_from_where_a_run_ended(tiny, state):
@@ -431,10 +470,12 @@ def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
     assert "6 images, 2 skipped so far" in str(told)
 
 
-def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny):
-    told = estimate.dry_run(tiny())
-    newest = bundle.checkpoints(loop.train(tiny()))[0]
-    assert told.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in newest.iterdir()), rel=0.01)
+@pytest.mark.parametrize("changes", [(), ("training.optimizer.kind=muon", "training.ema.also=[0.9, 0.5]")])
+def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny, changes):
+    told = estimate.dry_run(tiny("run", *changes))
+    newest = bundle.checkpoints(loop.train(tiny("run", *changes)))[0]
+    files = [file for file in newest.rglob("*") if file.is_file()]
+    assert told.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
 
 
 def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):

@@ -10,6 +10,7 @@ from tessera.codecs import PixelsConfig
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.settings import write_yaml
+from tessera.training.optimizers import Adam, Cosine, Muon, WarmupStableDecay
 from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -54,6 +55,13 @@ def test_the_output_is_named_after_the_file_unless_told(tmp_path):
         ("training.optimizer.learning_rate=-1", r"learning_rate: .*greater than 0.*got -1"),
         ("training.optimizer.betas=[0.9, 1.5]", r"betas.*less than 1.*got 1\.5"),
         ("training.label_dropout=1", r"label_dropout: .*less than 1"),
+        ("training.optimizer=moun", r"training\.optimizer.*'moun'.*'muon'"),
+        ("training.optimizer.momentum=0.9", r"optimizer\.adamw: unknown key 'momentum'"),
+        ("training.optimizer={kind: muon, momentum: 1.5}", r"optimizer\.muon\.momentum: .*less than 1.*got 1\.5"),
+        ("training.optimizer.decay=cosin", r"optimizer.*decay: .*'cosin'.*'cosine'"),
+        ("training.optimizer.decay={kind: wsd, cooldown: 0}", r"decay\.wsd\.cooldown: .*greater than 0"),
+        ("training.ema.also=[0.9, 1.5]", r"ema\.also\.1: .*less than 1"),
+        ("training.ema.also=[0.9, 0.9]", r"ema: each average needs a decay of its own, got 0\.9999, 0\.9, 0\.9"),
         ("training.ema.decay=2", r"ema\.decay: .*less than 1"),
         ("training.micro_batch=5", "batch 32 is not a multiple of micro_batch 5"),
         ("training.device=gpu", r"training\.device: .*'cuda'.*got 'gpu'"),
@@ -92,6 +100,32 @@ def test_what_is_no_mapping_is_no_recipe(tmp_path, text):
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(TesseraError, match=r"no recipe at .*gone\.yaml"):
         read(tmp_path / "gone.yaml", [])
+
+
+# The optimizer
+
+
+def test_an_optimizer_without_a_kind_is_adamw_and_another_is_chosen_by_its_name(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "data: {kind: digits}\ntraining: {optimizer: {learning_rate: 0.001, betas: [0.8, 0.9], decay: wsd}}"
+    )
+
+    def optimizer(*changes):
+        return read(path, list(changes)).training.optimizer
+
+    decay = WarmupStableDecay()
+    assert optimizer() == Adam(learning_rate=0.001, betas=(0.8, 0.9), decay=decay)
+    assert optimizer("training.optimizer.clip=1") == Adam(learning_rate=0.001, betas=(0.8, 0.9), decay=decay, clip=1)
+    assert optimizer("training.optimizer=muon") == Muon()  # another kind has fields of its own
+    assert optimizer("training.optimizer.kind=muon") == Muon()
+    told = ("training.optimizer.kind=muon", "training.optimizer.learning_rate=1e-3", "training.optimizer.decay=cosine")
+    assert optimizer(*told) == Muon(learning_rate=0.001, decay=Cosine())
+    cooled = optimizer("training.optimizer.decay.cooldown=0.1")
+    assert cooled.decay == WarmupStableDecay(cooldown=0.1)
+    path.write_text("data: {kind: digits}")
+    assert optimizer() == Adam()
+    assert optimizer("training.optimizer.kind=muon", "training.optimizer.nesterov=false") == Muon(nesterov=False)
 
 
 # What follows from data, codec and process
@@ -149,8 +183,9 @@ def test_the_defaults_are_those_of_the_paper():
     training, network, process = recipe.training, recipe.network, recipe.process
     assert (training.batch, training.steps, training.label_dropout) == (256, 400_000, 0.1)
     assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (1e-4, 0.0)
-    assert (training.optimizer.warmup, training.optimizer.decay, training.optimizer.clip) == (0, "constant", None)
-    assert (training.ema.decay, training.ema.warmup) == (0.9999, False)
+    assert (training.optimizer.kind, training.optimizer.decay.kind) == ("adamw", "constant")
+    assert (training.optimizer.warmup, training.optimizer.clip) == (0, None)
+    assert (training.ema.decay, training.ema.also, training.ema.warmup) == (0.9999, (), False)
     assert (network.depth, network.width, network.heads, network.patch) == (28, 1152, 16, 2)
     assert (process.steps, process.schedule.kind, process.prediction) == (1000, "linear", "epsilon")
 

@@ -1,4 +1,4 @@
-"""One step: what is random, the gradients, the update, the learning rate."""
+"""One step: what is random, the gradients, the update."""
 
 import math
 
@@ -11,7 +11,7 @@ from tessera.data import Batch
 from tessera.process.gaussian import GaussianConfig
 from tessera.training import step
 from tessera.training.recipe import Adam
-from tessera.training.step import Task, learning_rate, losses, optimizer_for, prepare, train_step
+from tessera.training.step import Task, losses, prepare, train_step
 
 CPU = torch.device("cpu")
 
@@ -33,65 +33,11 @@ def task(**changes) -> Task:
     return Task(**{"process": process, "codec": PixelsConfig(channels=1).build(), **told, **changes})
 
 
-# The learning rate
-
-
-def test_a_constant_rate():
-    assert {learning_rate(Adam(learning_rate=0.3), step, 10) for step in range(10)} == {0.3}
-
-
-def test_warm_up_rises_in_equal_steps_to_the_rate():
-    config = Adam(learning_rate=1.0, warmup=4)
-    assert [learning_rate(config, step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_linear_decay_ends_one_step_above_zero():
-    config = Adam(learning_rate=1.0, decay="linear")
-    assert [learning_rate(config, step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-
-
-@pytest.mark.parametrize("warmup", [0, 5])
-def test_cosine_decay_follows_the_cosine_after_the_warm_up(warmup):
-    config = Adam(learning_rate=2.0, decay="cosine", warmup=warmup)
-    for at in range(warmup, 25):
-        expected = 1.0 + math.cos(math.pi * (at - warmup) / (25 - warmup))
-        assert learning_rate(config, at, 25) == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_run_shorter_than_its_warm_up():
-    config = Adam(learning_rate=1.0, decay="cosine", warmup=10)
-    assert [learning_rate(config, step, 3) for step in range(3)] == [0.1, 0.2, 0.3]
-
-
-# The optimizer
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_optimizer_is_adamw(weight_decay):
-    generator = torch.Generator().manual_seed(0)
-    mine = torch.nn.Linear(5, 4)
-    theirs = torch.nn.Linear(5, 4)
-    theirs.load_state_dict(mine.state_dict())
-    config = Adam(learning_rate=0.01, betas=(0.8, 0.95), weight_decay=weight_decay)
-    ours = optimizer_for(mine, config)
-    reference = torch.optim.AdamW(
-        theirs.parameters(), lr=0.01, betas=(0.8, 0.95), weight_decay=weight_decay, fused=False, foreach=False
-    )
-    for _ in range(6):
-        for one, other in zip(mine.parameters(), theirs.parameters()):
-            one.grad = torch.randn(one.shape, generator=generator)
-            other.grad = one.grad.clone()
-        ours.step()
-        reference.step()
-        for one, other in zip(mine.parameters(), theirs.parameters()):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
 def test_frozen_weights_are_left_alone(tiny_model):
     tiny_model.network.train().requires_grad_(True)
     tiny_model.network.pos_embed.requires_grad_(False)
     before = tiny_model.network.pos_embed.clone()
-    optimizer = optimizer_for(tiny_model.network, Adam(weight_decay=0.5))
+    optimizer = Adam(weight_decay=0.5).build(tiny_model.network)
     train_step(tiny_model.network, optimizer, batch(4), task(), Adam(), 4)
     assert torch.equal(tiny_model.network.pos_embed, before)
 

@@ -1,0 +1,59 @@
+"""One training step (forward and backward) of each block design on this CPU, and of `modern` with one part back.
+
+    OMP_NUM_THREADS=1 python benchmarks/block_speed.py [--grid 8] [--rounds 9]
+
+Designs take turns, so that what else the machine does weighs on all alike; the table holds medians of CPU time.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from tessera.conditions import Condition
+from tessera.models.dit import DiTConfig, parameter_count
+
+DESIGNS = {
+    "adaln-zero": {"kind": "adaln-zero"},
+    "adaln-single": {"kind": "adaln-single"},
+    "modern": {"kind": "modern"},
+    "modern, gelu": {"kind": "modern", "mlp": "gelu"},
+    "modern, layer norm": {"kind": "modern", "norm": "layer"},
+    "modern, sincos": {"kind": "modern", "positions": "sincos"},
+    "modern, own modulation": {"kind": "modern", "modulation": "own"},
+    "modern, no qk_norm": {"kind": "modern", "qk_norm": False},
+    "modern, no value_residual": {"kind": "modern", "value_residual": False},
+    "modern, bias": {"kind": "modern", "bias": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--grid", type=int, default=8, help="tokens along a side")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    told = parser.parse_args()
+    size = 2 * told.grid
+    sizes = {"size": size, "channels": 1, "outputs": 1, "classes": 10, "depth": 6, "width": 192, "heads": 6}
+    networks = {name: DiTConfig.model_validate({**sizes, "block": block}).build() for name, block in DESIGNS.items()}
+    x, t = torch.randn(told.batch, 1, size, size), torch.rand(told.batch) * 1000
+    condition = Condition(torch.arange(told.batch) % 10)
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(told.rounds + 1):  # the first warms up
+        for name, network in networks.items():
+            network.zero_grad(set_to_none=True)
+            start = time.process_time()
+            network(x, t, condition).square().mean().backward()
+            seconds[name].append(time.process_time() - start)
+    base = statistics.median(seconds["adaln-zero"][1:])
+    print(f"| {told.grid**2} tokens, batch {told.batch} | ms | of adaln-zero | parameters | MMACs |")
+    print("|---|---|---|---|---|")
+    for name, network in networks.items():
+        median = statistics.median(seconds[name][1:])
+        row = f"{1000 * median:.0f} | {median / base:.2f} | {parameter_count(network):,} | {network.macs() / 1e6:.1f}"
+        print(f"| {name} | {row} |")
+
+
+if __name__ == "__main__":
+    main()

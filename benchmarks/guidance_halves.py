@@ -1,0 +1,74 @@
+"""Guidance asks a network twice, told and untold: both halves in one batch, or one after the other?
+
+    python benchmarks/guidance_halves.py [--batches 1,4,16] [--seconds 3]
+
+One process, interleaved, medians; a ratio above 1 says that one batch is faster. The networks are adaLN-Zero DiTs of
+random weights, 6 blocks deep: what counts is width, tokens and batch.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from tessera.conditions import Condition
+from tessera.models.dit import DiT, DiTConfig
+
+WIDTHS, SIDES = (192, 384), (4, 8, 16)  # of the network; of the token grid: 16, 64 and 256 tokens
+
+
+def halves(network: DiT, batch: int) -> tuple[Callable, Callable]:
+    """The two ways to the same numbers, as functions without arguments."""
+    config = network.config
+    x, t = torch.randn(batch, config.channels, *config.size), torch.full((batch,), 500.0)
+    told = Condition(label=torch.arange(batch) % config.classes)
+    untold = told.null()
+    both = Condition.cat((told, untold))
+
+    def together() -> list[torch.Tensor]:
+        return list(network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2))
+
+    def apart() -> list[torch.Tensor]:
+        return [network(x, t, told), network(x, t, untold)]
+
+    return together, apart
+
+
+def medians(works: tuple[Callable, ...], seconds: float) -> list[float]:
+    """Milliseconds of each, taken in turn until the time is over."""
+    taken: list[list[float]] = [[] for _ in works]
+    for work in works:
+        work()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[0]) < 5:
+        for work, times in zip(works, taken):
+            begun = time.perf_counter()
+            work()
+            times.append(1000 * (time.perf_counter() - begun))
+    return [statistics.median(times) for times in taken]
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--batches", default="1,4,16")
+    parser.add_argument("--seconds", type=float, default=3)
+    asked = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
+    print("| width | tokens | batch | one batch ms | apart ms | ratio |\n|---|---|---|---|---|---|")
+    for width in WIDTHS:
+        for side in SIDES:
+            torch.manual_seed(0)
+            network = DiT(DiTConfig(size=(2 * side, 2 * side), depth=6, width=width, heads=width // 64, classes=10))
+            for batch in map(int, asked.batches.split(",")):
+                works = halves(network.eval(), batch)
+                for one, other in zip(works[0](), works[1]()):
+                    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+                together, apart = medians(works, asked.seconds)
+                print(f"| {width} | {side**2} | {batch} | {together:.1f} | {apart:.1f} | {apart / together:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Steering vectors looked up in a table of a whole drawing, against regressed from time and class in every step.
+
+    python benchmarks/precomputed_modulation.py [--models digits,DiT-S/4] [--batches 1,2,4,32] [--seconds 9]
+
+Single calls of a network at the times of a drawing of 20 steps with two classes and none, in one process, in turn (and
+who begins changes, too), medians; a ratio above 1 says that the table is faster. What the table itself takes, once a
+drawing, stands beside. With guidance one picture is a batch of two. Random weights: what counts are the shapes.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from tessera.adapters.modulation import Tabulated
+from tessera.conditions import Condition
+from tessera.models.dit import DiT, DiTConfig
+
+DIGITS = {"size": 8, "channels": 1, "patch": 2, "depth": 6, "width": 192, "heads": 6}
+STEPS = 20
+
+
+def network_of(name: str) -> DiT:
+    torch.manual_seed(0)
+    shape = DIGITS if name == "digits" else {"preset": name, "size": 32, "channels": 4}
+    return DiTConfig.model_validate({**shape, "outputs": shape["channels"], "classes": 10}).build().eval()
+
+
+@torch.no_grad()
+def compared(network: DiT, rows: int, seconds: float) -> tuple[float, list[float], int]:
+    """Milliseconds of the table, of a call with it and of one without, and how many calls were timed."""
+    x = torch.randn(rows, network.config.channels, *network.config.size)
+    times, label = torch.linspace(999, 0, STEPS), torch.arange(rows) % 3 - 1
+    begun = time.perf_counter()
+    table = Tabulated(network, times, label, network.grid(x))
+    made = 1000 * (time.perf_counter() - begun)
+    taken: list[list[float]] = [[], []]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[0]) < 8:
+        done = len(taken[0])
+        t = times[done % STEPS].expand(rows)
+        for which in (0, 1) if done % 2 else (1, 0):
+            begun = time.perf_counter()
+            (table, network)[which](x, t, Condition(label))
+            taken[which].append(1000 * (time.perf_counter() - begun))
+    return made, [statistics.median(each) for each in taken], len(taken[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", default="digits,DiT-S/4")
+    parser.add_argument("--batches", default="1,2,4,32")
+    parser.add_argument("--seconds", type=float, default=9)
+    asked = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
+    print("| model | batch | table MiB | table ms | with ms | without ms | ratio | calls |\n" + "|---" * 8 + "|")
+    for name in asked.models.split(","):
+        network = network_of(name)
+        for rows in map(int, asked.batches.split(",")):
+            size = Tabulated.size(network, STEPS, min(rows, 3)) / 2**20
+            made, (looked_up, plain), calls = compared(network, rows, asked.seconds)
+            facts = f"{size:.1f} | {made:.1f} | {looked_up:.2f} | {plain:.2f} | {plain / looked_up:.3f} | {calls}"
+            print(f"| {name} | {rows} | {facts} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""SiT's checkpoints: the oracle is its network and its ODE loop written anew, in its own time (0 noise, 1 data)."""
+
+import argparse
+import math
+import re
+import shlex
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from tessera import bundle, cli, drawing
+from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.interop import sources
+from tessera.models.dit import DiTConfig
+from tessera.process import FlowConfig, GaussianConfig
+
+HEADS, CLASSES = 2, 5
+
+
+def theirs(randomise, channels=4, outputs=8, size=8, **changes) -> dict[str, torch.Tensor]:
+    """A random state dict with SiT's keys and shapes, which are DiT's."""
+    network = {"size": (size, size), "patch": 2, "width": 32, "heads": HEADS, "depth": 2, "classes": CLASSES}
+    config = DiTConfig(**{**network, "channels": channels, "outputs": outputs, **changes})
+    return randomise(config.build()).state_dict()
+
+
+def velocity(w: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """SiT (Ma et al. 2024), from the paper and DiT's: w its state dict, x [B, C, H, W], t [B] of 0 .. 1, y [B]."""
+
+    def linear(name, value):
+        return functional.linear(value, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(value, shift, scale):
+        return functional.layer_norm(value, value.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    patch, width = w["x_embedder.proj.weight"].shape[-1], w["pos_embed"].shape[-1]
+    batch, channels, height, breadth = x.shape
+    tokens = functional.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch)
+    tokens = tokens.flatten(2).mT + w["pos_embed"]
+    angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    time = torch.cat((angles.cos(), angles.sin()), dim=1)
+    time = linear("t_embedder.mlp.2", functional.silu(linear("t_embedder.mlp.0", time)))
+    told = functional.silu(time + w["y_embedder.embedding_table.weight"][y])
+    for i in range(2):
+        block = f"blocks.{i}"
+        parts = linear(f"{block}.adaLN_modulation.1", told).chunk(6, dim=1)
+        qkv = linear(f"{block}.attn.qkv", norm(tokens, parts[0], parts[1]))
+        q, k, v = qkv.view(batch, -1, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / math.sqrt(width // HEADS)).softmax(dim=-1)
+        seen = (weights @ v).transpose(1, 2).flatten(2)
+        tokens = tokens + parts[2][:, None] * linear(f"{block}.attn.proj", seen)
+        hidden = functional.gelu(linear(f"{block}.mlp.fc1", norm(tokens, parts[3], parts[4])), approximate="tanh")
+        tokens = tokens + parts[5][:, None] * linear(f"{block}.mlp.fc2", hidden)
+    shift, scale = linear("final_layer.adaLN_modulation.1", told).chunk(2, dim=1)
+    drawn = linear("final_layer.linear", norm(tokens, shift, scale))
+    drawn = drawn.view(batch, height // patch, breadth // patch, patch, patch, -1)
+    drawn = drawn.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, breadth)
+    return drawn[:, :channels]  # the other half, where there is one, is thrown away
+
+
+def ode(w, noise, label, steps, guidance=1.0, heun=False) -> torch.Tensor:
+    """dx/dt = v from t = 0 to 1 by Euler's method or Heun's; guidance on three channels, as sample.py does."""
+
+    def guided(x, t):
+        v = velocity(w, x, torch.full((len(x),), t), label)
+        if guidance != 1:
+            untold = velocity(w, x, torch.full((len(x),), t), torch.full_like(label, CLASSES))
+            v[:, :3] = (1 - guidance) * untold[:, :3] + guidance * v[:, :3]
+        return v
+
+    x = noise
+    for step in range(steps):
+        v = guided(x, step / steps)
+        if heun and step < steps - 1:
+            v = (v + guided(x + v / steps, (step + 1) / steps)) / 2
+        x = x + v / steps
+    return x
+
+
+def saved(tensors, path):
+    torch.save(tensors, path)
+    return path
+
+
+def fault(*told, **named) -> str:
+    with pytest.raises(TesseraError) as caught:
+        sources.load(*told, **named)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def training_dict(tensors, **args) -> dict:
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    told = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "num_classes": CLASSES, **args}
+    return {"model": wrong, "ema": tensors, "opt": {"state": {}}, "args": argparse.Namespace(**told)}
+
+
+def walked(model, label, **changes):
+    states = [state.x for state in drawing.walk(model, label.tolist(), range(len(label)), **changes)]
+    return states[0], states[-1]
+
+
+# One function, one picture
+
+
+@pytest.mark.parametrize("changes", [{}, {"outputs": 4}, {"channels": 3, "outputs": 6, "patch": 4, "size": 16}])
+def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
+    tensors = theirs(randomise, **changes)
+    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
+    seen = model.config.network
+    assert seen.outputs == seen.channels
+    x = torch.randn(6, seen.channels, *seen.size, generator=torch.Generator().manual_seed(1))
+    t, label = torch.linspace(0, 1, 6), torch.tensor([0, 1, 2, 3, 4, -1])
+    with torch.no_grad():
+        ours = model.network(x, model.process.network_time(t), Condition(label=label))
+        expected = -velocity(tensors, x, 1 - t, torch.where(label < 0, CLASSES, label))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("euler", 50), ("heun", 25)])
+def test_the_picture_is_that_of_their_ode(randomise, tmp_path, guidance, sampler, steps):
+    tensors = theirs(randomise)
+    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
+    label = torch.tensor([3, 0])
+    noise, ours = walked(model, label, sampler=sampler, steps=steps, guidance=guidance)
+    with torch.no_grad():
+        expected = ode(tensors, noise, label, steps, guidance, heun=sampler == "heun")
+    assert (expected - noise).std() > 0.1  # it went somewhere
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    # Read as a DiT, the same file draws something else.
+    other = sources.load(tmp_path / "a.pt", "cpu", read_as="dit", heads=HEADS)
+    assert (walked(other, label, sampler="ddim", steps=max(steps, 2))[1] - expected).std() > 0.1
+
+
+def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
+    """There DDIM and Euler are two first-order methods for one ODE: they meet as the steps shrink, at that rate."""
+    tensors = theirs(randomise)
+    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
+    assert model.config.process.path == "trigonometric"
+    label, apart = torch.tensor([3, 0]), []
+    for steps in (25, 50, 100):
+        noise, ours = walked(model, label, sampler="ddim", steps=steps, guidance=1.0)
+        with torch.no_grad():
+            apart.append(float((ours - ode(tensors, noise, label, steps)).norm() / ours.norm()))
+    assert apart[0] > 1.6 * apart[1] > 2.5 * apart[2]
+    assert apart[2] < 0.1
+
+
+# What a file says, and what its reader must
+
+
+def test_sits_process_and_sampling(randomise, tmp_path):
+    config = sources.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
+    assert config.process == FlowConfig(network_times=(1, 0))
+    sampling = config.sampling
+    assert (sampling.sampler.kind, sampling.steps, sampling.spacing.kind) == ("heun", 125, "even")
+    assert (sampling.guidance, sampling.guidance_channels) == (4, 3)
+    assert config.origin["from"] == "SiT checkpoint a.pt (state dict)"
+
+
+@pytest.mark.parametrize(("path_type", "path"), [("Linear", "linear"), ("GVP", "trigonometric")])
+def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, path):
+    file = saved(training_dict(theirs(randomise), path_type=path_type), tmp_path / "a.pt")
+    model = sources.load(file, "cpu", heads=HEADS)
+    assert model.config.process == FlowConfig(network_times=(1, 0), path=path)
+    assert model.config.origin["from"] == "SiT checkpoint a.pt (ema)"
+    named = {"Linear": "sit", "GVP": "sit-gvp"}
+    assert sources.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
+    for other in ("dit", *named.values()):
+        assert f"says itself that it is sit{'-gvp' if path == 'trigonometric' else ''}, not {other}" in fault(
+            file, "cpu", heads=HEADS, read_as=other
+        )
+
+
+def test_a_sit_that_predicts_noise_is_not_turned_round(randomise, tmp_path):
+    tensors = theirs(randomise)
+    file = saved(training_dict(tensors, prediction="noise"), tmp_path / "a.pt")
+    model = sources.load(file, "cpu", heads=HEADS)
+    assert (model.config.process.prediction, model.config.process.loss) == ("epsilon", "epsilon")
+    x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+    with torch.no_grad():
+        ours = model.network(x, model.process.network_time(t), Condition(label=label))
+    torch.testing.assert_close(ours, velocity(tensors, x, 1 - t, label), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"path_type": "VP"}, "is a SiT on the VP path; Tessera knows Linear and GVP"),
+        ({"prediction": "score"}, "predicts the score; Tessera knows velocity and noise"),
+    ],
+)
+def test_a_sit_that_ours_is_not_is_named(randomise, tmp_path, args, said):
+    assert said in fault(saved(training_dict(theirs(randomise), **args), tmp_path / "a.pt"), "cpu", heads=HEADS)
+
+
+def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(randomise, tmp_path):
+    tensors = theirs(randomise)
+    assert isinstance(
+        sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.process, GaussianConfig
+    )
+    tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
+    file = saved(tensors, tmp_path / "b.pt")
+    assert "give read_as='sit' (--as sit), or 'dit'" in fault(file, "cpu", heads=HEADS)
+    assert sources.load(file, "cpu", heads=HEADS, read_as="sit").config.process.kind == "flow"
+    assert sources.load(file, "cpu", heads=HEADS, read_as="dit").config.process.kind == "gaussian"
+    tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step
+    assert sources.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.process.kind == "gaussian"
+
+
+def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):
+    file = saved(theirs(randomise), tmp_path / "a.pt")
+    assert "unknown kind of checkpoint 'sitt'; did you mean 'sit'?" in fault(file, "cpu", heads=HEADS, read_as="sitt")
+    bundle.save(tiny_model, tmp_path / "cats")
+    text = fault(tmp_path / "cats", "cpu", read_as="sit")
+    assert "says itself what it was trained as (Gaussian, 1000 steps" in text
+    assert "leave read_as (--as) out" in text
+    odd = saved(theirs(randomise, outputs=5), tmp_path / "odd.pt")
+    assert "has 5 raw output channels for 4 channels" in fault(odd, "cpu", heads=HEADS, read_as="sit")
+    with pytest.raises(TesseraError, match=re.escape("leave read_as (--as) out")):
+        sources.convert(tiny_model, tmp_path / "new", "bundle", read_as="sit")
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_and_odd_weights_are_named(randomise, tmp_path):
+    tensors = theirs(randomise)
+    bias = tensors.pop("final_layer.linear.bias")
+    told = {"device": "cpu", "heads": HEADS, "read_as": "sit"}
+    with pytest.raises(TesseraError, match=r"missing final_layer\.linear\.bias \(16,\)"):
+        sources.load(saved(tensors, tmp_path / "a.pt"), **told)
+    tensors["final_layer.linear.bias"] = bias
+    tensors["final_layer.linear.weight"] = torch.cat((tensors["final_layer.linear.weight"], torch.ones(1, 32)))
+    with pytest.raises(TesseraError, match=r"final_layer\.linear\.weight is \(17, 32\), expected \(16, 32\)"):
+        sources.load(saved(tensors, tmp_path / "b.pt"), **told)
+
+
+# Onwards
+
+
+def test_a_sit_in_safetensors_becomes_a_bundle_that_draws_the_same(randomise, tmp_path):
+    save_file(theirs(randomise, channels=3, outputs=6), tmp_path / "a.safetensors")
+    model = sources.load(tmp_path / "a.safetensors", "cpu", read_as="sit", heads=HEADS)
+    sources.convert(tmp_path / "a.safetensors", tmp_path / "sit", "bundle", read_as="sit", heads=HEADS)
+    read = sources.load(tmp_path / "sit", "cpu")
+    assert read.config == model.config
+    one, two = (drawing.generate(told, [1], [7], steps=3) for told in (model, read))
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize(("to", "place"), [("official", "b.pt"), ("diffusers", "pipe")])
+def test_formats_without_a_place_for_a_flow_refuse_it(randomise, tmp_path, to, place):
+    file = saved(theirs(randomise, channels=3, outputs=6), tmp_path / "a.pt")
+    with pytest.raises(TesseraError) as caught:
+        sources.convert(file, tmp_path / place, to, read_as="sit", heads=HEADS)
+    assert "its process is flow, linear path, velocity prediction" in str(caught.value)
+    assert not (tmp_path / place).exists()
+
+
+def test_on_the_command_line(randomise, tmp_path, monkeypatch, capsys):
+    def tessera(*words) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tessera", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    file = saved(theirs(randomise, channels=3, outputs=6), tmp_path / "a.pt")
+    as_sit = ("--as", "sit", "--heads", HEADS)
+    code, out, _ = tessera("info", file, *as_sit)
+    assert code == 0
+    assert "flow, linear path, velocity prediction" in out
+    drawn = ("--classes", "1", "--seeds", "7", "--steps", "3")
+    assert tessera("sample", file, *as_sit, *drawn, "--out", tmp_path / "one")[0] == 0
+    code, out, _ = tessera("info", tmp_path / "one" / "class-1-seed-7.png")  # says how to make it again
+    words = shlex.split(out, comments=True)
+    assert words[words.index("--as") + 1] == "sit"
+    assert tessera(*words[1:], "--out", tmp_path / "again")[0] == 0
+    assert tessera("convert", file, tmp_path / "sit", "--to", "bundle", *as_sit)[0] == 0
+    assert tessera("sample", tmp_path / "sit", *drawn, "--out", tmp_path / "two")[0] == 0
+    first, *others = (
+        np.asarray(Image.open(tmp_path / folder / "class-1-seed-7.png")) for folder in ("one", "again", "two")
+    )
+    assert all(np.array_equal(first, other) for other in others)
+    code, _, err = tessera("sample", tmp_path / "sit", "--as", "sit", "--out", tmp_path / "three")
+    assert code == 1
+    assert "leave read_as (--as) out" in err
+    code, _, err = tessera("evaluate", tmp_path / "one", "--as", "sit")
+    assert code == 1
+    assert "leave out what is of drawing (--as)" in err

@@ -1,0 +1,281 @@
+"""adaLN-single and the modern block: what they reduce to, what they share, and that each part can be left out alone."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from tessera.bundle import card, describe, load, save
+from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.layers.modulation import Offsets
+from tessera.models.blocks import Context
+from tessera.models.dit import DiT, DiTConfig, parameter_count
+from tessera.settings import parse
+
+OFF = {  # the paper's adaLN-Zero block
+    "mlp": "gelu",
+    "norm": "layer",
+    "positions": "sincos",
+    "modulation": "own",
+    "qk_norm": False,
+    "value_residual": False,
+    "bias": True,
+}
+VARIANTS = {
+    "adaln-single": {"kind": "adaln-single"},
+    "modern": {"kind": "modern"},
+    **{f"modern-{name}": {"kind": "modern", name: value} for name, value in OFF.items()},
+    **{f"zero+{name}": {"kind": "modern", **{key: value for key, value in OFF.items() if key != name}} for name in OFF},
+}
+each_variant = pytest.mark.parametrize("block", VARIANTS.values(), ids=VARIANTS)
+SIZES = {"size": (8, 12), "channels": 3, "outputs": 6, "depth": 3, "width": 32, "heads": 4, "classes": 5}
+LABEL = [0, 1, 4, -1]
+
+
+def build(block, **settings) -> DiT:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return DiTConfig.model_validate({**SIZES, "block": block, **settings}).build()
+
+
+def inputs(size=(8, 12)):
+    x = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor([0.0, 17.0, 500.0, 999.0])
+
+
+@each_variant
+def test_a_fresh_network_draws_zero_and_its_blocks_are_the_identity(block):
+    network = build(block)
+    x, t = inputs()
+    assert not network(x, t, Condition(LABEL)).any()
+    tokens, context = network.embed(x, t, Condition(LABEL))
+    for each in network.blocks:
+        assert torch.equal(each(tokens, context), tokens)
+
+
+@each_variant
+def test_gradients_reach_every_weight(block, randomise):
+    network = randomise(build(block)).train()
+    network(*inputs(), Condition(LABEL)).square().mean().backward()
+    still = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+    ]
+    assert still == []
+
+
+@each_variant
+def test_a_fresh_network_learns(block):
+    """Zero gates and tables are no trap: a few steps bring the loss down and move the blocks."""
+    network = build(block)
+    x, t = inputs()
+    target = torch.randn(4, 6, 8, 12, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss = (network(x, t, Condition(LABEL)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    tokens, context = network.embed(x, t, Condition(LABEL))
+    assert all((each(tokens, context) - tokens).abs().max() > 1e-3 for each in network.blocks)
+
+
+@each_variant
+def test_rows_do_not_know_each_other_at_any_size(block, randomise):
+    network = randomise(build(block))
+    for size in ((8, 12), (12, 8), (4, 20), (16, 16)):
+        x, t = inputs(size)
+        with torch.no_grad():
+            together = network(x, t, Condition(LABEL))
+            assert together.shape == (4, 6, *size)
+            alone = [network(x[i : i + 1], t[i : i + 1], Condition(LABEL[i : i + 1])) for i in range(4)]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+@each_variant
+def test_multiply_adds_are_what_pytorch_counts(block):
+    for settings in ({}, {"classes": 0, "patch": 4, "mlp_ratio": 3}):
+        with torch.device("meta"):
+            network = build(block, **settings)
+            x, t = torch.empty(1, 3, 8, 12), torch.empty(1)
+            label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
+        with FlopCounterMode(display=False) as counter:
+            network(x, t, Condition(label))
+        assert counter.get_total_flops() == 2 * network.macs()
+
+
+@each_variant
+def test_recomputed_blocks_give_the_same_gradients(block, randomise):
+    network = randomise(build(block))
+    network(*inputs(), Condition(LABEL)).square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    tokens, context = network.embed(*inputs(), Condition(LABEL))
+    for each in network.blocks:
+        tokens = checkpoint(each, tokens, context, use_reentrant=False)
+    network.readout(tokens, context).square().mean().backward()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("kind", ["adaln-single", "modern"])
+def test_compiled_whole_the_network_is_the_same(kind, randomise):
+    """In one graph, forward and backward, another size than configured included."""
+    network = randomise(build(kind, depth=2))
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for size in ((8, 12), (12, 4)):
+        x, t = inputs(size)
+        gradients = []
+        for forward in (network, compiled):
+            network.zero_grad(set_to_none=True)
+            forward(x, t, Condition(torch.tensor(LABEL))).square().mean().backward()
+            gradients.append([parameter.grad for parameter in network.parameters() if parameter.requires_grad])
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_under_autocast_the_residuals_stay_in_float32(randomise):
+    network = randomise(build("modern"))
+    with torch.no_grad():
+        expected = network(*inputs(), Condition(LABEL))
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens, context = network.embed(*inputs(), Condition(LABEL))
+            assert tokens.dtype == torch.float32
+            assert network.blocks[0](tokens, context).dtype == torch.float32
+            got = network(*inputs(), Condition(LABEL))
+    assert (got.float() - expected).norm() < 0.1 * expected.norm()
+
+
+# What they reduce to
+
+
+def test_modern_with_everything_off_is_adaln_zero(randomise):
+    modern, zero = build({"kind": "modern", **OFF}), randomise(build("adaln-zero"))
+    modern.load_state_dict(zero.state_dict())
+    with torch.no_grad():
+        got, expected = modern(*inputs(), Condition(LABEL)), zero(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("single", ["adaln-single", {"kind": "modern", **OFF, "modulation": "shared"}])
+def test_shared_modulation_is_adaln_zero_whose_blocks_hold_the_sums(single, randomise):
+    """shared(c) + table: in each block a layer of the shared weight, and as bias the shared one plus the table."""
+    ours, zero = randomise(build(single)), build("adaln-zero")
+    state = ours.state_dict()
+    weight, bias = (state.pop(f"shared.adaLN_modulation.1.{name}") for name in ("weight", "bias"))
+    for i in range(3):
+        table = state.pop(f"blocks.{i}.adaLN_modulation.table")
+        state[f"blocks.{i}.adaLN_modulation.1.weight"] = weight
+        state[f"blocks.{i}.adaLN_modulation.1.bias"] = bias + table.flatten()
+    zero.load_state_dict(state)
+    with torch.no_grad():
+        got, expected = ours(*inputs(), Condition(LABEL)), zero.eval()(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_share_of_the_first_values_is_no_value_residual(randomise):
+    with_values = randomise(build("modern"))
+    without = build({"kind": "modern", "value_residual": False}).eval()
+    for block in with_values.blocks:
+        torch.nn.init.zeros_(block.attn.value_mix)
+    state = with_values.state_dict()
+    without.load_state_dict({k: v for k, v in state.items() if "value" not in k})
+    with torch.no_grad():
+        got, expected = with_values(*inputs(), Condition(LABEL)), without(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# What is where
+
+
+def test_parameters():
+    """Against adaLN-Zero: one modulation layer instead of one a block, tables; then biases, positions, SwiGLU of 88
+    (two thirds of 128, rounded up to a multiple of 8), sharpness and share in each block, the first values."""
+    depth, d, heads = 3, 32, 4
+    zero = parameter_count(build("adaln-zero"))
+    single = parameter_count(build("adaln-single"))
+    assert zero - single == (depth - 1) * (6 * d * d + 6 * d) - depth * 6 * d
+    modern = parameter_count(build("modern"))
+    biases = depth * (3 * d + d + 4 * d + d)
+    swiglu = depth * (3 * d * 88 - 2 * d * 128)
+    assert modern == single - biases - 24 * d + swiglu + depth * (heads + 1) + d * d
+
+
+def test_rotary_needs_no_table():
+    assert "pos_embed" not in build("modern").state_dict()
+    assert "pos_embed" in build({"kind": "modern", "positions": "sincos"}).state_dict()
+
+
+def test_all_initial_steering_is_zero():
+    """Offsets and the shared layer alike: their sum holds the gates."""
+    network = build("modern")
+    assert all(not module.table.any() for module in network.modules() if isinstance(module, Offsets))
+    assert not network.shared.adaLN_modulation.linear.weight.any()
+    assert not network.shared.adaLN_modulation.linear.bias.any()
+
+
+@each_variant
+def test_every_steering_vector_is_asked_of_the_context(block, randomise):
+    """A context that answers from elsewhere is enough to steer the network: no part reads c by another way."""
+
+    class Deaf(Context):
+        def steering(self, modulation):
+            return torch.zeros(4, 1, 32 * (2 if modulation is network.final_layer.adaLN_modulation else 6))
+
+    network = randomise(build(block))
+    x, t = inputs()
+    real = network.tell
+
+    def tell(*told):
+        context = real(*told)
+        return Deaf(c=context.c, tokens=context.tokens, grid=context.grid)
+
+    network.tell = tell
+    with torch.no_grad():
+        got = network(x, t, Condition(LABEL))
+        assert torch.equal(got, network(x, t.flip(0), Condition([4, 3, 2, 1])))
+        assert (got - network(x.flip(0), t, Condition(LABEL))).abs().max() > 1e-2
+
+
+@each_variant
+def test_a_bundle_brings_it_back(block, make_model, tmp_path):
+    model = make_model(network={"block": block})
+    save(model, tmp_path / "bundle")
+    read = load(tmp_path / "bundle")
+    assert read.config == model.config
+    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 500.0])
+    with torch.no_grad():
+        assert torch.equal(read.network(x, t, Condition([0, 2])), model.network(x, t, Condition([0, 2])))
+
+
+def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
+    model = make_model(network={"block": {"kind": "modern", "mlp": "gelu", "qk_norm": False}})
+    assert describe(model)["network"].startswith("DiT, modern mlp=gelu qk_norm=False, depth 2")
+    assert "modern mlp=gelu qk_norm=False" in card(model)
+    assert describe(make_model(network={"block": "modern"}))["network"].startswith("DiT, modern, depth 2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 40, "heads": 4, "block": "modern"}, "makes 10 channels a head"),
+        ({"width": 40, "heads": 4, "block": "modern"}, "block.positions=sincos"),
+        ({"block": {"kind": "modern", "qk_nrom": True}}, "did you mean 'qk_norm'?"),
+        ({"block": {"kind": "modern", "mlp": "relu"}}, "'swiglu' or 'gelu'"),
+        ({"block": "modrn"}, "modern"),
+    ],
+)
+def test_configurations_that_cannot_be(settings, words):
+    with pytest.raises(TesseraError) as caught:
+        parse(DiTConfig, {**SIZES, **settings}, "the network")
+    assert words in str(caught.value)
+
+
+def test_heads_that_cannot_turn_may_have_a_table():
+    assert build({"kind": "modern", "positions": "sincos"}, width=40, heads=4)

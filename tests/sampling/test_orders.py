@@ -1,0 +1,262 @@
+"""How fast every solver's error falls, on data whose exact denoiser is known: two Gaussians mixed, and one alone.
+
+The truth is the probability-flow ODE by 250 steps of the classical Runge-Kutta method, in coordinates of its own:
+with alpha = c cos(angle) and sigma = c sin(angle), z = x / c obeys dz / d(angle) = eps cos(angle) - x0 sin(angle).
+"""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tessera.process import FlowConfig, GaussianConfig, Process
+from tessera.process.gaussian import Cosine
+from tessera.process.prediction import Prediction, expand
+from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, walk
+from tessera.sampling.exponential import History, Level
+from tessera.sampling.times import Even, Trailing, times
+from tessera.sampling.unipc import Predicted
+
+PROCESSES = {
+    "cosine": GaussianConfig(steps=4096, schedule=Cosine()),
+    "linear": GaussianConfig(steps=4096),
+    "flow": FlowConfig(),
+    "trigonometric": FlowConfig(path="trigonometric"),
+}
+processes = pytest.mark.parametrize("name", PROCESSES)
+MIXTURE = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)]  # weight, mean, standard deviation
+GAUSSIAN = [(1.0, 0.5, 0.6)]
+
+
+class Exact:
+    """The best denoiser of a mixture of Gaussians, at any alpha and sigma."""
+
+    def __init__(self, process: Process, mixture: list[tuple[float, float, float]]) -> None:
+        self.process = process
+        self.weight, self.mean, self.std = torch.tensor(mixture, dtype=torch.float64).T
+
+    def at(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
+        """x [B, ...]; alpha and sigma broadcast over it."""
+        alpha, sigma, away = alpha[..., None], sigma[..., None], x[..., None] - alpha[..., None] * self.mean
+        variance = (alpha * self.std) ** 2 + sigma**2
+        share = torch.softmax(self.weight.log() - 0.5 * variance.log() - 0.5 * away**2 / variance, dim=-1)
+        x0 = self.mean + alpha * self.std**2 * away / variance
+        return Prediction((share * x0).sum(-1), (share * sigma * away / variance).sum(-1))
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        return self.at(x, expand(self.process.alpha(t), x), expand(self.process.sigma(t), x))
+
+    def path(self, x: Tensor, t: float, s: float, steps: int = 250) -> Tensor:
+        """Where the exact flow takes x [B, ...] from time t to time s."""
+        ends = torch.tensor([t, s], dtype=torch.float64)
+        angle = torch.atan2(self.process.sigma(ends), self.process.alpha(ends))
+        size = torch.hypot(self.process.sigma(ends), self.process.alpha(ends))
+        grid, z = torch.lerp(angle[0], angle[1], torch.linspace(0, 1, steps + 1, dtype=torch.float64)), x / size[0]
+
+        def rate(z: Tensor, angle: Tensor) -> Tensor:
+            told = self.at(z, angle.cos(), angle.sin())
+            return told.eps * angle.cos() - told.x0 * angle.sin()
+
+        for a, b in pairwise(grid):
+            h, middle = b - a, (a + b) / 2
+            k1 = rate(z, a)
+            k2 = rate(z + h / 2 * k1, middle)
+            k3 = rate(z + h / 2 * k2, middle)
+            z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + rate(z + h * k3, b))
+        return z * size[1]
+
+
+def starts() -> Tensor:
+    """Not as many rows as height and width of anything: float64 [9, 1, 1, 1]."""
+    return torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
+
+
+def inside(process: Process, count: int, t: float = 0.9, s: float = 0.1) -> Tensor:
+    """Times even in log SNR, away from both ends, where nothing but the solver limits the order."""
+    ends = torch.tensor([t, s], dtype=torch.float64)
+    ratio = (process.sigma(ends) / process.alpha(ends)).log()
+    return process.time_at(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
+
+
+def slope(counts: list[int], errors: list[float]) -> float:
+    return -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])
+
+
+def silent() -> Tensor:
+    return torch.zeros(9, 1, 1, 1, dtype=torch.float64)
+
+
+# Deterministic solvers
+
+
+@processes
+def test_the_truth_is_the_closed_form_of_one_gaussian(name):
+    """The flow keeps (x - alpha mu) / sqrt(alpha^2 s^2 + sigma^2)."""
+    process, (_, mu, s) = PROCESSES[name].build(), GAUSSIAN[0]
+    exact, ends, x = Exact(process, GAUSSIAN), torch.tensor([1.0, 0.2], dtype=torch.float64), starts()
+    alpha, spread = process.alpha(ends), torch.hypot(process.alpha(ends) * s, process.sigma(ends))
+    expected = alpha[1] * mu + (x - alpha[0] * mu) / spread[0] * spread[1]
+    torch.testing.assert_close(exact.path(x, 1.0, 0.2), expected, rtol=1e-7, atol=1e-7)
+
+
+@processes
+@pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_every_solver_is_of_its_order(name, data):
+    """UniPC's corrector makes its order one higher. Of dpm++ 3 the first steps are below, which is tested apart."""
+    exact, x = Exact(PROCESSES[name].build(), data), starts()
+    truth, counts = exact.path(x, 0.9, 0.1), [25, 50, 100]
+    orders = {Euler(): 1, DDIM(): 1, SDE(strength=0): 1, Heun(): 2, DPMSolver(): 2, UniPC(): 3, UniPC(variant="bh1"): 3}
+    for solver, order in orders.items():
+        errors = []
+        for count in counts:
+            *_, last = walk(solver, exact, x, inside(exact.process, count), silent)
+            errors.append(float((last.x - truth).abs().max()))
+        assert slope(counts, errors) > order - 0.25, (solver, errors)
+        assert slope(counts, errors) < order + 0.5, (solver, errors)
+
+
+@processes
+@pytest.mark.parametrize(("solver", "order"), [(DPMSolver(), 2), (DPMSolver(order=3), 3), (UniPC(order=3), 4)], ids=str)
+def test_with_an_exact_history_every_step_is_of_the_full_order(name, solver, order):
+    exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
+    truth, counts, errors = exact.path(x, 0.9, 0.1), [80, 160, 320], []
+    for count in counts:
+        grid = inside(exact.process, count)
+        known, on_path = [(grid[0].expand(9), x)], x
+        for before, after in pairwise(grid[:4].tolist()):
+            on_path = exact.path(on_path, before, after, 10)
+            known.insert(0, (torch.full((9,), after, dtype=torch.float64), on_path))
+        (_, got), *older = known
+        history = History(tuple(Level.at(exact.process, t) for t, _ in older), tuple(exact(x, t).x0 for t, x in older))
+        memory = Predicted(older[0][1], history) if solver.kind == "unipc" else history
+        for t, s in pairwise(grid[3:]):
+            got, memory = solver(exact, got, t.expand(9), s.expand(9), memory, silent)
+        errors.append(float((got - truth).abs().mean()))
+    assert slope(counts, errors) == pytest.approx(order, abs=0.35)
+
+
+@processes
+@pytest.mark.parametrize(
+    ("solver", "order", "worst"),
+    [(Euler(), 1, 0.05), (Heun(), 1.25, 0.01), (DPMSolver(), 1.25, 0.02), (UniPC(), 1, 0.02)],
+    ids=lambda value: getattr(value, "kind", None),
+)
+def test_from_noise_to_data(name, solver, order, worst):
+    """The whole way on even times. The last of them limits the order, most of all where sigma grows like sqrt(t)."""
+    exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
+    truth, counts, errors = exact.path(x, 1.0, 0.0), [80, 160], []
+    for count in counts:
+        *_, last = walk(solver, exact, x, times(Trailing(), count, exact.process), silent)
+        errors.append(float((last.x - truth).abs().max()))
+    assert slope(counts, errors) > order - 0.1
+    assert errors[0] < worst
+
+
+def test_heun_is_the_classical_method_on_the_linear_path():
+    """The mean of the velocities v = eps - x0 at both ends."""
+    exact, x = Exact(FlowConfig().build(), MIXTURE), starts()
+    t, s = torch.linspace(1, 0.3, 9, dtype=torch.float64), torch.linspace(0.8, 0.1, 9, dtype=torch.float64)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        told = exact(x, t)
+        return told.eps - told.x0
+
+    length, here = expand(s - t, x), velocity(x, t)
+    expected = x + length / 2 * (here + velocity(x + length * here, s))
+    got, _ = Heun()(exact, x, t, s, None, silent)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_euler_is_the_classical_method_on_the_linear_path():
+    exact, x = Exact(FlowConfig().build(), MIXTURE), starts()
+    t, s = torch.linspace(1, 0.3, 9, dtype=torch.float64), torch.linspace(0.8, 0, 9, dtype=torch.float64)
+    told = exact(x, t)
+    got, _ = Euler()(exact, x, t, s, None, silent)
+    torch.testing.assert_close(got, x + expand(s - t, x) * (told.eps - told.x0), rtol=1e-12, atol=1e-12)
+
+
+class Counted(Exact):
+    calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        assert (t > 0).all(), "the network was asked about the data itself"
+        self.calls += 1
+        return super().__call__(x, t)
+
+
+@pytest.mark.parametrize(("solver", "calls"), [(Heun(), 15), (DPMSolver(order=3), 8), (UniPC(order=3), 8)], ids=str)
+def test_calls_of_the_denoiser(solver, calls):
+    """Heun's last step is Euler's; the corrector of UniPC costs none."""
+    counted = Counted(FlowConfig().build(), MIXTURE)
+    list(walk(solver, counted, starts(), times(Even(), 8, counted.process), silent))
+    assert counted.calls == calls
+
+
+# Noisy solvers
+
+
+def law(solver, process: Process, grid: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of what a solver draws from the Gaussian, without drawing.
+
+    There every step is affine in x and in its noise: one row holds the mean, and one each what a noise adds to it.
+    """
+    _, mu, s = GAUSSIAN[0]
+    x = torch.full((len(grid) + 1, 1, 1, 1), float(process.alpha(grid[:1])) * mu, dtype=torch.float64)
+    x[1] += torch.hypot(process.alpha(grid[:1]) * s, process.sigma(grid[:1]))
+    rows = iter(range(2, len(x)))
+
+    def noise() -> Tensor:
+        one = torch.zeros_like(x)
+        one[next(rows)] = 1
+        return one
+
+    *_, last = walk(solver, Exact(process, GAUSSIAN), x, grid, noise)
+    mean, *added = last.x.flatten()
+    return float(mean), float(torch.stack([one - mean for one in added]).norm())
+
+
+@processes
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [
+        (DDIM(eta=0.5), 1), (DDIM(eta=1), 1), (SDE(), 1), (SDE(strength=0.3), 1), (SDE(diffusion="linear"), 1),
+        (SDE(diffusion="constant"), 0.5), (StochasticDPMSolver(), 1.5),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_noise_ends_in_the_distribution_of_the_data(name, solver, order):
+    process, (_, mu, s) = PROCESSES[name].build(), GAUSSIAN[0]
+    counts, errors = [125, 250], []
+    for count in counts:
+        mean, std = law(solver, process, times(Trailing(), count, process))
+        assert mean == pytest.approx(mu, abs=1e-3)
+        errors.append(abs(std - s))
+    assert slope(counts, errors) > order - 0.15
+    assert errors[-1] < (0.05 if order < 1 else 0.02)
+
+
+def test_ancestral_sampling_has_the_same_law_as_eta_1():
+    process = GaussianConfig(variance="posterior").build()
+    grid = times(Even(), 50, process)
+    assert law(Ancestral(), process, grid) == pytest.approx(law(DDIM(eta=1), process, grid), abs=1e-9)
+
+
+@processes
+def test_a_short_sde_step_is_that_of_euler_and_maruyama(name):
+    """x - (v + w eps / (2 sigma)) dt + sqrt(w dt) z with w = 2 strength sigma, to the second order in dt."""
+    process, x = PROCESSES[name].build(), starts()
+    exact, one, t = Exact(process, MIXTURE), torch.ones_like(x), torch.full((9,), 0.6, dtype=torch.float64)
+    counts, of_x, of_noise = [32, 64, 128], [], []
+    for count in counts:
+        dt = 1 / count
+        told, sigma, w = exact(x, t), float(process.sigma(t)[0]), 2 * 0.7 * float(process.sigma(t)[0])
+        drift = Euler()(exact, x, t, t - dt, None, silent)[0] - x
+        still, _ = SDE(strength=0.7)(exact, x, t, t - dt, None, silent)
+        noisy, _ = SDE(strength=0.7)(exact, x, t, t - dt, None, lambda: one)
+        of_x.append(float((still - (x + drift - dt * w / (2 * sigma) * told.eps)).abs().max()))
+        of_noise.append(abs(float((noisy - still)[0]) - math.sqrt(w * dt)))
+    assert slope(counts, of_x) > 1.8
+    assert slope(counts, of_noise) > 1.3
