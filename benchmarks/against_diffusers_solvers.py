@@ -5,8 +5,8 @@
 Their side is the loop of DiTPipeline, guidance included, around DPMSolverMultistepScheduler (dpmsolver++, order 2,
 midpoint, trailing times, last sigma 0) and DiTTransformer2DModel; ours is what `tessera.generate` walks, the solver
 dpm++ on trailing times. Both start from the same noise and stop at the latents. The latents must agree to float error;
-then both are timed in turn, and a row gives medians and their ratio (above 1: Tessera is faster). A second table leaves
-the network out (it answers at once): what remains is the solver, guidance and the loop.
+then both are timed in turn, and a row gives medians and their ratio (above 1: Tessera is faster). The rows
+"none" leave the network out (it answers at once): what remains is the solver, guidance and the loop.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """DiT-XL/2 at 256 px (32 x 32 x 4 latents) on one GPU: training and drawing rates, and model-FLOPs utilisation.
 
     python benchmarks/gpu_throughput.py --train [--model DiT-XL/2] [--micro 32,64,128] [--seconds 40]
+        [--block modern] [--optimizer muon]
     python benchmarks/gpu_throughput.py --sample [--batch 64]
 
 Weights are random and the latents made up: rates do not depend on them. One table to standard output; finishes inside
@@ -21,7 +22,8 @@ from tessera.data import Batch
 from tessera.models.dit import DiT, DiTConfig
 from tessera.process.gaussian import GaussianConfig
 from tessera.training.ema import Average
-from tessera.training.recipe import EMA, Adam
+from tessera.training.optimizers import Adam, AnyOptimizer, Muon
+from tessera.training.recipe import EMA
 from tessera.training.step import Task, train_step
 
 DATA_SHEET = 989e12
@@ -41,20 +43,22 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def train(model: str, micros: list[int], seconds: float, device: torch.device) -> None:
+def train(
+    model: str, micros: list[int], seconds: float, device: torch.device, block: str, optimizer: AnyOptimizer
+) -> None:
     dtype = runtime.autocast_dtype("auto", device)
     highest = peak(device, dtype or torch.float32)
     print(f"measured peak {highest / 1e12:.1f} TFLOP/s ({dtype or torch.float32})\n")
     print("| model | micro-batch | compiled | images/s | of the data sheet | of the measured peak | peak memory GiB |")
     print("|---|---|---|---|---|---|---|")
-    config = DiTConfig.model_validate({"preset": model})
+    config = DiTConfig.model_validate({"preset": model, "block": block})
     for compiled in (False, True):
         for micro in micros:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             network = config.build().to(device)
             try:
-                rate = training_rate(network, micro, compiled, seconds, dtype)
+                rate = training_rate(network, micro, compiled, seconds, dtype, optimizer)
             except torch.OutOfMemoryError:
                 print(f"| {model} | {micro} | {'yes' if compiled else 'no'} | out of memory | | | |", flush=True)
                 del network
@@ -68,10 +72,12 @@ def train(model: str, micros: list[int], seconds: float, device: torch.device) -
             )
 
 
-def training_rate(network: DiT, micro: int, compiled: bool, seconds: float, dtype: torch.dtype | None) -> float:
-    """Images a second of whole training steps: forward, backward, AdamW, EMA."""
-    device, classes = network.pos_embed.device, network.config.classes
-    average, optimizer = Average(network, EMA()), Adam().build(network)
+def training_rate(
+    network: DiT, micro: int, compiled: bool, seconds: float, dtype: torch.dtype | None, config: AnyOptimizer
+) -> float:
+    """Images a second of whole training steps: forward, backward, optimizer, EMA."""
+    device, classes = next(network.parameters()).device, network.config.classes
+    average, optimizer = Average(network, EMA()), config.build(network)
     torch._dynamo.reset()  # a fresh compilation for each size, never a dynamic one
     forward = torch.compile(network, dynamic=False) if compiled else network
     # The codec is the identity, as on cached latents: the autoencoder is no part of the step.
@@ -81,7 +87,7 @@ def training_rate(network: DiT, micro: int, compiled: bool, seconds: float, dtyp
 
     def step(number: int) -> None:
         batch = Batch(pixels, label, torch.arange(micro) + number * micro)
-        train_step(forward, optimizer, batch, task, Adam(), micro)
+        train_step(forward, optimizer, batch, task, config, micro)
         average.update(number + 1)
 
     for warm in range(3):
@@ -136,12 +142,16 @@ def main() -> None:
     parser.add_argument("--micro", default="32,64,128")
     parser.add_argument("--seconds", type=float, default=40)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--block", default="adaln-zero", help="design of the blocks, for --train")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     options = parser.parse_args()
     device = runtime.choose_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}")
     if options.train:
-        train(options.model, [int(micro) for micro in options.micro.split(",")], options.seconds, device)
+        optimizer = Adam() if options.optimizer == "adamw" else Muon()
+        micros = [int(micro) for micro in options.micro.split(",")]
+        train(options.model, micros, options.seconds, device, options.block, optimizer)
     if options.sample:
         sample(options.model, options.batch, device)
 

@@ -4,13 +4,15 @@
     python benchmarks/ledger.py report --data digits --out runs/ledger > table.md      # and runs/ledger/digits.png
 
 A member is a list of overrides of one recipe. Each run is a `tessera train` that scores itself on a fixed schedule:
-kill it and run the same command again to go on. Members whose network costs other multiply-adds take fewer or more
-steps, so that all spend the same FLOPs. `--shard i/n` takes every n-th run: two processes, or an array of jobs.
+kill it and run the same command again to go on. Members whose step costs other FLOPs, the optimizer's matrix products
+counted, take fewer or more steps, so that all spend the same. `--shard i/n` takes every n-th run: two processes, or an
+array of jobs.
 """
 
 import argparse
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Setting:
     steps: int  # of the paper's network; others get as many FLOPs
     every: int  # steps of the paper's network between scores
     seeds: tuple[int, ...]
+    rate: float = 1.0  # of the members' learning rates, which suit the digits' network
 
 
 GAUSSIAN = (
@@ -37,38 +40,46 @@ GAUSSIAN = (
 FLOW = ("process=flow",)
 BLOCK = ("network.block=adaln-zero",)
 MODERN = ("network.block=modern",)
-ADAM, MUON = ("training.optimizer=adamw",), ("training.optimizer=muon",)
-RATE = ("training.optimizer.learning_rate=0.004", "training.optimizer.decay=constant", "training.optimizer.warmup=0")
-FALLING = (*RATE, "training.optimizer.decay=cosine", "training.optimizer.warmup=50")
-PAPER = (*GAUSSIAN, *BLOCK, *ADAM, *RATE)
+TIMES = ("process.times=logit-normal", "process.times.std=0.7")  # 0.7 of 0.5, 0.7, 1 and 1.4
+# Rates tried with seed 0 and less than the budget: AdamW 0.001, 0.002, 0.004, 0.008; Muon 0.004, 0.012, 0.024.
+ADAM = ("training.optimizer=adamw", "training.optimizer.learning_rate=0.004")
+MUON = (
+    "training.optimizer=muon", "training.optimizer.learning_rate=0.012", "training.optimizer.adamw_learning_rate=0.004",
+    "training.optimizer.newton_schulz_steps=3",
+)  # fmt: skip
+STEADY = ("training.optimizer.decay=constant", "training.optimizer.warmup=0")
+FALLING = ("training.optimizer.decay=wsd", "training.optimizer.warmup=0")  # a warm-up of 20 steps only delayed
+PAPER = (*GAUSSIAN, *BLOCK, *ADAM, *STEADY)
+MOST = (*FLOW, *TIMES, *MODERN, *MUON)  # all but the falling rate
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "paper": PAPER,
     # one change at a time
     "paper + min-SNR": (*PAPER, "process.weighting=min-snr"),
     "paper + v": (*PAPER, "process.prediction=v"),
-    "paper + adaLN-single": (*GAUSSIAN, "network.block=adaln-single", *ADAM, *RATE),
-    "paper + modern block": (*GAUSSIAN, *MODERN, *ADAM, *RATE),
-    "paper + Muon": (*GAUSSIAN, *BLOCK, *MUON, *RATE),
+    "paper + adaLN-single": (*GAUSSIAN, "network.block=adaln-single", *ADAM, *STEADY),
+    "paper + modern block": (*GAUSSIAN, *MODERN, *ADAM, *STEADY),
+    "paper + Muon": (*GAUSSIAN, *BLOCK, *MUON, *STEADY),
     "paper + falling rate": (*GAUSSIAN, *BLOCK, *ADAM, *FALLING),
-    "paper + flow": (*FLOW, *BLOCK, *ADAM, *RATE),
+    "paper + flow": (*FLOW, *BLOCK, *ADAM, *STEADY),
     # in sequence
-    "flow + logit-normal": (*FLOW, "process.times=logit-normal", *BLOCK, *ADAM, *RATE),
-    "flow + x0 prediction": (*FLOW, "process.prediction=x0", *BLOCK, *ADAM, *RATE),
-    "flow + modern block": (*FLOW, *MODERN, *ADAM, *RATE),
-    "flow + Muon": (*FLOW, *BLOCK, *MUON, *RATE),
-    "flow + modern block + Muon": (*FLOW, *MODERN, *MUON, *RATE),
-    "modern": (*FLOW, *MODERN, *MUON, *FALLING),
-    "modern, a quarter": (*FLOW, *MODERN, *MUON, *FALLING),
-    "modern, a tenth": (*FLOW, *MODERN, *MUON, *FALLING),
-    # what of the modern block matters: the last but one without a part
-    "without rotary": (*FLOW, *MODERN, *MUON, *RATE, "network.block.positions=sincos"),
-    "without qk-norm": (*FLOW, *MODERN, *MUON, *RATE, "network.block.qk_norm=false"),
-    "without SwiGLU": (*FLOW, *MODERN, *MUON, *RATE, "network.block.mlp=gelu"),
-    "without value residual": (*FLOW, *MODERN, *MUON, *RATE, "network.block.value_residual=false"),
-    "without shared modulation": (*FLOW, *MODERN, *MUON, *RATE, "network.block.modulation=own"),
+    "flow + logit-normal": (*FLOW, *TIMES, *BLOCK, *ADAM, *STEADY),
+    "... + modern block": (*FLOW, *TIMES, *MODERN, *ADAM, *STEADY),
+    "... + Muon": (*MOST, *STEADY),
+    "modern (... + falling rate)": (*MOST, *FALLING),
+    "modern, a quarter": (*MOST, *FALLING),
+    "modern, an eighth": (*MOST, *FALLING),
+    # what else was tried, and what of the modern block matters: "... + Muon" with one thing changed
+    "x0 prediction": (*MOST, *STEADY, "process.prediction=x0"),
+    "shift by dimension": (*MOST, *STEADY, "process.shift=dimension"),
+    "without modern block": (*FLOW, *TIMES, *BLOCK, *MUON, *STEADY),
+    "without rotary": (*MOST, *STEADY, "network.block.positions=sincos"),
+    "without qk-norm": (*MOST, *STEADY, "network.block.qk_norm=false"),
+    "without SwiGLU": (*MOST, *STEADY, "network.block.mlp=gelu"),
+    "without value residual": (*MOST, *STEADY, "network.block.value_residual=false"),
+    "without shared modulation": (*MOST, *STEADY, "network.block.modulation=own"),
 }
-BUDGETS = {"modern, a quarter": 0.25, "modern, a tenth": 0.1}  # of the FLOPs; a falling rate falls within them
+BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; a falling rate falls within them
 SETTINGS = {
     "digits": Setting(
         "digits.yaml",
@@ -80,14 +91,24 @@ SETTINGS = {
         steps=1500, every=250, seeds=(0, 1, 2),
     ),
     "cifar10": Setting(  # expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (ledger.md)
-        "your-images.yaml",
+        "modern.yaml",
         (
             "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch=4", "network.width=128",
-            "network.depth=4", "network.heads=4", "sampling.guidance=1", "sampling.steps=25",
+            "network.depth=4", "network.heads=4", "sampling.guidance=1", "sampling.sampler=ddim", "sampling.steps=25",
             "training.optimizer.clip=null", "training.ema.decay=0.995", "training.batch=64", "evaluation.count=1000",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
-        steps=1600, every=200, seeds=(0,),
+        steps=400, every=200, seeds=(0,),
+    ),
+    "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
+        "modern.yaml",
+        (
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch=2", "network.width=384",
+            "network.depth=8", "network.heads=6", "sampling.guidance=1", "sampling.sampler=ddim", "sampling.steps=25",
+            "training.optimizer.clip=null", "training.ema.decay=0.999", "training.batch=256", "evaluation.count=5000",
+            "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz", "evaluation.batch=500",
+        ),
+        steps=6000, every=1500, seeds=(0,), rate=0.25,
     ),
 }  # fmt: skip
 
@@ -99,25 +120,31 @@ def overrides(data: str, member: str, seed: int, out: Path) -> list[str]:
     told += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
     # Optimizer settings that belong to every kind follow the kind that a member chooses.
     told.sort(key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "process=")))
-    share = macs(setting, told) / macs(setting, [*setting.common, *PAPER])
-    steps, every = round(setting.steps * BUDGETS.get(member, 1) / share), round(setting.every / share)
+    told = [_scaled(line, setting.rate) for line in told]
+    share = flops_of_a_step(recipe_of(data, told)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
+    every = round(setting.every / share)
+    steps = round(every * setting.steps / setting.every * BUDGETS.get(member, 1))
     return [*told, f"training.steps={steps}", f"evaluation.every={every}", f"training.checkpoint_every={every}"]
 
 
-def macs(setting: Setting, told: list[str]) -> int:
-    """Multiply-adds of one forward pass of the network that a recipe asks for."""
-    import torch
+def _scaled(line: str, rate: float) -> str:
+    """An override of a learning rate, multiplied."""
+    key, _, value = line.partition("=")
+    return f"{key}={float(value) * rate:g}" if key.endswith("learning_rate") else line
 
+
+def recipe_of(data: str, told: list[str]):
+    """The recipe with overrides, its sizes filled in."""
     from tessera.training.recipe import pixels_like_data, read, resolve
 
-    recipe = pixels_like_data(read(RECIPES / setting.recipe, [line for line in told if not line.startswith("output")]))
-    recipe = resolve(recipe, recipe.data.open(), recipe.codec.build())
-    with torch.device("meta"):
-        return recipe.network.build().macs()
+    settings = [line for line in told if not line.startswith("output")]
+    recipe = pixels_like_data(read(RECIPES / SETTINGS[data].recipe, settings))
+    return resolve(recipe, recipe.data.open(), recipe.codec.build())
 
 
 def folder(data: str, member: str, seed: int) -> str:
-    return f"{data}/{member.replace(' ', '-')}-seed-{seed}"
+    words = re.findall(r"[\w-]+", member)
+    return f"{data}/{'-'.join(words)}-seed-{seed}"
 
 
 def run(data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int]) -> None:
@@ -133,8 +160,9 @@ def run(data: str, out: Path, seeds: list[int], members: list[str], shard: tuple
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: training FLOPs, and the metric with its interval at each."""
+    """One run: steps and training FLOPs, and the metric with its interval at each."""
 
+    steps: np.ndarray
     flops: np.ndarray
     value: np.ndarray
     low: np.ndarray
@@ -153,23 +181,38 @@ class Curve:
 
 
 def curve(run: Path, metric: str) -> Curve | None:
-    """What a run has scored so far."""
+    """What a run has scored, if it is done."""
     from tessera.bundle import checkpoints, load_config
     from tessera.training.scores import history
 
     scored, saved = history(run), checkpoints(run)
     if not scored or not saved:
         return None
-    import torch
+    from tessera.training.recipe import Recipe
 
-    config = load_config(saved[0])
-    with torch.device("meta"):
-        each = config.network.build().macs()
-    batch = (config.recipe or {})["training"]["batch"]
+    recipe = Recipe.model_validate(load_config(saved[0]).recipe)
     steps = np.array(sorted(scored))
+    if steps[-1] < recipe.training.steps:
+        return None
     told = [scored[step][metric] for step in steps]
-    flops = steps * batch * each * 2 * 3  # two operations a multiply-add; backward costs twice the forward pass
-    return Curve(flops, *(np.array([getattr(score, name) for score in told]) for name in ("value", "low", "high")))
+    flops = steps * float(flops_of_a_step(recipe))
+    return Curve(
+        steps, flops, *(np.array([getattr(score, name) for score in told]) for name in ("value", "low", "high"))
+    )
+
+
+def flops_of_a_step(recipe) -> int:
+    """Forward, backward (twice the forward pass) and the optimizer's matrix products; two operations a multiply-add."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = recipe.network.build()
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer = recipe.training.optimizer.build(network)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    return 6 * recipe.training.batch * network.macs() + counter.get_total_flops()
 
 
 def report(data: str, out: Path) -> None:
@@ -180,16 +223,19 @@ def report(data: str, out: Path) -> None:
         pairs = [(fd, kid) for fd, kid in zip(runs, kids) if fd is not None and kid is not None]
         if pairs:
             found[member] = pairs
+    if "paper" not in found:
+        raise SystemExit(f"no run of the paper's recipe in {out / data} is done: all else is compared with it")
     paper = float(np.mean([fd.value[-1] for fd, _ in found["paper"]]))
     spent = found["paper"][0][0].flops[-1]
     print(f"Training FLOPs of a run: {spent:.3g}. The paper's recipe ends at FD {paper:.3g}.\n")
-    print("| member | seeds | FD | KID | FLOPs to the paper's final FD |")
-    print("|---|---|---|---|---|")
+    print("| member | seeds | FD | KID | FLOPs of a step | FLOPs to the paper's final FD |")
+    print("|---|---|---|---|---|---|")
     for member, pairs in found.items():
         needed = [fd.reaches(paper) / spent for fd, _ in pairs]
         told = "never" if all(map(math.isinf, needed)) else ", ".join(f"{share:.2f}" for share in sorted(needed))
         fd, kid = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-        print(f"| {member} | {len(pairs)} | {fd} | {kid} | {told} |")
+        step = pairs[0][0].flops[0] / pairs[0][0].steps[0] / (spent / found["paper"][0][0].steps[-1])
+        print(f"| {member} | {len(pairs)} | {fd} | {kid} | {step:.2f} | {told} |")
     plot(found, paper, out / f"{data}.png")
 
 
@@ -214,7 +260,7 @@ def plot(found: dict, paper: float, path: Path) -> None:
             pairs[0][0].flops[:length],
             values.mean(0),
             label=member,
-            linewidth=2.5 if member in ("paper", "modern") else 1,
+            linewidth=2.5 if member == "paper" or member.startswith("modern (") else 1,
         )
         axes.fill_between(pairs[0][0].flops[:length], values.min(0), values.max(0), alpha=0.1, color=line.get_color())
     axes.axhline(paper, color="grey", linewidth=0.8, linestyle=":")

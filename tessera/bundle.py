@@ -58,7 +58,8 @@ class Model:
 
     @cached_property
     def process(self) -> Process:
-        return self.config.process.build()
+        seen = self.config.network
+        return self.config.process.resolved(seen.channels, seen.size).build()
 
     @property
     def codec(self) -> Pixels | Autoencoder:
@@ -218,7 +219,7 @@ def weights_hash(network: nn.Module) -> str:
 def describe(model: Model) -> dict[str, str]:
     """The facts of a model, for the card and for `tessera info`."""
     config = model.config
-    network, process, sampling = config.network, config.process, config.sampling
+    network, process = config.network, config.process
     height, width = network.size
     classes = f"{network.classes} classes" if network.classes else "unconditional"
     codec = config.codec
@@ -230,8 +231,7 @@ def describe(model: Model) -> dict[str, str]:
         "process": process.words(),
         "parameters": f"{parameter_count(model.network):,}",
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
-        "draws with": f"{sampling.sampler.kind}, {sampling.steps} steps, {sampling.spacing.kind} times, "
-        f"guidance {sampling.guidance:g} on {sampling.guidance_channels} channels",
+        "draws with": config.sampling.words(),
     }
 
 

@@ -38,12 +38,8 @@ def settings(model: Model, *, overrides: Sequence[str] = (), **changes: Any) -> 
     told = {name: value for name, value in changes.items() if value is not None}
     if not told and not overrides:
         return model.config.sampling
-    data = override({**model.config.sampling.model_dump(), **told}, list(overrides))
-    for name, known in (("sampler", sampling.SAMPLERS), ("spacing", sampling.SPACINGS)):
-        kind = data[name].get("kind") if isinstance(data[name], dict) else data[name]
-        if isinstance(kind, str) and kind not in known:
-            raise TesseraError(unknown(name, kind, known))
-    return parse(SamplingConfig, data, "the sampler settings")
+    data = override({**model.config.sampling.model_dump(), **told}, list(overrides), example="steps=20")
+    return parse(SamplingConfig, data, "sampling")
 
 
 def labels(model: Model, classes: Sequence[int | str]) -> list[int]:
@@ -103,6 +99,8 @@ def walk(
         raise TesseraError(f"this model knows {seen.classes} classes: say which, for example classes=[0]")
     if guide is not None:
         check_guide(model, guide)
+        if bool((scales == 1).all()):
+            raise TesseraError("a guide needs guidance other than 1: give --guidance 2")
     elif bool((scales != 1).any()) and not (seen.classes and seen.null_class):
         raise TesseraError("this model cannot be guided: it has no 'told nothing' class; leave guidance at 1")
     seeds = list(seeds)
@@ -235,12 +233,7 @@ def generate(
     """
     seeds = list(seeds)
     told = None if classes is None else list(classes)
-    if image is not None:  # one for each row, or one for all: a row less of axes
-        image = np.asarray(image)
-        image = image[None] if image.ndim == 3 else image
-    if mask is not None:
-        mask = np.asarray(mask)
-        mask = mask[None] if mask.ndim == 2 else mask
+    image, mask = None if image is None else _images(model, image), None if mask is None else _masks(mask)
     given = max(1 if each is None else len(each) for each in (image, mask))
     rows = max(len(seeds), len(told or [0]), given)
     if not rows or told == [] or not seeds:
@@ -314,13 +307,7 @@ def _original(
         if strength is not None or mask is not None:
             raise TesseraError(f"{'a mask' if strength is None else 'strength'} belongs to an image: give image, too")
         return None
-    pixels = np.asarray(image)
-    channels = model.codec.pixel_channels
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != channels or not pixels.size:
-        raise TesseraError(
-            f"an image is uint8 [B, H, W, {channels}] or [H, W, {channels}]; got {pixels.dtype} {list(pixels.shape)}"
-        )
-    pixels = pixels[None] if pixels.ndim == 3 else pixels
+    pixels = _images(model, image)
     found = (pixels.shape[1], pixels.shape[2])
     if size is not None and tuple(size) != found:
         raise TesseraError(
@@ -334,14 +321,32 @@ def _original(
     return Original(model.codec.encode(data / 127.5 - 1), strength, _drawn_latents(model, mask, found, latent_size))
 
 
+def _images(model: Model, image: np.ndarray) -> np.ndarray:
+    """[B, H, W, C] of what may be one image for all rows, [H, W, C]. Raises TesseraError for what is neither."""
+    pixels, channels = np.asarray(image), model.codec.pixel_channels
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] != channels or not pixels.size:
+        raise TesseraError(
+            f"an image is uint8 [B, H, W, {channels}] or [H, W, {channels}]; got {pixels.dtype} {list(pixels.shape)}"
+        )
+    return pixels[None] if pixels.ndim == 3 else pixels
+
+
+def _masks(mask: np.ndarray) -> np.ndarray:
+    """[B, H, W] of what may be one mask for all rows, [H, W]. Raises TesseraError for what is neither."""
+    told = np.asarray(mask)
+    if told.ndim not in (2, 3):
+        raise TesseraError(f"a mask is [B, H, W] or [H, W]; got {told.dtype} {list(told.shape)}")
+    return told[None] if told.ndim == 2 else told
+
+
 def _drawn_latents(
     model: Model, mask: np.ndarray | None, size: tuple[int, int], latent_size: tuple[int, int]
 ) -> Tensor | None:
     """A mask of pixels as one of latents, bool [B or 1, 1, h, w]: any drawn pixel makes its latent a drawn one."""
     if mask is None:
         return None
-    told = np.asarray(mask)
-    if told.ndim not in (2, 3) or told.shape[-2:] != size or not np.isin(told, (0, 1)).all():
+    told = _masks(mask)
+    if told.shape[-2:] != size or not np.isin(told, (0, 1)).all():
         raise TesseraError(
             f"a mask is [B, {size[0]}, {size[1]}] or [{size[0]}, {size[1]}], 1 where to draw and 0 where the image "
             f"stays; got {told.dtype} {list(told.shape)}" + (" with other values" if told.shape[-2:] == size else "")

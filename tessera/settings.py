@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +24,7 @@ class Settings(BaseModel):
     own defaults, in YAML and on the command line alike.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -69,9 +71,18 @@ def parse(kind: type[S], data: Any, source: str) -> S:
             place = ".".join(str(part) for part in fault["loc"])
             got = fault["input"]
             shown = "" if isinstance(got, dict) or fault["type"] == "missing" else f" (got {got!r})"
-            message = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"  {place or 'top level'}: {message}{shown}")
+            faults.append(f"  {place or 'top level'}: {_message(fault)}{shown}")
         raise TesseraError(f"{source} is not valid:\n" + "\n".join(faults)) from None
+
+
+def _message(fault: Mapping[str, Any]) -> str:
+    """What is wrong, in words; of a choice among kinds in ours, as pydantic's speak of tags."""
+    if fault["type"] == "union_tag_invalid":
+        what = next((part for part in reversed(fault["loc"]) if isinstance(part, str)), "kind")
+        return unknown(what, fault["ctx"]["tag"], re.findall("'([^']*)'", fault["ctx"]["expected_tags"]))
+    if fault["type"] in ("union_tag_not_found", "model_attributes_type"):
+        return "expected the name of a kind, or a mapping that has one as `kind`"
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -94,16 +105,17 @@ def write_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+def override(data: dict[str, Any], assignments: list[str], example: str = "training.steps=1000") -> dict[str, Any]:
     """Apply dotted assignments (`training.steps=1000`) to nested mappings; values are read as YAML.
 
     Choosing another kind (`process.schedule=cosine`, `data.kind=parquet`) drops the fields of the kind it replaces.
+    example: of an assignment, for the error about what is none.
     """
     result: dict[str, Any] = _copied(data)
     for assignment in assignments:
         path, found, text = assignment.partition("=")
         if not found or not path:
-            raise TesseraError(f"'{assignment}' is not an override; write key=value, for example training.steps=1000")
+            raise TesseraError(f"'{assignment}' is not an override; write key=value, for example {example}")
         try:
             value: Any = yaml.safe_load(text)
         except yaml.YAMLError:

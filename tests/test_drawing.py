@@ -239,7 +239,8 @@ def test_a_size_that_does_not_fit(tiny_model, size):
 
 
 def test_an_unknown_sampler(tiny_model):
-    assert fault(tiny_model, [0], sampler="dimm") == "unknown sampler 'dimm'; did you mean 'ddim'?"
+    said = "sampling is not valid:\n  sampler: unknown sampler 'dimm'; did you mean 'ddim'?"
+    assert fault(tiny_model, [0], sampler="dimm") == said
 
 
 @pytest.mark.parametrize(
@@ -392,6 +393,10 @@ def test_a_guide_that_does_not_fit(make_model, network, process, words):
     assert words in text
 
 
+def test_a_guide_without_guidance_would_do_nothing(make_model):
+    assert "a guide needs guidance other than 1" in fault(make_model(), [0], guide=make_model(seed=1))
+
+
 def test_a_guide_trained_under_another_weighting_fits(make_model):
     guide = make_model({}, {"weighting": "min-snr"}, seed=1)
     assert drawing.generate(make_model(), [0], guidance=2.0, guide=guide).shape == (1, 8, 8, 1)
@@ -402,7 +407,8 @@ def test_a_guide_trained_under_another_weighting_fits(make_model):
     [
         ({"guidance_interval": (0.8, 0.2)}, "two times, the lower one first"),
         ({"guidance_interval": (0.2, 1.2)}, "two times, the lower one first"),
-        ({"guidance_schedule": "cosin"}, "guidance_schedule"),
+        ({"guidance_schedule": "cosin"}, "unknown guidance_schedule 'cosin'; did you mean 'cosine'?"),
+        ({"guidance_schedule": {"kind": "linear", "least": float("inf")}}, "finite"),
         ({"guidance_rescale": 1.5}, "less than or equal to 1"),
         ({"caching": {"kind": "first-block", "threshold": -1}}, "caching"),
     ],
@@ -505,7 +511,9 @@ def test_the_size_is_the_pictures(tiny_model):
         ({"image": picture(), "strength": 0.0}, "strength is 0.0; expected more than 0"),
         ({"image": picture(), "strength": 1.1}, "strength is 1.1"),
         ({"image": picture(), "strength": 0.0005}, "strength 0.0005 leaves no step"),
-        ({"image": picture(channels=3)}, "[H, W, 1]; got uint8 [1, 8, 8, 3]"),
+        ({"image": picture(channels=3)}, "[H, W, 1]; got uint8 [8, 8, 3]"),
+        ({"image": picture()[..., 0]}, "[H, W, 1]; got uint8 [8, 8]"),
+        ({"image": picture(), "mask": half()[None, None]}, "a mask is [B, H, W] or [H, W]; got uint8 [1, 1, 8, 8]"),
         ({"image": picture() / 255}, "got float64"),
         ({"image": picture(size=(7, 8))}, "size 7 x 8 does not fit"),
         ({"image": picture(), "size": (16, 16)}, "size 16 x 16 is not"),

@@ -92,6 +92,27 @@ def test_an_unknown_kind_lists_the_known():
     assert "square" in text
 
 
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("rund", "shape: unknown shape 'rund'; did you mean 'round'?"),
+        ({"kind": "zzz"}, "shape: unknown shape 'zzz'; known: round, square"),
+        ({"radius": 3}, "shape: expected the name of a kind"),
+        (None, "shape: expected the name of a kind, or a mapping that has one as `kind` (got None)"),
+        (5, "(got 5)"),
+    ],
+)
+def test_a_choice_that_is_none_is_told_in_our_words(shape, said):
+    text = fault({"needed": 1, "shape": shape})
+    assert said in text
+    assert "tag" not in text
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, "nan"])
+def test_numbers_are_finite(number):
+    assert "inner.rate: Input should be a finite number" in fault({"needed": 1, "inner": {"rate": number}})
+
+
 def test_settings_cannot_be_changed():
     with pytest.raises(ValidationError):
         Inner().steps = 3

@@ -73,7 +73,7 @@ def demo(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/your-images.yaml")],
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/modern.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted settings")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, tell time and memory")] = False,
@@ -128,14 +128,12 @@ def sample(
     """
     from tessera.cli import sampling
 
-    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing, changes)
+    settings = sampler_settings(sampler, eta, steps, guidance, guidance_channels, spacing, changes)
     checked(guidance, precision, class_policy)
     if total is not None and (classes or count or seeds):
         raise TesseraError("--total chooses classes and seeds by itself: leave out --classes, --count and --seeds")
     loaded = sampling.loaded(model, device, ema, read_as, heads, codec)
-    asked = sampling.asked(
-        loaded, classes, count, seeds, total, class_policy, settings, guidance, precision, size_of(size)
-    )
+    asked = sampling.asked(loaded, classes, count, seeds, total, class_policy, settings, precision, size_of(size))
     extras = sampling.extras(loaded, guide, image, strength, mask)
     if compile_:
         sampling.compiled(loaded)

@@ -104,7 +104,7 @@ def score(
     from tessera.files import alone
     from tessera.interop import sources
 
-    settings = sampler_settings(sampler, eta, steps, guidance_channels, spacing, changes)
+    settings = sampler_settings(sampler, eta, steps, guidance, guidance_channels, spacing, changes)
     checked(guidance, precision, class_policy)
     names = suite.wanted(metrics)
     folder = out or Path("evaluation") / suite.name_of(target)
@@ -113,7 +113,7 @@ def score(
         chosen = runtime.choose_device(device)
         if sources.is_model(target):
             model = sources.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
-            more = {"settings": settings, "guidance": guidance, "precision": precision, "size": size_of(size)}
+            more = {"settings": settings, "precision": precision, "size": size_of(size)}
             asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
             subject = Drawn(model, asked, folder / "samples", batch, target)
             compared_with = reference or suite.trained_on(model)

@@ -57,6 +57,7 @@ def sampler_settings(
     sampler: str | None,
     eta: float | None,
     steps: int | None,
+    guidance: float | None,
     channels: str | None,
     spacing: str | None,
     changes: list[str] | None,
@@ -68,6 +69,7 @@ def sampler_settings(
         "sampler": sampler if eta is None else "ddim",
         "sampler.eta": eta,
         "steps": steps,
+        "guidance": guidance,
         "guidance_channels": channels,
         "spacing": spacing,
     }

@@ -37,12 +37,11 @@ def asked(
     total: int | None,
     policy: Any,
     settings: dict[str, Any],
-    guidance: float | None,
     precision: Any,
     size: tuple[int, int] | None,
 ) -> Asked:
     """What the flags ask for: `total` pictures by a policy, or every class with every seed."""
-    more: dict[str, Any] = {"settings": settings, "guidance": guidance, "precision": precision, "size": size}
+    more: dict[str, Any] = {"settings": settings, "precision": precision, "size": size}
     if total is not None:
         return asked_by_policy(model, total, policy, **more)
     each, of = seeds_of(seeds, count), classes_of(classes, model)
@@ -67,7 +66,11 @@ def extras(model: Model, guide: str | None, image: str | None, strength: float |
     words: dict[str, Any] = {}
     said: dict[str, Any] = {}
     if guide is not None:
-        words["guide"] = sources.load(guide, device=str(model.device))
+        try:
+            words["guide"] = sources.load(guide, device=str(model.device))
+        except TesseraError as error:
+            hint = " (a .pt that cannot say what it is: convert it to a bundle first)" if Path(guide).is_file() else ""
+            raise TesseraError(f"--guide: {error}{hint}") from None
         drawing.check_guide(model, words["guide"])
         said |= {"guide": guide, "guide_weights": weights_hash(words["guide"].network)}
     if image is None and (strength is not None or mask is not None):
@@ -81,6 +84,12 @@ def extras(model: Model, guide: str | None, image: str | None, strength: float |
         words["strength"] = said["strength"] = strength
     if mask is not None:
         words["mask"] = read_picture("--mask", mask, 1)[..., 0] >= 128
+        size, expected = words["mask"].shape, words["image"].shape
+        if size != expected[:2]:
+            raise TesseraError(
+                f"--mask {mask} is {size[0]} x {size[1]} pixels (height x width), but --from {image} is "
+                f"{expected[0]} x {expected[1]}: give a mask of that size"
+            )
         said |= {"mask": mask, "mask_hash": _hash(words["mask"])}
     return Extras(words, said)
 

@@ -30,7 +30,9 @@ def tune(
     read_as: ReadAs = None,
     heads: Heads = None,
     codec: Codec = None,
-    out: Annotated[Path | None, typer.Option(help="folder for everything (RUN/tune, or tune-NAME beside it)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for everything (RUN/tune/CHECKPOINT, or tune-NAME beside it)")
+    ] = None,
     save_to: Annotated[Path | None, typer.Option(help="a new bundle for the settings, instead of the model")] = None,
 ) -> None:
     """Search solver, grid, steps, guidance and caching; keep what is fastest at equal quality as the model's own.
@@ -38,7 +40,7 @@ def tune(
     Trials are compared with the model's present settings by fd, on the same seeds; finalists again on fresh ones.
     Interrupted, or out of time? The same command goes on.
     """
-    from tessera import drawing, runtime
+    from tessera import runtime
     from tessera.evaluation import suite
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
@@ -68,9 +70,8 @@ def tune(
         check_word(compared_with)
     network = extractor(features or suite.usual_features(compared_with), runtime.choose_device(device))
     folder = out or tuned.folder_for(path)
-    before = None if baseline is None else drawing.settings(loaded, overrides=baseline.split())
     with progress() as begin:
-        told = study.Tuner(loaded, compared_with, network, folder, tuning, before, _say, begin)
+        told = study.Tuner(loaded, compared_with, network, folder, tuning, (baseline or "").split(), _say, begin)
         done = told.run()
     tuned.plot(done, folder / tuned.PLOT)
     print(tuned.page(done))

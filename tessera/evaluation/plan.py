@@ -4,22 +4,49 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tessera.errors import TesseraError
 from tessera.files import write_whole
+from tessera.models.dit import DiTConfig
+from tessera.process import AnyProcess
+from tessera.sampling import SamplingConfig
 from tessera.settings import changes
 
 PLAN = "plan.json"
+SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": DiTConfig, "process": AnyProcess}  # in a plan
 
 
-def begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Begin work under a plan in a folder, or go on with it. Raises TesseraError if other work stands there."""
+def begin(folder: Path, plan: dict[str, Any], instead: str = "Give another --out, or remove it") -> None:
+    """Begin work under a plan in a folder, or go on with it.
+
+    Raises TesseraError if other work stands there, with what to do instead.
+    """
     path = folder / PLAN
     try:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read {path}: {error}; remove {folder} to start afresh") from None
     told = json.dumps(plan, indent=1)
-    if before is not None and (found := changes(before, json.loads(told))):
+    if before is not None and (found := changes(_completed(before), json.loads(told))):
         differing = "; ".join(f"{name} was {old}, is {new}" for name, old, new in found)
-        raise TesseraError(f"{folder} holds other work: {differing}. Give another --out, or remove it")
+        raise TesseraError(f"{folder} holds other work: {differing}. {instead}")
     write_whole(path, told)
+
+
+def _completed(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan that an earlier Tessera wrote down, with the defaults of settings that were not there yet."""
+    found = dict(plan)
+    for name, value in plan.items():
+        if name == "subject" and isinstance(value, dict):
+            found[name] = _completed(value)
+        if name not in SETTINGS or not isinstance(value, dict):
+            continue
+        kind = SETTINGS[name]
+        known = {key: value[key] for key in value if kind is not SamplingConfig or key in SamplingConfig.model_fields}
+        try:
+            adapter = TypeAdapter(kind)
+            found[name] = value | adapter.dump_python(adapter.validate_python(known), mode="json")
+        except ValidationError:  # what is no such setting, or no longer one, differs as it stands
+            continue
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tessera import __version__
 from tessera.errors import TesseraError
@@ -45,6 +45,8 @@ class Protocol(Settings):
 
 class Score(Settings):
     """One number, its 95 % interval, and everything needed to make it again."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # a number is told as it was measured
 
     format: Literal[1] = 1
     metric: str

@@ -275,7 +275,7 @@ def _family(told: str | None, args: dict[str, Any], readout: Tensor, network: Di
     if told is None and not used.all() and readout[used].any() and not readout[~used].any():
         raise TesseraError(
             f"half the outputs of {source} are untrained, as SiT leaves them, but weights do not say what they were "
-            "trained as: give read_as='sit' (--as sit), or 'dit'"
+            "trained as: give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'"
         )
     return told or "dit"
 

@@ -75,14 +75,18 @@ class FlowConfig(Settings):
         return Flow(self)
 
     def resolved(self, channels: int, size: tuple[int, int]) -> "FlowConfig":
-        """With the shift as a number (Esser et al. 2024, equation 23: sqrt(m / n))."""
+        """For a network that sees so many channels of such a size: with the shift as a number.
+
+        Esser et al. 2024, equation 23: sqrt(m / n).
+        """
         if self.shift != "dimension":
             return self
         return self.model_copy(update={"shift": math.sqrt(channels * size[0] * size[1] / BASE_DIMENSION)})
 
     def words(self) -> str:
         """In one line, for people."""
-        shift = f", times shifted by {self.shift:.3g}" if isinstance(self.shift, float) and self.shift != 1 else ""
+        by = self.shift if self.shift == "dimension" else f"{self.shift:.3g}"
+        shift = f", times shifted by {by}" if self.shift != 1 else ""
         loss = f", {self.loss} loss" if self.loss != self.prediction else ""
         return f"flow, {self.path} path, {self.prediction} prediction{loss}, {self.times.kind} times{shift}"
 

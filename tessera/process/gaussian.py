@@ -92,6 +92,10 @@ class GaussianConfig(Settings):
     def build(self) -> "Gaussian":
         return Gaussian(self)
 
+    def resolved(self, channels: int, size: tuple[int, int]) -> "GaussianConfig":
+        """The same, whatever the network sees."""
+        return self
+
     def words(self) -> str:
         """In one line, for people."""
         told = f"Gaussian, {self.steps} steps, {self.schedule.kind} schedule, {self.prediction} prediction, "

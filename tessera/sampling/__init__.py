@@ -56,6 +56,23 @@ class SamplingConfig(Settings):
             raise ValueError("expected two times, the lower one first, from 0 (data) to 1 (noise), such as [0.2, 0.8]")
         return interval
 
+    def words(self) -> str:
+        """In one line, for people: solver, steps, grid, guidance, and whatever else is not as usual."""
+        words = [f"{self.sampler.kind}, {self.steps} steps, {self.spacing.kind}"]
+        words += [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
+        usual = SamplingConfig()
+        for name in (name for name in SamplingConfig.model_fields if name not in ("steps", "guidance")):
+            value = getattr(self, name)
+            if isinstance(value, Settings):  # a choice by kind: the kind, and what is not as usual in it
+                of_kind = value.model_dump(mode="json")
+                if name not in ("sampler", "spacing") and of_kind["kind"] != getattr(usual, name).kind:
+                    words.append(f"{name} {of_kind['kind']}")
+                plain = type(value)().model_dump(mode="json")
+                words += [f"{key} {value}" for key, value in of_kind.items() if plain[key] != value]
+            elif value != getattr(usual, name):
+                words.append(f"{name} {value}")
+        return ", ".join(word.replace("_", " ") for word in words)
+
 
 __all__ = [
     "DDIM",

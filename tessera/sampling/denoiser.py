@@ -105,7 +105,9 @@ class Denoiser:
         if not self.rescale:
             return torch.cat((mixed, told[:, count:]), dim=1)
         mixed, before = torch.cat((mixed, told[:, count : x.shape[1]]), dim=1), told[:, : x.shape[1]]
-        ratio = before.flatten(1).std(dim=1) / mixed.flatten(1).std(dim=1)
+        spread = mixed.flatten(1).std(dim=1)
+        # A fresh network says zeros: there is nothing to rescale.
+        ratio = torch.where(spread > 0, before.flatten(1).std(dim=1) / spread, 1)
         factor = torch.lerp(torch.ones_like(ratio), ratio, self.rescale).view_as(scale)
         return torch.cat((torch.where(scale == 1, before, factor * mixed), told[:, x.shape[1] :]), dim=1)
 

@@ -105,6 +105,11 @@ class _ByRatio(Settings):
         if process.steps is not None:
             ends = torch.tensor([1, 1 / process.steps], dtype=torch.float64)
             ratio = process.sigma(ends) / process.alpha(ends)
+            if self.largest <= ratio[1] or self.smallest >= ratio[0]:
+                raise TesseraError(
+                    f"spacing.smallest {self.smallest:g} to spacing.largest {self.largest:g} lies outside of what this "
+                    f"process was trained at: ratios of noise to data from {ratio[1]:.3g} to {ratio[0]:.3g}"
+                )
             first, last = first.clamp(max=ratio[0]), last.clamp(min=ratio[1])
         ratios = self.between(first, last, torch.linspace(0, 1, count, dtype=torch.float64))
         times = torch.cat((process.time_at(ratios), torch.zeros(1, dtype=torch.float64)))

@@ -3,6 +3,7 @@
     FOLDER/plan.json            what is tuned and how it is scored: other work is refused
     FOLDER/reference-*/         features of the reference, looked at once; reference.npz: their moments
     FOLDER/trials/KEY.json      one way to draw, its score, calls and seconds; KEY.npy: how each picture pulls at it
+    FOLDER/trials/KEY.same      caching that reused nothing, so that it was no trial
     FOLDER/results.json         all of them, the check on fresh seeds, and the choice
 
 Every trial draws the same seeds and classes as the baseline, so differences are paired picture by picture. The best of
@@ -58,6 +59,7 @@ FRESH = 1 << 32  # the first seed of the check; trials begin at 0
 MORE = 2  # times as many pictures in the check
 ROUNDS = 5  # of timing
 CHECK = "check"
+SAME = ".same"
 STAGES = ("solver", "steps", "guidance", "caching")
 RATIOS = ((0.2, 1.6), (0.2, 5.0), (0.0, 5.0))  # of noise to data: intervals of guidance (Kynkaanniemi et al. 2024)
 SHARES = {"solver": 0.4, "steps": 0.8, "guidance": 0.95, "caching": 1.0}  # of the time for trials, spent by its end
@@ -79,6 +81,8 @@ class Tuning(Settings):
     @field_validator("search")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"nothing to search: name some of {', '.join(STAGES)}")
         for name in value:
             if name not in STAGES:
                 raise ValueError(unknown("search", name, STAGES))
@@ -147,24 +151,6 @@ def cachings(config: SamplingConfig) -> list[SamplingConfig]:
     ]
 
 
-def told(config: SamplingConfig) -> str:
-    """In one line, for people: solver, steps, grid, guidance, and whatever else is not as usual."""
-    words = [f"{config.sampler.kind}, {config.steps} steps, {config.spacing.kind}"]
-    words += [f"guidance {config.guidance:g}"] if config.guidance != 1 else []
-    usual = SamplingConfig()
-    for name in (name for name in SamplingConfig.model_fields if name not in ("steps", "guidance")):
-        value = getattr(config, name)
-        if isinstance(value, Settings):  # a choice by kind: the kind, and what is not as usual in it
-            of_kind = value.model_dump(mode="json")
-            if name not in ("sampler", "spacing") and of_kind["kind"] != getattr(usual, name).kind:
-                words.append(f"{name} {of_kind['kind']}")
-            plain = type(value)().model_dump(mode="json")
-            words += [f"{key} {value}" for key, value in of_kind.items() if plain[key] != value]
-        elif value != getattr(usual, name):
-            words.append(f"{name} {value}")
-    return ", ".join(word.replace("_", " ") for word in words)
-
-
 # What comes of it
 
 
@@ -186,7 +172,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return told(self.sampling)
+        return self.sampling.words()
 
     def against(self, baseline: "Trial") -> Measured:
         """fd minus the baseline's, of the same seeds, with the interval of that difference: paired, delta method."""
@@ -255,7 +241,10 @@ class _Timed(Drawn):
 
 
 class Tuner:
-    """Draws and scores ways to draw from one model, each once: what stands in the folder is kept."""
+    """Draws and scores ways to draw from one model, each once: what stands in the folder is kept.
+
+    baseline: dotted assignments over the model's own settings, such as ["sampler=ancestral", "steps=250"].
+    """
 
     def __init__(
         self,
@@ -264,13 +253,15 @@ class Tuner:
         network: Extractor,
         folder: Path,
         tuning: Tuning,
-        baseline: SamplingConfig | None = None,
+        baseline: Sequence[str] | None = None,
         say: Say = print,
         progress: Callable[[str], Progress] | None = None,
     ) -> None:
         self.model, self.against, self.network, self.folder, self.tuning = model, against, network, folder, tuning
         self.say, self.progress = say, progress or (lambda what: None)
-        self.present = baseline or _begun_with(folder) or model.config.sampling
+        self.present = _begun_with(folder) or model.config.sampling
+        if baseline:  # said over what the folder began with, the same words change nothing
+            self.present = drawing.settings(self._drawing(self.present), overrides=baseline)
         self.weights = bundle.weights_hash(model.network)
         self.kept: dict[str, Trial] = {}  # by key
         self.trials: list[Trial] = []
@@ -322,9 +313,9 @@ class Tuner:
         work, moments_at = path.with_suffix(".work"), self.folder / STATISTICS
         count, first_seed = self._pictures(stage)
         asked, batch = self._asked(count, first_seed), self.tuning.batch
-        drawn = _Timed(self._drawing(sampling), asked, work / "samples", batch, told(sampling))
+        drawn = _Timed(self._drawing(sampling), asked, work / "samples", batch, sampling.words())
         drawn.weights = self.weights
-        bar = self.progress(f"{stage}: {told(sampling)}")
+        bar = self.progress(f"{stage}: {sampling.words()}")
         done = suite.evaluate(
             drawn,
             str(moments_at) if moments_at.exists() and stage != CHECK else self.against,
@@ -383,7 +374,7 @@ class Tuner:
         need = (self.tuning.count + self._check_pictures()) * each
         if need > 60 * self.tuning.budget:
             raise TesseraError(
-                f"the baseline alone ({told(self.present)}) takes about {clock(need)} for trials and check, and the "
+                f"the baseline alone ({self.present.words()}) takes about {clock(need)} for trials and check, and the "
                 f"budget is {clock(60 * self.tuning.budget)}: give --budget {math.ceil(need / 30)} (minutes), or a "
                 f"lower --count than {self.tuning.count}"
             )
@@ -407,19 +398,25 @@ class Tuner:
         return trial.no_worse(self.baseline, self.tuning.margin)
 
     def attempt(self, stage: str, config: SamplingConfig) -> Trial | None:
-        """A trial, or None if there is no time left for it or the model cannot draw so."""
+        """A trial, or None: no time is left for it, the model cannot draw so, or its caching has no effect."""
         if config == self.present:
             return self.baseline
-        if not self._path(config, stage).exists():
+        path = self._path(config, stage)
+        if path.with_suffix(SAME).exists():
+            return None
+        if not path.exists():
             rows = config.steps * config.sampler.calls * (1 if config.guidance == 1 else 2) * self.tuning.count
             if rows * self.baseline.seconds / self.baseline.calls > self.left(stage):
                 self.skipped[stage] += 1
                 return None
             try:
                 self._begins(config)
+                if stage == "caching" and not self.reuses(config):
+                    write_whole(path.with_suffix(SAME), config.words() + "\n")
+                    return None
                 trial = self.trial(config, stage)
             except TesseraError as error:
-                self.say(f"{stage}: {told(config)} is left out: {error}")
+                self.say(f"{stage}: {config.words()} is left out: {error}")
                 return None
             self.say(f"{stage}: {_line(trial)}; {clock(max(self.left(stage), 0))} left for this stage")
         trial = self.trial(config, stage)
@@ -457,8 +454,7 @@ class Tuner:
         if "caching" in search:
             for start in self.starts():
                 for config in cachings(start):
-                    if self.reuses(config):
-                        self.attempt("caching", config)
+                    self.attempt("caching", config)
 
     def contenders(self) -> list[SamplingConfig]:
         """The best of the trials so far, at most two of a solver."""
@@ -494,11 +490,11 @@ class Tuner:
                 break
 
     def starts(self) -> list[SamplingConfig]:
-        """The fastest that is no worse than the baseline, if there is one, and the best."""
-        fine = [trial for trial in self.trials if self.no_worse(trial)]
-        found = sorted(fine, key=lambda trial: trial.seconds)[:1]
-        found += sorted(self.trials, key=lambda trial: trial.fd.value)[:1]
-        return [trial.sampling for trial in dict.fromkeys(found)]
+        """The fastest that is no worse than the baseline, and the best: the baseline itself is one of them all."""
+        known = [self.baseline, *self.trials]
+        found = min(filter(self.no_worse, known), key=lambda trial: trial.seconds)
+        best = min(known, key=lambda trial: trial.fd.value)
+        return [trial.sampling for trial in dict.fromkeys((found, best))]
 
     # The check
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +33,9 @@ def home(path: Path) -> Path | None:
 
 
 def folder_for(path: Path) -> Path:
-    """Where the tuning of a model is kept: in a run's own folder, beside anything else."""
-    if path.is_dir() and not (path / bundle.CONFIG).exists() and bundle.checkpoints(path):
-        return path / "tune"
+    """Where the tuning of a model is kept: in a run's own folder by the checkpoint, beside anything else."""
+    if path.is_dir() and not (path / bundle.CONFIG).exists() and (found := bundle.checkpoints(path)):
+        return path / "tune" / found[0].name
     whole = path.absolute()
     return whole.with_name(f"tune-{whole.stem if whole.is_file() else whole.name}")
 
@@ -115,27 +116,43 @@ def _shown(measured: Measured) -> str:
 
 
 def plot(outcome: Outcome, path: Path) -> None:
-    """fd against seconds a picture, the trials and the check side by side, where matplotlib is installed."""
+    """fd against seconds a picture, the trials and the check side by side, where matplotlib is installed.
+
+    The settings that were checked have a ring among the trials; in the check a number, which a list explains.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, 5), layout="constrained")
     search, check = figure.subplots(1, 2)
-    kinds = list(dict.fromkeys(trial.sampling.sampler.kind for trial in outcome.trials))
-    _panel(search, kinds, outcome.baseline, outcome.trials, None)
-    search.set_title(f"{len(outcome.trials)} trials, {outcome.baseline.count} pictures each")
-    _panel(check, kinds, outcome.checked[0], outcome.checked[1:], outcome.chosen)
-    check.set_title(f"check: {outcome.checked[0].count} pictures each from fresh seeds, timed in turns")
+    first, *others = outcome.checked
+    kinds = list(dict.fromkeys(trial.sampling.sampler.kind for trial in (*outcome.trials, *others)))
+    _panel(search, kinds, outcome.baseline, outcome.trials)
+    names = {trial.name for trial in others}
+    for trial in (trial for trial in outcome.trials if trial.name in names):
+        search.plot(trial.seconds, trial.fd.value, "o", markersize=10, markerfacecolor="none", color="k")
+    search.set_title(f"{len(outcome.trials)} trials, {outcome.baseline.count} pictures each; ringed: checked")
+    _panel(check, kinds, first, others)
+    for number, trial in enumerate(others, start=1):
+        check.vlines(trial.seconds, trial.fd.low, trial.fd.high, color="0.6", linewidth=0.8, zorder=0)
+        place, beside = (trial.seconds, trial.fd.value), (5, 6 if number % 2 else -15)  # neighbours often stand close
+        check.annotate(str(number), place, beside, textcoords="offset points", fontsize=11, weight="bold")
+    check.set_title(f"check: {first.count} pictures each from fresh seeds, timed in turns")
+    listed = [f"baseline: {first.name}"]
+    for number, trial in enumerate(others, start=1):
+        listed.append(f"{number}: {trial.name}" + " (chosen)" * (trial is outcome.chosen))
+    wrapped = [textwrap.fill(line, 36, subsequent_indent="    ") for line in listed]
+    check.text(1.03, 1, "\n\n".join(wrapped), transform=check.transAxes, va="top", fontsize=9)
     if kinds:
-        search.legend(fontsize=8, loc="upper right")
+        search.legend(fontsize=8, loc="best")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())
 
 
-def _panel(axes, kinds: Sequence[str], baseline: Trial, trials: Sequence[Trial], chosen: Trial | None) -> None:
-    """Trials by solver, the frontier with numbers that a list explains, and the baseline with its interval."""
+def _panel(axes, kinds: Sequence[str], baseline: Trial, trials: Sequence[Trial]) -> None:
+    """Trials by solver, the frontier, and the baseline with its interval."""
     for number, kind in enumerate(kinds):
         of_kind = [trial for trial in trials if trial.sampling.sampler.kind == kind]
         if of_kind:
@@ -144,18 +161,11 @@ def _panel(axes, kinds: Sequence[str], baseline: Trial, trials: Sequence[Trial],
     edge = frontier([*trials, baseline])
     line = [trial.seconds for trial in edge], [trial.fd.value for trial in edge]
     axes.step(*line, where="post", color="0.5", zorder=0)
-    listed = []
-    for trial in trials if chosen else [trial for trial in edge if trial is not baseline]:
-        listed.append(f"{len(listed) + 1}  {trial.name}" + ("  (chosen)" if trial is chosen else ""))
-        axes.vlines(trial.seconds, trial.fd.low, trial.fd.high, color="0.6", linewidth=0.8, zorder=0)
-        place = trial.seconds, trial.fd.value
-        axes.annotate(str(len(listed)), place, (5, 5), textcoords="offset points", fontsize=9)
-    axes.set_xlabel("seconds a picture\n" + "\n".join(listed), fontsize=7)
     axes.axhspan(baseline.fd.low, baseline.fd.high, color="0.93", zorder=-1)
     axes.plot(baseline.seconds, baseline.fd.value, "k*", markersize=14)
     axes.annotate("baseline", (baseline.seconds, baseline.fd.value), (0, 9), textcoords="offset points", ha="right")
     values = [trial.fd.value for trial in (*trials, baseline)]
     if min(values) > 0 and max(values) > 5 * min(values):
         axes.set_yscale("log")
-    axes.set(xscale="log", ylabel="fd")
+    axes.set(xscale="log", xlabel="seconds a picture", ylabel="fd")
     axes.grid(alpha=0.3, which="both")

@@ -1,5 +1,7 @@
 """Starting from a trained model with other classes, another size or patch: what is kept, resampled, made anew."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,7 @@ from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, listed
 from tessera.layers.patches import resample_patches, resample_readout
 from tessera.models.dit import DiT
+from tessera.sampling import SamplingConfig
 from tessera.settings import parse
 from tessera.training.recipe import Recipe
 
@@ -31,6 +34,15 @@ def inherit(recipe: Recipe, source: Model) -> Recipe:
     return recipe.model_copy(update={"network": parse(type(old.network), network, "network"), **inherited})
 
 
+def as_trained(source: Model) -> Model:
+    """A run's checkpoint, to draw as its run does: `tessera tune` may have written other settings into it since."""
+    told = (source.config.recipe or {}).get("sampling")
+    if told is None:
+        return source
+    sampling = parse(SamplingConfig, told, "the recipe of the checkpoint")
+    return replace(source, config=source.config.model_copy(update={"sampling": sampling}))
+
+
 @torch.no_grad()
 def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: str) -> dict[str, list[str]]:
     """Copy what fits from a trained model into a fresh network; returns the keys under kept, resampled and anew.
@@ -38,6 +50,11 @@ def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: 
     Positions follow the new grid; patch weights are resampled (FlexiViT); classes of the same name keep their row, and
     so does 'told nothing'. Raises TesseraError, naming the keys, if the transformer itself differs.
     """
+    if source.config.network.block != network.config.block:
+        raise TesseraError(
+            f"cannot start from {name}: its blocks are {source.config.network.block.words()}, network.block is "
+            f"{network.config.block.words()}: leave block: out of the recipe to take it from there"
+        )
     told: dict[str, list[str]] = {"kept": [], "resampled": [], "anew": []}
     old, fresh = source.network.state_dict(), network.state_dict()
     strangers = [
@@ -56,11 +73,6 @@ def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: 
         raise TesseraError(
             f"cannot start from {name}: it has {source.config.network.heads} heads, "
             f"network.heads is {network.config.heads}"
-        )
-    if source.config.network.block != network.config.block:
-        raise TesseraError(
-            f"cannot start from {name}: its blocks are {source.config.network.block.words()}, network.block is "
-            f"{network.config.block.words()}: leave block: out of the recipe to take it from there"
         )
     for key, target in fresh.items():
         if key == POSITIONS:

@@ -19,6 +19,7 @@ from tessera.errors import TesseraError
 from tessera.files import alone, remove_partials, whole_folder, write_whole
 from tessera.interop import sources
 from tessera.models.dit import DiT
+from tessera.process import AnyProcess
 from tessera.sampling.denoiser import Network
 from tessera.settings import changes, write_yaml
 from tessera.training import checkpoint, initial, scores
@@ -63,7 +64,10 @@ def set_up(recipe: Recipe, found: Path | None = None) -> Run:
     device = runtime.choose_device(config.device)
     start = None
     if config.init is not None:
-        start = bundle.load(found) if found else sources.load(config.init, heads=config.init_heads, device="cpu")
+        if found is not None:
+            start = initial.as_trained(bundle.load(found))
+        else:
+            start = sources.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
         recipe = initial.inherit(recipe, start)
     recipe = pixels_like_data(recipe)
     codec = recipe.codec.build().to(device)
@@ -302,8 +306,11 @@ def check_agreement(run: Run, found: Path) -> None:
     """A resumed run keeps network, process, kind of codec and classes: raise TesseraError that says what differs."""
     saved, fresh = bundle.load_config(found), run.model.config
     differing: dict[str, list[str]] = {}
-    for name in ("network", "process"):
-        before, now = getattr(saved, name).model_dump(), getattr(fresh, name).model_dump()
+    for name, old, new in (
+        ("network", saved.network, fresh.network),
+        ("process", _resolved_process(saved), _resolved_process(fresh)),
+    ):
+        before, now = old.model_dump(), new.model_dump()
         differing[name] = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
     for name, before, now in (
         ("codec", saved.codec.kind, fresh.codec.kind),
@@ -316,6 +323,10 @@ def check_agreement(run: Run, found: Path) -> None:
                 f"cannot go on from {found} with another {name}: {'; '.join(faults)}\n"
                 f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
             )
+
+
+def _resolved_process(config: bundle.BundleConfig) -> AnyProcess:
+    return config.process.resolved(config.network.channels, config.network.size)
 
 
 def _changed(run: Run, found: Path) -> list[str]:

@@ -1,22 +1,27 @@
 """What a run is: one YAML file that validates into these types."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from tessera.codecs import AnyCodec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.images import Source
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
-from tessera.process import AnyProcess, FlowConfig, GaussianConfig
+from tessera.process import AnyProcess, GaussianConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.times import times
 from tessera.settings import Settings, override, parse, read_yaml
 from tessera.training.optimizers import Adam, AnyOptimizer, Share
 from tessera.training.scores import EvaluationConfig
+
+
+def _several(value: Any) -> Any:
+    """One number stands for a list of one."""
+    return (value,) if isinstance(value, int | float) else value
 
 
 class EMA(Settings):
@@ -26,7 +31,9 @@ class EMA(Settings):
     """
 
     decay: Share = 0.9999
-    also: tuple[Share, ...] = Field(default=(), description="decays of the averages kept beside the first")
+    also: Annotated[tuple[Share, ...], BeforeValidator(_several)] = Field(
+        default=(), description="decays of the averages kept beside the first"
+    )
     warmup: bool = Field(
         default=False, description="shorter averages at first: (1 + step) / (10 + step) where that is less"
     )
@@ -61,6 +68,9 @@ class TrainingConfig(Settings):
     workers: PositiveInt = Field(default=2, description="threads that read data ahead")
     init: str | None = Field(default=None, description="start from this bundle, run, official .pt or diffusers folder")
     init_heads: PositiveInt | None = Field(default=None, description="attention heads of init, where a .pt cannot say")
+    init_as: Literal["dit", "sit", "sit-gvp"] | None = Field(
+        default=None, description="what init was trained as, where a .pt cannot say"
+    )
     log_every: PositiveInt = 100
     sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
     sample_seeds: PositiveInt = Field(default=4, description="rows of the grid")
@@ -99,7 +109,7 @@ def read(path: Path, overrides: list[str]) -> Recipe:
 
 
 def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
-    """The recipe with every size filled in from data, codec and process.
+    """The recipe with every size of `network` filled in from data, codec and process.
 
     Raises TesseraError if the recipe itself says otherwise: training would fail later, or learn something else.
     """
@@ -110,13 +120,12 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
         )
     if height % codec.factor or width % codec.factor:
         raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
-    size, process = (height // codec.factor, width // codec.factor), recipe.process
-    if isinstance(process, FlowConfig):
-        process = process.resolved(codec.latent_channels, size)
+    size = (height // codec.factor, width // codec.factor)
+    process = recipe.process.resolved(codec.latent_channels, size).build()
     facts = {
         "size": size,
         "channels": codec.latent_channels,
-        "outputs": process.build().outputs(codec.latent_channels),
+        "outputs": process.outputs(codec.latent_channels),
         "classes": len(source.class_names),
     }
     network = recipe.network
@@ -132,8 +141,8 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
             f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
             "set sampling.guidance=1"
         )
-    times(recipe.sampling.spacing, recipe.sampling.steps, process.build())  # an error now, not at the first grid
-    return recipe.model_copy(update={"network": network, "process": process})
+    times(recipe.sampling.spacing, recipe.sampling.steps, process)  # an error now, not at the first grid
+    return recipe.model_copy(update={"network": network})
 
 
 def pixels_like_data(recipe: Recipe) -> Recipe:

@@ -24,6 +24,7 @@ from tessera.files import write_whole
 from tessera.settings import Settings
 
 FOLDER = "evaluation"
+INSTEAD = "Give the run another output=, or remove that folder, to score it in the new way from here on"
 HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "as asked"}  # the better
 
 
@@ -65,7 +66,7 @@ class Scorer:
         """
         reference = self.reference if isinstance(self.reference, str) else self.reference.model_dump(mode="json")
         how = {"count": self.config.count, "drawing": self._drawn(0, self.folder).protocol}
-        begin(self.folder, {"reference": reference, "features": self.network.identity, **how})
+        begin(self.folder, {"reference": reference, "features": self.network.identity, **how}, INSTEAD)
         for path, at in _files(self.folder):
             if at > step:
                 path.unlink()

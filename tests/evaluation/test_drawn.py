@@ -1,5 +1,6 @@
 """Many pictures on disk: those that drawing.generate draws, each of them once, and packed as others take them."""
 
+import json
 import zipfile
 from collections import Counter
 
@@ -10,6 +11,7 @@ from tessera import drawing
 from tessera.errors import TesseraError
 from tessera.evaluation import drawn as module
 from tessera.evaluation.drawn import Asked, Drawn, asked_by_policy, draw, pack
+from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import shards
 from tessera.runtime import Ranks
 
@@ -89,6 +91,36 @@ def test_pictures_drawn_otherwise_are_refused(tiny_model, tmp_path, change, said
     Drawn(tiny_model, asked, tmp_path, batch=3).begin(Ranks())
     with pytest.raises(TesseraError, match=rf"holds other work: {said}"):
         Drawn(tiny_model, asked_by_policy(tiny_model, 30, "balanced", **change), tmp_path).begin(Ranks())
+
+
+def as_0_2_wrote(plan: dict) -> dict:
+    """A plan without what 0.2 did not know: kinds of grids, most of guidance, caching, and two of the process."""
+    told = json.loads(json.dumps(plan))
+    drawn, process = told["drawing"], told["process"]
+    drawn["spacing"] = drawn["spacing"]["kind"]
+    for name in ("guidance_interval", "guidance_schedule", "guidance_rescale", "caching"):
+        del drawn[name]
+    for name in ("weighting", "zero_terminal_snr"):
+        del process[name]
+    return told
+
+
+def test_work_that_0_2_began_goes_on(tiny_model, tmp_path):
+    drawn = Drawn(tiny_model, asked_by_policy(tiny_model, 30, "balanced"), tmp_path)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(as_0_2_wrote(drawn.plan)))
+    drawn.begin(Ranks())
+    assert json.loads(plan.read_text()) == json.loads(json.dumps(drawn.plan))
+    plan.write_text(json.dumps(as_0_2_wrote(drawn.plan)))
+    cached = asked_by_policy(tiny_model, 30, "balanced", settings={"caching": "first-block"})
+    with pytest.raises(TesseraError, match=r"other work: drawing\.caching\.kind was none, is first-block"):
+        Drawn(tiny_model, cached, tmp_path).begin(Ranks())
+
+
+def test_features_of_pictures_that_0_2_drew_go_on(tiny_model, tmp_path):
+    drawn = Drawn(tiny_model, asked_by_policy(tiny_model, 30, "balanced"), tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps({"subject": as_0_2_wrote(drawn.plan), "features": {"name": "x"}}))
+    begin(tmp_path, {"subject": drawn.plan, "features": {"name": "x"}})
 
 
 def test_pictures_of_another_model_or_of_other_classes_are_refused(make_model, tiny_model, tmp_path):

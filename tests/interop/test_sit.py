@@ -209,7 +209,7 @@ def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(ran
     )
     tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
     file = saved(tensors, tmp_path / "b.pt")
-    assert "give read_as='sit' (--as sit), or 'dit'" in fault(file, "cpu", heads=HEADS)
+    assert "give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'" in fault(file, "cpu", heads=HEADS)
     assert sources.load(file, "cpu", heads=HEADS, read_as="sit").config.process.kind == "flow"
     assert sources.load(file, "cpu", heads=HEADS, read_as="dit").config.process.kind == "gaussian"
     tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step

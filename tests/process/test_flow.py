@@ -323,7 +323,7 @@ def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, ch
         ("{kind: flow, times: {kind: logit-normal, std: 0}}", "greater than 0"),
         ("{kind: flow, times: lognormal}", "logit-normal"),
         ("{kind: flow, floor: 1}", "less than 1"),
-        ("flwo", "'gaussian', 'flow'"),
+        ("flwo", "did you mean 'flow'"),
     ],
 )
 def test_faults_are_named(tmp_path, process, said):
@@ -332,11 +332,20 @@ def test_faults_are_named(tmp_path, process, said):
     assert said in str(caught.value)
 
 
-def test_a_recipe_turns_the_dimension_into_a_number(tmp_path):
+def test_the_dimension_is_that_of_what_the_network_sees(tmp_path, make_model):
+    """It stays a word in recipe and bundle, and is a number in each process that is built for a size."""
     told = pixels_like_data(recipe(tmp_path, "{kind: flow, shift: dimension}"))
     resolved = resolve(told, told.data.open(), told.codec.build())
-    assert resolved.process.shift == 0.125  # 8 x 8 x 1 over 4096
+    assert resolved.process == FlowConfig(shift="dimension")
     assert resolved.network.outputs == 1
+    for size, shift in ((8, 0.125), (16, 0.25)):  # the root of 8 x 8 x 1 over 4096
+        model = make_model(network={"outputs": 1, "size": size}, sampling={"sampler": "euler", "steps": 2})
+        config = model.config.model_copy(update={"process": FlowConfig(shift="dimension")})
+        bundle.save(bundle.Model(config, model.network), tmp_path / f"{size}")
+        read = bundle.load(tmp_path / f"{size}")
+        assert json.loads((tmp_path / f"{size}" / bundle.CONFIG).read_text())["process"]["shift"] == "dimension"
+        assert (read.process.shift, read.config.process.words().endswith("shifted by dimension")) == (shift, True)
+        assert drawing.generate(read, [0]).shape == (1, size, size, 1)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +365,8 @@ def test_a_run_learns_and_its_bundle_draws(tmp_path, process):
     folder = bundle.checkpoints(run)[0]
     stored = json.loads((folder / bundle.CONFIG).read_text())["process"]
     assert stored["kind"] == "flow"
-    assert isinstance(stored["shift"], float)
+    assert stored["shift"] == ("dimension" if "dimension" in process else 1.0)
+    assert loop.train(recipe(tmp_path, process)) == run, "the word agrees with itself when the run goes on"
     model = bundle.load(folder)
     assert model.config.process == parse(FlowConfig, stored, "")
     assert bundle.describe(model)["process"].startswith("flow, ")

@@ -84,6 +84,15 @@ def test_info_of_a_picture_is_the_command_that_makes_it_again(tessera, trained, 
     assert read_settings(tmp_path / "first/grid.png")["seeds"] == [5, 11]
 
 
+def test_guidance_told_twice_is_drawn_as_it_is_recorded(tessera, trained, tmp_path):
+    words = ["--guidance", "2", "--set", "guidance=3"]
+    assert tessera("sample", trained, "--classes", "1", *words, "--out", tmp_path / "s").code == 0
+    path = tmp_path / "s/class-1-seed-0.png"
+    assert read_settings(path)["sampling"]["guidance"] == 3
+    expected = drawing.generate(bundle.load(bundle.checkpoints(trained)[0]), [1], guidance=3.0)
+    np.testing.assert_array_equal(pixels(path), expected[0, ..., 0])
+
+
 def test_set_reaches_every_setting_and_comes_last(tessera, trained, tmp_path):
     words = ["--sampler", "dpm++", "--set", "sampler.order=3", "--set", "guidance=2.5", "--set", "spacing=karras"]
     words += ["--set", "steps=4", "--steps", "5"]
@@ -149,7 +158,14 @@ def test_info_of_a_model_tells_its_parameters(tessera, trained):
         (["--set", "spacing.kind=karas"], "unknown spacing 'karas'; did you mean 'karras'?"),
         (["--sampler", "dpm++", "--set", "sampler.oder=3"], "unknown key 'oder'; did you mean 'order'?"),
         (["--set", "stops=3"], "unknown key 'stops'; did you mean 'steps'?"),
-        (["--set", "steps"], "'steps' is not an override; write key=value"),
+        (["--set", "steps"], "'steps' is not an override; write key=value, for example steps=20"),
+        (
+            ["--set", "sampler="],
+            "sampling is not valid:\n  sampler: expected the name of a kind, or a mapping that has one",
+        ),
+        (["--set", "caching=frist-block"], "caching: unknown caching 'frist-block'; did you mean 'first-block'?"),
+        (["--set", "guidance=.nan"], "guidance: Input should be a finite number"),
+        (["--set", "sampler={kind: sde, strength: .inf}"], "strength: Input should be a finite number"),
         (["--set", "steps.more=3"], "steps is a value, not a section"),
         (["--steps", "0"], "steps"),
         (["--steps", "21"], "steps is 21; this model was trained with 20, so give 1 to 20"),
@@ -313,8 +329,13 @@ def test_another_picture_of_the_same_name_is_drawn_from_anew(tessera, trained, t
         (["--from", "grey.png", "--size", "16"], "size 16 x 16 is not that of the image, 8 x 8"),
         (["--from", "grey.png", "--strength", "2"], "strength is 2.0; expected more than 0"),
         (["--from", "grey.png", "--strength", "0.001"], "strength 0.001 leaves no step"),
-        (["--from", "grey.png", "--mask", "odd.png"], "a mask is [B, 8, 8] or [8, 8]"),
+        (
+            ["--from", "grey.png", "--mask", "odd.png"],
+            "--mask odd.png is 7 x 8 pixels (height x width), but --from grey.png is 8 x 8",
+        ),
+        (["--guide", "run"], "a guide needs guidance other than 1: give --guidance 2"),
         (["--guide", "gone"], "gone"),
+        (["--guide", "bare.pt"], "convert it to a bundle first"),
         (["--from", "grey.png", "--npz", "many.npz"], "leave out --guide, --from, --strength and --mask"),
     ],
 )
@@ -325,6 +346,8 @@ def test_pictures_and_guides_that_do_not_fit(tessera, trained, tmp_path, monkeyp
     saved("transparent.png", mode="LA")
     saved("odd.png", size=(7, 8))
     (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "bare.pt").write_text("no weights")
+    words = [trained if word == "run" else word for word in words]
     done = tessera("sample", trained, "--classes", "1", *words, "--out", tmp_path / "s")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: ")

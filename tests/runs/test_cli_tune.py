@@ -20,9 +20,10 @@ def run(trained, tmp_path):
 def test_a_run_is_tuned_and_its_newest_checkpoint_draws_so(tessera, run, tmp_path):
     done = tessera("tune", run, *QUICK, "--choose", "best")
     assert done.code == 0, done.err
-    results = json.loads((run / "tune/results.json").read_text())
+    folder = run / "tune" / bundle.checkpoints(run)[0].name
+    results = json.loads((folder / "results.json").read_text())
     assert "baseline: ancestral, 20 steps, even" in done.out
-    assert (run / "tune/frontier.png").exists()
+    assert (folder / "frontier.png").exists()
     checkpoint = bundle.checkpoints(run)[0]
     config = bundle.load_config(checkpoint)
     if results["chosen"] is None:
@@ -36,6 +37,8 @@ def test_a_run_is_tuned_and_its_newest_checkpoint_draws_so(tessera, run, tmp_pat
     again = tessera("tune", run, "--count", 50, "--search", "steps", "--choose", "none")
     assert again.code == 0, again.err
     assert again.out.splitlines()[:3] == done.out.splitlines()[:3]
+    again = tessera("tune", run, *QUICK, "--choose", "none")  # its baseline is not what was written
+    assert again.code == 0, again.err
 
 
 def test_a_new_bundle_for_what_is_none(tessera, trained, tmp_path):
@@ -59,6 +62,7 @@ def test_a_new_bundle_for_what_is_none(tessera, trained, tmp_path):
         (("--budget", 0), "budget: Input should be greater than 0"),
         (("--budget", 0.0001), "the baseline alone"),
         (("--search", "solvers"), "unknown search 'solvers'; did you mean 'solver'?"),
+        (("--search", ","), "search: nothing to search"),
         (("--baseline", "steps=0"), "steps: Input should be greater than 0"),
         (("--baseline", "sampler=ancestor"), "unknown sampler 'ancestor'; did you mean 'ancestral'?"),
         (("--reference", "nowhere"), "nowhere"),

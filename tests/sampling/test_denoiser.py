@@ -188,6 +188,14 @@ def test_rescaled_guidance_is_that_of_diffusers(rescale):
     assert torch.equal(raw[:, 4:], network.told[:, 4:])
 
 
+def test_rescaled_zeros_of_a_fresh_network_stay_zeros():
+    network = DiTConfig(size=(4, 4), channels=4, classes=8, depth=1, width=16, heads=2).build()
+    condition, guide = Condition(torch.tensor([1, 2, 3])), Guide(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION)
+    for away in (None, guide):
+        raw = Denoiser(network, PROCESS, condition, 4.0, guide=away, rescale=0.7).raw(normal(3, 4, 4, 4), T)
+        assert torch.equal(raw, torch.zeros(3, 8, 4, 4))
+
+
 def test_a_row_of_scale_1_is_the_told_half_to_the_bit_whatever_else_is_on():
     network = Halves()
     scales, schedule = torch.tensor([4.0, 1.0, 0.5]), CosineGuidance()

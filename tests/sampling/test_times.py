@@ -154,11 +154,20 @@ def test_a_flow_has_any_number_of_times_above_none():
 
 
 def test_times_that_run_together_are_an_error():
-    """The ratios of the flow stay apart in float64, but the noise of a Gaussian process has an end."""
     with pytest.raises(TesseraError, match="karras times run together at 200 steps; use fewer steps"):
-        times(Karras(smallest=1e-4, largest=1.001e-4), 200, GaussianConfig().build())
+        times(Karras(smallest=1, largest=1 + 1e-14), 200, GaussianConfig().build())
     with pytest.raises(TesseraError, match="shifted times run together"):
         times(Shifted(shift=1e18), 50, FlowConfig().build())
+
+
+@pytest.mark.parametrize("bounds", [{"smallest": 200, "largest": 300}, {"smallest": 1e-4, "largest": 1e-3}])
+@pytest.mark.parametrize("spacing", [Karras, LogSNR])
+def test_ratios_outside_of_what_a_process_was_trained_at(spacing, bounds):
+    """Of 1000 steps with linear betas: the square root of 1 / alpha_bar - 1, from 0.01 to 157."""
+    said = rf"{bounds['smallest']:g} to spacing\.largest {bounds['largest']:g} lies outside .* from 0\.01 to 157"
+    with pytest.raises(TesseraError, match=said):
+        times(spacing(**bounds), 10, GaussianConfig().build())
+    assert len(times(spacing(**bounds), 10, FlowConfig().build())) == 11
 
 
 def test_the_smallest_ratio_is_below_the_largest():

@@ -19,6 +19,7 @@ from tessera.studies import tune, tuned
 from tessera.studies.tune import Trial, Tuner, Tuning
 
 pytest.importorskip("sklearn")
+BASELINE = ["sampler=ancestral", "steps=12"]
 SOON = {"count": 50, "batch": 50, "budget": 60}
 
 
@@ -34,8 +35,7 @@ def tuner(tiny_model, digits, tmp_path):
     def make(model=tiny_model, folder=tmp_path / "tune", **tuning) -> Tuner:
         said: list[str] = []
         asked = parse(Tuning, {"search": ["steps"], **SOON, **tuning}, "the test")
-        baseline = SamplingConfig(sampler=Ancestral(), steps=12)
-        made = Tuner(model, DigitsConfig(), digits, folder, asked, baseline, said.append)
+        made = Tuner(model, DigitsConfig(), digits, folder, asked, BASELINE, said.append)
         made.said = said
         return made
 
@@ -79,9 +79,9 @@ def test_guidance_is_tried_around_the_present_and_off(tiny_model):
 
 def test_settings_are_told_in_a_line():
     config = SamplingConfig(sampler={"kind": "dpm++", "order": 3}, spacing="karras", steps=8, guidance=1.5)  # pyright: ignore
-    assert tune.told(config) == "dpm++, 8 steps, karras, guidance 1.5, order 3"
+    assert config.words() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
     config = SamplingConfig(guidance=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7})  # pyright: ignore
-    found = tune.told(config)
+    found = config.words()
     assert found == "ddim, 50 steps, even, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
 
 
@@ -194,9 +194,19 @@ def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, 
     later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), say=lambda text: None)
     assert later.present == SamplingConfig(sampler=Ancestral(), steps=12) != tiny_model.config.sampling
     later.begin()
-    other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), SamplingConfig(), lambda text: None)
-    with pytest.raises(TesseraError, match=r"holds other work: baseline\.sampler"):
+    other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), ["steps=7"], lambda text: None)
+    with pytest.raises(TesseraError, match=r"holds other work: baseline\.steps was 12, is 7"):
         other.begin()
+
+
+def test_the_same_command_goes_on_when_its_choice_was_written(tuner, make_model):
+    """What the model draws with now is no part of the baseline that the same words stand for."""
+    first = tuner()
+    first.begin()
+    chosen = make_model(sampling={"sampler": "heun", "steps": 3, "guidance": 2.0})
+    again = tuner(model=chosen)
+    assert again.present == first.present
+    again.begin()
 
 
 def test_what_cannot_be_guided_is_not(tuner, make_model):
@@ -210,6 +220,43 @@ def test_what_a_model_cannot_draw_is_told_and_left_out(tuner):
     told.begin()
     assert told.attempt("steps", SamplingConfig(steps=2000)) is None
     assert "is left out: steps is 2000" in told.said[-1]
+
+
+@pytest.mark.parametrize("stage", ["guidance", "caching"])
+def test_a_stage_alone_goes_on_from_the_baseline(tuner, stage):
+    told = tuner(search=[stage])
+    tried = []
+    told.attempt = lambda *words: tried.append(words)
+    told.search()
+    assert {name for name, _ in tried} == {stage}
+    assert {config.sampler for _, config in tried} == {Ancestral()}
+    assert {config.steps for _, config in tried} == ({12} if stage == "guidance" else {12, 24})
+
+
+def test_a_search_for_nothing_is_refused():
+    with pytest.raises(TesseraError, match="nothing to search: name some of solver, steps, guidance, caching"):
+        parse(Tuning, {"search": []}, "the test")
+
+
+def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
+    plain = SamplingConfig(steps=6, caching=FirstBlock(threshold=0))
+    told = tuner()
+    told.begin()
+    looked = []
+    reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
+    assert told.attempt("caching", tune.changed(plain, steps=2000)) is None
+    assert "is left out: steps is 2000" in told.said[-1]
+    told.left = lambda stage: -1.0
+    assert told.attempt("caching", plain) is None
+    assert (looked, told.skipped) == ([], {"caching": 1})
+    del told.left
+    assert told.attempt("caching", plain) is told.attempt("caching", plain) is None
+    assert looked == [plain]
+    again = tuner()
+    again.reuses = told.reuses
+    again.begin()
+    assert again.attempt("caching", plain) is None
+    assert (looked, len(again.trials)) == ([plain], 0)
 
 
 def test_caching_that_reuses_nothing_is_not_tried(tuner):
@@ -240,6 +287,13 @@ def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
 
 
 # Written down
+
+
+def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
+    for step in (10, 20):
+        bundle.save(tiny_model, tmp_path / f"run/checkpoints/step-{step:09d}")
+        assert tuned.folder_for(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
+    assert tuned.folder_for(bundle.checkpoints(tmp_path / "run")[0]).name == "tune-step-000000020"
 
 
 def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):

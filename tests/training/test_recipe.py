@@ -56,6 +56,11 @@ def test_the_output_is_named_after_the_file_unless_told(tmp_path):
         ("training.optimizer.betas=[0.9, 1.5]", r"betas.*less than 1.*got 1\.5"),
         ("training.label_dropout=1", r"label_dropout: .*less than 1"),
         ("training.optimizer=moun", r"training\.optimizer.*'moun'.*'muon'"),
+        ("training.optimizer=mun", r"unknown optimizer 'mun'; did you mean 'muon'\?"),
+        ("network.block=modrn", r"network\.block: unknown block 'modrn'; did you mean 'modern'\?"),
+        ("process=flwo", r"process: unknown process 'flwo'; did you mean 'flow'\?"),
+        ("sampling.guidance=.inf", r"sampling\.guidance: .*finite number"),
+        ("process={kind: flow, shift: .inf}", r"shift.*: .*finite number"),
         ("training.optimizer.momentum=0.9", r"optimizer\.adamw: unknown key 'momentum'"),
         ("training.optimizer={kind: muon, momentum: 1.5}", r"optimizer\.muon\.momentum: .*less than 1.*got 1\.5"),
         ("training.optimizer.decay=cosin", r"optimizer.*decay: .*'cosin'.*'cosine'"),
@@ -67,7 +72,7 @@ def test_the_output_is_named_after_the_file_unless_told(tmp_path):
         ("training.device=gpu", r"training\.device: .*'cuda'.*got 'gpu'"),
         ("network.heads=3", "width 16 is not divisible by heads 3"),
         ("network.preset=DiT-XL/3", r"unknown preset 'DiT-XL/3'; did you mean 'DiT-XL/\d'"),
-        ("network.block=adaln-one", r"network\.block: .*'adaln-one'.*'adaln-zero'"),
+        ("network.block=adaln-one", r"network\.block: unknown block 'adaln-one'; did you mean 'adaln"),
         ("data=5", r"data: "),
     ],
 )
@@ -176,6 +181,10 @@ def test_agreeing_with_the_data_is_allowed(tiny):
 def test_the_pixel_codec_follows_the_data_unless_told(tiny):
     assert pixels_like_data(tiny()).codec == PixelsConfig(channels=1)
     assert pixels_like_data(tiny("run", "codec={kind: pixels, channels: 3}")).codec == PixelsConfig(channels=3)
+
+
+def test_one_more_average_is_a_list_of_one(tiny):
+    assert tiny("run", "training.ema.also=0.9").training.ema.also == (0.9,)
 
 
 def test_the_defaults_are_those_of_the_paper():

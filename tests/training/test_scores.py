@@ -215,10 +215,23 @@ def test_what_cannot_be_scored_is_an_error_before_training_begins(tiny, tmp_path
 
 def test_another_reference_in_a_run_that_goes_on_is_one_error(tiny):
     run = loop.train(tiny("run", *SCORED, "training.steps=2"))
-    with pytest.raises(TesseraError, match=r"evaluation holds other work: reference was digits:ceiling, is"):
+    with pytest.raises(TesseraError, match=r"evaluation holds other work: reference was digits:ceiling, is") as caught:
         loop.train(tiny("run", *SCORED, "evaluation.reference=digits:judge"))
+    assert "Give the run another output=, or remove that folder" in str(caught.value)
     shutil.rmtree(run / "evaluation")
     loop.train(tiny("run", *SCORED, "evaluation.reference=digits:judge"))
+    assert list(scores_of(run)) == [2, 4, 6]
+
+
+def test_a_run_that_0_2_began_goes_on(tiny):
+    """Whose plan does not know a grid by its kind, nor caching."""
+    run = loop.train(tiny("run", *SCORED, "training.steps=2"))
+    path = run / "evaluation/plan.json"
+    plan = json.loads(path.read_text())
+    plan["drawing"]["spacing"] = plan["drawing"]["spacing"]["kind"]
+    del plan["drawing"]["caching"]
+    path.write_text(json.dumps(plan))
+    loop.train(tiny("run", *SCORED))
     assert list(scores_of(run)) == [2, 4, 6]
 
 
