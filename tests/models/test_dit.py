@@ -170,7 +170,7 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
         ({"width": 30, "heads": 3}, "width 30 is not divisible by 4"),
         ({"size": 9}, "patch 2 does not divide the size 9 x 9"),
         ({"preset": "DiT-X/2"}, "did you mean 'DiT-"),
-        ({"block": "adaln-one"}, "adaln-zero"),
+        ({"block": "adaln-one"}, "did you mean 'adaln-"),
         ({"widht": 32}, "did you mean 'width'?"),
     ],
 )
