@@ -134,7 +134,7 @@ def sample(
         raise TesseraError("--total chooses classes and seeds by itself: leave out --classes, --count and --seeds")
     loaded = sampling.loaded(model, device, ema, read_as, heads, codec)
     asked = sampling.asked(loaded, classes, count, seeds, total, class_policy, settings, precision, size_of(size))
-    extras = sampling.extras(loaded, guide, image, strength, mask)
+    extras = sampling.extras(loaded, guide, image, strength, mask, asked.size)
     if compile_:
         sampling.compiled(loaded)
     if npz is not None:

@@ -42,7 +42,7 @@ Changes = Annotated[
 Guide = Annotated[
     str | None, typer.Option(help="a worse model of the same kind to lead away from, such as an early checkpoint")
 ]
-From = Annotated[str | None, typer.Option("--from", help="a picture to begin from")]
+From = Annotated[str | None, typer.Option("--from", help="a picture to begin from; cropped to --size")]
 Strength = Annotated[
     float | None, typer.Option(help="how far the picture of --from may change, 0 to 1 (0.6, or 1 with --mask)")
 ]

@@ -15,6 +15,7 @@ from tessera.adapters.caching import Tally
 from tessera.adapters.compilation import compiled as compiled_blocks
 from tessera.bundle import Model, weights_hash
 from tessera.cli.options import classes_of, progress, seeds_of
+from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
 from tessera.evaluation import drawn as many
 from tessera.evaluation.drawn import Asked, Drawn, asked_by_policy
@@ -61,8 +62,18 @@ class Extras:
         return bool(self.words)
 
 
-def extras(model: Model, guide: str | None, image: str | None, strength: float | None, mask: str | None) -> Extras:
-    """What --guide, --from, --strength and --mask say. Raises TesseraError for what does not fit the model."""
+def extras(
+    model: Model,
+    guide: str | None,
+    image: str | None,
+    strength: float | None,
+    mask: str | None,
+    size: tuple[int, int] | None,
+) -> Extras:
+    """What --guide, --from, --strength and --mask say. Raises TesseraError for what does not fit the model.
+
+    Picture and mask are cropped as the pictures of a training are, to --size or to the size the model was trained at.
+    """
     words: dict[str, Any] = {}
     said: dict[str, Any] = {}
     if guide is not None:
@@ -78,19 +89,22 @@ def extras(model: Model, guide: str | None, image: str | None, strength: float |
             f"{'--mask' if strength is None else '--strength'} belongs to --from: give --from PICTURE, too"
         )
     if image is not None:
-        words["image"] = read_picture("--from", image, model.codec.pixel_channels)
+        picture = read_picture("--from", image, model.codec.pixel_channels)
+        height, width = model.config.network.size
+        size = size or (height * model.codec.factor, width * model.codec.factor)
+        words["image"] = _cropped(picture, size)
         said |= {"from": image, "from_hash": _hash(words["image"])}
+        if mask is not None:
+            drawn = read_picture("--mask", mask, 1)
+            if drawn.shape[:2] != picture.shape[:2]:
+                raise TesseraError(
+                    f"--mask {mask} is {drawn.shape[0]} x {drawn.shape[1]} pixels (height x width), but --from {image} "
+                    f"is {picture.shape[0]} x {picture.shape[1]}: give a mask of that size"
+                )
+            words["mask"] = _cropped(drawn, size)[..., 0] >= 128
+            said |= {"mask": mask, "mask_hash": _hash(words["mask"])}
     if strength is not None:
         words["strength"] = said["strength"] = strength
-    if mask is not None:
-        words["mask"] = read_picture("--mask", mask, 1)[..., 0] >= 128
-        size, expected = words["mask"].shape, words["image"].shape
-        if size != expected[:2]:
-            raise TesseraError(
-                f"--mask {mask} is {size[0]} x {size[1]} pixels (height x width), but --from {image} is "
-                f"{expected[0]} x {expected[1]}: give a mask of that size"
-            )
-        said |= {"mask": mask, "mask_hash": _hash(words["mask"])}
     return Extras(words, said)
 
 
@@ -110,6 +124,15 @@ def read_picture(flag: str, path: str, channels: int) -> np.ndarray:
     except (OSError, SyntaxError, UnidentifiedImageError) as error:
         raise TesseraError(f"cannot read {flag} {path}: {error}") from None
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _cropped(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, C] of another size; the same where it has that size already."""
+    if pixels.shape[:2] == size:
+        return pixels
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+    cropped = np.asarray(centre_crop(image, size))
+    return cropped if cropped.ndim == 3 else cropped[..., None]
 
 
 def _hash(pixels: np.ndarray) -> str:

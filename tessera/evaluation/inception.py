@@ -280,7 +280,8 @@ def _downloaded() -> Path:
         except (OSError, RuntimeError) as error:  # no network; or a proxy's page in place of the file
             raise TesseraError(
                 f"cannot download the weights of Inception: {error}\n"
-                f"bring {URL}\nfrom a machine that can to {path}, or give its path"
+                f"bring {URL}\nfrom a machine that can to {path}, or give its path by --features; "
+                "or fit a small network to your own classes: tessera evaluate train-features"
             ) from None
     return path
 

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tessera import bundle, drawing
+from tessera.data.images import centre_crop
 from tessera.pictures import read_settings
 from tessera.sampling import SAMPLERS, SPACINGS
 
@@ -292,7 +293,8 @@ def test_info_of_a_picture_that_began_in_another_and_was_led_away(tessera, train
     mask = np.zeros((8, 12), np.uint8)
     mask[:, 6:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    words = ["--from", image, "--strength", 0.8, "--mask", tmp_path / "mask.png", "--guide", guide, "--guidance", "2.0"]
+    words = ["--from", image, "--size", "8x12", "--strength", 0.8, "--mask", tmp_path / "mask.png"]
+    words += ["--guide", guide, "--guidance", "2.0"]
     for change in ("guidance_interval=[0.1, 0.9]", "guidance_schedule=cosine", "caching=first-block"):
         words += ["--set", change]
     done = tessera("sample", trained, "--classes", "3", "--seeds", "5", *words, "--out", tmp_path / "first")
@@ -325,8 +327,7 @@ def test_another_picture_of_the_same_name_is_drawn_from_anew(tessera, trained, t
         (["--from", "text.png"], "cannot read --from text.png"),
         (["--from", "colour.png"], "has the mode RGB; expected grey, as this model draws"),
         (["--from", "transparent.png"], "has the mode LA"),
-        (["--from", "odd.png"], "size 7 x 8 does not fit"),
-        (["--from", "grey.png", "--size", "16"], "size 16 x 16 is not that of the image, 8 x 8"),
+        (["--from", "grey.png", "--size", "7x8"], "size 7 x 8 does not fit"),
         (["--from", "grey.png", "--strength", "2"], "strength is 2.0; expected more than 0"),
         (["--from", "grey.png", "--strength", "0.001"], "strength 0.001 leaves no step"),
         (
@@ -362,3 +363,14 @@ def test_without_a_compiler_it_draws_all_the_same(tessera, trained, tmp_path, mo
     monkeypatch.setattr("torch.compile", broken)
     done = tessera("sample", trained, "--classes", "1", "--compile", "--out", tmp_path / "s")
     assert (done.code, done.err) == (0, "not compiled, drawing without: no C++ compiler\n")
+
+
+def test_a_picture_of_another_size_is_cropped_as_in_training(tessera, trained, tmp_path):
+    photo = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(np.zeros((30, 40), np.uint8)).save(tmp_path / "keep.png")
+    words = ["sample", trained, "--classes", "3", "--from", tmp_path / "photo.png", "--mask", tmp_path / "keep.png"]
+    for name, size, more in (("own", (8, 8), []), ("told", (8, 16), ["--size", "8x16"])):
+        assert tessera(*words, *more, "--out", tmp_path / name).code == 0
+        expected = np.asarray(centre_crop(Image.fromarray(photo), size))
+        np.testing.assert_array_equal(pixels(tmp_path / name / "class-3-seed-0.png").squeeze(), expected)
