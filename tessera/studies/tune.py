@@ -19,13 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import nn
 
@@ -38,30 +37,26 @@ from tessera.evaluation.drawn import Asked, Drawn, asked_by_policy
 from tessera.evaluation.features import Extractor, Progress
 from tessera.evaluation.intervals import Measured
 from tessera.evaluation.plan import PLAN, begin
-from tessera.evaluation.protocol import Score, environment
+from tessera.evaluation.protocol import environment
 from tessera.evaluation.subjects import Shard
-from tessera.files import alone, read_array, write_array, write_whole
+from tessera.files import alone, write_array, write_whole
 from tessera.models.dit import DiT
 from tessera.runtime import Precision
-from tessera.sampling import SAMPLERS, SPACINGS, AnySampler, AnySpacing, DPMSolver, SamplingConfig, UniPC
-from tessera.sampling.caching import FirstBlock
-from tessera.sampling.guidance import CosineGuidance, LinearGuidance
-from tessera.sampling.times import times
+from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse, unknown
+from tessera.studies.candidates import cachings, guidances, solvers_and_grids, with_calls
+from tessera.studies.trials import Trial, facts, finalists, line, read
 from tessera.training.journal import clock
 
 RESULTS, STATISTICS = "results.json", "reference.npz"
 CALLS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 35, 50)  # of the denoiser, in one drawing
-FIRST_CALLS = 10  # at which solvers and grids are compared
 CONTENDERS = 4  # pairs of solver and grid whose steps are searched
-FINALISTS = 4
 FRESH = 1 << 32  # the first seed of the check; trials begin at 0
 MORE = 2  # times as many pictures in the check
 ROUNDS = 5  # of timing
 CHECK = "check"
 SAME = ".same"
 STAGES = ("solver", "steps", "guidance", "caching")
-RATIOS = ((0.2, 1.6), (0.2, 5.0), (0.0, 5.0))  # of noise to data: intervals of guidance (Kynkaanniemi et al. 2024)
 SHARES = {"solver": 0.4, "steps": 0.8, "guidance": 0.95, "caching": 1.0}  # of the time for trials, spent by its end
 
 Say = Callable[[str], None]
@@ -87,122 +82,6 @@ class Tuning(Settings):
             if name not in STAGES:
                 raise ValueError(unknown("search", name, STAGES))
         return value
-
-
-# What is tried
-
-
-def changed(config: SamplingConfig, **changes: Any) -> SamplingConfig:
-    return config.model_copy(update=changes)
-
-
-def with_calls(config: SamplingConfig, calls: int) -> SamplingConfig:
-    """So many calls of the denoiser, or one step's worth."""
-    return changed(config, steps=max(1, calls // config.sampler.calls))
-
-
-def solvers() -> list[AnySampler]:
-    """One of each kind, and the third orders. euler is left out: it is ddim without noise."""
-    kinds: list[AnySampler] = [kind() for name, kind in SAMPLERS.items() if name != "euler"]
-    return [*kinds, DPMSolver(order=3), UniPC(order=3)]
-
-
-def grids(model: Model, present: AnySpacing, steps: int) -> list[AnySpacing]:
-    """The present grid, then one of each kind that visits other times."""
-    found: dict[tuple[float, ...], AnySpacing] = {}
-    for grid in [present, *(kind() for kind in SPACINGS.values())]:
-        try:
-            found.setdefault(tuple(times(grid, steps, model.process).tolist()), grid)
-        except TesseraError:  # no grid of this process
-            continue
-    return list(found.values())
-
-
-def solvers_and_grids(model: Model, present: SamplingConfig) -> list[SamplingConfig]:
-    """Every solver on every grid at as many calls: the present grid first, for all solvers."""
-    found = [
-        with_calls(changed(present, sampler=solver, spacing=grid), FIRST_CALLS)
-        for solver in solvers()
-        for grid in grids(model, present.spacing, max(1, FIRST_CALLS // solver.calls))
-    ]
-    return sorted(found, key=lambda config: config.spacing != present.spacing)
-
-
-def guidances(model: Model, config: SamplingConfig) -> list[SamplingConfig]:
-    """Scales around the present one, and off; guidance in the middle of the noise alone; growing towards the data."""
-    more = config.guidance - 1 or 0.5
-    scales = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0] + [0.0] * (config.guidance != 1)
-    found = [changed(config, guidance=round(1 + share * more, 3)) for share in scales]
-    for low, high in RATIOS:
-        ends = model.process.time_at(torch.tensor([low, high], dtype=torch.float64)).tolist()
-        interval = round(ends[0], 3), round(ends[1], 3)
-        found += [changed(config, guidance=1 + share * more, guidance_interval=interval) for share in (1.0, 2.0)]
-    found += [changed(config, guidance=1 + more, guidance_schedule=kind()) for kind in (LinearGuidance, CosineGuidance)]
-    return found
-
-
-def cachings(config: SamplingConfig) -> list[SamplingConfig]:
-    """More and more reuse from step to step, at as many steps and at twice as many, which have more to reuse."""
-    return [
-        changed(config, caching=FirstBlock(threshold=threshold, order=order), steps=steps)
-        for threshold in (0.1, 0.2, 0.3, 0.5)
-        for order in (0, 1)
-        for steps in (config.steps, 2 * config.steps)
-    ]
-
-
-# What comes of it
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """One way to draw and what came of it. calls: of the network, a picture; seconds: a picture, with decoding.
-
-    pulls [count]: how much each picture pulls at fd (`distances.frechet_pulls`).
-    """
-
-    sampling: SamplingConfig
-    stage: str
-    count: int
-    fd: Measured
-    calls: float
-    seconds: float
-    pulls: np.ndarray = field(repr=False)
-    scores: list[Score] = field(repr=False)  # fd, and in the check the other usual ones
-
-    @property
-    def name(self) -> str:
-        return self.sampling.words()
-
-    def against(self, baseline: "Trial") -> Measured:
-        """fd minus the baseline's, of the same seeds, with the interval of that difference: paired, delta method."""
-        error = float(np.std(self.pulls - baseline.pulls, ddof=1)) / self.count**0.5
-        return Measured.normal(self.fd.value - baseline.fd.value, error)
-
-    def no_worse(self, baseline: "Trial", margin: float) -> bool:
-        """Whether chance alone may have put it above the baseline, and by no more than a share `margin` of it.
-
-        Without the margin, few pictures would make everything equal.
-        """
-        apart = self.against(baseline)
-        return apart.low <= 0 and apart.value <= margin * baseline.fd.value
-
-
-def frontier(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that no other beats in both time and fd, the fastest first."""
-    found: list[Trial] = []
-    for trial in sorted(trials, key=lambda trial: (trial.seconds, trial.fd.value)):
-        if not found or trial.fd.value < found[-1].fd.value:
-            found.append(trial)
-    return found
-
-
-def finalists(trials: Sequence[Trial], baseline: Trial, margin: float) -> list[Trial]:
-    """What is worth checking: the fastest that are no worse, each better than the one before, and the best of all."""
-    others = [trial for trial in trials if trial.sampling != baseline.sampling]
-    found = frontier([trial for trial in others if trial.no_worse(baseline, margin)])[: FINALISTS - 1]
-    found += sorted(others, key=lambda trial: trial.fd.value)[:1]
-    return list({trial.name: trial for trial in found}.values())
 
 
 @dataclass(frozen=True)
@@ -273,7 +152,7 @@ class Tuner:
         self.afford()
         with alone(self.folder):
             self.begin()
-            self.say(f"baseline: {_line(self.baseline)}")
+            self.say(f"baseline: {line(self.baseline)}")
             self.searching = time.monotonic()
             self.search()
             return self.chosen(self.check())
@@ -291,7 +170,7 @@ class Tuner:
         """Draw and score one; kept, it costs nothing. The check takes more seeds, fresh ones, and the usual scores."""
         path = self._path(sampling, stage)
         if path.stem not in self.kept:
-            self.kept[path.stem] = _read(path) if path.exists() else self._made(sampling, stage, path)
+            self.kept[path.stem] = read(path) if path.exists() else self._made(sampling, stage, path)
         return self.kept[path.stem]
 
     def _pictures(self, stage: str) -> tuple[int, int]:
@@ -346,7 +225,7 @@ class Tuner:
         )
         write_array(path.with_suffix(".npy"), trial.pulls)
         scores = [score.model_dump(mode="json") for score in trial.scores]
-        write_whole(path, json.dumps({**_facts(trial), "scores": scores}, indent=1) + "\n")
+        write_whole(path, json.dumps({**facts(trial), "scores": scores}, indent=1) + "\n")
         shutil.rmtree(work)
         return trial
 
@@ -418,7 +297,7 @@ class Tuner:
             except TesseraError as error:
                 self.say(f"{stage}: {config.words()} is left out: {error}")
                 return None
-            self.say(f"{stage}: {_line(trial)}; {clock(max(self.left(stage), 0))} left for this stage")
+            self.say(f"{stage}: {line(trial)}; {clock(max(self.left(stage), 0))} left for this stage")
         trial = self.trial(config, stage)
         if trial not in self.trials:
             self.trials.append(trial)
@@ -543,7 +422,7 @@ class Tuner:
             "features": self.network.identity,
             "margin": self.tuning.margin,
             "environment": environment(str(self.model.device)),
-            "baseline": _facts(self.baseline),
+            "baseline": facts(self.baseline),
             "trials": [self._compared(trial, self.baseline) for trial in self.trials],
             "checked": [self._compared(trial, checked[0]) for trial in checked],
             "chosen": None if choice is None else choice.name,
@@ -554,43 +433,10 @@ class Tuner:
     def _compared(self, trial: Trial, baseline: Trial) -> dict[str, Any]:
         margin = self.tuning.margin
         return {
-            **_facts(trial),
+            **facts(trial),
             "against_baseline": asdict(trial.against(baseline)),
             "no_worse": trial.no_worse(baseline, margin),
         }
-
-
-# On disk
-
-
-def _facts(trial: Trial) -> dict[str, Any]:
-    return {
-        "name": trial.name,
-        "stage": trial.stage,
-        "count": trial.count,
-        "fd": asdict(trial.fd),
-        "calls": trial.calls,
-        "seconds": trial.seconds,
-        "metrics": {score.metric: score.value for score in trial.scores},
-        "sampling": trial.sampling.model_dump(mode="json"),
-    }
-
-
-def _read(path: Path) -> Trial:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Trial(
-            sampling=parse(SamplingConfig, facts["sampling"], str(path)),
-            stage=facts["stage"],
-            count=facts["count"],
-            fd=Measured(**facts["fd"]),
-            calls=facts["calls"],
-            seconds=facts["seconds"],
-            pulls=np.array(read_array(path.with_suffix(".npy"))),
-            scores=[parse(Score, score, str(path)) for score in facts["scores"]],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TesseraError(f"{path} is damaged: {error!r}; remove it to have it made again") from None
 
 
 def _begun_with(folder: Path) -> SamplingConfig | None:
@@ -633,8 +479,3 @@ def _rows(network: DiT) -> Iterator[_Rows]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _line(trial: Trial) -> str:
-    fd = trial.fd
-    return f"{trial.name}: fd {fd.value:.4g} ({fd.low:.4g} to {fd.high:.4g}), {trial.seconds:.3g} s a picture"

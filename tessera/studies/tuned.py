@@ -15,7 +15,8 @@ from tessera.interop.reading import read_json
 from tessera.models.dit import DiT
 from tessera.sampling import SamplingConfig
 from tessera.settings import parse
-from tessera.studies.tune import Outcome, Trial, frontier
+from tessera.studies.trials import Trial, frontier
+from tessera.studies.tune import Outcome
 
 PLOT = "frontier.png"
 JUDGED = "as asked"  # the score of an oracle, where the truth is known

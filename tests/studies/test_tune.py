@@ -15,8 +15,9 @@ from tessera.evaluation.protocol import Protocol, Score
 from tessera.sampling import DDIM, Ancestral, FirstBlock, Heun, SamplingConfig
 from tessera.sampling.times import times
 from tessera.settings import parse
-from tessera.studies import tune, tuned
-from tessera.studies.tune import Trial, Tuner, Tuning
+from tessera.studies import candidates, trials, tune, tuned
+from tessera.studies.trials import Trial
+from tessera.studies.tune import Tuner, Tuning
 
 pytest.importorskip("sklearn")
 BASELINE = ["sampler=ancestral", "steps=12"]
@@ -59,7 +60,7 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
         config = model.config.model_dump() | {"process": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
     present = SamplingConfig(steps=6)
-    found = tune.solvers_and_grids(model, present)
+    found = candidates.solvers_and_grids(model, present)
     assert {config.sampler.calls * config.steps for config in found} == {10}
     assert len({config.model_dump_json() for config in found}) == len(found)
     kinds = {config.sampler.kind for config in found}
@@ -68,13 +69,13 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
     grids = [config.spacing for config in found if config.sampler == DDIM()]
     visited = {tuple(times(grid, 10, model.process).tolist()) for grid in grids}
     assert len(visited) == len(grids) >= 4
-    assert {config.spacing.kind for config in found[: len(tune.solvers())]} == {"even"}
+    assert {config.spacing.kind for config in found[: len(candidates.solvers())]} == {"even"}
 
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
-    scales = {config.guidance for config in tune.guidances(tiny_model, SamplingConfig(guidance=4.0))}
+    scales = {config.guidance for config in candidates.guidances(tiny_model, SamplingConfig(guidance=4.0))}
     assert {1.0, 2.5, 4.0, 5.5} <= scales
-    assert all(config.guidance > 1 for config in tune.guidances(tiny_model, SamplingConfig()))
+    assert all(config.guidance > 1 for config in candidates.guidances(tiny_model, SamplingConfig()))
 
 
 def test_settings_are_told_in_a_line():
@@ -108,7 +109,7 @@ def test_no_worse_is_within_chance_and_within_the_margin():
 
 def test_the_frontier_is_what_nothing_beats():
     a, b, c, d = trial(5, 1), trial(3, 2), trial(4, 3), trial(1, 4)
-    assert tune.frontier([d, c, b, a]) == [a, b, d]
+    assert trials.frontier([d, c, b, a]) == [a, b, d]
 
 
 def test_finalists_are_the_fastest_no_worse_and_the_best():
@@ -117,8 +118,8 @@ def test_finalists_are_the_fastest_no_worse_and_the_best():
         trial(fd, seconds, steps=steps)
         for steps, (fd, seconds) in enumerate([(1.9, 1), (1.8, 2), (1.85, 3), (1.0, 8), (7, 0.1)], start=1)
     )
-    assert tune.finalists([bad, slower, best, better, fast], baseline, 0) == [fast, better, best]
-    assert tune.finalists([bad], baseline, 0) == [bad]
+    assert trials.finalists([bad, slower, best, better, fast], baseline, 0) == [fast, better, best]
+    assert trials.finalists([bad], baseline, 0) == [bad]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
     told.begin()
     looked = []
     reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
-    assert told.attempt("caching", tune.changed(plain, steps=2000)) is None
+    assert told.attempt("caching", candidates.changed(plain, steps=2000)) is None
     assert "is left out: steps is 2000" in told.said[-1]
     told.left = lambda stage: -1.0
     assert told.attempt("caching", plain) is None
@@ -263,7 +264,7 @@ def test_caching_that_reuses_nothing_is_not_tried(tuner):
     told = tuner()
     told.begin()
     plain = SamplingConfig(steps=6)
-    never, always = (tune.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
+    never, always = (candidates.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
     assert not told.reuses(never)
     assert told.reuses(always)
     found = told.attempt("caching", always)
