@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,15 +27,15 @@ from torch import nn
 from tessera.conditions import Condition
 from tessera.interop.diffusers import to_diffusers, transformer_of
 from tessera.models.dit import DiT, DiTConfig
-from tessera.training.recipe import Adam
+from tessera.training.optimizers import Adam
 
 
-def pair(preset: str) -> tuple[DiT, nn.Module]:
+def pair(settings: dict[str, Any]) -> tuple[DiT, nn.Module]:
     """The same weights in both networks; non-zero where a fresh network is zero."""
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    ours = DiT(DiTConfig.model_validate({"preset": preset, "time_divisor": 127, "mlp_norm_eps": 1e-5}))
+    ours = DiT(DiTConfig.model_validate({**settings, "time_divisor": 127, "mlp_norm_eps": 1e-5}))
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.requires_grad:
@@ -130,7 +131,7 @@ def memory_of(preset: str, batch: int, which: str) -> float:
 
 
 def report_memory(preset: str, batch: int, which: str) -> None:
-    ours, theirs = pair(preset)
+    ours, theirs = pair({"preset": preset})
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     network = ours if which == "ours" else theirs
@@ -180,7 +181,7 @@ def main() -> None:
     ratios: dict[str, list[float]] = {}
     for preset in options.models.split(","):
         for batch in map(int, options.batches.split(",")):
-            ours, theirs = pair(preset)  # anew: the steps of the last batch have moved the weights
+            ours, theirs = pair({"preset": preset})  # anew: the steps of the last batch have moved the weights
             memory = "" if options.compile else [memory_of(preset, batch, which) for which in ("ours", "theirs")]
             for work, (first, second) in calls(ours, theirs, batch, options.compile).items():
                 mine, other = interleaved(first, second, options.rounds)

@@ -15,6 +15,7 @@ from tessera.training.estimate import dry_run
 from tessera.training.journal import clock, read_log
 from tessera.training.recipe import Recipe
 from tessera.training.recipe import read as read_recipe
+from tessera.training.run import RECIPE as RECIPE_OF_RUN
 
 RECIPE = "digits.yaml"
 SEEDS = 8  # rows of the grid
@@ -54,7 +55,7 @@ def run(out: Path, seconds: float = 120) -> float:
 
 def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
     """The recipe with as many steps as fit the time on this machine, or that of the demo already begun in `out`."""
-    here, begun = [f"output={out / 'run'}"], out / "run" / loop.RECIPE
+    here, begun = [f"output={out / 'run'}"], out / "run" / RECIPE_OF_RUN
     if begun.exists():
         recipe = read_recipe(begun, here)
         told = f"{recipe.training.steps} steps, as begun before"

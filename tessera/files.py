@@ -21,24 +21,35 @@ def whole_folder(target: Path) -> Iterator[Path]:
     If anything fails the half-written folder is removed and the target is untouched. Raises TesseraError if the
     target exists and holds something.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise TesseraError(f"{target} exists already: remove it or give another name")
-    partial = target.with_name(target.name + PARTIAL)
+    partial = start(target)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for path in sorted(partial.rglob("*")):
-            sync(path)
-        sync(partial)
-        partial.rename(target)  # replaces an empty folder
-        sync(target.parent)
+        finish(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def start(target: Path) -> Path:
+    """The place beside a target where it is to be made, with nothing there. TesseraError if the target exists already."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise TesseraError(f"{target} exists already: remove it or give another name")
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def finish(partial: Path, target: Path) -> None:
+    """Push all of a folder to the disk, then give it its name. Raises OSError."""
+    for path in sorted(partial.rglob("*")):
+        sync(path)
+    sync(partial)
+    partial.rename(target)  # replaces an empty folder
+    sync(target.parent)
 
 
 @contextmanager

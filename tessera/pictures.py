@@ -33,14 +33,30 @@ def grid(pictures: np.ndarray, columns: int, gap: int = 1, zoom: int = 1) -> np.
     return sheet
 
 
-def save_png(path: Path, picture: np.ndarray, settings: dict[str, Any] | None = None) -> None:
-    """Write uint8 [H, W, C]; settings go into a text chunk, from which the picture can be made again."""
+def to_png(picture: np.ndarray, settings: dict[str, Any] | None = None) -> bytes:
+    """uint8 [H, W, C] as a PNG; settings go into a text chunk, from which the picture can be made again."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text(KEY, json.dumps(settings))
     buffer = io.BytesIO()
     to_image(picture).save(buffer, format="png", pnginfo=text)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(path: Path, picture: np.ndarray, settings: dict[str, Any] | None = None) -> None:
+    """Write uint8 [H, W, C]; settings go into a text chunk, from which the picture can be made again."""
+    write_whole(path, to_png(picture, settings))
+
+
+def no_wider(path: Path, width: int) -> bytes:
+    """A picture file as a PNG at most so many pixels wide. Raises OSError or ValueError if it cannot be read."""
+    with Image.open(path) as image:
+        shown = image.convert("L" if image.mode == "L" else "RGB")
+    if shown.width > width:
+        shown = shown.resize((width, max(1, round(shown.height * width / shown.width))), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    shown.save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -2,10 +2,12 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -68,6 +70,21 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+@lru_cache(maxsize=4)
+def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a large matrix product, as measured here and now (a fraction of a second, once)."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(8):
+        synchronise(device)
+        began = time.perf_counter()
+        torch.mm(a, b)
+        synchronise(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+    return best
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes that share a task, one of them this one; started by torchrun, or alone."""
@@ -82,8 +99,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every process has come this far."""
-        if self.count > 1:
-            distributed.barrier()
+        self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
         """What every process brings, in the order of ranks; values travel as pickles between processes of one task."""
@@ -93,19 +109,27 @@ class Ranks:
         distributed.all_gather_object(gathered, value)
         return gathered
 
+    def agreed(self, value: Any) -> Any:
+        """What the first process says, for all."""
+        return self.gather(value)[0]
+
 
 @contextmanager
-def ranks() -> Iterator[Ranks]:
-    """Join the processes that torchrun started beside this one, if it did.
+def ranks(device: torch.device | None = None) -> Iterator[Ranks]:
+    """Join the processes that torchrun started beside this one, if it did; one process alone needs no group.
 
-    The group is of gloo: what is exchanged here are small objects of the CPU, never tensors of a step.
+    Small objects of the CPU are exchanged over gloo, whose patience is long: whoever is done first waits as long as the
+    others draw. Tensors on a GPU, where `device` is one, go over NCCL.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         yield Ranks()
         return
-    # Whoever is done first waits as long as the others draw.
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, timeout=timedelta(days=30 if backend == "gloo" else 1))
     try:
         yield Ranks(distributed.get_rank(), count)
     finally:

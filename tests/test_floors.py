@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 FLOORS = [  # the lowest first: errors is the ground, -1, on which settings and files stand
     ("errors",),
     ("settings", "files"),
-    ("layers", "process", "conditions", "encoders", "runtime", "randomness", "pictures"),
+    ("layers", "process", "conditions", "encoders", "runtime", "randomness", "pictures", "pages", "charts"),
     ("models", "sampling", "codecs"),
     ("bundle", "adapters", "planning", "data"),
     ("drawing", "interop"),

@@ -15,8 +15,10 @@ from tessera.process.gaussian import GaussianConfig
 from tessera.settings import parse
 from tessera.training import loop
 from tessera.training.optimizers import Adam, Muon, orthogonalise
+from tessera.training.parallel import Team
 from tessera.training.recipe import Recipe
-from tessera.training.step import Task, train_step
+from tessera.training.step import Learner, train_step
+from tessera.training.task import Task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -61,12 +63,12 @@ def test_a_step_is_repeatable_on_the_gpu(config):
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
         task = Task(GaussianConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
-        optimizer = config.build(network)
+        learner = Learner(network, network, config.build(network), config, Team())
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
             batch = Batch(pixels, torch.arange(16) % 10, torch.arange(16) + 16 * number)
-            train_step(network, optimizer, batch, task, config, 16)
+            train_step(learner, batch, task, 16)
         return [parameter.detach().cpu() for parameter in network.parameters()]
 
     for first, second in zip(weights(), weights()):
@@ -98,7 +100,8 @@ def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path, optimizer):
             | {"optimizer": optimizer, "ema": {"also": [0.9]}},
         }
         folder = loop.train(parse(Recipe, data, "the test's recipe"))
-        return bundle.read_tensors(bundle.checkpoints(folder)[0] / "training.safetensors", "weights/")
+        (shard,) = (bundle.checkpoints(folder)[0] / "state").iterdir()
+        return bundle.read_tensors(shard, "weights/")
 
     whole = run("whole", 8)
     run("part", 5)

@@ -1,5 +1,6 @@
 """The verbs of `tessera`. Nothing heavy is imported before a verb needs it: `tessera --help` must answer at once."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -78,15 +79,20 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, tell time and memory")] = False,
 ) -> None:
-    """Train a model as a recipe says. Run the same command again to go on after an interruption."""
+    """Train a model as a recipe says. Run the same command again to go on after an interruption.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
+    """
     from tessera.training import estimate, loop
     from tessera.training.recipe import read
 
     settings = read(recipe, overrides or [])
     if dry_run:
         print(estimate.dry_run(settings, resume))
-    else:
-        print(loop.train(settings, resume))
+        return
+    folder = loop.train(settings, resume)
+    if not _process():
+        print(folder)
 
 
 @app.command()
@@ -195,6 +201,28 @@ def info(
         print(f"{name:<{width}}{value}")
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="the folder of a run: what `tessera train` writes")],
+    out: Annotated[Path | None, typer.Option(help="the page's file (RUN/report.html)")] = None,
+) -> None:
+    """Tell a run as one HTML page: curves, pictures, health, settings. Also while it goes on."""
+    from tessera.training import report
+
+    print(report.write(run, out))
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="the folder of a run: what `tessera train` writes")],
+    json: Annotated[bool, typer.Option("--json", help="for programs: findings and facts")] = False,
+) -> None:
+    """Say what is wrong with a run, from the files it leaves, and what to change. Also while it goes on."""
+    from tessera.training.doctor import as_json, page
+
+    print(as_json(run) if json else page(run))
+
+
 def _how_made(path: Path) -> str:
     from tessera.pictures import read_settings
 
@@ -230,12 +258,18 @@ def _how_made(path: Path) -> str:
     return f"{shlex.join(words)}\n{weights}"
 
 
+def _process() -> int:
+    """The number of this process among those that torchrun started; 0 for one alone."""
+    return int(os.environ.get("RANK", 0))
+
+
 def main() -> None:
     """Run a verb; whatever a user can mend ends in one message and a non-zero exit."""
     try:
         app()
     except TesseraError as error:
-        print(f"error: {error}" if not hasattr(error, "exit_code") else str(error), file=sys.stderr)
+        which = f"process {_process()}: " if _process() else ""
+        print(which + (f"error: {error}" if not hasattr(error, "exit_code") else str(error)), file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

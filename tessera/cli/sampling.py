@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tessera import __version__, drawing, pictures, runtime
 from tessera.adapters.caching import Tally
-from tessera.adapters.compilation import compiled as compiled_blocks
+from tessera.adapters.compilation import compiled as compiled_network
 from tessera.bundle import Model, weights_hash
 from tessera.cli.options import classes_of, progress, seeds_of
 from tessera.data.images import centre_crop
@@ -141,7 +141,8 @@ def _hash(pixels: np.ndarray) -> str:
 
 def compiled(model: Model) -> None:
     """Compile a model's network, or say in one line why not and go on without."""
-    if reason := compiled_blocks(model.network):
+    _, reason = compiled_network(model.network, "blocks", sizes="changing")
+    if reason is not None:
         print(f"not compiled, drawing without: {reason}", file=sys.stderr)
 
 

@@ -37,15 +37,27 @@ class Loader:
     """Reads ahead in threads (decoding leaves the interpreter free); every position gets one sample.
 
     An unusable image is replaced by the next usable one of the epoch's order, so that the order stays a function of
-    position; `skipped` says which, and why.
+    position; `skipped` says which, and why. `part` is what one of several processes reads of every batch; `passed_over`
+    holds the first positions of batches that are left out.
     """
 
-    def __init__(self, source: Source, batch: int, seed: int, workers: int = 2) -> None:
+    def __init__(
+        self,
+        source: Source,
+        batch: int,
+        seed: int,
+        workers: int = 2,
+        part: slice | None = None,
+        pinned: bool = False,
+    ) -> None:
         self.source = source
         self.batch = batch
         self.seed = seed
         self.workers = max(workers, 1)
+        self.part = part or slice(0, batch)
+        self.pinned = pinned
         self.skipped: dict[str, str] = {}
+        self.passed_over: set[int] = set()
         self._order = lru_cache(maxsize=4)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
@@ -63,17 +75,30 @@ class Loader:
         try:
             while True:
                 while len(ahead) < self.workers + 1:
+                    position = self.start(position)
                     ahead.append(pool.submit(self.read, position))
                     position += self.batch
                 yield ahead.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def start(self, position: int) -> int:
+        """Where the next batch starts: here, unless it is passed over."""
+        while position in self.passed_over:
+            position += self.batch
+        return position
+
     def read(self, position: int) -> Batch:
-        """The batch that starts at a position."""
-        positions = range(position, position + self.batch)
-        pixels, label = zip(*map(self._sample, positions))
-        return Batch(torch.from_numpy(np.stack(pixels)), torch.tensor(label), torch.tensor(positions))
+        """This process's part of the batch that starts at a position."""
+        positions = range(position, position + self.batch)[self.part]
+        stacked, label = zip(*map(self._sample, positions))
+        pixels = torch.from_numpy(np.stack(stacked))
+        # Pinned memory travels to a GPU while it computes.
+        return Batch(pixels.pin_memory() if self.pinned else pixels, torch.tensor(label), torch.tensor(positions))
+
+    def names(self, position: int) -> list[str]:
+        """What the samples of the whole batch at a position are called."""
+        return [self.source.name(self.index(place)) for place in range(position, position + self.batch)]
 
     def _sample(self, position: int) -> tuple[np.ndarray, int]:
         epoch, place = divmod(position, len(self.source))

@@ -3,16 +3,14 @@
 Written as Markdown with the pictures beside it, and as one self-contained HTML file.
 """
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tessera import pictures
+from tessera import pages, pictures
 from tessera.evaluation import distances, protocol
 from tessera.evaluation.reference import chosen
 from tessera.evaluation.subjects import SHARD, Subject, shards
@@ -65,7 +63,7 @@ def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
             pictures.save_png(folder / part.file, part.pixels)
     write_whole(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
     body = "\n".join(map(_html, parts))
-    write_whole(folder / "report.html", _PAGE.format(title=html.escape(evaluation.subject.where), body=body))
+    write_whole(folder / "report.html", pages.document(evaluation.subject.where, body))
 
 
 def _parts(evaluation: Evaluation, command: str) -> list[Part]:
@@ -148,32 +146,10 @@ def _markdown(part: Part) -> str:
 
 def _html(part: Part) -> str:
     if isinstance(part, Picture):
-        buffer = io.BytesIO()
-        pictures.to_image(part.pixels).save(buffer, format="png")
-        told = base64.b64encode(buffer.getvalue()).decode()
-        about = html.escape(part.about)
-        return (
-            f'<figure><img src="data:image/png;base64,{told}" alt="{about}"><figcaption>{about}</figcaption></figure>'
-        )
+        return pages.picture(pictures.to_png(part.pixels), part.about)
     if isinstance(part, Table):
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in part.head)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in part.rows)
-        return f"<table><tr>{head}</tr>{rows}</table>"
+        return pages.table(part.head, part.rows)
     for mark, tag in (("## ", "h2"), ("# ", "h1"), ("    ", "pre")):
         if part.startswith(mark):
             return f"<{tag}>{html.escape(part.removeprefix(mark))}</{tag}>"
     return f"<p>{html.escape(part)}</p>"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse }}
-td, th {{ text-align: left; padding: .2em .8em .2em 0; border-bottom: 1px solid #ddd }}
-img {{ max-width: 100%; image-rendering: pixelated }} figure {{ margin: 0 }} figcaption {{ color: #555 }}
-pre {{ background: #f4f4f4; padding: .6em; overflow: auto }}
-</style>
-{body}
-</html>
-"""

@@ -23,8 +23,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L, D]"""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B L (3 K H) -> 3 B K L H
-        x = scaled_dot_product_attention(q, k, v)
+        # In three parts before anything else: then their gradients are put together in one pass.
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        x = scaled_dot_product_attention(q, k, v)  # B L (K H) -> B K L H each
         return self.proj(x.transpose(1, 2).flatten(2))  # B K L H -> B L (K H)
 
     def macs(self, tokens: int) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from tessera import drawing, runtime
 from tessera.errors import TesseraError
 from tessera.training import checkpoint, loop
-from tessera.training.checkpoint import Place
+from tessera.training.checkpoint import Place, Writer
 from tessera.training.journal import clock
 from tessera.training.recipe import Recipe
+from tessera.training.run import Run, check_agreement, checkpoint_to_resume, set_up
 from tessera.training.step import train_step
 
 
@@ -46,27 +47,29 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
 
     Tells what the whole run will take. Raises the TesseraError that the run would raise.
     """
-    found = loop.checkpoint_to_resume(Path(recipe.output), resume)
+    found = checkpoint_to_resume(Path(recipe.output), resume)
     _writable(Path(recipe.output))
     with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.output).absolute())) as scratch:
-        run = loop.set_up(recipe.model_copy(update={"output": scratch}), found)
+        run = set_up(recipe.model_copy(update={"output": scratch}), found)
         if found is not None:
-            loop.check_agreement(run, found)
+            check_agreement(run, found)
         config, device = run.recipe.training, run.model.device
-        micro = config.micro_batch or config.batch
         batches = run.loader.batches()
         times = []
         try:
             for step in range(1 + steps):  # the first warms up
                 began = time.monotonic()
-                train_step(run.forward, run.optimizer, next(batches), run.task, config.optimizer, micro)
+                train_step(run.learner, next(batches), run.task, config.batch, run.rounds)
                 run.average.update(step + 1)
                 runtime.synchronise(device)
                 times.append(time.monotonic() - began)
         finally:
             batches.close()
         seconds = sorted(times[1:])[len(times[1:]) // 2]
-        loop.save(run, Place(1, config.batch))
+        writer = Writer(Path(scratch))
+        loop.save(run, writer, Place(1, config.batch))
+        writer.wait()
+        writer.close()
         saved = checkpoint.path_of(Path(scratch), 1).rglob("*")
         size = sum(file.stat().st_size for file in saved if file.is_file())
         free = shutil.disk_usage(_existing(Path(recipe.output))).free
@@ -85,7 +88,7 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
         )
 
 
-def _drawing_seconds(run: loop.Run) -> float:
+def _drawing_seconds(run: Run) -> float:
     """What the grids and the pictures that are scored take in a whole run, from a short drawing of one batch."""
     config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
     count, steps = 16, min(2, run.recipe.sampling.steps)

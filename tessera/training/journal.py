@@ -3,24 +3,24 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tessera.files import write_whole
 
-LOG = "log.jsonl"
+LOG, HEALTH = "log.jsonl", "health.jsonl"
 PAUSE = 5.0  # seconds between lines where there is no terminal
 PART = 20.0  # and between lines of work beside the steps
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
+def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a line cut short by a kill is left out."""
     records = []
-    path = run / LOG
+    path = run / name
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
@@ -30,24 +30,55 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 class Journal:
-    """Writes one record at a time. On resuming, records past the resumed step are dropped: they will be made again."""
+    """Writes one record at a time. On resuming, records past the resumed step are dropped: they will be made again.
 
-    def __init__(self, run: Path, step: int, steps: int, tensorboard: bool) -> None:
-        self.step, self.steps = step, steps
-        kept = [record for record in read_log(run) if record["step"] <= step]
-        write_whole(run / LOG, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = (run / LOG).open("a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(run, step) if tensorboard else None
-        self._screen = Screen(step, steps)
+    Of several processes one speaks; the journals of the others are `silent`.
+    """
+
+    def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, silent: bool = False) -> None:
+        self.run, self.steps, self.silent = run, steps, silent
+        self._tensorboard = tensorboard and not silent
+        self._files: dict[str, TextIO] = {}
+        self._board = None
+        self._screen = None if silent else Screen(step, steps)
         self._told = time.monotonic()
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Go on from a step: what was recorded past it is dropped."""
+        if self.silent or self._screen is None:
+            return
+        self._close_files()
+        for name in (LOG, HEALTH):
+            kept = [record for record in read_log(self.run, name) if record["step"] <= step]
+            if kept or name == LOG or (self.run / name).exists():
+                write_whole(self.run / name, "".join(json.dumps(record) + "\n" for record in kept))
+        self._board = _tensorboard(self.run, step) if self._tensorboard else None
+        self._screen.start(step)
 
     def record(self, step: int, **values: float) -> None:
         """Write numbers at a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._write(LOG, {"step": step, **values})
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-        self._screen.numbers(step, values)
+        if self._screen is not None:
+            self._screen.numbers(step, values)
+
+    def health(self, step: int, values: dict[str, Any]) -> None:
+        """Write what was measured of the run's health at a step: numbers, lists and dictionaries of numbers."""
+        self._write(HEALTH, {"step": step, **values})
+        if self._board is not None:
+            for name, value in values.items():
+                for place, number in _numbers(f"health/{name}", value):
+                    self._board.add_scalar(place, number, step)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        if self.silent:
+            return
+        if name not in self._files:
+            self._files[name] = (self.run / name).open("a", encoding="utf-8", buffering=1)
+        self._files[name].write(json.dumps(record) + "\n")
 
     def picture(self, step: int, sheet) -> None:
         """A grid of samples, uint8 [H, W, C], for TensorBoard."""
@@ -56,11 +87,13 @@ class Journal:
 
     def start(self, step: int) -> None:
         """The steps begin now: what came before does not count towards the time left."""
-        self._screen.start(step)
+        if self._screen is not None:
+            self._screen.start(step)
 
     def advance(self, step: int) -> None:
         """A step is done."""
-        self._screen.advance(step)
+        if self._screen is not None:
+            self._screen.advance(step)
 
     def part(self, what: str) -> Callable[[int, int], None]:
         """Work beside the steps, of which (done, total) is told now and then."""
@@ -69,19 +102,39 @@ class Journal:
             now = time.monotonic()
             if now - self._told > PART:
                 self._told = now
-                self._screen.say(f"  {what}: {done} of {total}")
+                self.say(f"  {what}: {done} of {total}")
 
         return told
 
     def say(self, text: str) -> None:
         """A sentence for the person who watches."""
-        self._screen.say(text)
+        if self._screen is not None:
+            self._screen.say(text)
 
     def close(self) -> None:
-        self._screen.close()
-        self._file.close()
+        if self._screen is not None:
+            self._screen.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {}
         if self._board is not None:
             self._board.close()
+        self._board = None
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The single numbers in what was measured, each with a name."""
+    if isinstance(value, int | float):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(f"{name}/{key}", part)
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from _numbers(f"{name}/{place}", part)
 
 
 class Screen:
@@ -108,6 +161,8 @@ class Screen:
     def numbers(self, step: int, values: dict[str, float]) -> None:
         if "loss" in values:
             self._numbers = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
+            if "utilisation" in values:
+                self._numbers += f", {values['utilisation']:.0%} of the peak"
 
     def advance(self, step: int) -> None:
         if self._bar is not None:

@@ -1,156 +1,45 @@
-"""The run itself: set up, resume, step, log, draw, save, and end resumable whatever happens."""
+"""The run itself: resume, step, watch, log, draw, save, and end resumable whatever happens."""
 
-import math
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 import tessera
 from tessera import bundle, drawing, pictures, runtime
-from tessera.codecs import AutoencoderConfig
-from tessera.data import Loader
+from tessera.data import Batch
 from tessera.errors import TesseraError
-from tessera.files import alone, remove_partials, whole_folder, write_whole
-from tessera.interop import sources
-from tessera.models.dit import DiT
-from tessera.process import AnyProcess
-from tessera.sampling.denoiser import Network
-from tessera.settings import changes, write_yaml
-from tessera.training import checkpoint, initial, scores
-from tessera.training.checkpoint import Place
-from tessera.training.ema import Average
+from tessera.files import alone, write_whole
+from tessera.runtime import Ranks
+from tessera.training import checkpoint, health, parallel, scores
+from tessera.training.checkpoint import Place, Writer
 from tessera.training.journal import Journal
 from tessera.training.optimizers import learning_rate, set_learning_rate
-from tessera.training.recipe import Recipe, pixels_like_data, resolve
-from tessera.training.scores import Scorer
-from tessera.training.step import Task, train_step
+from tessera.training.recipe import Recipe
+from tessera.training.run import (
+    INIT,
+    SAMPLES,
+    SKIPPED,
+    Run,
+    changed,
+    check_agreement,
+    checkpoint_to_resume,
+    prepare_folder,
+    set_up,
+)
+from tessera.training.stability import Passed, Seen, Watch
+from tessera.training.step import Tally, Told, train_step
 
-RECIPE, SKIPPED, INIT, SAMPLES = "recipe.yaml", "skipped.txt", "init.txt", "samples"
 COLUMNS = 16  # of a grid of samples, at most
-
-
-@dataclass
-class Run:
-    """Everything a run holds in memory."""
-
-    recipe: Recipe
-    model: bundle.Model  # the EMA and all that is needed to draw
-    network: DiT  # the weights being trained
-    forward: Network  # the same network, compiled if the recipe says so
-    average: Average
-    optimizer: torch.optim.Optimizer
-    loader: Loader
-    task: Task
-    inherited: str  # what was kept of training.init, for people
-    scorer: Scorer | None  # where the recipe asks for scores
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.output)
-
-
-def set_up(recipe: Recipe, found: Path | None = None) -> Run:
-    """Open the data, build the network and all around it. Writes nothing. Raises TesseraError.
-
-    found: the checkpoint that goes on; it stands in for training.init, which may be gone by now.
-    """
-    config = recipe.training
-    device = runtime.choose_device(config.device)
-    start = None
-    if config.init is not None:
-        if found is not None:
-            start = initial.as_trained(bundle.load(found))
-        else:
-            start = sources.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
-        recipe = initial.inherit(recipe, start)
-    recipe = pixels_like_data(recipe)
-    codec = recipe.codec.build().to(device)
-    source = recipe.data.open()
-    recipe = resolve(recipe, source, codec)
-    torch.manual_seed(config.seed)
-    network = recipe.network.build()
-    inherited = ""
-    if start is not None and found is None:
-        told = initial.start_from(network, source.class_names, start, str(config.init))
-        inherited = "\n".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
-    network.to(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32 products
-    average = Average(network, config.ema)
-    described = bundle.BundleConfig(
-        network=recipe.network,
-        process=recipe.process,
-        codec=recipe.codec,
-        sampling=recipe.sampling,
-        class_names=source.class_names,
-        recipe=recipe.model_dump(mode="json"),
-    )
-    model = bundle.Model(described, average.network, codec)
-    scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.output)) if recipe.evaluation.every else None
-    return Run(
-        scorer=scorer,
-        recipe=recipe,
-        model=model,
-        network=network,
-        forward=torch.compile(network) if config.compile else network,
-        average=average,
-        optimizer=config.optimizer.build(network),
-        loader=Loader(source, config.batch, config.seed, config.workers),
-        task=Task(
-            process=model.process,
-            codec=codec,
-            flip=recipe.data.flip,
-            label_dropout=config.label_dropout,
-            classes=recipe.network.classes,
-            seed=config.seed,
-            dtype=runtime.autocast_dtype(config.precision, device),
-        ),
-        inherited=inherited,
-    )
-
-
-def train(recipe: Recipe, resume: str = "auto") -> Path:
-    """Train as the recipe says and return the run's folder.
-
-    resume: auto goes on from the newest checkpoint in the run's folder, if there is one; never refuses a folder that
-    holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end; the exception is Interrupted.
-    """
-    folder = Path(recipe.output)
-    run = set_up(recipe, found := checkpoint_to_resume(folder, resume))
-    place = Place(step=0, position=0)
-    if found is not None:
-        check_agreement(run, found)
-        place = checkpoint.restore(found, run.network, run.average, run.optimizer)
-    with alone(folder):
-        _prepare_folder(run)
-        if run.scorer is not None:
-            run.scorer.begin(place.step)
-        journal = Journal(folder, place.step, run.recipe.training.steps, run.recipe.training.tensorboard)
-        try:
-            _begin(run, found, place, journal)
-            _loop(run, place, journal)
-        finally:
-            journal.close()
-    return folder
-
-
-def _begin(run: Run, found: Path | None, place: Place, journal: Journal) -> None:
-    """Say where the run starts from."""
-    if found is not None:
-        journal.say(f"going on from step {place.step} ({found})")
-        for change in _changed(run, found):
-            journal.say(f"changed since: {change}")
-        for what in checkpoint.begun_anew(found, run.network, run.average, run.optimizer):
-            journal.say(f"begins anew: {what}")
-    if run.inherited:
-        write_whole(run.folder / INIT, run.inherited + "\n")
-        journal.say(f"started from {run.recipe.training.init}: see {run.folder / INIT} for what was kept")
+# Changes after which losses and gradients may be of another size than those before.
+OTHER_LOSSES = ("data.", "codec.", "process.", "training.batch", "training.label_dropout", "training.optimizer.")
 
 
 class Interrupted(TesseraError):
@@ -159,84 +48,362 @@ class Interrupted(TesseraError):
     exit_code = 130  # as a shell reports Ctrl-C
 
 
-def _loop(run: Run, place: Place, journal: Journal) -> None:
-    config = run.recipe.training
-    step, position = place.step, place.position
-    if run.scorer is not None and run.scorer.due(step, config.steps) and step not in scores.history(run.folder):
-        _score(run, step, journal)  # killed between the checkpoint and its scores
-    if step >= config.steps:
-        journal.say(f"nothing left to do: {step} of {config.steps} steps are done")
-        return
-    network = run.forward
-    seen_skips = 0
-    sums: dict[str, torch.Tensor] = {}
-    counted, clock_start = 0, time.monotonic()
-    with _stop_signals() as stopping:
-        batches = run.loader.batches(position)
+def train(recipe: Recipe, resume: str = "auto") -> Path:
+    """Train as the recipe says and return the run's folder. Processes that torchrun started train together.
+
+    resume: auto goes on from the newest whole checkpoint in the run's folder, if there is one; never refuses a folder
+    that holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end by Interrupted.
+    """
+    folder = Path(recipe.output)
+    with runtime.ranks(runtime.choose_device(recipe.training.device)) as ranks, _together(folder, ranks):
+
+        def say(text: str) -> None:  # before there is a journal
+            if ranks.first:
+                print(text, file=sys.stderr, flush=True)
+
+        def set_aside(path: Path, faults: list[str]) -> None:
+            say(f"{path} is damaged ({'; '.join(faults[:3])}): it is set aside, and the one before is taken")
+            if ranks.first:
+                checkpoint.set_aside(path)
+
+        with alone(folder) if ranks.first and folder.exists() else nullcontext():
+            found = checkpoint_to_resume(folder, resume, ranks, set_aside)
+        run = set_up(recipe, found, ranks, say)
+        place = Place(step=0, position=0)
+        if found is not None:
+            check_agreement(run, found)
+            place = checkpoint.restore(found, run.network, run.average, run.learner.optimizer)
+        with alone(folder) if ranks.first else nullcontext():
+            if ranks.first:
+                prepare_folder(run)
+            ranks.wait()
+            if run.scorer is not None and ranks.first:
+                run.scorer.begin(place.step)
+            config = run.recipe.training
+            journal = Journal(folder, place.step, config.steps, config.tensorboard, silent=not ranks.first)
+            try:
+                Training(run, place, journal).go(found)
+            finally:
+                journal.close()
+    return folder
+
+
+@contextmanager
+def _together(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Where another process is gone, say so: what this one was doing is no news."""
+    try:
+        yield
+    except (RuntimeError, distributed.DistError) as error:
+        lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
+        if ranks.count == 1 or not lost:
+            raise
+        present = bundle.checkpoints(folder)
+        raise TesseraError(
+            f"process {ranks.rank} of {ranks.count} lost the others: one of them ended, or the network between them "
+            f"did; the last checkpoint is {present[0] if present else 'not written yet'}; run the same command again "
+            "to go on"
+        ) from error
+
+
+class Training:
+    """The steps of a run, from a place in it to its end."""
+
+    def __init__(self, run: Run, place: Place, journal: Journal) -> None:
+        self.run, self.journal, self.ranks = run, journal, run.team.ranks
+        self.config = run.recipe.training
+        self.step, self.position = place.step, place.position
+        self.watch = Watch(self.config.stability, run.model.device)
+        self.watch.restore(place.watch)
+        self.passed = Passed(run.folder, place.step)
+        run.loader.passed_over = self.passed.positions
+        self.tries, self.trouble = 0, 0  # times the run went back, and the step at which it last had to
+        self.tally, self.clock = Tally(), Clock()
+        self.writer = Writer(run.folder, self.ranks)
+        self.skipped_images: dict[str, str] = {}
+
+    def go(self, found: Path | None) -> None:
+        """Train until the last step. Raises Interrupted, or the TesseraError that ends the run; it can go on."""
+        run, config, journal = self.run, self.config, self.journal
+        self._greet(found)
+        due = run.scorer is not None and run.scorer.due(self.step, config.steps)
+        if due and self.step not in self.ranks.agreed(list(scores.history(run.folder))):
+            self._score()  # killed between the checkpoint and its scores
+        if self.step >= config.steps:
+            journal.say(f"nothing left to do: {self.step} of {config.steps} steps are done")
+            return
         try:
-            if step == 0:
-                journal.say("drawing the first grid of samples")
-                _draw(run, 0, journal)
-                journal.start(step)
-                clock_start = time.monotonic()
-            while step < config.steps:
-                batch = next(batches)
-                set_learning_rate(run.optimizer, learning_rate(config.optimizer, step, config.steps))
-                told = train_step(
-                    network, run.optimizer, batch, run.task, config.optimizer, config.micro_batch or config.batch
-                )
-                step, position = step + 1, position + config.batch
-                run.average.update(step)
-                for name, value in told.items():
-                    sums[name] = sums[name] + value if name in sums else value
-                counted += 1
-                stop, last = bool(stopping), step == config.steps
-                logs = step % config.log_every == 0 or last
-                judged = run.scorer is not None and run.scorer.due(step, config.steps) and not stop
-                saves = step % config.checkpoint_every == 0 or judged or last or stop
-                means = {name: value.item() / counted for name, value in sums.items()} if logs or saves else {}
-                if not all(math.isfinite(value) for value in means.values()):
-                    raise TesseraError(_diverged(run, step))  # and no checkpoint of it
-                if logs:
-                    seconds = time.monotonic() - clock_start
-                    journal.record(
-                        step,
-                        **means,
-                        learning_rate=run.optimizer.param_groups[0]["lr"],
-                        images_per_second=counted * config.batch / seconds,
-                        skipped=len(run.loader.skipped),
-                        epoch=position / len(run.loader.source),
-                    )
-                    sums, counted, clock_start = {}, 0, time.monotonic()
-                journal.advance(step)
-                if len(run.loader.skipped) > seen_skips:
-                    seen_skips = _report_skips(run, journal, seen_skips)
-                paused = time.monotonic()
-                if saves:
-                    save(run, Place(step, position))
-                if judged:
-                    _score(run, step, journal)
-                if (step % config.sample_every == 0 and not stop) or last:
-                    _draw(run, step, journal)
-                clock_start += time.monotonic() - paused
+            with _stop_signals() as stopping:
+                if self.step == 0:
+                    journal.say("drawing the first grid of samples")
+                    self._draw()
+                    if found is None:
+                        if self.ranks.first:
+                            checkpoint.drop_after(run.folder, -1)
+                        self._save()  # to go back to
+                journal.start(self.step)
+                self.clock = Clock()
+                while self.step < config.steps:
+                    self._leg(stopping)
+            self.writer.wait()
+        finally:
+            self.writer.close()
+        if self.skipped_images:
+            journal.say(f"{len(self.skipped_images)} images could not be used: {run.folder / SKIPPED} names them")
+        journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
+
+    def _greet(self, found: Path | None) -> None:
+        """Say where the run starts from."""
+        run, say = self.run, self.journal.say
+        if self.ranks.count > 1:
+            say(f"{self.ranks.count} processes: {run.team.replicas} copies of the weights, each in {run.team.shards}")
+        if found is not None:
+            say(f"going on from step {self.step} ({found})")
+            for change in changed(run, found):
+                say(f"changed since: {change}")
+                if change.startswith(OTHER_LOSSES):
+                    self.watch.restore({})
+            for what in checkpoint.begun_anew(found, run.network, run.average, run.learner.optimizer):
+                say(f"begins anew: {what}")
+        if run.inherited:
+            if self.ranks.first:
+                write_whole(run.folder / INIT, run.inherited + "\n")
+            say(f"started from {run.recipe.training.init}: see {run.folder / INIT} for what was kept")
+
+    def _leg(self, stopping: list[int]) -> None:
+        """Steps until the last, or until the run has gone back to an earlier one."""
+        run, config = self.run, self.config
+        batches = run.loader.batches(self.position)
+        try:
+            while self.step < config.steps:
+                run.team.vote(bool(stopping), self.writer.failed)
+                with self.clock.stalled():
+                    batch = next(batches)
+                told = self._one_step(batch)
+                stop, failed = run.team.outcome(bool(stopping), self.writer.failed)
+                if failed:
+                    self.writer.wait()  # raises what befell it
+                last = self.step == config.steps
+                judged = run.scorer is not None and run.scorer.due(self.step, config.steps) and not stop
+                saves = self.step % config.checkpoint_every == 0 or judged or last or stop
+                if self._heed(self.watch.read(wait=saves)):
+                    return
+                with self.clock.paused():
+                    if config.health_every and self.step % config.health_every == 0:
+                        self._look_inside(batch, told)
+                if self.step % config.log_every == 0 or last:
+                    self._log()
+                self.journal.advance(self.step)
+                with self.clock.paused():
+                    if saves and (not self.watch.in_a_row or stop or last):  # none of weights that may be bad
+                        self._save()
+                    if judged:
+                        self._score()
+                    if (self.step % config.sample_every == 0 and not stop) or last:
+                        self._draw()
                 if stop and not last:
+                    self.writer.wait()
                     raise Interrupted(
-                        f"stopped at step {step} of {config.steps}, everything saved in {run.folder}\n"
+                        f"stopped at step {self.step} of {config.steps}, everything saved in {run.folder}\n"
                         "run the same command again to go on"
                     )
         finally:
             batches.close()
-    if run.loader.skipped:
-        journal.say(f"{len(run.loader.skipped)} images could not be used: {run.folder / SKIPPED} names them")
-    journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
+
+    def _one_step(self, batch: Batch) -> Told:
+        run, config = self.run, self.config
+        start = run.loader.start(self.position)
+        set_learning_rate(run.learner.optimizer, learning_rate(config.optimizer, self.step, config.steps))
+        limits = torch.tensor(self.watch.limits)
+        told = train_step(run.learner, batch, run.task, config.batch, run.rounds, limits)
+        self.step, self.position = self.step + 1, start + config.batch
+        run.average.update(self.step)
+        self.tally.add(told)
+        self.watch.send(self.step, start, told)
+        return told
+
+    # What goes wrong
+
+    def _heed(self, seen: list[Seen]) -> bool:
+        """Note the steps that were kept out of the weights; go back if they do not end, and say whether it was so."""
+        bad = [one for one in seen if not one.kept]
+        for one in bad:
+            self.passed.add(one, self.run.loader.names(one.position))
+            self.journal.say(f"step {one.step} is kept out of the weights: {one.why}")
+        if bad and self.ranks.first:
+            self.passed.write()
+        if not self.watch.lost:
+            return False
+        self._go_back(seen[-1])
+        return True
+
+    def _go_back(self, seen: Seen) -> None:
+        """To the last checkpoint, or an earlier one each time, and past the batches that did the harm.
+
+        Raises TesseraError if that was tried often enough.
+        """
+        run, config = self.run, self.config.stability
+        self.writer.wait()
+        if seen.step > self.trouble + config.window:
+            self.tries = 0  # other trouble than before
+        self.trouble, self.tries = max(self.trouble, seen.step), self.tries + 1
+        present = self.ranks.agreed(bundle.checkpoints(run.folder))
+        if self.tries > config.tries or not present:
+            raise TesseraError(self._diagnosis(seen))
+        target = present[min(self.tries, len(present)) - 1]
+        run.average.settle()
+        place = checkpoint.restore(target, run.network, run.average, run.learner.optimizer)
+        first = seen.position - config.patience * self.config.batch  # the one before the first bad one led to it
+        for position in range(max(first, place.position), seen.position + 1, self.config.batch):
+            bad = replace(seen, position=position)
+            self.passed.add(bad, run.loader.names(position), "passed over")
+        self.passed.records = [
+            record
+            for record in self.passed.records
+            if record["outcome"] == "passed over" or record["step"] <= place.step
+        ]
+        run.loader.passed_over = self.passed.positions
+        if self.ranks.first:
+            self.passed.write()
+            checkpoint.drop_after(run.folder, place.step)
+            if run.scorer is not None:
+                run.scorer.begin(place.step)
+        self.step, self.position = place.step, place.position
+        self.watch.restore(place.watch)
+        self.watch.in_a_row = 0
+        self.tally, self.clock = Tally(), Clock()
+        self.journal.rewind(place.step)
+        self.journal.say(
+            f"{config.patience} bad steps in a row, the last because {seen.why}: back to step {place.step} and past "
+            f"the batches before step {seen.step} (try {self.tries} of {config.tries})"
+        )
+
+    def _diagnosis(self, seen: Seen) -> str:
+        present = bundle.checkpoints(self.run.folder)
+        return (
+            f"training diverged at step {seen.step}: {seen.why}, {self.config.stability.patience} steps in a row, and "
+            f"going back {self.tries - 1} times did not help; the last checkpoint is "
+            f"{present[0] if present else 'not written yet'}\n"
+            "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen "
+            f"training.optimizer.warmup; `tessera doctor {self.run.folder}` says what it sees"
+        )
+
+    # What is written down
+
+    def _log(self) -> None:
+        run = self.run
+        count = self.tally.steps
+        means = self.tally.means()
+        with self.clock.paused():
+            for part in self.ranks.gather(dict(run.loader.skipped)):
+                self.skipped_images |= part
+            self._report_skips()
+            device = run.model.device
+            peak = runtime.peak_flops(device, run.task.dtype or torch.float32)
+            memory = max(self.ranks.gather(runtime.peak_memory(device)))
+        seconds, stalled = self.clock.lap()
+        rate = count * self.config.batch / seconds
+        flops = 6 * run.network.macs()  # of a sample: a multiply-add is two, forward and backward three
+        self.journal.record(
+            self.step,
+            **means,
+            learning_rate=run.learner.optimizer.param_groups[0]["lr"],
+            images_per_second=rate,
+            utilisation=rate * flops / peak / self.ranks.count,
+            stalled=stalled / seconds,
+            not_finite=self.passed.skipped,
+            rollbacks=self.tries,
+            skipped=len(self.skipped_images),
+            epoch=self.position / len(run.loader.source),
+            memory=memory,
+        )
+
+    def _report_skips(self) -> None:
+        if not self.skipped_images or not self.ranks.first:
+            return
+        path = self.run.folder / SKIPPED
+        old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [f"{name}\t{reason}" for name, reason in self.skipped_images.items()]
+        both = list(dict.fromkeys(old + lines))
+        if both == old:
+            return
+        write_whole(path, "\n".join(both) + "\n")
+        if not old:
+            name, reason = next(iter(self.skipped_images.items()))
+            self.journal.say(
+                f"skipping images that cannot be used, for example {name} ({reason}); all are named in {path}"
+            )
+
+    def _look_inside(self, batch: Batch, told: Told) -> None:
+        run = self.run
+        names, _ = run.learner.groups
+        values: dict[str, Any] = {
+            "loss_by_time": self.tally.loss_by_time(),
+            "gradient_norms": dict(zip(names, told.squares.sqrt().tolist())),
+        }
+        apart = run.team.sum(run.average.distance())
+        inside = health.probe(run.network, run.average.network, batch, run.task)
+        for network in (run.network, run.average.network):
+            parallel.reshard(network)
+        values["ema_distance"] = (apart[0] / apart[1].clamp(min=1e-30)).sqrt().item()
+        self.journal.health(self.step, values | inside)
+
+    def _save(self) -> None:
+        save(self.run, self.writer, Place(self.step, self.position, self.watch.state(), self.run.compiled))
+
+    def _score(self) -> None:
+        """Score the EMA, write it down, and keep the best checkpoint."""
+        run, journal, step = self.run, self.journal, self.step
+        assert run.scorer is not None
+        journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
+        try:
+            found = run.scorer.score(step, run.whole_model(), self.ranks, journal.part)
+            if not self.ranks.first:
+                return
+            journal.record(step, **found)
+            scored = scores.history(run.folder)
+            if best := scores.best(scored):
+                at, score = best
+                now = scored[step][score.metric].value
+                journal.say(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
+            scores.plot(scored, run.folder / scores.FOLDER / "curve.png")
+            if not self.writer.busy:
+                prune(run)
+        except (TesseraError, OSError, RuntimeError) as error:  # a full disk or card is no reason to end a run of days
+            if self.ranks.count > 1:
+                raise  # the others wait for this one
+            journal.say(f"step {step} could not be scored: {error}")
+
+    def _draw(self) -> None:
+        """A grid of samples from fixed seeds, one column a class."""
+        run = self.run
+        model = run.whole_model()
+        if self.ranks.first:
+            sheet = grid(run.recipe, model)
+            pictures.save_png(run.folder / SAMPLES / f"step-{self.step:09d}.png", sheet)
+            self.journal.picture(self.step, sheet)
+        self.ranks.wait()
 
 
-def save(run: Run, place: Place) -> None:
+def grid(recipe: Recipe, model: bundle.Model):
+    """Pictures of fixed seeds, one column a class: uint8 [H, W, C]"""
+    classes = recipe.network.classes
+    columns = min(classes, COLUMNS) or 8
+    rows = recipe.training.sample_seeds
+    told = [index * classes // columns for index in range(columns)] * rows if classes else None
+    seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
+    drawn = drawing.generate(model, told, seeds)
+    return pictures.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
+
+
+def save(run: Run, writer: Writer, place: Place) -> None:
+    """Begin to write a checkpoint; the ones that are no longer kept go when it stands."""
     device = run.model.device
     runtime.synchronise(device)
     config = run.recipe
+    processes = run.team.ranks.count
     origin = {
-        "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}",
+        "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}"
+        + (f", {processes} processes" if processes > 1 else ""),
         "trained on": f"{len(run.loader.source):,} images ({config.data.where})",
         "steps": place.step,
         "images seen": place.position,
@@ -245,131 +412,48 @@ def save(run: Run, place: Place) -> None:
         bundle.DECAY: config.training.ema.decay,
         "started from": config.training.init or "fresh weights",
     }
-    model = bundle.Model(run.model.config.model_copy(update={"origin": origin}), run.model.network)
-    checkpoint.save(run.folder, place, model, run.network, run.average, run.optimizer)
-    _prune(run)
+    model = replace(run.model, config=run.model.config.model_copy(update={"origin": origin}))
+    run.average.settle()
+    writer.save(place, model, run.network, run.average, run.learner.optimizer, after=lambda: prune(run))
 
 
-def _prune(run: Run) -> None:
+def prune(run: Run) -> None:
+    """Remove the checkpoints that the recipe does not keep."""
     best = scores.best(scores.history(run.folder)) if run.scorer else None
-    checkpoint.prune(run.folder, run.recipe.training.keep_checkpoints, best[0] if best else None)
+    config = run.recipe.training
+    checkpoint.prune(run.folder, config.keep_checkpoints, config.keep_every, best[0] if best else None)
 
 
-def _score(run: Run, step: int, journal: Journal) -> None:
-    """Score the EMA, write it down, and keep the best checkpoint."""
-    assert run.scorer is not None
-    journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
-    try:
-        journal.record(step, **run.scorer.score(step, journal.part))
-        scored = scores.history(run.folder)
-        if best := scores.best(scored):
-            at, score = best
-            now = scored[step][score.metric].value
-            journal.say(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
-        scores.plot(scored, run.folder / scores.FOLDER / "curve.png")
-        _prune(run)
-    except (TesseraError, OSError, RuntimeError) as error:  # a full disk or card is no reason to end a run of days
-        journal.say(f"step {step} could not be scored: {error}")
+@dataclass
+class Clock:
+    """Where the time goes between two records: what is paused is no training; what is stalled waits for data."""
 
+    def __post_init__(self) -> None:
+        self._began = time.perf_counter()
+        self._paused = self._stalled = 0.0
 
-def _draw(run: Run, step: int, journal: Journal) -> None:
-    """A grid of samples from fixed seeds, one column a class."""
-    classes = run.recipe.network.classes
-    columns = min(classes, COLUMNS) or 8
-    rows = run.recipe.training.sample_seeds
-    told = [index * classes // columns for index in range(columns)] * rows if classes else None
-    seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
-    drawn = drawing.generate(run.model, told, seeds)
-    sheet = pictures.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
-    pictures.save_png(run.folder / SAMPLES / f"step-{step:09d}.png", sheet)
-    journal.picture(step, sheet)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
 
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stalled += time.perf_counter() - began
 
-def checkpoint_to_resume(folder: Path, resume: str) -> Path | None:
-    present = bundle.checkpoints(folder)
-    if resume == "auto":
-        return present[0] if present else None
-    if resume == "never":
-        if present or (folder / RECIPE).exists():
-            raise TesseraError(f"{folder} holds a run already: choose another output=, or go on with --resume auto")
-        return None
-    path = Path(resume)
-    inside = [path] if (path / checkpoint.PLACE).exists() else bundle.checkpoints(path)
-    if not inside:
-        raise TesseraError(f"nothing to resume at {resume}: expected a run's folder or one of its checkpoints")
-    if present and checkpoint.place_of(present[0]).step > checkpoint.place_of(inside[0]).step:
-        raise TesseraError(f"{folder} holds later checkpoints than {inside[0]}: branch off with another output=")
-    return inside[0]
-
-
-def check_agreement(run: Run, found: Path) -> None:
-    """A resumed run keeps network, process, kind of codec and classes: raise TesseraError that says what differs."""
-    saved, fresh = bundle.load_config(found), run.model.config
-    differing: dict[str, list[str]] = {}
-    for name, old, new in (
-        ("network", saved.network, fresh.network),
-        ("process", _resolved_process(saved), _resolved_process(fresh)),
-    ):
-        before, now = old.model_dump(), new.model_dump()
-        differing[name] = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
-    for name, before, now in (
-        ("codec", saved.codec.kind, fresh.codec.kind),
-        ("classes", ", ".join(saved.class_names), ", ".join(fresh.class_names)),
-    ):
-        differing[name] = [f"was {before}, is {now}"] if before != now else []
-    for name, faults in differing.items():
-        if faults:
-            raise TesseraError(
-                f"cannot go on from {found} with another {name}: {'; '.join(faults)}\n"
-                f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
-            )
-
-
-def _resolved_process(config: bundle.BundleConfig) -> AnyProcess:
-    return config.process.resolved(config.network.channels, config.network.size)
-
-
-def _changed(run: Run, found: Path) -> list[str]:
-    """What the recipe says otherwise than that of the checkpoint: allowed, but not to be overlooked."""
-    before, now = bundle.load_config(found).recipe or {}, run.recipe.model_dump(mode="json")
-    return [
-        f"{name} was {old}, is {new}"
-        for name, old, new in changes(before, now)
-        if "absent" not in (old, new) and name != "output"
-    ]
-
-
-def _prepare_folder(run: Run) -> None:
-    """Make the run's folder, with its recipe and its codec. Raises TesseraError if it cannot be written."""
-    folder = run.folder
-    for place in (folder, folder / "checkpoints", folder / SAMPLES):  # what a kill left half-written
-        remove_partials(place)
-    write_whole(folder / RECIPE, write_yaml(run.recipe))
-    codec = run.recipe.codec
-    if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir() and not (folder / bundle.CODEC).exists():
-        with whole_folder(folder / bundle.CODEC) as partial:
-            bundle.copy_codec(codec, partial)
-
-
-def _report_skips(run: Run, journal: Journal, before: int) -> int:
-    skipped = dict(run.loader.skipped)
-    lines = [f"{name}\t{reason}" for name, reason in skipped.items()]
-    path = run.folder / SKIPPED
-    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    write_whole(path, "\n".join(dict.fromkeys(old + lines)) + "\n")
-    if before == 0:
-        name, reason = next(iter(skipped.items()))
-        journal.say(f"skipping images that cannot be used, for example {name} ({reason}); all are named in {path}")
-    return len(skipped)
-
-
-def _diverged(run: Run, step: int) -> str:
-    saved = bundle.checkpoints(run.folder)
-    back = f"; the last checkpoint is {saved[0]}" if saved else ""
-    return (
-        f"the loss is not a number at step {step}: training diverged{back}\n"
-        "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen training.optimizer.warmup"
-    )
+    def lap(self) -> tuple[float, float]:
+        """Seconds of training since the last time, and how many of them were stalled."""
+        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        stalled = self._stalled
+        self.__post_init__()
+        return seconds, stalled
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Shapes: N matrices of equal shape, A rows, B columns.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from tessera.layers.joint import JointLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.dit import DiT
 from tessera.settings import Settings, by_kind
+from tessera.training import parallel
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -80,8 +82,8 @@ class Adam(Optimizer):
 
     kind: Literal["adamw"] = "adamw"
 
-    def build(self, network: nn.Module) -> torch.optim.Optimizer:
-        return _adamw(_trained(network), self, self.learning_rate)
+    def build(self, network: DiT) -> torch.optim.Optimizer:
+        return _adamw(parallel.trained(network), self, self.learning_rate)
 
 
 class Muon(Optimizer):
@@ -100,9 +102,11 @@ class Muon(Optimizer):
     newton_schulz_steps: PositiveInt = Field(default=5, le=20, description="iterations that make an update orthogonal")
 
     def build(self, network: DiT) -> torch.optim.Optimizer:
-        matrices = hidden_matrices(network)
-        others = [parameter for parameter in _trained(network) if parameter not in matrices]
-        return MuonAndAdamW(matrices, _adamw(others, self, self.adamw_learning_rate or self.learning_rate), self)
+        trained, maps = parallel.trained(network), hidden_matrices(network)
+        matrices = [
+            Matrix(name, trained.pop(name), network.get_parameter(name), joined) for name, joined in maps.items()
+        ]
+        return MuonAndAdamW(matrices, _adamw(trained, self, self.adamw_learning_rate or self.learning_rate), self)
 
 
 def _adamw_unless_told(value: Any) -> Any:
@@ -131,23 +135,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
-def _trained(network: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _adamw(parameters: list[nn.Parameter], config: Optimizer, rate: float) -> torch.optim.AdamW:
+def _adamw(parameters: dict[str, nn.Parameter], config: Optimizer, rate: float) -> torch.optim.AdamW:
     """AdamW, fused into one kernel where the device has it (it also does on the CPU)."""
     return torch.optim.AdamW(
-        [{"params": parameters, "share": rate / config.learning_rate, "keys": ("step", "exp_avg", "exp_avg_sq")}],
+        [
+            {
+                "params": list(parameters.items()),
+                "share": rate / config.learning_rate,
+                "keys": ("step", "exp_avg", "exp_avg_sq"),
+            }
+        ],
         lr=rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused=parameters[0].device.type in ("cpu", "cuda"),
+        fused=next(iter(parameters.values())).device.type in ("cpu", "cuda"),
     )
 
 
-def hidden_matrices(network: DiT) -> dict[Tensor, int]:
-    """The trained matrices that carry tokens to tokens inside `network.blocks`, each with how many maps it joins.
+def hidden_matrices(network: DiT) -> dict[str, int]:
+    """The trained matrices that carry tokens to tokens inside `network.blocks`, by name: how many maps each joins.
 
     Not the embeddings and the readout, which Muon is not meant for (Jordan et al. 2024). Nor the modulation: its
     gradient is a sum over pictures, not tokens, so that most of its directions hold little but noise, which
@@ -155,25 +161,43 @@ def hidden_matrices(network: DiT) -> dict[Tensor, int]:
     """
     steering = {module.linear for module in network.blocks.modules() if isinstance(module, Modulation)}
     return {
-        module.weight: module.maps if isinstance(module, JointLinear) else 1
-        for module in network.blocks.modules()
+        f"blocks.{name}.weight": module.maps if isinstance(module, JointLinear) else 1
+        for name, module in network.blocks.named_modules()
         if isinstance(module, nn.Linear) and module not in steering and module.weight.requires_grad
     }
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix that Muon trains."""
+
+    name: str
+    part: nn.Parameter  # what this process holds of it: all, unless the network is divided
+    like: nn.Parameter  # as it stands in the network, which tells how it is divided
+    maps: int  # how many it joins
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon over matrices, each with its number of joined maps, and AdamW over the rest: one set of groups, one state.
+    """Muon over matrices and AdamW over the rest: one set of groups, one state.
 
     Maps that are joined in a matrix (queries, keys and values) are made orthogonal one by one (Jordan et al. 2024).
     That apart it is torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but for all matrices of a shape at once, and
-    in float32 on processors, most of which emulate bfloat16.
+    in float32 on processors, most of which emulate bfloat16. Of a divided network, every process puts the updates
+    together, makes them orthogonal, and takes its part.
+
+    As gradient scalers tell it, `found_inf` 1 leaves everything as it is.
     """
 
-    def __init__(self, matrices: dict[Tensor, int], others: torch.optim.AdamW, config: Muon) -> None:
+    found_inf: Tensor | None = None
+    grad_scale: None = None
+
+    def __init__(self, matrices: list[Matrix], others: torch.optim.AdamW, config: Muon) -> None:
+        named = [(matrix.name, matrix.part) for matrix in matrices]
         super().__init__(
-            [{"params": list(matrices), "share": 1.0, "keys": ("momentum",)}], {"lr": config.learning_rate}
+            [{"params": named, "share": 1.0, "keys": ("momentum",)}],
+            {"lr": config.learning_rate, "fused": others.defaults["fused"]},
         )
-        self.config, self.others, self._maps = config, others, list(matrices.values())
+        self.config, self.others, self._matrices = config, others, matrices
         device = self.param_groups[0]["params"][0].device
         self._dtype = runtime.autocast_dtype("auto", device) or torch.float32
         self.param_groups += others.param_groups
@@ -182,6 +206,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of all parameters; those of the matrices must all have gradients."""
+        found = self.found_inf
+        if found is not None:
+            self.others.grad_scale, self.others.found_inf = None, found  # pyright: ignore[reportAttributeAccessIssue]
         self.others.step()
         config, group = self.config, self.param_groups[0]
         matrices, rate = group["params"], group["lr"]
@@ -190,23 +217,37 @@ class MuonAndAdamW(torch.optim.Optimizer):
             if "momentum" not in self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
         momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        if found is not None:  # a gradient equal to the momentum changes neither; the update is held back below
+            gradients = [torch.where(found > 0, old, new) for old, new in zip(momenta, gradients)]
         torch._foreach_lerp_(momenta, gradients, 1 - config.momentum)  # pyright: ignore[reportPrivateImportUsage]
         updates = momenta
         if config.nesterov:
             updates = torch._foreach_lerp(gradients, momenta, config.momentum)  # pyright: ignore[reportPrivateImportUsage]
         if config.weight_decay:
-            torch._foreach_mul_(matrices, 1 - rate * config.weight_decay)  # pyright: ignore[reportPrivateImportUsage]
-        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape, lying: weights and their update
-        for matrix, update, maps in zip(matrices, updates, self._maps):
-            for weight, part in zip(matrix.chunk(maps), update.chunk(maps)):
+            left = 1 - rate * config.weight_decay
+            factor = left if found is None else torch.where(found > 0, 1.0, left)
+            torch._foreach_mul_(matrices, factor)  # pyright: ignore[reportPrivateImportUsage]
+        targets = [
+            matrix.part if matrix.part is matrix.like else torch.zeros(matrix.like.shape, device=matrix.part.device)
+            for matrix in self._matrices
+        ]
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape, lying: targets and their updates
+        for matrix, target, update in zip(self._matrices, targets, updates):
+            whole = parallel.whole_tensor(update, matrix.like)
+            for weight, part in zip(target.chunk(matrix.maps), whole.chunk(matrix.maps)):
                 rows, columns = weight.shape
                 lying = (weight, part) if rows <= columns else (weight.mT, part.mT)
                 alike.setdefault((min(rows, columns), max(rows, columns)), []).append(lying)
         for (_, longer), pairs in alike.items():
             weights, parts = zip(*pairs)
             turned = orthogonalise(torch.stack(parts), config.newton_schulz_steps, self._dtype)
+            if found is not None:
+                turned = turned * (1 - found)
             scale = 0.2 * math.sqrt(longer)  # Liu et al. 2025, equation 4
             torch._foreach_add_(weights, turned.unbind(), alpha=-rate * scale)  # pyright: ignore[reportPrivateImportUsage]
+        for matrix, target in zip(self._matrices, targets):
+            if target is not matrix.part:
+                matrix.part.add_(parallel.part_of(target, matrix.like))
 
 
 def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from tessera.adapters.recomputation import What
 from tessera.codecs import AnyCodec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.images import Source
@@ -17,6 +18,7 @@ from tessera.sampling.times import times
 from tessera.settings import Settings, override, parse, read_yaml
 from tessera.training.optimizers import Adam, AnyOptimizer, Share
 from tessera.training.scores import EvaluationConfig
+from tessera.training.stability import StabilityConfig
 
 
 def _several(value: Any) -> Any:
@@ -50,19 +52,35 @@ class EMA(Settings):
         return self
 
 
+def _compiling(value: Any) -> Any:
+    """YAML reads off as false, and an older recipe says true."""
+    return {False: "off", True: "auto"}.get(value, value) if isinstance(value, bool) else value
+
+
 class TrainingConfig(Settings):
     """How a run learns, and what it writes down. The defaults are those of the DiT paper."""
 
     steps: PositiveInt = 400_000
     batch: PositiveInt = Field(default=256, description="samples a step, over all devices and accumulation")
     micro_batch: PositiveInt | None = Field(
-        default=None, description="samples on the device at once; null: the whole batch"
+        default=None, description="samples on a device at once; null: all that fall to it"
     )
     optimizer: AnyOptimizer = Adam()
     ema: EMA = EMA()
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
     precision: Precision = Field(default="auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
-    compile: bool = Field(default=False, description="torch.compile the network")
+    compile: Annotated[Literal["off", "whole", "blocks", "auto"], BeforeValidator(_compiling)] = Field(
+        default="off", description="torch.compile: the network, or block by block; auto: what is measured to be faster"
+    )
+    recompute: What = Field(
+        default="none",
+        description="activations made again for the backward pass to save memory: blocks: all; selective: all but "
+        "matrix products and attention",
+    )
+    shard: PositiveInt | Literal["all"] = Field(
+        default=1, description="processes (torchrun) that hold one copy of the weights between them; 1: a copy each"
+    )
+    stability: StabilityConfig = StabilityConfig()
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
     workers: PositiveInt = Field(default=2, description="threads that read data ahead")
@@ -75,7 +93,11 @@ class TrainingConfig(Settings):
     sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
     sample_seeds: PositiveInt = Field(default=4, description="rows of the grid")
     checkpoint_every: PositiveInt = 5_000
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(default=2, description="the newest so many stay, and the best, if scored")
+    keep_every: PositiveInt | None = Field(default=None, description="and for good those of every so many steps")
+    health_every: PositiveInt | None = Field(
+        default=100, description="steps between looks inside, for `tessera doctor`; null: never"
+    )
     tensorboard: bool = Field(default=True, description="write TensorBoard logs, where tensorboard is installed")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from tessera.evaluation.plan import begin
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import find_reference
 from tessera.files import write_whole
+from tessera.runtime import Ranks
 from tessera.settings import Settings
 
 FOLDER = "evaluation"
@@ -53,7 +54,7 @@ class Scorer:
         self.config, self.model, self.folder = config, model, run / FOLDER
         self.reference: str | AnyData = config.reference or data
         self.network = extractor(config.features or suite.usual_features(self.reference), model.device)
-        drawn = self._drawn(0, self.folder)
+        drawn = self._drawn(0, self.folder, self.model)
         check_pictures(drawn, self.network)
         opened = find_reference(config.reference, drawn, self.network) if config.reference else None
         statistics = opened if isinstance(opened, FeatureSet) else None
@@ -65,7 +66,7 @@ class Scorer:
         Raises TesseraError if those in it were made otherwise: one curve, one way.
         """
         reference = self.reference if isinstance(self.reference, str) else self.reference.model_dump(mode="json")
-        how = {"count": self.config.count, "drawing": self._drawn(0, self.folder).protocol}
+        how = {"count": self.config.count, "drawing": self._drawn(0, self.folder, self.model).protocol}
         begin(self.folder, {"reference": reference, "features": self.network.identity, **how}, INSTEAD)
         for path, at in _files(self.folder):
             if at > step:
@@ -75,27 +76,40 @@ class Scorer:
         """Whether the model is to be scored after a step: every so many, and after the last."""
         return self.config.every is not None and step > 0 and (step % self.config.every == 0 or step == steps)
 
-    def score(self, step: int, progress: Callable[[str], Progress] | None = None) -> dict[str, float]:
-        """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept."""
+    def score(
+        self,
+        step: int,
+        model: bundle.Model,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        progress: Callable[[str], Progress] | None = None,
+    ) -> dict[str, float]:
+        """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept.
+
+        Every process of `ranks` must call it, and draws its share; the scores are the first one's.
+        """
         work = self.folder / f"step-{step:09d}.work"
-        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
+        if ranks.first:
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
+        ranks.wait()
         done = suite.evaluate(
-            self._drawn(step, work / "samples"),
+            self._drawn(step, work / "samples", model),
             self.reference,
             self.network,
             work,
             self.config.metrics,
-            batch=self.config.batch,
-            progress=progress,
+            ranks,
+            self.config.batch,
+            progress if ranks.first else None,
             reference_folder=self.folder,
         )
-        protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
-        shutil.rmtree(work)
+        if ranks.first:
+            protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
+            shutil.rmtree(work)
         return _numbers(done.scores)
 
-    def _drawn(self, step: int, folder: Path) -> Drawn:
-        asked = asked_by_policy(self.model, self.config.count, "balanced")
-        return Drawn(self.model, asked, folder, self.config.batch, f"step {step}")
+    def _drawn(self, step: int, folder: Path, model: bundle.Model) -> Drawn:
+        asked = asked_by_policy(model, self.config.count, "balanced")
+        return Drawn(model, asked, folder, self.config.batch, f"step {step}")
 
 
 def _numbers(scores: list[Score]) -> dict[str, float]:

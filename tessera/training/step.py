@@ -1,94 +1,140 @@
-"""One step of training: what is drawn at random, the loss, the update.
+"""One step of training: the gradients of a batch, what they tell, the update.
 
-Everything random is a function of (seed, global position of the sample), so that ranks, restarts and micro-batches
-change nothing. Shapes: B batch, C channels, H W height and width.
+Shapes: P parts of the network (see `health.groups`).
 """
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tessera import randomness, runtime
-from tessera.codecs.autoencoder import Autoencoder
-from tessera.codecs.pixels import Pixels
-from tessera.conditions import Condition
 from tessera.data import Batch
-from tessera.process import Process
-from tessera.process.prediction import Losses
+from tessera.models.dit import DiT
 from tessera.sampling.denoiser import Network
+from tessera.training import health, parallel
 from tessera.training.optimizers import Optimizer
-
-# Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
-TIME, NOISE, DROP, FLIP, POSTERIOR = 1, 2, 3, 4, 5
+from tessera.training.parallel import Team
+from tessera.training.task import Task, losses, prepare
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a step needs beside weights and data."""
+class Learner:
+    """What a step changes, and who takes part in it."""
 
-    process: Process
-    codec: Pixels | Autoencoder
-    flip: bool
-    label_dropout: float
-    classes: int
-    seed: int
-    dtype: torch.dtype | None  # of autocast
+    network: DiT  # the weights, perhaps divided among processes
+    forward: Network  # what is called: the network, or what compiling made of it
+    optimizer: torch.optim.Optimizer
+    config: Optimizer
+    team: Team
 
-
-def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
-    """A batch on the device: latents [B, C, h, w] (scaled, flipped, encoded), condition , position [B]."""
-    position = batch.position.to(device)
-    pixels = batch.pixels.to(device, torch.float32, non_blocking=True) / 127.5 - 1
-    if task.flip:
-        mirrored = randomness.uniform(task.seed, position, FLIP) < 0.5
-        pixels = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels)
-    if isinstance(task.codec, Autoencoder):
-        shape = (task.codec.latent_channels, *(side // task.codec.factor for side in pixels.shape[-2:]))
-        pixels = task.codec.encode(pixels, randomness.normal(task.seed, position, POSTERIOR, shape))
-    condition = Condition()
-    if task.classes:
-        condition = Condition(label=batch.label.to(device))
-        if task.label_dropout:
-            condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
-    return pixels, condition, batch.position
+    @cached_property
+    def groups(self) -> tuple[list[str], Tensor]:
+        """The parts of the network whose gradients are told apart, and for each tensor the number of its part."""
+        names = [name for group in self.optimizer.param_groups for name in group["param_names"]]
+        told, index = health.groups(names)
+        return told, index.to(self.optimizer.param_groups[0]["params"][0].device)
 
 
-def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> Losses:
-    """The process's training losses at times and noise drawn for these positions. x0 [B, C, h, w], position [B]"""
-    t = task.process.draw_times(randomness.uniform(task.seed, position, TIME)[:, 0])
-    noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
-    with runtime.autocast(task.dtype, x0.device):
-        raw = network(
-            task.process.mix(x0, noise, t), task.process.network_time(t).to(x0.device, non_blocking=True), condition
-        )
-    return task.process.loss(raw.float(), x0, noise, t)
+@dataclass(frozen=True)
+class Told:
+    """What a step tells, of the whole batch, on the device: reading it is the caller's time to spend."""
+
+    numbers: dict[str, Tensor]  # loss, mse, perhaps vb, gradient_norm before clipping
+    kept: Tensor  # 1, or 0 where the weights were left as they were
+    clipped: Tensor  # 1 where the gradient was longer than clip
+    by_time: Tensor  # [2, BINS] sums and counts of mse, see `health.bin_by_time`
+    squares: Tensor  # [P] squared lengths of the gradient's parts, see `Learner.groups`
 
 
 def train_step(
-    network: Network, optimizer: torch.optim.Optimizer, batch: Batch, task: Task, config: Optimizer, micro: int
-) -> dict[str, Tensor]:
-    """Gradients of the mean loss over a batch, `micro` samples at a time, and one update.
+    learner: Learner, batch: Batch, task: Task, count: int, rounds: int = 1, limits: Tensor | None = None
+) -> Told:
+    """Gradients of the mean loss over `count` samples, of which this process has `batch`, in so many rounds; an update.
 
-    Returns the means of the losses and the gradient's norm as tensors on the device: reading them is the caller's time
-    to spend.
+    limits [2]: the loss and the length of the gradient beyond which the weights are left as they are, as they also are
+    if either is not finite.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    device, count = parameters[0].device, len(batch.position)
-    told: dict[str, Tensor] = {}
-    for start in range(0, count, micro):
-        part = slice(start, start + micro)
+    network, optimizer, config, team = learner.network, learner.optimizer, learner.config, learner.team
+    device, mine = optimizer.param_groups[0]["params"][0].device, len(batch.position)
+    sums: list[Tensor] = []
+    names: list[str] = []
+    for number in range(rounds):
+        part = slice(mine * number // rounds, mine * (number + 1) // rounds)
         x0, condition, position = prepare(
             Batch(batch.pixels[part], batch.label[part], batch.position[part]), task, device
         )
-        found = losses(network, x0, condition, position, task)
-        (found.total.sum() / count).backward()
-        for name, value in (("loss", found.total), ("mse", found.mse), ("vb", found.vb)):
-            if value is not None:
-                share = value.detach().sum() / count
-                told[name] = told[name] + share if name in told else share
-    told["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-    optimizer.step()
+        with parallel.one_reduction(network, last=number == rounds - 1):
+            found, t = losses(learner.forward, x0, condition, position, task)
+            (found.total.sum() / (count / team.ranks.count)).backward()  # the mean over processes is FSDP's
+        told = {"loss": found.total, "mse": found.mse, "vb": found.vb}
+        names = [name for name, value in told.items() if value is not None]
+        shares = torch.stack([value.detach().sum() / count for value in told.values() if value is not None])
+        sums.append(torch.cat((shares, health.bin_by_time(found.mse.detach(), t).flatten())))
+    gradients = parallel.collect_gradients(network, optimizer)
+    parts, index = learner.groups
+    lengths = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    squares = torch.zeros(len(parts), device=device).index_add_(0, index, lengths.square() / team.replicas)
+    vector = team.sum(torch.cat((sum(sums[1:], sums[0]), squares)))
+    heads, by_time, squares = vector.split((len(names), 2 * health.BINS, len(parts)))
+    norm = squares.sum().sqrt()
+    seen = torch.stack((heads[0], norm))
+    kept = seen.isfinite().all()
+    if limits is not None:
+        kept &= (seen <= limits.to(device, non_blocking=True)).all()
+    clipped = torch.zeros_like(norm)
+    if config.clip is not None:
+        clipped = (norm > config.clip).float()
+        torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    update(optimizer, kept)
+    numbers = {**dict(zip(names, heads.unbind())), "gradient_norm": norm}
+    return Told(numbers, kept.float(), clipped, by_time.view(2, health.BINS), squares)
+
+
+def update(optimizer: Any, kept: Tensor) -> None:
+    """One update by a torch.optim.Optimizer of the weights from their gradients, then let go; none if `kept` [] is 0.
+
+    No device is waited for where the optimizer is fused.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, (1 - kept.float())  # as gradient scalers tell it
+        optimizer.step()
+    elif kept:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return told
+
+
+class Tally:
+    """Sums of what steps tell, on the device, until someone asks for the means: of the steps that were kept."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._by_time: Tensor | None = None
+
+    def add(self, told: Told) -> None:
+        self.steps += 1
+        self._names = list(told.numbers)
+        values = torch.stack((told.kept, *told.numbers.values(), told.clipped))
+        values = torch.where(told.kept > 0, values, 0.0)
+        self._sums = values if self._sums is None else self._sums + values
+        by_time = torch.where(told.kept > 0, told.by_time, 0.0)
+        self._by_time = by_time if self._by_time is None else self._by_time + by_time
+
+    def means(self) -> dict[str, float]:
+        """Of the steps since the last time; nothing if none was kept. Waits for the device."""
+        if self._sums is None:
+            return {}
+        kept, *values = self._sums.tolist()
+        self._sums, self.steps = None, 0
+        return {name: value / kept for name, value in zip((*self._names, "clipped"), values)} if kept else {}
+
+    def loss_by_time(self) -> list[float | None]:
+        """Mean mse in each part of time since the last time; None where no sample fell. Waits for the device."""
+        if self._by_time is None:
+            return [None] * health.BINS
+        sums, counts = self._by_time.tolist()
+        self._by_time = None
+        return [total / count if count else None for total, count in zip(sums, counts)]

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tessera import bundle
 from tessera.training.journal import read_log
@@ -62,8 +63,19 @@ print("\\ntold:" + json.dumps({"lives": told, "code": os.waitstatus_to_exitcode(
 
 
 def state(run: Path) -> dict[str, bytes]:
+    """The tensors of the newest checkpoint, byte for byte; headers of files are in no fixed order."""
     newest = bundle.checkpoints(run)[0]
-    return {path.name: path.read_bytes() for path in sorted(newest.rglob("*.safetensors"))}
+    return {
+        f"{path.relative_to(newest)} {name}": tensor.numpy().tobytes()
+        for path in sorted(newest.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def untimed(run: Path) -> list[dict]:
+    """The log without what differs from time to time."""
+    timed = ("images_per_second", "utilisation", "stalled", "memory")
+    return [{name: value for name, value in record.items() if name not in timed} for record in read_log(run)]
 
 
 def killed_and_gone_on(recipe: Path, run: Path, environment: dict[str, str], kills: int, *words: str) -> dict:
@@ -79,8 +91,7 @@ def killed_and_gone_on(recipe: Path, run: Path, environment: dict[str, str], kil
 def is_whole(run: Path, whole: Path) -> None:
     assert state(run) == state(whole)
     assert [record["step"] for record in read_log(run)] == list(range(1, STEPS + 1))
-    untimed = [[{**record, "images_per_second": 0} for record in read_log(folder)] for folder in (run, whole)]
-    assert untimed[0] == untimed[1]
+    assert untimed(run) == untimed(whole)
     assert not list(run.rglob("*.partial"))
     assert len(bundle.checkpoints(run)) == 2
 
@@ -93,7 +104,7 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tessera, reci
     assert told["code"] == 0
     lives = told["lives"]
     assert sum(life["killed"] for life in lives) >= 4
-    steps = [life["newest"] for life in lives]
+    steps = [life["newest"] for life in lives if life["newest"] not in ("", "step-000000000")]
     assert steps == sorted(steps)
     assert len(set(steps)) >= 4  # killed at different places
     is_whole(tmp_path / "run", tmp_path / "whole")
@@ -128,7 +139,7 @@ def test_ctrl_c_saves_and_ends_and_the_same_command_goes_on(tessera, start, reci
     assert out == ""
     said = err.splitlines()[-2:]
     stopped = bundle.checkpoints(tmp_path / "run")
-    assert len(stopped) == 1
+    assert len(stopped) == 2  # with that of step 0
     step = int(stopped[0].name.removeprefix("step-"))
     assert said[0] == f"stopped at step {step} of 200, everything saved in {tmp_path / 'run'}"
     assert said[1] == "run the same command again to go on"

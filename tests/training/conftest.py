@@ -1,5 +1,6 @@
 """Runs that take milliseconds: digits of 8 x 8, four tokens, one block."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,19 @@ from torch import Tensor
 from tessera import bundle
 from tessera.settings import override, parse
 from tessera.training.recipe import Recipe
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    """Tensors as bytes, by file and name (the headers of the files are in no fixed order); and the place."""
+    newest = bundle.checkpoints(Path(run))[0]
+    held = {
+        f"{path.relative_to(newest)} {name}": tensor.numpy().tobytes()
+        for path in sorted(newest.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    place = json.loads((newest / "training.json").read_text())
+    return {**held, **{name: place[name] for name in ("step", "position", "watch")}}
+
 
 TINY: dict[str, Any] = {
     "data": {"kind": "digits"},
@@ -53,13 +67,6 @@ def weights() -> Callable[[Path], dict[str, Tensor]]:
 
 
 @pytest.fixture
-def state() -> Callable[[Path], dict[str, bytes]]:
-    """All that a run's newest checkpoint holds of weights and optimizer, byte for byte."""
-
-    def read(run: Path) -> dict[str, bytes]:
-        newest = bundle.checkpoints(Path(run))[0]
-        names = ("model.safetensors", "training.safetensors", "training.json")
-        averages = [str(path.relative_to(newest)) for path in sorted(newest.glob("ema/*"))]
-        return {name: (newest / name).read_bytes() for name in (*names, *averages)}
-
-    return read
+def state() -> Callable[[Path], dict[str, Any]]:
+    """All that a run's newest checkpoint holds of weights, averages, optimizer and place, bit for bit."""
+    return newest_state

@@ -3,11 +3,13 @@
 import errno
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from tessera import bundle, drawing
 from tessera.bundle import Model
@@ -41,6 +43,15 @@ def trained(tiny_model):
     return used(tiny_model, Adam())
 
 
+def saved_at(run, place, *trained):
+    """A checkpoint of what was trained."""
+    writer = checkpoint.Writer(run)
+    writer.save(place, *trained)
+    writer.wait()
+    writer.close()
+    return checkpoint.path_of(run, place.step)
+
+
 def same(one, two) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
@@ -48,7 +59,7 @@ def same(one, two) -> bool:
 @pytest.mark.parametrize(("config", "also"), [(Adam(), ()), (Muon(), ()), (Muon(), (0.9, 0.25, 1e-5))])
 def test_what_is_saved_is_restored_bit_for_bit(tiny_model, tmp_path, config, also):
     model, network, average, optimizer = used(tiny_model, config, also)
-    saved = checkpoint.save(tmp_path, Place(12, 3072), model, network, average, optimizer)
+    saved = saved_at(tmp_path, Place(12, 3072), model, network, average, optimizer)
     assert saved == tmp_path / "checkpoints/step-000000012"
     other = model.config.network.build()
     means, fresh = Average(other, EMA(decay=0.5, also=also)), config.build(other)
@@ -72,11 +83,11 @@ def test_another_kind_of_optimizer_starts_without_a_memory_where_it_has_none_and
     tiny_model, tmp_path, before, now
 ):
     model, network, average, optimizer = used(tiny_model, before)
-    saved = checkpoint.save(tmp_path, Place(3, 24), model, network, average, optimizer)
+    saved = saved_at(tmp_path, Place(3, 24), model, network, average, optimizer)
     other = model.config.network.build()
     means, fresh = Average(other, EMA(decay=0.5)), now.build(other)
     checkpoint.restore(saved, other, means, fresh)
-    matrices = [name for name, weight in other.named_parameters() if weight in hidden_matrices(other)]
+    matrices = [name for name, weight in other.named_parameters() if name in hidden_matrices(other)]
     anew = [name for name, weight in other.named_parameters() if weight.requires_grad and weight not in fresh.state]
     assert anew == matrices
     count = sum(weight.requires_grad for weight in other.parameters())
@@ -89,7 +100,7 @@ def test_another_kind_of_optimizer_starts_without_a_memory_where_it_has_none_and
 
 def test_averages_that_are_new_start_from_the_weights_and_the_first_from_the_first(tiny_model, tmp_path):
     model, network, average, optimizer = used(tiny_model, Adam(), also=(0.9,))
-    saved = checkpoint.save(tmp_path, Place(3, 24), model, network, average, optimizer)
+    saved = saved_at(tmp_path, Place(3, 24), model, network, average, optimizer)
     other = model.config.network.build()
     means = Average(other, EMA(decay=0.25, also=(0.5, 0.75)))
     checkpoint.restore(saved, other, means, Adam().build(other))
@@ -103,7 +114,7 @@ def test_averages_that_are_new_start_from_the_weights_and_the_first_from_the_fir
 
 def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
     model, *rest = used(tiny_model, Adam(), also=(0.9, 0.25))
-    saved = checkpoint.save(tmp_path, Place(3, 24), model, *rest)
+    saved = saved_at(tmp_path, Place(3, 24), model, *rest)
     means = rest[1]
     assert same(bundle.load(saved).network, means.network)
     for decay in (0.5, 0.9, 0.25):
@@ -123,42 +134,132 @@ def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
 
 def test_a_checkpoint_is_a_bundle_that_draws(trained, tmp_path):
     model = trained[0]
-    loaded = bundle.load(checkpoint.save(tmp_path, Place(1, 8), *trained))
+    loaded = bundle.load(saved_at(tmp_path, Place(1, 8), *trained))
     assert (drawing.generate(loaded, [0, 1], [0, 1]) == drawing.generate(model, [0, 1], [0, 1])).all()
 
 
 def test_only_the_newest_are_kept(trained, tmp_path):
     for step in (1, 2, 10, 100):
-        checkpoint.save(tmp_path, Place(step, 8 * step), *trained)
+        saved_at(tmp_path, Place(step, 8 * step), *trained)
     checkpoint.prune(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000010", "step-000000100"]
 
 
 def test_a_missing_piece_is_named(trained, tmp_path):
     _, network, average, optimizer = trained
-    saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
-    tensors = load_file(saved / checkpoint.STATE)
+    saved = saved_at(tmp_path, Place(1, 8), *trained)
+    file = next((saved / checkpoint.STATE).iterdir())
+    tensors = load_file(file)
     for gone, said in (
         ("weights/final_layer.linear.bias", r"missing final_layer\.linear\.bias"),
         ("optimizer/exp_avg/final_layer.linear.bias", r"lacks the optimizer's state of final_layer\.linear\.bias"),
     ):
-        save_file({key: value for key, value in tensors.items() if key != gone}, saved / checkpoint.STATE)
+        save_file({key: value for key, value in tensors.items() if key != gone}, file)
         with pytest.raises(TesseraError, match=said):
             checkpoint.restore(saved, network, average, optimizer)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors"])
+SHARD = "state/shard-00001-model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", SHARD])
 def test_truncated_weights_are_an_error_that_names_the_file(trained, tmp_path, name):
     _, network, average, optimizer = trained
-    saved = checkpoint.save(tmp_path, Place(1, 8), *trained)
+    saved = saved_at(tmp_path, Place(1, 8), *trained)
+    assert checkpoint.faults(saved) == []
     whole = (saved / name).read_bytes()
     for size in (0, 100, len(whole) - 1):
         (saved / name).write_bytes(whole[:size])
-        with pytest.raises(TesseraError, match=rf"{name} is damaged"):
+        assert checkpoint.faults(saved) == [f"{name} is not what was written"]
+        with pytest.raises(TesseraError, match=r"(model.safetensors|state) is damaged"):
             checkpoint.restore(saved, network, average, optimizer)
     (saved / name).unlink()
-    with pytest.raises(TesseraError, match=rf"{name} is missing"):
+    assert checkpoint.faults(saved) == [f"{name}: No such file or directory"]
+    with pytest.raises(TesseraError, match=r"missing"):
         checkpoint.restore(saved, network, average, optimizer)
+
+
+@pytest.mark.parametrize("name", ["config.json", "ema/0.9.safetensors", SHARD])
+def test_one_flipped_bit_is_seen(tiny_model, tmp_path, name):
+    saved = saved_at(tmp_path, Place(1, 8), *used(tiny_model, Adam(), also=(0.9,)))
+    content = bytearray((saved / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (saved / name).write_bytes(content)
+    assert checkpoint.faults(saved) == [f"{name} is not what was written"]
+
+
+def test_the_newest_whole_one_is_found_and_the_damaged_are_named(trained, tmp_path):
+    for step in (1, 2, 3, 4):
+        saved_at(tmp_path, Place(step, 8 * step), *trained)
+    path = {step: checkpoint.path_of(tmp_path, step) for step in (1, 2, 3, 4)}
+    (path[4] / checkpoint.PLACE).unlink()
+    (path[3] / SHARD).write_bytes(b"half")
+    found, damaged = checkpoint.newest_whole(tmp_path)
+    assert found == path[2]
+    assert damaged == {
+        path[4]: [f"{path[4]} is no training checkpoint: training.json is missing or damaged"],
+        path[3]: [f"{SHARD} is not what was written"],
+    }
+    for one in damaged:
+        checkpoint.set_aside(one)
+    left = sorted(one.name for one in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000000001", "step-000000002", "step-000000003.damaged", "step-000000004.damaged"]
+    saved_at(tmp_path, Place(3, 24), *trained)  # their places are free again
+    for step in (1, 2, 3):
+        (path[step] / SHARD).unlink()
+    with pytest.raises(TesseraError, match="every checkpoint in .* is damaged"):
+        checkpoint.newest_whole(tmp_path)
+    assert checkpoint.newest_whole(tmp_path / "nothing") == (None, {})
+
+
+def test_a_checkpoint_of_an_older_version_is_read(tiny_model, tmp_path):
+    """Before 0.4 one file beside the bundle held the state, and there were no checksums."""
+    model, network, average, optimizer = used(tiny_model, Adam())
+    saved = saved_at(tmp_path, Place(7, 56), model, network, average, optimizer)
+    (saved / SHARD).rename(saved / "training.safetensors")
+    (saved / checkpoint.STATE).rmdir()
+    save_file(load_file(saved / "training.safetensors"), saved / "training.safetensors")  # without DCP's notes
+    (saved / checkpoint.PLACE).write_text('{"step": 7, "position": 56}')
+    assert checkpoint.faults(saved) == []
+    other = model.config.network.build()
+    means, fresh = Average(other, EMA(decay=0.5)), Adam().build(other)
+    assert checkpoint.restore(saved, other, means, fresh) == Place(7, 56)
+    assert same(other, network)
+    assert same(means.network, average.network)
+    for one, two in zip(other.parameters(), network.parameters()):
+        if one.requires_grad:
+            assert all(torch.equal(value, optimizer.state[two][key]) for key, value in fresh.state[one].items())
+
+
+def test_what_training_does_meanwhile_does_not_reach_the_file(trained, tmp_path):
+    _, network, average, optimizer = trained
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    moments = {
+        name: optimizer.state[one]["exp_avg"].clone() for name, one in network.named_parameters() if one.requires_grad
+    }
+    mean = {name: value.clone() for name, value in average.network.state_dict().items()}
+    writer = checkpoint.Writer(tmp_path)
+    writer.save(Place(1, 8), *trained)
+    with torch.no_grad():  # at once, before the thread can have written all
+        for one in (*network.parameters(), *average.network.parameters()):
+            one.fill_(7.0)
+        for state in optimizer.state.values():
+            state["exp_avg"].fill_(7.0)
+    writer.wait()
+    writer.close()
+    saved = checkpoint.path_of(tmp_path, 1)
+    kept = load_file(saved / SHARD)
+    assert all(torch.equal(kept[f"weights/{name}"], value) for name, value in before.items())
+    assert all(torch.equal(kept[f"optimizer/exp_avg/{name}"], value) for name, value in moments.items())
+    assert all(torch.equal(value, mean[name]) for name, value in load_file(saved / bundle.WEIGHTS).items())
+
+
+def test_those_of_every_so_many_steps_and_the_best_are_kept_for_good(trained, tmp_path):
+    for step in (0, 5, 10, 15, 20, 25):
+        saved_at(tmp_path, Place(step, 8 * step), *trained)
+    checkpoint.prune(tmp_path, 1, every=10, best=5)
+    left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [5, 10, 20, 25]
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"step": 3}', '{"step": "many"}', '{"step": null}'])
@@ -172,27 +273,36 @@ def test_what_does_not_say_its_place_is_no_checkpoint(tmp_path, text):
 # A full disk
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors"])
-def test_a_full_disk_in_mid_save_leaves_the_previous_checkpoint(tiny, state, monkeypatch, tmp_path, file):
+@pytest.mark.parametrize("where", ["bundle", "state"])
+def test_a_full_disk_in_mid_save_leaves_the_previous_checkpoint(tiny, state, monkeypatch, tmp_path, where):
     whole = loop.train(tiny("whole", "training.steps=6"))
-    write = bundle.write_tensors
-    full = False
+    write, write_data = bundle.write_tensors, HuggingFaceStorageWriter.write_data
 
     def on_a_full_disk(tensors, path):
-        if full and path.name == file and "000000004" in str(path):
+        if "000000004" in str(path):
             path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path)
 
-    monkeypatch.setattr(bundle, "write_tensors", on_a_full_disk)
-    full = True
+    def state_on_a_full_disk(self, plan, planner):
+        if "000000004" in str(self.path):
+            Path(self.path, "shard-00001").write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_data(self, plan, planner)
+
+    if where == "bundle":
+        monkeypatch.setattr(bundle, "write_tensors", on_a_full_disk)
+    else:
+        monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", state_on_a_full_disk)
     recipe = tiny("run", "training.steps=6", "training.checkpoint_every=2")
     with pytest.raises(TesseraError, match=r"cannot write .*step-000000004: No space left on device") as caught:
         loop.train(recipe)
     assert "\n" not in str(caught.value)
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000000002"]
+    present = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert present == ["step-000000000", "step-000000002"]
+    assert f"the last checkpoint is {tmp_path / 'run/checkpoints/step-000000002'}" in str(caught.value)
     assert bundle.load(tmp_path / "run/checkpoints/step-000000002").config.origin["steps"] == 2
-    full = False
+    monkeypatch.undo()
     loop.train(recipe)
     assert state(recipe.output) == state(whole)
 
@@ -203,17 +313,17 @@ def test_safetensors_own_error_is_an_error_of_the_disk(trained, tmp_path, monkey
 
     monkeypatch.setattr(bundle, "save_file", fails)
     with pytest.raises(TesseraError, match=r"cannot write .*step-000000001: I/O error: No space left on device"):
-        checkpoint.save(tmp_path, Place(1, 8), *trained)
+        saved_at(tmp_path, Place(1, 8), *trained)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of one mebibyte."""
+    """A real file system of two mebibytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command here")
     if done.returncode:
@@ -237,7 +347,7 @@ def test_a_really_full_disk(tiny, small_disk, state, tensorboard):
     assert "\n" not in str(caught.value)
     assert json.loads((small_disk / "run/checkpoints/step-000000002/training.json").read_text())["step"] == 2
     bundle.load(small_disk / "run/checkpoints/step-000000002")
-    assert len(bundle.checkpoints(small_disk / "run")) == 1
+    assert len(bundle.checkpoints(small_disk / "run")) == 2
     ballast.unlink()
     loop.train(recipe)
     assert state(recipe.output) == state(whole)

@@ -139,7 +139,7 @@ def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_ow
     """To the digits of bfloat16, in which torch's own iterates; all else is AdamW exactly."""
     network = tiny_model.network.requires_grad_(True)
     config = Muon(learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov)
-    matrices = hidden_matrices(network)
+    matrices = {network.get_parameter(name): maps for name, maps in hidden_matrices(network).items()}
     before = {weight: weight.detach().clone() for weight in network.parameters()}
     parts = {
         weight: [nn.Parameter(part.clone()) for part in before[weight].chunk(maps)] for weight, maps in matrices.items()
@@ -170,7 +170,8 @@ def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_ow
 def test_the_size_of_an_update_is_that_of_adamw(tiny_model):
     """0.2 learning rates on average, whatever the shape (Liu et al. 2025, section 2.2)."""
     network = tiny_model.network
-    before = {weight: weight.detach().clone() for weight in hidden_matrices(network)}
+    matrices = [network.get_parameter(name) for name in hidden_matrices(network)]
+    before = {weight: weight.detach().clone() for weight in matrices}
     optimizer = Muon(learning_rate=0.01).build(network)
     trained(network, 0)
     optimizer.step()
@@ -191,7 +192,8 @@ def test_muon_trains_the_matrices_that_carry_tokens_and_adamw_all_else(make_mode
         hidden = name.startswith("blocks.") and weight.ndim == 2 and name.endswith(".weight")
         assert (weight in groups[0]) == (hidden and id(weight) not in steering), name
     width = network.config.width
-    for weight, maps in hidden_matrices(network).items():
+    for name, maps in hidden_matrices(network).items():
+        weight = network.get_parameter(name)
         assert maps == (3 if weight.shape == (3 * width, width) else maps)
         assert weight.shape[0] % maps == 0
 

@@ -1,5 +1,7 @@
 """One step: what is random, the gradients, the update."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -7,11 +9,15 @@ import torch
 
 from tessera import randomness
 from tessera.codecs import AutoencoderConfig, PixelsConfig
+from tessera.codecs.autoencoder import Autoencoder
 from tessera.data import Batch
 from tessera.process.gaussian import GaussianConfig
-from tessera.training import step
-from tessera.training.recipe import Adam
-from tessera.training.step import Task, losses, prepare, train_step
+from tessera.training import health, parallel
+from tessera.training import task as streams
+from tessera.training.optimizers import Adam, Muon
+from tessera.training.parallel import Team
+from tessera.training.step import Learner, Tally, Told, train_step
+from tessera.training.task import Task, losses, prepare
 
 CPU = torch.device("cpu")
 
@@ -37,47 +43,59 @@ def test_frozen_weights_are_left_alone(tiny_model):
     tiny_model.network.train().requires_grad_(True)
     tiny_model.network.pos_embed.requires_grad_(False)
     before = tiny_model.network.pos_embed.clone()
-    optimizer = Adam(weight_decay=0.5).build(tiny_model.network)
-    train_step(tiny_model.network, optimizer, batch(4), task(), Adam(), 4)
+    train_step(learner(tiny_model.network, Adam(weight_decay=0.5)), batch(4), task(), 4)
     assert torch.equal(tiny_model.network.pos_embed, before)
 
 
 # Gradients
 
 
-def moved(network, given: Batch, micro: int, asked: Task, clip: float | None = None):
+def learner(network, config) -> Learner:
+    return Learner(network, network, config.build(network), config, Team())
+
+
+def moved(network, given: Batch, rounds: int, asked: Task, clip: float | None = None) -> tuple[dict, Told]:
     """The gradient, as the way the weights go under plain descent with rate 1; and what the step tells."""
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    optimizer = torch.optim.SGD([weight for weight in network.parameters() if weight.requires_grad], lr=1.0)
-    told = train_step(network, optimizer, given, asked, Adam(clip=clip), micro)
+    optimizer = torch.optim.SGD(list(parallel.trained(network).items()), lr=1.0)
+    told = train_step(
+        Learner(network, network, optimizer, Adam(clip=clip), Team()), given, asked, len(given.position), rounds
+    )
     gradient = {name: before[name] - value for name, value in network.state_dict().items()}
     network.load_state_dict(before)
     assert all(weight.grad is None for weight in network.parameters())
     return gradient, told
 
 
-@pytest.mark.parametrize("micro", [1, 4, 5, 100])
-def test_micro_batches_give_the_gradient_of_the_whole(tiny_model, micro):
+@pytest.mark.parametrize("rounds", [2, 5, 12])
+def test_rounds_give_the_gradient_of_the_whole(tiny_model, rounds):
     asked = task(process=tiny_model.process, flip=True, label_dropout=0.3)
-    whole, told = moved(tiny_model.network, batch(12), 12, asked)
-    parts, told_too = moved(tiny_model.network, batch(12), micro, asked)
+    whole, told = moved(tiny_model.network, batch(12), 1, asked)
+    parts, told_too = moved(tiny_model.network, batch(12), rounds, asked)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6 * max(1, float(whole[name].abs().max())))
-    assert set(told) == {"loss", "mse", "vb", "gradient_norm"}
-    for name, value in told.items():
-        assert told_too[name].item() == pytest.approx(value.item(), rel=1e-5)
+    assert set(told.numbers) == {"loss", "mse", "vb", "gradient_norm"}
+    for name, value in told.numbers.items():
+        assert told_too.numbers[name].item() == pytest.approx(value.item(), rel=1e-5)
+    torch.testing.assert_close(told_too.by_time, told.by_time)
+    torch.testing.assert_close(told_too.squares, told.squares)
 
 
 def test_the_gradient_is_that_of_the_mean_loss(tiny_model):
     asked = task(process=tiny_model.process)
     network = tiny_model.network
-    found, told = moved(network, batch(6), 6, asked)
+    found, told = moved(network, batch(6), 1, asked)
     x0, condition, position = prepare(batch(6), asked, CPU)
-    loss = losses(network, x0, condition, position, asked).total.mean()
+    found_losses, t = losses(network, x0, condition, position, asked)
+    loss = found_losses.total.mean()
     loss.backward()
     norm = torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]).norm()
-    assert told["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-    assert told["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert told.numbers["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert told.numbers["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    for place in range(health.BINS):
+        inside = (t * health.BINS).long().clamp(max=health.BINS - 1) == place
+        assert told.by_time[1, place] == inside.sum()
+        assert told.by_time[0, place].item() == pytest.approx(found_losses.mse[inside].sum().item(), rel=1e-5)
     for name, weight in network.named_parameters():
         if weight.requires_grad:
             torch.testing.assert_close(found[name], weight.grad, rtol=0, atol=1e-5)
@@ -85,11 +103,74 @@ def test_the_gradient_is_that_of_the_mean_loss(tiny_model):
 
 def test_clipping_shortens_the_gradient_but_not_what_is_told(tiny_model):
     asked = task(process=tiny_model.process)
-    _, free = moved(tiny_model.network, batch(6), 6, asked)
-    clip = free["gradient_norm"].item() / 10
-    gradient, told = moved(tiny_model.network, batch(6), 6, asked, clip)
+    _, free = moved(tiny_model.network, batch(6), 1, asked)
+    clip = free.numbers["gradient_norm"].item() / 10
+    gradient, told = moved(tiny_model.network, batch(6), 1, asked, clip)
     assert torch.cat([value.flatten() for value in gradient.values()]).norm().item() == pytest.approx(clip, rel=1e-3)
-    assert told["gradient_norm"].item() == pytest.approx(free["gradient_norm"].item(), rel=1e-6)
+    assert told.numbers["gradient_norm"].item() == pytest.approx(free.numbers["gradient_norm"].item(), rel=1e-6)
+    assert (free.clipped, told.clipped) == (0, 1)
+
+
+# Steps that are kept out of the weights
+
+
+@pytest.mark.parametrize("config", [Adam(weight_decay=0.1, clip=1.0), Muon(weight_decay=0.1, clip=1.0)])
+@pytest.mark.parametrize("bad", ["nan", "inf", "loss", "gradient"])
+def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model, config, bad):
+    """And the steps after it go as if it had never been."""
+    asked = task(process=tiny_model.process)
+
+    def after(*numbers: int) -> tuple[list[torch.Tensor], list[float]]:
+        network = copy.deepcopy(tiny_model.network).train().requires_grad_(True)
+        ours, kept = learner(network, config), []
+        for number in numbers:
+            given, limits = batch(4, 4 * number), None
+            if number == BAD and bad in ("nan", "inf"):
+                asked_now = dataclasses.replace(asked, codec=Spoilt(float(bad)))
+            else:
+                asked_now = asked
+            if number == BAD and bad in ("loss", "gradient"):
+                limits = torch.tensor([1e-3, 1e9] if bad == "loss" else [1e9, 1e-3])
+            kept.append(train_step(ours, given, asked_now, 4, 1, limits).kept.item())
+        memory = [value for state in ours.optimizer.state.values() for value in state.values()]
+        return [*network.state_dict().values(), *memory], kept
+
+    with_it, kept = after(0, BAD, 2)
+    without, _ = after(0, 2)
+    assert kept == [1, 0, 1]
+    assert all(torch.equal(one, other) for one, other in zip(with_it, without, strict=True))
+
+
+BAD = 1
+
+
+class Spoilt(Autoencoder):
+    """A codec whose latents are no numbers."""
+
+    latent_channels, factor = 1, 1
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def encode(self, pixels, noise):
+        return pixels + self.value
+
+
+def test_a_bad_step_counts_in_no_mean():
+    def told(loss: float, kept: float) -> Told:
+        numbers = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(2 * loss)}
+        by_time = torch.full((2, health.BINS), loss)
+        return Told(numbers, torch.tensor(kept), torch.tensor(1.0), by_time, torch.zeros(3))
+
+    tally = Tally()
+    for loss, kept in ((1.0, 1.0), (math.nan, 0.0), (3.0, 1.0), (1e9, 0.0)):
+        tally.add(told(loss, kept))
+    assert tally.steps == 4
+    assert tally.means() == {"loss": 2.0, "gradient_norm": 4.0, "clipped": 1.0}
+    assert tally.loss_by_time() == [1.0] * health.BINS
+    assert (tally.steps, tally.means(), tally.loss_by_time()) == (0, {}, [None] * health.BINS)
+    tally.add(told(math.inf, 0.0))
+    assert tally.means() == {}
 
 
 # Randomness: of (seed, position) alone
@@ -127,10 +208,10 @@ def test_losses_do_not_depend_on_who_shares_the_batch(tiny_model):
     asked = task(process=tiny_model.process, flip=True, label_dropout=0.4)
     whole = batch(20, start=1000)
     x0, condition, position = prepare(whole, asked, CPU)
-    together = losses(tiny_model.network, x0, condition, position, asked).total
+    together = losses(tiny_model.network, x0, condition, position, asked)[0].total
     for row in (0, 7, 19):
         x0, condition, position = prepare(rows(whole, slice(row, row + 1)), asked, CPU)
-        alone = losses(tiny_model.network, x0, condition, position, asked).total
+        alone = losses(tiny_model.network, x0, condition, position, asked)[0].total
         torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-5, atol=1e-6)
 
 
@@ -144,8 +225,8 @@ def test_another_seed_and_another_position_see_other_noise():
 
 
 def test_every_use_has_a_stream_of_its_own():
-    streams = (step.TIME, step.NOISE, step.DROP, step.FLIP, step.POSTERIOR)
-    assert streams == (1, 2, 3, 4, 5)  # never renumbered
+    used = (streams.TIME, streams.NOISE, streams.DROP, streams.FLIP, streams.POSTERIOR)
+    assert used == (1, 2, 3, 4, 5)  # never renumbered
 
 
 def test_times_are_those_of_the_process_and_all_are_met():
@@ -201,6 +282,6 @@ def test_latents_are_drawn_from_the_posterior_with_noise_of_the_position(tmp_pat
     given = batch(3, start=50, channels=3)
     latents, _, _ = prepare(given, asked, CPU)
     posterior = codec.vae.encode(given.pixels.float() / 127.5 - 1).latent_dist
-    noise = randomness.normal(asked.seed, given.position, step.POSTERIOR, (2, 4, 4))
+    noise = randomness.normal(asked.seed, given.position, streams.POSTERIOR, (2, 4, 4))
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * codec.scale)
     assert not torch.allclose(latents, posterior.mean * codec.scale)

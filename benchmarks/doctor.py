@@ -1,0 +1,169 @@
+"""Does `tessera doctor` name what is wrong, and nothing else? Break runs on purpose, leave others whole, and ask it.
+
+    python benchmarks/doctor.py [--out runs/doctor] [NAME ...]
+
+Each run is made by `tessera train` from a recipe and overrides, then read by `tessera doctor --json`. A row gives what
+was done to the run, the first finding, and all others; the last line counts the faults that were named first and the
+whole runs of which nothing was said.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tessera import randomness
+from tessera.data.digits import DigitsConfig, DigitsSource
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = (
+    "network.width=96", "network.depth=4", "network.heads=4", "training.steps=400", "training.log_every=10",
+    "training.health_every=20", "training.sample_every=1000", "training.checkpoint_every=1000",
+    "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup=20", "training.device=cpu",
+    "training.ema.decay=0.97",
+)  # fmt: skip
+FOLDER = ("data.kind=folder", "data.size=8", "data.channels=1", "data.flip=false")
+MODERN = (
+    "network.block=modern", "process.kind=flow", "process.times.kind=logit-normal", "process.times.std=0.7",
+    "training.optimizer.kind=muon", "training.optimizer.learning_rate=0.01", "training.optimizer.warmup=20",
+    "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.decay=wsd", "training.optimizer.clip=1.0",
+)  # fmt: skip
+SPREAD = 5.0  # of latents left as the autoencoder makes them
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: what was done to it, and the finding that should come first (None: nothing is wrong)."""
+
+    name: str
+    done: str
+    expected: str | None
+    changes: tuple[str, ...] = ()
+    prepare: Callable[[Path], tuple[str, ...]] = lambda folder: ()
+    recipe: str = "digits.yaml"
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [N, 8, 8] and labels [N]"""
+    source = DigitsSource(DigitsConfig())
+    return source.images[:, 0], source.labels
+
+
+def as_folder(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
+    """Pictures as PNG files, a folder a class."""
+    for number, (image, label) in enumerate(zip(pixels, labels)):
+        place = folder / "data" / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{number:04d}.png")
+    return (*FOLDER, f"data.path={folder / 'data'}")
+
+
+def as_they_are(folder: Path) -> tuple[str, ...]:
+    return as_folder(folder, *digits())
+
+
+def shuffled_labels(folder: Path) -> tuple[str, ...]:
+    pixels, labels = digits()
+    return as_folder(folder, pixels, labels[randomness.permutation(0, 0, 1, len(labels)).numpy()])
+
+
+def one_picture(folder: Path) -> tuple[str, ...]:
+    pixels, labels = digits()
+    return as_folder(folder, np.broadcast_to(pixels[:1], pixels.shape), labels)
+
+
+def autoencoder(folder: Path, spread: float) -> tuple[str, ...]:
+    """An untrained autoencoder, sure of its latents, which for the digits are scaled to a standard deviation."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    pixels, labels = digits()
+    torch.manual_seed(0)
+    codec: Any = AutoencoderKL(
+        in_channels=1, out_channels=1, down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, sample_size=8,
+        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16), norm_num_groups=4, scaling_factor=1.0,
+    )  # fmt: skip
+    with torch.no_grad():
+        codec.quant_conv.weight[4:] = 0  # the logarithm of the posterior's variance
+        codec.quant_conv.bias[4:] = -12
+        raw = codec.encode(torch.from_numpy(pixels[:, None]).float() / 127.5 - 1).latent_dist.sample()
+        codec.register_to_config(scaling_factor=spread / raw.std().item(), shift_factor=raw.mean().item())
+    with contextlib.redirect_stderr(io.StringIO()):
+        codec.save_pretrained(folder / "autoencoder")
+    told = as_folder(folder, pixels, labels)
+    return (*told, "codec.kind=autoencoder-kl", f"codec.source={folder / 'autoencoder'}", "network.patch=1")
+
+
+CASES = (
+    Case("digits", "nothing: recipes/digits.yaml, small", None),
+    Case("modern", "nothing: the modern block, flow matching, Muon", None, MODERN),
+    Case("paper", "nothing: the paper's process (epsilon, learned variance)", None,
+         ("process.prediction=epsilon", "process.variance=learned", "process.schedule=linear")),
+    Case("latents", "nothing: an autoencoder with its scale", None, prepare=lambda folder: autoencoder(folder, 1.0)),
+    Case("unscaled", f"latents of standard deviation {SPREAD:g}", "latents not scaled",
+         prepare=lambda folder: autoencoder(folder, SPREAD)),
+    Case("rate", "learning rate x30", "learning rate too high", ("training.optimizer.learning_rate=0.06",)),
+    Case("rate-modern", "learning rates x30, modern and Muon", "learning rate too high",
+         (*MODERN, "training.optimizer.learning_rate=0.3", "training.optimizer.adamw_learning_rate=0.12")),
+    Case("warm-up", "learning rate x10, no warm-up", "no warm-up",
+         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup=0")),
+    Case("quick", "nothing: learning rate x10, with a warm-up", None,
+         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup=50")),
+    Case("labels", "labels shuffled", "labels tell nothing", prepare=shuffled_labels),
+    Case("ema", "average frozen", "average too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
+    Case("constant", "one picture a thousand times", "pictures hardly differ", prepare=one_picture),
+    Case("untold", "guidance without label dropout", "guidance without label dropout", ("training.label_dropout=0",)),
+)  # fmt: skip
+
+
+def train(recipe: Path, overrides: list[str]) -> str:
+    """`tessera train`; returns what it says where it ends in an error."""
+    words = [sys.executable, "-m", "tessera", "train", str(recipe), *overrides]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def findings(run: Path) -> list[dict]:
+    """`tessera doctor --json`."""
+    words = [sys.executable, "-m", "tessera", "doctor", str(run), "--json"]
+    return json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)["findings"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/doctor"))
+    parser.add_argument("names", nargs="*", help=", ".join(case.name for case in CASES))
+    options = parser.parse_args()
+    cases = [case for case in CASES if not options.names or case.name in options.names]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    print("| run | what was done to it | seconds | first finding | others |\n|---|---|---|---|---|")
+    right = 0
+    for case in cases:
+        folder = options.out / case.name
+        if not (folder / "run").exists():
+            folder.mkdir(parents=True)
+            overrides = [*SMALL, *case.changes, *case.prepare(folder), f"output={folder / 'run'}"]
+            began = time.monotonic()
+            ended = train(RECIPES / case.recipe, overrides)
+            (folder / "made.json").write_text(json.dumps({"seconds": time.monotonic() - began, "ended": ended}))
+        made = json.loads((folder / "made.json").read_text())
+        found = [f"{told['severity']}: {told['name']}" for told in findings(folder / "run")]
+        first, others = (found or ["nothing"])[0], ", ".join(found[1:]) or "none"
+        right += first == (f"wrong: {case.expected}" if case.expected else "nothing")
+        said = f"{case.done}{'; ended: ' + made['ended'] if made['ended'] else ''}"
+        print(f"| {case.name} | {said} | {made['seconds']:.0f} | {first} | {others} |", flush=True)
+    print(f"\n{right} of {len(cases)} as expected")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""One training step (network, loss, optimizer, EMA) against a plain loop of the same mathematics over diffusers' DiT.
+
+    python benchmarks/training_step.py --model DiT-S/4 --batch 8 [--ways eager,blocks,whole] [--seconds 300]
+    python benchmarks/training_step.py --model DiT-S/4 --batch 8 --profile
+
+Ours is `train_step` of tessera.training.step and the update of the average, as a run takes them. The plain loop is what
+one writes with diffusers and PyTorch: DiTTransformer2DModel with our weights, its own few lines for the loss (epsilon,
+learned variance), torch.optim.AdamW as it comes, and an average over parameters in a Python loop. diffusers gives
+every block an embedding of time and class of its own, of which ours has one; here the blocks share one there too, so
+that both compute the same and their losses can be compared step by step, given the same random numbers; the script
+stops where they part. `--embedders each` leaves diffusers' as it is, which is more work for the plain loop.
+
+Every way runs in a process of its own, as it would in earnest, and they take turns, one step each, while the others
+sleep; a row gives medians of wall and CPU time, and the median of the ratios to the plain loop's step of the same round
+(above 1: Tessera is faster). Share of peak: 2 operations a multiply-add, 3 forward passes a step, against the best
+float32 product of two 2048 x 2048 matrices. MiB: what the steps added to the process, at the highest (Linux).
+--profile: where the time of our step goes instead.
+"""
+
+import argparse
+import ctypes
+import gc
+import math
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import wraps
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from against_diffusers import pair, peak_flops
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from tessera import allocator, randomness
+from tessera.adapters.compilation import compiled
+from tessera.data import Batch
+from tessera.models.dit import DiT, DiTConfig
+from tessera.process.gaussian import Gaussian, GaussianConfig
+from tessera.training import task
+from tessera.training.ema import Average
+from tessera.training.optimizers import Adam
+from tessera.training.parallel import Team
+from tessera.training.recipe import EMA
+from tessera.training.step import Learner, Tally, train_step
+from tessera.training.task import Task
+
+RATE, DECAY, DROPPED, STEPS, WARM_UP = 1e-4, 0.9999, 0.1, 1000, 3
+DIGITS = {"size": 8, "channels": 1, "outputs": 2, "classes": 10, "patch": 2, "width": 192, "depth": 6, "heads": 6}
+
+
+class Latents:
+    """A codec that takes bytes as latents: the autoencoder is no part of a step."""
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return pixels
+
+
+def make_batch(config: DiTConfig, batch: int, number: int) -> Batch:
+    """The number-th batch of made-up pictures."""
+    generator = torch.Generator().manual_seed(number)
+    return Batch(
+        torch.randint(0, 256, (batch, config.channels, *config.size), dtype=torch.uint8, generator=generator),
+        torch.randint(0, config.classes, (batch,), generator=generator),
+        torch.arange(number * batch, (number + 1) * batch),
+    )
+
+
+class Ours:
+    """Tessera's step, eager or compiled."""
+
+    def __init__(self, network: DiT, way: str) -> None:
+        config = Adam(learning_rate=RATE)
+        self.average = Average(network, EMA(decay=DECAY))
+        forward, reason = compiled(network, "off" if way == "eager" else way)
+        if reason:
+            sys.exit(f"cannot compile here: {reason}")
+        self.network, self.learner = network, Learner(network, forward, config.build(network), config, Team())
+        self.tally = Tally()
+        self.task = Task(
+            process=GaussianConfig(steps=STEPS).build(), codec=Latents(), flip=False, label_dropout=DROPPED,
+            classes=network.config.classes, seed=0, dtype=None,
+        )  # fmt: skip
+        self.steps = 0
+
+    def step(self, batch: Batch) -> Tensor:
+        told = train_step(self.learner, batch, self.task, len(batch.position))
+        self.tally.add(told)
+        self.steps += 1
+        self.average.update(self.steps)
+        return told.numbers["loss"]
+
+
+class Plain:
+    """The same with diffusers' network and PyTorch alone."""
+
+    def __init__(self, network: nn.Module, average: nn.Module, config: DiTConfig) -> None:
+        self.network, self.average, self.config = network, average, config
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.0)
+        betas = torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64)
+        self.bars = torch.cumprod(1 - betas, dim=0)
+        self.bars_before = torch.cat((torch.ones(1), self.bars[:-1]))
+        posterior = betas * (1 - self.bars_before) / (1 - self.bars)
+        self.least = torch.cat((posterior[1:2], posterior[1:])).log()
+        self.most = betas.log()
+        self.of_x0 = betas * self.bars_before.sqrt() / (1 - self.bars)
+        self.of_x = (1 - self.bars_before) * (1 - betas).sqrt() / (1 - self.bars)
+
+    def step(self, batch: Batch, drawn: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """drawn: times [B], noise like the pictures and dropped labels [B], if not PyTorch's own random numbers."""
+        x0 = batch.pixels.float() / 127.5 - 1
+        if drawn is None:
+            t = torch.randint(0, STEPS, (len(x0),))
+            noise = torch.randn_like(x0)
+            dropped = torch.rand(len(x0)) < DROPPED
+        else:
+            t, noise, dropped = drawn
+        label = torch.where(dropped, self.config.classes, batch.label)
+        x = at(self.bars.sqrt(), t) * x0 + at((1 - self.bars).sqrt(), t) * noise
+        told, fraction = self.network(x, timestep=t, class_labels=label).sample.chunk(2, dim=1)
+        loss = ((told - noise) ** 2).mean() + self.bound(told.detach(), fraction, x0, x, t).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for mean, weight in zip(self.average.parameters(), self.network.parameters()):
+                mean.mul_(DECAY).add_(weight, alpha=1 - DECAY)
+        return loss.detach()
+
+    def bound(self, eps: Tensor, fraction: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The variational bound's term of each picture in bits per dimension, which trains the variance. [B]"""
+        fraction = (fraction + 1) / 2
+        log_variance = fraction * at(self.most, t) + (1 - fraction) * at(self.least, t)
+        drawn = (x - at((1 - self.bars).sqrt(), t) * eps) / at(self.bars.sqrt(), t)
+        mean = at(self.of_x0, t) * drawn + at(self.of_x, t) * x
+        true_mean, true_log_variance = at(self.of_x0, t) * x0 + at(self.of_x, t) * x, at(self.least, t)
+        kl = true_log_variance - log_variance
+        kl = 0.5 * (-1 - kl + kl.exp() + (true_mean - mean) ** 2 * torch.exp(-log_variance))
+        scale = torch.exp(-0.5 * log_variance)
+        above, below = normal_cdf((x0 - mean + 1 / 255) * scale), normal_cdf((x0 - mean - 1 / 255) * scale)
+        share = torch.where(x0 < -0.999, above, torch.where(x0 > 0.999, 1 - below, above - below))
+        likelihood = torch.log(share.clamp(min=1e-12))
+        bits = torch.where((t == 0)[:, None, None, None], -likelihood, kl)
+        return bits.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def at(table: Tensor, t: Tensor) -> Tensor:
+    return table[t].float()[:, None, None, None]
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def configured(model: str) -> DiTConfig:
+    return DiTConfig.model_validate(settings(model))
+
+
+def settings(model: str) -> dict[str, Any]:
+    return DIGITS if model == "digits" else {"preset": model}
+
+
+def ours_of(model: str, way: str) -> Ours:
+    return Ours(pair(settings(model))[0].train(), way)
+
+
+def plain_of(model: str, embedders: str) -> Plain:
+    """The same weights as ours."""
+    network, average = (pair(settings(model))[1] for _ in range(2))
+    for each in (network, average):
+        each.eval()  # there diffusers drops labels by itself, in every block others
+        if embedders == "one":
+            for block in each.transformer_blocks:
+                block.norm1.emb = each.transformer_blocks[0].norm1.emb
+    return Plain(network, average.requires_grad_(False), configured(model))
+
+
+def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+    """The random numbers of our step, as the plain loop takes them."""
+    place, process = batch.position, GaussianConfig(steps=STEPS).build()
+    t = process.draw_times(randomness.uniform(0, place, task.TIME)[:, 0])
+    noise = randomness.normal(0, place, task.NOISE, tuple(shape[1:]))
+    dropped = randomness.uniform(0, place, task.DROP)[:, 0] < DROPPED
+    return process.network_time(t).long(), noise, dropped
+
+
+def work(told: argparse.Namespace, way: str, pipe: Connection) -> None:
+    """A process that holds one way: takes the steps it is asked for, and tells what each cost."""
+    if way == "plain":
+        one = plain_of(told.model, told.embedders)
+        config = one.config
+    else:
+        allocator.keep_freed_memory()  # as a run does
+        one = ours_of(told.model, way)
+        config = one.network.config
+    torch.manual_seed(0)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    held = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    while (asked := pipe.recv()) is not None:
+        number, same_numbers = asked
+        batch = make_batch(config, told.batch, number)
+        drawn = (numbers(batch, batch.pixels.shape),) if way == "plain" and same_numbers else ()
+        wall, processor = time.perf_counter(), time.process_time()
+        loss = one.step(batch, *drawn)
+        taken = time.perf_counter() - wall, time.process_time() - processor
+        pipe.send((loss.item(), *taken, (resident("VmHWM") - held) / 1024))
+
+
+def measure(told: argparse.Namespace) -> None:
+    """Print the table. Stops where losses part."""
+    ways = ["plain", *told.ways.split(",")]
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for way in ways:
+        pipes[way], end = context.Pipe()
+        context.Process(target=work, args=(told, way, end), daemon=True).start()
+
+    def step(way: str, number: int, same_numbers: bool = False) -> tuple[float, float, float, float]:
+        pipes[way].send((number, same_numbers))
+        return pipes[way].recv()
+
+    for number in range(WARM_UP):  # compiles, too
+        losses = {way: step(way, number, same_numbers=True)[0] for way in ways}
+        print(f"loss of step {number}: " + ", ".join(f"{loss:.7f} {way}" for way, loss in losses.items()), flush=True)
+        # Embeddings of their own learn apart after the first update.
+        allowed = 2e-5 if told.embedders == "one" or number == 0 else 1e-2
+        if any(abs(loss - losses["plain"]) > allowed * losses["plain"] for loss in losses.values()):
+            sys.exit("the losses part: nothing to compare")
+    peak, order, began, number = peak_flops(), list(ways), time.perf_counter(), WARM_UP
+    taken: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in ways}
+    while number < WARM_UP + 5 or time.perf_counter() - began < told.seconds:
+        for way in order:
+            taken[way].append(step(way, number))
+        order.append(order.pop(0))  # none is always the one after the plain loop
+        number += 1
+    peak = max(peak, peak_flops())
+    print(f"\n| {told.model}, batch {told.batch} | ms | CPU ms | faster | faster, CPU time | share of peak | MiB |")
+    print("|---|---|---|---|---|---|---|")
+    operations = 6 * configured(told.model).build().macs() * told.batch
+    for way, times in taken.items():
+        _, wall, processor, memory = (statistics.median(column) for column in zip(*times))
+        ratios = [statistics.median(p[i] / w[i] for p, w in zip(taken["plain"], times)) for i in (1, 2)]
+        print(
+            f"| {way} | {1e3 * wall:.1f} | {1e3 * processor:.1f} | {ratios[0]:.3f} | {ratios[1]:.3f} | "
+            f"{operations / wall / peak:.0%} | {memory:.0f} |"
+        )
+    print(f"\npeak {peak / 1e9:.0f} GFLOP/s, {number - WARM_UP} rounds")
+    for pipe in pipes.values():
+        pipe.send(None)
+
+
+def resident(what: str) -> int:
+    """KiB of this process: VmRSS now, VmHWM at its highest. Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(what)).split()[1])
+
+
+# Where the time goes
+
+GROUPS = {  # by the beginning of an operation's name
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash", "aten::_efficient"),
+    "GELU": ("aten::gelu",),
+    "layer norm": ("aten::native_layer_norm",),
+    "arithmetic by element": (
+        "aten::mul",
+        "aten::add",
+        "aten::sub",
+        "aten::div",
+        "aten::silu",
+        "aten::neg",
+        "aten::lerp",
+    ),
+    "sums": ("aten::sum", "aten::mean"),
+    "gradient norms": ("aten::_foreach_norm", "aten::linalg_vector_norm"),
+    "copies": ("aten::copy_", "aten::cat", "aten::stack", "aten::fill_", "aten::zero_", "aten::clone"),
+}
+LABELS = ("random numbers", "loss", "EMA", "Optimizer.step")
+
+
+def labelled(name: str, function: Callable) -> Callable:
+    @wraps(function)
+    def call(*inputs, **named):
+        with record_function(name):
+            return function(*inputs, **named)
+
+    return call
+
+
+def share_out(one: Ours, batch: int, repeats: int = 5) -> dict[str, float]:
+    """CPU seconds of a step by group."""
+    for name in ("uniform", "normal"):
+        setattr(randomness, name, labelled("random numbers", getattr(randomness, name)))
+    Gaussian.loss = labelled("loss", Gaussian.loss)
+    one.average.update = labelled("EMA", one.average.update)
+    given = [make_batch(one.network.config, batch, number) for number in range(2 + repeats)]
+    for each in given[:2]:
+        one.step(each)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for each in given[2:]:
+            one.step(each)
+    seconds: dict[str, float] = defaultdict(float)
+    for event in profiler.events():
+        seconds[group(event)] += event.self_cpu_time_total / 1e6 / repeats
+    return seconds
+
+
+def group(event) -> str:
+    above = event
+    while above is not None:
+        for label in LABELS:
+            if above.name.startswith(label):
+                return "optimizer" if label == "Optimizer.step" else label
+        above = above.cpu_parent
+    if event.name.startswith(("Torch-Compiled", "## Call CompiledFx", "CompiledFunction")):
+        return "compiled code"
+    return next((name for name, starts in GROUPS.items() if event.name.startswith(starts)), "all else")
+
+
+def print_shares(model: str, batch: int, way: str, one: Ours) -> None:
+    seconds = share_out(one, batch)
+    whole = sum(seconds.values())
+    print(f"| {model}, batch {batch}, {way} | ms | share |")
+    print("|---|---|---|")
+    for name, taken in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"| {name} | {1e3 * taken:.1f} | {taken / whole:.1%} |")
+    print(f"| all | {1e3 * whole:.1f} | |")
+
+
+def main() -> None:
+    import diffusers
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="DiT-S/4", help="a preset, or digits")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--ways", default="eager,blocks,whole", help="of ours")
+    parser.add_argument("--embedders", choices=("one", "each"), default="one", help="of the plain loop's blocks")
+    parser.add_argument("--seconds", type=float, default=240, help="of measuring, after the warm-up")
+    parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
+    told = parser.parse_args()
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}\n"
+    )
+    if not told.profile:
+        return measure(told)
+    for way in told.ways.split(","):
+        print_shares(told.model, told.batch, way, ours_of(told.model, way))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a network is set to do: what becomes of a batch, what is drawn at random, the loss.
+
+Everything random is a function of (seed, global position of the sample), so that ranks, restarts and micro-batches
+change nothing. Shapes: B batch, C channels, H W height and width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tessera import randomness, runtime
+from tessera.codecs.autoencoder import Autoencoder
+from tessera.codecs.pixels import Pixels
+from tessera.conditions import Condition
+from tessera.data import Batch
+from tessera.process import Process
+from tessera.process.prediction import Losses
+from tessera.sampling.denoiser import Network
+
+# Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
+TIME, NOISE, DROP, FLIP, POSTERIOR = 1, 2, 3, 4, 5
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a step needs beside weights and data."""
+
+    process: Process
+    codec: Pixels | Autoencoder
+    flip: bool
+    label_dropout: float
+    classes: int
+    seed: int
+    dtype: torch.dtype | None  # of autocast
+
+
+def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
+    """A batch on the device: latents [B, C, h, w] (scaled, flipped, encoded), condition , position [B]."""
+    position = batch.position.to(device)
+    pixels = batch.pixels.to(device, torch.float32, non_blocking=True) / 127.5 - 1
+    if task.flip:
+        mirrored = randomness.uniform(task.seed, position, FLIP) < 0.5
+        pixels = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels)
+    if isinstance(task.codec, Autoencoder):
+        shape = (task.codec.latent_channels, *(side // task.codec.factor for side in pixels.shape[-2:]))
+        pixels = task.codec.encode(pixels, randomness.normal(task.seed, position, POSTERIOR, shape))
+    condition = Condition()
+    if task.classes:
+        condition = Condition(label=batch.label.to(device))
+        if task.label_dropout:
+            condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
+    return pixels, condition, batch.position
+
+
+def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> tuple[Losses, Tensor]:
+    """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
+
+    x0 [B, C, h, w], position [B]
+    """
+    t = task.process.draw_times(randomness.uniform(task.seed, position, TIME)[:, 0])
+    noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
+    with runtime.autocast(task.dtype, x0.device):
+        raw = network(
+            task.process.mix(x0, noise, t), task.process.network_time(t).to(x0.device, non_blocking=True), condition
+        )
+    return task.process.loss(raw.float(), x0, noise, t), t
