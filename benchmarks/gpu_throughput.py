@@ -1,105 +1,113 @@
 """DiT-XL/2 at 256 px (32 x 32 x 4 latents) on one GPU: training and drawing rates, and model-FLOPs utilisation.
 
-    python benchmarks/gpu_throughput.py --train [--model DiT-XL/2] [--micro 32,64,128] [--seconds 40]
-        [--block modern] [--optimizer muon]
+    python benchmarks/gpu_throughput.py --train [--model DiT-XL/2] [--micro 32,64,96] [--compile off,blocks,whole]
+        [--recompute none,selective,blocks] [--rounds 1] [--within 24] [--block modern] [--optimizer muon]
     python benchmarks/gpu_throughput.py --sample [--batch 64]
 
-Weights are random and the latents made up: rates do not depend on them. One table to standard output; finishes inside
-nine minutes. Utilisation = operations of the model (2 a multiply-add; training 3 forward passes) / time / peak,
-against the data sheet of the H100 (989 TFLOP/s dense bf16) and against this card's measured peak. Runs on a CPU too,
-for a dry trial with a small --model, where the peak is that of the CPU.
+Weights are random and the latents made up: rates do not depend on them. One table to standard output; rows for which
+there are no minutes left are left out, so that a call ends inside nine. --rounds: micro-batches a step; --within: GiB
+that the process may take of the card, to show that a run fits a smaller one. Utilisation = operations of the model (2 a
+multiply-add; training 3 forward passes, whatever is recomputed) / time / peak, against the data sheet of the H100 (989
+TFLOP/s dense bf16) and against this card's measured peak. Runs on a CPU too, for a dry trial with a small --model.
 """
 
 import argparse
+import itertools
+import sys
 import time
 
 import torch
 
 from tessera import drawing, runtime
+from tessera.adapters.compilation import How, compiled
+from tessera.adapters.recomputation import What, recompute
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
 from tessera.models.dit import DiT, DiTConfig
 from tessera.process.gaussian import GaussianConfig
 from tessera.training.ema import Average
-from tessera.training.optimizers import Adam, AnyOptimizer, Muon
+from tessera.training.optimizers import Adam, Muon
+from tessera.training.parallel import Team
 from tessera.training.recipe import EMA
-from tessera.training.step import Task, train_step
+from tessera.training.step import Learner, Tally, train_step
+from tessera.training.task import Task
 
 DATA_SHEET = 989e12
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(20):
-        runtime.synchronise(device)
-        began = time.perf_counter()
-        a @ b
-        runtime.synchronise(device)
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
-    return best
-
-
-def train(
-    model: str, micros: list[int], seconds: float, device: torch.device, block: str, optimizer: AnyOptimizer
-) -> None:
+def train(told: argparse.Namespace, device: torch.device) -> None:
     dtype = runtime.autocast_dtype("auto", device)
-    highest = peak(device, dtype or torch.float32)
-    print(f"measured peak {highest / 1e12:.1f} TFLOP/s ({dtype or torch.float32})\n")
-    print("| model | micro-batch | compiled | images/s | of the data sheet | of the measured peak | peak memory GiB |")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as a run does
+        if told.within is not None:
+            share = told.within * 2**30 / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(share)
+    highest = runtime.peak_flops(device, dtype or torch.float32)
+    print(f"measured peak {highest / 1e12:.4g} TFLOP/s ({dtype or torch.float32})\n")
+    print(f"| {told.model} | recomputed | micro-batch | images/s | of the data sheet | of the measured peak | GiB |")
     print("|---|---|---|---|---|---|---|")
-    config = DiTConfig.model_validate({"preset": model, "block": block})
-    for compiled in (False, True):
-        for micro in micros:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            network = config.build().to(device)
-            try:
-                rate = training_rate(network, micro, compiled, seconds, dtype, optimizer)
-            except torch.OutOfMemoryError:
-                print(f"| {model} | {micro} | {'yes' if compiled else 'no'} | out of memory | | | |", flush=True)
-                del network
-                torch.cuda.empty_cache()
+    config = DiTConfig.model_validate({"preset": told.model, "block": told.block})
+    operations = 6 * config.build().macs()  # an image
+    began = time.perf_counter()
+    for how, what in itertools.product(told.compile.split(","), told.recompute.split(",")):
+        for micro in map(int, told.micro.split(",")):
+            row = f"| {how} | {what} | {micro} |"
+            if time.perf_counter() - began > 60 * told.minutes:
+                print(f"{row} left out: the time is over | | | |", flush=True)
                 continue
-            operations = 6 * network.macs() * rate
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                rate = training_rate(config.build().to(device), told, how, what, micro, dtype)
+            except torch.OutOfMemoryError:
+                print(f"{row} out of memory | | | |", flush=True)
+                break  # more would not fit either
             print(
-                f"| {model} | {micro} | {'yes' if compiled else 'no'} | {rate:.4g} | {operations / DATA_SHEET:.1%} | "
-                f"{operations / highest:.1%} | {runtime.peak_memory(device) / 2**30:.1f} |",
+                f"{row} {rate:.4g} | {operations * rate / DATA_SHEET:.1%} | {operations * rate / highest:.1%} | "
+                f"{runtime.peak_memory(device) / 2**30:.1f} |",
                 flush=True,
             )
 
 
 def training_rate(
-    network: DiT, micro: int, compiled: bool, seconds: float, dtype: torch.dtype | None, config: AnyOptimizer
+    network: DiT, told: argparse.Namespace, how: How, what: What, micro: int, dtype: torch.dtype | None
 ) -> float:
     """Images a second of whole training steps: forward, backward, optimizer, EMA."""
     device, classes = next(network.parameters()).device, network.config.classes
-    average, optimizer = Average(network, EMA()), config.build(network)
-    torch._dynamo.reset()  # a fresh compilation for each size, never a dynamic one
-    forward = torch.compile(network, dynamic=False) if compiled else network
+    config = Adam() if told.optimizer == "adamw" else Muon()
+    average = Average(network, EMA())
+    recompute(network, what)
+    torch._dynamo.reset()  # a fresh compilation for each size
+    forward, reason = compiled(network, how)
+    if reason is not None:
+        sys.exit(f"cannot compile here: {reason}")
+    learner = Learner(network, forward, config.build(network), config, Team())
+    learner.optimizer.register_step_pre_hook(lambda *_: average.settle())
     # The codec is the identity, as on cached latents: the autoencoder is no part of the step.
     task = Task(GaussianConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
-    pixels = torch.randint(0, 256, (micro, 4, 32, 32), dtype=torch.uint8)
-    label = torch.randint(0, classes, (micro,))
+    batch = micro * told.rounds
+    pixels = torch.randint(0, 256, (batch, 4, 32, 32), dtype=torch.uint8)
+    pixels = pixels.pin_memory() if device.type == "cuda" else pixels
+    label = torch.randint(0, classes, (batch,))
+    tally = Tally()
 
     def step(number: int) -> None:
-        batch = Batch(pixels, label, torch.arange(micro) + number * micro)
-        train_step(forward, optimizer, batch, task, config, micro)
+        drawn = Batch(pixels, label, torch.arange(batch) + number * batch)
+        tally.add(train_step(learner, drawn, task, batch, told.rounds))
         average.update(number + 1)
 
     for warm in range(3):
         step(warm)
     runtime.synchronise(device)
     began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        for _ in range(5):
+    while time.perf_counter() - began < told.seconds:
+        for _ in range(5 if device.type == "cuda" else 1):
             step(3 + done)
             done += 1
         runtime.synchronise(device)
-    return done * micro / (time.perf_counter() - began)
+    return done * batch / (time.perf_counter() - began)
 
 
 def sample(model: str, batch: int, device: torch.device) -> None:
@@ -108,10 +116,10 @@ def sample(model: str, batch: int, device: torch.device) -> None:
     config = DiTConfig.model_validate({"preset": model})
     network = config.build().to(device).eval()
     described = BundleConfig(network=config, process=GaussianConfig(), codec=PixelsConfig())
-    eager, compiled = Model(described, network), Model(described, torch.compile(network))
+    eager, whole = Model(described, network), Model(described, torch.compile(network))
     for sampler, steps in (("ddim", 20), ("ddim", 50), ("ancestral", 250)):
         for guidance in (1.0, 4.0):
-            for precision, chosen in (("float32", eager), ("bfloat16", eager), ("bfloat16", compiled)):
+            for precision, chosen in (("float32", eager), ("bfloat16", eager), ("bfloat16", whole)):
                 if steps == 250 and precision == "float32":
                     continue  # known from the others; it would not fit the nine minutes
                 settings = {"sampler": sampler, "guidance": guidance, "precision": precision}
@@ -139,8 +147,13 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--micro", default="32,64,128")
-    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--micro", default="32,64,96", help="samples on the card at once, rising")
+    parser.add_argument("--compile", default="off,blocks")
+    parser.add_argument("--recompute", default="none")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--within", type=float)
+    parser.add_argument("--seconds", type=float, default=15, help="of measuring a row")
+    parser.add_argument("--minutes", type=float, default=6, help="after which no row begins")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--block", default="adaln-zero", help="design of the blocks, for --train")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
@@ -149,9 +162,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     print(f"{name}, torch {torch.__version__}")
     if options.train:
-        optimizer = Adam() if options.optimizer == "adamw" else Muon()
-        micros = [int(micro) for micro in options.micro.split(",")]
-        train(options.model, micros, options.seconds, device, options.block, optimizer)
+        train(options, device)
     if options.sample:
         sample(options.model, options.batch, device)
 

@@ -15,7 +15,9 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
+) -> tuple[Tensor, ...]:
     """Ten rounds of Philox4x32: four words of counter and two of key (int64 holding 32 bits) -> four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -35,7 +37,8 @@ def words(seed: Tensor | int, position: Tensor, stream: int, count: int) -> Tens
     seed: one integer, or one per row [B]. position [B]: the row's place in the sequence it belongs to. stream names
     the use (noise, times, flips, ...), so that two uses at one position are independent.
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=position.device).expand(position.shape)
+    if isinstance(seed, Tensor):
+        seed = seed.to(position.device, torch.int64)[:, None]
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=position.device)
     rows = position.to(torch.int64)[:, None]
     counter = (
@@ -44,7 +47,7 @@ def words(seed: Tensor | int, position: Tensor, stream: int, count: int) -> Tens
         rows & _MASK,
         (rows >> 32) & _MASK,
     )
-    key = (seed[:, None] & _MASK, (seed[:, None] >> 32) & _MASK)
+    key = (seed & _MASK, (seed >> 32) & _MASK)  # one integer stays one: a GPU need not be waited for
     return torch.stack(philox(counter, key), dim=-1).flatten(1)[:, :count]
 
 

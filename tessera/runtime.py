@@ -1,5 +1,6 @@
 """What the layers above may ask of the machine: a device, its precision, its memory, its fellow processes."""
 
+import ctypes
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from tessera.errors import TesseraError
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
+_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -4  # parameters of mallopt in <malloc.h>
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -50,6 +52,11 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def device_name(device: torch.device) -> str:
+    """What people call it: the card's name, or the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes at the highest: allocated on a GPU, resident for the process elsewhere."""
     if device.type == "cuda":
@@ -60,6 +67,20 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+
+
+def keep_freed_memory() -> bool:
+    """From now on this process keeps memory that it frees, for itself; whether the C library could be told so (glibc).
+
+    A step of training on a processor asks for the same large tensors as the one before. The C library gives such memory
+    back to the system as soon as it is free, and the next step gets it anew, page by page and filled with zeros. The
+    process stays as large as it once was, until it ends: a choice for the command that trains, not for a library.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
+        return False
+    return bool(mallopt(_MALLOPT_MMAP_MAX, 0)) and bool(mallopt(_MALLOPT_TRIM_THRESHOLD, -1))
 
 
 def synchronise(device: torch.device) -> None:
@@ -82,6 +103,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
         torch.mm(a, b)
         synchronise(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
+    if device.type == "cuda":  # as if it had never been
+        del a, b
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return best
 
 

@@ -1,5 +1,9 @@
 """The machine: devices by name, precision, memory."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -47,3 +51,29 @@ def test_peak_memory_counts_bytes():
     held = torch.ones(200_000_000 // 4)
     assert 50e6 < before < 100e9
     assert runtime.peak_memory(torch.device("cpu")) >= held.numel() * 4
+
+
+# Memory that is freed stays where it is, where the C library is glibc.
+PROGRAM = """
+from pathlib import Path
+from tessera.runtime import keep_freed_memory
+
+def resident():  # MiB
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+if {kept}:
+    assert keep_freed_memory()
+before = resident()
+for _ in range(2):
+    held = [bytearray(64 << 20) for _ in range(3)]  # each written to, as a bytearray is
+    del held
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(("kept", "least", "most"), [(False, -10, 20), (True, 180, 215)])
+def test_freed_memory_stays_if_asked(kept, least, most):
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(kept=kept)], capture_output=True, text=True, check=True)
+    assert least < float(done.stdout) < most

@@ -57,21 +57,19 @@ class Trial:
             for how, seconds in self.seconds.items()
             if how != "off"
         ]
-        return (
-            f"compile: {self.best} ("
-            + "; ".join([*told, *(f"no {how}: {why}" for how, why in self.failed.items())])
-            + ")"
-        )
+        told += [f"no {how}: {why}" for how, why in self.failed.items()]
+        return f"compile: {self.best} ({'; '.join(told)})"
 
 
 def fastest(
     network: DiT, run_once: Callable[[Network], None], synchronise: Callable[[], None], rounds: int = 5
 ) -> Trial:
-    """Time the network as it is, with its blocks compiled, and compiled as a whole; leaves it not compiled.
+    """Time the network as it is, with its blocks compiled, and compiled as a whole.
 
-    run_once: one forward and backward pass of what it is given, which changes no weights. Each way is warmed up by two
-    calls, then all take turns for some rounds, so that whatever else the machine does weighs on all alike; medians
-    count. synchronise: wait for the device. A way that fails is passed over, but for the network as it is.
+    Leaves it not compiled and without gradients. run_once: one forward and backward pass of what it is given, which
+    changes no weights. Each way is warmed up by two calls, then all take turns for some rounds, so that whatever else
+    the machine does weighs on all alike; medians count. synchronise: wait for the device. A way that fails is passed
+    over, but for the network as it is.
     """
     failed: dict[How, str] = {}
     ways: dict[How, tuple[Network, _Calls]] = {}
@@ -81,6 +79,7 @@ def fastest(
             if reason is not None:
                 raise RuntimeError(reason)
             for _ in range(2):
+                network.zero_grad(set_to_none=True)
                 run_once(forward)
             synchronise()
             ways[how] = forward, _calls(network)
@@ -92,11 +91,13 @@ def fastest(
     for _ in range(rounds):
         for how, (forward, calls) in ways.items():
             _set_calls(network, calls)
+            network.zero_grad(set_to_none=True)
             began = time.perf_counter()
             run_once(forward)
             synchronise()
             seconds[how].append(time.perf_counter() - began)
     compiled(network, "off")
+    network.zero_grad(set_to_none=True)
     return Trial({how: statistics.median(taken) for how, taken in seconds.items()}, failed)
 
 

@@ -83,6 +83,7 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
     """
+    from tessera.runtime import choose_device, keep_freed_memory
     from tessera.training import estimate, loop
     from tessera.training.recipe import read
 
@@ -90,6 +91,8 @@ def train(
     if dry_run:
         print(estimate.dry_run(settings, resume))
         return
+    if choose_device(settings.training.device).type == "cpu":
+        keep_freed_memory()
     folder = loop.train(settings, resume)
     if not _process():
         print(folder)

@@ -92,9 +92,9 @@ class Loader:
         """This process's part of the batch that starts at a position."""
         positions = range(position, position + self.batch)[self.part]
         stacked, label = zip(*map(self._sample, positions))
-        pixels = torch.from_numpy(np.stack(stacked))
+        batch = torch.from_numpy(np.stack(stacked)), torch.tensor(label), torch.tensor(positions)
         # Pinned memory travels to a GPU while it computes.
-        return Batch(pixels.pin_memory() if self.pinned else pixels, torch.tensor(label), torch.tensor(positions))
+        return Batch(*(tensor.pin_memory() for tensor in batch) if self.pinned else batch)
 
     def names(self, position: int) -> list[str]:
         """What the samples of the whole batch at a position are called."""

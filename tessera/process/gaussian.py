@@ -274,7 +274,7 @@ class Gaussian:
             + torch.square(true_mean - mean) * torch.exp(-log_variance)
         )
         likelihood = binned_log_likelihood(x0, mean, 0.5 * log_variance)
-        first = (self._place(s) == 0).to(x.device)
+        first = (self._place(s) == 0).to(x.device, non_blocking=x.is_cuda)
         return torch.where(first, row_mean(-likelihood), row_mean(kl)) / math.log(2)
 
 

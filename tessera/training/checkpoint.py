@@ -89,8 +89,7 @@ class Writer:
         self._group: Any = None
         if ranks.count > 1:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-        # What it warns of, one process without a group, is what is asked for.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        _expect_one_process()
 
     def save(
         self,
@@ -209,6 +208,11 @@ class Writer:
         self._thread.shutdown(wait=True)
 
 
+def _expect_one_process() -> None:
+    """What torch.distributed.checkpoint warns of, one process without a group, is what is asked for."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
 def _on_cpu(network: DiT) -> DiT:
     """A copy that training no longer touches."""
     with torch.device("meta"):
@@ -298,6 +302,7 @@ def restore(checkpoint: Path, network: DiT, average: Average, optimizer: torch.o
     What the checkpoint never had begins here: an average it did not keep starts from the weights as they are, and
     another kind of optimizer without a memory of the parameters that it did not train (`begun_anew` names both).
     """
+    _expect_one_process()
     # Before version 0.4 one file held the state.
     folder = checkpoint / STATE if (checkpoint / STATE).is_dir() else checkpoint
     reader = HuggingFaceStorageReader(str(folder))

@@ -43,7 +43,7 @@ CLIPPED = 0.9  # share of late steps: a clip that always bites is a second learn
 
 # Attention: softmax of logits some tens apart is one-hot, where gradients vanish and training breaks off (Dehghani et
 # al. 2023, "Scaling vision transformers to 22 billion parameters", section 2). What harms is that they keep growing:
-# digits are learned well with logits that stay at 170.
+# digits are learned well with logits between 100 and 260.
 LOGITS, HIGH_LOGITS, ONE_HOT = 50.0, 100.0, 1000.0  # the last is wrong whether they grow or not
 GROWING = 1.3  # late over those of the middle of the run
 
@@ -161,7 +161,7 @@ def unusable_images(history: History) -> Finding | None:
 def learning_rate_too_high(history: History) -> Finding | None:
     """Weights that are thrown about: steps kept out of them, a loss that rises or does not come down."""
     lost = sum(record.get("outcome") == "skipped" for record in history.passed)
-    lost = max([lost, *(value for _, value in series(history.log, "not_finite"))])
+    lost = max([lost, *(value for _, value in series(history.log, "kept_out"))])
     returns = max((value for _, value in series(history.log, "rollbacks")), default=0)
     signs = [f"went back to a checkpoint {returns:.0f} times"] if returns else []
     if lost >= max(LEFT_OUT[0], LEFT_OUT[1] * history.step):

@@ -116,7 +116,6 @@ class Training:
         self.watch.restore(place.watch)
         self.passed = Passed(run.folder, place.step)
         run.loader.passed_over = self.passed.positions
-        self.tries, self.trouble = 0, 0  # times the run went back, and the step at which it last had to
         self.tally, self.clock = Tally(), Clock()
         self.writer = Writer(run.folder, self.ranks)
         self.skipped_images: dict[str, str] = {}
@@ -185,8 +184,9 @@ class Training:
                 last = self.step == config.steps
                 judged = run.scorer is not None and run.scorer.due(self.step, config.steps) and not stop
                 saves = self.step % config.checkpoint_every == 0 or judged or last or stop
-                if self._heed(self.watch.read(wait=saves)):
+                if self._heed(self.watch.read(wait=saves), last):
                     return
+                sound = not self.watch.in_a_row  # else the weights may be what is bad
                 with self.clock.paused():
                     if config.health_every and self.step % config.health_every == 0:
                         self._look_inside(batch, told)
@@ -194,9 +194,9 @@ class Training:
                     self._log()
                 self.journal.advance(self.step)
                 with self.clock.paused():
-                    if saves and (not self.watch.in_a_row or stop or last):  # none of weights that may be bad
+                    if saves and (sound or stop):
                         self._save()
-                    if judged:
+                    if judged and sound:
                         self._score()
                     if (self.step % config.sample_every == 0 and not stop) or last:
                         self._draw()
@@ -223,15 +223,18 @@ class Training:
 
     # What goes wrong
 
-    def _heed(self, seen: list[Seen]) -> bool:
-        """Note the steps that were kept out of the weights; go back if they do not end, and say whether it was so."""
+    def _heed(self, seen: list[Seen], last: bool) -> bool:
+        """Note the steps that were kept out of the weights; go back if they do not end, and say whether it was so.
+
+        The last step must be a good one: what it leaves is the model.
+        """
         bad = [one for one in seen if not one.kept]
         for one in bad:
             self.passed.add(one, self.run.loader.names(one.position))
             self.journal.say(f"step {one.step} is kept out of the weights: {one.why}")
         if bad and self.ranks.first:
             self.passed.write()
-        if not self.watch.lost:
+        if not (self.watch.lost or (last and self.watch.in_a_row)):
             return False
         self._go_back(seen[-1])
         return True
@@ -243,28 +246,30 @@ class Training:
         """
         run, config = self.run, self.config.stability
         self.writer.wait()
-        if seen.step > self.trouble + config.window:
-            self.tries = 0  # other trouble than before
-        self.trouble, self.tries = max(self.trouble, seen.step), self.tries + 1
-        present = self.ranks.agreed(bundle.checkpoints(run.folder))
-        if self.tries > config.tries or not present:
-            raise TesseraError(self._diagnosis(seen))
-        target = present[min(self.tries, len(present)) - 1]
+        in_a_row = self.watch.in_a_row
+        before = self.passed.trouble(seen.step, config.window)
+        tries = len(before) + 1
+        present = self.ranks.agreed(
+            # None that was saved amid the trouble, when the run was asked to stop.
+            [one for one in bundle.checkpoints(run.folder) if not checkpoint.place_of(one).watch.get("in_a_row")]
+        )
+        if tries > config.tries or not present:
+            raise TesseraError(self._diagnosis(seen, len(before)))
+        target = present[min(tries, len(present)) - 1]
         run.average.settle()
         place = checkpoint.restore(target, run.network, run.average, run.learner.optimizer)
-        first = seen.position - config.patience * self.config.batch  # the one before the first bad one led to it
+        # The one before the first bad one led to it; if that did not help, one further back.
+        after = min(map(min, before), default=seen.position + self.config.batch)
+        first = after - (config.patience + 1) * self.config.batch
+        rollback, known = self.passed.rollbacks + 1, self.passed.positions
         for position in range(max(first, place.position), seen.position + 1, self.config.batch):
-            bad = replace(seen, position=position)
-            self.passed.add(bad, run.loader.names(position), "passed over")
-        self.passed.records = [
-            record
-            for record in self.passed.records
-            if record["outcome"] == "passed over" or record["step"] <= place.step
-        ]
+            if position not in known:
+                self.passed.add(replace(seen, position=position), run.loader.names(position), rollback)
+        self.passed.forget_after(place.step)
         run.loader.passed_over = self.passed.positions
-        if self.ranks.first:
-            self.passed.write()
+        if self.ranks.first:  # in this order: killed in between, the run meets the same trouble and does the same again
             checkpoint.drop_after(run.folder, place.step)
+            self.passed.write()
             if run.scorer is not None:
                 run.scorer.begin(place.step)
         self.step, self.position = place.step, place.position
@@ -273,15 +278,15 @@ class Training:
         self.tally, self.clock = Tally(), Clock()
         self.journal.rewind(place.step)
         self.journal.say(
-            f"{config.patience} bad steps in a row, the last because {seen.why}: back to step {place.step} and past "
-            f"the batches before step {seen.step} (try {self.tries} of {config.tries})"
+            f"{in_a_row} bad steps in a row, the last because {seen.why}: back to step {place.step} and past "
+            f"the batches before step {seen.step} (try {tries} of {config.tries})"
         )
 
-    def _diagnosis(self, seen: Seen) -> str:
+    def _diagnosis(self, seen: Seen, tried: int) -> str:
         present = bundle.checkpoints(self.run.folder)
         return (
-            f"training diverged at step {seen.step}: {seen.why}, {self.config.stability.patience} steps in a row, and "
-            f"going back {self.tries - 1} times did not help; the last checkpoint is "
+            f"training diverged at step {seen.step}: {seen.why}, {self.watch.in_a_row} steps in a row, and "
+            f"going back {tried} times did not help; the last checkpoint is "
             f"{present[0] if present else 'not written yet'}\n"
             "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen "
             f"training.optimizer.warmup; `tessera doctor {self.run.folder}` says what it sees"
@@ -310,8 +315,8 @@ class Training:
             images_per_second=rate,
             utilisation=rate * flops / peak / self.ranks.count,
             stalled=stalled / seconds,
-            not_finite=self.passed.skipped,
-            rollbacks=self.tries,
+            kept_out=self.passed.kept_out,
+            rollbacks=self.passed.rollbacks,
             skipped=len(self.skipped_images),
             epoch=self.position / len(run.loader.source),
             memory=memory,
@@ -402,12 +407,13 @@ def save(run: Run, writer: Writer, place: Place) -> None:
     config = run.recipe
     processes = run.team.ranks.count
     origin = {
-        "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {device.type}"
+        "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {runtime.device_name(device)}"
         + (f", {processes} processes" if processes > 1 else ""),
         "trained on": f"{len(run.loader.source):,} images ({config.data.where})",
         "steps": place.step,
         "images seen": place.position,
         "batch": config.training.batch,
+        "optimizer": config.training.optimizer.kind,
         "learning rate": config.training.optimizer.learning_rate,
         bundle.DECAY: config.training.ema.decay,
         "started from": config.training.init or "fresh weights",
@@ -462,7 +468,7 @@ def _stop_signals() -> Iterator[list[int]]:
     received: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
-        if received:
+        if received and number == signal.SIGINT:  # SIGTERM may come from the cluster and from torchrun
             raise KeyboardInterrupt
         received.append(number)
 

@@ -42,16 +42,6 @@ class Team:
             self.mesh = init_device_mesh(device, (self.replicas, self.shards), mesh_dim_names=("replica", "shard"))
             self._control = distributed.new_group(backend="gloo")
 
-    def part(self, batch: int, rounds: int) -> slice:
-        """This process's part of a batch. Raises TesseraError if some process would have nothing to do in a round."""
-        count, rank = self.ranks.count, self.ranks.rank
-        if batch // count < rounds:
-            raise TesseraError(
-                f"training.batch {batch} is too small for {count} processes: some would have nothing to do; choose "
-                f"a larger batch or fewer processes"
-            )
-        return slice(batch * rank // count, batch * (rank + 1) // count)
-
     def distribute(self, network: DiT) -> None:
         """Put a network's weights onto the mesh, in place: block by block, then the rest."""
         if self.mesh is None:
@@ -83,6 +73,17 @@ class Team:
         votes, work = self._votes
         work.wait()
         return [bool(vote) for vote in votes.tolist()]
+
+
+def part(batch: int, rounds: int, ranks: Ranks) -> slice:
+    """This process's part of a batch. Raises TesseraError if some process would have nothing to do in a round."""
+    count, rank = ranks.count, ranks.rank
+    if batch // count < rounds:
+        raise TesseraError(
+            f"training.batch {batch} is too small for {count} processes: some would have nothing to do; choose a "
+            "larger batch or fewer processes"
+        )
+    return slice(batch * rank // count, batch * (rank + 1) // count)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def _head(run: Path, told: Record, steps: Sequence[Record], log: Sequence[Record
             best, at = better(pairs, key=lambda pair: pair[0])
             tiles.append((metric, short(pairs[-1][0]), f"best {short(best)} at step {at:,}"))
         break  # the first decides
-    for name, word in (("rollbacks", "rollbacks"), ("not_finite", "skipped steps"), ("skipped", "unusable images")):
+    for name, word in (("rollbacks", "rollbacks"), ("kept_out", "skipped steps"), ("skipped", "unusable images")):
         if (count := _last(steps, name)) is not None:
             tiles.append((word, f"{count:,.0f}", ""))
     drawn = "".join(
@@ -212,7 +212,7 @@ def _doctor(run: Path) -> str:
 
 
 def _curves(told: Record, steps: Sequence[Record], log: Sequence[Record]) -> str:
-    happened = [Marks("rollback", _rises(steps, "rollbacks")), Marks("skipped step", _rises(steps, "not_finite"))]
+    happened = [Marks("rollback", _rises(steps, "rollbacks")), Marks("skipped step", _rises(steps, "kept_out"))]
     raw = _line("loss", steps)
     smooth = Line("loss", raw.steps, _smoothed(raw.values))
     behind = [Line("each record", raw.steps, raw.values, look="faint", colour="var(--c0)")]

@@ -85,13 +85,15 @@ def set_up(
             start = sources.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
         recipe = initial.inherit(recipe, start)
     recipe = pixels_like_data(recipe)
+    dtype = runtime.autocast_dtype(config.precision, device)
+    if device.type == "cuda":
+        runtime.peak_flops(device, dtype or torch.float32)  # now, while there is memory to spare
     codec = recipe.codec.build().to(device)
     source = recipe.data.open()
     recipe = resolve(recipe, source, codec)
-    team = Team(ranks, config.shard, device.type)
     share = -(-config.batch // ranks.count)  # of the process that has most
     rounds = -(-share // min(config.micro_batch or share, share))
-    part = team.part(config.batch, rounds)
+    part = parallel.part(config.batch, rounds, ranks)
     torch.manual_seed(config.seed)
     network = recipe.network.build()
     inherited = ""
@@ -118,9 +120,10 @@ def set_up(
         label_dropout=config.label_dropout,
         classes=recipe.network.classes,
         seed=config.seed,
-        dtype=runtime.autocast_dtype(config.precision, device),
+        dtype=dtype,
     )
     scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.output)) if recipe.evaluation.every else None
+    team = Team(ranks, config.shard, device.type)  # processes meet: what a recipe has wrong each has told before
     recompute(network, config.recompute)
     forward, compiled = _compiled(recipe, network, task, share // rounds, found, ranks, say)
     team.distribute(network)

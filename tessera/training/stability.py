@@ -154,11 +154,10 @@ class Passed:
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        """Read it; what was skipped past `step` will be skipped again."""
+        """Read it, for a run that stands at a step."""
         self.path = run / PASSED
-        self.records = [
-            record for record in read_passed(run) if record["outcome"] == "passed over" or record["step"] <= step
-        ]
+        self.records = read_passed(run)
+        self.forget_after(step)
 
     @property
     def positions(self) -> set[int]:
@@ -166,21 +165,52 @@ class Passed:
         return {record["position"] for record in self.records if record["outcome"] == "passed over"}
 
     @property
-    def skipped(self) -> int:
+    def kept_out(self) -> int:
+        """Steps that were left undone."""
         return sum(record["outcome"] == "skipped" for record in self.records)
 
-    def add(self, seen: Seen, samples: list[str], outcome: str = "skipped") -> None:
+    @property
+    def rollbacks(self) -> int:
+        """Times the run went back."""
+        return max((record.get("rollback", 0) for record in self.records), default=0)
+
+    def trouble(self, step: int, window: int) -> list[list[int]]:
+        """The positions passed over each time the run went back in the trouble that a step belongs to: no window of
+        steps went well since. What is on disk, so that a run killed meanwhile tries no more often than another.
+        """
+        times: dict[int, list[dict[str, Any]]] = {}
+        for record in self.records:
+            if "rollback" in record:
+                times.setdefault(record["rollback"], []).append(record)
+        found: list[list[int]] = []
+        last = -window
+        for _, records in sorted(times.items()):
+            if records[0]["step"] > last + window:
+                found = []
+            last = max(last, records[0]["step"])
+            found.append([record["position"] for record in records])
+        return found if step <= last + window else []
+
+    def add(self, seen: Seen, samples: list[str], rollback: int | None = None) -> None:
+        """Note a batch: kept out of the weights, or passed over after so many times of going back."""
         numbers = {"loss": seen.loss, "gradient_norm": seen.gradient_norm}
         self.records.append(
             {
                 "step": seen.step,
                 "position": seen.position,
-                "outcome": outcome,
+                "outcome": "skipped" if rollback is None else "passed over",
+                **({} if rollback is None else {"rollback": rollback}),
                 "why": seen.why,
                 **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
                 "samples": samples,
             }
         )
+
+    def forget_after(self, step: int) -> None:
+        """What was skipped past a step will be skipped again."""
+        self.records = [
+            record for record in self.records if record["outcome"] == "passed over" or record["step"] <= step
+        ]
 
     def write(self) -> None:
         if self.records or self.path.exists():

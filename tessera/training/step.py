@@ -87,18 +87,18 @@ def train_step(
     if config.clip is not None:
         clipped = (norm > config.clip).float()
         torch._foreach_mul_(gradients, (config.clip / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
-    update(optimizer, kept)
+    update(optimizer, kept, ahead=device.type == "cuda")
     numbers = {**dict(zip(names, heads.unbind())), "gradient_norm": norm}
     return Told(numbers, kept.float(), clipped, by_time.view(2, health.BINS), squares)
 
 
-def update(optimizer: Any, kept: Tensor) -> None:
+def update(optimizer: Any, kept: Tensor, ahead: bool) -> None:
     """One update by a torch.optim.Optimizer of the weights from their gradients, then let go; none if `kept` [] is 0.
 
-    No device is waited for where the optimizer is fused.
+    ahead: the host does not wait for the device to know; the optimizer must be fused.
     """
-    if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, (1 - kept.float())  # as gradient scalers tell it
+    if ahead and optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - kept.float()  # as gradient scalers tell it
         optimizer.step()
     elif kept:
         optimizer.step()

@@ -37,7 +37,7 @@ class Task:
 
 def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
     """A batch on the device: latents [B, C, h, w] (scaled, flipped, encoded), condition , position [B]."""
-    position = batch.position.to(device)
+    position = batch.position.to(device, non_blocking=True)
     pixels = batch.pixels.to(device, torch.float32, non_blocking=True) / 127.5 - 1
     if task.flip:
         mirrored = randomness.uniform(task.seed, position, FLIP) < 0.5
@@ -47,7 +47,7 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
         pixels = task.codec.encode(pixels, randomness.normal(task.seed, position, POSTERIOR, shape))
     condition = Condition()
     if task.classes:
-        condition = Condition(label=batch.label.to(device))
+        condition = Condition(label=batch.label.to(device, non_blocking=True))
         if task.label_dropout:
             condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
     return pixels, condition, batch.position

@@ -35,7 +35,7 @@ def record(step: int) -> dict[str, Any]:
     return {
         "step": step, "loss": loss, "mse": loss,
         "gradient_norm": 0.4 + math.exp(-step / 100) + uneven, "learning_rate": 1e-3, "images_per_second": 100.0,
-        "utilisation": 0.4, "stalled": 0.01, "clipped": 0.0, "not_finite": 0, "rollbacks": 0, "skipped": 0,
+        "utilisation": 0.4, "stalled": 0.01, "clipped": 0.0, "kept_out": 0, "rollbacks": 0, "skipped": 0,
         "epoch": step * 64 / 1000, "memory": 1,
     }  # fmt: skip
 
@@ -109,7 +109,7 @@ def test_a_healthy_run_is_left_in_peace_at_every_age(made, steps):
         ((), says(clipped=lambda step: float(step < 200)), says()),
         ((), says(gradient_norm=lambda step: 0.4 + 20 * math.exp(-step / 20)), says()),
         (("training.optimizer.warmup=0",), says(gradient_norm=lambda step: 0.4 + 20 * math.exp(-step / 20)), says()),
-        ((), says(not_finite=lambda step: int(step > 900)), says()),
+        ((), says(kept_out=lambda step: int(step > 900)), says()),
         ((), says(skipped=9), says()),
         (LATENTS, says(), says(data_std=0.8, data_spread=0.7, data_mean=-0.3)),
         ((), says(), says(data_std=0.4, data_mean=0.8, data_spread=0.3)),  # pixels may be of any brightness
@@ -217,7 +217,7 @@ def test_off_near_the_data(made):
     "log",
     [
         says(rollbacks=2),
-        says(not_finite=lambda step: step // 100),
+        says(kept_out=lambda step: step // 100),
         says(mse=thrown),
         says(mse=lambda step: 30.0 if step <= 100 else record(step)["mse"]),
     ],

@@ -59,7 +59,7 @@ def test_the_log_tells_every_number(tiny):
     records = read_log(run)
     assert [record["step"] for record in records] == [2, 4, 6]
     expected = {"step", "loss", "mse", "vb", "gradient_norm", "learning_rate", "images_per_second", "epoch"}
-    expected |= {"skipped", "utilisation", "stalled", "clipped", "not_finite", "rollbacks", "memory"}
+    expected |= {"skipped", "utilisation", "stalled", "clipped", "kept_out", "rollbacks", "memory"}
     assert set(records[0]) == expected
     assert [record["learning_rate"] for record in records] == pytest.approx([0.0005, 0.001, 0.001])
     assert records[-1]["epoch"] == pytest.approx(6 * 32 / 1000)

@@ -86,7 +86,7 @@ def run(tmp_path, recipe, doctor) -> Path:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for step in (10, 20, 30, 40):
         numbers = {"loss": 5 / step, "gradient_norm": 3 - step / 40, "learning_rate": 1e-4, "images_per_second": 128.0}
-        numbers |= {"utilisation": 0.375, "stalled": 0.02, "clipped": 0.5, "not_finite": 2, "rollbacks": step // 30}
+        numbers |= {"utilisation": 0.375, "stalled": 0.02, "clipped": 0.5, "kept_out": 2, "rollbacks": step // 30}
         append(folder / "log.jsonl", {"step": step, **numbers, "skipped": 0, "memory": 2**31})
     append(folder / "log.jsonl", {"step": 20, "fd": 9.0, "fd_low": 8.0, "fd_high": 10.0})
     append(folder / "log.jsonl", {"step": 40, "fd": 11.0, "fd_low": 10.0, "fd_high": 12.0})

@@ -12,11 +12,11 @@ from tessera.codecs import AutoencoderConfig, PixelsConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.data import Batch
 from tessera.process.gaussian import GaussianConfig
-from tessera.training import health, parallel
+from tessera.training import health, parallel, step
 from tessera.training import task as streams
 from tessera.training.optimizers import Adam, Muon
 from tessera.training.parallel import Team
-from tessera.training.step import Learner, Tally, Told, train_step
+from tessera.training.step import Learner, Tally, Told, train_step, update
 from tessera.training.task import Task, losses, prepare
 
 CPU = torch.device("cpu")
@@ -116,8 +116,10 @@ def test_clipping_shortens_the_gradient_but_not_what_is_told(tiny_model):
 
 @pytest.mark.parametrize("config", [Adam(weight_decay=0.1, clip=1.0), Muon(weight_decay=0.1, clip=1.0)])
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss", "gradient"])
-def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model, config, bad):
-    """And the steps after it go as if it had never been."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model, monkeypatch, config, bad, ahead):
+    """And the steps after it go as if it had never been; also where the host does not wait for the device."""
+    monkeypatch.setattr(step, "update", lambda optimizer, kept, **_: update(optimizer, kept, ahead))
     asked = task(process=tiny_model.process)
 
     def after(*numbers: int) -> tuple[list[torch.Tensor], list[float]]:
