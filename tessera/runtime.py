@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from tessera.errors import TesseraError
 
@@ -154,8 +157,35 @@ def ranks(device: torch.device | None = None) -> Iterator[Ranks]:
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, timeout=timedelta(days=30 if backend == "gloo" else 1))
+    rank, patience = int(os.environ["RANK"]), timedelta(days=30 if backend == "gloo" else 1)
+    store, *_ = next(rendezvous("env://", timeout=patience))
+    distributed.init_process_group(
+        backend, timeout=patience, world_size=count, rank=rank, store=_fresh(store, rank, count)
+    )
     try:
-        yield Ranks(distributed.get_rank(), count)
+        yield Ranks(rank, count)
     finally:
         distributed.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, count: int) -> Store:
+    """A part of a store that nobody used before.
+
+    torchrun keeps one store over all restarts, so that processes would look for those that died (torch 2.13). Here the
+    first process thinks of a name, and tells whoever asks until all have heard it: the dead cannot answer.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"question/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"{name}/heard/{rank}", "")
+    away = set(range(1, count)) if rank == 0 else set()
+    while away:
+        for other in sorted(away):
+            if store.check([f"question/{other}"]):
+                question = store.get(f"question/{other}").decode()
+                store.set(f"answer/{question}", name)
+            if store.check([f"{name}/heard/{other}"]):
+                away.remove(other)
+        time.sleep(0.01)
+    return PrefixStore(name, store)

@@ -1,13 +1,22 @@
 """What every test may use: small networks with random weights, and models that draw in milliseconds."""
 
+import json
+import os
+import runpy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from tessera import bundle
 from tessera.bundle import BundleConfig, Model
 
 hypothesis_settings.register_profile("tessera", deadline=None)  # speed lives in benchmarks/
@@ -29,6 +38,37 @@ def _randomise(network: nn.Module, seed: int = 0) -> nn.Module:
 @pytest.fixture
 def randomise() -> Callable[..., nn.Module]:
     return _randomise
+
+
+@pytest.fixture(scope="session")
+def processes() -> SimpleNamespace:
+    """What `processes.py` has: `together(2, function, ...)` and `start`."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("processes.py"))))
+
+
+def _whole_state(run: Path) -> dict[str, bytes]:
+    newest = bundle.checkpoints(run)[0]
+    reader = HuggingFaceStorageReader(str(newest / "state"))
+    held = {
+        name: torch.empty(tuple(told.size), dtype=told.properties.dtype)
+        for name, told in reader.read_metadata().state_dict_metadata.items()
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process, as there should be
+        load(held, storage_reader=reader, no_dist=True)
+    for path in (newest / bundle.WEIGHTS, *newest.glob("ema/*.safetensors")):
+        held |= {f"{path.relative_to(newest)}/{name}": tensor for name, tensor in load_file(path).items()}
+    place = json.loads((newest / "training.json").read_text())
+    told = {name: json.dumps(place[name]).encode() for name in ("step", "position", "watch")}
+    return {name: tensor.numpy().tobytes() for name, tensor in held.items()} | told
+
+
+@pytest.fixture
+def whole_state() -> Callable[[Path], dict[str, bytes]]:
+    """All that a run's newest checkpoint holds, bit for bit; of several processes, whoever wrote which part."""
+    return _whole_state
 
 
 @pytest.fixture

@@ -271,9 +271,13 @@ def main() -> None:
     try:
         app()
     except TesseraError as error:
-        which = f"process {_process()}: " if _process() else ""
-        print(which + (f"error: {error}" if not hasattr(error, "exit_code") else str(error)), file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            which = f"process {_process()}: " if _process() else ""
+            print(f"{which}error: {error}", file=sys.stderr)
+        elif not _process():  # no fault: all stop alike, and one says so
+            print(error, file=sys.stderr)
+        sys.exit(1 if code is None else code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -25,7 +25,7 @@ from tessera.process import Process
 from tessera.training.task import NOISE, Task, prepare
 
 BINS = 10  # of time, of equal width
-PROBE = 16  # samples of a probe
+PROBE = 16  # samples of a probe at most; of a small batch half, so that a probe costs less than a step
 STILL = 0.02  # a place of the data whose spread between samples is less hardly varies; the noise's is 1
 DEAD = 0.1  # a place of the output that varies less than this share of what it is trained towards hardly varies
 LOGITS = 2**23  # attention logits held at once
@@ -84,7 +84,8 @@ def probe(network: DiT, averaged: DiT, batch: Batch, task: Task) -> dict[str, An
 
     What cannot be said of so few samples or of no classes is absent; what is not finite is None.
     """
-    samples = replace(batch, **{name: getattr(batch, name)[:PROBE] for name in ("pixels", "label", "position")})
+    count = min(PROBE, max(4, len(batch.position) // 2))
+    samples = replace(batch, **{name: getattr(batch, name)[:count] for name in ("pixels", "label", "position")})
     device = next(network.parameters()).device
     # Whatever is compiled runs as it is written: compiled code is blind to hooks, and other shapes would compile anew.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):

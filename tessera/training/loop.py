@@ -278,7 +278,7 @@ class Training:
         self.tally, self.clock = Tally(), Clock()
         self.journal.rewind(place.step)
         self.journal.say(
-            f"{in_a_row} bad steps in a row, the last because {seen.why}: back to step {place.step} and past "
+            f"bad steps in a row: {in_a_row}, the last because {seen.why}: back to step {place.step} and past "
             f"the batches before step {seen.step} (try {tries} of {config.tries})"
         )
 

@@ -42,7 +42,7 @@ def born():
     os._exit(code)
 
 def newest():
-    return max((path.name for path in checkpoints.glob("step-" + "[0-9]" * 9)), default="")
+    return max((path.name for path in checkpoints.glob("step-" + "[0-9]" * 9) if int(path.name[5:])), default="")
 
 told = []
 for life in range(kills):
@@ -104,7 +104,7 @@ def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tessera, reci
     assert told["code"] == 0
     lives = told["lives"]
     assert sum(life["killed"] for life in lives) >= 4
-    steps = [life["newest"] for life in lives if life["newest"] not in ("", "step-000000000")]
+    steps = [life["newest"] for life in lives]
     assert steps == sorted(steps)
     assert len(set(steps)) >= 4  # killed at different places
     is_whole(tmp_path / "run", tmp_path / "whole")

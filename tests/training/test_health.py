@@ -141,7 +141,7 @@ def seen(network, given: Batch, asked: Task):
 @pytest.mark.parametrize("block", ["adaln-zero", "adaln", "adaln-single", "modern", "cross-attention", "in-context"])
 @torch.no_grad()
 def test_activations_are_those_of_the_blocks_one_by_one(make, block):
-    network, given, asked = make(block), batch(16), task()
+    network, given, asked = make(block), batch(4), task()
     found = probe(network, network, given, asked)
     x, t, condition, _, _ = seen(network, given, asked)
     tokens, context = network.embed(x, 1000 * t, condition)
@@ -158,7 +158,7 @@ def logits(qkv, x, heads: int):
 
 @torch.no_grad()
 def test_attention_logits_by_hand(make):
-    network, given, asked = make(), batch(16), task()
+    network, given, asked = make(), batch(4), task()
     x, t, condition, _, _ = seen(network, given, asked)
     tokens, context = network.embed(x, 1000 * t, condition)
     found = probe(network, network, given, asked)
@@ -173,7 +173,7 @@ def test_attention_logits_by_hand(make):
 @torch.no_grad()
 def test_attention_logits_by_hand_with_equal_lengths_and_angles(make):
     """Queries of length sharpness, keys of length 1 (in rms), both turned by their places."""
-    network, given, asked = make("modern"), batch(16), task()
+    network, given, asked = make("modern"), batch(4), task()
     x, t, condition, _, _ = seen(network, given, asked)
     tokens, context = network.embed(x, 1000 * t, condition)
     block = network.blocks[0]
@@ -197,7 +197,7 @@ def test_attention_logits_in_parts_are_those_of_the_whole(monkeypatch):
 
 @torch.no_grad()
 def test_gates_and_scales_are_those_of_the_steering_vectors(make):
-    network, given, asked = make(), batch(16), task()
+    network, given, asked = make(), batch(4), task()
     _, t, condition, _, _ = seen(network, given, asked)
     context = network.tell(1000 * t, condition, (4, 4))
     found = probe(network, network, given, asked)
@@ -224,7 +224,7 @@ def test_designs_tell_what_they_have(make, block, absent):
 
 @torch.no_grad()
 def test_losses_of_weights_average_and_wrong_labels(make, randomise):
-    network, averaged, given, asked = make(), randomise(make(), seed=1), batch(16), task()
+    network, averaged, given, asked = make(), randomise(make(), seed=1), batch(4), task()
     x, t, condition, x0, noise = seen(network, given, asked)
     found = probe(network, averaged, given, asked)
 
@@ -239,7 +239,7 @@ def test_losses_of_weights_average_and_wrong_labels(make, randomise):
 
 def test_labels_are_not_withheld_and_only_the_first_samples_count(make):
     network, given, asked = make(), batch(40), task()
-    first = Batch(given.pixels[:16], given.label[:16], given.position[:16])
+    first = Batch(given.pixels[:32], given.label[:32], given.position[:32])
     expected = probe(network, network, first, asked)
     assert probe(network, network, given, replace(asked, label_dropout=0.9)) == expected
 
@@ -249,8 +249,8 @@ def test_steps_of_a_process_are_those_it_was_trained_at(make):
     network, process = make(outputs=2), GaussianConfig(steps=20).build()
     heard = []
     network.t_embedder.register_forward_pre_hook(lambda module, given: heard.append(given[0]))
-    found = probe(network, network, batch(5), task(process=process))
-    assert heard[0].tolist() == [2, 6, 10, 14, 18]
+    found = probe(network, network, batch(4), task(process=process))
+    assert heard[0].tolist() == [2, 7, 12, 17]
     assert math.isfinite(found["loss_probe"])
 
 
@@ -260,7 +260,7 @@ def test_without_classes_no_label_is_wrong(make):
 
 
 def test_the_data_by_numpy(make):
-    network, given = make(), batch(16)
+    network, given = make(), batch(4)
     pixels = given.pixels.clone()
     pixels[..., :4, :] = 9  # the upper half of every picture
     found = probe(network, network, replace(given, pixels=pixels), task())
@@ -272,7 +272,7 @@ def test_the_data_by_numpy(make):
 
 
 def test_patches_that_say_the_same_are_dead(make):
-    network, given = make(), batch(16)
+    network, given = make(), batch(4)
     assert probe(network, network, given, task())["dead_patches"] == 0
     nn.init.zeros_(network.final_layer.linear.weight)
     assert probe(network, network, given, task())["dead_patches"] == 1
@@ -310,7 +310,7 @@ def test_a_probe_leaves_nothing_behind(make):
 
 def test_what_is_compiled_stays_so_and_is_looked_into(make):
     """A probe neither compiles nor makes the next step compile anew, though its batch is another and it has hooks."""
-    network, given, asked = make(), batch(8), task()
+    network, given, asked = make(), batch(4), task()
     expected = probe(network, network, given, asked)
     compiled = []
 

@@ -1,0 +1,119 @@
+"""What checkpoints, looks inside (health) and the log cost a run, as shares of the time of its steps.
+
+    OMP_NUM_THREADS=1 python benchmarks/overheads.py [--width 384] [--depth 12] [--batch 8] [--rounds 9]
+
+One process trains a network of DiT-S's size on 64 tokens, as DiT-S/4 does at 256 pixels: the digits, a token a pixel.
+Each is done as a run does it (`loop.Training`), and takes turns with plain steps:
+
+held       until the loop goes on after it has begun a checkpoint: what is to be written is copied
+written    a checkpoint altogether: the steps taken until it stands, less as many plain steps around them
+health     one look inside
+log        one record, the look at processes and memory included; the machine's peak is measured before
+
+The share is of the steps between two of them at the default intervals, batch as said: a larger batch makes it smaller.
+Wall time tells what a run waits, on a busy machine roughly; CPU time counts this process's threads alone.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tessera import bundle, runtime
+from tessera.models.dit import parameter_count
+from tessera.settings import parse
+from tessera.training.checkpoint import Place
+from tessera.training.journal import Journal
+from tessera.training.loop import Training
+from tessera.training.recipe import Recipe, TrainingConfig
+from tessera.training.run import prepare_folder, set_up
+
+
+def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
+    told = {
+        "output": str(folder),
+        "data": {"kind": "digits"},
+        "network": {"patch": 1, "width": width, "depth": depth, "heads": width // 64},
+        "training": {"batch": batch, "device": "cpu", "keep_checkpoints": 1, "tensorboard": True},
+    }
+    run = set_up(parse(Recipe, told, "the benchmark's recipe"))
+    prepare_folder(run)
+    return Training(run, Place(0, 0), Journal(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True))
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall and of CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    runtime.peak_flops(torch.device("cpu"))
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("step", "held", "written", "health", "log")}
+    with tempfile.TemporaryDirectory() as place:
+        training = begin(Path(place, "run"), asked.width, asked.depth, asked.batch)
+        batches = training.run.loader.batches()
+        batch = next(batches)
+        told = training._one_step(batch)
+
+        def step() -> None:
+            nonlocal batch, told
+            batch = next(batches)
+            told = training._one_step(batch)
+            training._heed(training.watch.read())
+
+        for number in range(asked.rounds + 1):  # the first warms up
+            before = [timed(step) for _ in range(2)]
+            held = timed(training._save)
+            meanwhile = []
+            while training.writer.busy:
+                meanwhile.append(timed(step))
+            training.writer.wait()
+            after = [timed(step) for _ in range(2)]
+            plain = [statistics.median(values) for values in zip(*before, *after)]
+            if number:
+                found["step"] += before + after
+                found["held"].append(held)
+                extra = [sum(values) - len(meanwhile) * usual for values, usual in zip(zip(*meanwhile), plain)]
+                found["written"].append((held[0] + extra[0], held[1] + extra[1]))
+            for name, work in (("health", lambda: training._look_inside(batch, told)), ("log", training._log)):
+                spent = timed(work)
+                if number:
+                    found[name].append(spent)
+        batches.close()
+        training.writer.close()
+        size = sum(path.stat().st_size for path in bundle.checkpoints(Path(place, "run"))[0].rglob("*"))
+        training.journal.close()
+    every = TrainingConfig(steps=1)
+    intervals = {
+        "held": every.checkpoint_every,
+        "written": every.checkpoint_every,
+        "health": every.health_every or 1,
+        "log": every.log_every,
+    }
+    medians = {name: [statistics.median(values) for values in zip(*spent)] for name, spent in found.items()}
+    wall, cpu = medians["step"]
+    print(f"{parameter_count(training.run.network):,} parameters, a checkpoint of {size / 1e6:.0f} MB; ", end="")
+    print(f"a step of {asked.batch}: {wall:.2f} s wall, {cpu:.2f} s CPU (medians of {asked.rounds} rounds)\n")
+    print("| what | every so many steps | wall, ms | CPU, ms | of the steps, wall | of the steps, CPU |")
+    print("|---|---|---|---|---|---|")
+    for name, interval in intervals.items():
+        shares = [spent / (interval * usual) for spent, usual in zip(medians[name], (wall, cpu))]
+        spent = [f"{1000 * value:.1f}" for value in medians[name]]
+        print(f"| {name} | {interval} | {' | '.join(spent)} | {' | '.join(f'{share:.3%}' for share in shares)} |")
+
+
+if __name__ == "__main__":
+    main()
