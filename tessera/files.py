@@ -35,7 +35,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def start(target: Path) -> Path:
-    """The place beside a target where it is to be made, with nothing there. TesseraError if the target exists already."""
+    """The place beside a target where it is to be made, with nothing there. TesseraError if the target exists."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TesseraError(f"{target} exists already: remove it or give another name")
     partial = target.with_name(target.name + PARTIAL)

@@ -270,7 +270,10 @@ def faults(checkpoint: Path, ranks: Ranks = Ranks()) -> list[str]:  # noqa: B008
     return sorted({fault for part in ranks.gather(found) for fault in part})
 
 
-def newest_whole(run: Path, ranks: Ranks = Ranks()) -> tuple[Path | None, dict[Path, list[str]]]:  # noqa: B008 (frozen)
+def newest_whole(
+    run: Path,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+) -> tuple[Path | None, dict[Path, list[str]]]:
     """The newest checkpoint that is whole, and what is damaged in those that are newer. Every process must ask.
 
     Raises TesseraError if there are checkpoints and none is whole.
@@ -283,8 +286,8 @@ def newest_whole(run: Path, ranks: Ranks = Ranks()) -> tuple[Path | None, dict[P
     if damaged:
         first, found = next(iter(damaged.items()))
         raise TesseraError(
-            f"every checkpoint in {run / 'checkpoints'} is damaged ({first.name}: {'; '.join(found[:3])}): start afresh "
-            "with another output="
+            f"every checkpoint in {run / 'checkpoints'} is damaged ({first.name}: {'; '.join(found[:3])}): start "
+            "afresh with another output="
         )
     return None, damaged
 

@@ -4,12 +4,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tessera.errors import TesseraError
 from tessera.files import write_whole
 
 LOG, HEALTH = "log.jsonl", "health.jsonl"
@@ -76,9 +78,15 @@ class Journal:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.silent:
             return
-        if name not in self._files:
-            self._files[name] = (self.run / name).open("a", encoding="utf-8", buffering=1)
-        self._files[name].write(json.dumps(record) + "\n")
+        try:
+            if name not in self._files:
+                self._files[name] = (self.run / name).open("a", encoding="utf-8", buffering=1)
+            self._files[name].write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise TesseraError(
+                f"cannot write {self.run / name}: {error.strerror or error}; mend that and run the same command again "
+                "to go on"
+            ) from error
 
     def picture(self, step: int, sheet) -> None:
         """A grid of samples, uint8 [H, W, C], for TensorBoard."""
@@ -118,7 +126,8 @@ class Journal:
 
     def _close_files(self) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # of what could not be written, and was told
+                file.close()
         self._files = {}
         if self._board is not None:
             self._board.close()

@@ -1,0 +1,491 @@
+"""What becomes of a run that something befalls? Real runs of the command line, each disturbed in one way, then gone on.
+
+    python benchmarks/faults.py [--out runs/faults] [NAME ...]
+
+Each row: a small run of digits is started by `tessera train` (two processes: by torchrun, weights divided), the fault
+is done to it, and the same command is run again. The last column compares all tensors of the final checkpoint (weights,
+averages, optimizer) and its place, bit for bit, with a run that nothing befell; where steps were kept out or batches
+passed over, with a run that was told to pass over the same batches.
+
+A full disk is a small tmpfs, which only root may mount: others miss one row. Linux.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tessera
+
+HERE = Path(__file__).resolve()
+ROOT = Path(tessera.__file__).parents[1]
+STEPS, EVERY, BATCH = 60, 10, 32
+RECIPE = (
+    "network.width=48", "network.depth=2", "network.heads=2", "sampling.steps=2", f"training.batch={BATCH}",
+    f"training.checkpoint_every={EVERY}", "training.keep_checkpoints=3", "training.log_every=1",
+    "training.sample_every=1000", "training.sample_seeds=1", "training.tensorboard=false", "training.device=cpu",
+    "training.health_every=20", "training.optimizer.decay=constant", "training.optimizer.warmup=0",
+    "training.ema={decay: 0.99, also: [0.9]}", "training.stability.window=16", "training.stability.patience=4",
+    "training.shard=all",
+)  # fmt: skip
+BAD = 34  # the step that meets the fault of the data, between two checkpoints
+ENOUGH = 300.0  # seconds after which a run is said to hang
+
+
+# Inside a disturbed run: python benchmarks/faults.py inject FAULT train ...
+
+
+def inject(fault: str) -> None:
+    """Have this process meet a fault."""
+    import resource
+
+    import torch
+
+    from tessera.training import loop, parallel, step
+
+    name, rank, size = (*fault.split(":"), "0", "0")[:3]
+    bad = (BAD - 1) * BATCH
+    prepare, train_step = step.prepare, loop.train_step
+
+    def spoilt(batch, task, device):
+        """One sample of one batch, so that of two processes one alone meets it."""
+        x0, condition, position = prepare(batch, task, device)
+        there = (batch.position == bad).view(-1, 1, 1, 1)
+        return torch.where(there, x0 * {"nan": torch.nan, "spike": 1000.0}[name], x0), condition, position
+
+    def damaged(learner, batch, *rest):
+        told = train_step(learner, batch, *rest)
+        start = int(batch.position[0]) // BATCH * BATCH
+        if start == bad or (name == "ruin" and start > bad):
+            with torch.no_grad():
+                for weight in learner.network.parameters():
+                    parallel.local(weight).mul_(30)
+        return told
+
+    def limited(learner, batch, *rest):
+        if int(batch.position[0]) // BATCH * BATCH == bad and os.environ.get("RANK", "0") == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+        return train_step(learner, batch, *rest)
+
+    if name in ("nan", "spike"):
+        step.prepare = spoilt
+    else:
+        loop.train_step = {"damage": damaged, "ruin": damaged, "limit": limited}[name]
+
+
+# Outside
+
+
+@dataclass
+class Row:
+    fault: str
+    processes: int
+    does: str
+    kept: int | None  # the last step that the run kept when it ended
+    equal: str
+
+
+class Life:
+    """A run in processes of its own."""
+
+    def __init__(
+        self, bench: "Bench", run: Path, fault: str | None = None, restarts: int = 0, steps: int = STEPS
+    ) -> None:
+        self.run, self.count, count = run, bench.count, bench.count
+        what = [str(HERE), "inject", fault] if fault else ["-m", "tessera"]
+        words = [*what, "train", str(ROOT / "recipes/digits.yaml"), *RECIPE, f"training.steps={steps}", f"output={run}"]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        launcher += ["--max-restarts", str(restarts)] if restarts else []
+        command = [sys.executable, *(launcher if count > 1 else []), *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self._said = (bench.out / f"{run.parent.name}-{run.name}-{time.monotonic_ns()}.txt").open("w+")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self._said, stderr=subprocess.STDOUT, text=True, process_group=0
+        )
+        self.disturbed = time.monotonic()
+
+    def ranks(self) -> dict[int, int]:
+        """The process of each rank."""
+        if self.count == 1:
+            return {0: self.process.pid}
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                environment = (folder / "environ").read_bytes()
+            except (OSError, ValueError):
+                continue
+            rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", environment)
+            if parent == self.process.pid and rank:
+                found[int(rank[1])] = int(folder.name)
+        return found
+
+    def reach(self, step: int) -> None:
+        """Until the log tells of a step."""
+        log = self.run / "log.jsonl"
+        while self.process.poll() is None:
+            if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
+                return
+            time.sleep(0.005)
+
+    def writing(self, after: int) -> None:
+        """Until a checkpoint past a step is half-written."""
+        while self.process.poll() is None:
+            half = (self.run / "checkpoints").glob("step-*.partial/state/*")
+            if any(int(path.parents[1].name[5:14]) > after for path in half):
+                return
+            time.sleep(0.0005)
+
+    def signal(self, number: signal.Signals, *pids: int) -> None:
+        self.disturbed = time.monotonic()
+        for pid in pids or (self.process.pid,):
+            os.kill(pid, number)
+
+    def end(self) -> tuple[int | None, str]:
+        """Exit code and what was said; None if it does not end, and has to be killed."""
+        try:
+            code = self.process.wait(ENOUGH)
+        except subprocess.TimeoutExpired:
+            code = None
+            for pid in [*self.ranks().values(), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+        self.seconds = time.monotonic() - self.disturbed
+        self._said.seek(0)
+        said = self._said.read()
+        self._said.close()
+        return code, said
+
+
+def state(run: Path) -> dict[str, Any]:
+    """Tensors as bytes, by name, and the place, of the newest checkpoint; headers of files are in no fixed order."""
+    from safetensors.torch import load_file
+
+    newest = checkpoints(run)[0]
+    held: dict[str, Any] = {
+        f"{path.relative_to(newest)} {name}": tensor.numpy().tobytes()
+        for path in sorted(newest.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    place = json.loads((newest / "training.json").read_text())
+    return held | {name: place[name] for name in ("step", "position", "watch")}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoints/step-" + "[0-9]" * 9), reverse=True)
+
+
+def newest(run: Path) -> int | None:
+    present = checkpoints(run)
+    return int(present[0].name[5:]) if present else None
+
+
+def log(run: Path) -> list[dict]:
+    """The log without what differs from time to time, and without the counts of what went wrong."""
+    timed = ("images_per_second", "utilisation", "stalled", "memory", "kept_out", "rollbacks")
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in timed} for record in records]
+
+
+def passed(run: Path) -> list[dict]:
+    path = run / "passed.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def message(code: int | None, said: str, run: Path) -> str:
+    """How a run ended: exit code, and the last thing each process said of it."""
+    if code is None:
+        return f"**does not end within {ENOUGH:.0f} s**"
+    kinds = ("error:", "stopped at", "is damaged", "back to step", "kept out of the weights")
+    told: dict[tuple[str, str], str] = {}  # the last of each kind, of each process
+    for line in said.splitlines():
+        line = line.replace(str(run), "RUN").replace(str(run.parent), "..")
+        who = "process 1" if line.startswith("process 1") else ""
+        for kind in kinds:
+            if kind in line and not line.startswith(("torch", "[", "E1", "W1")):
+                told[who, kind] = line if len(line) < 200 else line[:200].rpartition(" ")[0] + " ..."
+    for (who, kind), line in list(told.items()):  # what both say is said once
+        if who and told.get(("", kind)) == line.removeprefix(f"{who}: "):
+            del told[who, kind]
+    ours = any(re.search(r'File ".*/tessera/', line) for line in said.splitlines())
+    crashed = "; **a traceback**" if ours else ""
+    return f"exit {code}" + "".join(f'; "{line}"' for line in told.values()) + crashed
+
+
+class Bench:
+    def __init__(self, out: Path, count: int) -> None:
+        self.out, self.count = out, count
+        out.mkdir(parents=True, exist_ok=True)
+        self._whole: dict[tuple[int, ...], Path] = {}
+
+    def folder(self, name: str) -> Path:
+        path = self.out / f"{name}-{self.count}"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def whole(self, passing: Iterable[int] = (), steps: int = STEPS) -> Path:
+        """A run that nothing befell, told to pass over these positions."""
+        key = (*sorted(set(passing)), steps)
+        if key not in self._whole:
+            run = self.folder(f"whole{len(self._whole)}")
+            run.mkdir(parents=True)
+            records = [{"step": 1, "position": at, "outcome": "passed over", "samples": []} for at in key[:-1]]
+            if records:
+                (run / "passed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            code, said = Life(self, run, steps=steps).end()
+            assert code == 0, said
+            self._whole[key] = run
+        return self._whole[key]
+
+    def go_on(self, run: Path, whole: Path) -> str:
+        """Run the same command again and compare."""
+        code, said = Life(self, run).end()
+        if code != 0:
+            return f"**no: exit {code}** {message(code, said, run)}"
+        return compare(run, whole)
+
+
+def compare(run: Path, whole: Path) -> str:
+    one, other = state(run), state(whole)
+    differing = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
+    if differing:
+        return f"**no: {len(differing)} of {len(other)} tensors differ**"
+    if log(run) != log(whole):
+        return "bit for bit; **the log differs**"
+    left = [path.name for path in run.rglob("*.partial")]
+    return "yes, bit for bit" + (f"; **left behind: {', '.join(left)}**" if left else "")
+
+
+# The faults: each a function of the bench, its name, and what is said of it
+
+Done = Callable[[Bench, str, str], Row]
+
+
+def as_told(bench: Bench, run: Path) -> Path:
+    """A run that was told to pass over what this one passed over."""
+    return bench.whole(record["position"] for record in passed(run) if record["outcome"] == "passed over")
+
+
+def of_data(bench: Bench, name: str, what: str) -> Row:
+    """One batch is kept out: weights and the optimizer's memory are those of a run that never meets it."""
+    run = bench.folder(name)
+    code, said = Life(bench, run, name).end()
+    equal = f"**no: exit {code}**"
+    if code == 0:
+        whole = bench.whole([(BAD - 1) * BATCH], STEPS - 1)
+        one, other = ({key: value for key, value in state(each).items() if "state/" in key} for each in (run, whole))
+        noted = len(passed(run)) == 1 and len(passed(run)[0]["samples"]) == BATCH
+        equal = (
+            "yes: weights and optimizer of a run without this batch, bit for bit"
+            if one == other and noted
+            else "**no**"
+        )
+    return Row(what, bench.count, message(code, said, run), newest(run), equal)
+
+
+def damage(bench: Bench, name: str, what: str) -> Row:
+    run = bench.folder(name)
+    code, said = Life(bench, run, name).end()
+    kept = newest(run)
+    whole = as_told(bench, run)
+    equal = compare(run, whole) if code == 0 else bench.go_on(run, whole)
+    equal = equal.replace("yes", "yes: as a run told to pass over the same batches")
+    return Row(what, bench.count, message(code, said, run), kept, equal)
+
+
+def damaged_file(harm: Callable[[Path], None]) -> Done:
+    """A run that ended has a file of its newest checkpoint damaged, and is gone on with."""
+
+    def done(bench: Bench, name: str, what: str) -> Row:
+        whole, run = bench.whole(), bench.folder(name)
+        shutil.copytree(whole, run)
+        harm(checkpoints(run)[0])
+        code, said = Life(bench, run).end()
+        going = re.search(r"going on from step (\d+)", said)
+        does = message(code, said, run) + (f"; goes on from step {going[1]}" if going else "")
+        equal = compare(run, whole) if list(run.rglob("*.damaged")) else "**no: it was not seen**"
+        return Row(what, bench.count, does, int(going[1]) if going else None, equal)
+
+    return done
+
+
+def truncate(checkpoint: Path) -> None:
+    shard = max((checkpoint / "state").iterdir())
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def flip(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-99] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+
+def forget_place(checkpoint: Path) -> None:
+    (checkpoint / "training.json").unlink()
+
+
+def signalled(
+    number: signal.Signals, whom: Callable[[Life], list[int]], when: str = "between", restarts: int = 0
+) -> Done:
+    """A signal between two checkpoints, or in the midst of writing one."""
+
+    def done(bench: Bench, name: str, what: str) -> Row:
+        run = bench.folder(name)
+        life = Life(bench, run, restarts=restarts)
+        life.writing(20) if when == "writing" else life.reach(25)
+        life.signal(number, *whom(life))
+        code, said = life.end()
+        kept, does = newest(run), f"{message(code, said, run)}; ended after {life.seconds:.1f} s"
+        starts = re.findall(r"going on from step (\d+)", said)
+        if restarts and starts:
+            kept = int(starts[0])
+            does = f"exit {code}: torchrun starts all processes again, which go on from step {', '.join(starts)}"
+        equal = compare(run, bench.whole()) if code == 0 else bench.go_on(run, bench.whole())
+        return Row(what, bench.count, does, kept, equal)
+
+    return done
+
+
+def orphaned(bench: Bench, name: str, what: str) -> Row:
+    """torchrun alone dies, and the processes that it watched do not."""
+    run = bench.folder(name)
+    life = Life(bench, run)
+    life.reach(25)
+    left = life.ranks().values()
+    life.signal(signal.SIGKILL)
+    code, _ = life.end()
+    _, said = Life(bench, run).end()  # at once
+    refused = re.search(r"error: .* is in use by another process", said)
+    while any(Path(f"/proc/{pid}").exists() for pid in left):
+        time.sleep(0.1)
+    does = f"exit {code}; the two processes train on by themselves to step {newest(run)}"
+    does += "; until then the same command is refused: the folder is in use" if refused else ""
+    return Row(what, bench.count, does, newest(run), bench.go_on(run, bench.whole()))
+
+
+def everyone(life: Life) -> list[int]:
+    """As clusters do, torchrun included."""
+    return [life.process.pid, *life.ranks().values()]
+
+
+def started(life: Life) -> list[int]:
+    """The process that was started: torchrun, of many."""
+    return [life.process.pid]
+
+
+def one(life: Life) -> list[int]:
+    """The last rank."""
+    return [max(life.ranks().items())[1]]
+
+
+@contextmanager
+def small_disk(at: Path):
+    at.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(at)], check=True, capture_output=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "-l", str(at)], check=True)
+
+
+def full_disk(left: int) -> Done:
+    """All but so many bytes of a disk are taken between two checkpoints, and given back before the run goes on."""
+
+    def done(bench: Bench, name: str, what: str) -> Row:
+        with small_disk(bench.folder(name)) as disk:
+            run = disk / "run"
+            life = Life(bench, run)
+            life.reach(25)
+            with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+                while shutil.disk_usage(disk).free > left:
+                    filler.write(bytes(4096))
+            life.disturbed = time.monotonic()
+            code, said = life.end()
+            kept, does = newest(run), f"{message(code, said, run)}; ended after {life.seconds:.1f} s"
+            (disk / "filler").unlink()
+            return Row(what, bench.count, does, kept, bench.go_on(run, bench.whole()))
+
+    return done
+
+
+def limited(rank: int, size: int) -> Done:
+    """One process can write no file longer than so many bytes: as a disk that is full for it alone."""
+
+    def done(bench: Bench, name: str, what: str) -> Row:
+        run = bench.folder(name)
+        code, said = Life(bench, run, f"limit:{rank}:{size}").end()
+        kept = newest(run)
+        return Row(what, bench.count, message(code, said, run), kept, bench.go_on(run, bench.whole()))
+
+    return done
+
+
+ANY, TWO = (1, 2), (2,)
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
+RESTARTS = "under `torchrun --max-restarts 3`"
+CASES: dict[str, tuple[tuple[int, ...], str, Done]] = {
+    "nan": (ANY, f"a sample that is not a number, in step {BAD}", of_data),
+    "spike": (ANY, f"a sample 1000 times too large, in step {BAD}", of_data),
+    "damage": (ANY, f"weights x 30 after step {BAD}", damage),
+    "ruin": (ANY, f"weights x 30 after each step from {BAD} on; then mended", damage),
+    "truncated": (ANY, "half of a file of the newest checkpoint's state is gone", damaged_file(truncate)),
+    "bit": (ANY, "one bit of its model.safetensors is flipped", damaged_file(flip)),
+    "place": (ANY, "its training.json is missing", damaged_file(forget_place)),
+    "full": (ANY, "disk full when a checkpoint is written; then space again", full_disk(100_000)),
+    "full-log": (ANY, f"log.jsonl cannot be written from step {BAD} on; then it can", limited(0, 1_000)),
+    "full-first": (TWO, f"disk full for the first process only, from step {BAD}; then space again", limited(0, 50_000)),
+    "full-second": (TWO, "the same for the second process only", limited(1, 50_000)),
+    "ctrl-c": (ANY, "Ctrl-C", signalled(INT, started)),
+    "sigterm": (ANY, "SIGTERM (preemption)", signalled(TERM, started)),
+    "sigterm-all": (TWO, "SIGTERM to torchrun and to every process, as clusters do", signalled(TERM, everyone)),
+    "sigterm-one": (TWO, "SIGTERM to one process", signalled(TERM, one)),
+    "sigterm-again": (TWO, f"SIGTERM to one process, {RESTARTS}", signalled(TERM, one, restarts=3)),
+    "kill": (ANY, "SIGKILL to one process", signalled(KILL, one)),
+    "kill-writing": (
+        ANY,
+        "SIGKILL to one process while a checkpoint is written",
+        signalled(KILL, one, "writing"),
+    ),
+    "kill-again": (TWO, f"SIGKILL to one process, {RESTARTS}", signalled(KILL, one, restarts=3)),
+    "kill-torchrun": (TWO, "SIGKILL to torchrun", orphaned),
+    "kill-all": (TWO, "SIGKILL to torchrun and all processes (power cut)", signalled(KILL, everyone)),
+}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["inject"]:
+        from tessera import cli
+
+        inject(sys.argv[2])
+        sys.argv = ["tessera", *sys.argv[3:]]
+        cli.main()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
+    parser.add_argument("--processes", type=int, choices=(1, 2))
+    asked = parser.parse_args()
+    print("| fault | processes | what the run does | last step kept | gone on: as if nothing had been? |", flush=True)
+    print("|---|---|---|---|---|", flush=True)
+    for count in (1, 2):
+        bench = Bench(asked.out.resolve(), count)
+        for name, (counts, what, done) in CASES.items():
+            if count in counts and (not asked.names or name in asked.names) and asked.processes in (None, count):
+                if name == "full" and os.geteuid():
+                    continue
+                row = done(bench, name, what)
+                print(f"| {row.fault} | {row.processes} | {row.does} | {row.kept} | {row.equal} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
