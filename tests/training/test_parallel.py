@@ -242,6 +242,7 @@ def test_accumulation_makes_no_extra_reduction(processes, tiny):
 
 def test_pictures_scores_and_health_are_those_of_one_process(processes, tiny, tmp_path):
     changes = (
+        "training.batch=64",  # so that half of it has as many samples as a probe looks at
         "training.steps=4",
         "training.sample_every=2",
         "training.health_every=2",
