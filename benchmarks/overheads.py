@@ -72,7 +72,7 @@ def main() -> None:
             nonlocal batch, told
             batch = next(batches)
             told = training._one_step(batch)
-            training._heed(training.watch.read())
+            training._heed(training.watch.read(), last=False)
 
         for number in range(asked.rounds + 1):  # the first warms up
             before = [timed(step) for _ in range(2)]
