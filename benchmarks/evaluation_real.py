@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from tessera.data import ParquetConfig
+from tessera.data import FilesConfig
 from tessera.evaluation import suite
 from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor, moments_of
 from tessera.evaluation.intervals import Measured
@@ -30,7 +30,7 @@ MISSING = 3  # the class that is left out: cats
 class Changed(Data):
     """A data set whose pictures are changed one by one."""
 
-    def __init__(self, config: ParquetConfig, name: str, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
+    def __init__(self, config: FilesConfig, name: str, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
         super().__init__(config)
         self.name, self.change = name, change
 
@@ -84,8 +84,8 @@ def main() -> None:
     network: Extractor = extractor(asked.features, torch.device("cpu"))
     work = asked.work or Path(tempfile.mkdtemp())
 
-    def config(split: str) -> ParquetConfig:
-        return ParquetConfig(path=str(asked.data / f"{split}.parquet"), size=(32, 32))
+    def config(split: str) -> FilesConfig:
+        return FilesConfig(path=str(asked.data / f"{split}.parquet"), size=(32, 32))
 
     def look(subject: Data, name: str) -> FeatureSet:
         return extract(subject, network, work / name, Ranks(), batch=250)

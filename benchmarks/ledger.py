@@ -139,7 +139,7 @@ def recipe_of(data: str, told: list[str]):
 
     settings = [line for line in told if not line.startswith("output")]
     recipe = pixels_like_data(read(RECIPES / SETTINGS[data].recipe, settings))
-    return resolve(recipe, recipe.data.open(), recipe.codec.build())
+    return resolve(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
 def folder(data: str, member: str, seed: int) -> str:

@@ -21,9 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tessera.codecs import AnyCodec, AutoencoderConfig
-from tessera.codecs.autoencoder import Autoencoder
-from tessera.codecs.pixels import Pixels
+from tessera.codecs import AnyCodec, Codec, StoredConfig
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
 from tessera.models.dit import DiT, DiTConfig, parameter_count
@@ -54,7 +52,7 @@ class Model:
 
     config: BundleConfig
     network: DiT
-    loaded_codec: Pixels | Autoencoder | None = None
+    loaded_codec: Codec | None = None
 
     @cached_property
     def process(self) -> Process:
@@ -62,7 +60,7 @@ class Model:
         return self.config.process.resolved(seen.channels, seen.size).build()
 
     @property
-    def codec(self) -> Pixels | Autoencoder:
+    def codec(self) -> Codec:
         """Loaded when first asked for: it may be large, or on a hub."""
         if self.loaded_codec is None:
             self.loaded_codec = self.config.codec.build().to(self.device)
@@ -96,7 +94,7 @@ def save(model: Model, folder: Path, codec_at: str | None = None) -> None:
 def write(model: Model, folder: Path, codec_at: str | None = None) -> None:
     """The files of a bundle, into a folder that is being made."""
     codec = model.config.codec
-    if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir():
+    if isinstance(codec, StoredConfig) and codec.folder is not None:
         if codec_at is None:
             copy_codec(codec, folder / CODEC)
             codec_at = f"./{CODEC}"
@@ -107,10 +105,10 @@ def write(model: Model, folder: Path, codec_at: str | None = None) -> None:
     (folder / CARD).write_text(card(model), encoding="utf-8")
 
 
-def copy_codec(codec: AutoencoderConfig, target: Path) -> None:
+def copy_codec(codec: StoredConfig, target: Path) -> None:
     """The files of an autoencoder that stands in a local folder; a pickle of weights becomes safetensors."""
-    source = Path(codec.source) / (codec.subfolder or "")
-    if not any(source.glob("*.safetensors")):
+    source = codec.folder
+    if source is None or not any(source.glob("*.safetensors")):
         codec.build().save(target)
         return
     target.mkdir(parents=True, exist_ok=True)
@@ -151,7 +149,7 @@ def load_config(folder: Path) -> BundleConfig:
     if isinstance(data, dict) and data.get("format", 1) != 1:
         raise TesseraError(f"{folder} has bundle format {data['format']}; this Tessera reads format 1: upgrade Tessera")
     config = parse(BundleConfig, data, str(folder / CONFIG))
-    if isinstance(config.codec, AutoencoderConfig) and config.codec.source.startswith(("./", "../")):
+    if isinstance(config.codec, StoredConfig) and config.codec.source.startswith(("./", "../")):
         here = str((folder / config.codec.source).resolve())
         config = config.model_copy(update={"codec": config.codec.model_copy(update={"source": here})})
     return config
@@ -227,7 +225,7 @@ def describe(model: Model) -> dict[str, str]:
         "network": f"DiT, {network.block.words()}, depth {network.depth}, width {network.width}, "
         f"heads {network.heads}, patch {network.patch}",
         "sees": f"{network.channels} x {height} x {width}, {classes}",
-        "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, AutoencoderConfig) else ""),
+        "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, StoredConfig) else ""),
         "process": process.words(),
         "parameters": f"{parameter_count(model.network):,}",
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",

@@ -195,6 +195,22 @@ def heat_map(
     return _figure(title, unit, about, [], height + 20, drawn)
 
 
+def bar_chart(title: str, bars: Sequence[tuple[str, float]], about: str = "") -> str:
+    """Numbers, none below zero, as lying bars below each other, as an HTML figure; "" where there are none."""
+    if not bars:
+        return ""
+    most = max(value for _, value in bars) or 1.0
+    step, left, right = 18, 150, 60
+    drawn = []
+    for row, (name, value) in enumerate(bars):
+        y, width = row * step, (WIDTH - left - right) * value / most
+        told = name if len(name) <= 22 else f"{name[:21]}…"
+        drawn.append(f'<text class="end" x="{left - 8}" y="{y + 13}">{html.escape(told)}</text>')
+        drawn.append(f'<rect style="fill:var(--c0)" x="{left}" y="{y + 3}" width="{width:.1f}" height="{step - 6}"/>')
+        drawn.append(f'<text x="{left + width + 6:.1f}" y="{y + 13}">{value:,.10g}</text>')
+    return _figure(title, "", about, [], step * len(bars), drawn)
+
+
 def ramp(share: float) -> str:
     """A colour of the heat maps, share from 0 to 1, as CSS."""
     place = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)

@@ -53,11 +53,13 @@ def finish(partial: Path, target: Path) -> None:
 
 
 @contextmanager
-def whole_file(target: Path) -> Iterator[Path]:
+def whole_file(target: Path, writer: str = "") -> Iterator[Path]:
     """Yield the path of a file to write beside the target; it takes the target's name, on disk to the last byte, at the
     end. If anything fails it is removed and the target is untouched. Raises TesseraError if it cannot be written.
+
+    writer: a name, where several may write the same target at once.
     """
-    partial = target.with_name(target.name + PARTIAL)
+    partial = target.with_name(target.name + (f".{writer}" if writer else "") + PARTIAL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -138,3 +140,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: TESSERA_CACHE, or the place this system has for it."""
+    if told := os.environ.get("TESSERA_CACHE"):
+        return Path(told).expanduser()
+    usual = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(usual or "~/.cache").expanduser() / "tessera"

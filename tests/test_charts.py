@@ -9,7 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tessera.charts import BOTTOM as BELOW
-from tessera.charts import HEIGHT, LEFT, LEVELS, RIGHT, TOP, WIDTH, Axis, Line, Marks, heat_map, line_chart, ramp, short
+from tessera.charts import (
+    HEIGHT,
+    LEFT,
+    LEVELS,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    Line,
+    Marks,
+    bar_chart,
+    heat_map,
+    line_chart,
+    ramp,
+    short,
+)
 
 MOVES = re.compile(r"(-?[\d.]+) (-?[\d.]+)")
 numbers = st.lists(st.floats(-1e30, 1e30) | st.none(), min_size=1, max_size=30)
@@ -147,3 +162,13 @@ def test_the_ramp_grows_lighter():
 )  # fmt: skip
 def test_numbers_are_short(value, said):
     assert short(value) == said
+
+
+def test_bars_are_as_long_as_their_numbers():
+    chart = bar_chart("classes", [("cat <x>", 40), ("dog", 10), ("none", 0)])
+    widths = [float(width) for width in re.findall(r'<rect [^>]* width="([\d.]+)"', chart)]
+    assert widths[0] == 4 * widths[1] > 0
+    assert widths[2] == 0
+    assert "cat &lt;x&gt;" in chart
+    assert re.findall(r">([\d,]+)</text>", chart) == ["40", "10", "0"]
+    assert bar_chart("nothing", []) == ""

@@ -7,7 +7,7 @@ import pytest
 
 from tessera import files
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, remove_partials, whole_folder, write_whole
+from tessera.files import PARTIAL, remove_partials, whole_file, whole_folder, write_whole
 
 
 def full_disk(*_args, **_named):
@@ -146,3 +146,12 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TesseraError, match="cannot write"), files.alone(tmp_path / "file"):
         pass
+
+
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    target = tmp_path / "file"
+    with whole_file(target, "one") as first, whole_file(target, "other") as second:
+        first.write_text("same")
+        second.write_text("same")
+    assert target.read_text() == "same"
+    assert list(tmp_path.iterdir()) == [target]

@@ -31,7 +31,8 @@ FLOORS = [  # the lowest first: errors is the ground, -1, on which settings and 
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "interop"}, "transformers": {"encoders"}, "typer": {"cli"}}
-LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "pyarrow", "tensorboard", "torch.utils.tensorboard"}
+LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "pyarrow", "datasets", "tensorboard"}
+LAZY |= {"torch.utils.tensorboard"}
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}
 EXEMPT = {"__init__.py", "__main__.py"}  # of the package itself: its table of public names, and `python -m`
 

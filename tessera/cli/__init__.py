@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from tessera import __version__
+from tessera.cli.data import app as data_app
+from tessera.cli.data import app as data_app
+from tessera.cli.codec import app as codec_app
 from tessera.cli.evaluate import app as evaluate_app
 from tessera.cli.options import (
     EMA,
@@ -50,7 +53,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(codec_app, name="codec")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data")
 app.command()(tune)
 
 

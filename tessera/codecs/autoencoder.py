@@ -7,81 +7,138 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, digest, listed_numbers, pretrained
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 
+# What of a folder's configuration raw moments depend on.
+ENCODER = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "act_fn", "latent_channels")
+ENCODER += ("norm_num_groups", "use_quant_conv", "mid_block_add_attention")
 
-class AutoencoderConfig(Settings):
-    """A folder that diffusers saved, or a hub id; scale and shift come from its own configuration."""
+
+class AutoencoderConfig(StoredConfig):
+    """A folder that diffusers saved, or a hub id; scale and shift come from its own configuration, if not from here."""
 
     kind: Literal["autoencoder-kl"] = "autoencoder-kl"
-    source: str = Field(description="a folder, or a hub id such as stabilityai/sd-vae-ft-ema")
-    subfolder: str | None = None
-    revision: str | None = None
     tile_above: int = Field(default=1024, ge=64, description="work in tiles of so many pixels a side, if one has more")
 
     def build(self) -> "Autoencoder":
         return Autoencoder(self)
 
 
-class Autoencoder:
-    """encode: pixels in -1 .. 1 to latents of about unit variance; decode: the way back."""
+class Autoencoder(StoredCodec):
+    """Through diffusers' network; the posterior is normal, each number of the latents for itself."""
+
+    stochastic = True
 
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
-        self.vae = _load(config).eval().requires_grad_(False)
-        self.scale = float(self.vae.config.scaling_factor)
-        self.shift = float(self.vae.config.shift_factor or 0.0)
+        self.network = self.vae = pretrained(_network(), config).eval().requires_grad_(False)
         self.pixel_channels = int(self.vae.config.in_channels)
         self.latent_channels = int(self.vae.config.latent_channels)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self._normalise(config, *_scale_and_shift(self.vae.config))
         # Tiles as large as what is worked on whole, not as small as its training pictures (256 for most): group norms
         # take their statistics tile by tile, so that small tiles differ in colour and contrast.
         self.vae.tile_latent_min_size = config.tile_above // self.factor
         self.vae.tile_sample_min_size = self.vae.tile_latent_min_size * self.factor
         self.vae.enable_tiling()
 
-    def to(self, device) -> "Autoencoder":
-        self.vae.to(device)
-        return self
-
     @torch.no_grad()
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """pixels [B, 3, H, W] -> latents [B, C, H / f, W / f]: the posterior's mean, or with standard normal noise of
-        the latents' shape a draw from it, as in training."""
+    def moments(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] -> [B, 2C, h, w]: mean and standard deviation of the posterior"""
         posterior = self.vae.encode(pixels).latent_dist
-        raw = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return (raw - self.shift) * self.scale
+        return torch.cat((posterior.mean, posterior.std), dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, C, H / f, W / f] -> pixels [B, 3, H, W], about -1 .. 1"""
+        """latents [B, C, h, w] -> pixels [B, 3, H, W], about -1 .. 1"""
         return self.vae.decode(latents / self.scale + self.shift).sample
+
+    def fingerprint(self) -> str:
+        """A hash of the encoder, its configuration, and the size of tiles."""
+        facts = {name: self.vae.config.get(name) for name in ENCODER}
+        facts |= {"kind": self.config.kind, "tile_above": self.config.tile_above}
+        encoder = [pair for pair in self.vae.state_dict().items() if pair[0].startswith(("encoder.", "quant_conv."))]
+        return digest(facts, encoder)
 
     def save(self, folder: Path) -> None:
         """Write the autoencoder as a diffusers folder, which `AutoencoderConfig(source=folder)` reads."""
-        self.vae.save_pretrained(folder, safe_serialization=True)
+        write(self.vae, folder, self.scale, self.shift)
 
 
-def _load(config: AutoencoderConfig) -> Any:
+class AutoencoderShape(Settings):
+    """A KL autoencoder that is yet to be trained."""
+
+    channels: tuple[PositiveInt, ...] = Field(
+        default=(16, 32, 64), min_length=1, description="of the layers at each resolution, each half the one before"
+    )
+    latent_channels: PositiveInt = 4
+    layers: PositiveInt = Field(default=1, description="residual blocks at each resolution; the decoder has one more")
+    groups: PositiveInt = Field(default=8, description="of the group norms")
+    attention: Literal["none", "middle"] = Field(default="none", description="middle: at the lowest resolution")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "AutoencoderShape":
+        if odd := [width for width in self.channels if width % self.groups]:
+            raise ValueError(f"channels {odd[0]} is not a multiple of groups {self.groups}")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each axis."""
+        return 2 ** (len(self.channels) - 1)
+
+    def build(self, pixel_channels: int) -> Any:
+        """diffusers' AutoencoderKL with initial weights, drawn by torch's own generator. Raises TesseraError."""
+        return _network()(
+            in_channels=pixel_channels,
+            out_channels=pixel_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(self.channels),
+            up_block_types=("UpDecoderBlock2D",) * len(self.channels),
+            block_out_channels=self.channels,
+            layers_per_block=self.layers,
+            latent_channels=self.latent_channels,
+            norm_num_groups=self.groups,
+            mid_block_add_attention=self.attention == "middle",
+        )
+
+
+def write(network: Any, folder: Path, scale: float | Tensor, shift: float | Tensor) -> None:
+    """diffusers' AutoencoderKL as a folder, with the scale and shift of its latents (numbers, or [C, 1, 1])."""
+    network.register_to_config(**_as_diffusers(scale, shift, network.config.latent_channels))
+    network.save_pretrained(folder, safe_serialization=True)
+
+
+def _scale_and_shift(config: Any) -> tuple[Numbers, Numbers]:
+    """As diffusers reads its own configurations: statistics per channel, where there are any, beside the factor."""
+    scale, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or deviation is None:
+        return scale, shift
+    return tuple(scale / float(number) for number in deviation), tuple(float(number) for number in mean)
+
+
+def _as_diffusers(scale: float | Tensor, shift: float | Tensor, channels: int) -> dict[str, Any]:
+    """What a configuration of diffusers calls a scale and a shift."""
+    if isinstance(scale, float) and isinstance(shift, float):
+        return {"scaling_factor": scale, "shift_factor": shift or None, "latents_mean": None, "latents_std": None}
+    each = torch.ones(channels, 1, 1, dtype=torch.float64)
+    return {
+        "scaling_factor": 1.0,
+        "shift_factor": None,
+        "latents_mean": listed_numbers((each * 0 + shift).cpu()),
+        "latents_std": listed_numbers((each / scale).cpu()),
+    }
+
+
+def _network() -> Any:
+    """diffusers' class."""
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:
         raise TesseraError("an autoencoder needs diffusers: pip install 'tessera[diffusers]'") from None
-    place = {"subfolder": config.subfolder} if config.subfolder else {}
-    if config.revision:
-        place["revision"] = config.revision
-    folder = Path(config.source) / (config.subfolder or "")
-    # Older folders hold a pickle alone; diffusers reads it with weights_only, so that it cannot run a program.
-    pickled = any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-    try:
-        return AutoencoderKL.from_pretrained(config.source, use_safetensors=not pickled, **place)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise TesseraError(
-            f"cannot load the autoencoder '{config.source}': {reason}\n"
-            "give a folder written by diffusers' AutoencoderKL.save_pretrained, or a hub id this machine can reach"
-        ) from None
+    return AutoencoderKL

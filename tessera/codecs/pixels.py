@@ -5,8 +5,10 @@ Shapes: B batch, C channels, H W height and width.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from tessera.codecs.codec import Codec, digest
 from tessera.settings import Settings
 
 
@@ -20,7 +22,7 @@ class PixelsConfig(Settings):
         return Pixels(self)
 
 
-class Pixels:
+class Pixels(Codec):
     """The identity on [B, C, H, W] in -1 .. 1, one (grey) or three (RGB) channels."""
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -28,8 +30,12 @@ class Pixels:
         self.pixel_channels = self.latent_channels = config.channels
         self.factor = 1  # pixels per latent, along each axis
 
-    def to(self, device) -> "Pixels":
+    def to(self, device: torch.device | str) -> "Pixels":
         return self
+
+    def moments(self, pixels: Tensor) -> Tensor:
+        """pixels [B, C, H, W] -> [B, 2C, H, W]: the pixels, and deviations of 0"""
+        return torch.cat((pixels, torch.zeros_like(pixels)), dim=1)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """pixels [B, C, H, W] -> the same"""
@@ -38,3 +44,7 @@ class Pixels:
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, H, W] -> the same"""
         return latents
+
+    def fingerprint(self) -> str:
+        """Of the kind alone: there is nothing else."""
+        return digest({"kind": self.config.kind, "channels": self.config.channels}, [])

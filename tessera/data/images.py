@@ -11,7 +11,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
+from tessera.data.buckets import BucketsConfig
 from tessera.settings import Settings, Size
+
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the tag of EXIF, and its values that swap height and width
+PNG_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # of what can tell an orientation in a PNG
+# What `read` does to an image beside its settings, as caches of latents name it: change it with centre_crop or flatten.
+RESIZING = "halved by boxes, bicubic, centre crop"
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -31,6 +37,17 @@ class ImagesConfig(Settings):
     )
     enlarge: bool = Field(
         default=False, description="scale up images smaller than the size; otherwise they are skipped"
+    )
+    decoding: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: all of an image, as published statistics were made; fast: of a JPEG at least twice as "
+        "large as needed only a half, quarter or eighth",
+    )
+    buckets: BucketsConfig | None = Field(
+        default=None, description="crop to sizes of many aspects, a batch of one size each; null: all to `size`"
+    )
+    cache: str | None = Field(
+        default=None, description="folder of cached latents (tessera data cache); null: encode while training"
     )
 
 
@@ -54,24 +71,59 @@ class Source(Protocol):
         ...
 
 
-def read(file: Path | bytes, config: ImagesConfig) -> np.ndarray:
-    """An image file, by path or content, as uint8 [C, H, W] of the configured size. Raises Unusable."""
+def read(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file, by path or content, as uint8 [C, H, W] of a size, or of the configured one. Raises Unusable."""
+    size = size or config.size
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if config.decoding == "fast" and image.format == "JPEG":
+                image.draft(None, _reduced(image.size, size))
             image.load()
-            image = flatten(ImageOps.exif_transpose(image), config)
+            ImageOps.exif_transpose(image, in_place=True)
+            image = flatten(image, config)
     except UnidentifiedImageError:
         raise Unusable("not an image") from None
     except Exception as error:  # decoders raise anything on damaged bytes, struct.error among them
         raise Unusable(f"damaged: {error}") from None
-    height, width = config.size
+    height, width = size
     if not config.enlarge and (image.height < height or image.width < width):
         raise Unusable(
-            f"smaller than the size: {image.height} x {image.width}, but data.size is {height} x {width} "
+            f"smaller than the size: {image.height} x {image.width}, but the size is {height} x {width} "
             "(data.enlarge=true scales up)"
         )
-    pixels = np.asarray(centre_crop(image, config.size))
+    pixels = np.asarray(centre_crop(image, size))
     return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def _reduced(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """What a JPEG of a shape (width, height) is reduced to by halves, still covering the size, however it is turned."""
+    halves = min(shape) // max(size)
+    factor = next((factor for factor in (8, 4, 2) if factor <= halves), 1)
+    return shape[0] // factor, shape[1] // factor
+
+
+def shape(file: Path | bytes) -> tuple[int, int]:
+    """Height and width of an image as it is shown, after the EXIF rotation, from its header. Raises Unusable."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if image.format == "TIFF":  # which some versions of Pillow turn as they open it
+                image = ImageOps.exif_transpose(image)
+                return image.height, image.width
+            orientation = image.getexif().get(ORIENTATION, 1) if _may_turn(file, image) else 1
+            return (image.width, image.height) if orientation in SIDEWAYS else (image.height, image.width)
+    except UnidentifiedImageError:
+        raise Unusable("not an image") from None
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise Unusable(f"damaged: {error}") from None
+
+
+def _may_turn(file: Path | bytes, image: Image.Image) -> bool:
+    """Whether an image can have an orientation. Of PNG, where it may stand behind the pixels, Pillow would decode all
+    to know."""
+    if image.format != "PNG" or "exif" in image.info:
+        return True
+    content = file if isinstance(file, bytes) else file.read_bytes()
+    return any(mark in content for mark in PNG_MARKS)
 
 
 def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
@@ -85,7 +137,7 @@ def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*config.background, 255)), image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from tessera.data import AnyData
-from tessera.data.folder import FolderConfig
+from tessera.data.files import FilesConfig
 from tessera.data.images import Source
+from tessera.data.layouts import HUB
 from tessera.errors import TesseraError
 from tessera.settings import Settings, by_kind, parse, read_yaml
 
@@ -17,7 +18,7 @@ class _Section(Settings):
 
 
 def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData:
-    """`digits`, `shapes:test`, a folder of images, a parquet file or folder, or a recipe for its `data` section.
+    """`digits`, `shapes:test`, files of any layout that data.path takes, or a recipe for its `data` section.
 
     size, channels: what files are read as; a recipe and the embedded sets say their own.
     Raises TesseraError for what is none of these.
@@ -32,16 +33,14 @@ def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData
             raise TesseraError(
                 f"{path}: its data section is {data!r}; expected a mapping, or the name of embedded data"
             )
-    elif not path.exists():
+    elif not path.exists() and not text.startswith(HUB):
         raise TesseraError(
-            f"no data at {text}: expected a folder of images, a .parquet file, a recipe (.yaml), "
-            f"{' or '.join(EMBEDDED)}"
+            f"no data at {text}: expected a folder of images or of .parquet or .tar files, one such file, "
+            f"{HUB}owner/name, a recipe (.yaml), {' or '.join(EMBEDDED)}"
         )
-    elif path.suffix == ".parquet" or (path.is_dir() and any(path.rglob("*.parquet"))):
-        data = {"kind": "parquet", "path": text, "label": _label(path)}
     else:
-        data = {"kind": "folder", "path": text}
-    if data.get("kind") in ("folder", "parquet") and "size" not in data:
+        data = {"kind": "files", "path": text}
+    if data.get("kind") in ("files", "folder", "parquet") and "size" not in data:
         if size is None:
             raise TesseraError(f"say at which size the images of {text} are to be read: --size 256")
         data = {"size": size, "channels": channels, **data}
@@ -55,22 +54,9 @@ def as_data(told: dict[str, Any], where: str = "the data") -> AnyData:
 
 def opened(config: AnyData) -> Source:
     """The data set, with classes where its folders are classes in good order, without them where not."""
-    if isinstance(config, FolderConfig) and config.classes == "auto":
+    if isinstance(config, FilesConfig) and config.classes == "auto":
         try:
             return config.open()
         except TesseraError:  # loose images beside folders, or one folder only: raised again below if it is not that
             return config.model_copy(update={"classes": "none"}).open()
     return config.open()
-
-
-def _label(path: Path) -> str | None:
-    """The column of labels: `label`, if there is one."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        return "label"  # opening it says what to install
-    first = path if path.is_file() else min(path.rglob("*.parquet"))
-    try:
-        return "label" if "label" in parquet.read_schema(first).names else None
-    except (OSError, ValueError):
-        return "label"  # opening it says what is damaged

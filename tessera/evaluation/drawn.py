@@ -17,7 +17,8 @@ import torch
 
 from tessera import drawing, randomness, runtime
 from tessera.bundle import Model, weights_hash
-from tessera.codecs.autoencoder import Autoencoder
+from tessera.codecs import StoredCodec, StoredConfig
+from tessera.codecs.codec import listed_numbers
 from tessera.evaluation.plan import begin
 from tessera.evaluation.subjects import Shard, rows, shards
 from tessera.files import read_array, whole_file, write_array
@@ -96,12 +97,18 @@ class Drawn:
     def made_by(self) -> dict[str, Any]:
         """The model, as far as it decides a picture."""
         config = self.model.config
-        codec = self.model.codec.vae if isinstance(self.model.codec, Autoencoder) else None
+        codec, hashed = self.model.codec, config.codec.kind
+        told: dict[str, Any] = {}
+        if isinstance(codec, StoredCodec) and isinstance(config.codec, StoredConfig):
+            hashed = weights_hash(codec.network)
+            if config.codec.scale is not None or config.codec.shift is not None:  # else the weights' folder has them
+                told = {"codec scale": listed_numbers(codec.scale), "codec shift": listed_numbers(codec.shift)}
         return {
             "weights": self.weights,
             "network": config.network.model_dump(mode="json"),
             "process": config.process.model_dump(mode="json"),
-            "codec": config.codec.kind if codec is None else weights_hash(codec),
+            "codec": hashed,
+            **told,
         }
 
     @property

@@ -18,10 +18,10 @@ from PIL import Image
 
 from tessera import randomness
 from tessera.data import AnyData
-from tessera.data.folder import FolderConfig, FolderSource
+from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.images import ImagesConfig, Unusable, flatten
 from tessera.data.named import opened
-from tessera.data.parquet import MOST_CLASSES, ParquetSource
+from tessera.data.tables import MOST_CLASSES
 from tessera.errors import TesseraError
 from tessera.pictures import read_settings
 
@@ -84,9 +84,8 @@ class Data:
     @property
     def plan(self) -> dict[str, Any]:
         told: dict[str, Any] = {"data": self.config.model_dump(mode="json"), "count": self.count}
-        if isinstance(self.source, FolderSource | ParquetSource):
-            files = self.source.paths if isinstance(self.source, FolderSource) else self.source.files
-            told["files"] = _state(files, Path(self.source.config.path).expanduser())
+        if isinstance(self.source, FilesSource):
+            told["files"] = _state(self.source.files(), self.source.root)
         return told
 
     def shard(self, index: int) -> Shard:
@@ -110,7 +109,7 @@ class Folder:
     """A folder of samples, taken exactly as they are: one size, nothing damaged, nothing left out."""
 
     def __init__(self, path: Path, count: int | None = None) -> None:
-        source = opened(FolderConfig(path=str(path), size=(1, 1)))
+        source = opened(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1)))
         found = [(Path(source.name(index)), source.label(index)) for index in range(len(source))]
         self.where, self.path, self.class_names = f"folder {path}", path, source.class_names
         found = [(place, label) for place, label in found if place.name != "grid.png"]  # of `tessera sample`
@@ -125,7 +124,7 @@ class Folder:
 
     @property
     def plan(self) -> dict[str, Any]:
-        return {"folder": _state(self.paths, self.path), "count": self.count}
+        return {"folder": _state(self.paths, self.path.expanduser().absolute()), "count": self.count}
 
     def shard(self, index: int) -> Shard:
         row = rows(self, index)

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, assemble, copy_codec, read_tensors, write_tensors
-from tessera.codecs import AutoencoderConfig
+from tessera.codecs import AutoencoderConfig, StoredConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.conditions import Condition
 from tessera.errors import TesseraError, listed
@@ -409,15 +409,21 @@ def scheduler_of(config: BundleConfig) -> SchedulerConfig:
 def _write_vae(model: Model, target: Path) -> bool:
     """Copy the autoencoder, or fetch it from the hub; False if the network sees pixels."""
     codec = model.config.codec
-    if not isinstance(codec, AutoencoderConfig):
+    if not isinstance(codec, StoredConfig):
         return False
-    if Path(codec.source).is_dir():
+    if not isinstance(codec, AutoencoderConfig):
+        raise TesseraError(f"DiTPipeline draws with an AutoencoderKL alone, and this model's codec is {codec.kind}")
+    if codec.folder is not None and codec.scale is None and codec.shift is None:
         copy_codec(codec, target)
     elif isinstance(model.codec, Autoencoder):
         model.codec.save(target)
-    shift = read_json(target / CONFIG).get("shift_factor")
-    if shift:
+    told = read_json(target / CONFIG)
+    if shift := told.get("shift_factor"):
         raise TesseraError(f"DiTPipeline ignores an autoencoder's shift_factor, and this one's is {shift}")
+    if told.get("latents_mean") or told.get("latents_std"):
+        raise TesseraError(
+            "DiTPipeline knows one scaling_factor, and this model's latents are scaled and shifted channel by channel"
+        )
     return True
 
 

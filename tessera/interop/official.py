@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, assemble, read_tensors
-from tessera.codecs import AutoencoderConfig
+from tessera.codecs import StoredConfig
 from tessera.errors import TesseraError
 from tessera.files import write_whole
 from tessera.interop.reading import Codec, codec_for, difference, read_pickle
@@ -121,7 +121,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         said.append(f"the official code knows the adaln-zero block alone: only Tessera reads this {network.block.kind}")
     if HEADS_OF_WIDTH.get(network.width) != network.heads:
         said.append(f"the file does not say the number of heads: read it with heads={network.heads}")
-    if isinstance(model.config.codec, AutoencoderConfig):
+    if isinstance(model.config.codec, StoredConfig):
         said.append(f"the autoencoder is not part of it: {model.config.codec.source}")
     return "\n".join(said)
 

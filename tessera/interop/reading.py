@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.codecs import AnyCodec, AutoencoderConfig, PixelsConfig
+from tessera.codecs import AnyCodec, AutoencoderConfig, PixelsConfig, StoredConfig
 from tessera.conditions import NOTHING, Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
@@ -79,7 +79,7 @@ def codec_for(told: Codec | None, channels: int, decoder: str = "ema") -> AnyCod
         if told.channels != channels:
             raise TesseraError(f"this network sees {channels} channels, but the codec gives {told.channels}")
         return told
-    if isinstance(told, AutoencoderConfig):
+    if isinstance(told, StoredConfig):
         return told
     folder = Path(told).expanduser()
     if not folder.is_dir():

@@ -78,7 +78,7 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
             raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
         return Estimate(
             parameters=sum(parameter.numel() for parameter in run.network.parameters()),
-            gmacs=run.model.network.macs() / 1e9,
+            gmacs=run.macs / 1e9,
             images=len(run.loader.source),
             seconds_per_step=seconds,
             seconds=seconds * config.steps + _drawing_seconds(run),

@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 from typing import Literal
 
 from tessera import bundle
-from tessera.codecs import AutoencoderConfig
+from tessera.codecs import StoredConfig
 from tessera.models.blocks import Modern
 from tessera.training.health import BINS
 from tessera.training.history import LATE, History, finite, largest, series
@@ -91,7 +91,7 @@ def same_pictures(history: History) -> Finding | None:
     if not spreads or not stds:
         return None
     spread, std = median(spreads), median(stds)
-    latents = isinstance(history.recipe.codec, AutoencoderConfig)
+    latents = isinstance(history.recipe.codec, StoredConfig)
     if spread >= SAME * std and (latents or spread >= FLAT):
         still = [value for _, value in series(history.health, "still_patches")]
         if not still or median(still) < STILL:
@@ -117,7 +117,7 @@ def unscaled_latents(history: History) -> Finding | None:
     """Latents that are far from unit variance."""
     codec = history.recipe.codec
     stds, means = ([value for _, value in series(history.health, name)] for name in ("data_std", "data_mean"))
-    if not isinstance(codec, AutoencoderConfig) or not stds:
+    if not isinstance(codec, StoredConfig) or not stds:
         return None
     std, centre = median(stds), median(means)
     if 1 / LARGE_SCALE <= std <= LARGE_SCALE and abs(centre) <= OFF_CENTRE * std:
@@ -131,8 +131,8 @@ def unscaled_latents(history: History) -> Finding | None:
         else "The latents are all the same number.",
         f"standard deviation {std:.3g} (expected about 1), mean {centre:.3g} (expected about 0), over {len(stds)} "
         "records",
-        f"the codec's scale, scaling_factor in config.json of codec.source ({codec.source}): multiply it by "
-        f"{1 / std if std > 0 else math.nan:.3g}; shift_factor is the mean of latents before they are scaled",
+        f"codec.scale (now {'as ' + codec.source + ' says' if codec.scale is None else codec.scale}): multiply it by "
+        f"{1 / std if std > 0 else math.nan:.3g}; codec.shift is the mean of latents before they are scaled",
     )
 
 

@@ -131,7 +131,7 @@ class Training:
             journal.say(f"nothing left to do: {self.step} of {config.steps} steps are done")
             return
         try:
-            with _stop_signals() as stopping:
+            with stop_signals() as stopping:
                 if self.step == 0:
                     journal.say("drawing the first grid of samples")
                     self._draw()
@@ -307,7 +307,7 @@ class Training:
             memory = max(self.ranks.gather(runtime.peak_memory(device)))
         seconds, stalled = self.clock.lap()
         rate = count * self.config.batch / seconds
-        flops = 6 * run.network.macs()  # of a sample: a multiply-add is two, forward and backward three
+        flops = 6 * run.macs  # of a sample: a multiply-add is two, forward and backward three
         self.journal.record(
             self.step,
             **means,
@@ -463,7 +463,7 @@ class Clock:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that fills when Ctrl-C or SIGTERM arrives; a second Ctrl-C is not held back."""
     received: list[int] = []
 

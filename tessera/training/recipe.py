@@ -1,14 +1,15 @@
 """What a run is: one YAML file that validates into these types."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from tessera.adapters.recomputation import What
-from tessera.codecs import AnyCodec, PixelsConfig
+from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
-from tessera.data.images import Source
+from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.process import AnyProcess, GaussianConfig
@@ -130,7 +131,7 @@ def read(path: Path, overrides: list[str]) -> Recipe:
     return parse(Recipe, override(data, overrides), f"recipe {path}")
 
 
-def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
+def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
     """The recipe with every size of `network` filled in from data, codec and process.
 
     Raises TesseraError if the recipe itself says otherwise: training would fail later, or learn something else.
@@ -148,7 +149,7 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
         "size": size,
         "channels": codec.latent_channels,
         "outputs": process.outputs(codec.latent_channels),
-        "classes": len(source.class_names),
+        "classes": len(class_names),
     }
     network = recipe.network
     for name, fact in facts.items():
@@ -162,6 +163,12 @@ def resolve(recipe: Recipe, source: Source, codec) -> Recipe:
         raise TesseraError(
             f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
             "set sampling.guidance=1"
+        )
+    unit, data = codec.factor * network.patch, recipe.data
+    if isinstance(data, FilesConfig) and data.buckets is not None and data.buckets.multiple % unit:
+        raise TesseraError(
+            f"data.buckets.multiple is {data.buckets.multiple}, but codec and patch need multiples of {unit}: "
+            f"set data.buckets.multiple={unit * max(1, round(data.buckets.multiple / unit))}"
         )
     times(recipe.sampling.spacing, recipe.sampling.steps, process)  # an error now, not at the first grid
     return recipe.model_copy(update={"network": network})

@@ -4,14 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tessera import bundle, runtime
 from tessera.adapters import compilation
 from tessera.adapters.recomputation import recompute
-from tessera.codecs import AutoencoderConfig
+from tessera.codecs import Codec, StoredConfig
 from tessera.conditions import Condition
 from tessera.data import Loader
+from tessera.data.buckets import Buckets
+from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.images import Source
+from tessera.data.latents import LatentsSource, open_cache
 from tessera.errors import TesseraError
 from tessera.files import remove_partials, whole_folder, write_whole
 from tessera.interop import sources
@@ -59,6 +64,15 @@ class Run:
         """The weights being trained."""
         return self.learner.network
 
+    @property
+    def macs(self) -> float:
+        """Multiply-adds of a forward pass of one sample; of samples of many sizes, in the mean."""
+        if self.loader.buckets is None:
+            return self.network.macs()
+        factor, of = self.model.codec.factor, self.loader.buckets.of
+        each = [self.network.macs((height // factor, width // factor)) for height, width in self.loader.buckets.sizes]
+        return float(np.asarray(each, dtype=np.float64)[of].mean())
+
     def whole_model(self) -> bundle.Model:
         """What draws, in one piece; every process must ask."""
         self.average.settle()
@@ -89,8 +103,19 @@ def set_up(
     if device.type == "cuda":
         runtime.peak_flops(device, dtype or torch.float32)  # now, while there is memory to spare
     codec = recipe.codec.build().to(device)
-    source = recipe.data.open()
-    recipe = resolve(recipe, source, codec)
+    source = open_data(recipe, codec)
+    recipe = resolve(recipe, source.class_names, codec)
+    if (
+        source.class_names
+        and isinstance(source, FilesSource)
+        and source.labels.min() < 0
+        and not recipe.network.null_class
+    ):
+        raise TesseraError(
+            f"{(source.labels < 0).sum()} samples have no class, which only network.null_class=true can express: "
+            "set that, or give them one"
+        )
+    buckets = sort_into_buckets(recipe, source)
     share = -(-config.batch // ranks.count)  # of the process that has most
     rounds = -(-share // min(config.micro_batch or share, share))
     part = parallel.part(config.batch, rounds, ranks)
@@ -136,12 +161,32 @@ def set_up(
         model=model,
         learner=Learner(network, forward, optimizer, config.optimizer, team),
         average=average,
-        loader=Loader(source, config.batch, config.seed, config.workers, part, pinned=device.type == "cuda"),
+        loader=Loader(
+            source, config.batch, config.seed, config.workers, part, device.type == "cuda", buckets, recipe.data.flip
+        ),
         rounds=rounds,
         task=task,
         compiled=compiled,
         inherited=inherited,
     )
+
+
+def open_data(recipe: Recipe, codec: Codec) -> Source | LatentsSource:
+    """The data of a recipe, or the latents that were cached of them. Raises TesseraError."""
+    data = recipe.data
+    cache = data.cache if isinstance(data, FilesConfig) else None
+    return data.open() if cache is None else open_cache(Path(cache), data, codec, data.open())
+
+
+def sort_into_buckets(recipe: Recipe, source: Source | LatentsSource) -> Buckets | None:
+    """The sizes that batches have, where the recipe asks for several; those with less than a batch are not used."""
+    data = recipe.data
+    if not isinstance(data, FilesConfig) or data.buckets is None:
+        return None
+    if isinstance(source, LatentsSource):
+        return source.buckets
+    assert isinstance(source, FilesSource)
+    return Buckets.sort(source.shapes(), data.buckets.sizes(data.size), fewest=recipe.training.batch)
 
 
 def _compiled(
@@ -170,7 +215,8 @@ def _compiled(
         how = ranks.agreed(trial.best)
         if ranks.count > 1 and how == "whole":
             how = "blocks"
-    forward, reason = compilation.compiled(network, how)
+    many = isinstance(recipe.data, FilesConfig) and recipe.data.buckets is not None
+    forward, reason = compilation.compiled(network, how, "changing" if many else "fixed")
     if reason is not None:
         say(f"training.compile={recipe.training.compile}, but this machine cannot compile: {reason}")
         how = "off"
@@ -276,6 +322,6 @@ def prepare_folder(run: Run) -> None:
         remove_partials(place)
     write_whole(folder / RECIPE, write_yaml(run.recipe))
     codec = run.recipe.codec
-    if isinstance(codec, AutoencoderConfig) and Path(codec.source).is_dir() and not (folder / bundle.CODEC).exists():
+    if isinstance(codec, StoredConfig) and codec.folder is not None and not (folder / bundle.CODEC).exists():
         with whole_folder(folder / bundle.CODEC) as partial:
             bundle.copy_codec(codec, partial)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from tessera import randomness, runtime
-from tessera.codecs.autoencoder import Autoencoder
-from tessera.codecs.pixels import Pixels
+from tessera.codecs import Codec
 from tessera.conditions import Condition
 from tessera.data import Batch
+from tessera.data.loader import mirrored
 from tessera.process import Process
 from tessera.process.prediction import Losses
 from tessera.sampling.denoiser import Network
 
 # Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
-TIME, NOISE, DROP, FLIP, POSTERIOR = 1, 2, 3, 4, 5
+TIME, NOISE, DROP, POSTERIOR = 1, 2, 3, 5  # 4: flips, in data.loader
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Task:
     """What a step needs beside weights and data."""
 
     process: Process
-    codec: Pixels | Autoencoder
+    codec: Codec
     flip: bool
     label_dropout: float
     classes: int
@@ -36,21 +36,29 @@ class Task:
 
 
 def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
-    """A batch on the device: latents [B, C, h, w] (scaled, flipped, encoded), condition , position [B]."""
+    """A batch on the device: latents [B, C, h, w] (flipped, encoded, scaled), condition, position [B].
+
+    Where the batch holds raw moments, it was encoded and flipped before.
+    """
     position = batch.position.to(device, non_blocking=True)
-    pixels = batch.pixels.to(device, torch.float32, non_blocking=True) / 127.5 - 1
-    if task.flip:
-        mirrored = randomness.uniform(task.seed, position, FLIP) < 0.5
-        pixels = torch.where(mirrored[..., None, None], pixels.flip(-1), pixels)
-    if isinstance(task.codec, Autoencoder):
-        shape = (task.codec.latent_channels, *(side // task.codec.factor for side in pixels.shape[-2:]))
-        pixels = task.codec.encode(pixels, randomness.normal(task.seed, position, POSTERIOR, shape))
+    given = batch.pixels.to(device, torch.float32, non_blocking=True)
+    cached, codec = batch.pixels.is_floating_point(), task.codec
+    if not cached:
+        given = given / 127.5 - 1
+        if task.flip:
+            given = torch.where(mirrored(task.seed, position)[..., None, None], given.flip(-1), given)
+    noise = None
+    if codec.stochastic:
+        factor = 1 if cached else codec.factor
+        shape = (codec.latent_channels, *(side // factor for side in given.shape[-2:]))
+        noise = randomness.normal(task.seed, position, POSTERIOR, shape)
+    x0 = codec.latents(given, noise) if cached else codec.encode(given, noise)
     condition = Condition()
     if task.classes:
         condition = Condition(label=batch.label.to(device, non_blocking=True))
         if task.label_dropout:
             condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
-    return pixels, condition, batch.position
+    return x0, condition, batch.position
 
 
 def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> tuple[Losses, Tensor]:

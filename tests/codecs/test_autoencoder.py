@@ -9,6 +9,7 @@ import torch
 from tessera import bundle, drawing
 from tessera.codecs import AutoencoderConfig
 from tessera.errors import TesseraError
+from tessera.settings import parse
 
 pytest.importorskip("diffusers")
 
@@ -151,3 +152,88 @@ def test_what_is_no_autoencoder_is_one_clear_error(autoencoder_folder, tmp_path,
         built(folder)
     assert f"cannot load the autoencoder '{folder}'" in str(caught.value)
     assert "give a folder written by" in str(caught.value)
+
+
+def with_config(folder, target, **told):
+    """A copy whose configuration says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | told), encoding="utf-8")
+    return target
+
+
+MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 2.0, 4.0]
+
+
+def test_statistics_of_each_channel_are_used_as_diffusers_does(autoencoder_folder, tmp_path):
+    """Its image-to-image pipeline: (latents - mean) * scaling_factor / std; the decoder undoes it."""
+    folder = with_config(autoencoder_folder, tmp_path / "each", latents_mean=MEAN, latents_std=STD)
+    codec, pixels = built(folder), normal(2, 3, 8, 8)
+    mean, std = (torch.tensor(numbers).view(1, 4, 1, 1) for numbers in (MEAN, STD))
+    with torch.no_grad():
+        raw = codec.vae.encode(pixels).latent_dist.mean
+        drawn = codec.vae.decode(raw).sample
+    latents = codec.encode(pixels)
+    assert torch.allclose(latents, (raw - mean) * 0.5 / std, rtol=0, atol=1e-6)
+    assert torch.allclose(codec.decode(latents), drawn, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shift"), [(3.0, None), (None, -1.0), ([1.0, 2.0, 3.0, 4.0], None), (2.0, MEAN), ([1.0] * 4, 0.5)]
+)
+def test_the_settings_have_the_last_word(shifted, tmp_path, scale, shift):
+    codec, plain, pixels = built(shifted, scale=scale, shift=shift), built(shifted), normal(2, 3, 8, 8)
+    one, other = (
+        torch.tensor(fallback if told is None else told).view(-1, 1, 1)
+        for told, fallback in ((scale, 0.5), (shift, 0.25))
+    )
+    raw = plain.moments(pixels)[:, :4]
+    latents = codec.encode(pixels)
+    assert torch.allclose(latents, (raw - other) * one, rtol=0, atol=1e-6)
+    assert torch.allclose(codec.decode(latents), plain.decode(plain.encode(pixels)), rtol=0, atol=1e-5)
+    codec.save(tmp_path / "saved")  # diffusers' configuration holds them now
+    assert torch.allclose(built(tmp_path / "saved").encode(pixels), latents, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [{"scale": [1.0, 2.0]}, {"shift": [1.0] * 5}])
+def test_numbers_for_other_channels_are_an_error(autoencoder_folder, told):
+    with pytest.raises(TesseraError, match="the latents have 4 channels"):
+        built(autoencoder_folder, **told)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, [1.0, 1.0, 0.0, 1.0]])
+def test_a_scale_is_greater_than_nought(scale):
+    with pytest.raises(TesseraError, match="greater than 0"):
+        parse(AutoencoderConfig, {"source": "x", "scale": scale}, "the codec")
+
+
+def test_moments_outlive_another_scale(shifted):
+    """What a cache holds: raw, and enough to draw from the posterior as training does."""
+    codec, pixels, noise = built(shifted), normal(2, 3, 8, 8), normal(2, 4, 4, 4)
+    moments = codec.moments(pixels)
+    assert moments.shape == (2, 8, 4, 4)
+    with torch.no_grad():
+        posterior = codec.vae.encode(pixels).latent_dist
+    assert torch.equal(moments, torch.cat((posterior.mean, posterior.std), dim=1))
+    assert torch.equal(codec.latents(moments, noise), codec.encode(pixels, noise))
+    other = built(shifted, scale=[1.0, 2.0, 3.0, 4.0], shift=0.0)
+    assert torch.equal(other.moments(pixels), moments)
+    assert torch.equal(other.latents(moments, noise), other.encode(pixels, noise))
+    stored = codec.latents(moments.half(), noise)  # and in half the space
+    assert stored.dtype == torch.float32
+    assert torch.allclose(stored, codec.encode(pixels, noise), rtol=0, atol=4e-3)
+
+
+def test_the_fingerprint_is_of_what_raw_moments_depend_on(shifted, autoencoder_folder, tmp_path):
+    known = built(autoencoder_folder).fingerprint()
+    assert len(known) == 64
+    assert built(shifted).fingerprint() == known  # another shift
+    assert built(autoencoder_folder, scale=[1.0] * 4, shift=2.0).fingerprint() == known
+    assert built(with_config(autoencoder_folder, tmp_path / "each", latents_std=STD)).fingerprint() == known
+    assert built(autoencoder_folder, tile_above=64).fingerprint() != known
+    groups = with_config(autoencoder_folder, tmp_path / "groups", norm_num_groups=8)
+    assert built(groups).fingerprint() != known
+    for name, same in (("decoder.conv_in.bias", True), ("encoder.conv_in.bias", False), ("quant_conv.bias", False)):
+        codec = built(autoencoder_folder)
+        codec.vae.get_parameter(name).add_(1)
+        assert (codec.fingerprint() == known) == same, name

@@ -15,9 +15,19 @@ def test_latents_are_the_pixels(channels):
     assert torch.equal(codec.encode(pixels), pixels)
     assert torch.equal(codec.encode(pixels, torch.randn_like(pixels)), pixels)  # pixels have no spread to draw from
     assert torch.equal(codec.decode(codec.encode(pixels)), pixels)
+    moments = codec.moments(pixels)
+    assert torch.equal(moments, torch.cat((pixels, torch.zeros_like(pixels)), dim=1))
+    assert torch.equal(codec.latents(moments, torch.randn_like(pixels)), pixels)
+    assert (codec.scale, codec.shift, codec.stochastic) == (1.0, 0.0, False)
     assert (codec.factor, codec.pixel_channels, codec.latent_channels) == (1, channels, channels)
 
 
 def test_pictures_have_one_channel_or_three():
     with pytest.raises(TesseraError, match="channels"):
         parse(PixelsConfig, {"channels": 4}, "the codec")
+
+
+def test_the_fingerprint_tells_grey_from_colour():
+    one, two = (PixelsConfig(channels=channels).build().fingerprint() for channels in (1, 3))
+    assert one != two
+    assert two == PixelsConfig().build().fingerprint()

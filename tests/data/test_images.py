@@ -4,15 +4,16 @@ import contextlib
 import io
 import random
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps, JpegImagePlugin
 
-from tessera.data.images import ImagesConfig, Unusable, centre_crop, read
+from tessera.data.images import ImagesConfig, Unusable, centre_crop, read, shape
 
 ORIENTATION = 0x0112
 
@@ -193,7 +194,7 @@ def test_damage_of_any_kind_is_unusable_and_nothing_worse():
 
 
 def test_an_error_that_pillow_does_not_foresee_is_unusable(monkeypatch):
-    def trips(image):
+    def trips(image, in_place):
         raise struct.error("required argument is not an integer")
 
     monkeypatch.setattr("tessera.data.images.ImageOps.exif_transpose", trips)
@@ -269,3 +270,103 @@ def test_reading_does_not_hold_files_open(tmp_path):
     read(path, config(8))
     path.unlink()
     assert not path.exists()
+
+
+SIDES = [(704, 896), (128, 144), (100, 100), (400, 304)]  # whole blocks: of others the last block is padded
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("size", [(64, 64), (16, 48)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_fast_decoding_differs_from_exact_as_little_as_two_ways_to_halve_do(side, size, orientation):
+    rows, columns = np.mgrid[: side[0], : side[1]]
+    smooth = np.stack([128 + 90 * np.sin(rows / 31 + shift) * np.cos(columns / 23) for shift in (0, 1, 2)], axis=-1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(smooth.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
+    exact, fast = (
+        read(file.getvalue(), ImagesConfig(size=size, decoding=how)).astype(float) for how in ("exact", "fast")
+    )
+    assert exact.shape == fast.shape == (3, *size)
+    assert np.sqrt(((exact - fast) ** 2).mean()) < 2
+
+
+def test_fast_decoding_decodes_less(monkeypatch):
+    asked = []
+    draft = JpegImagePlugin.JpegImageFile.draft
+    monkeypatch.setattr(
+        JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: asked.append(draft(image, mode, size))
+    )
+    file = io.BytesIO()
+    Image.new("RGB", (1000, 800)).save(file, "JPEG")
+    read(file.getvalue(), ImagesConfig(size=(64, 64), decoding="fast"))
+    assert asked[0][1][2:] == (1000 / 8, 800 / 8)
+
+
+# The shape, by the header
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_the_shape_is_that_of_the_image_as_it_is_shown(kind, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(Image.fromarray(noise(6, 4)), kind, exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        shown = ImageOps.exif_transpose(image)
+    (tmp_path / "a").write_bytes(content)
+    assert shape(content) == shape(tmp_path / "a") == (shown.height, shown.width)
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def test_an_orientation_behind_the_pixels_of_a_png_counts():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    plain = encoded(Image.fromarray(noise(6, 4)))
+    late = plain[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + plain[-12:]
+    assert shape(plain) == (6, 4)
+    assert shape(late) == (4, 6)
+    assert read(late, config(4, 6)).shape == (3, 4, 6)
+
+
+def test_a_plain_png_is_not_decoded_for_its_shape(monkeypatch):
+    content = encoded(Image.fromarray(noise(6, 4)))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
+    assert shape(content) == (6, 4)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_image_has_no_shape(data, tmp_path):
+    with pytest.raises(Unusable, match=r"damaged|not an image"):
+        shape(data)
+    with pytest.raises(Unusable):
+        shape(tmp_path / "gone.png")
+
+
+# Sixteen bits of colour, which Pillow cannot write
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_of_colour_keep_their_range(channels):
+    values = np.random.default_rng(0).integers(0, 65536, (5, 4, channels)).astype(">u2")
+    if channels == 4:
+        values[..., 3] = 65535
+    header = struct.pack(">IIBBBBB", 4, 5, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(
+        png_chunk(kind, data) for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+    found = read(content, config(5, 4)).transpose(1, 2, 0)
+    assert np.abs(found - values[..., :3] / 257).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_of_grey_in_a_tiff_of_either_byte_order(order):
+    values = np.random.default_rng(0).integers(0, 65536, (4, 4)).astype(order)
+    image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 4), values.tobytes())
+    found = read(encoded(image, "tiff"), config(4, channels=1))
+    assert np.abs(found[0] - values.astype(np.float64) / 257).max() <= 0.5

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.data import Loader
+from tessera.data import loader as loading
 from tessera.data.images import Unusable
 from tessera.errors import TesseraError
 
@@ -69,7 +70,7 @@ def test_batches_from_a_position_are_those_reached_by_reading_from_the_start(len
 
 def test_the_order_does_not_depend_on_the_batch_or_the_workers():
     expected = seen(Loader(Numbers(40), 8, seed=2, workers=1), 120)
-    assert expected == [Loader(Numbers(40), 1, seed=2).index(position) for position in range(120)]
+    assert expected == Loader(Numbers(40), 120, seed=2).order.batch(0).tolist()
     for batch, workers in ((8, 2), (8, 7), (3, 2), (120, 4)):
         assert seen(Loader(Numbers(40), batch, seed=2, workers=workers), 120) == expected
 
@@ -83,7 +84,7 @@ def test_a_batch_may_straddle_epochs_and_says_its_positions():
     assert batch.position.dtype == batch.label.dtype == torch.int64
     assert batch.pixels.dtype == torch.uint8
     assert batch.pixels.shape == (8, 1, 1, 1)
-    assert batch.pixels.flatten().tolist() == [loader.index(position) for position in range(8, 16)]
+    assert batch.pixels.flatten().tolist() == loader.order.batch(8).tolist()
     assert batch.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
 
 
@@ -94,7 +95,7 @@ def test_a_batch_may_be_larger_than_the_data():
 def test_an_unusable_sample_is_replaced_by_the_next_usable_one_and_named():
     bad = (2, 5, 6)
     loader = Loader(Numbers(10, bad), 5, seed=0)
-    order = [loader.index(position) for position in range(10)]
+    order = Loader(Numbers(10), 10, seed=0).order.batch(0).tolist()
     expected = []
     for place in range(10):
         while order[place % 10] in bad:
@@ -145,3 +146,26 @@ def test_closing_ends_the_threads():
     assert threading.active_count() > before
     batches.close()
     assert threading.active_count() == before
+
+
+class Counted(Numbers):
+    """Counts how often pixels are asked for."""
+
+    def __init__(self, length: int, bad: tuple[int, ...] = ()) -> None:
+        super().__init__(length, bad)
+        self.asked = 0
+
+    def pixels(self, index: int) -> np.ndarray:
+        self.asked += 1
+        return super().pixels(index)
+
+
+@pytest.mark.parametrize("bad", [(), (3, 7)])
+def test_a_small_data_set_is_read_once(monkeypatch, bad):
+    source = Counted(20, bad)
+    kept = seen(Loader(source, 4, seed=0, workers=1), 100)
+    assert 20 <= source.asked <= 20 + (len(bad) and 4 * 5)  # what cannot be used is tried again
+    monkeypatch.setattr(loading, "KEPT", 19)
+    anew = Counted(20, bad)
+    assert kept == seen(Loader(anew, 4, seed=0, workers=1), 100)
+    assert anew.asked >= 100

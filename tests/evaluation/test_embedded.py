@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tessera import bundle
-from tessera.data import DigitsConfig, FolderConfig
+from tessera.data import DigitsConfig, FilesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, embedded
 from tessera.evaluation.embedded import FeatureConfig, accuracy
@@ -112,7 +112,7 @@ def test_damage_is_one_error_that_names_the_file(network, tmp_path):
 def test_data_that_nothing_can_be_learned_from(make_folder):
     path = make_folder("plain", np.zeros((3, 8, 8, 3), np.uint8))
     with pytest.raises(TesseraError, match="halves has no classes: features are learned by telling classes apart"):
-        fit(FolderConfig(path=str(path), size=(8, 8)).open())
+        fit(FilesConfig(path=str(path), size=(8, 8)).open())
     with pytest.raises(TesseraError, match="halves holds 99 pictures; features need at least 100"):
         fit(Halves(99))
     with pytest.raises(TesseraError, match="width"):

@@ -151,20 +151,20 @@ def test_pictures_that_the_network_cannot_take(digits, make_npz, tmp_path, shape
 
 
 def test_no_usable_picture_at_all(digits, tmp_path):
-    from tessera.data import FolderConfig
+    from tessera.data import FilesConfig
 
     (tmp_path / "a.png").write_text("no image")
-    data = Data(FolderConfig(path=str(tmp_path), size=(8, 8), channels=1))
+    data = Data(FilesConfig(path=str(tmp_path), size=(8, 8), channels=1))
     with pytest.raises(TesseraError, match="no picture can be used"):
         extract(data, digits, tmp_path / "out", Ranks())
 
 
 def test_unusable_pictures_are_counted_and_leave_no_row(digits, real, make_folder, small_shards, tmp_path):
-    from tessera.data import FolderConfig
+    from tessera.data import FilesConfig
 
     path = make_folder("data", real[:50], ["a", "b"] * 25)
     whole = extract(
-        Data(config := FolderConfig(path=str(path), size=(8, 8), channels=1)), digits, tmp_path / "1", Ranks()
+        Data(config := FilesConfig(path=str(path), size=(8, 8), channels=1)), digits, tmp_path / "1", Ranks()
     )
     for file in sorted(path.rglob("*.png"))[:20]:  # a whole shard
         file.write_text("no image")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tessera.data import FolderConfig, ShapesConfig
+from tessera.data import FilesConfig, ShapesConfig
 from tessera.data.digits import DigitsConfig
 
 
@@ -60,4 +60,4 @@ def test_data_of_known_truth_have_a_judge():
         assert isinstance(found, kind)
         assert found.reads
         assert found.ceiling > 0.9
-    assert oracle_for(FolderConfig(path="pictures")) is None
+    assert oracle_for(FilesConfig(path="pictures")) is None

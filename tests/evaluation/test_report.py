@@ -124,12 +124,12 @@ def test_few_pictures_still_make_a_page(written, make_npz, real, count):
 
 
 def test_a_first_shard_without_a_usable_picture_still_makes_a_page(written, make_folder, real, small_shards):
-    from tessera.data import FolderConfig
+    from tessera.data import FilesConfig
     from tessera.evaluation.subjects import Data
 
     path = make_folder("data", real[:45])
     for file in sorted(path.iterdir())[:20]:
         file.write_text("no image")
-    folder = written(Data(FolderConfig(path=str(path), size=(8, 8), channels=1)), metrics=["kid"])
+    folder = written(Data(FilesConfig(path=str(path), size=(8, 8), channels=1)), metrics=["kid"])
     grid = np.asarray(Image.open(folder / "grid.png"))
     np.testing.assert_array_equal(grid[:64:8, :64:8], real[20, ..., 0])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tessera import pictures
-from tessera.data import DigitsConfig, FolderConfig
+from tessera.data import DigitsConfig, FilesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.subjects import Data, Folder, Npz, Subject, chosen, rows, shards
 from tessera.evaluation.suite import found
@@ -40,7 +40,7 @@ def test_data_leave_out_what_cannot_be_used_and_keep_numbers_and_labels(make_fol
     for number in (4, 7, 21):
         (path / ("cat", "dog")[number % 2] / f"{number:05d}.png").write_text("no image")
     Image.new("RGB", (4, 20)).save(path / "cat/00030.png")
-    subject = Data(FolderConfig(path=str(path), size=(8, 8)))
+    subject = Data(FilesConfig(path=str(path), size=(8, 8)))
     assert (subject.count, subject.size, subject.channels, subject.class_names) == (50, (8, 8), 3, ("cat", "dog"))
     seen, row, label = read(subject)
     order = [*range(0, 50, 2), *range(1, 50, 2)]  # folder by folder
@@ -54,7 +54,7 @@ def test_a_shard_without_a_usable_picture_is_empty(make_folder, small_shards):
     path = make_folder("data", noise(25))
     for number in range(20):
         (path / f"{number:05d}.png").write_text("no image")
-    subject = Data(FolderConfig(path=str(path), size=(8, 8)))
+    subject = Data(FilesConfig(path=str(path), size=(8, 8)))
     shard = subject.shard(0)
     assert (shard.pictures.shape, shard.row.shape, shard.label) == ((0, 8, 8, 3), (0,), None)
     assert len(read(subject)[0]) == 5
@@ -75,17 +75,17 @@ def test_some_of_the_data_from_everywhere_or_an_error_if_there_are_not_as_many(r
 
 def test_data_that_changed_are_another_plan(make_folder):
     path = make_folder("data", noise(3))
-    plan = Data(FolderConfig(path=str(path), size=(8, 8))).plan
-    assert Data(FolderConfig(path=str(path), size=(8, 8))).plan == plan
+    plan = Data(FilesConfig(path=str(path), size=(8, 8))).plan
+    assert Data(FilesConfig(path=str(path), size=(8, 8))).plan == plan
     Image.fromarray(noise(1, seed=9)[0]).resize((9, 9)).save(path / "00001.png")
-    assert Data(FolderConfig(path=str(path), size=(8, 8))).plan != plan
+    assert Data(FilesConfig(path=str(path), size=(8, 8))).plan != plan
 
 
 def test_parquet_that_changed_is_another_plan(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    from tessera.data import ParquetConfig
+    from tessera.data import FilesConfig
 
-    config = ParquetConfig(path=str(tmp_path), size=(8, 8), label=None)
+    config = FilesConfig(path=str(tmp_path), size=(8, 8), label=None)
     plans = []
     for content in (b"one", b"other"):
         parquet.write_table(arrow.table({"image": [content]}), tmp_path / "data.parquet")
@@ -240,7 +240,7 @@ def test_some_of_the_samples_are_of_all_classes(make_folder, make_npz, count):
     for subject in (
         Folder(make_folder("samples", told, labels), count),
         Npz(make_npz("samples.npz", told, labels), count),
-        Data(FolderConfig(path=str(make_folder("data", told, labels)), size=told.shape[1:3]), count),
+        Data(FilesConfig(path=str(make_folder("data", told, labels)), size=told.shape[1:3]), count),
     ):
         seen, _, label = read(subject)
         assert len(seen) == len(label) == count

@@ -250,12 +250,12 @@ def test_what_a_model_draws_is_scored_with_how_it_was_drawn(tiny_model, digits, 
 
 
 def test_unusable_pictures_are_noted(digits, real, make_folder, tmp_path):
-    from tessera.data import FolderConfig
+    from tessera.data import FilesConfig
 
     path = make_folder("data", real[:60])
     (path / "00007.png").write_text("no image")
     done = evaluate(
-        Data(FolderConfig(path=str(path), size=(8, 8), channels=1)), "digits", digits, tmp_path / "out", ["kid"]
+        Data(FilesConfig(path=str(path), size=(8, 8), channels=1)), "digits", digits, tmp_path / "out", ["kid"]
     )
     assert done.notes == ["unusable pictures left out: 1 of the samples, 0 of the reference"]
     assert done.scores[0].protocol.samples == 59

@@ -509,6 +509,29 @@ def test_an_autoencoder_with_a_shift_is_refused(make_theirs, autoencoder_folder,
     assert not (tmp_path / "pipe").exists()
 
 
+@pytest.mark.parametrize("source", ["settings", "folder"])
+def test_an_autoencoder_scaled_channel_by_channel_is_refused(make_theirs, autoencoder_folder, tmp_path, source):
+    codec: dict = {"kind": "autoencoder-kl", "source": str(tmp_path / "each")}
+    shutil.copytree(autoencoder_folder, tmp_path / "each")
+    if source == "settings":
+        codec |= {"scale": [1.0, 2.0, 3.0, 4.0]}
+    else:
+        edit(tmp_path / "each" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 3.0, 4.0])
+    model = make_theirs()
+    model.config = model.config.model_copy(update={"codec": type(model.config.codec)(**codec)})
+    with pytest.raises(TesseraError, match="channel by channel"):
+        interop.write(model, tmp_path / "pipe")
+
+
+def test_a_scale_of_the_settings_is_written(make_theirs, autoencoder_folder, tmp_path):
+    codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder), "scale": 0.75}
+    model = make_theirs()
+    model.config = model.config.model_copy(update={"codec": type(model.config.codec)(**codec)})
+    model.loaded_codec = None
+    interop.write(model, tmp_path / "pipe")
+    assert json.loads((tmp_path / "pipe" / "vae" / "config.json").read_text())["scaling_factor"] == 0.75
+
+
 def test_nothing_is_overwritten(make_theirs, tmp_path):
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "mine").write_text("mine")

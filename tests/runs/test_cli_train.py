@@ -162,7 +162,7 @@ def test_folders_that_are_no_data(tessera, recipe, tmp_path, go):
         ("mixed", "1 images beside its class folders"),
         ("mixed/loose.png", "is a file; expected a folder"),
         ("bad", "no usable image among 1 of 1"),
-        ("small", "smaller than the size: 8 x 8, but data.size is 16 x 16"),
+        ("small", "smaller than the size: 8 x 8, but the size is 16 x 16"),
     ):
         size = 16 if name == "small" else 8
         data = f"data={{kind: folder, path: {tmp_path / name}, size: {size}}}"

@@ -18,7 +18,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 def resolved(recipe: Recipe) -> Recipe:
     recipe = pixels_like_data(recipe)
-    return resolve(recipe, recipe.data.open(), recipe.codec.build())
+    return resolve(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -11,6 +11,7 @@ from tessera import randomness
 from tessera.codecs import AutoencoderConfig, PixelsConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.data import Batch
+from tessera.data.loader import FLIP
 from tessera.process.gaussian import GaussianConfig
 from tessera.training import health, parallel, step
 from tessera.training import task as streams
@@ -227,7 +228,7 @@ def test_another_seed_and_another_position_see_other_noise():
 
 
 def test_every_use_has_a_stream_of_its_own():
-    used = (streams.TIME, streams.NOISE, streams.DROP, streams.FLIP, streams.POSTERIOR)
+    used = (streams.TIME, streams.NOISE, streams.DROP, FLIP, streams.POSTERIOR)
     assert used == (1, 2, 3, 4, 5)  # never renumbered
 
 

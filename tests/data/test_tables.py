@@ -1,4 +1,4 @@
-"""Parquet files as the Hugging Face hub has them, and as they go wrong."""
+"""Tables of images: parquet files as the Hugging Face hub has them, and as they go wrong; arrow files."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera.data import ParquetConfig
+from tessera.data import FilesConfig
 from tessera.data.images import Unusable
 from tessera.errors import TesseraError
 
@@ -41,7 +41,7 @@ def hub(*names: str, column: str = "label") -> dict:
 
 
 def opened(path, **changes):
-    return ParquetConfig(path=str(path), size=8, **changes).open()
+    return FilesConfig(path=str(path), size=8, **changes).open()
 
 
 def read(source) -> list[tuple[int, int]]:
@@ -145,7 +145,7 @@ def test_identities_are_no_class_numbers(tmp_path):
 
 
 def test_one_class_only(tmp_path):
-    with pytest.raises(TesseraError, match=r"one class only \('cat'\).*data\.label=null"):
+    with pytest.raises(TesseraError, match=r"one class only \('cat'\).*data\.classes=none"):
         opened(put(tmp_path / "a.parquet", image=[png(), png()], label=["cat", "cat"]))
 
 
@@ -198,17 +198,13 @@ def test_text_that_is_no_text(tmp_path, column):
         with pytest.raises(TesseraError, match="column 'label' is damaged"):
             opened(path)
     else:
-        source = opened(path)
-        with pytest.raises(Unusable, match="damaged"):
-            source.pixels(0)
-        assert source.pixels(1)[0, 0, 0] == 4
+        assert [source_pixel for source_pixel, _ in read(opened(path))] == [3, 4]
 
 
 def test_no_file_at_all(tmp_path):
-    with pytest.raises(TesseraError, match="holds no parquet file"):
-        opened(tmp_path)
-    with pytest.raises(TesseraError, match="holds no parquet file"):
-        opened(tmp_path / "gone.parquet")
+    for path in (tmp_path, tmp_path / "gone.parquet"):
+        with pytest.raises(TesseraError, match="holds no parquet file"):
+            opened(path, kind="parquet")
 
 
 def test_no_rows(tmp_path):
@@ -225,3 +221,111 @@ def test_a_row_without_bytes_is_unusable(tmp_path, image):
     with pytest.raises(Unusable, match="no image bytes"):
         source.pixels(0)
     np.testing.assert_array_equal(source.pixels(1), np.full((3, 8, 8), 3))
+
+
+# Columns that are found without being told
+
+
+def test_the_column_of_images_is_found_by_its_kind(tmp_path):
+    source = opened(put(tmp_path / "a.parquet", img=struct(png(5), png(6)), text=["five", "six"], label=[0, 1]))
+    assert read(source) == [(5, 0), (6, 1)]
+    assert [source.caption(i) for i in range(2)] == ["five", "six"]
+
+
+def test_the_column_of_images_is_found_by_what_datasets_says_of_it(tmp_path):
+    told = {"info": {"features": {"photo": {"_type": "Image"}}}}
+    assert read(opened(put(tmp_path / "a.parquet", told, mask=[png(1)], photo=[png(5)]))) == [(5, 0)]
+
+
+def test_two_columns_of_images_ask_which_is_meant(tmp_path):
+    path = put(tmp_path / "a.parquet", mask=[png(1)], photo=[png(5)])
+    with pytest.raises(TesseraError, match=r"say which column .* data\.image; it has mask, photo"):
+        opened(path)
+    assert read(opened(path, image="photo")) == [(5, 0)]
+
+
+def test_no_column_of_labels_is_no_classes(tmp_path):
+    source = opened(put(tmp_path / "a.parquet", image=[png(5)], group=["a"]))
+    assert source.class_names == ()
+
+
+def test_captions_by_another_name(tmp_path):
+    path = put(tmp_path / "a.parquet", image=[png(5)], text=["no"], title=["yes"], number=[7])
+    assert opened(path, caption="title").caption(0) == "yes"
+    assert opened(path, caption="number").caption(0) == "7"
+    assert opened(path, caption=None).caption(0) is None
+    with pytest.raises(TesseraError, match=r"unknown column 'tile'; did you mean 'title'\? \(data\.caption\)"):
+        opened(path, caption="tile")
+
+
+def test_of_several_captions_the_first_counts(tmp_path):
+    told = [["one", "uno"], ["two"], [], None]
+    source = opened(put(tmp_path / "a.parquet", image=[png()] * 4, caption=told))
+    assert [source.caption(i) for i in range(4)] == ["one", "two", "", None]
+
+
+def test_captions_that_are_no_text(tmp_path):
+    path = put(tmp_path / "a.parquet", image=[png()], text=[{"a": 1}])
+    assert opened(path).caption(0) is None
+    with pytest.raises(TesseraError, match=r"column 'text' holds no text .*; set data\.caption"):
+        opened(path, caption="text")
+
+
+def test_class_folders_are_not_looked_for_in_tables(tmp_path):
+    with pytest.raises(TesseraError, match=r"data\.classes=folders, but .* holds tables"):
+        opened(put(tmp_path / "a.parquet", image=[png()]), classes="folders")
+
+
+def test_folders_that_look_like_columns_are_none(tmp_path):
+    (tmp_path / "label=7").mkdir()
+    put(tmp_path / "label=7/a.parquet", image=[png(1), png(2)], label=["x", "y"])
+    assert opened(tmp_path).class_names == ("x", "y")
+
+
+# Where the images are held
+
+
+def test_large_files_are_unpacked_once_and_read_alike(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "caches"))
+    images = struct(*(png(value) for value in range(40)))
+    images[7] = {"bytes": None, "path": None}
+    kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    table = arrow.table({"image": arrow.array(images, kind), "label": [value % 3 for value in range(40)]})
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/a.parquet"
+    parquet.write_table(table, path, row_group_size=11)
+    held = opened(path)
+    monkeypatch.setattr("tessera.data.tables.HELD", 100)
+    monkeypatch.setattr("tessera.data.tables.BATCH", 3)
+    for said in ("unpacking a.parquet once into", ""):
+        mapped = opened(path)
+        assert said in capfd.readouterr().err if said else not capfd.readouterr().err
+        for row in (39, 0, 22, 10, 11):
+            assert mapped.content(row) == held.content(row) == table["image"][row]["bytes"].as_py()
+        with pytest.raises(Unusable, match="no image bytes"):
+            mapped.content(7)
+    assert len(list((tmp_path / "caches/tables").glob("*.arrow"))) == 1
+    parquet.write_table(table.slice(20), path)  # another file of the same name
+    assert opened(path).content(0) == table["image"][20]["bytes"].as_py()
+
+
+def test_a_row_may_name_a_file_instead(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(9))
+    kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    images = arrow.array([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}], kind)
+    source = opened(put(tmp_path / "a.parquet", image=images))
+    assert source.content(0) == tmp_path / "a.png"
+    with pytest.raises(Unusable, match="no image bytes"):
+        source.content(1)
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow_files(tmp_path, kind):
+    table = arrow.table({"image": [png(5), png(6)], "label": ["b", "a"]})
+    new = arrow.ipc.new_stream if kind == "stream" else arrow.ipc.new_file
+    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert read(opened(tmp_path / "a.arrow")) == [(5, 1), (6, 0)]
+    (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:200])
+    with pytest.raises(TesseraError, match=r"a\.arrow is damaged or no arrow file"):
+        opened(tmp_path / "a.arrow")

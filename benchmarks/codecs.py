@@ -1,0 +1,93 @@
+"""What is left of pictures after a codec: photographs at their own size, and emoji.
+
+    python benchmarks/codecs.py photos CODEC [FOLDER]     scikit-learn's two photographs, and those of a folder
+    python benchmarks/codecs.py emoji CODEC               those that a fit of recipes/codec-emoji.yaml holds out
+
+CODEC: the folder of an autoencoder. Photographs are cropped to multiples of the codec's factor. Prints Markdown.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tessera import randomness
+from tessera.codecs.named import named
+from tessera.data.named import named as named_data
+from tessera.evaluation.features import extractor
+from tessera.evaluation.reconstruction import Reconstruction, reconstruct
+from tessera.training.codec import HELD_OUT, FitConfig
+
+CPU = torch.device("cpu")
+EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji" / "train.parquet"
+
+
+class Photographs:
+    """Pictures of any size, as a source of data."""
+
+    class_names = ()
+
+    def __init__(self, named: dict[str, np.ndarray], factor: int) -> None:
+        self.names, self.factor, self.images = list(named), factor, list(named.values())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def label(self, index: int) -> int:
+        return 0
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def pixels(self, index: int) -> np.ndarray:
+        height, width = (side // self.factor * self.factor for side in self.images[index].shape[:2])
+        return np.ascontiguousarray(self.images[index][:height, :width].transpose(2, 0, 1))
+
+
+def photographs(folder: Path | None) -> dict[str, np.ndarray]:
+    from sklearn.datasets import load_sample_images
+
+    found: dict[str, np.ndarray] = {}
+    found |= zip(("china", "flower"), load_sample_images().images, strict=True)
+    for path in sorted(folder.iterdir()) if folder else []:
+        with Image.open(path) as image:
+            found[path.stem] = np.asarray(image.convert("RGB"))
+    return found
+
+
+def row(name: str, size: str, found: Reconstruction) -> str:
+    fd = "" if found.fd is None else f"{found.fd.value:.3g} ({found.fd.low:.2g} to {found.fd.high:.2g})"
+    cells = [name, size, f"{found.psnr.value:.2f}", f"{found.ssim.value:.4f}", fd, f"{found.mean:.3f}, {found.std:.3f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("photos", "emoji"))
+    parser.add_argument("codec")
+    parser.add_argument("folder", type=Path, nargs="?")
+    asked = parser.parse_args()
+    codec = named(asked.codec).build()
+    print("| pictures | size | PSNR, dB | SSIM | FD (shapes, at 32 x 32) | latents: mean, standard deviation |")
+    print("|---|---|---|---|---|---|")
+    if asked.what == "emoji":
+        source = named_data(str(EMOJI), (64, 64)).open()
+        count = FitConfig().held_out
+        chosen = np.sort(randomness.permutation(0, HELD_OUT, 0, len(source)).numpy()[:count])
+        found = reconstruct(codec, source, chosen.tolist(), CPU, extractor("shapes", CPU))
+        print(row(f"{found.count} emoji", "64 x 64", found))
+        return
+    photos = Photographs(photographs(asked.folder), codec.factor)
+    ratios = []
+    for index, name in enumerate(photos.names):
+        height, width = photos.pixels(index).shape[1:]
+        found = reconstruct(codec, photos, [index], CPU)
+        ratios.append(found.psnr.value)
+        print(row(name, f"{height} x {width}", found))
+    print(f"\nmean of {len(ratios)} photographs {np.mean(ratios):.2f} dB, lowest {min(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Files a second of `tessera data check` by the number of processes, and what a million samples cost to tell of.
+
+python benchmarks/data_check.py --data ../shared/data [--samples 1000000]
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from tessera.data import check, index, seen
+from tessera.data.files import FilesConfig, FilesSource
+
+LOOK = """
+import os, sys, time
+from pathlib import Path
+from tessera.data.check import Asked, look
+if __name__ == "__main__":
+    data, out, workers = sys.argv[1:]
+    asked = Asked(data, Path(out))
+    count = len(asked.source[0])
+    began, before = time.perf_counter(), sum(os.times()[:4])
+    look(asked, int(workers))
+    print(count, time.perf_counter() - began, sum(os.times()[:4]) - before)
+"""
+
+
+def looked(data: Path, workers: int) -> tuple[int, float, float]:
+    """How many samples there are, and the seconds that looking at them takes by the clock and of processors, the start
+    of processes among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "look.py")
+        script.write_text(LOOK)
+        words = [sys.executable, str(script), str(data), f"{folder}/out", str(workers)]
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    return int(told[0]), float(told[1]), float(told[2])
+
+
+def synthetic(count: int, folder: Path) -> check.Asked:
+    """Parts as they would be of so many images, without the images: 1 % copies and 1 % near copies, evenly spread."""
+    import pyarrow as pa
+
+    generator = np.random.default_rng(0)
+    (folder / "data").mkdir()
+    table = index.build(
+        folder / "data",
+        [f"class {number}" for number in range(1000)],
+        path=[f"{row % 1000:03d}/{row:08d}.jpg" for row in range(count)],
+        label=np.arange(count, dtype=np.int32) % 1000,
+    )
+    index.write(table, folder / "index.parquet")
+    config = FilesConfig(path=str(folder / "index.parquet"), size=(1, 1))
+    source = FilesSource(config, index.open(folder / "index.parquet"))
+    (folder / "out/parts").mkdir(parents=True)
+    hundredth = count // 100
+    hashes = generator.integers(0, 2**64, count, dtype=np.uint64)
+    hashes[-hundredth:] = hashes[:hundredth]
+    hashes[-2 * hundredth : -hundredth] = hashes[:hundredth] ^ np.uint64(0b11)
+    for part in range(seen.parts(source)):
+        rows = np.arange(part * seen.PART, min((part + 1) * seen.PART, count))
+        same = np.where(rows >= count - hundredth, rows - count + hundredth, rows)
+        alike = np.where(rows >= count - 2 * hundredth, (rows - count + 2 * hundredth) % hundredth, rows)
+        colours = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
+        plain = seen.Seen("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
+        columns = {name: [value] * len(rows) for name, value in vars(plain).items()}
+        columns["name"] = [f"{row % 1000:03d}/{row:08d}.jpg" for row in rows.tolist()]
+        columns["digest"] = [int(row).to_bytes(32, "little") for row in same]
+        columns["hash"], columns["colours"] = hashes[rows], colours
+        made = pa.table(columns, seen.schema()).replace_schema_metadata({"key": seen.part_key(source, part)})
+        path = str(seen.part_path(folder / "out/parts", part))
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, made.schema) as writer:
+            writer.write_table(made)
+    return check.Asked(str(folder / "index.parquet"), folder / "out")
+
+
+def told(count: int) -> dict[str, float]:
+    """Seconds and memory of telling what was found among so many samples, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic(count, Path(folder))
+        words = [sys.executable, __file__, "--tell", folder]
+        return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def tell(folder: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    began = time.perf_counter()
+    done = check.tell(check.Asked(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet")
+    seconds = time.perf_counter() - began
+    found = {finding.kind: finding.count for finding in done.findings}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "MiB before": before, "MiB at most": most, **found}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TESSERA_SHARED") or "../shared/data"))
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("look", "tell"), help="one of the two measurements")
+    asked = parser.parse_args()
+    if asked.tell:
+        tell(asked.tell)
+        return
+    if asked.only != "tell":
+        look(asked.data)
+    if asked.only != "look":
+        print(f"telling of {asked.samples:,}: {told(asked.samples)}")
+
+
+def look(data: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(data / "tiles/tiles.zip") as tiles:
+            tiles.extractall(folder)
+        for name, path in (("tiles", Path(folder)), ("CIFAR-10", data / "cifar10/train.parquet")):
+            for workers in (1, 2):
+                count, seconds, processor = looked(path, workers)
+                print(
+                    f"{name}, processes {workers}: {count} in {seconds:.1f} s, {count / seconds:,.0f} a second;",
+                    end=" ",
+                )
+                print(f"processor time {count / processor:,.0f} a second (load {os.getloadavg()[0]:.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()

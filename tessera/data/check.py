@@ -1,0 +1,122 @@
+"""`tessera data check`: look at every sample, in as many processes and machines as there are; then say what was found.
+
+Looking makes parts, in any order and anywhere; telling reads them all and writes what people and programs read.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tessera.data import check_page, findings, index, seen
+from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.findings import Finding, Survey
+from tessera.data.named import EMBEDDED, named
+from tessera.data.seen import WHOLE, Shard
+from tessera.data.strays import strays
+from tessera.errors import TesseraError
+from tessera.files import PARTIAL, alone, whole_file, write_whole
+
+PARTS, AGAINST = "parts", "parts-against"  # folders of what was seen
+DECISIONS, FINDINGS, REPORT = "decisions.jsonl", "findings.json", "report.html"
+Progress = Callable[[str], Callable[[int, int], None]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """data, against: a path of any layout, or a recipe. folder: where parts and reports go. size: to be trained at."""
+
+    data: str
+    folder: Path
+    against: str | None = None
+    size: tuple[int, int] | None = None
+
+    @cached_property
+    def source(self) -> tuple[FilesSource, str]:
+        """The data set, and why it could not be opened as it is, if it is not in good order. Raises TesseraError."""
+        return findings.opened(_config(self.data, self.size))
+
+    @cached_property
+    def other(self) -> FilesSource | None:
+        return None if self.against is None else findings.opened(_config(self.against, self.size))[0]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What came of a check. summary: what there is, in rows of two; keep: bool [N]"""
+
+    findings: list[Finding]
+    keep: np.ndarray
+    summary: list[tuple[str, str]]
+
+
+def _config(told: str, size: tuple[int, int] | None) -> FilesConfig:
+    config = named(told, size or findings.UNSAID)
+    if not isinstance(config, FilesConfig):
+        raise TesseraError(f"{told}: embedded data ({', '.join(EMBEDDED)}) has no files to check; give a path")
+    return config
+
+
+def look(asked: Asked, workers: int = 1, shard: Shard = WHOLE, progress: Progress | None = None) -> None:
+    """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
+    for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.against}")):
+        if source is not None:
+            seen.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
+
+
+def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None) -> Checked:
+    """Read all parts and write decisions, findings and report into the folder, and an index of what is kept to `apply`.
+
+    drop: kinds of findings. Raises TesseraError if parts are missing or something cannot be written.
+    """
+    source, disorder = asked.source
+    dropped = findings.droppable(drop)
+    with alone(asked.folder):
+        for partial in asked.folder.glob(f"parts*/*{PARTIAL}"):  # of processes that were killed
+            partial.unlink(missing_ok=True)
+        survey = Survey(
+            source,
+            seen.gathered(source, asked.folder / PARTS),
+            sorted(strays(source), key=lambda stray: (stray.kind, stray.name)),
+            asked.data,
+            disorder,
+            None if asked.other is None else seen.gathered(asked.other, asked.folder / AGAINST),
+            asked.against or "",
+        )
+        found = findings.findings(survey)
+        keep, reasons = findings.decided(found, dropped, len(source))
+        checked = Checked(found, keep, check_page.summary(survey, keep))
+        with whole_file(asked.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(_decisions(survey, keep, reasons))
+        write_whole(asked.folder / FINDINGS, as_json(checked))
+        write_whole(asked.folder / REPORT, check_page.page(survey, found, keep, command))
+        if apply is not None:
+            if not keep.any():
+                raise TesseraError(f"nothing would be kept of {asked.data}: see {asked.folder / REPORT}, or drop less")
+            index.write(findings.kept(survey, keep), apply)
+    return checked
+
+
+def _decisions(survey: Survey, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
+    """One line for each sample, then one for each thing that is none."""
+    row = 0
+    for chunk in survey.seen["name"].chunks:
+        for name in chunk.to_pylist():
+            told = {"name": name, "keep": bool(keep[row]), "reasons": reasons.get(row, [])}
+            yield json.dumps(told, ensure_ascii=False) + "\n"
+            row += 1
+
+
+def as_json(checked: Checked) -> str:
+    """The findings for programs: samples are rows of the data set, as in decisions.jsonl."""
+    told: list[dict[str, Any]] = []
+    for finding in checked.findings:
+        one = asdict(finding) | {"count": finding.count}
+        one["reasons"] = {str(row): reason for row, reason in finding.reasons.items()}
+        told.append(one)
+    summary = dict(checked.summary)
+    return json.dumps({"summary": summary, "findings": told}, ensure_ascii=False) + "\n"

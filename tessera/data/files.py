@@ -1,0 +1,156 @@
+"""Images in files of any usual layout, as one source: what is found is an index, and the index is what is read."""
+
+import os
+import tarfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from tessera.data import layouts, tables
+from tessera.data.images import ImagesConfig, Unusable, read, shape
+from tessera.data.index import TABLES, facts, labels, numbers
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TAR_HEADER = 512  # bytes right before a content
+
+
+class FilesConfig(ImagesConfig):
+    """Folders of images, parquet files, WebDataset tars, data sets of Hugging Face, or an index of any of them."""
+
+    kind: Literal["files", "folder", "parquet"] = Field(
+        default="files", description="files: whatever is found; folder: images only; parquet: tables only"
+    )
+    path: str | list[str] = Field(
+        description="a folder of images or of .parquet or .tar files, one such file, an index, hub:owner/name; a list"
+    )
+    classes: Literal["auto", "folders", "none"] = Field(
+        default="auto", description="auto: by labels, or by subfolders, if there are any"
+    )
+    image: str = Field(default="auto", description="the column of images in tables: bytes, or a struct with them")
+    label: str | None = Field(
+        default="auto", description="the column of labels; auto: label or class, if there is one; null: none"
+    )
+    caption: str | None = Field(
+        default="auto", description="the column of captions; auto: caption or text, if there is one; null: none"
+    )
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def where(self) -> str:
+        return f"{self.kind} {', '.join(self.paths)}"
+
+    def open(self) -> "FilesSource":
+        return FilesSource(self)
+
+
+class FilesSource:
+    """The samples of an index: encoded files, their labels and captions.
+
+    It may be pickled: files are opened where they are read.
+    """
+
+    def __init__(self, config: FilesConfig, table: "pyarrow.Table | None" = None) -> None:
+        """table: an index to read instead of what is found at the path."""
+        self.config = config
+        self.table = layouts.find(config) if table is None else table
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.root, self.class_names = facts(self.table)
+        self.labels = labels(self.table)  # int32 [N], -1 where there is none
+        self._path, self._offset, self._length, self._caption = (
+            self.table[name] for name in ("path", "offset", "length", "caption")
+        )
+        rows = tables.of(self._path)
+        self._tables = dict(zip(rows, tables.images([self.root / path for path in rows], self.config.image)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "table": self.table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def label(self, index: int) -> int:
+        """The class of a sample, -1 where it is told none; 0 where there are no classes."""
+        return int(self.labels[index]) if self.class_names else 0
+
+    def caption(self, index: int) -> str | None:
+        found = self._caption[index].as_buffer()
+        return None if found is None else found.to_pybytes().decode("utf-8", errors="replace")
+
+    def name(self, index: int) -> str:
+        path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()
+        if offset is None:
+            return str(path)
+        return f"{path} row {offset}" if path.suffix in TABLES else f"{path} {_member(path, offset)}"
+
+    def content(self, index: int) -> Path | bytes:
+        """The encoded image: a file, or its bytes out of a larger one. Raises Unusable."""
+        path, offset = self._path[index].as_py(), self._offset[index].as_py()
+        if offset is None:
+            return self.root / path
+        if (table := self._tables.get(path)) is not None:
+            return table[offset]
+        return _stretch(self.root / path, offset, self._length[index].as_py())
+
+    def pixels(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """uint8 [C, H, W], of another size than the configured one if asked for. Raises Unusable."""
+        return read(self.content(index), self.config, size)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Height and width as displayed: what the index says, or else the header of the file. Raises Unusable."""
+        height, width = self.table["height"][index].as_py(), self.table["width"][index].as_py()
+        return shape(self.content(index)) if height is None or width is None else (height, width)
+
+    def shapes(self) -> np.ndarray:
+        """Height and width of every sample, int32 [N, 2]; 0 x 0 where an image cannot be used."""
+        found = np.stack([numbers(self.table[name], 0) for name in ("height", "width")], axis=1)
+
+        def look(place: int) -> None:
+            with suppress(Unusable):
+                found[place] = shape(self.content(place))
+
+        with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # waiting for disks is most of the work
+            unknown = np.flatnonzero((found == 0).any(axis=1))
+            for chunk in np.array_split(unknown, len(unknown) // 1024 + 1):  # an interruption waits for one of them
+                deque(pool.map(look, chunk.tolist()), maxlen=0)
+        return found
+
+    def files(self) -> list[Path]:
+        """Every file that holds samples, once, in their order."""
+        return [self.root / path for path in self._path.unique().to_pylist()]
+
+
+def _stretch(path: Path, offset: int, length: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+    except OSError as error:
+        raise Unusable(f"damaged: {error}") from None
+    if len(content) < length:
+        raise Unusable(f"damaged: {path} ends within it")
+    return content
+
+
+def _member(path: Path, offset: int) -> str:
+    """What a tar calls the member whose content starts at an offset."""
+    try:
+        header = _stretch(path, offset - TAR_HEADER, TAR_HEADER)
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+    except (Unusable, tarfile.TarError):
+        return f"byte {offset}"

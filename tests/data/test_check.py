@@ -1,0 +1,274 @@
+"""Parts of a check, made anywhere by any number of processes; findings that need more than one folder."""
+
+import hashlib
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera.data import check, findings, index, seen
+from tessera.data.files import FilesConfig
+from tessera.data.seen import Shard
+from tessera.errors import TesseraError
+
+
+def png(number: int, side: int = 32) -> bytes:
+    held = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(held, "PNG")
+    return held.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Sixty images of two classes."""
+    for number in range(60):
+        path = tmp_path / f"data/{('cat', 'dog')[number % 2]}/{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(seen, "PART", 8)
+
+
+def named(checked: check.Checked) -> dict[str, int]:
+    return {finding.kind: finding.count for finding in checked.findings}
+
+
+def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
+    whole, shards = check.Asked(str(data), tmp_path / "whole"), check.Asked(str(data), tmp_path / "shards")
+    check.look(whole)
+    for shard in (2, 0, 1):
+        with pytest.raises(TesseraError, match="of 8 parts in .* are missing"):
+            check.tell(shards)
+        check.look(shards, shard=Shard(shard, 3))
+    assert named(check.tell(whole)) == named(check.tell(shards)) == {}
+    assert (tmp_path / "whole/decisions.jsonl").read_bytes() == (tmp_path / "shards/decisions.jsonl").read_bytes()
+    for part in range(8):
+        kept = [seen.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
+        assert kept[0] == kept[1]
+
+
+def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
+    """In processes of their own, as macOS and Windows start them; the parts are as large as ever."""
+    for number in range(60, 60 + 2000):  # links cost nothing
+        os.link(data / "cat/00.png", data / f"cat/{number}.png")
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setattr(seen, "WORTHWHILE", 0)
+    check.look(check.Asked(str(data), one), workers=1)
+    told = []
+    check.look(check.Asked(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done)))
+    assert told[-1] == ("looking", 2060, 2060)
+    assert sorted(path.name for path in (two / "parts").iterdir()) == [f"part-00000{part}.arrow" for part in range(5)]
+    for part in sorted((one / "parts").iterdir()):
+        assert part.read_bytes() == (two / "parts" / part.name).read_bytes()
+
+
+def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, small_parts, monkeypatch):
+    asked = check.Asked(str(data), tmp_path / "out")
+    looked: list[str] = []
+    look = seen.look
+    monkeypatch.setattr(seen, "look", lambda content, name, config: looked.append(name) or look(content, name, config))
+    check.look(asked, shard=Shard(0, 2))
+    assert len(looked) == 32
+    seen.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
+    looked.clear()
+    check.look(asked)
+    assert len(looked) == 28 + 8
+    looked.clear()
+    check.look(asked)
+    assert looked == []
+
+    (data / "dog/59.png").write_bytes(b"")
+    with pytest.raises(TesseraError, match="have changed since"):
+        check.tell(asked)
+    check.look(asked)
+    assert looked == [f"dog/{number}.png" for number in (53, 55, 57, 59)]
+    assert named(check.tell(asked)) == {"empty": 1}
+    (data / "dog/59.png").write_bytes(png(59))
+    check.look(asked)
+    assert named(check.tell(asked)) == {}
+
+
+def test_a_process_that_dies_is_told(data, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(seen, "WORTHWHILE", 0)
+    monkeypatch.setattr(seen, "_begin", os._exit)  # whatever it is called with, that ends the process
+    with pytest.raises(TesseraError, match=r"a process that looked at images died.*fewer --workers than 2"):
+        check.look(check.Asked(str(data), tmp_path / "out"), workers=2)
+
+
+def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
+    (data / "cat/60.png").write_bytes((data / "cat/00.png").read_bytes())
+    (data / "cat/61.png").write_bytes(b"")
+    (data / "dog/62.jpg").write_bytes(png(62, 20))
+    before = {path: path.read_bytes() for path in data.rglob("*.*")}
+    asked = check.Asked(str(data), tmp_path / "out")
+    check.look(asked)
+    done = check.tell(asked, apply=tmp_path / "kept.parquet")
+    assert named(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
+    assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
+
+    source = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
+    assert len(source) == 61
+    assert source.class_names == ("cat", "dog")
+    whole = FilesConfig(path=str(data), size=(16, 16)).open()
+    by_name = {whole.name(row): row for row in range(len(whole))}
+    table = index.open(tmp_path / "kept.parquet")
+    for row in range(len(source)):
+        same = by_name[source.name(row)]
+        assert source.label(row) == whole.label(same)
+        assert (source.pixels(row) == whole.pixels(same)).all()
+        side = 20 if source.name(row).endswith(".jpg") else 32
+        assert (table["height"][row].as_py(), table["width"][row].as_py()) == (side, side)
+    assert table["digest"][0].as_py() == hashlib.sha256(png(0)).hexdigest()
+    assert table["hash"].null_count == 0
+
+
+def test_other_kinds_are_dropped_on_demand(data, tmp_path):
+    (data / "cat/60.png").write_bytes(png(60, 4))
+    asked = check.Asked(str(data), tmp_path / "out")
+    check.look(asked)
+    assert check.tell(asked).keep.sum() == 61
+    assert check.tell(asked, drop=("small",)).keep.sum() == 60
+    with pytest.raises(TesseraError, match=r"unknown kind 'smal'; did you mean 'small'\?"):
+        check.tell(asked, drop=("smal",))
+
+
+def test_what_is_smaller_than_the_size_asked_for(data, tmp_path):
+    (data / "cat/60.png").write_bytes(png(60, 24))
+    for size, count in (((24, 24), 0), ((25, 25), 1), ((33, 32), 61)):
+        asked = check.Asked(str(data), tmp_path / "out", size=size)
+        check.look(asked)
+        assert named(check.tell(asked)).get("small", 0) == count
+
+
+def test_images_of_the_validation_data_are_found(data, tmp_path):
+    other = tmp_path / "validation"
+    other.mkdir()
+    (other / "same.png").write_bytes(png(4))
+    (other / "twice.png").write_bytes(png(7, 64))
+    (other / "new.png").write_bytes(png(1000))
+    asked = check.Asked(str(data), tmp_path / "out", against=str(other))
+    check.look(asked)
+    done = check.tell(asked)
+    assert named(done) == {"leaks": 1, "near-leaks": 1}
+    assert not done.keep[list(done.findings[0].samples)].any()
+    assert done.keep.sum() == 59
+    decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
+    told = {one["name"]: one["reasons"] for one in decisions if one["reasons"]}
+    assert told == {
+        "cat/04.png": [f"leaks: the same file as same.png in {other}"],
+        "dog/07.png": [f"near-leaks: looks like twice.png in {other} (0 of 64 bits differ)"],
+    }
+
+
+def test_captions(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(10):
+        (folder / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.txt").write_text(f"drawing {number}")
+    asked = check.Asked(str(folder), tmp_path / "out")
+    check.look(asked)
+    assert named(check.tell(asked)) == {}
+
+    (folder / "3.txt").unlink()
+    (folder / "5.txt").write_text(" \n")
+    (folder / "99.txt").write_text("of nothing")
+    asked = check.Asked(str(folder), tmp_path / "out")
+    check.look(asked)
+    done = check.tell(asked)
+    rows = {finding.kind: [*finding.samples, *finding.names] for finding in done.findings}
+    assert rows == {"missing-captions": [3], "empty-captions": [5], "captions-without-image": ["99.txt"]}
+
+
+def test_metadata_that_names_a_file_that_is_not_there(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "a drawing"}) for number in (0, 1, 7)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    asked = check.Asked(str(folder), tmp_path / "out")
+    check.look(asked)
+    done = check.tell(asked)
+    assert {finding.kind: [*finding.samples, *finding.names] for finding in done.findings} == {
+        "missing": [2],
+        "misnamed-images": ["2.png (a PNG image, 32 x 32)"],
+    }
+
+
+def test_rows_of_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    images = [png(number) for number in range(50)]
+    images[3], images[5], images[7], images[9] = b"", b"text", None, images[8]
+    table = pa.table({"image": [{"bytes": one} for one in images], "label": [number % 2 for number in range(50)]})
+    parquet.write_table(table, tmp_path / "data.parquet")
+    asked = check.Asked(str(tmp_path / "data.parquet"), tmp_path / "out")
+    check.look(asked)
+    done = check.tell(asked, apply=tmp_path / "kept.parquet")
+    rows = {finding.kind: finding.samples for finding in done.findings}
+    assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
+    kept = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
+    assert len(kept) == 46
+    assert kept.content(3) == images[4]
+
+
+def test_a_file_that_may_not_be_read(data, tmp_path, monkeypatch):
+    """Told to the pass itself, as the tests may run as one who may read everything."""
+
+    class Locked(type(data)):
+        def read_bytes(self):
+            raise PermissionError(13, "Permission denied")
+
+    told = seen.look(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
+    assert (told.fault, told.detail) == ("unreadable", "no permission to read it")
+
+
+def test_a_single_class_and_no_class_at_all(tmp_path):
+    for name in ("a/1.png", "a/2.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(len(name) + ord(name[2])))
+    asked = check.Asked(str(tmp_path / "data"), tmp_path / "out")
+    check.look(asked)
+    assert named(check.tell(asked)) == {"one-class": 1}
+    asked = check.Asked(str(tmp_path / "data/a"), tmp_path / "out2")
+    check.look(asked)
+    assert named(check.tell(asked)) == {}
+
+
+def test_embedded_data_has_no_files(tmp_path):
+    with pytest.raises(TesseraError, match="embedded data"):
+        check.look(check.Asked("digits", tmp_path))
+
+
+def test_when_nothing_is_left_no_index_is_written(data, tmp_path):
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"")
+    asked = check.Asked(str(data), tmp_path / "out")
+    check.look(asked)
+    with pytest.raises(TesseraError, match="nothing would be kept"):
+        check.tell(asked, apply=tmp_path / "kept.parquet")
+    assert not (tmp_path / "kept.parquet").exists()
+    assert (tmp_path / "out/report.html").exists()
+
+
+def test_first_of_same_is_that_of_a_dictionary():
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 6, (500, 2)).astype(np.uint64)
+    among = generator.random(500) < 0.7
+    first: dict[tuple[int, ...], int] = {}
+    expected = [
+        first.setdefault(tuple(row), place) if inside else place
+        for place, (row, inside) in enumerate(zip(values.tolist(), among))
+    ]
+    assert findings.first_of_same(values, among).tolist() == expected

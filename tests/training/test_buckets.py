@@ -1,0 +1,85 @@
+"""Training on pictures of many shapes: batches of one size each, on any number of processes, resumed exactly."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tessera
+from tessera import drawing
+from tessera.errors import TesseraError
+from tessera.training import loop
+from tessera.training.journal import read_log
+from tessera.training.recipe import Recipe
+from tessera.training.run import set_up
+
+
+def train(recipe: Recipe) -> None:
+    loop.train(recipe)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 2 x 30 pictures, tall, wide and square, that no crop to 16 x 16 would leave whole."""
+    random = np.random.default_rng(0)
+    folder = tmp_path / "pictures"
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for number in range(30):
+            height, width = [(32, 16), (16, 32), (24, 24), (16, 20)][number % 4]
+            pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def data(pictures):
+    return {
+        "kind": "files", "path": str(pictures), "size": 16, "flip": True,
+        "buckets": {"multiple": 4, "aspect": 2.0},
+    }  # fmt: skip
+
+
+def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
+    run = set_up(tiny("run", "training.batch=8", data=data))
+    assert run.loader.buckets is not None
+    sizes = set()
+    batches = run.loader.batches()
+    for _ in range(12):
+        batch = next(batches)
+        assert batch.pixels.shape[0] == 8
+        sizes.add(tuple(batch.pixels.shape[2:]))
+    batches.close()
+    assert sizes == set(run.loader.buckets.sizes)
+    assert len(sizes) >= 3
+    assert all(height != width for height, width in sizes - {(16, 16)})
+
+
+def test_one_and_two_processes_learn_the_same(tiny, data, processes, tmp_path):
+    changes = ("training.batch=8", "training.steps=6", "training.log_every=1", "training.checkpoint_every=100")
+    processes.together(1, train, tiny("one", *changes, data=data))
+    processes.together(2, train, tiny("two", *changes, data=data))
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
+    assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in two], rel=1e-5)
+
+
+def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
+    changes = ("training.batch=8", "training.checkpoint_every=3")
+    train(tiny("whole", *changes, "training.steps=7", data=data))
+    train(tiny("parts", *changes, "training.steps=3", data=data))
+    train(tiny("parts", *changes, "training.steps=7", data=data))
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_it_draws_in_any_of_its_sizes(tiny, data, tmp_path):
+    train(tiny("run", "training.batch=8", "training.steps=2", data=data))
+    model = tessera.load(tmp_path / "run")
+    images = drawing.generate(model, classes=[0], seeds=[0], steps=2, guidance=1.0, size=(20, 12))
+    assert images.shape == (1, 20, 12, 3)
+
+
+def test_sides_that_no_patch_divides_are_an_error_that_says_which_do(tiny, data):
+    data["buckets"]["multiple"] = 3
+    with pytest.raises(TesseraError, match=r"data\.buckets\.multiple is 3, .* multiples of 4: set .*=4"):
+        set_up(tiny("run", data=data))
