@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera.data import check, index, seen
+from tessera.data import check, index
+from tessera.data.check import seen
 from tessera.data.files import FilesConfig, FilesSource
 
 LOOK = """

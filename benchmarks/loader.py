@@ -4,8 +4,9 @@
 
 The same files, the same work: decode, crop to the size, uint8 batches of 64 in a shuffled order; two workers each
 (ours: threads; DataLoader: processes, kept between rounds). They take turns of --seconds each, and before its turn one
-lets the other finish what it reads ahead; a row gives medians, and the median of the ratios of a round. Ours as it is (a small
-data set stays in memory once it was read, and has been read when the clock starts), and "anew": decoded each time.
+lets the other finish what it reads ahead; a row gives medians, and the median of the ratios of a round. Ours as it is
+(a small data set stays in memory once it was read, and has been read when the clock starts), and "anew": decoded each
+time.
 
 cifar    50,000 JPEGs of 32 x 32 in a parquet file
 emoji    2,789 PNGs of 64 x 64 in a parquet file

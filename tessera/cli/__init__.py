@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 from tessera import __version__
-from tessera.cli.data import app as data_app
-from tessera.cli.data import app as data_app
 from tessera.cli.codec import app as codec_app
+from tessera.cli.data import app as data_app
 from tessera.cli.evaluate import app as evaluate_app
 from tessera.cli.options import (
     EMA,

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tessera.data import alike
+from tessera.data.check import alike
+from tessera.data.check.seen import look
 from tessera.data.images import ImagesConfig
-from tessera.data.seen import look
 
 CONFIG = ImagesConfig(size=(1, 1))
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera.data import check, findings, index, seen
+from tessera.data import check, index
+from tessera.data.check import findings, seen
+from tessera.data.check.seen import Shard
 from tessera.data.files import FilesConfig
-from tessera.data.seen import Shard
 from tessera.errors import TesseraError
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera.data import alike, check
+from tessera.data import check
+from tessera.data.check import alike
 
 damages = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("damages.py"))))
 SHARED = Path(os.environ.get("TESSERA_SHARED") or Path(__file__).parents[2] / "../shared/data")

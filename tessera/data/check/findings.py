@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
-from tessera.data import alike, index
+from tessera.data import index
+from tessera.data.check import alike
+from tessera.data.check.seen import CELLS, FAULTS
+from tessera.data.check.strays import Stray, StrayKind
 from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.index import arrow, compute
-from tessera.data.seen import CELLS, FAULTS
-from tessera.data.strays import Stray, StrayKind
 from tessera.errors import TesseraError
 from tessera.settings import unknown
 

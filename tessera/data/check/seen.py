@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tessera.data import alike
+from tessera.data.check import alike
 from tessera.data.files import FilesSource
 from tessera.data.images import ORIENTATION, ImagesConfig, Unusable, flatten
 from tessera.data.index import arrow

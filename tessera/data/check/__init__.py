@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tessera.data import check_page, findings, index, seen
+from tessera.data import index
+from tessera.data.check import findings, page, seen
+from tessera.data.check.findings import Finding, Survey
+from tessera.data.check.seen import WHOLE, Shard
+from tessera.data.check.strays import strays
 from tessera.data.files import FilesConfig, FilesSource
-from tessera.data.findings import Finding, Survey
 from tessera.data.named import EMBEDDED, named
-from tessera.data.seen import WHOLE, Shard
-from tessera.data.strays import strays
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, alone, whole_file, write_whole
 
@@ -89,11 +90,11 @@ def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = ""
         )
         found = findings.findings(survey)
         keep, reasons = findings.decided(found, dropped, len(source))
-        checked = Checked(found, keep, check_page.summary(survey, keep))
+        checked = Checked(found, keep, page.summary(survey, keep))
         with whole_file(asked.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(_decisions(survey, keep, reasons))
         write_whole(asked.folder / FINDINGS, as_json(checked))
-        write_whole(asked.folder / REPORT, check_page.page(survey, found, keep, command))
+        write_whole(asked.folder / REPORT, page.page(survey, found, keep, command))
         if apply is not None:
             if not keep.any():
                 raise TesseraError(f"nothing would be kept of {asked.data}: see {asked.folder / REPORT}, or drop less")

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tessera import charts, pages
+from tessera.data.check.findings import Finding, Survey
 from tessera.data.files import FilesSource
-from tessera.data.findings import Finding, Survey
 from tessera.data.images import Unusable, flatten
 
 SHOWN = 16  # samples of a finding
