@@ -165,7 +165,7 @@ def measure_millions(counts: list[int]) -> None:
             apart(measure_memory, Path(folder) / str(count), count)
 
 
-def measure_encoding(count: int, size: int, workers: list[int]) -> None:
+def measure_encoding(count: int, size: int, workers: list[int], width: int, device: str, samples: int) -> None:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     torch.manual_seed(0)
@@ -174,12 +174,12 @@ def measure_encoding(count: int, size: int, workers: list[int]) -> None:
         AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 64, 128, 128),
+            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             layers_per_block=2,
             latent_channels=4,
         ).save_pretrained(folder / "codec")
         draw = np.random.default_rng(0)
-        for part, number in (("few", 2 * 8), ("many", count)):
+        for part, number in (("few", 2 * samples), ("many", count)):
             (folder / part).mkdir()
             for index in range(number):
                 coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8))
@@ -188,20 +188,16 @@ def measure_encoding(count: int, size: int, workers: list[int]) -> None:
         for number in workers:
             seconds = {}
             for part in ("few", "many"):
-                command = [
-                    sys.executable,
-                    "-m",
-                    "tessera",
-                    "data",
-                    "cache",
-                    folder / part,
-                    f"codec.source={folder}/codec",
-                ]
-                command += ["--out", folder / f"out-{number}", "--size", size, "--samples", 8, "--workers", number]
+                told = {
+                    "--out": folder / f"out-{number}", "--size": size, "--samples": samples, "--workers": number,
+                    "--device": device,
+                }  # fmt: skip
+                command = [sys.executable, "-m", "tessera", "data", "cache", folder / part]
+                command += [f"codec.source={folder}/codec", *(word for pair in told.items() for word in pair)]
                 began = time.perf_counter()
                 subprocess.run(list(map(str, command)), check=True, capture_output=True)
                 seconds[part] = time.perf_counter() - began
-            print(f"| {number} | {(count - 16) / (seconds['many'] - seconds['few']):.2f} |", flush=True)
+            print(f"| {number} | {(count - 2 * samples) / (seconds['many'] - seconds['few']):.2f} |", flush=True)
 
 
 def main() -> None:
@@ -213,6 +209,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--width", type=int, default=32, help="of the autoencoder's first layers (SD: 128)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--samples", type=int, default=8, help="in a file of the cache")
     asked = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
     if asked.what == "read":
@@ -220,7 +219,7 @@ def main() -> None:
     elif asked.what == "million":
         measure_millions(asked.counts)
     else:
-        measure_encoding(asked.count or 192, asked.size, asked.workers)
+        measure_encoding(asked.count or 192, asked.size, asked.workers, asked.width, asked.device, asked.samples)
 
 
 if __name__ == "__main__":
