@@ -303,8 +303,7 @@ def test_a_batch_that_is_not_a_number_is_as_if_it_had_never_been(tiny, state, mo
     assert ["loss" in one for one in read_log(run)] == [True, True, False, True, True, True]
     (only,) = read_passed(run)
     source = tiny("run").data.open()
-    order = loop.set_up(tiny("other")).loader
-    names = [source.name(order.index(place)) for place in range(2 * BATCH, 3 * BATCH)]
+    names = [source.name(int(index)) for index in loop.set_up(tiny("other")).loader.order.batch(2 * BATCH)]
     assert only == {
         "step": 3, "position": 2 * BATCH, "outcome": "skipped", "why": "the loss is not a number",
         "loss": None, "gradient_norm": None, "samples": names,
