@@ -321,16 +321,25 @@ def _made(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back, where the system can. Processes that are started meanwhile never hear of it: it is the business
-    of the one that waits for them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
+    """Hold Ctrl-C back until the end: half of a pool cannot be shut down. Processes that are started meanwhile never
+    hear of it: it is the business of the one that waits for them."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    except ValueError:  # not the main thread, which is the only one that is interrupted
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the children, as other threads of this process hear it
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 _here: tuple[FilesSource, Path]  # of a process of the pool

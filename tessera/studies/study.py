@@ -1,0 +1,111 @@
+"""What a study is: one YAML file that names a recipe, what differs between its members, and how all are judged."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from tessera.errors import TesseraError
+from tessera.settings import Settings, parse, read_yaml, unknown
+
+Overrides = dict[str, Any]  # dotted settings of a recipe, as on the command line: {"network.depth": 3}
+
+
+class Marks(Settings):
+    """Where on its way every member is scored, beside its end: all are compared at the same compute or steps."""
+
+    flops: tuple[PositiveFloat, ...] = Field(default=(), description="training FLOPs so far")
+    steps: tuple[PositiveInt, ...] = Field(default=(), description="steps so far")
+
+
+class Budget(Settings):
+    """How long each member trains: so many steps, or until it has spent so many training FLOPs."""
+
+    steps: PositiveInt | None = None
+    flops: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if (self.steps is None) == (self.flops is None):
+            raise ValueError("say budget.steps or budget.flops, one of the two")
+        return self
+
+
+class LawConfig(Settings):
+    """The law that is fitted to the members, metric = scale * compute^-exponent, and what it is tried on."""
+
+    against: Literal["gmacs", "flops"] = Field(
+        default="gmacs", description="of a forward pass at equal steps (the paper's), or of all training so far"
+    )
+    held_out: PositiveInt = Field(default=1, description="so many of the largest are predicted from the others")
+
+
+class Comparison(Settings):
+    """Which of the values on an axis is better, and whether by more than seeds differ."""
+
+    axis: str
+    baseline: str
+
+
+class Study(Settings):
+    """A grid of runs. Every combination of one value from each axis, with each seed, is a member."""
+
+    question: str = Field(description="what the study is to answer, in one sentence: the report's title")
+    recipe: str = Field(description="the recipe all members start from, relative to the study's file")
+    output: str = Field(description="the study's folder")
+    set: Overrides = Field(default_factory=dict, description="settings of all members, over the recipe's")
+    axes: dict[str, dict[str, Overrides]] = Field(description="axis: value: settings")
+    seeds: tuple[NonNegativeInt, ...] = (0,)
+    budget: Budget
+    marks: Marks = Marks()
+    sampling_steps: tuple[PositiveInt, ...] = Field(
+        default=(), description="at the end each model draws with so many steps, too: compute in drawing, not training"
+    )
+    law: LawConfig | None = None
+    compare: Comparison | None = None
+    limit_minutes: PositiveFloat | None = Field(
+        default=None, description="refuse a plan that takes longer on one machine"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> "Study":
+        if not self.axes or not all(self.axes.values()):
+            raise ValueError("a study needs at least one axis with at least one value")
+        if self.compare is not None:
+            if self.compare.axis not in self.axes:
+                raise ValueError(unknown("axis", self.compare.axis, self.axes))
+            if self.compare.baseline not in self.axes[self.compare.axis]:
+                raise ValueError(unknown("value", self.compare.baseline, self.axes[self.compare.axis]))
+        return self
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a study."""
+
+    name: str  # of its folder: "S-2", "S-2-seed1"
+    values: dict[str, str]  # axis: value
+    seed: int
+    overrides: Overrides  # over the recipe
+
+
+def members(study: Study) -> Iterator[Member]:
+    """All of them: the last axis changes fastest, seeds slowest (so that the first seed is complete first)."""
+    for seed in study.seeds:
+        for chosen in product(*(values.items() for values in study.axes.values())):
+            values = {axis: value for axis, (value, _) in zip(study.axes, chosen)}
+            overrides = dict(study.set)
+            for _, settings in chosen:
+                overrides |= settings
+            name = "-".join(values.values()) + (f"-seed{seed}" if len(study.seeds) > 1 else "")
+            yield Member(name, values, seed, overrides | {"training.seed": seed})
+
+
+def read(path: Path) -> Study:
+    """A study's file; `output` is runs/<the file's name> where none is given. Raises TesseraError."""
+    if not path.exists():
+        raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
+    return parse(Study, {"output": f"runs/{path.stem}", **read_yaml(path)}, f"study {path}")
