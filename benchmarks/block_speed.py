@@ -12,7 +12,8 @@ import time
 import torch
 
 from tessera.conditions import Condition
-from tessera.models.dit import DiTConfig, parameter_count
+from tessera.models.dit import DiTConfig
+from tessera.models.network import parameter_count
 
 DESIGNS = {
     "adaln-zero": {"kind": "adaln-zero"},

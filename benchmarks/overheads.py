@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tessera import bundle, runtime
-from tessera.models.dit import parameter_count
+from tessera.models.network import parameter_count
 from tessera.settings import parse
 from tessera.training.checkpoint import Place
 from tessera.training.journal import Journal

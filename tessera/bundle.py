@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from tessera.codecs import AnyCodec, Codec, StoredConfig
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
-from tessera.models.dit import DiT, DiTConfig, parameter_count
+from tessera.models import AnyNetwork, Network
+from tessera.models.network import parameter_count
 from tessera.process import AnyProcess, Process
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse
@@ -37,7 +38,7 @@ class BundleConfig(Settings):
     """What config.json says."""
 
     format: Literal[1] = 1
-    network: DiTConfig
+    network: AnyNetwork
     process: AnyProcess
     codec: AnyCodec
     sampling: SamplingConfig = SamplingConfig()
@@ -51,7 +52,7 @@ class Model:
     """A network with all it takes to draw: process, codec, class names and the best-known sampler settings."""
 
     config: BundleConfig
-    network: DiT
+    network: Network
     loaded_codec: Codec | None = None
 
     @cached_property
@@ -222,8 +223,7 @@ def describe(model: Model) -> dict[str, str]:
     classes = f"{network.classes} classes" if network.classes else "unconditional"
     codec = config.codec
     return {
-        "network": f"DiT, {network.block.words()}, depth {network.depth}, width {network.width}, "
-        f"heads {network.heads}, patch {network.patch}",
+        "network": network.words(),
         "sees": f"{network.channels} x {height} x {width}, {classes}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, StoredConfig) else ""),
         "process": process.words(),
@@ -238,12 +238,13 @@ def card(model: Model) -> str:
     facts = "\n".join(f"| {name} | {value} |" for name, value in describe(model).items())
     origin = "\n".join(f"- **{name}**: {value}" for name, value in model.config.origin.items()) or "- not recorded"
     classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
-    example = "classes=[0], " if model.config.network.classes else ""
+    network = model.config.network
+    example = "classes=[0], " if network.classes else ""
     return f"""---
 library_name: tessera
-tags: [diffusion, dit]
+tags: [diffusion, {network.kind}]
 ---
-# A diffusion transformer
+# A {network.title}
 
 | | |
 |---|---|
@@ -257,7 +258,7 @@ tags: [diffusion, dit]
 
 ## How to draw from it
 ```
-tessera sample FOLDER {"--classes all " if model.config.network.classes else ""}--count 4
+tessera sample FOLDER {"--classes all " if network.classes else ""}--count 4
 ```
 ```python
 import tessera

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from tessera import randomness, runtime, sampling
-from tessera.adapters.caching import FirstBlockCaching, Tally
+from tessera.adapters.caching import FirstBlockCaching, Tally, check_caching
 from tessera.adapters.modulation import Tabulated
 from tessera.bundle import Model
 from tessera.conditions import Condition
 from tessera.errors import TesseraError
+from tessera.models.dit import DiT
 from tessera.sampling import FirstBlock, SamplingConfig, State
-from tessera.sampling.denoiser import Denoiser, Guide, Network
+from tessera.sampling.denoiser import Denoiser, Forward, Guide
 from tessera.sampling.editing import Original
 from tessera.sampling.times import times
 from tessera.settings import override, parse, unknown
@@ -128,12 +129,13 @@ def walk(
         return randomness.normal(seed, position, STREAM, shape).to(device)
 
     config.sampler.check(model.process)
+    check_caching(seen, config.caching)
     visited = times(config.spacing, config.steps, model.process)
     x, step = noise(), config.sampler
     if original is not None:
         visited = original.reached(visited)
         x, step = original.start(model.process, x, visited[0]), original.keeping(step, x)
-    grid = (shape[1] // seen.patch, shape[2] // seen.patch)
+    grid = (shape[1] // seen.unit, shape[2] // seen.unit)
     dtype = runtime.autocast_dtype(precision, device)
     how = _How(config, model.process.network_time(visited[:-1]).to(device), grid, dtype, tally)
     denoise = _denoiser(model, Condition(label=label).to(device), scales.expand(rows), guide, how)
@@ -177,21 +179,21 @@ def _denoiser(model: Model, condition: Condition, scales: Tensor, guide: Model |
     )
 
 
-def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Network]:
+def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Forward]:
     """Makes networks for one drawing, each with a cache of its own; told: all that they will be told."""
     network, config, device = model.network, how.config, model.device
-    plain, tell = network, network.tell
+    caching, plain, tell = config.caching, network, None
     labels = 1 if told.label is None else len(told.label.unique())
     # Measured on CPUs alone (benchmarks/precomputed_modulation.md); a look-up waits for the device.
-    if device.type == "cpu" and Tabulated.size(network, len(how.times), labels) <= TABLE:
+    if isinstance(network, DiT) and device.type == "cpu" and Tabulated.size(network, len(how.times), labels) <= TABLE:
         with runtime.autocast(how.dtype, device):
             plain = Tabulated(network, how.times, told.label, how.grid)
         tell = plain.tell
 
-    def make() -> Network:
-        caching = config.caching
-        cached = isinstance(caching, FirstBlock)
-        inner = FirstBlockCaching(network, caching, tell=tell, tally=how.tally) if cached else plain
+    def make() -> Forward:
+        inner = plain
+        if isinstance(caching, FirstBlock) and isinstance(network, DiT):  # no other network is let through
+            inner = FirstBlockCaching(network, caching, tell=tell, tally=how.tally)
 
         def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             with runtime.autocast(how.dtype, device):  # around the network alone: it must not leak to the caller's loop
@@ -358,7 +360,7 @@ def _drawn_latents(
 def _latent_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
         return model.config.network.size
-    unit = model.codec.factor * model.config.network.patch
+    unit = model.codec.factor * model.config.network.unit
     if size[0] % unit or size[1] % unit or min(size) < unit:
         raise TesseraError(
             f"size {size[0]} x {size[1]} does not fit: height and width must be multiples of {unit} pixels"

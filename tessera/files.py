@@ -3,8 +3,10 @@
 import io
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +102,15 @@ def remove_partials(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+class InUse(TesseraError):
+    """Another process holds a folder."""
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Make a folder if need be and hold it for one process at a time, where the system can.
 
-    Raises TesseraError if it cannot be made, or another process holds it.
+    Raises TesseraError if it cannot be made, and InUse if another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,14 +126,27 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise TesseraError(
-                f"{folder} is in use by another process: wait for it, or choose another folder"
-            ) from None
+            raise InUse(f"{folder} is in use by another process: wait for it, or choose another folder") from None
         except OSError:  # a file system without locks
             pass
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def in_turn(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """As `alone`, after waiting for whoever holds the folder; `waiting` is called once if so."""
+    with ExitStack() as held:
+        for tries in count():
+            try:
+                held.enter_context(alone(folder))
+                break
+            except InUse:
+                if not tries:
+                    waiting()
+                time.sleep(1)
+        yield
 
 
 def sync(path: Path) -> None:

@@ -39,7 +39,9 @@ class Settings(BaseModel):
         data = cls.expand(data)
         for key in data:
             if key not in cls.model_fields:
-                raise PydanticCustomError("unknown_key", "{text}", {"text": unknown("key", str(key), cls.model_fields)})
+                kind = cls.model_fields["kind"].default if "kind" in cls.model_fields else None
+                text = unknown("key", str(key), cls.model_fields) + (f" (kind: {kind})" if kind else "")
+                raise PydanticCustomError("unknown_key", "{text}", {"text": text})
         return data
 
 
@@ -68,11 +70,23 @@ def parse(kind: type[S], data: Any, source: str) -> S:
     except ValidationError as error:
         faults = []
         for fault in error.errors():
-            place = ".".join(str(part) for part in fault["loc"])
+            place = ".".join(_place(fault, data))
             got = fault["input"]
             shown = "" if isinstance(got, dict) or fault["type"] == "missing" else f" (got {got!r})"
             faults.append(f"  {place or 'top level'}: {_message(fault)}{shown}")
         raise TesseraError(f"{source} is not valid:\n" + "\n".join(faults)) from None
+
+
+def _place(fault: Mapping[str, Any], data: Any) -> list[str]:
+    """Where a fault is, in the words of the data: pydantic also names the kinds that it passed through."""
+    found, missing = [], fault["type"] == "missing"
+    for number, part in enumerate(fault["loc"], start=1):
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list | tuple) and isinstance(part, int)):
+            data = data[part]  # pyright: ignore[reportArgumentType, reportCallIssue]
+        elif not (missing and number == len(fault["loc"])):
+            continue
+        found.append(str(part))
+    return found
 
 
 def _message(fault: Mapping[str, Any]) -> str:

@@ -24,6 +24,12 @@ hypothesis_settings.load_profile("tessera")
 torch.set_num_threads(1)  # tests are tiny: threads only wait for each other
 
 
+SHAPES = {
+    "dit": {"patch": 2, "depth": 2, "width": 32, "heads": 2},
+    "unet": {"width": 8, "multipliers": (1, 2), "depth": 1, "attention": (2,)},
+}
+
+
 @torch.no_grad()
 def _randomise(network: nn.Module, seed: int = 0) -> nn.Module:
     """Every trained weight normal, so that nothing is hidden behind the zeros a fresh network starts with."""
@@ -76,8 +82,8 @@ def make_model() -> Callable[..., Model]:
     """A model of 8 x 8 pixels with random weights; sections of its configuration may be changed."""
 
     def make(network=None, process=None, codec=None, seed: int = 0, **changes) -> Model:
-        network = {"size": 8, "channels": 1, "outputs": 2, "classes": 3, "patch": 2, "depth": 2, **(network or {})}
-        network = {"width": 32, "heads": 2, **network}
+        network = {"kind": "dit", "size": 8, "channels": 1, "outputs": 2, "classes": 3, **(network or {})}
+        network = SHAPES[network["kind"]] | network
         # x0 prediction keeps the pictures of an untrained network inside the range of pixels.
         process = {"prediction": "x0", **(process or {})}
         config = BundleConfig.model_validate(

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import threading
+from contextlib import ExitStack
 
 import pytest
 
@@ -145,6 +147,21 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         pass
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TesseraError, match="cannot write"), files.alone(tmp_path / "file"):
+        pass
+
+
+def test_in_turn_waits_for_whoever_holds_a_folder(tmp_path):
+    waited = threading.Event()
+    with ExitStack() as first:
+        first.enter_context(files.alone(tmp_path))
+        release = threading.Thread(target=lambda: waited.wait() and first.pop_all().close())
+        release.start()
+        with files.in_turn(tmp_path, waited.set):
+            assert waited.is_set()
+            with pytest.raises(files.InUse), files.alone(tmp_path):
+                pass
+        release.join()
+    with files.in_turn(tmp_path, lambda: pytest.fail("nobody holds it")):
         pass
 
 

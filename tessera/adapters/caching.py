@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 
 from tessera.conditions import Condition
+from tessera.errors import TesseraError
 from tessera.models.blocks import Context
-from tessera.models.dit import DiT
-from tessera.sampling.caching import FirstBlock
+from tessera.models.dit import DiT, DiTConfig
+from tessera.models.network import NetworkConfig
+from tessera.sampling.caching import AnyCaching, FirstBlock
 
 Tell = Callable[[Tensor, Condition, tuple[int, int]], Context]
+
+
+def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
+    """Raise TesseraError if a network has no residuals to reuse."""
+    if isinstance(caching, FirstBlock) and not isinstance(network, DiTConfig):
+        raise TesseraError(
+            f"{caching.kind} caching reuses the residuals of a transformer's blocks, and this network is a "
+            f"{network.title}: set caching=none"
+        )
 
 
 @dataclass

@@ -8,19 +8,21 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from tessera.models.dit import DiT
-from tessera.sampling.denoiser import Network
+from tessera.models.network import Network
+from tessera.sampling.denoiser import Forward
 
 How = Literal["off", "blocks", "whole"]
 Sizes = Literal["fixed", "changing"]
+SIZES_OF_A_MAKE = 8  # of a batch, for which blocks are compiled
 
 
-def compiled(network: DiT, how: How, sizes: Sizes = "fixed") -> tuple[Network, str | None]:
+def compiled(network: Network, how: How, sizes: Sizes = "fixed") -> tuple[Forward, str | None]:
     """What to call in place of a network; and, where this machine cannot compile, why, in one line.
 
-    blocks: in place and one by one, as all are of one make: the first is compiled and the others take what was made
-    for it, and whoever calls blocks by themselves (`tessera.adapters.caching`) has them compiled, too. whole: one graph
-    of everything, which takes longer to make. off: not compiled, whatever it was before. Names of weights stay in all.
+    blocks: in place and one by one; of those of one make (all of a DiT's) the first is compiled, and the others take
+    what was made for it. Whoever calls blocks by themselves (`tessera.adapters.caching`) has them compiled, too. whole:
+    one graph of everything, which takes longer to make. off: not compiled, whatever it was before. Names of weights
+    stay in all.
 
     fixed: code for exactly the sizes that come, made anew for others, as in training. changing: code that serves all,
     once a second size has come, as in drawing.
@@ -33,6 +35,9 @@ def compiled(network: DiT, how: How, sizes: Sizes = "fixed") -> tuple[Network, s
     dynamic = False if sizes == "fixed" else None
     if how == "whole":
         return torch.compile(network, dynamic=dynamic), None
+    # Beyond a limit PyTorch gives up and runs what is not compiled; its own is meant for sizes of one make.
+    makes = {tuple(parameter.shape for parameter in block.parameters()) for block in network.blocks}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SIZES_OF_A_MAKE * len(makes))
     for block in network.blocks:
         block.compile(dynamic=dynamic)
     return network, None
@@ -62,7 +67,7 @@ class Trial:
 
 
 def fastest(
-    network: DiT, run_once: Callable[[Network], None], synchronise: Callable[[], None], rounds: int = 5
+    network: Network, run_once: Callable[[Forward], None], synchronise: Callable[[], None], rounds: int = 5
 ) -> Trial:
     """Time the network as it is, with its blocks compiled, and compiled as a whole.
 
@@ -72,7 +77,7 @@ def fastest(
     over, but for the network as it is.
     """
     failed: dict[How, str] = {}
-    ways: dict[How, tuple[Network, _Calls]] = {}
+    ways: dict[How, tuple[Forward, _Calls]] = {}
     for how in get_args(How):
         forward, reason = compiled(network, how)
         try:
@@ -104,11 +109,11 @@ def fastest(
 _Calls = list[Callable[..., Any] | None]  # of each block: what runs in its place
 
 
-def _calls(network: DiT) -> _Calls:
+def _calls(network: Network) -> _Calls:
     return [block._compiled_call_impl for block in network.blocks]
 
 
-def _set_calls(network: DiT, calls: _Calls) -> None:
+def _set_calls(network: Network, calls: _Calls) -> None:
     # What Module.compile sets and Module.__call__ asks for; PyTorch has no way back.
     for block, call in zip(network.blocks, calls, strict=True):
         block._compiled_call_impl = call

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from tessera.models.blocks import Block, Context
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 
 What = Literal["none", "selective", "blocks"]
 
 aten = torch.ops.aten
-# What costs much to compute again: matrix products, and attention in all the forms that PyTorch chooses from.
+# What costs much to compute again: matrix products, convolutions, and attention in all the forms PyTorch chooses from.
 KEPT = frozenset(
     {
         aten.mm.default,
         aten.addmm.default,
         aten.bmm.default,
         aten.baddbmm.default,
+        aten.convolution.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
@@ -35,11 +35,11 @@ KEPT = frozenset(
 )
 
 
-def recompute(network: DiT, what: What) -> None:
+def recompute(network: Network, what: What) -> None:
     """Choose what the blocks of a network compute again in the backward pass; in place, and names of weights stay.
 
-    blocks: everything; each block keeps its input alone, [B, L, D], and the forward pass is paid for twice. selective:
-    all but matrix products and attention. none: nothing. Gradients are the same, to the bit where operations are
+    blocks: everything; each block keeps its input alone, and the forward pass is paid for twice. selective: all but
+    matrix products, convolutions and attention. none: nothing. Gradients are the same, to the bit where operations are
     deterministic. Without gradients, as in drawing, nothing changes. Sharding and compilation come after it.
     """
     for block in network.blocks:
@@ -49,15 +49,15 @@ def recompute(network: DiT, what: What) -> None:
             block.forward = MethodType(_wholly if what == "blocks" else _selectively, block)
 
 
-def _wholly(block: Block, x: Tensor, context: Context) -> Tensor:
+def _wholly(block: nn.Module, x: Tensor, context: Any) -> Tensor:
     return _recomputed(block, x, context)
 
 
-def _selectively(block: Block, x: Tensor, context: Context) -> Tensor:
+def _selectively(block: nn.Module, x: Tensor, context: Any) -> Tensor:
     return _recomputed(block, x, context, context_fn=partial(create_selective_checkpoint_contexts, _keep))
 
 
-def _recomputed(block: nn.Module, x: Tensor, context: Context, **how: Any) -> Tensor:
+def _recomputed(block: nn.Module, x: Tensor, context: Any, **how: Any) -> Tensor:
     forward = type(block).forward
     if not torch.is_grad_enabled():
         return forward(block, x, context)

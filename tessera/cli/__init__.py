@@ -40,6 +40,8 @@ from tessera.cli.options import (
     sampler_settings,
     size_of,
 )
+from tessera.cli.plan import plan
+from tessera.cli.study import study
 from tessera.cli.tune import tune
 from tessera.errors import TesseraError
 
@@ -56,7 +58,9 @@ app.add_typer(codec_app, name="codec")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(data_app, name="data")
 app.add_typer(data_app, name="data")
+app.command()(plan)
 app.command()(tune)
+app.command()(study)
 
 
 @app.callback(invoke_without_command=True)

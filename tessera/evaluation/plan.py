@@ -8,13 +8,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from tessera.errors import TesseraError
 from tessera.files import write_whole
-from tessera.models.dit import DiTConfig
+from tessera.models import AnyNetwork
 from tessera.process import AnyProcess
 from tessera.sampling import SamplingConfig
 from tessera.settings import changes
 
 PLAN = "plan.json"
-SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": DiTConfig, "process": AnyProcess}  # in a plan
+SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": AnyNetwork, "process": AnyProcess}  # in a plan
 
 
 def begin(folder: Path, plan: dict[str, Any], instead: str = "Give another --out, or remove it") -> None:
@@ -31,7 +31,8 @@ def begin(folder: Path, plan: dict[str, Any], instead: str = "Give another --out
     if before is not None and (found := changes(_completed(before), json.loads(told))):
         differing = "; ".join(f"{name} was {old}, is {new}" for name, old, new in found)
         raise TesseraError(f"{folder} holds other work: {differing}. {instead}")
-    write_whole(path, told)
+    if before != json.loads(told):  # else others may be reading it
+        write_whole(path, told)
 
 
 def _completed(plan: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tessera.codecs.autoencoder import Autoencoder
 from tessera.conditions import Condition
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
-from tessera.interop.reading import Codec, codec_for, difference, read_json, read_pickle
+from tessera.interop.reading import Codec, codec_for, difference, dit_of, read_json, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.process.gaussian import Cosine, GaussianConfig, Linear
@@ -295,8 +295,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     diffusers' time frequencies are fixed: a network with others is written only if approximate, and the difference of
     one forward pass is measured. Raises TesseraError for a network that diffusers has no place for.
     """
-    target, network = Path(target), model.config.network
-    faults = _faults(model)
+    target, network = Path(target), dit_of(model, "a folder for diffusers' DiTPipeline").config
+    faults = _faults(model, network)
     if faults:
         raise TesseraError("diffusers' DiTPipeline cannot hold this model:\n  " + "\n  ".join(faults))
     exact = network.time_divisor == TIME_DIVISOR
@@ -338,9 +338,9 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     return "\n".join(said)
 
 
-def _faults(model: Model) -> list[str]:
+def _faults(model: Model, network: DiTConfig) -> list[str]:
     """What diffusers' network, scheduler or pipeline has no place for, one line each."""
-    network, faults = model.config.network, []
+    faults = []
     if not isinstance(model.config.process, GaussianConfig):
         faults.append(f"its process is {model.config.process.words()}; only Gaussian ones are known there")
     if network.block.kind != "adaln-zero":
@@ -353,7 +353,7 @@ def _faults(model: Model) -> list[str]:
         faults.append("it is unconditional; only networks told a class are known there")
     elif not network.null_class:
         faults.append("it has no null class; the label table there always has one")
-    table = model.network.pos_embed
+    table = model.network.state_dict().get("pos_embed")
     if table is not None and not torch.allclose(
         table[0], sincos_grid(network.grid, network.width).to(table), rtol=0, atol=1e-5
     ):

@@ -21,7 +21,7 @@ from tessera.bundle import BundleConfig, Model, assemble, read_tensors
 from tessera.codecs import StoredConfig
 from tessera.errors import TesseraError
 from tessera.files import write_whole
-from tessera.interop.reading import Codec, codec_for, difference, read_pickle
+from tessera.interop.reading import Codec, codec_for, difference, dit_of, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
@@ -91,7 +91,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     The file cannot say every configuration: what would be read back otherwise raises TesseraError, unless
     approximate, which writes it all the same and measures the difference. Nothing is overwritten.
     """
-    target, network = Path(target), model.config.network
+    target, network = Path(target), dit_of(model, "an official checkpoint").config
     if target.suffix not in SUFFIXES:
         raise TesseraError(f"an official checkpoint is a file that ends in {' or '.join(SUFFIXES)}; got {target}")
     if target.exists():
@@ -102,7 +102,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
     implied = infer(tensors, str(target), heads=network.heads, size=network.size)
-    lost = _lost(model.config, implied, str(target))
+    lost = _lost(network, model.config.process, implied, str(target))
     if lost and not approximate:
         raise TesseraError(
             "\n  ".join(("the official format holds weights alone and cannot say all of this model:", *lost))
@@ -302,17 +302,17 @@ def _used(readout: Tensor, network: DiTConfig) -> Tensor:
     return torch.arange(len(readout)) % network.outputs < network.channels
 
 
-def _lost(config: BundleConfig, implied: DiTConfig, source: str) -> list[str]:
+def _lost(network: DiTConfig, process: AnyProcess, implied: DiTConfig, source: str) -> list[str]:
     """Each setting of a model that its bare weights would not bring back."""
-    network, faults = config.network, []
+    faults = []
     same = {"mlp_ratio"} | (set() if network.classes else {"null_class"})  # the hidden width decides, and it is told
     for name in DiTConfig.model_fields.keys() - same:
         if getattr(network, name) != getattr(implied, name):
             faults.append(f"network.{name} is {getattr(network, name)}; it would be read as {getattr(implied, name)}")
-    process = implied_process(implied, source)
-    if not isinstance(config.process, GaussianConfig):
-        return sorted([*faults, f"its process is {config.process.words()}, not {process.words()}"])
+    read_back = implied_process(implied, source)
+    if not isinstance(process, GaussianConfig):
+        return sorted([*faults, f"its process is {process.words()}, not {read_back.words()}"])
     for name in GaussianConfig.model_fields:
-        if getattr(config.process, name) != getattr(process, name):
-            faults.append(f"process.{name} is {getattr(config.process, name)!r}, not {getattr(process, name)!r}")
+        if getattr(process, name) != getattr(read_back, name):
+            faults.append(f"process.{name} is {getattr(process, name)!r}, not {getattr(read_back, name)!r}")
     return sorted(faults)

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.bundle import Model
 from tessera.codecs import AnyCodec, AutoencoderConfig, PixelsConfig, StoredConfig
 from tessera.conditions import NOTHING, Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
+from tessera.models.network import Network
 
 AUTOENCODER = "stabilityai/sd-vae-ft-{}"  # the two decoders of the official code: ema and mse
 
@@ -97,10 +99,19 @@ def codec_for(told: Codec | None, channels: int, decoder: str = "ema") -> AnyCod
     raise TesseraError(f"{folder} holds no AutoencoderKL: expected its config.json there, in vae/ or in codec/")
 
 
+def dit_of(model: Model, place: str) -> DiT:
+    """The network of a model that is to be written where there is place for a DiT alone, or TesseraError."""
+    if not isinstance(model.network, DiT):
+        raise TesseraError(
+            f"{place} holds a DiT, and this model is a {model.config.network.title}: convert to a bundle"
+        )
+    return model.network
+
+
 @torch.no_grad()
-def difference(network: DiT, other: Callable[[Tensor, Tensor, Condition], Tensor]) -> float:
+def difference(network: Network, other: Callable[[Tensor, Tensor, Condition], Tensor]) -> float:
     """Relative L2 distance of two networks' raw outputs: at noise, at four times, told a class and told nothing."""
-    config, device = network.config, network.x_embedder.proj.weight.device
+    config, device = network.config, next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, config.channels, *config.size, generator=generator).to(device)
     t = torch.tensor([0.0, 250.0, 500.0, 999.0] * 2, device=device)

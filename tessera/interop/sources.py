@@ -10,6 +10,7 @@ from tessera.bundle import Model
 from tessera.errors import TesseraError
 from tessera.interop import diffusers, official
 from tessera.interop.reading import Codec, codec_for, read_json
+from tessera.models.dit import DiTConfig
 from tessera.settings import unknown
 
 ACCEPTED = (
@@ -50,7 +51,9 @@ def load(
     if read_as is not None:
         raise TesseraError(SAYS_ITSELF.format(path, model.config.process.words()))
     network = model.config.network
-    for what, told, said in (("heads", heads, network.heads), ("size", size, network.size)):
+    if heads is not None and not isinstance(network, DiTConfig):
+        raise TesseraError(f"{path} holds a {network.title}, which has no one number of heads: leave heads out")
+    for what, told, said in (("heads", heads, getattr(network, "heads", None)), ("size", size, network.size)):
         if told is not None and told != said and (told, told) != said:
             raise TesseraError(f"{path} says {what} {said}, not {told}: leave {what} out")
     return model if codec is None else _with_codec(model, codec)

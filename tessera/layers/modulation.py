@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 
 class Modulation(nn.Sequential):
-    """The steering vectors a condition regresses: SiLU, then one linear map."""
+    """The steering vectors a condition regresses: SiLU, then one linear map.
 
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, count * width))
+    channels: of each vector, if not as many as the condition has.
+    """
+
+    def __init__(self, width: int, count: int, channels: int | None = None) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, count * (channels or width)))
 
     @property
     def linear(self) -> nn.Linear:

@@ -4,7 +4,7 @@ Shapes: B batch, C channels, O raw output channels, H W height and width, p patc
 token grid, L = h w tokens, M condition tokens, G condition vectors, D width.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
@@ -17,21 +17,16 @@ from tessera.layers.modulation import Modulation, Offsets, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockConfig, Context
-from tessera.models.presets import PRESETS
-from tessera.settings import Settings, Size, by_kind, unknown
+from tessera.models.network import Network, NetworkConfig
+from tessera.models.presets import PRESETS, UNETS
+from tessera.settings import by_kind, unknown
 
 
-class DiTConfig(Settings):
+class DiTConfig(NetworkConfig):
     """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults: DiT-XL/2 on ImageNet."""
 
-    kind: Literal["dit"] = "dit"
-    size: Size = Field(default=(32, 32), description="height and width of what the network sees (latents or pixels)")
-    channels: PositiveInt = Field(default=4, description="channels of what the network sees")
-    outputs: PositiveInt = Field(
-        default=8, description="raw output channels: twice `channels` where the variance is learned"
-    )
-    classes: int = Field(default=1000, ge=0, description="0: unconditional")
-    null_class: bool = Field(default=True, description="a learned 'told nothing' row, which guidance needs")
+    title: ClassVar[str] = "diffusion transformer"
+    kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
     patch: PositiveInt = 2
     depth: PositiveInt = 28
     width: PositiveInt = 1152
@@ -48,6 +43,8 @@ class DiTConfig(Settings):
         if "preset" not in data:
             return data
         name = str(data["preset"])
+        if name in UNETS:
+            raise ValueError(f"{name} is a U-Net: say network.kind=unet, too")
         if name not in PRESETS:
             raise ValueError(unknown("preset", name, PRESETS))
         return {**PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
@@ -60,18 +57,21 @@ class DiTConfig(Settings):
             raise ValueError(f"width {self.width} is not divisible by 4, as 2-D sin-cos positions need")
         self.block.check(self.width, self.heads)
         if "size" in self.model_fields_set:
-            self.check_patch(self.size)
+            self.check_size(self.size)
         return self
 
-    def check_patch(self, size: tuple[int, int]) -> None:
-        """Raise ValueError unless the patch divides a size."""
+    @property
+    def unit(self) -> int:
+        return self.patch
+
+    def check_size(self, size: tuple[int, int]) -> None:
         if size[0] % self.patch or size[1] % self.patch:
             raise ValueError(f"patch {self.patch} does not divide the size {size[0]} x {size[1]}")
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The token grid (h, w)."""
-        return self.size[0] // self.patch, self.size[1] // self.patch
+    def words(self) -> str:
+        return (
+            f"DiT, {self.block.words()}, depth {self.depth}, width {self.width}, heads {self.heads}, patch {self.patch}"
+        )
 
     def build(self) -> "DiT":
         return DiT(self)
@@ -100,13 +100,13 @@ class FinalLayer(nn.Module):
         return tokens * self.linear.weight.numel() + steering
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """A transformer over patches, told the time and the class. Parameters are named as in the official checkpoints."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        config.check_patch(config.size)
-        self.config = config
+        config.check_size(config.size)
+        self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
         block = BlockConfig(config.width, config.heads, int(config.width * config.mlp_ratio), config.mlp_norm_eps)
         self.x_embedder = PatchEmbed(config.channels, config.patch, config.width)
         self.t_embedder = TimestepEmbedder(config.width, config.time_divisor)
@@ -168,7 +168,7 @@ class DiT(nn.Module):
 
     def grid(self, x: Tensor) -> tuple[int, int]:
         """The token grid (h, w) of x [B, C, H, W]."""
-        self.config.check_patch((x.shape[-2], x.shape[-1]))
+        self.config.check_size((x.shape[-2], x.shape[-1]))
         return x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
 
     def enter(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
@@ -204,10 +204,6 @@ class DiT(nn.Module):
         return table if grid == self.config.grid else sincos_grid(grid, self.config.width).to(table)
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds of one forward pass of one picture of `size` (the configured one by default).
-
-        The paper's "Gflops" are these; twice as many are the floating-point operations.
-        """
         height, width = size or self.config.size
         tokens = (height // self.config.patch) * (width // self.config.patch)
         told = 1 if self.y_embedder is None else 2
@@ -218,8 +214,3 @@ class DiT(nn.Module):
             + sum(block.macs(tokens, told) for block in self.blocks if isinstance(block, Block))
             + self.final_layer.macs(tokens)
         )
-
-
-def parameter_count(network: nn.Module) -> int:
-    """All parameters, the frozen position table included, as the paper counts them."""
-    return sum(parameter.numel() for parameter in network.parameters())

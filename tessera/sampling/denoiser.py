@@ -15,7 +15,7 @@ from tessera.process import Process
 from tessera.process.prediction import Prediction
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 
-Network = Callable[[Tensor, Tensor, Condition], Tensor]
+Forward = Callable[[Tensor, Tensor, Condition], Tensor]
 Noise = Callable[[], Tensor]  # a fresh standard normal tensor shaped like x at every call
 
 
@@ -37,7 +37,7 @@ class Guide:
     autoguidance (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
     """
 
-    network: Network
+    network: Forward
     condition: Condition
 
 
@@ -58,7 +58,7 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Network,
+        network: Forward,
         process: Process,
         condition: Condition,
         guidance: float | Tensor = 1.0,

@@ -1,10 +1,20 @@
 """What came of a study's members: where each stands, what it cost, how it scored on its way."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from tessera.errors import TesseraError
+from tessera.evaluation import protocol
 from tessera.evaluation.protocol import Score
+from tessera.studies.member import FAILED, done, drawn_path
+from tessera.studies.plan import MEMBERS, Planned, kept
+from tessera.studies.study import Study, members
+from tessera.training import scores
+from tessera.training.journal import read_log
+from tessera.training.run import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -42,3 +52,74 @@ class Result:
     points: list[Point]
     drawn: list[Drawn]
     pictures: Path | None  # the last grid of samples, one column a class
+
+
+def read(study: Study, folder: Path) -> list[Result]:
+    """What the files of a study's folder say, whatever state they are in; members in the study's order.
+
+    Raises TesseraError if no study was begun there.
+    """
+    planned = kept(folder)
+    if planned is None:
+        raise TesseraError(f"{folder} holds no study yet: begin it with `tessera study STUDY.yaml`")
+    names = [member.name for member in members(study)]
+    if unknown := [name for name in names if name not in planned.members]:
+        raise TesseraError(
+            f"{unknown[0]} is not planned in {folder}: the study has changed; begin it with `tessera study STUDY.yaml`"
+        )
+    return [_result(study, name, planned.members[name], folder / MEMBERS / name) for name in names]
+
+
+def _result(study: Study, name: str, planned: Planned, run: Path) -> Result:
+    log, batch = read_log(run), planned.recipe.training.batch
+    points = [
+        Point(step, step * batch, planned.flops_per_step * step, training_seconds(log, batch, step), found)
+        for step, found in scores.history(run).items()
+    ]
+    drawn = [
+        Drawn(steps, planned.drawing_macs[steps], _by_metric(drawn_path(run, steps)))
+        for steps in sorted(study.sampling_steps)
+        if drawn_path(run, steps).exists()
+    ]
+    failed = run / FAILED
+    state: Literal["done", "unfinished", "failed", "not begun"] = "not begun"
+    if done(run, planned.steps, study.sampling_steps):
+        state = "done"
+    elif failed.exists():
+        state = "failed"
+    elif run.exists():
+        state = "unfinished"
+    return Result(
+        name=name,
+        values=planned.values,
+        seed=planned.seed,
+        state=state,
+        fault=failed.read_text(encoding="utf-8").strip() if state == "failed" else None,
+        parameters=planned.parameters,
+        macs=planned.macs,
+        planned_seconds=planned.seconds,
+        points=points,
+        drawn=drawn,
+        pictures=max((run / SAMPLES).glob("step-*.png"), default=None),
+    )
+
+
+def _by_metric(path: Path) -> dict[str, Score]:
+    return {score.metric: score for score in protocol.load(path)}
+
+
+def training_seconds(log: Sequence[dict[str, Any]], batch: int, step: int) -> float:
+    """Seconds of training up to a step, from a run's log; not a number where the log says nothing yet.
+
+    A record tells how fast the steps since the one before it went; those past the last one are taken to go as fast. Of
+    steps that were made twice, after an interruption, the log holds the second time alone.
+    """
+    rates = [(record["step"], record["images_per_second"]) for record in log if "images_per_second" in record]
+    if not rates:
+        return math.nan
+    seconds, at = 0.0, 0
+    for logged, rate in (*rates, (step, rates[-1][1])):
+        until = min(logged, step)
+        seconds += max(0, until - at) * batch / rate
+        at = max(at, until)
+    return seconds

@@ -1,17 +1,46 @@
 """What a study is: one YAML file that names a recipe, what differs between its members, and how all are judged."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings, parse, read_yaml, unknown
+from tessera.settings import Settings, flat, override, parse, read_yaml, unknown
 
-Overrides = dict[str, Any]  # dotted settings of a recipe, as on the command line: {"network.depth": 3}
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of a value: part of a folder's name
+SAID_OTHERWISE = {  # settings that a study decides itself
+    "output": "each member has a folder in the study's output",
+    "training.steps": "say budget.steps or budget.flops",
+    "training.seed": "say seeds",
+    "evaluation.at": "say marks",
+    "evaluation.every": "say marks",
+}
+
+
+def _dotted(value: Any) -> Any:
+    """Nested settings under dotted names, the kind of a choice first, as it drops what it replaces."""
+    return flat(_kinds_first(value)) if isinstance(value, dict) else {} if value is None else value
+
+
+def _kinds_first(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {str(key): _kinds_first(value[key]) for key in sorted(value, key=lambda key: key != "kind")}
+
+
+def _words(value: Any) -> Any:
+    """YAML reads the names of values such as 2 as numbers."""
+    return {str(key): part for key, part in value.items()} if isinstance(value, dict) else value
+
+
+# Settings of a recipe by their dotted names, as on the command line: {"network.depth": 3}.
+Overrides = Annotated[dict[str, Any], BeforeValidator(_dotted)]
+Values = Annotated[dict[str, Overrides], BeforeValidator(_words)]
 
 
 class Marks(Settings):
@@ -47,7 +76,7 @@ class Comparison(Settings):
     """Which of the values on an axis is better, and whether by more than seeds differ."""
 
     axis: str
-    baseline: str
+    baseline: Annotated[str, BeforeValidator(str)]  # also of a number, as `_words`
 
 
 class Study(Settings):
@@ -57,7 +86,7 @@ class Study(Settings):
     recipe: str = Field(description="the recipe all members start from, relative to the study's file")
     output: str = Field(description="the study's folder")
     set: Overrides = Field(default_factory=dict, description="settings of all members, over the recipe's")
-    axes: dict[str, dict[str, Overrides]] = Field(description="axis: value: settings")
+    axes: dict[str, Values] = Field(description="axis: value: settings")
     seeds: tuple[NonNegativeInt, ...] = (0,)
     budget: Budget
     marks: Marks = Marks()
@@ -74,6 +103,15 @@ class Study(Settings):
     def _known(self) -> "Study":
         if not self.axes or not all(self.axes.values()):
             raise ValueError("a study needs at least one axis with at least one value")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {list(self.seeds)}: name at least one, and each once")
+        for name in (value for values in self.axes.values() for value in values):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"the value '{name}' is to be part of a folder's name: use letters, digits and ._+=-")
+        for settings in (self.set, *(settings for values in self.axes.values() for settings in values.values())):
+            for name in settings:
+                if (instead := SAID_OTHERWISE.get(name)) is not None:
+                    raise ValueError(f"{name} is not a member's to set: {instead}")
         if self.compare is not None:
             if self.compare.axis not in self.axes:
                 raise ValueError(unknown("axis", self.compare.axis, self.axes))
@@ -104,8 +142,16 @@ def members(study: Study) -> Iterator[Member]:
             yield Member(name, values, seed, overrides | {"training.seed": seed})
 
 
-def read(path: Path) -> Study:
-    """A study's file; `output` is runs/<the file's name> where none is given. Raises TesseraError."""
+def read(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """A study's file with dotted overrides (`budget.steps=500`, `set.training.batch=64`). Raises TesseraError.
+
+    `output` is runs/<the file's name> where none is given; `recipe` becomes a path from here.
+    """
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
-    return parse(Study, {"output": f"runs/{path.stem}", **read_yaml(path)}, f"study {path}")
+    data = override({"output": f"runs/{path.stem}", **read_yaml(path)}, list(overrides), "budget.steps=500")
+    study = parse(Study, data, f"study {path}")
+    recipe = path.parent / study.recipe
+    if not recipe.exists():
+        raise TesseraError(f"study {path}: there is no recipe at {recipe}; the path is relative to the study's file")
+    return study.model_copy(update={"recipe": str(recipe)})

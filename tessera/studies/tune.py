@@ -41,6 +41,7 @@ from tessera.evaluation.protocol import environment
 from tessera.evaluation.subjects import Shard
 from tessera.files import alone, write_array, write_whole
 from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse, unknown
@@ -330,7 +331,7 @@ class Tuner:
             self.search_steps(contenders)
         if "guidance" in search and self.model.config.network.classes and self.model.config.network.null_class:
             self.search_guidance()
-        if "caching" in search:
+        if "caching" in search and isinstance(self.model.network, DiT):
             for start in self.starts():
                 for config in cachings(start):
                     self.attempt("caching", config)
@@ -471,7 +472,7 @@ class _Rows:
 
 
 @contextmanager
-def _rows(network: DiT) -> Iterator[_Rows]:
+def _rows(network: Network) -> Iterator[_Rows]:
     seen = _Rows(len(network.blocks))
     hooks = [block.register_forward_pre_hook(seen.count(number)) for number, block in enumerate(network.blocks)]
     try:

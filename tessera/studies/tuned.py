@@ -12,7 +12,7 @@ from tessera.bundle import BundleConfig, Model
 from tessera.evaluation.intervals import Measured
 from tessera.files import write_whole
 from tessera.interop.reading import read_json
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.sampling import SamplingConfig
 from tessera.settings import parse
 from tessera.studies.trials import Trial, frontier
@@ -54,7 +54,7 @@ def note(outcome: Outcome) -> str:
     )
 
 
-def record(folder: Path, sampling: SamplingConfig, said: str, network: DiT) -> None:
+def record(folder: Path, sampling: SamplingConfig, said: str, network: Network) -> None:
     """Write settings into a bundle's config.json and card, each whole or not at all. Raises TesseraError."""
     path = folder / bundle.CONFIG
     told = read_json(path)

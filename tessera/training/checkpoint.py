@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from tessera import bundle, files
 from tessera.adapters.compilation import How
 from tessera.errors import TesseraError, listed
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.runtime import Ranks
 from tessera.training import parallel
 from tessera.training.ema import Average
@@ -95,7 +95,7 @@ class Writer:
         self,
         place: Place,
         model: bundle.Model,
-        network: DiT,
+        network: Network,
         average: Average,
         optimizer: torch.optim.Optimizer,
         after: Callable[[], None] | None = None,
@@ -134,7 +134,7 @@ class Writer:
         writing: Future,
         place: Place,
         model: bundle.Model,
-        averages: dict[float, DiT],
+        averages: dict[float, Network],
         drawing: float,
         partial: Path,
         target: Path,
@@ -213,7 +213,7 @@ def _expect_one_process() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def _on_cpu(network: DiT) -> DiT:
+def _on_cpu(network: Network) -> Network:
     """A copy that training no longer touches."""
     with torch.device("meta"):
         copied = network.config.build()
@@ -233,7 +233,7 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def state_of(network: DiT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_of(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of training by name, each tensor whole or as this process's part of it."""
     state = {f"weights/{name}": tensor.detach() for name, tensor in network.state_dict().items()}
     for name, parameter, held, _ in _trained(network, optimizer):
@@ -242,7 +242,7 @@ def state_of(network: DiT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     return state
 
 
-def _trained(network: DiT, optimizer: torch.optim.Optimizer):
+def _trained(network: Network, optimizer: torch.optim.Optimizer):
     """(name, parameter of the network, what the optimizer holds of it, its group) of all that is trained."""
     for group in optimizer.param_groups:
         for name, held in zip(group["param_names"], group["params"]):
@@ -299,7 +299,7 @@ def set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(aside)
 
 
-def restore(checkpoint: Path, network: DiT, average: Average, optimizer: torch.optim.Optimizer) -> Place:
+def restore(checkpoint: Path, network: Network, average: Average, optimizer: torch.optim.Optimizer) -> Place:
     """Put weights, averages and optimizer back as they were; returns the place. TesseraError if something is missing.
 
     What the checkpoint never had begins here: an average it did not keep starts from the weights as they are, and
@@ -351,7 +351,7 @@ def restore(checkpoint: Path, network: DiT, average: Average, optimizer: torch.o
     return place_of(checkpoint)
 
 
-def begun_anew(checkpoint: Path, network: DiT, average: Average, optimizer: torch.optim.Optimizer) -> list[str]:
+def begun_anew(checkpoint: Path, network: Network, average: Average, optimizer: torch.optim.Optimizer) -> list[str]:
     """What a restored run has that its checkpoint could not tell, for people."""
     trained = [held for _, _, held, _ in _trained(network, optimizer)]
     anew = [held for held in trained if held not in optimizer.state]
@@ -362,7 +362,7 @@ def begun_anew(checkpoint: Path, network: DiT, average: Average, optimizer: torc
     return told + [f"the average of decay {decay}" for decay, (_, path) in averages.items() if path is None]
 
 
-def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[DiT, Path | None]]:
+def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[Network, Path | None]]:
     """Each average with the file that holds it, or None if the checkpoint never kept it.
 
     The first goes on from the one that drew before, if its own decay is new.
@@ -376,7 +376,7 @@ def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[DiT, P
 
 
 @torch.no_grad()
-def fill(network: DiT, path: Path) -> None:
+def fill(network: Network, path: Path) -> None:
     """Weights from a safetensors file that holds them whole, of which each process takes its parts. TesseraError."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.training import health, parallel
 from tessera.training.parallel import Team
 from tessera.training.recipe import EMA
@@ -14,19 +14,19 @@ from tessera.training.recipe import EMA
 class Average:
     """Networks whose weights follow those of the first, one for each decay; `network`, of the first decay, draws."""
 
-    def __init__(self, network: DiT, config: EMA) -> None:
+    def __init__(self, network: Network, config: EMA) -> None:
         self.config = config
         self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.decays}
         self.network = self.networks[config.decay]
         self._follow(network)
 
-    def distribute(self, network: DiT, team: Team) -> None:
+    def distribute(self, network: Network, team: Team) -> None:
         """Divide the averages among processes as the network was."""
         for average in self.networks.values():
             team.distribute(average)
         self._follow(network)
 
-    def _follow(self, network: DiT) -> None:
+    def _follow(self, network: Network) -> None:
         trained = [live.requires_grad for live in network.parameters()]
         self._lives = [parallel.local(live.detach()) for live, follows in zip(network.parameters(), trained) if follows]
         self._means = {
@@ -37,7 +37,7 @@ class Average:
         self._stream = torch.cuda.Stream() if self._lives[0].is_cuda else None
 
     @property
-    def others(self) -> dict[float, DiT]:
+    def others(self) -> dict[float, Network]:
         """All but the one that draws."""
         return {decay: self.networks[decay] for decay in self.config.also}
 

@@ -97,7 +97,7 @@ def _drawing_seconds(run: Run) -> float:
     seconds = (time.monotonic() - began) / count / steps
     pictures_each = (min(network.classes, loop.COLUMNS) or 8) * config.sample_seeds
     pictures = pictures_each * (config.steps // config.sample_every + 2)
-    pictures += evaluation.count * (config.steps // evaluation.every) if evaluation.every else 0
+    pictures += evaluation.count * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
     return seconds * run.recipe.sampling.steps * pictures
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 from tessera import bundle
 from tessera.codecs import StoredConfig
 from tessera.models.blocks import Modern
+from tessera.models.dit import DiTConfig
 from tessera.training.health import BINS
 from tessera.training.history import LATE, History, finite, largest, series
 from tessera.training.optimizers import Muon
@@ -299,8 +300,8 @@ def attention_logits(history: History) -> Finding | None:
     grown = median(late) >= LOGITS and median(late) >= GROWING * median(middle)
     if not grown and median(late) < ONE_HOT:
         return None
-    block, rate = history.recipe.network.block, history.recipe.training.optimizer.learning_rate
-    bounded = isinstance(block, Modern) and block.qk_norm
+    network, rate = history.recipe.network, history.recipe.training.optimizer.learning_rate
+    boundless = isinstance(network, DiTConfig) and not (isinstance(network.block, Modern) and network.block.qk_norm)
     step, first = found[0]
     return Finding(
         "attention logits grow" if grown else "attention one-hot",
@@ -308,10 +309,10 @@ def attention_logits(history: History) -> Finding | None:
         "Attention becomes one-hot: each token looks at one other, and what it looks at can no longer be learned.",
         f"largest logit {first:.3g} at step {step}, {median(middle):.3g} in the middle of the run, {median(late):.3g} "
         f"late up to step {history.step}",
+        "network.block=modern, in a new run: its qk_norm keeps queries and keys at one length; in this one "
         f"training.optimizer.learning_rate={rate / 3:.2g}"
-        if bounded
-        else "network.block=modern, in a new run: its qk_norm keeps queries and keys at one length; in this one "
-        f"training.optimizer.learning_rate={rate / 3:.2g}",
+        if boundless
+        else f"training.optimizer.learning_rate={rate / 3:.2g}",
     )
 
 

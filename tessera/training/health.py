@@ -21,6 +21,7 @@ from tessera.data import Batch
 from tessera.layers.modulation import Modulation, Offsets
 from tessera.layers.patches import patchify
 from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.process import Process
 from tessera.training.task import NOISE, Task, prepare
 
@@ -71,7 +72,7 @@ def distance(lives: list[Tensor], means: list[Tensor]) -> Tensor:
     return sums
 
 
-def probe(network: DiT, averaged: DiT, batch: Batch, task: Task) -> dict[str, Any]:
+def probe(network: Network, averaged: Network, batch: Batch, task: Task) -> dict[str, Any]:
     """What a network does inside with the first samples of a batch, and how well it and its average do, as numbers.
 
     The same times in every probe, noise as in training of these positions, no label withheld.
@@ -82,7 +83,8 @@ def probe(network: DiT, averaged: DiT, batch: Batch, task: Task) -> dict[str, An
     data_mean, data_std and, between samples, data_spread; still_patches and dead_patches are the shares of token
     positions at which the data or the output hardly vary between samples.
 
-    What cannot be said of so few samples or of no classes is absent; what is not finite is None.
+    What cannot be said of so few samples or of no classes is absent; what is not finite is None, as are the logits of
+    blocks that do not attend. A U-Net has positions as wide as its deepest level sees them.
     """
     count = min(PROBE, max(4, len(batch.position) // 2))
     samples = replace(batch, **{name: getattr(batch, name)[:count] for name in ("pixels", "label", "position")})
@@ -94,7 +96,7 @@ def probe(network: DiT, averaged: DiT, batch: Batch, task: Task) -> dict[str, An
         noise = randomness.normal(task.seed, position.to(device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
         x, time = task.process.mix(x0, noise, t), task.process.network_time(t).to(device, non_blocking=True)
 
-        def answer(asked: DiT, told: Condition) -> Tensor:
+        def answer(asked: Network, told: Condition) -> Tensor:
             with runtime.autocast(task.dtype, device):
                 return asked(x, time, told).float()
 
@@ -110,7 +112,7 @@ def probe(network: DiT, averaged: DiT, batch: Batch, task: Task) -> dict[str, An
             found["loss_wrong_labels"] = mse(answer(network, replace(condition, label=wrong)))
         found |= {"data_mean": x0.mean(), "data_std": x0.std(correction=0)}
         if len(x0) > 1:
-            patch, target = network.config.patch, task.process.target(x0, noise, t)
+            patch, target = network.config.unit, task.process.target(x0, noise, t)
             data, wanted, said = (_variation(each, patch) for each in (x0, target, raw[:, : x0.shape[1]]))
             found["data_spread"] = x0.var(dim=0).mean().sqrt()
             found["still_patches"] = (data < STILL).float().mean()
@@ -133,22 +135,24 @@ def wrong_labels(label: Tensor, classes: int) -> Tensor:
 
 
 @contextmanager
-def watched(network: DiT) -> Iterator[dict[str, list[Tensor]]]:
+def watched(network: Network) -> Iterator[dict[str, list[Tensor]]]:
     """Instruments on a network while it runs once: lists of one number (a tensor) for each block, by name.
 
     attention_logits, activations, gates, scales; a list stays empty in designs that have no such thing.
     """
     seen: dict[str, list[Tensor]] = {"attention_logits": [], "gates": [], "scales": [], "activations": []}
-    attention = _Attention()
+    attention, width = _Attention(), network.config.width if isinstance(network, DiT) else 0
 
     def after_block(module: nn.Module, given: Any, tokens: Tensor) -> None:
         seen["activations"].append(_rms(tokens))
-        seen["attention_logits"].append(torch.stack(attention.largest).amax())  # of one or two attentions in a block
+        # Of one or two attentions in a block; of a block that does not attend, none.
+        logits = torch.stack(attention.largest).amax() if attention.largest else tokens.new_tensor(math.nan)
+        seen["attention_logits"].append(logits)
         attention.largest.clear()
 
     def after_steering(module: nn.Module, given: Any, vectors: Tensor) -> None:
         # shift, scale, gate twice, or without gates
-        parts = vectors.unflatten(-1, (2, -1, network.config.width))
+        parts = vectors.unflatten(-1, (2, -1, width))
         seen["scales"].append(_rms(parts[..., 1, :]))
         if parts.shape[-2] == 3:
             seen["gates"].append(_rms(parts[..., 2, :]))

@@ -9,22 +9,32 @@ from tessera.bundle import Model
 from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, listed
 from tessera.layers.patches import resample_patches, resample_readout
-from tessera.models.dit import DiT
+from tessera.models.dit import DiTConfig
+from tessera.models.network import FACTS, Network, NetworkConfig
+from tessera.models.unet import UNetConfig
 from tessera.sampling import SamplingConfig
 from tessera.settings import parse
 from tessera.training.recipe import Recipe
 
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 PATCHES, READOUT = "x_embedder.proj.weight", "final_layer.linear."
-ARCHITECTURE = ("patch", "depth", "width", "heads", "mlp_ratio", "block", "time_divisor", "mlp_norm_eps", "null_class")
+STEM, LAST = "stem.", "final_layer.conv."  # of a U-Net
 
 
 def inherit(recipe: Recipe, source: Model) -> Recipe:
     """What the recipe leaves unsaid about network, process, codec and sampling is as in the model it starts from."""
-    old = source.config
-    told = recipe.network.model_fields_set
-    network = {name: getattr(recipe.network, name) for name in told} | {
-        name: getattr(old.network, name) for name in ARCHITECTURE if name not in told
+    old, new = source.config, recipe.network
+    kind = old.network.kind if "network" not in recipe.model_fields_set else new.kind
+    if kind != old.network.kind:
+        raise TesseraError(
+            f"cannot start from {recipe.training.init}: it is a {old.network.title}, and the recipe's network is a "
+            f"{new.title}: set network.kind={old.network.kind}, or leave network: out to take all of it from there"
+        )
+    told = new.model_fields_set - {"kind"}
+    network = {name: getattr(new, name) for name in told} | {
+        name: getattr(old.network, name)
+        for name in type(old.network).model_fields
+        if name not in told and name not in FACTS
     }
     inherited = {
         name: getattr(old, name)
@@ -44,45 +54,48 @@ def as_trained(source: Model) -> Model:
 
 
 @torch.no_grad()
-def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: str) -> dict[str, list[str]]:
+def start_from(network: Network, class_names: tuple[str, ...], source: Model, name: str) -> dict[str, list[str]]:
     """Copy what fits from a trained model into a fresh network; returns the keys under kept, resampled and anew.
 
     Positions follow the new grid; patch weights are resampled (FlexiViT); classes of the same name keep their row, and
     so does 'told nothing'. Raises TesseraError, naming the keys, if the transformer itself differs.
     """
-    if source.config.network.block != network.config.block:
+    before, now = source.config.network, network.config
+    if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.block != now.block:
         raise TesseraError(
-            f"cannot start from {name}: its blocks are {source.config.network.block.words()}, network.block is "
-            f"{network.config.block.words()}: leave block: out of the recipe to take it from there"
+            f"cannot start from {name}: its blocks are {before.block.words()}, network.block is {now.block.words()}: "
+            "leave block: out of the recipe to take it from there"
         )
     told: dict[str, list[str]] = {"kept": [], "resampled": [], "anew": []}
     old, fresh = source.network.state_dict(), network.state_dict()
     strangers = [
         f"{key} is {tuple(old[key].shape)}, expected {tuple(fresh[key].shape)}" if key in old else f"{key} is missing"
         for key in fresh
-        if not key.startswith((TABLE, POSITIONS, PATCHES, READOUT))
+        if not key.startswith((TABLE, POSITIONS, PATCHES, READOUT, STEM, LAST))
         and (key not in old or old[key].shape != fresh[key].shape)
     ]
     strangers += [f"{key} has no place" for key in old if key not in fresh and key != TABLE]
     if strangers:
         raise TesseraError(
-            f"cannot start from {name}: it is another architecture; width, depth, heads and block must agree "
+            f"cannot start from {name}: it is another architecture; {_shape_of(now)} must agree "
             f"(leave network: out of the recipe to take them from it){listed(strangers)}"
         )
-    if source.config.network.heads != network.config.heads:
+    if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.heads != now.heads:
+        raise TesseraError(f"cannot start from {name}: it has {before.heads} heads, network.heads is {now.heads}")
+    if isinstance(before, UNetConfig) and isinstance(now, UNetConfig) and before.head_channels != now.head_channels:
         raise TesseraError(
-            f"cannot start from {name}: it has {source.config.network.heads} heads, "
-            f"network.heads is {network.config.heads}"
+            f"cannot start from {name}: it has heads of {before.head_channels} channels, network.head_channels is "
+            f"{now.head_channels}"
         )
     for key, target in fresh.items():
         if key == POSITIONS:
-            same = old[key].shape == target.shape and source.config.network.grid == network.config.grid
+            same = old[key].shape == target.shape and before.grid == now.grid
             told["kept" if same else "resampled"].append(key)  # fixed positions: computed for the new grid already
             if same:
                 target.copy_(old[key])
         elif key == TABLE:
             told[_labels(target, old.get(key), network, class_names, source)].append(key)
-        elif key in old and (value := _fitted(key, old[key], network, source)) is not None:
+        elif key in old and (value := _fitted(key, old[key], before, now)) is not None:
             told["kept" if value is old[key] else "resampled"].append(key)
             target.copy_(value)
         else:
@@ -90,21 +103,26 @@ def start_from(network: DiT, class_names: tuple[str, ...], source: Model, name: 
     return told
 
 
-def _fitted(key: str, value: Tensor, network: DiT, source: Model) -> Tensor | None:
+def _shape_of(network: NetworkConfig) -> str:
+    """The settings that shape the inner weights of a network."""
+    return "width, depth, heads and block" if isinstance(network, DiTConfig) else "width, multipliers, depth, attention"
+
+
+def _fitted(key: str, value: Tensor, old: NetworkConfig, new: NetworkConfig) -> Tensor | None:
     """A weight for the new patch size; None where the channels differ, so that nothing fits."""
-    old, new = source.config.network, network.config
-    if key == PATCHES:
-        if old.channels != new.channels:
-            return None
-        return value if old.patch == new.patch else resample_patches(value, new.patch)
-    if key.startswith(READOUT):
-        if old.outputs != new.outputs:
-            return None
-        return value if old.patch == new.patch else resample_readout(value, new.outputs, new.patch)
+    if key.startswith((PATCHES, STEM)) and old.channels != new.channels:
+        return None
+    if key.startswith((READOUT, LAST)) and old.outputs != new.outputs:
+        return None
+    if isinstance(old, DiTConfig) and isinstance(new, DiTConfig) and old.patch != new.patch:
+        if key == PATCHES:
+            return resample_patches(value, new.patch)
+        if key.startswith(READOUT):
+            return resample_readout(value, new.outputs, new.patch)
     return value
 
 
-def _labels(target: Tensor, old: Tensor | None, network: DiT, class_names: tuple[str, ...], source: Model) -> str:
+def _labels(target: Tensor, old: Tensor | None, network: Network, class_names: tuple[str, ...], source: Model) -> str:
     """Fill the label table's rows by class name, and say what became of it."""
     if old is None:
         return "anew"

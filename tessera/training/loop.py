@@ -124,10 +124,12 @@ class Training:
         """Train until the last step. Raises Interrupted, or the TesseraError that ends the run; it can go on."""
         run, config, journal = self.run, self.config, self.journal
         self._greet(found)
-        due = run.scorer is not None and run.scorer.due(self.step, config.steps)
+        due = run.scorer is not None and run.recipe.evaluation.due(self.step, config.steps)
         if due and self.step not in self.ranks.agreed(list(scores.history(run.folder))):
             self._score()  # killed between the checkpoint and its scores
         if self.step >= config.steps:
+            if not self.ranks.agreed(self._sheet.exists()):
+                self._draw()  # killed before it
             journal.say(f"nothing left to do: {self.step} of {config.steps} steps are done")
             return
         try:
@@ -182,7 +184,7 @@ class Training:
                 if failed:
                     self.writer.wait()  # raises what befell it
                 last = self.step == config.steps
-                judged = run.scorer is not None and run.scorer.due(self.step, config.steps) and not stop
+                judged = run.scorer is not None and run.recipe.evaluation.due(self.step, config.steps) and not stop
                 saves = self.step % config.checkpoint_every == 0 or judged or last or stop
                 if self._heed(self.watch.read(wait=saves), last):
                     return
@@ -378,13 +380,17 @@ class Training:
                 raise  # the others wait for this one
             journal.say(f"step {step} could not be scored: {error}")
 
+    @property
+    def _sheet(self) -> Path:
+        return self.run.folder / SAMPLES / f"step-{self.step:09d}.png"
+
     def _draw(self) -> None:
         """A grid of samples from fixed seeds, one column a class."""
         run = self.run
         model = run.whole_model()
         if self.ranks.first:
             sheet = grid(run.recipe, model)
-            pictures.save_png(run.folder / SAMPLES / f"step-{self.step:09d}.png", sheet)
+            pictures.save_png(self._sheet, sheet)
             self.journal.picture(self.step, sheet)
         self.ranks.wait()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tessera import runtime
 from tessera.layers.joint import JointLinear
 from tessera.layers.modulation import Modulation
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.settings import Settings, by_kind
 from tessera.training import parallel
 
@@ -82,7 +82,7 @@ class Adam(Optimizer):
 
     kind: Literal["adamw"] = "adamw"
 
-    def build(self, network: DiT) -> torch.optim.Optimizer:
+    def build(self, network: Network) -> torch.optim.Optimizer:
         return _adamw(parallel.trained(network), self, self.learning_rate)
 
 
@@ -101,7 +101,7 @@ class Muon(Optimizer):
     nesterov: bool = True
     newton_schulz_steps: PositiveInt = Field(default=5, le=20, description="iterations that make an update orthogonal")
 
-    def build(self, network: DiT) -> torch.optim.Optimizer:
+    def build(self, network: Network) -> torch.optim.Optimizer:
         trained, maps = parallel.trained(network), hidden_matrices(network)
         matrices = [
             Matrix(name, trained.pop(name), network.get_parameter(name), joined) for name, joined in maps.items()
@@ -152,18 +152,19 @@ def _adamw(parameters: dict[str, nn.Parameter], config: Optimizer, rate: float) 
     )
 
 
-def hidden_matrices(network: DiT) -> dict[str, int]:
+def hidden_matrices(network: Network) -> dict[str, int]:
     """The trained matrices that carry tokens to tokens inside `network.blocks`, by name: how many maps each joins.
 
-    Not the embeddings and the readout, which Muon is not meant for (Jordan et al. 2024). Nor the modulation: its
-    gradient is a sum over pictures, not tokens, so that most of its directions hold little but noise, which
-    orthogonalising would raise to full size; and its 6 D rows would cost as much as half of all else in a block.
+    A convolution is one, of its channels by all that each of them looks at. Not the embeddings and the readout, which
+    Muon is not meant for (Jordan et al. 2024). Nor the modulation: its gradient is a sum over pictures, not tokens, so
+    that most of its directions hold little but noise, which orthogonalising would raise to full size; and its 6 D rows
+    would cost as much as half of all else in a block.
     """
     steering = {module.linear for module in network.blocks.modules() if isinstance(module, Modulation)}
     return {
         f"blocks.{name}.weight": module.maps if isinstance(module, JointLinear) else 1
         for name, module in network.blocks.named_modules()
-        if isinstance(module, nn.Linear) and module not in steering and module.weight.requires_grad
+        if isinstance(module, nn.Linear | nn.Conv2d) and module not in steering and module.weight.requires_grad
     }
 
 
@@ -234,7 +235,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape, lying: targets and their updates
         for matrix, target, update in zip(self._matrices, targets, updates):
             whole = parallel.whole_tensor(update, matrix.like)
-            for weight, part in zip(target.chunk(matrix.maps), whole.chunk(matrix.maps)):
+            for weight, part in zip(target.flatten(1).chunk(matrix.maps), whole.flatten(1).chunk(matrix.maps)):
                 rows, columns = weight.shape
                 lying = (weight, part) if rows <= columns else (weight.mT, part.mT)
                 alike.setdefault((min(rows, columns), max(rows, columns)), []).append(lying)

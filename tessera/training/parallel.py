@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tessera.errors import TesseraError
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.runtime import Ranks
 
 
@@ -42,7 +42,7 @@ class Team:
             self.mesh = init_device_mesh(device, (self.replicas, self.shards), mesh_dim_names=("replica", "shard"))
             self._control = distributed.new_group(backend="gloo")
 
-    def distribute(self, network: DiT) -> None:
+    def distribute(self, network: Network) -> None:
         """Put a network's weights onto the mesh, in place: block by block, then the rest."""
         if self.mesh is None:
             return
@@ -87,7 +87,7 @@ def part(batch: int, rounds: int, ranks: Ranks) -> slice:
 
 
 @contextmanager
-def one_reduction(network: DiT, last: bool):
+def one_reduction(network: Network, last: bool):
     """Gradients of a backward pass stay with each process unless it is the last of a step."""
     if not isinstance(network, FSDPModule):
         yield
@@ -97,7 +97,7 @@ def one_reduction(network: DiT, last: bool):
     yield
 
 
-def reshard(network: DiT) -> None:
+def reshard(network: Network) -> None:
     """Let go of the weights that a pass without gradients gathered; until then parameters are not what they seem."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
@@ -109,7 +109,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(network: DiT) -> dict[str, nn.Parameter]:
+def trained(network: Network) -> dict[str, nn.Parameter]:
     """What an optimizer is given: each trained parameter, or this process's part of it, which shares its memory."""
     told = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(network, FSDPModule):
@@ -117,7 +117,7 @@ def trained(network: DiT) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(local(parameter.detach())) for name, parameter in told.items()}
 
 
-def collect_gradients(network: DiT, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def collect_gradients(network: Network, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The gradients of all that an optimizer trains, in its order; those of parts are handed to the parts."""
     found = []
     for group in optimizer.param_groups:
@@ -153,7 +153,7 @@ def divided(part: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(network: DiT) -> DiT:
+def whole(network: Network) -> Network:
     """The network in one piece, to draw with: itself unless it is divided. Every process must ask."""
     if not isinstance(network, FSDPModule):
         return network

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from tessera.adapters.caching import check_caching
 from tessera.adapters.recomputation import What
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
+from tessera.models import AnyNetwork, with_kind
 from tessera.models.dit import DiTConfig
 from tessera.process import AnyProcess, GaussianConfig
 from tessera.runtime import DeviceName, Precision
@@ -76,7 +78,7 @@ class TrainingConfig(Settings):
     recompute: What = Field(
         default="none",
         description="activations made again for the backward pass to save memory: blocks: all; selective: all but "
-        "matrix products and attention",
+        "matrix products, convolutions and attention",
     )
     shard: PositiveInt | Literal["all"] = Field(
         default=1, description="processes (torchrun) that hold one copy of the weights between them; 1: a copy each"
@@ -114,7 +116,7 @@ class Recipe(Settings):
     output: str = Field(description="the run's folder")
     data: AnyData
     codec: AnyCodec = PixelsConfig()
-    network: DiTConfig = DiTConfig()
+    network: AnyNetwork = DiTConfig()
     process: AnyProcess = GaussianConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
@@ -125,6 +127,8 @@ def read(path: Path, overrides: list[str]) -> Recipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
     data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
     # The kinds that go without saying, so that process.kind=flow or training.optimizer.kind=muon replaces them.
+    if isinstance(data.get("network"), dict):
+        data["network"] = with_kind(data["network"])
     for place, name, usual in ((data, "process", "gaussian"), (data.get("training"), "optimizer", "adamw")):
         if isinstance(place, dict) and isinstance(place.get(name), dict):
             place[name] = {"kind": usual, **place[name]}
@@ -156,7 +160,7 @@ def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
         told = getattr(network, name)
         if name in network.model_fields_set and told != fact:
             raise TesseraError(f"network.{name} is {told} in the recipe, but data, codec and process make it {fact}")
-    network = parse(DiTConfig, {**network.model_dump(), **facts}, "network")
+    network = parse(type(network), {**network.model_dump(), **facts}, "network")
     if facts["classes"] and recipe.training.label_dropout and not network.null_class:
         raise TesseraError("training.label_dropout needs network.null_class=true: labels are withheld by that class")
     if recipe.sampling.guidance != 1 and not (facts["classes"] and network.null_class):
@@ -164,12 +168,13 @@ def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
             f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
             "set sampling.guidance=1"
         )
-    unit, data = codec.factor * network.patch, recipe.data
+    unit, data = codec.factor * network.unit, recipe.data
     if isinstance(data, FilesConfig) and data.buckets is not None and data.buckets.multiple % unit:
         raise TesseraError(
-            f"data.buckets.multiple is {data.buckets.multiple}, but codec and patch need multiples of {unit}: "
+            f"data.buckets.multiple is {data.buckets.multiple}, but codec and network need multiples of {unit}: "
             f"set data.buckets.multiple={unit * max(1, round(data.buckets.multiple / unit))}"
         )
+    check_caching(network, recipe.sampling.caching)
     times(recipe.sampling.spacing, recipe.sampling.steps, process)  # an error now, not at the first grid
     return recipe.model_copy(update={"network": network})
 

@@ -20,10 +20,10 @@ from tessera.data.latents import LatentsSource, open_cache
 from tessera.errors import TesseraError
 from tessera.files import remove_partials, whole_folder, write_whole
 from tessera.interop import sources
-from tessera.models.dit import DiT
+from tessera.models.network import Network
 from tessera.process import AnyProcess
 from tessera.runtime import Ranks
-from tessera.sampling.denoiser import Network
+from tessera.sampling.denoiser import Forward
 from tessera.settings import changes, write_yaml
 from tessera.training import checkpoint, initial, parallel
 from tessera.training.ema import Average
@@ -60,7 +60,7 @@ class Run:
         return self.learner.team
 
     @property
-    def network(self) -> DiT:
+    def network(self) -> Network:
         """The weights being trained."""
         return self.learner.network
 
@@ -147,7 +147,7 @@ def set_up(
         seed=config.seed,
         dtype=dtype,
     )
-    scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.output)) if recipe.evaluation.every else None
+    scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.output)) if recipe.evaluation.scores else None
     team = Team(ranks, config.shard, device.type)  # processes meet: what a recipe has wrong each has told before
     recompute(network, config.recompute)
     forward, compiled = _compiled(recipe, network, task, share // rounds, found, ranks, say)
@@ -191,13 +191,13 @@ def sort_into_buckets(recipe: Recipe, source: Source | LatentsSource) -> Buckets
 
 def _compiled(
     recipe: Recipe,
-    network: DiT,
+    network: Network,
     task: Task,
     rows: int,
     found: Path | None,
     ranks: Ranks,
     say: Callable[[str], None],
-) -> tuple[Network, compilation.How]:
+) -> tuple[Forward, compilation.How]:
     """What is called in place of the network, and which way that is.
 
     auto stays with what the checkpoint found: ways differ in the last bit.
@@ -223,14 +223,14 @@ def _compiled(
     return forward, how
 
 
-def _device(network: DiT) -> torch.device:
+def _device(network: Network) -> torch.device:
     return next(network.parameters()).device
 
 
-def _passes(recipe: Recipe, task: Task, rows: int) -> Callable[[Network], None]:
+def _passes(recipe: Recipe, task: Task, rows: int) -> Callable[[Forward], None]:
     """A forward and a backward pass of as many samples as a step has at once, which leaves no gradient behind."""
 
-    def run(forward: Network) -> None:
+    def run(forward: Forward) -> None:
         config = recipe.network
         device = torch.device(runtime.choose_device(recipe.training.device))
         x = torch.randn(rows, config.channels, *config.size, device=device)

@@ -32,12 +32,28 @@ HIGHER = {"is", "precision", "recall", "density", "coverage", "authenticity", "a
 class EvaluationConfig(Settings):
     """How a run scores itself while it learns. The pictures are drawn with the recipe's `sampling`, classes in turn."""
 
-    every: PositiveInt | None = Field(default=None, description="steps between evaluations; null: never")
+    every: PositiveInt | None = Field(default=None, description="steps between evaluations, the last step among them")
+    at: tuple[PositiveInt, ...] = Field(
+        default=(), description="steps at which the model is scored, beside every; with neither: never"
+    )
     count: PositiveInt = Field(default=1000, ge=2, description="pictures drawn each time")
     metrics: tuple[str, ...] = Field(default=("fd", "kid"), description="of `tessera evaluate`; the first decides")
     features: str | None = Field(default=None, description="as in `tessera evaluate`; null: by the data")
     reference: str | None = Field(default=None, description="data or statistics; null: the data learned from")
+    reference_folder: str | None = Field(
+        default=None, description="where the reference's features are kept, if runs are to share them"
+    )
     batch: PositiveInt = Field(default=50, description="pictures drawn or looked at at once")
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model is scored at all; if so, at the end too."""
+        return self.every is not None or bool(self.at)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the model is to be scored after one of `steps` steps."""
+        often = self.every is not None and step % self.every == 0
+        return self.scores and step > 0 and (often or step in self.at or step == steps)
 
     @field_validator("metrics")
     @classmethod
@@ -72,10 +88,6 @@ class Scorer:
             if at > step:
                 path.unlink()
 
-    def due(self, step: int, steps: int) -> bool:
-        """Whether the model is to be scored after a step: every so many, and after the last."""
-        return self.config.every is not None and step > 0 and (step % self.config.every == 0 or step == steps)
-
     def score(
         self,
         step: int,
@@ -100,7 +112,7 @@ class Scorer:
             ranks,
             self.config.batch,
             progress if ranks.first else None,
-            reference_folder=self.folder,
+            reference_folder=Path(self.config.reference_folder or self.folder),
         )
         if ranks.first:
             protocol.save(done.scores, self.folder / f"step-{step:09d}.json")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tessera.data import Batch
-from tessera.models.dit import DiT
-from tessera.sampling.denoiser import Network
+from tessera.models.network import Network
+from tessera.sampling.denoiser import Forward
 from tessera.training import health, parallel
 from tessera.training.optimizers import Optimizer
 from tessera.training.parallel import Team
@@ -23,8 +23,8 @@ from tessera.training.task import Task, losses, prepare
 class Learner:
     """What a step changes, and who takes part in it."""
 
-    network: DiT  # the weights, perhaps divided among processes
-    forward: Network  # what is called: the network, or what compiling made of it
+    network: Network  # the weights, perhaps divided among processes
+    forward: Forward  # what is called: the network, or what compiling made of it
     optimizer: torch.optim.Optimizer
     config: Optimizer
     team: Team

@@ -16,7 +16,7 @@ from tessera.data import Batch
 from tessera.data.loader import mirrored
 from tessera.process import Process
 from tessera.process.prediction import Losses
-from tessera.sampling.denoiser import Network
+from tessera.sampling.denoiser import Forward
 
 # Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
 TIME, NOISE, DROP, POSTERIOR = 1, 2, 3, 5  # 4: flips, in data.loader
@@ -61,7 +61,7 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
     return x0, condition, batch.position
 
 
-def losses(network: Network, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> tuple[Losses, Tensor]:
+def losses(network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> tuple[Losses, Tensor]:
     """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
 
     x0 [B, C, h, w], position [B]

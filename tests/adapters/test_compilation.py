@@ -56,6 +56,21 @@ def test_outputs_gradients_and_names_stay(how, count, tiny_model, graphs):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_all_blocks_of_a_unet_are_compiled_each_make_once(make_model, graphs):
+    """There are more makes than PyTorch compiles of one function if it is not told."""
+    network = make_model({"kind": "unet", "multipliers": (1, 2, 3), "attention": (2, 4)}).network
+    makes = {
+        (block.halvings, block.residual.resampling, *(weight.shape for weight in block.parameters()))
+        for block in network.blocks
+    }
+    assert len(makes) > 8
+    expected = network(*ASKED)
+    forward, _ = compiled(network, "blocks")
+    graphs.clear()
+    torch.testing.assert_close(forward(*ASKED), expected, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == len(makes)
+
+
 def test_off_takes_the_compiled_blocks_away(tiny_model, graphs):
     network = tiny_model.network
     compiled(network, "blocks")

@@ -13,6 +13,7 @@ from tessera.adapters.compilation import compiled
 from tessera.adapters.recomputation import recompute
 from tessera.conditions import Condition
 from tessera.models.dit import DiT, DiTConfig
+from tessera.models.unet import UNetConfig
 
 DESIGNS = ("in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern")
 SIZES = {"size": 8, "channels": 3, "outputs": 6, "classes": 3, "depth": 3, "width": 32, "heads": 4}
@@ -55,6 +56,24 @@ class Storages(TorchDispatchMode):
     def alive(self) -> int:
         """Bytes."""
         return sum(size for made, size in self.made.items() if not made.expired() and made not in self.weights)
+
+
+@pytest.mark.parametrize("what", ["blocks", "selective"])
+def test_a_unet_keeps_less_and_its_gradients_are_the_same_to_the_bit(what, randomise):
+    facts = {name: SIZES[name] for name in ("size", "channels", "outputs", "classes")}
+    network = randomise(UNetConfig(**facts, width=16, multipliers=(1, 2), depth=1, attention=(2,)).build()).train()
+    expected = gradients(network)
+    kept = {}
+    for each in ("none", what):
+        recompute(network, each)
+        with Storages(network) as storages:
+            held = loss(network)
+        kept[each] = storages.alive()
+        held.backward()
+    assert kept[what] < 0.8 * kept["none"]
+    found = gradients(network)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 @pytest.mark.parametrize("what", ["blocks", "selective"])

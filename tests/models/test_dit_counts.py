@@ -5,7 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.conditions import Condition
-from tessera.models.dit import DiT, DiTConfig, parameter_count
+from tessera.models.dit import DiT, DiTConfig
+from tessera.models.network import parameter_count
 from tessera.models.presets import PRESETS
 
 # fmt: off
@@ -54,13 +55,15 @@ def test_designs(design):
     assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.05)
 
 
-def counted(network: DiT, size: tuple[int, int]) -> int:
-    """Twice the multiply-adds of one forward pass, by PyTorch (on a CPU it counts attention as nothing)."""
+def counted(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
+    """Floating-point operations of a forward pass, or of both, by PyTorch (on a CPU it counts attention as nothing)."""
     with torch.device("meta"):
         x, t = torch.empty(1, network.config.channels, *size), torch.empty(1)
         label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
     with FlopCounterMode(display=False) as counter:
-        network(x, t, Condition(label))
+        raw = network(x, t, Condition(label))
+        if backward:
+            raw.sum().backward()
     return counter.get_total_flops()
 
 
@@ -81,3 +84,10 @@ def test_macs_are_what_pytorch_counts(design, classes, patch, size):
 def test_macs_of_the_full_model_are_what_pytorch_counts(design):
     network = on_meta(preset="DiT-XL/2", block=design)
     assert counted(network, (32, 32)) == 2 * network.macs()
+
+
+@pytest.mark.parametrize("design", [*DESIGNS, "adaln-single", "modern"])
+def test_both_passes_are_three_forward_ones(design):
+    """To 1 %: nobody asks the gradient of what the first layers are given."""
+    network = on_meta(preset="DiT-S/2", block=design, depth=3)
+    assert counted(network, (32, 32), backward=True) == pytest.approx(6 * network.macs(), rel=0.01)

@@ -10,7 +10,8 @@ from tessera.conditions import Condition
 from tessera.errors import TesseraError
 from tessera.layers.modulation import Offsets
 from tessera.models.blocks import Context
-from tessera.models.dit import DiT, DiTConfig, parameter_count
+from tessera.models.dit import DiT, DiTConfig
+from tessera.models.network import parameter_count
 from tessera.settings import parse
 
 OFF = {  # the paper's adaLN-Zero block

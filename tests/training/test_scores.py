@@ -18,7 +18,7 @@ from tessera.evaluation.subjects import Data
 from tessera.runtime import Ranks
 from tessera.training import loop
 from tessera.training.journal import read_log
-from tessera.training.scores import best, history
+from tessera.training.scores import EvaluationConfig, best, history
 
 SCORED = (
     "training.steps=6",
@@ -102,6 +102,42 @@ def digits_scores(tmp_path):
         return {each.metric: each.value for each in done.scores}
 
     return score
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({}, []),
+        ({"every": 4}, [4, 8, 10]),
+        ({"at": (3, 7)}, [3, 7, 10]),
+        ({"at": (10,)}, [10]),
+        ({"every": 5, "at": (3, 5, 30)}, [3, 5, 10]),
+    ],
+)
+def test_a_run_is_scored_every_so_many_steps_at_those_that_are_named_and_at_its_end(words, expected):
+    config = EvaluationConfig(**words)
+    assert [step for step in range(11) if config.due(step, 10)] == expected
+    assert config.scores == bool(expected)
+
+
+def test_scores_at_named_steps_are_those_of_every_step_and_runs_may_share_their_reference(tiny, whole, tmp_path):
+    shared = f"evaluation.reference_folder={tmp_path / 'shared'}"
+    run = loop.train(tiny("run", *SCORED, "evaluation.every=null", "evaluation.at=[4]", shared))
+    assert {step: scores_of(whole)[step] for step in (4, 6)} == scores_of(run)
+    (kept,) = (tmp_path / "shared").iterdir()
+    assert not list((run / "evaluation").glob("reference*"))
+    before = {path: path.stat().st_mtime_ns for path in kept.iterdir()}
+    loop.train(tiny("other", *SCORED, "evaluation.every=null", "evaluation.at=[4]", shared))
+    assert {path: path.stat().st_mtime_ns for path in kept.iterdir()} == before
+
+
+def test_a_run_killed_before_its_last_grid_draws_it_when_it_goes_on(tiny, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    grid = run / "samples/step-000000006.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    loop.train(tiny("run", *SCORED))
+    assert grid.read_bytes() == before
 
 
 def test_a_run_without_evaluation_writes_none_of_it(tiny):

@@ -1,0 +1,184 @@
+"""What `tessera plan` says against what runs take, in one process: seconds a step, bytes held for the backward pass.
+
+    python benchmarks/plan.py [--threads 1,2] [--rounds 9] [--only "NAME; ..."]
+    python benchmarks/plan.py --threads 1 --clock process     # beside other work: processor time, of plan and run alike
+    python benchmarks/plan.py --device cuda          # needs a GPU; the row for gpu.md
+
+Every configuration is planned, then its own training steps are taken (data loaded, `train_step`, averages), and planned
+again: the ratio is the mean of both plans to the median step, so that a machine that grows busier or quieter in between
+is seen as the spread of the two. Saved: bytes of unique storages, parameters apart, that `saved_tensors_hooks` sees in
+the real forward pass, to those of the trace; where activations are computed again the hooks do not see all that is
+kept (outputs held for selective recomputation), so there the bytes of all live tensors are counted instead. On a GPU
+memory is torch.cuda.max_memory_allocated, which knows caches of libraries too.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tessera import runtime
+from tessera.planning.plan import Plan
+from tessera.planning.stopwatch import Stopwatch
+from tessera.planning.trace import Recorder
+from tessera.settings import parse
+from tessera.training import planned
+from tessera.training.recipe import Recipe
+from tessera.training.run import Run, set_up
+from tessera.training.step import train_step
+
+DIGITS: dict[str, Any] = {
+    "data": {"kind": "digits"},
+    "network": {"patch": 2, "width": 192, "depth": 6, "heads": 6},
+    "process": {"schedule": "cosine", "prediction": "v", "variance": "posterior"},
+    "training": {"batch": 64, "optimizer": {"clip": 1.0}, "ema": {"decay": 0.99}, "tensorboard": False},
+}
+# 32 x 32 pixels in colour: as large a step as CIFAR-10's, of pictures that need no file.
+PICTURES: dict[str, Any] = DIGITS | {
+    "data": {"kind": "shapes"},
+    "network": {"patch": 4, "width": 256, "depth": 6, "heads": 4},
+    "training": DIGITS["training"] | {"batch": 32},
+}
+
+
+def changed(base: dict[str, Any], network: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
+    kept = {} if network is not None and "kind" in network else base["network"]
+    return base | {"network": kept | (network or {}), "training": base["training"] | training}
+
+
+CPU = {
+    "digits, DiT 192 x 6": DIGITS,
+    "digits, batch 8": changed(DIGITS, batch=8),
+    "digits, batch 256, recompute blocks": changed(DIGITS, batch=256, recompute="blocks"),
+    "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch=16),
+    "32 px, DiT 256 x 6": PICTURES,
+    "32 px, modern, Muon": changed(PICTURES, {"block": "modern"}, optimizer={"kind": "muon"}),
+    "32 px, U-Net": changed(PICTURES, {"kind": "unet", "width": 64}, batch=16),
+    "32 px, DiT 384 x 4, patch 2": changed(PICTURES, {"patch": 2, "width": 384, "depth": 4, "heads": 6}, batch=4),
+}
+LARGE: dict[str, Any] = {
+    "data": {"kind": "shapes"},
+    "network": {"preset": "DiT-B/4"},
+    "training": {"batch": 128, "tensorboard": False, "precision": "bfloat16"},
+}
+CUDA = {
+    "B/4, 32 px, batch 128": LARGE,
+    "B/4, float32": changed(LARGE, precision="float32"),
+    "B/4, recompute blocks": changed(LARGE, recompute="blocks", batch=256),
+    "L/4": changed(LARGE, {"preset": "DiT-L/4"}),
+    "XL/4": changed(LARGE, {"preset": "DiT-XL/4"}, batch=64),
+    "B/4, modern": changed(LARGE, {"block": "modern"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", default="1,2", help="of the processor, one table each")
+    parser.add_argument("--rounds", type=int, default=9, help="steps measured")
+    parser.add_argument("--only", help="configurations, by the beginnings of their names, separated by ;")
+    parser.add_argument("--clock", choices=("wall", "process"), default="wall")
+    told = parser.parse_args()
+    if told.clock == "process":
+        time.perf_counter = time.process_time
+    runtime.keep_freed_memory()
+    chosen = CPU if told.device == "cpu" else CUDA
+    wanted = [name.strip() for name in told.only.split(";")] if told.only else [""]
+    for threads in [int(number) for number in told.threads.split(",")] if told.device == "cpu" else [0]:
+        if threads:
+            torch.set_num_threads(threads)
+        device = torch.device(told.device)
+        what = f"{threads} thread{'s' * (threads > 1)}, " if threads else ""
+        print(f"\n{runtime.device_name(device)}, {what}torch {torch.__version__}, {told.clock} clock\n")
+        print("| configuration | ms planned | measured | ratio | of both plans | MiB planned | measured | ratio |")
+        print("|---|---|---|---|---|---|---|---|")
+        for name, settings in chosen.items():
+            if any(name.startswith(start) for start in wanted):
+                print(row(name, settings, device, told.rounds), flush=True)
+
+
+def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        data = settings | {"output": f"{folder}/run"}
+        data["training"] = data["training"] | {"device": device.type, "steps": 1000}
+        recipe = parse(Recipe, data, name)
+        before = planning(recipe, device, Path(folder) / "before")
+        run = set_up(recipe)
+        seconds, memory = measured(run, device, rounds)
+        del run
+        after = planning(recipe, device, Path(folder) / "after")
+    plans = before.step_seconds, after.step_seconds
+    mean = sum(plans) / 2
+    said = before.memory.at_most if device.type == "cuda" else before.memory.activations
+    return (
+        f"| {name} | {1000 * mean:.4g} | {1000 * seconds:.4g} | {mean / seconds:.2f} | "
+        f"{plans[0] / seconds:.2f}, {plans[1] / seconds:.2f} | {said / 2**20:.4g} | {memory / 2**20:.4g} | "
+        f"{said / memory:.3f} |"
+    )
+
+
+def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
+    """Measured afresh."""
+    return planned.plan_of(recipe, device.type, stopwatch=Stopwatch(device, folder))
+
+
+def measured(run: Run, device: torch.device, rounds: int) -> tuple[float, int]:
+    """Median seconds of a step, and bytes: kept for the backward pass, or on a GPU allocated at the highest."""
+    config, batches = run.recipe.training, run.loader.batches()
+    taken = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        for step in range(3 + rounds):
+            batch = next(batches)  # read meanwhile, by other threads
+            began = time.perf_counter()
+            train_step(run.learner, batch, run.task, config.batch, run.rounds)
+            run.average.update(step + 1)
+            runtime.synchronise(device)
+            taken.append(time.perf_counter() - began)
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else kept(run, next(batches))
+    finally:
+        batches.close()
+    return statistics.median(taken[3:]), memory
+
+
+def kept(run: Run, batch: Any) -> int:
+    """Bytes held for the backward pass at the end of the first forward pass of a step."""
+    recorder, found = Recorder(), []
+    saved: dict[int, torch.Tensor] = {}
+    forward = run.learner.forward
+    again = run.recipe.training.recompute != "none"
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def watched(*inputs: Any) -> torch.Tensor:
+        if found:
+            return forward(*inputs)
+        if again:
+            raw = forward(*inputs)
+            found.append(recorder.lap().kept)
+            return raw
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            raw = forward(*inputs)
+        own = {parameter.untyped_storage()._cdata for parameter in run.network.parameters()}
+        found.append(sum(one.untyped_storage().nbytes() for key, one in saved.items() if key not in own))
+        saved.clear()
+        return raw
+
+    object.__setattr__(run.learner, "forward", watched)
+    if again:
+        with recorder:
+            train_step(run.learner, batch, run.task, run.recipe.training.batch, run.rounds)
+    else:
+        train_step(run.learner, batch, run.task, run.recipe.training.batch, run.rounds)
+    return found[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The U-Net: diffusers' network with the same weights, ADM's published sizes, PyTorch's own counter."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tessera.conditions import Condition
+from tessera.errors import TesseraError
+from tessera.models.network import parameter_count
+from tessera.models.presets import UNETS
+from tessera.models.unet import FinalLayer, Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig
+from tessera.settings import parse
+
+SMALL = {"size": 8, "channels": 3, "outputs": 6, "classes": 3, "width": 16, "multipliers": (1, 2, 3), "attention": 2}
+
+
+def make(**settings) -> UNetConfig:
+    return parse(UNetConfig, {**SMALL, "depth": 2, "head_channels": 8, **settings}, "the test's U-Net")
+
+
+def on_meta(**settings) -> UNet:
+    with torch.device("meta"):
+        return UNetConfig.model_validate(settings).build()
+
+
+# diffusers' network
+
+
+def theirs_of(config: UNetConfig) -> UNet2DModel:
+    """ADM's U-Net as diffusers builds it, but for two numbers of ours: the time's frequencies and the norms' groups."""
+    levels = range(len(config.multipliers))
+    down = ["AttnDownBlock2D" if 2**level in config.attention else "ResnetDownsampleBlock2D" for level in levels]
+    network = UNet2DModel(
+        sample_size=config.size,
+        in_channels=config.channels,
+        out_channels=config.outputs,
+        freq_shift=0,
+        down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        block_out_channels=tuple(config.width * multiplier for multiplier in config.multipliers),
+        layers_per_block=config.depth,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=config.head_channels,
+        norm_num_groups=1,
+        attn_norm_num_groups=1,  # or the middle's attention would have no norm
+        norm_eps=1e-5,
+        num_class_embeds=config.classes + 1,
+    )
+    network.time_proj.num_channels = 256
+    network.time_embedding.linear_1 = nn.Linear(256, 4 * config.width)
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = Norm(module.num_channels).num_groups
+    return network
+
+
+def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+    """Each parameter of ours, with those of theirs that it is put together from."""
+    found: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+
+    def both(one: nn.Module, *others: nn.Module) -> None:
+        for name, parameter in one.named_parameters():
+            found.append((parameter, [other.get_parameter(name) for other in others]))
+
+    time = theirs.time_embedding
+    both(ours.stem, theirs.conv_in)
+    both(ours.t_embedder, nn.ModuleDict({"mlp": nn.ModuleList((time.linear_1, nn.Identity(), time.linear_2))}))
+    both(ours.y_embedder.embedding_table, theirs.class_embedding)
+    both(ours.final_layer.norm, theirs.conv_norm_out)
+    both(ours.final_layer.conv, theirs.conv_out)
+    residuals, attentions = [], []
+    for level in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks):
+        middle = level is theirs.mid_block
+        attend = [level.attentions[0], None] if middle else list(getattr(level, "attentions", [])) or None
+        residuals += level.resnets
+        attentions += attend or [None] * len(level.resnets)
+        for resampler in getattr(level, "downsamplers", None) or getattr(level, "upsamplers", None) or ():
+            residuals.append(resampler)
+            attentions.append(None)
+    for block, residual, attention in zip(ours.blocks, residuals, attentions, strict=True):
+        for one, other in (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")):
+            both(getattr(block.residual, one), getattr(residual, other))
+        both(block.residual.steering.linear, residual.time_emb_proj)
+        if residual.conv_shortcut is not None:
+            both(block.residual.skip, residual.conv_shortcut)
+        assert (block.attention is None) == (attention is None)
+        if attention is not None:
+            both(block.attention.norm, attention.group_norm)
+            both(block.attention.qkv, attention.to_q, attention.to_k, attention.to_v)
+            both(block.attention.proj, attention.to_out[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [({}, (8, 8)), ({"attention": (1, 4), "depth": 1, "width": 40, "multipliers": (1, 1, 3)}, (4, 12))],
+)
+def test_outputs_and_gradients_are_those_of_diffusers(changes, size, randomise):
+    """Structure, weights and arithmetic; in double precision, so that 1e-5 leaves nothing to chance."""
+    config = make(**changes)
+    ours, theirs = randomise(config.build()).double(), theirs_of(config).eval().double()
+    matched = pairs(ours, theirs)
+    assert {id(one) for one, _ in matched} == {id(one) for one in ours.parameters()}
+    assert {id(one) for _, others in matched for one in others} == {id(one) for one in theirs.parameters()}
+    with torch.no_grad():
+        for one, others in matched:
+            for part, other in zip(one.chunk(len(others)), others, strict=True):
+                other.copy_(part)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 3, *size, generator=generator, dtype=torch.float64)
+    t, label = torch.tensor([0.0, 17.0, 500.0, 999.0]), torch.tensor([0, 2, 1, -1])
+    got = ours(x, t, Condition(label))
+    expected = theirs(x, t, class_labels=torch.where(label < 0, 3, label)).sample
+    assert got.shape == (4, 6, *size)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.square().mean().backward()
+    expected.square().mean().backward()
+    for one, others in matched:
+        torch.testing.assert_close(one.grad, torch.cat([other.grad for other in others]), rtol=1e-5, atol=1e-7)
+
+
+# Sizes
+
+# fmt: off
+PUBLISHED = {  # Dhariwal & Nichol 2021: millions of parameters; Peebles & Xie 2023, section 5.1: GMACs
+    "ADM  64": ((192, (1, 2, 3, 4),       3, (2, 4, 8)),   296, None),
+    "ADM 128": ((256, (1, 1, 2, 3, 4),    2, (4, 8, 16)),  422, None),
+    "ADM 256": ((256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32)), 554, 1120),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_macs_are_those_that_were_published(name):
+    """ADM's networks for 1000 classes and no null class. Its own at 64 pixels has 192 sinusoids of time, not 256."""
+    (width, multipliers, depth, attention), millions, gmacs = PUBLISHED[name]
+    shape = {"width": width, "multipliers": multipliers, "depth": depth, "attention": attention}
+    network = on_meta(size=int(name[3:]), channels=3, outputs=6, classes=1000, null_class=False, **shape)
+    assert parameter_count(network) / 1e6 == pytest.approx(millions, abs=0.5)
+    if gmacs is not None:
+        assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.5)
+
+
+def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
+    """Floating-point operations of a forward pass, and of both passes, by PyTorch."""
+    with torch.device("meta"):
+        x, t = torch.empty(1, network.config.channels, *size), torch.empty(1)
+        label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
+    with FlopCounterMode(display=False) as counter:
+        raw = network(x, t, Condition(label))
+        forward = counter.get_total_flops()
+        raw.sum().backward()
+    return forward, counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"classes": 7, "width": 24, "multipliers": (1,), "depth": 1, "attention": ()},
+        {"classes": 0, "width": 32, "multipliers": (1, 3), "depth": 2, "attention": 1},
+        {"classes": 7, "width": 40, "multipliers": (2, 2, 4), "depth": 1, "attention": (2, 4)},
+    ],
+)
+def test_macs_are_what_pytorch_counts(settings):
+    network = on_meta(size=(32, 16), channels=4, outputs=8, **settings)
+    for size in ((32, 16), (16, 64)):
+        forward, both = counted(network, size)
+        assert forward == 2 * network.macs(size)
+        # But for the first layers, of whose inputs nobody asks the gradient, both passes are three forward ones.
+        assert both == pytest.approx(6 * network.macs(size), rel=0.01)
+
+
+# What it does
+
+
+def test_a_fresh_network_draws_zero_and_its_blocks_add_nothing():
+    network = make().build()
+    x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 900.0]), Condition([0, -1])
+    assert not network(x, t, condition).any()
+    features, context = network.embed(x, t, condition)
+    assert torch.equal(network.blocks[0](features, context), features)
+    attention = next(module for module in network.modules() if isinstance(module, SpatialAttention))
+    inside = torch.randn(2, attention.proj.in_features, 4, 4)
+    assert torch.equal(attention(inside), inside)
+
+
+def test_it_sees_the_time_the_label_and_that_it_is_told_nothing(randomise):
+    network = randomise(make().build())
+    x = torch.randn(1, 3, 8, 8).expand(5, -1, -1, -1)
+    t = torch.tensor([10.0, 10.0, 10.0, 10.0, 700.0])
+    one, other, again, nothing, later = network(x, t, Condition([0, 1, 0, -1, 0]))
+    torch.testing.assert_close(one, again)
+    for different in (other, nothing, later):
+        assert not torch.allclose(one, different, atol=1e-3)
+
+
+def test_every_sample_is_by_itself(randomise):
+    network = randomise(make().build())
+    x, t, condition = torch.randn(3, 3, 8, 8), torch.tensor([1.0, 50.0, 900.0]), Condition([0, 1, 2])
+    together = network(x, t, condition)
+    alone = torch.cat([network(x[i : i + 1], t[i : i + 1], Condition([i])) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_position_sees_far_beyond_a_convolution(randomise):
+    """The last corner depends on the first: down the levels, or by attention, everything sees everything."""
+    network, x = randomise(make(attention=()).build()), torch.randn(1, 3, 8, 8, requires_grad=True)
+    network(x, torch.tensor([50.0]), Condition([0]))[0, :, -1, -1].sum().backward()
+    gradient: Tensor | None = x.grad
+    assert gradient is not None
+    assert gradient[0, :, 0, 0].abs().max() > 1e-6
+
+
+@given(channels=st.integers(1, 2000), head_channels=st.integers(1, 128))
+def test_norms_and_heads_of_any_width(channels, head_channels):
+    norm = Norm(channels)
+    assert channels % norm.num_groups == 0
+    assert norm.num_groups <= 32
+    assert norm.num_groups == 1 or channels // norm.num_groups >= 4
+    if channels % 32 == 0 and channels >= 128:
+        assert norm.num_groups == 32  # as published
+    with torch.device("meta"):
+        heads = SpatialAttention(channels, head_channels).heads
+    assert channels % heads == 0
+    assert channels // heads <= head_channels
+    if channels % head_channels == 0:
+        assert channels // heads == head_channels
+
+
+@pytest.mark.parametrize("resampling", ["none", "down", "up"])
+def test_a_residual_block_resamples(resampling, randomise):
+    """A constant picture stays one inside: means and copies of equal numbers are those."""
+    block = randomise(ResidualBlock(8, 8, 16, resampling))
+    nn.init.zeros_(block.conv2.weight)
+    nn.init.zeros_(block.conv2.bias)
+    side = {"none": 4, "down": 2, "up": 8}[resampling]
+    assert torch.equal(block(torch.full((1, 8, 4, 4), 0.7), torch.zeros(1, 16)), torch.full((1, 8, side, side), 0.7))
+
+
+def test_under_autocast_residuals_are_summed_in_float32(randomise):
+    network = randomise(make().build())
+    seen = []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, given, features: seen.append(features.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), Condition([0, 1]))
+    assert seen == [torch.float32] * len(network.blocks)
+
+
+# What is told wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": (8, 6)}, r"3 levels needs multiples of 4, and the size is 8 x 6"),
+        ({"attention": (2, 8)}, r"factor of 8, but 3 multipliers make levels of 1, 2, 4"),
+        ({"attention": 3}, r"factor of 3"),
+        ({"multipliers": ()}, r"multipliers: .*at least 1 item"),
+        ({"multipliers": (1, 0)}, r"multipliers\.1: .*greater than 0"),
+        ({"patch": 2}, r"unknown key 'patch'.*kind: unet"),
+        ({"preset": "UNet-S/8-gmac"}, r"unknown preset of a U-Net 'UNet-S/8-gmac'; did you mean 'UNet-S/8-gmacs'"),
+        ({"preset": "DiT-S/8"}, r"unknown preset of a U-Net 'DiT-S/8'"),
+    ],
+)
+def test_what_cannot_be_is_named(settings, said):
+    with pytest.raises(TesseraError, match=said):
+        make(**settings)
+
+
+def test_what_a_forward_pass_lacks_is_named():
+    network = make().build()
+    with pytest.raises(ValueError, match="multiples of 4, and the size is 8 x 10"):
+        network(torch.zeros(1, 3, 8, 10), torch.zeros(1), Condition([0]))
+    with pytest.raises(ValueError, match="knows 3 classes"):
+        network(torch.zeros(1, 3, 8, 8), torch.zeros(1), Condition())
+
+
+def test_a_preset_fills_what_is_not_said():
+    config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "depth": 1})
+    assert config.depth == 1
+    assert config.width == UNETS["UNet-B/4-gmacs"]["width"]
+    assert isinstance(config.build().final_layer, FinalLayer)

@@ -1,0 +1,137 @@
+"""`tessera study`: the plan first, then members in processes of their own, then one report; errors in one message."""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from tessera import bundle
+from tessera.studies import conduct, plan
+from tessera.training.journal import read_log
+
+pytest.importorskip("sklearn")
+STUDY = """
+question: Does width help?
+recipe: tiny.yaml
+axes:
+  size:
+    S: {network.width: 16}
+    L: {network.width: 32}
+set: {evaluation: {count: 40, batch: 40, metrics: [kid, fd]}}
+budget: {steps: 2}
+"""
+CARD = ("--hardware", "h100")
+
+
+@pytest.fixture
+def study(recipe, tmp_path, monkeypatch):
+    """A study's file; its members begin as copies of this process and are not planned, which takes seconds."""
+    taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
+    taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
+    monkeypatch.setattr(plan, "plan_of", lambda recipe, hardware: taken)
+    monkeypatch.setattr(conduct, "START", "fork")
+    path = tmp_path / "study.yaml"
+    path.write_text(f"output: {tmp_path / 'out'}\n{STUDY}")
+    return path
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tessera, study, tmp_path):
+    done = tessera("study", study, "--dry-run", *CARD, "--shard", "1/3")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["member", "parameters", "GMACs", "steps", "FLOPs", "memory", "training", "scoring"]
+    assert [line.split()[0] for line in lines[1:3]] == ["S", "L"]
+    assert "2 members" in lines[3]
+    assert "about 3 min 0 s in all" in lines[3]
+    assert lines[4] == "part 1/3: L"
+    assert "part 3/3: nothing" in tessera("study", study, "--dry-run", *CARD, "--shard", "3/3").out
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_run_the_study_between_them_and_each_writes_the_report(tessera, study, tmp_path):
+    first = tessera("study", study, *CARD, "--shard", "1/2")
+    assert first.code == 0, first.err
+    assert first.out == f"{tmp_path / 'out/report.md'}\n"
+    assert "member 1 of 1: L, planned 1 min 30 s" in first.err
+    assert [path.name for path in (tmp_path / "out/members").iterdir()] == ["L"]
+    second = tessera("study", study, *CARD, "--shard", "2/2")
+    assert second.code == 0, second.err
+    assert len(bundle.checkpoints(tmp_path / "out/members/S")) > 0
+    again = tessera("study", study, "--report")
+    assert (again.code, again.out) == (0, first.out)
+    assert tessera("doctor", tmp_path / "out/members/S").code == 0  # a run like any other
+    assert tessera("info", tmp_path / "out/members/S").code == 0
+    other = tessera("study", study, "set.training.batch=16", *CARD)
+    assert other.code == 1
+    assert "training.batch was 32, is 16" in other.err
+
+
+def test_a_study_some_of_whose_members_fail_has_a_report_and_ends_with_1(tessera, study, tmp_path):
+    words = ("axes.size.L.training.optimizer.learning_rate=1e30", "set.training.stability.tries=1", "budget.steps=40")
+    done = tessera("study", study, *words, *CARD)
+    assert done.code == 1
+    assert done.out == f"{tmp_path / 'out/report.md'}\n"
+    assert "error: 1 of 2 members failed: L; " in done.err
+    assert "diverged" in (tmp_path / "out/members/L/failed.txt").read_text()
+    assert "L" in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shard", "3/2"), "--shard 3/2 is not understood"),
+        (("limit_minutes=0.001",), "limit_minutes is 0.001"),
+        (("axes.size.S.network.width=17",), "S: recipe"),
+        (("budget.step=3",), "unknown key 'step'; did you mean 'steps'?"),
+        (("--hardware", "abacus"), "abacus"),
+        (("--report",), "holds no study yet"),
+    ],
+)
+def test_errors_are_one_message_and_leave_nothing_behind(tessera, study, tmp_path, words, message):
+    done = tessera("study", study, *words)
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_members_of_a_command_that_is_killed_end_with_it_and_it_goes_on(start, command, study, tmp_path):
+    """As it is used: members begin from nothing."""
+    out = tmp_path / "out"
+    words = ("study", study, "budget.steps=200", "set.training.checkpoint_every=5", *CARD)
+    killed = start(*words)
+    while not (out / "members/S/checkpoints/step-000000005").exists() and killed.poll() is None:
+        time.sleep(0.01)
+    child = children(killed.pid)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    while any(alive(pid) for pid in child):
+        time.sleep(0.01)
+    before = read_log(out / "members/S")
+    stopped = start(*words)
+    while read_log(out / "members/S") == before and stopped.poll() is None:
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate()
+    assert (stopped.returncode, "Traceback" in err) == (130, False)
+    assert err.rstrip().splitlines()[-1].startswith("stopped, everything saved in")
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert done.out == f"{out / 'report.md'}\n"
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

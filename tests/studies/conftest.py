@@ -1,0 +1,64 @@
+"""Studies of tiny runs, and the results of studies that never were run."""
+
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tessera.studies import conduct
+from tessera.studies.study import Study, read
+
+RECIPE = """
+data: {kind: digits}
+network: {patch: 4, width: 16, depth: 1, heads: 2}
+process: {steps: 20, schedule: cosine, prediction: v}
+sampling: {steps: 3}
+training:
+  batch: 32
+  optimizer: {learning_rate: 0.001}
+  log_every: 2
+  sample_every: 1000
+  sample_seeds: 1
+  checkpoint_every: 1
+  health_every: null
+  tensorboard: false
+  device: cpu
+evaluation: {count: 40, batch: 40, metrics: [kid, fd]}
+"""
+STUDY = """
+question: Does width help?
+recipe: tiny.yaml
+axes:
+  size:
+    S: {network.width: 16}
+    L: {network.width: 32}
+budget: {steps: 6}
+marks: {steps: [3]}
+sampling_steps: [2]
+"""
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> SimpleNamespace:
+    """What `synthetic.py` has."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("synthetic.py"))))
+
+
+@pytest.fixture
+def write_study(tmp_path) -> Callable[..., Study]:
+    """A study in a folder of its own, with dotted overrides."""
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    (tmp_path / "study.yaml").write_text(STUDY)
+
+    def write(*overrides: str, output: str = "out") -> Study:
+        return read(tmp_path / "study.yaml", [f"output={tmp_path / output}", *overrides])
+
+    return write
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Members begin as copies of this process, in which all is imported."""
+    monkeypatch.setattr(conduct, "START", "fork")

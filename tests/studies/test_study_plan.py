@@ -1,0 +1,216 @@
+"""A study before it runs: marks and budgets in steps, what is refused and why, and shards that share the work out."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tessera import bundle, drawing
+from tessera.errors import TesseraError
+from tessera.settings import read_yaml
+from tessera.studies import plan, study
+from tessera.studies.study import Budget, Marks
+
+pytest.importorskip("sklearn")
+CARD = "h100"  # rates from a table: nothing is measured
+
+
+@pytest.fixture(autouse=True)
+def no_planning(request, monkeypatch):
+    """What a member takes is found elsewhere, and takes seconds."""
+    if "really" not in request.fixturenames:
+        taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
+        taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
+        monkeypatch.setattr(plan, "plan_of", lambda recipe, hardware: taken)
+
+
+@pytest.fixture
+def really():
+    """Plans are made."""
+
+
+def planned(asked, before=None):
+    return plan.planned(asked, plan.prepare(asked), before, CARD)
+
+
+def test_marks_and_budget_become_steps():
+    """By hand: a step of 100 FLOPs."""
+    assert plan.steps_of(Budget(flops=1040), 100) == 10
+    assert plan.steps_of(Budget(flops=1060), 100) == 11
+    assert plan.steps_of(Budget(flops=3), 100) == 1
+    assert plan.steps_of(Budget(steps=7), 100) == 7
+    assert plan.marks_of(Marks(flops=(240, 260, 20, 5000), steps=(3, 8, 20)), 100, 10) == (1, 2, 3, 8, 10)
+    assert plan.marks_of(Marks(steps=(10,)), 100, 10) == (10,)
+    assert plan.marks_of(Marks(), 100, 10) == (10,)
+
+
+def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study):
+    """Of a block of width D over N tokens, 2 x 2 of them: 12 N D^2 + 2 N^2 D multiply-adds and more around it."""
+    found = planned(write_study("budget={flops: 3e8}", "marks={flops: [1e8, 2e8]}"))
+    for member in found.members.values():
+        step = 6 * member.macs * 32
+        assert member.flops_per_step == step
+        assert abs(member.flops - 3e8) <= step / 2
+        first, second, last = member.recipe.evaluation.at
+        assert abs(first * step - 1e8) <= step / 2
+        assert abs(second * step - 2e8) <= step / 2
+        assert last == member.steps == member.recipe.training.steps
+        assert member.recipe.evaluation.every is None
+    small, large = found.members.values()
+    assert small.steps > large.steps
+    assert small.macs > 4 * (12 * 16**2 + 2 * 4 * 16)
+
+
+@pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance=2", "guidance_interval=[0.2, 0.7]")])
+def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrained, words):
+    asked = write_study(*(f"set.sampling.{word}" for word in words))
+    prepared = plan.prepare(asked)[0]
+    found = plan.drawing_macs(prepared.recipe, 1.0, (5,))
+    network = prepared.recipe.network.build()
+    model = untrained(network, prepared.recipe)
+    rows: list[int] = []
+    network.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
+    for steps in (3, 5):
+        rows.clear()
+        drawing.generate(model, [0], [0], steps=steps)
+        assert found[steps] == sum(rows)
+
+
+@pytest.fixture
+def untrained():
+    def build(network, recipe):
+        config = bundle.BundleConfig(
+            network=recipe.network, process=recipe.process, codec=recipe.codec, sampling=recipe.sampling
+        )
+        return bundle.Model(config, network, recipe.codec.build())
+
+    return build
+
+
+def test_a_plan_says_what_each_member_takes_and_seeds_cost_alike(write_study, really):
+    found = planned(write_study("seeds=[0, 1]"))
+    assert list(found.members) == ["S-seed0", "L-seed0", "S-seed1", "L-seed1"]
+    for name in "SL":
+        one, other = (found.members[f"{name}-seed{seed}"] for seed in (0, 1))
+        assert one.recipe.training.seed == 0
+        assert other.recipe.training.seed == 1
+        assert one.model_copy(update={"seed": 1, "recipe": other.recipe}) == other
+        assert one.seconds > 0
+        assert one.scoring_seconds > 0
+        assert one.parameters == sum(p.numel() for p in one.recipe.network.build().parameters())
+    told = plan.table(found)
+    assert all(name in told for name in found.members)
+    assert f"{found.members['L-seed1'].parameters:,}" in told
+    assert "4 members" in told
+    assert plan.StudyPlan.model_validate_json(found.model_dump_json()) == found
+
+
+def test_impossible_members_are_named_before_anything_starts(write_study, tmp_path):
+    asked = write_study("axes.size.M.network.width=33", "axes.size.G={sampling.guidance: 2, network.null_class: false}")
+    with pytest.raises(TesseraError) as caught:
+        plan.prepare(asked)
+    told = str(caught.value)
+    assert told.startswith("2 of the study's members cannot be:")
+    assert "M: " in told
+    assert "width 33 is not divisible by heads 2" in told
+    assert "G: " in told
+    assert "null_class" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["axes.size.G.sampling.guidance=2"], "sampling.guidance is 1.0 and 2.0"),
+        (["axes.size.G.evaluation.count=50"], "evaluation.count is 40 and 50"),
+        (["axes.size.G.data.split=judge"], "evaluation.reference.split is model and judge"),
+        (["set.evaluation.metrics=[fd_inf]"], "features needs at least"),
+        (["set.evaluation.features=nothing"], "unknown features 'nothing'"),
+        (["sampling_steps=[50]"], "steps"),
+        (["axes.patch={a-b: {}, b: {}}", "axes.size={S: {}, S-a: {}}"], "two members would be called S-a-b"),
+    ],
+)
+def test_what_cannot_be_scored_alike_is_refused(write_study, words, message):
+    with pytest.raises(TesseraError) as caught:
+        plan.prepare(write_study(*words))
+    assert message in str(caught.value)
+
+
+def test_a_study_that_takes_too_much_is_refused_with_its_plan(write_study):
+    asked = write_study("limit_minutes=1e-9")
+    found = planned(asked)
+    with pytest.raises(TesseraError, match="limit_minutes is 1e-09") as caught:
+        plan.check(asked, found)
+    assert plan.table(found) in str(caught.value)
+    large = found.members["L"].model_copy(update={"fits": False})
+    with pytest.raises(TesseraError, match="these members do not fit in memory: L\n") as caught:
+        plan.check(write_study(), plan.StudyPlan(members={**found.members, "L": large}))
+    assert "does not fit" in str(caught.value)
+    plan.check(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
+
+
+def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
+    asked = write_study()
+    first = planned(asked)
+    plan.begin(asked, first)
+    assert plan.kept(tmp_path / "out") == first
+    assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == asked
+    moved = first.members["S"].model_copy(update={"seconds": 1234.0})
+    before = plan.StudyPlan(members={**first.members, "S": moved})
+    grown = planned(write_study("axes.size.M.network.width=24", "question=Another?", "limit_minutes=9"), before)
+    assert grown.members["S"].seconds == 1234  # as planned before it began
+    assert list(grown.members) == ["S", "L", "M"]
+    with pytest.raises(TesseraError, match=r"of S training.batch was 32, is 16; .*give the study another output="):
+        planned(write_study("set.training.batch=16"), first)
+    with pytest.raises(TesseraError, match=r"L is not in this one, whose members are S"):
+        planned(write_study("axes={size: {S: {network.width: 16}}}"), first)
+    (tmp_path / "out/plan.json").write_text("{")
+    with pytest.raises(TesseraError, match="cannot read"):
+        plan.kept(tmp_path / "out")
+
+
+costs = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
+
+
+@given(costs, st.integers(1, 12))
+def test_shards_share_members_out_evenly(member, each, count):
+    """Longest first, each to the shard that has least: that had no more than the mean before its last one came."""
+    found = plan.StudyPlan.model_construct(
+        members={f"m{number}": member.model_copy(update={"macs": cost}) for number, cost in enumerate(each)}
+    )
+    shards = [plan.share(found, (number, count)) for number in range(1, count + 1)]
+    assert sorted(name for shard in shards for name in shard) == sorted(found.members)
+    assert all(names == [name for name in found.members if name in names] for names in shards)
+    cost = {name: one.all_flops for name, one in found.members.items()}
+    fullest = max(shards, key=lambda names: sum(cost[name] for name in names))
+    last = min(cost[name] for name in fullest)
+    assert sum(cost[name] for name in fullest) <= (sum(cost.values()) + (count - 1) * last) / count * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def member(tmp_path_factory):
+    """One whose training is nearly all that it takes."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "tiny.yaml").write_text(
+        "data: {kind: digits}\nnetwork: {patch: 4, width: 16, depth: 1, heads: 2}\n"
+        "evaluation: {count: 40}\ntraining: {device: cpu}\n"
+    )
+    (folder / "study.yaml").write_text(
+        f"question: q\nrecipe: tiny.yaml\noutput: {folder / 'out'}\naxes: {{a: {{b: {{}}}}}}\nbudget: {{steps: 3}}\n"
+    )
+    asked = study.read(folder / "study.yaml")
+    prepared = plan.prepare(asked)[0]
+    told = plan.Planned(
+        values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1, drawing_macs={50: 0},
+        memory_bytes=1, fits=True, seconds=1, scoring_seconds=0,
+    )  # fmt: skip
+    assert told.all_flops == told.flops == 6 * 256 * 3
+    return told
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", ""])
+def test_a_shard_is_i_of_n(text):
+    assert plan.shard_of("2/3") == (2, 3)
+    with pytest.raises(TesseraError, match="for example 1/4"):
+        plan.shard_of(text)
