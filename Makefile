@@ -10,7 +10,7 @@ demo: .setup/demo
 	$(BIN)/tessera demo
 
 test: .setup/dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 prove: .setup/dev
 	$(BIN)/python -m pytest -m slow
