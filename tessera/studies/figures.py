@@ -474,11 +474,12 @@ def _scaled(axes: Axes, along: Literal["x", "y"], values: Sequence[float], ends:
     ]
     room = (max(shown) / min(shown)) ** 0.06
     axes.set(**{f"{along}lim": (min(shown) / room, max(shown) * room)})
+    plain = lowest >= 1e-3 and highest < 1e5
     if spread < 300:
         dense = (1, 2, 3, 5, 7) if spread < 8 and along == "y" else (1, 2, 5)
-        axis.set_major_locator(LogLocator(subs=dense if spread < 40 or along == "y" else (1, 3)))
+        sparse = (1, 3) if plain else (1,)  # powers of ten beside each other need room
+        axis.set_major_locator(LogLocator(subs=dense if spread < 40 or along == "y" else sparse))
     axis.set_minor_formatter(NullFormatter())
-    plain = lowest >= 1e-3 and highest < 1e5
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:,g}")
         if plain
