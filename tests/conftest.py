@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from tessera.bundle import BundleConfig, Model
 hypothesis_settings.register_profile("tessera", deadline=None)  # speed lives in benchmarks/
 hypothesis_settings.load_profile("tessera")
 torch.set_num_threads(1)  # tests are tiny: threads only wait for each other
+# A shell that puts the tests into the background makes them, and all they start, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SHAPES = {

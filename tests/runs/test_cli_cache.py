@@ -104,7 +104,7 @@ def killed_and_gone_on(environment: dict[str, str], told: tuple[str, ...], out: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize(("kills", "count"), [(4, 128), pytest.param(20, 640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "count"), [(4, 400), pytest.param(20, 1600, marks=pytest.mark.slow)])
 def test_a_cache_killed_again_and_again_is_that_of_an_undisturbed_run(
     tessera, recipe, tmp_path, environment, kills, count
 ):
