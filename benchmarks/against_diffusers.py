@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.interop.diffusers import to_diffusers, transformer_of
 from tessera.models.dit import DiT, DiTConfig
 

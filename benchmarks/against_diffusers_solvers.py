@@ -21,13 +21,13 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from tessera import drawing
 from tessera.bundle import BundleConfig, Model
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.generation import pipeline
 from tessera.interop.diffusers import to_diffusers, transformer_of
-from tessera.sampling import DPMSolver, walk
+from tessera.sampling import DPMSolver, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import Trailing, times
+from tessera.sampling.timesteps import Trailing, times
 
 GUIDANCE = 4.0
 
@@ -108,15 +108,15 @@ def main() -> None:
     for name in (options.model, "none"):
         for batch in map(int, options.batches.split(",")):
             classes, seeds = [(7 * i) % 1000 for i in range(batch)], list(range(batch))
-            start, label = next(drawing.walk(model, classes, seeds, steps=options.steps)).x, torch.tensor(classes)
+            start, label = next(pipeline.walk(model, classes, seeds, steps=options.steps)).x, torch.tensor(classes)
 
             def draw(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
                 if name != "none":
-                    *_, last = drawing.walk(model, classes, seeds, steps=options.steps)
+                    *_, last = pipeline.walk(model, classes, seeds, steps=options.steps)
                     return last.x
                 denoise = Denoiser(silent, model.process, Condition(label=label), GUIDANCE)
                 visited = times(Trailing(), options.steps, model.process)
-                *_, last = walk(DPMSolver(), denoise, start, visited, lambda: start)
+                *_, last = loop(DPMSolver(), denoise, start, visited, lambda: start)
                 return last.x
 
             def transformer(x: Tensor, t: Tensor, labels: Tensor, name=name) -> Tensor:

@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.models.dit import DiTConfig
 from tessera.models.network import parameter_count
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from tessera import randomness
-from tessera.codecs.named import named
-from tessera.data.named import named as named_data
+from tessera.codecs.resolve import named
+from tessera.data.resolve import named as named_data
 from tessera.evaluation.features import extractor
 from tessera.evaluation.reconstruction import Reconstruction, reconstruct
 from tessera.training.codec import HELD_OUT, FitConfig

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tessera.data import check, index
-from tessera.data.check import seen
+from tessera.data.check import scan
 from tessera.data.files import FilesConfig, FilesSource
 
 LOOK = """
@@ -65,18 +65,18 @@ def synthetic(count: int, folder: Path) -> check.Asked:
     hashes = generator.integers(0, 2**64, count, dtype=np.uint64)
     hashes[-hundredth:] = hashes[:hundredth]
     hashes[-2 * hundredth : -hundredth] = hashes[:hundredth] ^ np.uint64(0b11)
-    for part in range(seen.parts(source)):
-        rows = np.arange(part * seen.PART, min((part + 1) * seen.PART, count))
+    for part in range(scan.parts(source)):
+        rows = np.arange(part * scan.PART, min((part + 1) * scan.PART, count))
         same = np.where(rows >= count - hundredth, rows - count + hundredth, rows)
         alike = np.where(rows >= count - 2 * hundredth, (rows - count + 2 * hundredth) % hundredth, rows)
         colours = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
-        plain = seen.Seen("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
+        plain = scan.Seen("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
         columns = {name: [value] * len(rows) for name, value in vars(plain).items()}
         columns["name"] = [f"{row % 1000:03d}/{row:08d}.jpg" for row in rows.tolist()]
         columns["digest"] = [int(row).to_bytes(32, "little") for row in same]
         columns["hash"], columns["colours"] = hashes[rows], colours
-        made = pa.table(columns, seen.schema()).replace_schema_metadata({"key": seen.part_key(source, part)})
-        path = str(seen.part_path(folder / "out/parts", part))
+        made = pa.table(columns, scan.schema()).replace_schema_metadata({"key": scan.part_key(source, part)})
+        path = str(scan.part_path(folder / "out/parts", part))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, made.schema) as writer:
             writer.write_table(made)
     return check.Asked(str(folder / "index.parquet"), folder / "out")

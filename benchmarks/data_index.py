@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tessera.data import FilesConfig, index
-from tessera.data.order import Shuffled
+from tessera.data.sampler import Shuffled
 
 BATCH, CLASSES = 256, 1000
 HEAD = "| | seconds | of the processor | MiB |\n|---|---|---|---|"

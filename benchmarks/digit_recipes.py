@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.demo import spread
-from tessera.evaluation.oracles import DigitJudge
+from tessera.evaluation.toy.digit_classifier import DigitJudge
+from tessera.generation import pipeline
+from tessera.monitoring.logger import read_log
 from tessera.training import loop
-from tessera.training.journal import read_log
 from tessera.training.recipe import read
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.yaml"
@@ -65,7 +66,7 @@ def main() -> None:
             loss = read_log(folder)[-1]["loss"]
             shares, spreads = [], []
             for guidance in (1.0, 1.5, 2.0):
-                drawn = drawing.generate(model, asked, list(range(EACH)) * 10, guidance=guidance, batch=100)
+                drawn = pipeline.generate(model, asked, list(range(EACH)) * 10, guidance=guidance, batch=100)
                 shares.append(f"{judge.share(drawn, asked):.1%}")
                 spreads.append(f"{mean_spread(np.split(drawn, 10)):.2f}")
             found = (variant or "(none)", f"{seconds:.0f}", f"{loss:.4f}", " / ".join(shares), " / ".join(spreads))

@@ -20,7 +20,7 @@ from tessera.data import FilesConfig
 from tessera.evaluation import suite
 from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor, moments_of
 from tessera.evaluation.intervals import Measured
-from tessera.evaluation.subjects import Data, Shard
+from tessera.evaluation.sources import Data, Shard
 from tessera.runtime import Ranks
 
 COUNT = 9000  # of each copy: the test set without one class holds no more

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from tessera.evaluation import embedded, features
+from tessera.evaluation import features
 from tessera.evaluation.distances import frechet_distance
 from tessera.evaluation.features import Extractor, extract
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.subjects import Npz
+from tessera.evaluation.sources import Npz
+from tessera.evaluation.toy import feature_network
 from tessera.runtime import Ranks
 
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def pictures(count: int, side: int, channels: int = 3) -> np.ndarray:
 
 def extractors(device: torch.device) -> None:
     many = 1 if device.type == "cpu" else 40  # times as many pictures
-    own = embedded.FeatureConfig(size=(32, 32), channels=3, classes=10).build().eval().to(device)
+    own = feature_network.FeatureConfig(size=(32, 32), channels=3, classes=10).build().eval().to(device)
     chosen = [
         (features.extractor("digits", device), pictures(500 * many, 8, 1)),
         (Extractor("own, 32 px", "random", "", own, device), pictures(500 * many, 32)),

@@ -18,20 +18,21 @@ import time
 
 import torch
 
-from tessera import drawing, runtime
-from tessera.adapters.compilation import How, compiled
-from tessera.adapters.recomputation import What, recompute
+from tessera import runtime
+from tessera.acceleration.activation_checkpointing import What, recompute
+from tessera.acceleration.compilation import How, compiled
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
+from tessera.diffusion.gaussian import GaussianConfig
+from tessera.generation import pipeline
 from tessera.models.dit import DiT, DiTConfig
-from tessera.process.gaussian import GaussianConfig
 from tessera.training.ema import Average
+from tessera.training.objective import Task
 from tessera.training.optimizers import Adam, Muon
 from tessera.training.parallel import Team
 from tessera.training.recipe import EMA
 from tessera.training.step import Learner, Tally, train_step
-from tessera.training.task import Task
 
 DATA_SHEET = 989e12
 
@@ -136,7 +137,7 @@ def drawing_seconds(model: Model, batch: int, settings: dict) -> float:
     """Seconds to draw one batch of latents."""
     began = time.perf_counter()
     classes = [row % model.config.network.classes for row in range(batch)]
-    for _ in drawing.walk(model, classes, list(range(batch)), **settings):
+    for _ in pipeline.walk(model, classes, list(range(batch)), **settings):
         pass
     runtime.synchronise(model.device)
     return time.perf_counter() - began

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 
 WIDTHS, SIDES = (192, 384), (4, 8, 16)  # of the network; of the token grid: 16, 64 and 256 tokens

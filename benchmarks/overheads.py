@@ -25,9 +25,9 @@ import torch
 
 from tessera import bundle, runtime
 from tessera.models.network import parameter_count
+from tessera.monitoring.logger import Journal
 from tessera.settings import parse
-from tessera.training.checkpoint import Place
-from tessera.training.journal import Journal
+from tessera.training.checkpoint.checkpoint import Place
 from tessera.training.loop import Training
 from tessera.training.recipe import Recipe, TrainingConfig
 from tessera.training.run import prepare_folder, set_up

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera.planning import law, paper, statistics
+from tessera.planning import published, scaling_law, statistics
 from tessera.planning.statistics import Estimate
 from tessera.studies import figures
 
@@ -21,7 +21,7 @@ def told(estimate: Estimate, digits: int = 3) -> str:
 
 
 def main() -> None:
-    models = paper.MODELS
+    models = published.MODELS
     gmacs, fid = [model.gmacs for model in models], [model.fid for model in models]
     print("| over the twelve models | value (95 % interval) |\n|---|---|")
     print(f"| Spearman's rank correlation | {told(statistics.spearman(gmacs, fid))} |")
@@ -29,23 +29,23 @@ def main() -> None:
     print(f"| Pearson's of log GMACs and FID | {np.corrcoef(np.log(gmacs), fid)[0, 1]:.3f} |")
     print(f"| Pearson's of log GMACs and log FID | {np.corrcoef(np.log(gmacs), np.log(fid))[0, 1]:.3f} |")
 
-    floor = law.fit(gmacs, fid, floor="fitted").floor
+    floor = scaling_law.fit(gmacs, fid, floor="fitted").floor
     print(f"| floor of FID, if the law has one | {floor:.1f} |")
 
     print("\n| law of | models | exponent (95 % interval) | FID at 1 GMAC | off the line |\n|---|---|---|---|---|")
     groups = {"all": models}
-    groups |= {f"patch {patch}": tuple(m for m in models if m.patch == patch) for patch in paper.PATCHES}
-    groups |= {f"size {size}": tuple(m for m in models if m.size == size) for size in paper.SIZES}
+    groups |= {f"patch {patch}": tuple(m for m in models if m.patch == patch) for patch in published.PATCHES}
+    groups |= {f"size {size}": tuple(m for m in models if m.size == size) for size in published.SIZES}
     for name, members in groups.items():
-        line = law.fit([m.gmacs for m in members], [m.fid for m in members])
+        line = scaling_law.fit([m.gmacs for m in members], [m.fid for m in members])
         exponent, error = told(line.exponent), np.expm1(line.error)
         print(f"| {name} | {len(members)} | {exponent} | {line.scale:.1f} | {error:.0%} |")
 
     out = [model.size == "XL" for model in models]
     held = {
-        "S, B, L of all patches": law.held_out(gmacs, fid, out),
-        "S, B, L of patch 2": law.held_out(gmacs[2::3], fid[2::3], out[2::3]),
-        "all but XL/2": law.held_out(gmacs, fid, law.largest(gmacs, 1)),
+        "S, B, L of all patches": scaling_law.held_out(gmacs, fid, out),
+        "S, B, L of patch 2": scaling_law.held_out(gmacs[2::3], fid[2::3], out[2::3]),
+        "all but XL/2": scaling_law.held_out(gmacs, fid, scaling_law.largest(gmacs, 1)),
     }
     print("\n| fitted on | predicted | FID predicted (95 % interval) | published | error | inside |")
     print("|---|---|---|---|---|---|")
@@ -56,7 +56,7 @@ def main() -> None:
             print(f"| {fitted} | {name} | {told(each.predicted, 1)} | {each.measured} | {each.error:+.0%} | {inside} |")
 
     print("\n| XL/2 trained for | training FLOPs | FID-50K |\n|---|---|---|")
-    for model in paper.LONGER:
+    for model in published.LONGER:
         print(f"| {model.steps:,} steps | {model.flops:.3g} | {model.fid} |")
     drawing = figures.paper_law(out)
     drawing.save(FIGURES)

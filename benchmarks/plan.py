@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from tessera import runtime
+from tessera.planning.op_profiler import Stopwatch
 from tessera.planning.plan import Plan
-from tessera.planning.stopwatch import Stopwatch
 from tessera.planning.trace import Recorder
 from tessera.settings import parse
-from tessera.training import planned
+from tessera.training import plan_recipe
 from tessera.training.recipe import Recipe
 from tessera.training.run import Run, set_up
 from tessera.training.step import train_step
@@ -123,7 +123,7 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
 
 def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
     """Measured afresh."""
-    return planned.plan_of(recipe, device.type, stopwatch=Stopwatch(device, folder))
+    return plan_recipe.plan_of(recipe, device.type, stopwatch=Stopwatch(device, folder))
 
 
 def measured(run: Run, device: torch.device, rounds: int) -> tuple[float, int]:

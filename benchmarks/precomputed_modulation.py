@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from tessera.adapters.modulation import Tabulated
-from tessera.conditions import Condition
+from tessera.acceleration.modulation_cache import Tabulated
+from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 
 DIGITS = {"size": 8, "channels": 1, "patch": 2, "depth": 6, "width": 192, "heads": 6}

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.process import FlowConfig, GaussianConfig, Process
-from tessera.process.gaussian import Cosine
-from tessera.process.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, walk
+from tessera.diffusion import FlowConfig, GaussianConfig, Process
+from tessera.diffusion.gaussian import Cosine
+from tessera.diffusion.prediction import Prediction, expand
+from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.solver import Solver
-from tessera.sampling.times import Karras, Trailing, times
+from tessera.sampling.timesteps import Karras, Trailing, times
 
 PROCESSES: dict[str, Process] = {
     "Gaussian, linear": GaussianConfig().build(),
@@ -106,7 +106,7 @@ def spread(solver: Solver, process: Process, grid: Tensor) -> float:
         one[next(rows)] = 1
         return one
 
-    *_, last = walk(solver, Exact(process, GAUSSIAN), x, grid, noise)
+    *_, last = loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
     mean, *added = last.x.flatten()
     return float(torch.stack([one - mean for one in added]).norm())
 
@@ -122,7 +122,7 @@ def main() -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
 
     def error(solver: Solver, exact: Exact, grid: Tensor, truth: Tensor) -> float:
-        *_, last = walk(solver, exact, x, grid, lambda: torch.zeros_like(x))
+        *_, last = loop(solver, exact, x, grid, lambda: torch.zeros_like(x))
         return float((last.x - truth).abs().max())
 
     print("| process | solver | order | slope | " + " | ".join(f"{calls} calls" for calls in CALLS) + " | 10, karras |")

@@ -39,17 +39,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tessera import randomness, runtime
-from tessera.adapters.compilation import compiled
+from tessera.acceleration.compilation import compiled
 from tessera.data import Batch
+from tessera.diffusion.gaussian import Gaussian, GaussianConfig
 from tessera.models.dit import DiT, DiTConfig
-from tessera.process.gaussian import Gaussian, GaussianConfig
-from tessera.training import task
+from tessera.training import objective
 from tessera.training.ema import Average
+from tessera.training.objective import Task
 from tessera.training.optimizers import Adam
 from tessera.training.parallel import Team
 from tessera.training.recipe import EMA
 from tessera.training.step import Learner, Tally, train_step
-from tessera.training.task import Task
 
 RATE, DECAY, DROPPED, STEPS, WARM_UP = 1e-4, 0.9999, 0.1, 1000, 3
 DIGITS = {"size": 8, "channels": 1, "outputs": 2, "classes": 10, "patch": 2, "width": 192, "depth": 6, "heads": 6}
@@ -184,9 +184,9 @@ def plain_of(model: str, embedders: str) -> Plain:
 def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """The random numbers of our step, as the plain loop takes them."""
     place, process = batch.position, GaussianConfig(steps=STEPS).build()
-    t = process.draw_times(randomness.uniform(0, place, task.TIME)[:, 0])
-    noise = randomness.normal(0, place, task.NOISE, tuple(shape[1:]))
-    dropped = randomness.uniform(0, place, task.DROP)[:, 0] < DROPPED
+    t = process.draw_times(randomness.uniform(0, place, objective.TIME)[:, 0])
+    noise = randomness.normal(0, place, objective.NOISE, tuple(shape[1:]))
+    dropped = randomness.uniform(0, place, objective.DROP)[:, 0] < DROPPED
     return process.network_time(t).long(), noise, dropped
 
 

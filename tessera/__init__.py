@@ -8,22 +8,22 @@ __version__ = "0.6.0"
 if TYPE_CHECKING:
     from tessera.bundle import Model as Model
     from tessera.bundle import save as save
-    from tessera.conditions import Condition as Condition
-    from tessera.drawing import decode as decode
-    from tessera.drawing import generate as generate
-    from tessera.drawing import walk as walk
+    from tessera.conditioning import Condition as Condition
     from tessera.errors import TesseraError as TesseraError
-    from tessera.interop.sources import load as load
+    from tessera.generation.pipeline import decode as decode
+    from tessera.generation.pipeline import generate as generate
+    from tessera.generation.pipeline import walk as walk
+    from tessera.interop.load import load as load
 
 _PUBLIC = {  # imported when first used: `tessera --help` must not wait for torch
-    "Condition": "tessera.conditions",
+    "Condition": "tessera.conditioning",
     "Model": "tessera.bundle",
     "TesseraError": "tessera.errors",
-    "decode": "tessera.drawing",
-    "generate": "tessera.drawing",
-    "load": "tessera.interop.sources",
+    "decode": "tessera.generation.pipeline",
+    "generate": "tessera.generation.pipeline",
+    "load": "tessera.interop.load",
     "save": "tessera.bundle",
-    "walk": "tessera.drawing",
+    "walk": "tessera.generation.pipeline",
 }
 
 __all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "load", "save", "walk"]

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessera.codecs import AnyCodec, Codec, StoredConfig
+from tessera.diffusion import AnyProcess, Process
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
 from tessera.models import AnyNetwork, Network
 from tessera.models.network import parameter_count
-from tessera.process import AnyProcess, Process
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, parse
 

@@ -6,13 +6,14 @@ import numpy as np
 from PIL import Image
 
 import tessera
-from tessera import bundle, drawing, files, pictures
+from tessera import bundle, files, images
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.evaluation.intervals import wilson
-from tessera.evaluation.oracles import DigitJudge
+from tessera.evaluation.toy.digit_classifier import DigitJudge
+from tessera.generation import pipeline
+from tessera.monitoring.logger import clock, read_log
 from tessera.training import loop
-from tessera.training.estimate import dry_run
-from tessera.training.journal import clock, read_log
+from tessera.training.dry_run import dry_run
 from tessera.training.recipe import Recipe
 from tessera.training.recipe import read as read_recipe
 from tessera.training.run import RECIPE as RECIPE_OF_RUN
@@ -34,16 +35,16 @@ def run(out: Path, seconds: float = 120) -> float:
     print(f"drawing {10 * JUDGED} digits to be judged", flush=True)
     asked = [digit for digit in range(10) for _ in range(JUDGED)]
     # Seeds apart from those of the grid, so that the score is of digits nobody has picked.
-    drawn = drawing.generate(model, asked, [1000 + seed for seed in range(JUDGED)] * 10, batch=100)
+    drawn = pipeline.generate(model, asked, [1000 + seed for seed in range(JUDGED)] * 10, batch=100)
     share = judge.share(drawn, asked)
     classes, seeds = [c for _ in range(SEEDS) for c in range(10)], [s for s in range(SEEDS) for _ in range(10)]
-    shown = drawing.generate(model, classes, seeds, batch=len(seeds))
-    pictures.save_png(out / "grid.png", pictures.grid(_enlarged(shown), 10, gap=4))
+    shown = pipeline.generate(model, classes, seeds, batch=len(seeds))
+    images.save_png(out / "grid.png", images.grid(_enlarged(shown), 10, gap=4))
     frames = [
-        pictures.grid(_enlarged(drawing.decode(model, state.x)), 10, gap=4)
-        for state in drawing.walk(model, list(range(10)), [0])
+        images.grid(_enlarged(pipeline.decode(model, state.x)), 10, gap=4)
+        for state in pipeline.walk(model, list(range(10)), [0])
     ]
-    pictures.save_gif(out / "denoising.gif", frames, milliseconds=90)
+    images.save_gif(out / "denoising.gif", frames, milliseconds=90)
     _plot_loss(out / "loss.png", Path(recipe.output))
     files.write_whole(out / "report.md", _report(recipe, model, estimate, judge, share, drawn))
     print(f"\n{_score(share, judge)}\n")
@@ -85,8 +86,8 @@ def _score(share: float, judge: DigitJudge) -> str:
 def _enlarged(drawn: np.ndarray, zoom: int = 6) -> np.ndarray:
     """uint8 [B, 8, 8, 1] -> [B, 48, 48, 1], ink dark on white, smoothed as a scanner would."""
     side = drawn.shape[1] * zoom
-    images = [pictures.to_image(255 - digit).resize((side, side), Image.Resampling.BICUBIC) for digit in drawn]
-    return np.stack([np.asarray(image)[..., None] for image in images])
+    enlarged = [images.to_image(255 - digit).resize((side, side), Image.Resampling.BICUBIC) for digit in drawn]
+    return np.stack([np.asarray(image)[..., None] for image in enlarged])
 
 
 def _plot_loss(path: Path, folder: Path) -> None:

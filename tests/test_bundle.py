@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_model_comes_back_to_the_bit(make_model, tmp_path, block, classes):
 
 def test_a_loaded_model_draws_the_same_pictures(tiny_model, saved):
     asked = {"classes": ["dog", "emu"], "seeds": [1, 2], "guidance": 2.0}
-    assert (drawing.generate(bundle.load(saved), **asked) == drawing.generate(tiny_model, **asked)).all()
+    assert (pipeline.generate(bundle.load(saved), **asked) == pipeline.generate(tiny_model, **asked)).all()
 
 
 def test_the_files_of_a_bundle(saved):

@@ -5,20 +5,21 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera import bundle, drawing, runtime
+from tessera import bundle, runtime
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.data import Batch
+from tessera.diffusion.gaussian import GaussianConfig
+from tessera.generation import pipeline
 from tessera.models.dit import DiTConfig
-from tessera.process.gaussian import GaussianConfig
 from tessera.settings import parse
 from tessera.training import loop
+from tessera.training.objective import Task
 from tessera.training.optimizers import Adam, Muon, orthogonalise
 from tessera.training.parallel import Team
 from tessera.training.recipe import Recipe
 from tessera.training.step import Learner, train_step
-from tessera.training.task import Task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -41,8 +42,8 @@ def model() -> Model:
 def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
     bundle.save(model, tmp_path / "bundle")
     there = bundle.load(tmp_path / "bundle", "cuda")
-    here = drawing.generate(model, [1, 2], [0, 1], steps=10, guidance=2.0)
-    gpu = drawing.generate(there, [1, 2], [0, 1], steps=10, guidance=2.0)
+    here = pipeline.generate(model, [1, 2], [0, 1], steps=10, guidance=2.0)
+    gpu = pipeline.generate(there, [1, 2], [0, 1], steps=10, guidance=2.0)
     assert np.abs(here.astype(int) - gpu.astype(int)).max() <= 2
 
 

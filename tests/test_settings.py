@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
 
+from tessera.diffusion.gaussian import GaussianConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
-from tessera.process.gaussian import GaussianConfig
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, by_kind, override, parse, read_yaml, unknown, write_yaml
 

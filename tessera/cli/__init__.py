@@ -93,12 +93,13 @@ def train(
     On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
     """
     from tessera.runtime import choose_device, keep_freed_memory
-    from tessera.training import estimate, loop
+    from tessera.training import loop
+    from tessera.training.dry_run import dry_run as estimate_run
     from tessera.training.recipe import read
 
     settings = read(recipe, overrides or [])
     if dry_run:
-        print(estimate.dry_run(settings, resume))
+        print(estimate_run(settings, resume))
         return
     if choose_device(settings.training.device).type == "cpu":
         keep_freed_memory()
@@ -180,11 +181,9 @@ def convert(
     codec: Codec = None,
 ) -> None:
     """Turn a model into another format, weights bit by bit."""
-    from tessera.interop import sources
+    from tessera.interop import load
 
-    print(
-        sources.convert(source, target, to, approximate=approximate, ema=ema, read_as=read_as, heads=heads, codec=codec)
-    )
+    print(load.convert(source, target, to, approximate=approximate, ema=ema, read_as=read_as, heads=heads, codec=codec))
 
 
 @app.command()
@@ -200,7 +199,7 @@ def info(
         print(_how_made(Path(model)))
         return
     from tessera.bundle import describe, weights_hash
-    from tessera.interop.sources import averages, load
+    from tessera.interop.load import averages, load
 
     loaded = load(model, device="cpu", ema=ema, read_as=read_as, heads=heads, codec=codec)
     names = ", ".join(loaded.config.class_names[:12]) + (", …" if len(loaded.config.class_names) > 12 else "")
@@ -219,7 +218,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="the page's file (RUN/report.html)")] = None,
 ) -> None:
     """Tell a run as one HTML page: curves, pictures, health, settings. Also while it goes on."""
-    from tessera.training import report
+    from tessera.monitoring import report
 
     print(report.write(run, out))
 
@@ -230,13 +229,13 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="for programs: findings and facts")] = False,
 ) -> None:
     """Say what is wrong with a run, from the files it leaves, and what to change. Also while it goes on."""
-    from tessera.training.doctor import as_json, page
+    from tessera.monitoring.doctor import as_json, page
 
     print(as_json(run) if json else page(run))
 
 
 def _how_made(path: Path) -> str:
-    from tessera.pictures import read_settings
+    from tessera.images import read_settings
 
     try:
         settings = read_settings(path)

@@ -111,7 +111,7 @@ def _to_cache(target: str, overrides: list[str], size: str | None) -> tuple[Any,
     """The settings of data and codec that are asked for, and the data opened."""
     from tessera.codecs import AnyCodec, PixelsConfig
     from tessera.data import AnyData
-    from tessera.data.named import named, opened
+    from tessera.data.resolve import named, opened
     from tessera.settings import Settings, override, parse
     from tessera.training import recipe
 

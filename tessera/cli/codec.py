@@ -46,13 +46,13 @@ def score(
     out: Annotated[Path | None, typer.Option(help="a .png: rows of pictures above their reconstructions")] = None,
 ) -> None:
     """Say what a codec leaves of pictures: PSNR, SSIM, and the spread of its latents, which should be near 1."""
-    from tessera import pictures, runtime
-    from tessera.codecs.named import named
-    from tessera.data.named import named as named_data
-    from tessera.data.named import opened
+    from tessera import images, runtime
+    from tessera.codecs.resolve import named
+    from tessera.data.resolve import named as named_data
+    from tessera.data.resolve import opened
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reconstruction import reconstruct, sheet
-    from tessera.evaluation.subjects import chosen
+    from tessera.evaluation.sources import chosen
     from tessera.training.codec import in_words
 
     place = runtime.choose_device(device)
@@ -63,5 +63,5 @@ def score(
         numbers = chosen(len(source), count).tolist()
         found = reconstruct(built, source, numbers, place, network, batch, begin("reconstructing"))
     if out is not None:
-        pictures.save_png(out, pictures.grid(sheet(found), columns=8, gap=2))
+        images.save_png(out, images.grid(sheet(found), columns=8, gap=2))
     print(in_words(found, network))

@@ -44,7 +44,7 @@ def check(
     from tessera import runtime
     from tessera.data.check import FINDINGS, REPORT, Asked, look, tell
     from tessera.data.check.findings import droppable
-    from tessera.data.check.seen import Shard
+    from tessera.data.check.scan import Shard
 
     words = [word.strip() for word in drop.split(",") if word.strip()]
     droppable(words)

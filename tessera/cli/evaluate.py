@@ -98,11 +98,11 @@ def score(
     """
     from tessera import runtime
     from tessera.evaluation import report, suite
-    from tessera.evaluation.drawn import Drawn, asked_by_policy
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
     from tessera.files import alone
-    from tessera.interop import sources
+    from tessera.generation.bulk import Drawn, asked_by_policy
+    from tessera.interop import load
 
     settings = sampler_settings(sampler, eta, steps, guidance, guidance_channels, spacing, changes)
     checked(guidance, precision, class_policy)
@@ -111,8 +111,8 @@ def score(
     suite.check_target(target)
     with runtime.ranks() as ranks, progress() as begin:
         chosen = runtime.choose_device(device)
-        if sources.is_model(target):
-            model = sources.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
+        if load.is_model(target):
+            model = load.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
             more = {"settings": settings, "precision": precision, "size": size_of(size)}
             asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
             subject = Drawn(model, asked, folder / "samples", batch, target)
@@ -192,15 +192,15 @@ def train_features(
 ) -> None:
     """Fit a small feature network to labelled data, for pictures that no pretrained one fits. Needs no download."""
     from tessera import runtime
-    from tessera.data.named import named
-    from tessera.evaluation import embedded
+    from tessera.data.resolve import named
+    from tessera.evaluation.toy import feature_network
 
     config = named(data, size_of(size), 1 if grey else 3)
     chosen = runtime.choose_device(device)
     if out.exists():
         raise TesseraError(f"{out} exists already: remove it or give another name")
     with progress() as begin:
-        network = embedded.train(
+        network = feature_network.train(
             config.open(),
             config.size,
             config.channels,
@@ -212,7 +212,7 @@ def train_features(
             device=chosen,
             progress=begin("learning features"),
         )
-    embedded.save(network, out)
+    feature_network.save(network, out)
     print(
         f"tells {network.config.origin['held-out accuracy']:.1%} of unseen pictures right; use it with --features {out}"
     )

@@ -115,7 +115,7 @@ def seeds_of(text: str | None, count: int | None) -> list[int]:
 
 def classes_of(text: str | None, model: Any) -> list[int] | None:
     """'3,7', 'cat,dog' or 'all' -> numbers; a model without classes gives None."""
-    from tessera import drawing
+    from tessera.generation import pipeline
 
     known = model.config.network.classes
     if not known:
@@ -126,7 +126,7 @@ def classes_of(text: str | None, model: Any) -> list[int] | None:
         raise TesseraError(f"this model knows {known} classes: say which, for example --classes 0,1,2 or --classes all")
     if text is None or text == "all":
         return list(range(known))
-    return drawing.labels(model, [part.strip() for part in text.split(",")])
+    return pipeline.labels(model, [part.strip() for part in text.split(",")])
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
@@ -176,7 +176,7 @@ class Lines:
         if now - self.last < PAUSE:
             return
         self.last = now
-        from tessera.training.journal import clock
+        from tessera.monitoring.logger import clock
 
         left = (now - self.began) / max(done - self.first, 1) * (total - done)
         print(f"{self.what}: {done} of {total}, {clock(left)} left", file=sys.stderr, flush=True)

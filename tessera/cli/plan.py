@@ -11,8 +11,8 @@ from tessera.cli.options import progress
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
-    from tessera.planning.law import Law
     from tessera.planning.plan import Plan
+    from tessera.planning.scaling_law import Law
     from tessera.training.recipe import Recipe
 
 
@@ -36,10 +36,10 @@ def plan(
     """
     from tessera.planning import budget as budgets
     from tessera.planning import hardware as machines
-    from tessera.planning import law as laws
+    from tessera.planning import scaling_law as laws
+    from tessera.planning.op_profiler import Stopwatch
     from tessera.planning.plan import plan as planned
-    from tessera.planning.stopwatch import Stopwatch
-    from tessera.training.planned import asked, is_preset, work_of
+    from tessera.training.plan_recipe import asked, is_preset, work_of
 
     allowed = None if budget is None else budgets.parse(budget)
     known = None if law is None else laws.read(law)
@@ -99,7 +99,7 @@ def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
 
 def page(plan: "Plan", law: "Law | None" = None) -> str:
     """The plan, for people."""
-    from tessera.training.journal import clock
+    from tessera.monitoring.logger import clock
 
     work, hardware, memory, split = plan.work, plan.hardware, plan.memory, plan.split
     rows = f"{split.rows} at once" + (f", {split.rounds} rounds" if split.rounds > 1 else "")

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tessera import __version__, drawing, pictures, runtime
-from tessera.adapters.caching import Tally
-from tessera.adapters.compilation import compiled as compiled_network
+from tessera import __version__, images, runtime
+from tessera.acceleration.compilation import compiled as compiled_network
+from tessera.acceleration.first_block_cache import Tally
 from tessera.bundle import Model, weights_hash
 from tessera.cli.options import classes_of, progress, seeds_of
 from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
-from tessera.evaluation import drawn as many
-from tessera.evaluation.drawn import Asked, Drawn, asked_by_policy
-from tessera.interop import sources
+from tessera.generation import bulk as many
+from tessera.generation import pipeline
+from tessera.generation.bulk import Asked, Drawn, asked_by_policy
+from tessera.interop import load
 
 COLUMNS, ROWS = 16, 32  # of the grid, at most
 
@@ -27,7 +28,7 @@ COLUMNS, ROWS = 16, 32  # of the grid, at most
 def loaded(
     path: str, device: str, ema: float | None, read_as: str | None, heads: int | None, codec: str | None
 ) -> Model:
-    return sources.load(path, device=device, ema=ema, read_as=read_as, heads=heads, codec=codec)
+    return load.load(path, device=device, ema=ema, read_as=read_as, heads=heads, codec=codec)
 
 
 def asked(
@@ -78,11 +79,11 @@ def extras(
     said: dict[str, Any] = {}
     if guide is not None:
         try:
-            words["guide"] = sources.load(guide, device=str(model.device))
+            words["guide"] = load.load(guide, device=str(model.device))
         except TesseraError as error:
             hint = " (a .pt that cannot say what it is: convert it to a bundle first)" if Path(guide).is_file() else ""
             raise TesseraError(f"--guide: {error}{hint}") from None
-        drawing.check_guide(model, words["guide"])
+        pipeline.check_guide(model, words["guide"])
         said |= {"guide": guide, "guide_weights": weights_hash(words["guide"].network)}
     if image is None and (strength is not None or mask is not None):
         raise TesseraError(
@@ -169,7 +170,7 @@ def pictured(
 
     A PNG that stands there and was drawn in the same way is kept: an interrupted command goes on.
     """
-    used = drawing.settings(model, guidance=asked.guidance, **asked.settings)
+    used = pipeline.settings(model, guidance=asked.guidance, **asked.settings)
     said = {**said, "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": asked.size}
     said |= {"precision": asked.precision, "weights": weights_hash(model.network)}
     tally, extras = Tally(), extras or Extras()
@@ -189,8 +190,8 @@ def pictured(
     seeds = list(dict.fromkeys(asked.seeds))
     classes = None if asked.classes is None else list(dict.fromkeys(asked.classes))
     in_rows = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= COLUMNS
-    grid = pictures.grid(np.stack(sheet), len(seeds) if in_rows else min(count, 8), zoom=max(1, 64 // len(sheet[0])))
-    pictures.save_png(out if alone else out / "grid.png", grid, {**said, "classes": classes, "seeds": seeds})
+    grid = images.grid(np.stack(sheet), len(seeds) if in_rows else min(count, 8), zoom=max(1, 64 // len(sheet[0])))
+    images.save_png(out if alone else out / "grid.png", grid, {**said, "classes": classes, "seeds": seeds})
     saved = f"; caching computed {tally.computed / tally.asked:.0%} of the blocks" if tally.asked else ""
     return (str(out) if alone else f"{count} pictures and grid.png in {out}") + saved
 
@@ -205,11 +206,11 @@ def _drawn(
         told, seed = None if asked.classes is None else asked.classes[row], asked.seeds[row]
         name = f"seed-{seed}.png" if told is None else f"class-{told}-seed-{seed}.png"
         texts[row] = name, {**said, "classes": told if told is None else [told], "seeds": [seed]}
-        if out is not None and (kept := pictures.load_png(out / name, texts[row][1])) is not None:
+        if out is not None and (kept := images.load_png(out / name, texts[row][1])) is not None:
             found[row] = kept
     missing = [row for row in part if row not in found]
     if missing:
-        drawn = drawing.generate(
+        drawn = pipeline.generate(
             model,
             None if asked.classes is None else [asked.classes[row] for row in missing],
             [asked.seeds[row] for row in missing],
@@ -223,5 +224,5 @@ def _drawn(
         for row, picture in zip(missing, drawn):
             found[row] = picture
             if out is not None:
-                pictures.save_png(out / texts[row][0], picture, texts[row][1])
+                images.save_png(out / texts[row][0], picture, texts[row][1])
     return [found[row] for row in part]

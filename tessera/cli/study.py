@@ -24,31 +24,31 @@ def study(
 
     It plans first, and refuses what does not fit. Interrupted? The same command goes on.
     """
-    from tessera.studies import conduct, plan
+    from tessera.studies import runner, study_plan
     from tessera.studies import study as studies
 
     asked = studies.read(file, overrides or [])
-    part = plan.shard_of(shard or "1/1")
+    part = study_plan.shard_of(shard or "1/1")
     folder = Path(asked.output)
     if report:
         _report(asked)
         return
-    prepared, before = plan.prepare(asked), None if dry_run else plan.kept(folder)
+    prepared, before = study_plan.prepare(asked), None if dry_run else study_plan.kept(folder)
     with progress() as begin:
-        planned = plan.planned(asked, prepared, before, hardware, begin("planning"))
-    names = plan.share(planned, part)
-    plan.check(asked, planned)
+        planned = study_plan.planned(asked, prepared, before, hardware, begin("planning"))
+    names = study_plan.share(planned, part)
+    study_plan.check(asked, planned)
     if dry_run:
-        print(plan.table(planned))
+        print(study_plan.table(planned))
         if shard is not None:
             print(f"part {shard}: {', '.join(names) or 'nothing, there are fewer members'}")
         return
     if before is None:
-        _say(plan.table(planned))
-    plan.begin(asked, planned)
+        _say(study_plan.table(planned))
+    study_plan.begin(asked, planned)
     try:
-        conduct.conduct(asked, planned, names, retry, _say)
-    except conduct.Failed:
+        runner.conduct(asked, planned, names, retry, _say)
+    except runner.Failed:
         _report(asked)
         raise
     _report(asked)

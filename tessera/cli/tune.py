@@ -44,18 +44,18 @@ def tune(
     from tessera.evaluation import suite
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
-    from tessera.interop import sources
+    from tessera.interop import load
     from tessera.settings import parse
-    from tessera.studies import tune as study
-    from tessera.studies import tuned
+    from tessera.studies.tuning import result
+    from tessera.studies.tuning import tuner as study
 
     asked = {"count": count, "budget": budget, "choose": choose, "margin": margin, "batch": batch}
     asked |= {"search": [name.strip() for name in search.split(",") if name.strip()], "precision": precision}
     tuning = parse(study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for")
     path = Path(model).expanduser()
-    if path.exists() and not sources.is_model(path):
-        raise TesseraError(f"{model} is no model that Tessera knows: {sources.ACCEPTED}")
-    home = tuned.home(path)
+    if path.exists() and not load.is_model(path):
+        raise TesseraError(f"{model} is no model that Tessera knows: {load.ACCEPTED}")
+    home = result.home(path)
     if save_to is not None and save_to.exists():
         raise TesseraError(f"--save-to {save_to} exists already: remove it or give another name")
     writes = choose != "none"
@@ -64,29 +64,29 @@ def tune(
             f"{model} is no bundle and no run, so settings cannot be written into it: give --save-to FOLDER for a "
             "bundle that has them, or --choose none"
         )
-    loaded = sources.load(home or path, device=device, read_as=read_as, heads=heads, codec=codec)
+    loaded = load.load(home or path, device=device, read_as=read_as, heads=heads, codec=codec)
     compared_with = reference or suite.trained_on(loaded)
     if isinstance(compared_with, str):
         check_word(compared_with)
     network = extractor(features or suite.usual_features(compared_with), runtime.choose_device(device))
-    folder = out or tuned.folder_for(path)
+    folder = out or result.folder_for(path)
     with progress() as begin:
         told = study.Tuner(loaded, compared_with, network, folder, tuning, (baseline or "").split(), _say, begin)
         done = told.run()
-    tuned.plot(done, folder / tuned.PLOT)
-    print(tuned.page(done))
+    result.plot(done, folder / result.PLOT)
+    print(result.page(done))
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"all trials in {folder / study.RESULTS}, plotted in {folder / tuned.PLOT}")
+    print(f"all trials in {folder / study.RESULTS}, plotted in {folder / result.PLOT}")
     if done.chosen is None:
         return
-    said = tuned.note(done)
+    said = result.note(done)
     if save_to is not None:
-        tuned.save(loaded, save_to, done.chosen.sampling, said)
+        result.save(loaded, save_to, done.chosen.sampling, said)
         print(f"wrote {save_to}: it draws with {done.chosen.name}")
         return
     assert home is not None
-    tuned.record(home, done.chosen.sampling, said, loaded.network)
+    result.record(home, done.chosen.sampling, said, loaded.network)
     print(f"wrote into {home}: it draws with {done.chosen.name}")
     if home != path:
         print("later checkpoints of this run begin with the recipe's settings: set `sampling` there, or tune again")

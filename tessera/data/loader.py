@@ -22,7 +22,7 @@ from tessera.data.buckets import Buckets
 from tessera.data.files import FilesSource
 from tessera.data.images import Source, Unusable
 from tessera.data.latents import LatentsSource
-from tessera.data.order import Bucketed, Shuffled
+from tessera.data.sampler import Bucketed, Shuffled
 from tessera.errors import TesseraError
 
 FLIP = 4  # stream of randomness: which positions are mirrored

@@ -24,13 +24,13 @@ from torch import Tensor
 
 from tessera.bundle import weights_hash
 from tessera.errors import TesseraError
-from tessera.evaluation import embedded
-from tessera.evaluation.drawn import Drawn
 from tessera.evaluation.inception import exact
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.plan import begin
-from tessera.evaluation.subjects import Shard, Subject, shards
+from tessera.evaluation.sources import Shard, Subject, shards
+from tessera.evaluation.toy import feature_network
 from tessera.files import read_array, write_array, write_whole
+from tessera.generation.bulk import Drawn
+from tessera.generation.resumable import begin
 from tessera.runtime import Ranks
 from tessera.settings import unknown
 
@@ -81,8 +81,8 @@ def extractor(name: str, device: torch.device) -> Extractor:
     """
     path = Path(name).expanduser()
     own = sorted(folder.name for folder in OWN.iterdir()) if OWN.is_dir() else []
-    if name in own or embedded.is_saved_at(path):
-        network = embedded.load(OWN / name if name in own else path).to(device)
+    if name in own or feature_network.is_saved_at(path):
+        network = feature_network.load(OWN / name if name in own else path).to(device)
         told = f"tessera/{name}" if name in own else path.name
         config = network.config
         return Extractor(told, weights_hash(network), "none", network, device, (config.channels,), config.size)

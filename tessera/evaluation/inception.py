@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from tessera.bundle import fit
 from tessera.errors import TesseraError
-from tessera.interop.reading import read_pickle
+from tessera.interop.readers import read_pickle
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from tessera.data import AnyData
-from tessera.data.named import named
+from tessera.data.resolve import named
 from tessera.errors import TesseraError
 from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.subjects import Data, Npz, Subject, chosen
+from tessera.evaluation.sources import Data, Npz, Subject, chosen
 from tessera.files import write_whole
 from tessera.runtime import Ranks
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera import pages, pictures
+from tessera import images
 from tessera.evaluation import distances, protocol
 from tessera.evaluation.reference import chosen
-from tessera.evaluation.subjects import SHARD, Subject, shards
+from tessera.evaluation.sources import SHARD, Subject, shards
 from tessera.evaluation.suite import Evaluation, few
 from tessera.files import write_whole
+from tessera.reporting import page as page_html
 from tessera.settings import flat
 
 GRID, NEIGHBOURS = "grid.png", "neighbours.png"
@@ -60,10 +61,10 @@ def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
     parts = _parts(evaluation, command)
     for part in parts:
         if isinstance(part, Picture):
-            pictures.save_png(folder / part.file, part.pixels)
+            images.save_png(folder / part.file, part.pixels)
     write_whole(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
     body = "\n".join(map(_html, parts))
-    write_whole(folder / "report.html", pages.document(evaluation.subject.where, body))
+    write_whole(folder / "report.html", page_html.document(evaluation.subject.where, body))
 
 
 def _parts(evaluation: Evaluation, command: str) -> list[Part]:
@@ -97,7 +98,7 @@ def _parts(evaluation: Evaluation, command: str) -> list[Part]:
 def _grid(subject: Subject) -> np.ndarray:
     each = (subject.shard(index).pictures for index in range(shards(subject)))
     shown = next(found for found in each if len(found))[:SHOWN]
-    return pictures.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
+    return images.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
 
 
 def _neighbours(evaluation: Evaluation) -> list[Part]:
@@ -122,7 +123,7 @@ def _neighbours(evaluation: Evaluation) -> list[Part]:
         "rows 3 and 4: samples not chosen so, and the picture each is nearest to. "
         f"Mean distance to the nearest reference picture, in features: {distance.mean():.4g}"
     )
-    drawn = pictures.grid(np.stack(sheet), count, gap=2, zoom=max(1, 64 // sheet[0].shape[0]))
+    drawn = images.grid(np.stack(sheet), count, gap=2, zoom=max(1, 64 // sheet[0].shape[0]))
     return ["## Is it copying?", Picture(NEIGHBOURS, drawn, about)]
 
 
@@ -146,9 +147,9 @@ def _markdown(part: Part) -> str:
 
 def _html(part: Part) -> str:
     if isinstance(part, Picture):
-        return pages.picture(pictures.to_png(part.pixels), part.about)
+        return page_html.picture(images.to_png(part.pixels), part.about)
     if isinstance(part, Table):
-        return pages.table(part.head, part.rows)
+        return page_html.table(part.head, part.rows)
     for mark, tag in (("## ", "h2"), ("# ", "h1"), ("    ", "pre")):
         if part.startswith(mark):
             return f"<{tag}>{html.escape(part.removeprefix(mark))}</{tag}>"

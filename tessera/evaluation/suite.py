@@ -9,16 +9,16 @@ import numpy as np
 
 from tessera.bundle import Model
 from tessera.data import AnyData
-from tessera.data.named import EMBEDDED, as_data, named
+from tessera.data.resolve import EMBEDDED, as_data, named
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
-from tessera.evaluation.drawn import Drawn
 from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
 from tessera.evaluation.intervals import Measured
-from tessera.evaluation.oracles import DigitJudge, ShapesJudge, oracle_for
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MOST, check_widths, features_of, open_reference
-from tessera.evaluation.subjects import Data, Folder, Npz, Subject, chosen, shards
+from tessera.evaluation.sources import Data, Folder, Npz, Subject, chosen, shards
+from tessera.evaluation.toy.digit_classifier import DigitJudge, ShapesJudge, oracle_for
+from tessera.generation.bulk import Drawn
 from tessera.runtime import Ranks
 from tessera.settings import unknown
 

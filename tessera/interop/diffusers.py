@@ -17,15 +17,15 @@ from torch import Tensor
 from tessera.bundle import BundleConfig, Model, assemble, copy_codec, read_tensors, write_tensors
 from tessera.codecs import AutoencoderConfig, StoredConfig
 from tessera.codecs.autoencoder import Autoencoder
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.diffusion.gaussian import Cosine, GaussianConfig, Linear
 from tessera.errors import TesseraError, listed
 from tessera.files import whole_folder
-from tessera.interop.reading import Codec, codec_for, difference, dit_of, read_json, read_pickle
+from tessera.interop.readers import Codec, codec_for, difference, dit_of, read_json, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
-from tessera.process.gaussian import Cosine, GaussianConfig, Linear
 from tessera.sampling import DDIM, Ancestral, SamplingConfig
-from tessera.sampling.times import Even, Leading, Trailing
+from tessera.sampling.timesteps import Even, Leading, Trailing
 from tessera.settings import S, Settings, parse
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"

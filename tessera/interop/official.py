@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, assemble, read_tensors
 from tessera.codecs import StoredConfig
+from tessera.diffusion import AnyProcess, FlowConfig, GaussianConfig
 from tessera.errors import TesseraError
 from tessera.files import write_whole
-from tessera.interop.reading import Codec, codec_for, difference, dit_of, read_pickle
+from tessera.interop.readers import Codec, codec_for, difference, dit_of, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
-from tessera.process import AnyProcess, FlowConfig, GaussianConfig
 from tessera.sampling import Ancestral, Heun, SamplingConfig
 from tessera.settings import parse, unknown
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tessera.layers.joint import JointLinear
+from tessera.layers.fused_linear import JointLinear
 from tessera.layers.norms import inverse_rms
 from tessera.layers.positions import rotate
 

@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, D width.
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tessera.layers.joint import JointLinear
+from tessera.layers.fused_linear import JointLinear
 
 
 class MLP(nn.Module):

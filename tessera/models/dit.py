@@ -10,7 +10,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.layers.attention import ModernAttention
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.modulation import Modulation, Offsets, modulate

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.settings import Settings, Size
 
 FACTS = ("size", "channels", "outputs", "classes")  # which follow from data, codec and process

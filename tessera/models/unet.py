@@ -14,9 +14,9 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from tessera.layers.joint import JointLinear
+from tessera.layers.fused_linear import JointLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network, NetworkConfig
 from tessera.models.presets import UNETS

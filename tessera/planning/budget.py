@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tessera.errors import TesseraError
-from tessera.planning import paper
+from tessera.planning import published
 
 SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -63,10 +63,10 @@ def parse(text: str) -> Budget:
 
 def favoured(flops: float) -> str:
     """Which published model has the lowest FID for at most so many training FLOPs, and what that does not say."""
-    within = [one for one in (*paper.MODELS, *paper.LONGER) if one.flops <= flops]
+    within = [one for one in (*published.MODELS, *published.LONGER) if one.flops <= flops]
     limits = "latents of ImageNet at 256 px, and each size at 400K steps alone: it is no law of the best size"
     if not within:
-        least = min(paper.MODELS, key=lambda one: one.flops)
+        least = min(published.MODELS, key=lambda one: one.flops)
         return f"the paper has no model for {flops:.3g} FLOPs: its smallest, {least.name}, took {least.flops:.3g}"
     best = min(within, key=lambda one: one.fid)
     return (

@@ -19,7 +19,7 @@ from tessera.models.network import FACTS, NetworkConfig, parameter_count
 from tessera.models.presets import PRESETS
 from tessera.planning.budget import Budget
 from tessera.planning.hardware import Compiled, Hardware
-from tessera.planning.stopwatch import Progress, Stopwatch
+from tessera.planning.op_profiler import Progress, Stopwatch
 from tessera.planning.trace import Sizes, Step, Trace, outline
 from tessera.settings import parse
 

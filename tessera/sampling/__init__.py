@@ -11,10 +11,10 @@ from tessera.sampling.dpm import DPMSolver, StochasticDPMSolver
 from tessera.sampling.euler import Euler
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 from tessera.sampling.heun import Heun
+from tessera.sampling.loop import State, walk
 from tessera.sampling.sde import SDE
-from tessera.sampling.times import SPACINGS, AnySpacing, Even
+from tessera.sampling.timesteps import SPACINGS, AnySpacing, Even
 from tessera.sampling.unipc import UniPC
-from tessera.sampling.walk import State, walk
 from tessera.settings import Settings, by_kind
 
 SAMPLERS = {

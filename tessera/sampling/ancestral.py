@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tessera.diffusion import Gaussian, Process
+from tessera.diffusion.prediction import expand
 from tessera.errors import TesseraError
-from tessera.process import Gaussian, Process
-from tessera.process.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver
 

@@ -1,4 +1,4 @@
-"""What may be reused from one step of a drawing to the next: the settings. `tessera.adapters.caching` does it."""
+"""What may be reused from one step of a drawing to the next: the settings. `tessera.acceleration.first_block_cache` does it."""
 
 from typing import Annotated, Literal
 

@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tessera.conditions import Condition
-from tessera.process import Process
-from tessera.process.prediction import Prediction
+from tessera.conditioning import Condition
+from tessera.diffusion import Process
+from tessera.diffusion.prediction import Prediction
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 
 Forward = Callable[[Tensor, Tensor, Condition], Tensor]

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.process.prediction import expand
+from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.exponential import History, Level, advanced, combined, remembered
 from tessera.sampling.solver import Solver

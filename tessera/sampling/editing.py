@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.diffusion import Process
 from tessera.errors import TesseraError
-from tessera.process import Process
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.walk import Step
+from tessera.sampling.loop import Step
 
 
 @dataclass(frozen=True)

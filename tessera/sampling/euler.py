@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.process import Process
-from tessera.process.prediction import Prediction, expand
+from tessera.diffusion import Process
+from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver
 

@@ -18,8 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tessera.process import Process
-from tessera.process.prediction import expand
+from tessera.diffusion import Process
+from tessera.diffusion.prediction import expand
 
 
 @dataclass(frozen=True)

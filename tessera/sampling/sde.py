@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tessera.process.prediction import expand
+from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.euler import placed
 from tessera.sampling.solver import Solver

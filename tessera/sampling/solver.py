@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from tessera.process import Process
+from tessera.diffusion import Process
 from tessera.settings import Settings
 
 

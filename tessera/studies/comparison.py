@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Literal
 
 from tessera.planning.statistics import Estimate, differences_to_first, holm, mean
-from tessera.studies.averages import told
 from tessera.studies.results import Point, Result
+from tessera.studies.seed_aggregation import told
 from tessera.studies.study import Comparison
 from tessera.training.scores import HIGHER
 

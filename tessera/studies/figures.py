@@ -19,12 +19,12 @@ from PIL import Image
 
 from tessera.errors import TesseraError
 from tessera.files import write_whole
-from tessera.planning import paper
-from tessera.planning.law import Scored, fit, frontier, held_out, largest
+from tessera.planning import published
+from tessera.planning.scaling_law import Scored, fit, frontier, held_out, largest
 from tessera.planning.statistics import Estimate
-from tessera.studies.averages import Mean, Setting, after, ends, equal_steps, standing
 from tessera.studies.comparison import SCALES, Scale
 from tessera.studies.results import Result
+from tessera.studies.seed_aggregation import Mean, Setting, after, ends, equal_steps, standing
 from tessera.studies.study import Study
 from tessera.training.scores import HIGHER
 
@@ -360,21 +360,21 @@ def scored(found: Sequence[Setting]) -> list[Scored]:
 def paper_law(out: Sequence[bool]) -> Drawing:
     """FID-50K after 400K steps against GMACs for the twelve models, with the law; out: which are held out of it."""
     figure, (axes,) = _figure(1)
-    looks = Looks({"size": paper.SIZES, "patch": [str(patch) for patch in paper.PATCHES]})
-    for model in paper.MODELS:
+    looks = Looks({"size": published.SIZES, "patch": [str(patch) for patch in published.PATCHES]})
+    for model in published.MODELS:
         look = looks.of({"size": model.size, "patch": str(model.patch)})
         axes.plot(model.gmacs, model.fid, **{**look, "linestyle": "none"})
-    gmacs, fid = [model.gmacs for model in paper.MODELS], [model.fid for model in paper.MODELS]
+    gmacs, fid = [model.gmacs for model in published.MODELS], [model.fid for model in published.MODELS]
     more, drawn = _law(axes, gmacs, fid, out)
     _named(axes, "GMACs of a forward pass (the paper's Gflops)", "FID-50K")
     _scaled(axes, "x", gmacs)
     _scaled(axes, "y", fid, drawn)
     shown = [
         Setting(m.name, {"size": m.size, "patch": str(m.patch)}, (0,), True, m.parameters, m.gmacs, [], [])
-        for m in paper.MODELS
+        for m in published.MODELS
     ]
     _legend(figure, [*looks.keys(shown), *more])
-    return Drawing("paper-law", f"FID-50K after 400K steps against GMACs ({paper.SOURCE})", figure)
+    return Drawing("paper-law", f"FID-50K after 400K steps against GMACs ({published.SOURCE})", figure)
 
 
 # What they share

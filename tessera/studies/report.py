@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from tessera import pages
-from tessera.charts import short
 from tessera.errors import TesseraError
 from tessera.evaluation.protocol import Score
 from tessera.files import write_whole
-from tessera.planning import law, statistics
-from tessera.planning.law import Law
+from tessera.planning import scaling_law, statistics
+from tessera.planning.scaling_law import Law
 from tessera.planning.statistics import Estimate
+from tessera.reporting import page as page_html
+from tessera.reporting.charts import short
 from tessera.studies import figures
-from tessera.studies.averages import Ends, Setting, check_alike, deciding, ends, settings
 from tessera.studies.comparison import Compared, Scale, Value, compare
 from tessera.studies.figures import Drawing, scored
 from tessera.studies.results import Result
+from tessera.studies.seed_aggregation import Ends, Setting, check_alike, deciding, ends, settings
 from tessera.studies.study import Study
 from tessera.training.scores import HIGHER
 
@@ -73,9 +73,9 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
     write_whole(folder / "sampling.csv", _drawn(study, results))
     best, reason = _law(study, results, found, metric)
     if best is None:
-        (folder / law.FILE).unlink(missing_ok=True)  # an earlier one would be taken for this report's
+        (folder / scaling_law.FILE).unlink(missing_ok=True)  # an earlier one would be taken for this report's
     else:
-        best.save(folder / law.FILE)
+        best.save(folder / scaling_law.FILE)
 
     parts: list[Part] = [f"# {study.question}", _state(results)]
     if metric:
@@ -97,7 +97,7 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
     parts += _protocol(results)
     write_whole(folder / REPORT, "\n\n".join(map(_markdown, parts)) + "\n")
     style = "img { image-rendering: auto; background: #fff } figure { margin: 1em 0 }"
-    write_whole(folder / "report.html", pages.document(study.question, "\n".join(map(_html, parts)), style))
+    write_whole(folder / "report.html", page_html.document(study.question, "\n".join(map(_html, parts)), style))
     return folder / REPORT
 
 
@@ -159,7 +159,7 @@ def _scaling(study: Study, found: Sequence[Setting], metric: str) -> Iterator[st
         yield f"No law: a higher {metric} is the better, and the law is of metrics that fall."
         return
     try:
-        line = law.fit(at.x, at.values)
+        line = scaling_law.fit(at.x, at.values)
     except TesseraError as error:
         yield _sentence(str(error))
         return
@@ -174,9 +174,9 @@ def _scaling(study: Study, found: Sequence[Setting], metric: str) -> Iterator[st
 
 def _held_out(study: Study, at: Ends, metric: str) -> Iterator[str]:
     assert study.law is not None
-    out = law.largest(at.x, min(study.law.held_out, len(at.x)))
+    out = scaling_law.largest(at.x, min(study.law.held_out, len(at.x)))
     try:
-        predicted = law.held_out(at.x, at.values, out)
+        predicted = scaling_law.held_out(at.x, at.values, out)
     except TesseraError as error:
         yield f"The law cannot be tried on the largest: {str(error).removeprefix('no law: ')} without the held out."
         return
@@ -332,7 +332,7 @@ def _exponents(study: Study, found: Sequence[Setting], metric: str) -> Iterator[
     for name, belongs in groups:
         chosen = [index for index, setting in enumerate(at.settings) if belongs(setting)]
         try:
-            line = law.fit([at.x[index] for index in chosen], [at.values[index] for index in chosen])
+            line = scaling_law.fit([at.x[index] for index in chosen], [at.values[index] for index in chosen])
         except TesseraError as error:
             rows.append([name, str(len(chosen)), str(error), ""])
         else:
@@ -532,9 +532,9 @@ def _html(part: Part) -> str:
     if isinstance(part, list):
         return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in part)}</ul>"
     if isinstance(part, Figure):
-        return pages.picture(part.png, part.about)
+        return page_html.picture(part.png, part.about)
     if isinstance(part, Table):
-        return pages.table(part.head, part.rows)
+        return page_html.table(part.head, part.rows)
     for mark, tag in (("### ", "h3"), ("## ", "h2"), ("# ", "h1")):
         if part.startswith(mark):
             return f"<{tag}>{html.escape(part.removeprefix(mark))}</{tag}>"

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol
 from tessera.evaluation.protocol import Score
-from tessera.studies.member import FAILED, done, drawn_path
-from tessera.studies.plan import MEMBERS, Planned, kept
+from tessera.monitoring.logger import read_log
 from tessera.studies.study import Study, members
+from tessera.studies.study_plan import MEMBERS, Planned, kept
+from tessera.studies.worker import FAILED, done, drawn_path
 from tessera.training import scores
-from tessera.training.journal import read_log
 from tessera.training.run import SAMPLES
 
 

@@ -22,23 +22,23 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from tessera import pictures, randomness, runtime
+from tessera import images, randomness, runtime
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.autoencoder import AutoencoderShape, write
 from tessera.data import AnyData, Batch, Loader
 from tessera.data.loader import mirrored
 from tessera.errors import TesseraError, listed
-from tessera.evaluation.embedded import Part
 from tessera.evaluation.features import Extractor, extractor
 from tessera.evaluation.intervals import Measured
 from tessera.evaluation.reconstruction import WINDOW, Reconstruction, reconstruct, sheet
+from tessera.evaluation.toy.feature_network import Part
 from tessera.files import alone, remove_partials, whole_file, whole_folder, write_whole
+from tessera.monitoring.logger import Journal
 from tessera.runtime import DeviceName, Precision
 from tessera.settings import Settings, changes, override, parse, read_yaml, write_yaml
-from tessera.training.journal import Journal
 from tessera.training.loop import Interrupted, stop_signals
+from tessera.training.objective import POSTERIOR
 from tessera.training.optimizers import Adam, Cosine, Share, learning_rate, set_learning_rate
-from tessera.training.task import POSTERIOR
 
 RECIPE, CHECKPOINT, CODEC, SCORES, SHEET = "recipe.yaml", "checkpoint.pt", "codec", "scores.json", "reconstructions.png"
 HELD_OUT = 0x636F6465  # stream of randomness: which pictures are kept from training
@@ -274,7 +274,7 @@ class Fit:
         """Write scores and pictures of what was held out, as the saved codec reconstructs it; the scores in words."""
         codec = AutoencoderConfig(source=str(self.folder / CODEC)).build().to(self.device)
         found = reconstruct(codec, self.source, self.held_out.tolist(), self.device, self.features)
-        pictures.save_png(self.folder / SHEET, pictures.grid(sheet(found), columns=8, gap=2))
+        images.save_png(self.folder / SHEET, images.grid(sheet(found), columns=8, gap=2))
         told = as_json(found, self.features) | {
             "steps": self.step,
             "minutes of training": round(self.seconds / 60, 2),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from tessera.models.network import Network
-from tessera.training import health, parallel
+from tessera.monitoring import health
+from tessera.training import parallel
 from tessera.training.parallel import Team
 from tessera.training.recipe import EMA
 

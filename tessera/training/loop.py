@@ -13,14 +13,18 @@ import torch
 from torch import distributed
 
 import tessera
-from tessera import bundle, drawing, pictures, runtime
+from tessera import bundle, images, runtime
 from tessera.data import Batch
 from tessera.errors import TesseraError
 from tessera.files import alone, write_whole
+from tessera.generation import pipeline
+from tessera.monitoring import health
+from tessera.monitoring.logger import Journal
+from tessera.monitoring.spikes import Passed, Seen, Watch
 from tessera.runtime import Ranks
-from tessera.training import checkpoint, health, parallel, scores
-from tessera.training.checkpoint import Place, Writer
-from tessera.training.journal import Journal
+from tessera.training import parallel, scores
+from tessera.training.checkpoint import checkpoint
+from tessera.training.checkpoint.checkpoint import Place, Writer
 from tessera.training.optimizers import learning_rate, set_learning_rate
 from tessera.training.recipe import Recipe
 from tessera.training.run import (
@@ -34,7 +38,6 @@ from tessera.training.run import (
     prepare_folder,
     set_up,
 )
-from tessera.training.stability import Passed, Seen, Watch
 from tessera.training.step import Tally, Told, train_step
 
 COLUMNS = 16  # of a grid of samples, at most
@@ -390,7 +393,7 @@ class Training:
         model = run.whole_model()
         if self.ranks.first:
             sheet = grid(run.recipe, model)
-            pictures.save_png(self._sheet, sheet)
+            images.save_png(self._sheet, sheet)
             self.journal.picture(self.step, sheet)
         self.ranks.wait()
 
@@ -402,8 +405,8 @@ def grid(recipe: Recipe, model: bundle.Model):
     rows = recipe.training.sample_seeds
     told = [index * classes // columns for index in range(columns)] * rows if classes else None
     seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
-    drawn = drawing.generate(model, told, seeds)
-    return pictures.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
+    drawn = pipeline.generate(model, told, seeds)
+    return images.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
 
 
 def save(run: Run, writer: Writer, place: Place) -> None:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from torch import Tensor, nn
 
 from tessera import runtime
-from tessera.layers.joint import JointLinear
+from tessera.layers.fused_linear import JointLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network
 from tessera.settings import Settings, by_kind

@@ -6,22 +6,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from tessera.adapters.caching import check_caching
-from tessera.adapters.recomputation import What
+from tessera.acceleration.activation_checkpointing import What
+from tessera.acceleration.first_block_cache import check_caching
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
+from tessera.diffusion import AnyProcess, GaussianConfig
 from tessera.errors import TesseraError
 from tessera.models import AnyNetwork, with_kind
 from tessera.models.dit import DiTConfig
-from tessera.process import AnyProcess, GaussianConfig
+from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
-from tessera.sampling.times import times
+from tessera.sampling.timesteps import times
 from tessera.settings import Settings, override, parse, read_yaml
 from tessera.training.optimizers import Adam, AnyOptimizer, Share
 from tessera.training.scores import EvaluationConfig
-from tessera.training.stability import StabilityConfig
 
 
 def _several(value: Any) -> Any:

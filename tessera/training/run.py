@@ -8,30 +8,31 @@ import numpy as np
 import torch
 
 from tessera import bundle, runtime
-from tessera.adapters import compilation
-from tessera.adapters.recomputation import recompute
+from tessera.acceleration import compilation
+from tessera.acceleration.activation_checkpointing import recompute
 from tessera.codecs import Codec, StoredConfig
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.data import Loader
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.images import Source
 from tessera.data.latents import LatentsSource, open_cache
+from tessera.diffusion import AnyProcess
 from tessera.errors import TesseraError
 from tessera.files import remove_partials, whole_folder, write_whole
-from tessera.interop import sources
+from tessera.interop import load
 from tessera.models.network import Network
-from tessera.process import AnyProcess
 from tessera.runtime import Ranks
 from tessera.sampling.denoiser import Forward
 from tessera.settings import changes, write_yaml
-from tessera.training import checkpoint, initial, parallel
+from tessera.training import initialization, parallel
+from tessera.training.checkpoint import checkpoint
 from tessera.training.ema import Average
+from tessera.training.objective import Task
 from tessera.training.parallel import Team
 from tessera.training.recipe import Recipe, pixels_like_data, resolve
 from tessera.training.scores import Scorer
 from tessera.training.step import Learner
-from tessera.training.task import Task
 
 RECIPE, SKIPPED, INIT, SAMPLES = "recipe.yaml", "skipped.txt", "init.txt", "samples"
 
@@ -94,10 +95,10 @@ def set_up(
     start = None
     if config.init is not None:
         if found is not None:
-            start = initial.as_trained(bundle.load(found))
+            start = initialization.as_trained(bundle.load(found))
         else:
-            start = sources.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
-        recipe = initial.inherit(recipe, start)
+            start = load.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
+        recipe = initialization.inherit(recipe, start)
     recipe = pixels_like_data(recipe)
     dtype = runtime.autocast_dtype(config.precision, device)
     if device.type == "cuda":
@@ -123,7 +124,7 @@ def set_up(
     network = recipe.network.build()
     inherited = ""
     if start is not None and found is None:
-        told = initial.start_from(network, source.class_names, start, str(config.init))
+        told = initialization.start_from(network, source.class_names, start, str(config.init))
         inherited = "\n".join(f"{what}: {', '.join(keys)}" for what, keys in told.items() if keys)
     network.to(device)
     if device.type == "cuda":

@@ -15,12 +15,12 @@ from pydantic import Field, PositiveInt, field_validator
 from tessera import bundle
 from tessera.data import AnyData
 from tessera.evaluation import protocol, suite
-from tessera.evaluation.drawn import Drawn, asked_by_policy
 from tessera.evaluation.features import FeatureSet, Progress, check_pictures, extractor
-from tessera.evaluation.plan import begin
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import find_reference
 from tessera.files import write_whole
+from tessera.generation.bulk import Drawn, asked_by_policy
+from tessera.generation.resumable import begin
 from tessera.runtime import Ranks
 from tessera.settings import Settings
 

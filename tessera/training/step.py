@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tessera.data import Batch
 from tessera.models.network import Network
+from tessera.monitoring import health
 from tessera.sampling.denoiser import Forward
-from tessera.training import health, parallel
+from tessera.training import parallel
+from tessera.training.objective import Task, losses, prepare
 from tessera.training.optimizers import Optimizer
 from tessera.training.parallel import Team
-from tessera.training.task import Task, losses, prepare
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.codecs import AutoencoderConfig
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
 from tessera.settings import parse
 
 pytest.importorskip("diffusers")
@@ -101,17 +102,17 @@ def test_a_bundle_carries_it_wherever_it_goes(make_model, shifted, tmp_path):
     shutil.move(shifted, tmp_path / "pipeline" / "vae")
     codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "pipeline"), "subfolder": "vae"}
     model = make_model({"channels": 4, "outputs": 8}, codec=codec)
-    picture = drawing.generate(model, classes=["dog"], seeds=[3])
+    picture = pipeline.generate(model, classes=["dog"], seeds=[3])
     assert picture.shape == (1, 16, 16, 3)
     bundle.save(model, tmp_path / "bundle")
     shutil.rmtree(tmp_path / "pipeline")
     moved = shutil.move(tmp_path / "bundle", tmp_path / "elsewhere")
     loaded = bundle.load(moved)
-    assert (drawing.generate(loaded, classes=["dog"], seeds=[3]) == picture).all()
+    assert (pipeline.generate(loaded, classes=["dog"], seeds=[3]) == picture).all()
     # A bundle of a bundle carries it on.
     bundle.save(loaded, tmp_path / "again")
     shutil.rmtree(moved)
-    assert (drawing.generate(bundle.load(tmp_path / "again"), classes=["dog"], seeds=[3]) == picture).all()
+    assert (pipeline.generate(bundle.load(tmp_path / "again"), classes=["dog"], seeds=[3]) == picture).all()
 
 
 def test_pickled_weights_are_read_and_saved_as_safetensors(make_model, autoencoder_folder, tmp_path):

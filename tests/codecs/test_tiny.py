@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.codecs import AutoencoderConfig, TinyConfig
-from tessera.codecs.named import named
+from tessera.codecs.resolve import named
 from tessera.codecs.tiny import Pair
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
 
 TAEF2 = Path(os.environ.get("TESSERA_SHARED", Path(__file__).parents[3] / "shared" / "data")) / "taef2"
 
@@ -122,12 +123,12 @@ def test_a_bundle_carries_it_wherever_it_goes(request, layout, make_model, tmp_p
     folder = request.getfixturevalue(layout)
     told = {"kind": "autoencoder-tiny", "source": str(folder), "scale": [1.0, 2.0, 3.0, 4.0]}
     model = make_model({"channels": 4, "outputs": 8}, codec=told)
-    picture = drawing.generate(model, classes=["dog"], seeds=[3])
+    picture = pipeline.generate(model, classes=["dog"], seeds=[3])
     bundle.save(model, tmp_path / "bundle")
     shutil.rmtree(folder)
     shutil.move(tmp_path / "bundle", tmp_path / "elsewhere")
     loaded = bundle.load(tmp_path / "elsewhere")
-    assert (drawing.generate(loaded, classes=["dog"], seeds=[3]) == picture).all()
+    assert (pipeline.generate(loaded, classes=["dog"], seeds=[3]) == picture).all()
     assert not list((tmp_path / "elsewhere").rglob("*.pth"))
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tessera.data import check, index
-from tessera.data.check import findings, seen
-from tessera.data.check.seen import Shard
+from tessera.data.check import findings, scan
+from tessera.data.check.scan import Shard
 from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
 
@@ -35,7 +35,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(seen, "PART", 8)
+    monkeypatch.setattr(scan, "PART", 8)
 
 
 def named(checked: check.Checked) -> dict[str, int]:
@@ -52,7 +52,7 @@ def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
     assert named(check.tell(whole)) == named(check.tell(shards)) == {}
     assert (tmp_path / "whole/decisions.jsonl").read_bytes() == (tmp_path / "shards/decisions.jsonl").read_bytes()
     for part in range(8):
-        kept = [seen.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
+        kept = [scan.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
         assert kept[0] == kept[1]
 
 
@@ -61,7 +61,7 @@ def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
     for number in range(60, 60 + 2000):  # links cost nothing
         os.link(data / "cat/00.png", data / f"cat/{number}.png")
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(seen, "WORTHWHILE", 0)
+    monkeypatch.setattr(scan, "WORTHWHILE", 0)
     check.look(check.Asked(str(data), one), workers=1)
     told = []
     check.look(check.Asked(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done)))
@@ -74,11 +74,11 @@ def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
 def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, small_parts, monkeypatch):
     asked = check.Asked(str(data), tmp_path / "out")
     looked: list[str] = []
-    look = seen.look
-    monkeypatch.setattr(seen, "look", lambda content, name, config: looked.append(name) or look(content, name, config))
+    look = scan.look
+    monkeypatch.setattr(scan, "look", lambda content, name, config: looked.append(name) or look(content, name, config))
     check.look(asked, shard=Shard(0, 2))
     assert len(looked) == 32
-    seen.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
+    scan.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
     looked.clear()
     check.look(asked)
     assert len(looked) == 28 + 8
@@ -98,8 +98,8 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, 
 
 
 def test_a_process_that_dies_is_told(data, tmp_path, small_parts, monkeypatch):
-    monkeypatch.setattr(seen, "WORTHWHILE", 0)
-    monkeypatch.setattr(seen, "_begin", os._exit)  # whatever it is called with, that ends the process
+    monkeypatch.setattr(scan, "WORTHWHILE", 0)
+    monkeypatch.setattr(scan, "_begin", os._exit)  # whatever it is called with, that ends the process
     with pytest.raises(TesseraError, match=r"a process that looked at images died.*fewer --workers than 2"):
         check.look(check.Asked(str(data), tmp_path / "out"), workers=2)
 
@@ -230,7 +230,7 @@ def test_a_file_that_may_not_be_read(data, tmp_path, monkeypatch):
         def read_bytes(self):
             raise PermissionError(13, "Permission denied")
 
-    told = seen.look(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
+    told = scan.look(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
     assert (told.fault, told.detail) == ("unreadable", "no permission to read it")
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tessera.data import check
-from tessera.data.check import alike
+from tessera.data.check import similarity
 
 damages = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("damages.py"))))
 SHARED = Path(os.environ.get("TESSERA_SHARED") or Path(__file__).parents[2] / "../shared/data")
@@ -107,13 +107,13 @@ def test_near_duplicates_are_near_by_another_reckoning(clean, of_clean):
     for pair in pairs:
         (first, _), (second, _) = (pixels(clean / name) for name in pair)
         cells = [image.reshape(8, 4, 8, 4, 3).mean((1, 3)) for image in (first, second)]
-        assert np.abs(cells[0] - cells[1]).max() <= alike.LEVELS + 1
+        assert np.abs(cells[0] - cells[1]).max() <= similarity.LEVELS + 1
         bits = []
         for image in (first, second):
             grey = image @ [0.299, 0.587, 0.114]
             low = scipy_fft.dctn(grey, type=2)[:8, :8].ravel()
             bits.append(low[1:] > np.median(low[1:]))
-        assert (bits[0] != bits[1]).sum() <= alike.BITS + 2  # grey is rounded to 8 bits there, not here
+        assert (bits[0] != bits[1]).sum() <= similarity.BITS + 2  # grey is rounded to 8 bits there, not here
         assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.7
 
 

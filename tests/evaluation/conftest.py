@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.evaluation import report, subjects
+from tessera.evaluation import report, sources
 from tessera.evaluation.features import Extractor, extractor
 
 
@@ -30,7 +30,7 @@ def digits() -> Extractor:
 @pytest.fixture
 def small_shards(monkeypatch) -> int:
     """Shards so small that few pictures make many."""
-    for module in (subjects, report):
+    for module in (sources, report):
         monkeypatch.setattr(module, "SHARD", 20)
     return 20
 

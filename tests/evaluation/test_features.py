@@ -14,7 +14,7 @@ from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import features
 from tessera.evaluation.features import extract, extractor, moments_of
-from tessera.evaluation.subjects import Data, Folder, Npz, chosen
+from tessera.evaluation.sources import Data, Folder, Npz, chosen
 from tessera.runtime import Ranks
 
 

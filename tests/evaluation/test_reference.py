@@ -14,7 +14,7 @@ from tessera.errors import TesseraError
 from tessera.evaluation import reference
 from tessera.evaluation.features import FeatureSet, extract, moments_of
 from tessera.evaluation.reference import check, check_widths, open_reference
-from tessera.evaluation.subjects import Data, Npz
+from tessera.evaluation.sources import Data, Npz
 from tessera.runtime import Ranks
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tessera.data import DigitsConfig
 from tessera.evaluation import protocol, report
-from tessera.evaluation.subjects import Folder, Npz
+from tessera.evaluation.sources import Folder, Npz
 from tessera.evaluation.suite import evaluate
 
 
@@ -107,7 +107,7 @@ def test_an_exact_copy_is_found_beside_its_original_at_no_distance(written, make
 def test_against_statistics_there_are_no_neighbours_to_show(written, make_npz, real, digits, tmp_path):
     from tessera.evaluation import reference
     from tessera.evaluation.features import extract
-    from tessera.evaluation.subjects import Data
+    from tessera.evaluation.sources import Data
     from tessera.runtime import Ranks
 
     reference.save(extract(Data(DigitsConfig()), digits, tmp_path / "w", Ranks()), tmp_path / "stats.npz")
@@ -125,7 +125,7 @@ def test_few_pictures_still_make_a_page(written, make_npz, real, count):
 
 def test_a_first_shard_without_a_usable_picture_still_makes_a_page(written, make_folder, real, small_shards):
     from tessera.data import FilesConfig
-    from tessera.evaluation.subjects import Data
+    from tessera.evaluation.sources import Data
 
     path = make_folder("data", real[:45])
     for file in sorted(path.iterdir())[:20]:

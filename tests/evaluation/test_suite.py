@@ -7,10 +7,10 @@ from PIL import Image, ImageFilter
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import reference, suite
-from tessera.evaluation.drawn import Drawn, asked_by_policy
 from tessera.evaluation.features import extract
-from tessera.evaluation.subjects import Data, Npz
+from tessera.evaluation.sources import Data, Npz
 from tessera.evaluation.suite import evaluate
+from tessera.generation.bulk import Drawn, asked_by_policy
 from tessera.runtime import Ranks
 
 
@@ -213,7 +213,7 @@ def test_a_class_of_few_pictures_is_left_out(scored, real):
 
 def test_class_folders_are_asked_for_by_their_names_not_by_their_order(digits, real, make_folder, tmp_path):
     """Folders 3 and 7 hold digits 3 and 7, though they are the first and the second folder."""
-    from tessera.evaluation.subjects import Folder
+    from tessera.evaluation.sources import Folder
 
     labels = DigitsConfig().open().labels
     some = np.flatnonzero(np.isin(labels, (3, 7)))[:60]

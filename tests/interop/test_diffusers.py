@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tessera import bundle, sampling
-from tessera.conditions import NOTHING, Condition
+from tessera.conditioning import NOTHING, Condition
+from tessera.diffusion.gaussian import GaussianConfig
 from tessera.errors import TesseraError
 from tessera.interop import diffusers as interop
 from tessera.interop import official
 from tessera.layers.positions import sincos_grid
-from tessera.process.gaussian import GaussianConfig
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import times
+from tessera.sampling.timesteps import times
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from tessera import bundle
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.diffusion.gaussian import GaussianConfig
 from tessera.errors import TesseraError
 from tessera.interop import official
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
-from tessera.process.gaussian import GaussianConfig
 
 PAPER = {"prediction": "epsilon"}
 

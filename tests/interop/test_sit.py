@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from tessera import bundle, cli, drawing
-from tessera.conditions import Condition
+from tessera import bundle, cli
+from tessera.conditioning import Condition
+from tessera.diffusion import FlowConfig, GaussianConfig
 from tessera.errors import TesseraError
-from tessera.interop import sources
+from tessera.generation import pipeline
+from tessera.interop import load
 from tessera.models.dit import DiTConfig
-from tessera.process import FlowConfig, GaussianConfig
 
 HEADS, CLASSES = 2, 5
 
@@ -90,7 +91,7 @@ def saved(tensors, path):
 
 def fault(*told, **named) -> str:
     with pytest.raises(TesseraError) as caught:
-        sources.load(*told, **named)
+        load.load(*told, **named)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -102,7 +103,7 @@ def training_dict(tensors, **args) -> dict:
 
 
 def walked(model, label, **changes):
-    states = [state.x for state in drawing.walk(model, label.tolist(), range(len(label)), **changes)]
+    states = [state.x for state in pipeline.walk(model, label.tolist(), range(len(label)), **changes)]
     return states[0], states[-1]
 
 
@@ -112,7 +113,7 @@ def walked(model, label, **changes):
 @pytest.mark.parametrize("changes", [{}, {"outputs": 4}, {"channels": 3, "outputs": 6, "patch": 4, "size": 16}])
 def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
     tensors = theirs(randomise, **changes)
-    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
     seen = model.config.network
     assert seen.outputs == seen.channels
     x = torch.randn(6, seen.channels, *seen.size, generator=torch.Generator().manual_seed(1))
@@ -128,7 +129,7 @@ def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("euler", 50), ("heun", 25)])
 def test_the_picture_is_that_of_their_ode(randomise, tmp_path, guidance, sampler, steps):
     tensors = theirs(randomise)
-    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
     label = torch.tensor([3, 0])
     noise, ours = walked(model, label, sampler=sampler, steps=steps, guidance=guidance)
     with torch.no_grad():
@@ -136,14 +137,14 @@ def test_the_picture_is_that_of_their_ode(randomise, tmp_path, guidance, sampler
     assert (expected - noise).std() > 0.1  # it went somewhere
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     # Read as a DiT, the same file draws something else.
-    other = sources.load(tmp_path / "a.pt", "cpu", read_as="dit", heads=HEADS)
+    other = load.load(tmp_path / "a.pt", "cpu", read_as="dit", heads=HEADS)
     assert (walked(other, label, sampler="ddim", steps=max(steps, 2))[1] - expected).std() > 0.1
 
 
 def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
     """There DDIM and Euler are two first-order methods for one ODE: they meet as the steps shrink, at that rate."""
     tensors = theirs(randomise)
-    model = sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
     assert model.config.process.path == "trigonometric"
     label, apart = torch.tensor([3, 0]), []
     for steps in (25, 50, 100):
@@ -158,7 +159,7 @@ def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
 
 
 def test_sits_process_and_sampling(randomise, tmp_path):
-    config = sources.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
+    config = load.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
     assert config.process == FlowConfig(network_times=(1, 0))
     sampling = config.sampling
     assert (sampling.sampler.kind, sampling.steps, sampling.spacing.kind) == ("heun", 125, "even")
@@ -169,11 +170,11 @@ def test_sits_process_and_sampling(randomise, tmp_path):
 @pytest.mark.parametrize(("path_type", "path"), [("Linear", "linear"), ("GVP", "trigonometric")])
 def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, path):
     file = saved(training_dict(theirs(randomise), path_type=path_type), tmp_path / "a.pt")
-    model = sources.load(file, "cpu", heads=HEADS)
+    model = load.load(file, "cpu", heads=HEADS)
     assert model.config.process == FlowConfig(network_times=(1, 0), path=path)
     assert model.config.origin["from"] == "SiT checkpoint a.pt (ema)"
     named = {"Linear": "sit", "GVP": "sit-gvp"}
-    assert sources.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
+    assert load.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
     for other in ("dit", *named.values()):
         assert f"says itself that it is sit{'-gvp' if path == 'trigonometric' else ''}, not {other}" in fault(
             file, "cpu", heads=HEADS, read_as=other
@@ -183,7 +184,7 @@ def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, p
 def test_a_sit_that_predicts_noise_is_not_turned_round(randomise, tmp_path):
     tensors = theirs(randomise)
     file = saved(training_dict(tensors, prediction="noise"), tmp_path / "a.pt")
-    model = sources.load(file, "cpu", heads=HEADS)
+    model = load.load(file, "cpu", heads=HEADS)
     assert (model.config.process.prediction, model.config.process.loss) == ("epsilon", "epsilon")
     x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
     with torch.no_grad():
@@ -204,16 +205,14 @@ def test_a_sit_that_ours_is_not_is_named(randomise, tmp_path, args, said):
 
 def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(randomise, tmp_path):
     tensors = theirs(randomise)
-    assert isinstance(
-        sources.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.process, GaussianConfig
-    )
+    assert isinstance(load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.process, GaussianConfig)
     tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
     file = saved(tensors, tmp_path / "b.pt")
     assert "give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'" in fault(file, "cpu", heads=HEADS)
-    assert sources.load(file, "cpu", heads=HEADS, read_as="sit").config.process.kind == "flow"
-    assert sources.load(file, "cpu", heads=HEADS, read_as="dit").config.process.kind == "gaussian"
+    assert load.load(file, "cpu", heads=HEADS, read_as="sit").config.process.kind == "flow"
+    assert load.load(file, "cpu", heads=HEADS, read_as="dit").config.process.kind == "gaussian"
     tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step
-    assert sources.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.process.kind == "gaussian"
+    assert load.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.process.kind == "gaussian"
 
 
 def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):
@@ -226,7 +225,7 @@ def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):
     odd = saved(theirs(randomise, outputs=5), tmp_path / "odd.pt")
     assert "has 5 raw output channels for 4 channels" in fault(odd, "cpu", heads=HEADS, read_as="sit")
     with pytest.raises(TesseraError, match=re.escape("leave read_as (--as) out")):
-        sources.convert(tiny_model, tmp_path / "new", "bundle", read_as="sit")
+        load.convert(tiny_model, tmp_path / "new", "bundle", read_as="sit")
     assert not (tmp_path / "new").exists()
 
 
@@ -235,11 +234,11 @@ def test_missing_and_odd_weights_are_named(randomise, tmp_path):
     bias = tensors.pop("final_layer.linear.bias")
     told = {"device": "cpu", "heads": HEADS, "read_as": "sit"}
     with pytest.raises(TesseraError, match=r"missing final_layer\.linear\.bias \(16,\)"):
-        sources.load(saved(tensors, tmp_path / "a.pt"), **told)
+        load.load(saved(tensors, tmp_path / "a.pt"), **told)
     tensors["final_layer.linear.bias"] = bias
     tensors["final_layer.linear.weight"] = torch.cat((tensors["final_layer.linear.weight"], torch.ones(1, 32)))
     with pytest.raises(TesseraError, match=r"final_layer\.linear\.weight is \(17, 32\), expected \(16, 32\)"):
-        sources.load(saved(tensors, tmp_path / "b.pt"), **told)
+        load.load(saved(tensors, tmp_path / "b.pt"), **told)
 
 
 # Onwards
@@ -247,11 +246,11 @@ def test_missing_and_odd_weights_are_named(randomise, tmp_path):
 
 def test_a_sit_in_safetensors_becomes_a_bundle_that_draws_the_same(randomise, tmp_path):
     save_file(theirs(randomise, channels=3, outputs=6), tmp_path / "a.safetensors")
-    model = sources.load(tmp_path / "a.safetensors", "cpu", read_as="sit", heads=HEADS)
-    sources.convert(tmp_path / "a.safetensors", tmp_path / "sit", "bundle", read_as="sit", heads=HEADS)
-    read = sources.load(tmp_path / "sit", "cpu")
+    model = load.load(tmp_path / "a.safetensors", "cpu", read_as="sit", heads=HEADS)
+    load.convert(tmp_path / "a.safetensors", tmp_path / "sit", "bundle", read_as="sit", heads=HEADS)
+    read = load.load(tmp_path / "sit", "cpu")
     assert read.config == model.config
-    one, two = (drawing.generate(told, [1], [7], steps=3) for told in (model, read))
+    one, two = (pipeline.generate(told, [1], [7], steps=3) for told in (model, read))
     np.testing.assert_array_equal(one, two)
 
 
@@ -259,7 +258,7 @@ def test_a_sit_in_safetensors_becomes_a_bundle_that_draws_the_same(randomise, tm
 def test_formats_without_a_place_for_a_flow_refuse_it(randomise, tmp_path, to, place):
     file = saved(theirs(randomise, channels=3, outputs=6), tmp_path / "a.pt")
     with pytest.raises(TesseraError) as caught:
-        sources.convert(file, tmp_path / place, to, read_as="sit", heads=HEADS)
+        load.convert(file, tmp_path / place, to, read_as="sit", heads=HEADS)
     assert "its process is flow, linear path, velocity prediction" in str(caught.value)
     assert not (tmp_path / place).exists()
 

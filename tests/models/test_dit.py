@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiT, DiTConfig

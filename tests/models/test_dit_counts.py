@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import parameter_count
 from tessera.models.presets import PRESETS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT, DiTConfig

@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.bundle import card, describe, load, save
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.layers.modulation import Offsets
 from tessera.models.blocks import Context

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.network import parameter_count
 from tessera.models.presets import UNETS

@@ -5,11 +5,11 @@ import torch
 
 from tessera.errors import TesseraError
 from tessera.models.presets import PRESETS
-from tessera.planning import budget, hardware, paper
+from tessera.planning import budget, hardware, published
 from tessera.planning.plan import Split, bought, counts, divided, memory_of, plan
 from tessera.planning.trace import Sizes
 from tessera.settings import override, parse
-from tessera.training import planned
+from tessera.training import plan_recipe
 from tessera.training.recipe import Recipe
 from tessera.training.run import set_up
 from tessera.training.step import train_step
@@ -27,9 +27,9 @@ def tiny(*changes: str) -> Recipe:
     return parse(Recipe, override(TINY, list(changes)), "the test's recipe")
 
 
-@pytest.mark.parametrize("published", paper.MODELS, ids=lambda one: one.name)
+@pytest.mark.parametrize("published", published.MODELS, ids=lambda one: one.name)
 def test_the_twelve_presets_are_the_paper_s(published):
-    macs, parameters = counts(planned.preset(published.name, []).network)
+    macs, parameters = counts(plan_recipe.preset(published.name, []).network)
     assert parameters == published.parameters
     assert macs / 1e9 == pytest.approx(published.gmacs, abs=0.025)
 
@@ -47,7 +47,7 @@ def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_
     base = {} if "kind" in network else TINY["network"]
     told = override(TINY | {"network": base | network, "output": str(tmp_path / "run")}, list(changes))
     recipe = parse(Recipe, told, "the test's recipe")
-    made = planned.plan_of(recipe, "h100")
+    made = plan_recipe.plan_of(recipe, "h100")
     run = set_up(recipe)
     batches = run.loader.batches()
     train_step(run.learner, next(batches), run.task, run.recipe.training.batch, run.rounds)
@@ -63,7 +63,7 @@ def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_
 
 def test_the_numbers_of_a_plan_follow_from_one_another():
     small = hardware.find("h100x2").model_copy(update={"memory": 3 * 2**20, "usable": 1.0})
-    made = planned.plan_of(tiny("evaluation.at=[10]", "evaluation.count=30"), small, alternatives=True)
+    made = plan_recipe.plan_of(tiny("evaluation.at=[10]", "evaluation.count=30"), small, alternatives=True)
     assert made.flops == 6 * made.gmacs * 1e9 * 16 * 40
     assert made.seconds == 40 * made.step_seconds
     assert made.images_per_second == pytest.approx(16 / made.step_seconds)
@@ -84,14 +84,14 @@ def test_the_numbers_of_a_plan_follow_from_one_another():
     assert made.largest_model is None  # 3 MiB are too few for S/8
     assert made.largest_batch is not None
     most = 2 * made.largest_batch  # on two devices
-    assert planned.plan_of(tiny(f"training.batch={most}"), small).fits
-    assert not planned.plan_of(tiny(f"training.batch={most + 4}"), small).fits
+    assert plan_recipe.plan_of(tiny(f"training.batch={most}"), small).fits
+    assert not plan_recipe.plan_of(tiny(f"training.batch={most + 4}"), small).fits
     assert made.facts()["memory"]["at_most"] == made.memory_bytes
 
 
 def test_rounds_need_less_memory_for_the_same_batch():
-    whole = planned.plan_of(tiny("training.batch=64"), "h100")
-    rounds = planned.plan_of(tiny("training.batch=64", "training.micro_batch=16"), "h100")
+    whole = plan_recipe.plan_of(tiny("training.batch=64"), "h100")
+    rounds = plan_recipe.plan_of(tiny("training.batch=64", "training.micro_batch=16"), "h100")
     assert rounds.split == Split(1, 16, 4, 1)
     assert rounds.memory_bytes < whole.memory_bytes
     assert rounds.flops == whole.flops
@@ -99,14 +99,14 @@ def test_rounds_need_less_memory_for_the_same_batch():
 
 def test_a_deep_network_is_told_from_shallow_ones():
     recipe = tiny("network.depth=7", "training.precision=bfloat16")
-    made = planned.plan_of(recipe, "h100")
+    made = plan_recipe.plan_of(recipe, "h100")
     config = made.work.network
     step = made.work.step(config, 16, 1, torch.bfloat16, "none")
     assert made.memory == memory_of(step.sizes, made.split, 7)
 
 
 def test_what_a_budget_buys_by_hand():
-    made = planned.plan_of(tiny(), "h100x2")
+    made = plan_recipe.plan_of(tiny(), "h100x2")
     hours = budget.parse("1h")
     assert bought(made, hours).steps == int((3600 - made.scoring_seconds) / made.step_seconds)
     assert bought(made, budget.parse("$6")).steps == bought(made, hours).steps  # two devices for an hour
@@ -126,22 +126,22 @@ def test_sharding_divides_what_stays():
 
 
 def test_impossible_work_is_named():
-    work = planned.work_of(tiny("training.shard=3"))
+    work = plan_recipe.work_of(tiny("training.shard=3"))
     with pytest.raises(TesseraError, match="groups of 3"):
         divided(work, 4)
     with pytest.raises(TesseraError, match="too small for 32 devices"):
         divided(work, 32)
     with pytest.raises(TesseraError, match="not divisible by heads"):
-        planned.preset("DiT-S/2", ["network.heads=7"])
+        plan_recipe.preset("DiT-S/2", ["network.heads=7"])
     with pytest.raises(TesseraError, match="patch 3 does not divide"):
-        planned.work_of(tiny("network.patch=3"))
+        plan_recipe.work_of(tiny("network.patch=3"))
     with pytest.raises(TesseraError, match="neither a recipe nor a preset"):
-        planned.asked("DiT-M/2", [])
+        plan_recipe.asked("DiT-M/2", [])
 
 
 def test_this_machine_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
-    made = planned.plan_of(tiny(), "cpu")
+    made = plan_recipe.plan_of(tiny(), "cpu")
     assert 0 < made.step_seconds < 60
     assert made.precision == "float32"
     assert list((tmp_path / "machines").glob("*.json"))
@@ -149,5 +149,5 @@ def test_this_machine_is_measured(tmp_path, monkeypatch):
 
 
 def test_presets_are_all_planned_as_networks():
-    assert all(planned.is_preset(name) for name in PRESETS)
-    assert not planned.is_preset("recipes/digits.yaml")
+    assert all(plan_recipe.is_preset(name) for name in PRESETS)
+    assert not plan_recipe.is_preset("recipes/digits.yaml")

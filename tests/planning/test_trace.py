@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from tessera.adapters.recomputation import recompute
-from tessera.conditions import Condition
+from tessera.acceleration.activation_checkpointing import recompute
+from tessera.conditioning import Condition
 from tessera.models.dit import DiTConfig
-from tessera.planning.stopwatch import Stopwatch
+from tessera.planning.op_profiler import Stopwatch
 from tessera.planning.trace import Recorder, fake, outline
 
 ROWS = 3

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.diffusion.gaussian import Gaussian, GaussianConfig
 from tessera.models.dit import DiT, DiTConfig
-from tessera.process.gaussian import Gaussian, GaussianConfig
-from tessera.sampling import DDIM, Ancestral, walk
+from tessera.sampling import DDIM, Ancestral, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import Even, times
+from tessera.sampling.timesteps import Even, times
 
 FOLDER = Path(__file__).parent
 
@@ -135,7 +135,7 @@ def test_reverse_distribution(official):
 
 
 def test_ten_steps_of_ddim(official):
-    *_, last = walk(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
+    *_, last = loop(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
     check(last.x, official["ddim10"], 1e-4)
 
 
@@ -145,5 +145,5 @@ def test_ten_ancestral_steps(official):
     def noise() -> Tensor:
         return fill(shape, f"{official.name}/step{next(step)}", 1.0)
 
-    *_, last = walk(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
+    *_, last = loop(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
     check(last.x, official["ancestral10"], 1e-4)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera import drawing
 from tessera.data import DigitsConfig
 from tessera.evaluation import protocol
+from tessera.generation import pipeline
 
 pytest.importorskip("sklearn")
 
@@ -195,8 +195,8 @@ def test_an_interrupted_sample_draws_what_is_missing_alone(tessera, trained, tmp
     for path in names[5:9]:
         path.unlink()
     names[2].write_bytes(before[names[2]][:60])  # cut short
-    drawn, generate = [], drawing.generate
-    monkeypatch.setattr(drawing, "generate", lambda *a, **k: drawn.extend(a[2]) or generate(*a, **k))
+    drawn, original = [], pipeline.generate
+    monkeypatch.setattr(pipeline, "generate", lambda *a, **k: drawn.extend(a[2]) or original(*a, **k))
     assert tessera(*words).code == 0
     assert drawn == [2, 5, 6, 7, 8]
     for path, content in before.items():

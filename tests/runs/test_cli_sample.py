@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.data.images import centre_crop
-from tessera.pictures import read_settings
+from tessera.generation import pipeline
+from tessera.images import read_settings
 from tessera.sampling import SAMPLERS, SPACINGS
 
 
@@ -26,7 +27,7 @@ def test_a_picture_for_each_class_and_seed_and_a_grid(tessera, trained, tmp_path
     names = [f"class-{c}-seed-{s}.png" for c in (3, 7) for s in (0, 1)]
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == sorted([*names, "grid.png"])
     model = bundle.load(bundle.checkpoints(trained)[0])
-    expected = drawing.generate(model, [3, 3, 7, 7], [0, 1, 0, 1])
+    expected = pipeline.generate(model, [3, 3, 7, 7], [0, 1, 0, 1])
     for name, picture in zip(names, expected):
         np.testing.assert_array_equal(pixels(tmp_path / "s" / name), picture[..., 0])
     assert Image.open(tmp_path / "s/grid.png").size == (2 * 64 + 1, 2 * 64 + 1)
@@ -90,7 +91,7 @@ def test_guidance_told_twice_is_drawn_as_it_is_recorded(tessera, trained, tmp_pa
     assert tessera("sample", trained, "--classes", "1", *words, "--out", tmp_path / "s").code == 0
     path = tmp_path / "s/class-1-seed-0.png"
     assert read_settings(path)["sampling"]["guidance"] == 3
-    expected = drawing.generate(bundle.load(bundle.checkpoints(trained)[0]), [1], guidance=3.0)
+    expected = pipeline.generate(bundle.load(bundle.checkpoints(trained)[0]), [1], guidance=3.0)
     np.testing.assert_array_equal(pixels(path), expected[0, ..., 0])
 
 
@@ -103,7 +104,7 @@ def test_set_reaches_every_setting_and_comes_last(tessera, trained, tmp_path):
     assert said["spacing"] == {"kind": "karras", "smallest": 0.002, "largest": 80.0, "rho": 7.0}
     assert (said["steps"], said["guidance"]) == (4, 2.5)
     model = bundle.load(bundle.checkpoints(trained)[0])
-    expected = drawing.generate(
+    expected = pipeline.generate(
         model, [1], steps=4, guidance=2.5, sampler={"kind": "dpm++", "order": 3}, spacing="karras"
     )
     np.testing.assert_array_equal(pixels(tmp_path / "s/class-1-seed-0.png"), expected[0, ..., 0])

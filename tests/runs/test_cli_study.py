@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from tessera import bundle
-from tessera.studies import conduct, plan
-from tessera.training.journal import read_log
+from tessera.monitoring.logger import read_log
+from tessera.studies import runner, study_plan
 
 pytest.importorskip("sklearn")
 STUDY = """
@@ -30,8 +30,8 @@ def study(recipe, tmp_path, monkeypatch):
     """A study's file; its members begin as copies of this process and are not planned, which takes seconds."""
     taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
     taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-    monkeypatch.setattr(plan, "plan_of", lambda recipe, hardware: taken)
-    monkeypatch.setattr(conduct, "START", "fork")
+    monkeypatch.setattr(study_plan, "plan_of", lambda recipe, hardware: taken)
+    monkeypatch.setattr(runner, "START", "fork")
     path = tmp_path / "study.yaml"
     path.write_text(f"output: {tmp_path / 'out'}\n{STUDY}")
     return path

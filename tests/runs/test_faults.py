@@ -11,10 +11,11 @@ import torch
 from torch.distributed import TCPStore
 
 from tessera import bundle, runtime
-from tessera.training import checkpoint, loop, step
-from tessera.training.journal import read_log
+from tessera.monitoring.logger import read_log
+from tessera.monitoring.spikes import read_passed
+from tessera.training import loop, step
+from tessera.training.checkpoint import checkpoint
 from tessera.training.recipe import read
-from tessera.training.stability import read_passed
 
 pytest.importorskip("sklearn")
 

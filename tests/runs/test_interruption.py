@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tessera import bundle
-from tessera.training.journal import read_log
+from tessera.monitoring.logger import read_log
 
 STEPS = 80
 EVERY_STEP = ("training.checkpoint_every=1", "training.sample_every=7", "training.keep_checkpoints=2")

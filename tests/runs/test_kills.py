@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tessera import bundle
+from tessera.monitoring.logger import read_log
 from tessera.training import loop
-from tessera.training.journal import read_log
 from tessera.training.recipe import read
 
 pytest.importorskip("sklearn")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tessera import bundle
-from tessera.training.journal import read_log
+from tessera.monitoring.logger import read_log
 
 pytest.importorskip("sklearn")
 

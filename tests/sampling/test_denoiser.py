@@ -7,9 +7,9 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.diffusion.gaussian import GaussianConfig
 from tessera.models.dit import DiTConfig
-from tessera.process.gaussian import GaussianConfig
 from tessera.sampling.denoiser import Denoiser, Guide
 from tessera.sampling.guidance import ConstantGuidance, CosineGuidance, LinearGuidance, PoweredCosineGuidance
 

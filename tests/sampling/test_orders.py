@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.process import FlowConfig, GaussianConfig, Process
-from tessera.process.gaussian import Cosine
-from tessera.process.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, walk
+from tessera.diffusion import FlowConfig, GaussianConfig, Process
+from tessera.diffusion.gaussian import Cosine
+from tessera.diffusion.prediction import Prediction, expand
+from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.exponential import History, Level
-from tessera.sampling.times import Even, Trailing, times
+from tessera.sampling.timesteps import Even, Trailing, times
 from tessera.sampling.unipc import Predicted
 
 PROCESSES = {
@@ -112,7 +112,7 @@ def test_every_solver_is_of_its_order(name, data):
     for solver, order in orders.items():
         errors = []
         for count in counts:
-            *_, last = walk(solver, exact, x, inside(exact.process, count), silent)
+            *_, last = loop(solver, exact, x, inside(exact.process, count), silent)
             errors.append(float((last.x - truth).abs().max()))
         assert slope(counts, errors) > order - 0.25, (solver, errors)
         assert slope(counts, errors) < order + 0.5, (solver, errors)
@@ -149,7 +149,7 @@ def test_from_noise_to_data(name, solver, order, worst):
     exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
     truth, counts, errors = exact.path(x, 1.0, 0.0), [80, 160], []
     for count in counts:
-        *_, last = walk(solver, exact, x, times(Trailing(), count, exact.process), silent)
+        *_, last = loop(solver, exact, x, times(Trailing(), count, exact.process), silent)
         errors.append(float((last.x - truth).abs().max()))
     assert slope(counts, errors) > order - 0.1
     assert errors[0] < worst
@@ -191,7 +191,7 @@ class Counted(Exact):
 def test_calls_of_the_denoiser(solver, calls):
     """Heun's last step is Euler's; the corrector of UniPC costs none."""
     counted = Counted(FlowConfig().build(), MIXTURE)
-    list(walk(solver, counted, starts(), times(Even(), 8, counted.process), silent))
+    list(loop(solver, counted, starts(), times(Even(), 8, counted.process), silent))
     assert counted.calls == calls
 
 
@@ -213,7 +213,7 @@ def law(solver, process: Process, grid: Tensor) -> tuple[float, float]:
         one[next(rows)] = 1
         return one
 
-    *_, last = walk(solver, Exact(process, GAUSSIAN), x, grid, noise)
+    *_, last = loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
     mean, *added = last.x.flatten()
     return float(mean), float(torch.stack([one - mean for one in added]).norm())
 

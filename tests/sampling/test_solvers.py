@@ -14,14 +14,14 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from tessera.conditions import Condition
+from tessera.conditioning import Condition
+from tessera.diffusion import FlowConfig
+from tessera.diffusion.gaussian import Gaussian, GaussianConfig
+from tessera.diffusion.prediction import Prediction, expand
 from tessera.errors import TesseraError
-from tessera.process import FlowConfig
-from tessera.process.gaussian import Gaussian, GaussianConfig
-from tessera.process.prediction import Prediction, expand
-from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, walk
+from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.times import SPACINGS, Even, Trailing, times
+from tessera.sampling.timesteps import SPACINGS, Even, Trailing, times
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -65,7 +65,7 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
         raw = network(x, t.expand(3).float(), Condition())[:, :2]
         x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
-    *_, last = walk(
+    *_, last = loop(
         DDIM(eta=eta), denoise, start, times(SPACINGS[spacing](), 20, denoise.process), noise_from(7, start.shape)
     )
     assert relative(last.x, x) < 1e-4
@@ -89,7 +89,7 @@ def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, t
         x = scheduler.step(raw, t, x, generator=generator).prev_sample
     made = process(prediction="x0", variance=variance, schedule="linear" if schedule == "linear" else "cosine")
     denoise = Denoiser(network, made, Condition())
-    *_, last = walk(Ancestral(), denoise, start, times(Even(), 1000, made), noise_from(7, start.shape))
+    *_, last = loop(Ancestral(), denoise, start, times(Even(), 1000, made), noise_from(7, start.shape))
     assert relative(last.x, x) < 2e-3
 
 
@@ -146,7 +146,7 @@ def test_ddim_is_of_first_order(schedule, mu, s):
     counts, errors = [32, 64, 128, 256, 512], []
     for count in counts:
         grid = times(Trailing(), count, exact.process)
-        *_, last = walk(DDIM(), exact, x, grid, None)
+        *_, last = loop(DDIM(), exact, x, grid, None)
         errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
     slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
     assert slope == pytest.approx(-1, abs=0.15)
@@ -167,7 +167,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
     def noise():
         return torch.randn(rows, 1, 1, 1, dtype=torch.float64, generator=generator)
 
-    *_, last = walk(step, exact, noise(), times(Even(), 250, GaussianConfig().build()), noise)
+    *_, last = loop(step, exact, noise(), times(Even(), 250, GaussianConfig().build()), noise)
     assert float(last.x.mean()) == pytest.approx(mu, abs=5 * s / math.sqrt(rows) + 0.005)
     assert float(last.x.std()) == pytest.approx(s, rel=5 / math.sqrt(2 * rows) + 0.02)
 
@@ -175,7 +175,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
 def test_ddim_ends_in_the_distribution_of_the_data():
     exact = Exact(process(variance="posterior"), 0.5, 0.25)
     x = normal(10_000, 1, 1, 1, dtype=torch.float64)
-    *_, last = walk(DDIM(), exact, x, times(Even(), 250, GaussianConfig().build()), None)
+    *_, last = loop(DDIM(), exact, x, times(Even(), 250, GaussianConfig().build()), None)
     assert float(last.x.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(last.x.std()) == pytest.approx(0.25, rel=0.05)
 
@@ -198,7 +198,7 @@ def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
 def test_walk_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    states = list(walk(step, denoise, x, times(Even(), 7, GaussianConfig().build()), noise_from(0, x.shape)))
+    states = list(loop(step, denoise, x, times(Even(), 7, GaussianConfig().build()), noise_from(0, x.shape)))
     assert [state.done for state in states] == list(range(8))
     assert {state.total for state in states} == {7}
     assert torch.equal(states[0].x, x)
@@ -232,7 +232,7 @@ def test_the_last_step_adds_no_noise(step):
 def test_ddim_without_eta_asks_for_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    *_, last = walk(
+    *_, last = loop(
         DDIM(), denoise, x, times(Even(), 3, GaussianConfig().build()), lambda: pytest.fail("noise was drawn")
     )
     assert torch.isfinite(last.x).all()
@@ -274,7 +274,7 @@ def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
     x, solver = normal(3, 2, 3, 3), SAMPLERS[kind]()
     grid = times(Even(), 6, process())
     states, step = [], 4
-    drawing = walk(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
+    drawing = loop(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
     with pytest.raises(TesseraError) as error:
         states.extend(state.done for state in drawing)
     said = f"1 of 3 pictures hold numbers that are not finite, for the first time after step {step} of 6 (time 0.401)"
@@ -285,7 +285,7 @@ def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
 def test_noise_that_is_not_finite_is_named():
     with pytest.raises(TesseraError, match="2 of 2 pictures hold .* for the first time in the noise of ddim"):
         list(
-            walk(
+            loop(
                 DDIM(),
                 Denoiser(network, process(), Condition()),
                 torch.full((2, 2, 3, 3), math.nan),

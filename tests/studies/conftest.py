@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tessera.studies import conduct
+from tessera.studies import runner
 from tessera.studies.study import Study, read
 
 RECIPE = """
@@ -61,4 +61,4 @@ def write_study(tmp_path) -> Callable[..., Study]:
 @pytest.fixture
 def forked(monkeypatch) -> None:
     """Members begin as copies of this process, in which all is imported."""
-    monkeypatch.setattr(conduct, "START", "fork")
+    monkeypatch.setattr(runner, "START", "fork")

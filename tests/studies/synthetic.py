@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tessera import pictures
+from tessera import images
 from tessera.evaluation.intervals import Measured
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.studies.results import Drawn, Point, Result
@@ -77,7 +77,7 @@ def scaled(
         drawn = [Drawn(n, n * macs, {"fd": score("fd", final * (1 + 4 / n), steps=n)}) for n in study.sampling_steps]
         sheet = sheets / f"{member.name}.png" if sheets else None
         if sheet:
-            pictures.save_png(sheet, pictures.grid(random.integers(0, 255, (40, 32, 32, 1), np.uint8), 10))
+            images.save_png(sheet, images.grid(random.integers(0, 255, (40, 32, 32, 1), np.uint8), 10))
         found.append(
             Result(
                 member.name, member.values, member.seed, "done", None, 10_000 * (number + 1), macs,

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from tessera.errors import TesseraError
-from tessera.planning import law
+from tessera.planning import scaling_law
 from tessera.studies import report
-from tessera.studies.averages import check_alike, ends, equal_steps, settings
+from tessera.studies.seed_aggregation import check_alike, ends, equal_steps, settings
 
 FIGURES = {"compute", "gmacs", "steps", "sampling", "pictures"}
 
@@ -69,7 +69,7 @@ def test_every_file_of_a_report_is_what_it_claims(scaling):
     drawn = list(csv.DictReader((path.parent / "sampling.csv").open()))
     assert len(drawn) == 8 * 3
     assert float(drawn[-1]["gmacs_a_picture"]) == pytest.approx(64 * 1.2)
-    read = law.read(path.parent)
+    read = scaling_law.read(path.parent)
     assert (read.metric, read.source, len(read.points)) == ("fd", study.question, 32)
 
 
@@ -100,7 +100,7 @@ def test_a_partial_study_says_what_is_missing(synthetic, tmp_path):
     assert "There is nothing to draw yet for the figure “Pictures”." in text
     assert "3 of 4 members are not done" in text
     assert not (tmp_path / "figures" / "pictures.png").exists()
-    read = law.read(tmp_path)  # what was scored on the way is still of use
+    read = scaling_law.read(tmp_path)  # what was scored on the way is still of use
     assert {point.run for point in read.points} == {"S-2", "L-2"}
 
 

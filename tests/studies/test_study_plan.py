@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
 from tessera.settings import read_yaml
-from tessera.studies import plan, study
+from tessera.studies import study, study_plan
 from tessera.studies.study import Budget, Marks
 
 pytest.importorskip("sklearn")
@@ -22,7 +23,7 @@ def no_planning(request, monkeypatch):
     if "really" not in request.fixturenames:
         taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
         taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-        monkeypatch.setattr(plan, "plan_of", lambda recipe, hardware: taken)
+        monkeypatch.setattr(study_plan, "plan_of", lambda recipe, hardware: taken)
 
 
 @pytest.fixture
@@ -31,18 +32,18 @@ def really():
 
 
 def planned(asked, before=None):
-    return plan.planned(asked, plan.prepare(asked), before, CARD)
+    return study_plan.planned(asked, study_plan.prepare(asked), before, CARD)
 
 
 def test_marks_and_budget_become_steps():
     """By hand: a step of 100 FLOPs."""
-    assert plan.steps_of(Budget(flops=1040), 100) == 10
-    assert plan.steps_of(Budget(flops=1060), 100) == 11
-    assert plan.steps_of(Budget(flops=3), 100) == 1
-    assert plan.steps_of(Budget(steps=7), 100) == 7
-    assert plan.marks_of(Marks(flops=(240, 260, 20, 5000), steps=(3, 8, 20)), 100, 10) == (1, 2, 3, 8, 10)
-    assert plan.marks_of(Marks(steps=(10,)), 100, 10) == (10,)
-    assert plan.marks_of(Marks(), 100, 10) == (10,)
+    assert study_plan.steps_of(Budget(flops=1040), 100) == 10
+    assert study_plan.steps_of(Budget(flops=1060), 100) == 11
+    assert study_plan.steps_of(Budget(flops=3), 100) == 1
+    assert study_plan.steps_of(Budget(steps=7), 100) == 7
+    assert study_plan.marks_of(Marks(flops=(240, 260, 20, 5000), steps=(3, 8, 20)), 100, 10) == (1, 2, 3, 8, 10)
+    assert study_plan.marks_of(Marks(steps=(10,)), 100, 10) == (10,)
+    assert study_plan.marks_of(Marks(), 100, 10) == (10,)
 
 
 def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study):
@@ -65,15 +66,15 @@ def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study)
 @pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance=2", "guidance_interval=[0.2, 0.7]")])
 def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrained, words):
     asked = write_study(*(f"set.sampling.{word}" for word in words))
-    prepared = plan.prepare(asked)[0]
-    found = plan.drawing_macs(prepared.recipe, 1.0, (5,))
+    prepared = study_plan.prepare(asked)[0]
+    found = study_plan.drawing_macs(prepared.recipe, 1.0, (5,))
     network = prepared.recipe.network.build()
     model = untrained(network, prepared.recipe)
     rows: list[int] = []
     network.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
     for steps in (3, 5):
         rows.clear()
-        drawing.generate(model, [0], [0], steps=steps)
+        pipeline.generate(model, [0], [0], steps=steps)
         assert found[steps] == sum(rows)
 
 
@@ -99,17 +100,17 @@ def test_a_plan_says_what_each_member_takes_and_seeds_cost_alike(write_study, re
         assert one.seconds > 0
         assert one.scoring_seconds > 0
         assert one.parameters == sum(p.numel() for p in one.recipe.network.build().parameters())
-    told = plan.table(found)
+    told = study_plan.table(found)
     assert all(name in told for name in found.members)
     assert f"{found.members['L-seed1'].parameters:,}" in told
     assert "4 members" in told
-    assert plan.StudyPlan.model_validate_json(found.model_dump_json()) == found
+    assert study_plan.StudyPlan.model_validate_json(found.model_dump_json()) == found
 
 
 def test_impossible_members_are_named_before_anything_starts(write_study, tmp_path):
     asked = write_study("axes.size.M.network.width=33", "axes.size.G={sampling.guidance: 2, network.null_class: false}")
     with pytest.raises(TesseraError) as caught:
-        plan.prepare(asked)
+        study_plan.prepare(asked)
     told = str(caught.value)
     assert told.startswith("2 of the study's members cannot be:")
     assert "M: " in told
@@ -133,7 +134,7 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
 )
 def test_what_cannot_be_scored_alike_is_refused(write_study, words, message):
     with pytest.raises(TesseraError) as caught:
-        plan.prepare(write_study(*words))
+        study_plan.prepare(write_study(*words))
     assert message in str(caught.value)
 
 
@@ -141,23 +142,23 @@ def test_a_study_that_takes_too_much_is_refused_with_its_plan(write_study):
     asked = write_study("limit_minutes=1e-9")
     found = planned(asked)
     with pytest.raises(TesseraError, match="limit_minutes is 1e-09") as caught:
-        plan.check(asked, found)
-    assert plan.table(found) in str(caught.value)
+        study_plan.check(asked, found)
+    assert study_plan.table(found) in str(caught.value)
     large = found.members["L"].model_copy(update={"fits": False})
     with pytest.raises(TesseraError, match="these members do not fit in memory: L\n") as caught:
-        plan.check(write_study(), plan.StudyPlan(members={**found.members, "L": large}))
+        study_plan.check(write_study(), study_plan.StudyPlan(members={**found.members, "L": large}))
     assert "does not fit" in str(caught.value)
-    plan.check(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
+    study_plan.check(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
 
 
 def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
     asked = write_study()
     first = planned(asked)
-    plan.begin(asked, first)
-    assert plan.kept(tmp_path / "out") == first
+    study_plan.begin(asked, first)
+    assert study_plan.kept(tmp_path / "out") == first
     assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == asked
     moved = first.members["S"].model_copy(update={"seconds": 1234.0})
-    before = plan.StudyPlan(members={**first.members, "S": moved})
+    before = study_plan.StudyPlan(members={**first.members, "S": moved})
     grown = planned(write_study("axes.size.M.network.width=24", "question=Another?", "limit_minutes=9"), before)
     assert grown.members["S"].seconds == 1234  # as planned before it began
     assert list(grown.members) == ["S", "L", "M"]
@@ -167,7 +168,7 @@ def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
         planned(write_study("axes={size: {S: {network.width: 16}}}"), first)
     (tmp_path / "out/plan.json").write_text("{")
     with pytest.raises(TesseraError, match="cannot read"):
-        plan.kept(tmp_path / "out")
+        study_plan.kept(tmp_path / "out")
 
 
 costs = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
@@ -176,10 +177,10 @@ costs = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
 @given(costs, st.integers(1, 12))
 def test_shards_share_members_out_evenly(member, each, count):
     """Longest first, each to the shard that has least: that had no more than the mean before its last one came."""
-    found = plan.StudyPlan.model_construct(
+    found = study_plan.StudyPlan.model_construct(
         members={f"m{number}": member.model_copy(update={"macs": cost}) for number, cost in enumerate(each)}
     )
-    shards = [plan.share(found, (number, count)) for number in range(1, count + 1)]
+    shards = [study_plan.share(found, (number, count)) for number in range(1, count + 1)]
     assert sorted(name for shard in shards for name in shard) == sorted(found.members)
     assert all(names == [name for name in found.members if name in names] for names in shards)
     cost = {name: one.all_flops for name, one in found.members.items()}
@@ -200,8 +201,8 @@ def member(tmp_path_factory):
         f"question: q\nrecipe: tiny.yaml\noutput: {folder / 'out'}\naxes: {{a: {{b: {{}}}}}}\nbudget: {{steps: 3}}\n"
     )
     asked = study.read(folder / "study.yaml")
-    prepared = plan.prepare(asked)[0]
-    told = plan.Planned(
+    prepared = study_plan.prepare(asked)[0]
+    told = study_plan.Planned(
         values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1, drawing_macs={50: 0},
         memory_bytes=1, fits=True, seconds=1, scoring_seconds=0,
     )  # fmt: skip
@@ -211,6 +212,6 @@ def member(tmp_path_factory):
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", ""])
 def test_a_shard_is_i_of_n(text):
-    assert plan.shard_of("2/3") == (2, 3)
+    assert study_plan.shard_of("2/3") == (2, 3)
     with pytest.raises(TesseraError, match="for example 1/4"):
-        plan.shard_of(text)
+        study_plan.shard_of(text)

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.features import extractor
 from tessera.evaluation.intervals import Measured
 from tessera.evaluation.protocol import Protocol, Score
+from tessera.generation import pipeline
 from tessera.sampling import DDIM, Ancestral, FirstBlock, Heun, SamplingConfig
-from tessera.sampling.times import times
+from tessera.sampling.timesteps import times
 from tessera.settings import parse
-from tessera.studies import candidates, trials, tune, tuned
-from tessera.studies.trials import Trial
-from tessera.studies.tune import Tuner, Tuning
+from tessera.studies.tuning import result, search_space, trials
+from tessera.studies.tuning import tuner as tuner_module
+from tessera.studies.tuning.trials import Trial
+from tessera.studies.tuning.tuner import Tuner, Tuning
 
 pytest.importorskip("sklearn")
 BASELINE = ["sampler=ancestral", "steps=12"]
@@ -60,7 +62,7 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
         config = model.config.model_dump() | {"process": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
     present = SamplingConfig(steps=6)
-    found = candidates.solvers_and_grids(model, present)
+    found = search_space.solvers_and_grids(model, present)
     assert {config.sampler.calls * config.steps for config in found} == {10}
     assert len({config.model_dump_json() for config in found}) == len(found)
     kinds = {config.sampler.kind for config in found}
@@ -69,13 +71,13 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
     grids = [config.spacing for config in found if config.sampler == DDIM()]
     visited = {tuple(times(grid, 10, model.process).tolist()) for grid in grids}
     assert len(visited) == len(grids) >= 4
-    assert {config.spacing.kind for config in found[: len(candidates.solvers())]} == {"even"}
+    assert {config.spacing.kind for config in found[: len(search_space.solvers())]} == {"even"}
 
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
-    scales = {config.guidance for config in candidates.guidances(tiny_model, SamplingConfig(guidance=4.0))}
+    scales = {config.guidance for config in search_space.guidances(tiny_model, SamplingConfig(guidance=4.0))}
     assert {1.0, 2.5, 4.0, 5.5} <= scales
-    assert all(config.guidance > 1 for config in candidates.guidances(tiny_model, SamplingConfig()))
+    assert all(config.guidance > 1 for config in search_space.guidances(tiny_model, SamplingConfig()))
 
 
 def test_settings_are_told_in_a_line():
@@ -183,9 +185,9 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tuner, tmp_path):
     results = json.loads((tmp_path / "part/results.json").read_text())
     assert [each["name"] for each in results["trials"]] == [each.name for each in whole.trials]
     assert results["checked"][0]["count"] == 100
-    tuned.plot(after, tmp_path / "frontier.png")
+    result.plot(after, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
-    frontier, check = tuned.page(after).split("\n\n")
+    frontier, check = result.page(after).split("\n\n")
     assert "baseline: ancestral, 12 steps, even" in frontier
     assert len(check.splitlines()) == 2 + len(after.checked)
 
@@ -245,7 +247,7 @@ def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
     told.begin()
     looked = []
     reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
-    assert told.attempt("caching", candidates.changed(plain, steps=2000)) is None
+    assert told.attempt("caching", search_space.changed(plain, steps=2000)) is None
     assert "is left out: steps is 2000" in told.said[-1]
     told.left = lambda stage: -1.0
     assert told.attempt("caching", plain) is None
@@ -264,7 +266,7 @@ def test_caching_that_reuses_nothing_is_not_tried(tuner):
     told = tuner()
     told.begin()
     plain = SamplingConfig(steps=6)
-    never, always = (candidates.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
+    never, always = (search_space.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
     assert not told.reuses(never)
     assert told.reuses(always)
     found = told.attempt("caching", always)
@@ -278,7 +280,7 @@ def test_stages_end_with_their_time(tuner):
     assert told.baseline.calls == 12
     told.left = lambda stage: -1.0
     told.search()
-    assert (told.trials, told.skipped) == ([], {"steps": len(tune.CALLS) - 1})  # the baseline is one of them
+    assert (told.trials, told.skipped) == ([], {"steps": len(tuner_module.CALLS) - 1})  # the baseline is one of them
 
 
 def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
@@ -293,20 +295,20 @@ def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
 def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
     for step in (10, 20):
         bundle.save(tiny_model, tmp_path / f"run/checkpoints/step-{step:09d}")
-        assert tuned.folder_for(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
-    assert tuned.folder_for(bundle.checkpoints(tmp_path / "run")[0]).name == "tune-step-000000020"
+        assert result.folder_for(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
+    assert result.folder_for(bundle.checkpoints(tmp_path / "run")[0]).name == "tune-step-000000020"
 
 
 def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "model")
     weights = (tmp_path / "model/model.safetensors").read_bytes()
     chosen = SamplingConfig(sampler=DDIM(eta=0.5), steps=7)
-    tuned.record(tmp_path / "model", chosen, "by a test", tiny_model.network)
+    result.record(tmp_path / "model", chosen, "by a test", tiny_model.network)
     read = bundle.load(tmp_path / "model")
     assert read.config == tiny_model.config.model_copy(update={"sampling": chosen, "origin": {"sampling": "by a test"}})
     assert (tmp_path / "model/model.safetensors").read_bytes() == weights
     assert "ddim, 7 steps" in (tmp_path / "model/README.md").read_text()
-    assert (drawing.generate(read, [0]) == drawing.generate(tiny_model, [0], sampler=DDIM(eta=0.5), steps=7)).all()
+    assert (pipeline.generate(read, [0]) == pipeline.generate(tiny_model, [0], sampler=DDIM(eta=0.5), steps=7)).all()
 
 
 def test_the_note_says_when_by_what_and_both_scores():
@@ -314,6 +316,6 @@ def test_the_note_says_when_by_what_and_both_scores():
     score = Score.of("fd", Measured(1, 0.9, 1.1), protocol, {}, "cpu")
     chosen = Trial(SamplingConfig(steps=7), "check", 100, Measured(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
-    told = tuned.note(tune.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))
+    told = result.note(tuner_module.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))
     for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, even): fd 2", "4 s", "100 pictures", "mine"):
         assert part in told

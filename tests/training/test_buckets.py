@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 import tessera
-from tessera import drawing
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
+from tessera.monitoring.logger import read_log
 from tessera.training import loop
-from tessera.training.journal import read_log
 from tessera.training.recipe import Recipe
 from tessera.training.run import set_up
 
@@ -75,7 +75,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
 def test_it_draws_in_any_of_its_sizes(tiny, data, tmp_path):
     train(tiny("run", "training.batch=8", "training.steps=2", data=data))
     model = tessera.load(tmp_path / "run")
-    images = drawing.generate(model, classes=[0], seeds=[0], steps=2, guidance=1.0, size=(20, 12))
+    images = pipeline.generate(model, classes=[0], seeds=[0], steps=2, guidance=1.0, size=(20, 12))
     assert images.shape == (1, 20, 12, 3)
 
 

@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.bundle import Model
 from tessera.errors import TesseraError
-from tessera.training import checkpoint, loop
-from tessera.training.checkpoint import Place
+from tessera.generation import pipeline
+from tessera.training import loop
+from tessera.training.checkpoint import checkpoint
+from tessera.training.checkpoint.checkpoint import Place
 from tessera.training.ema import Average
 from tessera.training.optimizers import Adam, Muon, hidden_matrices
 from tessera.training.recipe import EMA
@@ -135,7 +137,7 @@ def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
 def test_a_checkpoint_is_a_bundle_that_draws(trained, tmp_path):
     model = trained[0]
     loaded = bundle.load(saved_at(tmp_path, Place(1, 8), *trained))
-    assert (drawing.generate(loaded, [0, 1], [0, 1]) == drawing.generate(model, [0, 1], [0, 1])).all()
+    assert (pipeline.generate(loaded, [0, 1], [0, 1]) == pipeline.generate(model, [0, 1], [0, 1])).all()
 
 
 def test_only_the_newest_are_kept(trained, tmp_path):

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.tiny import Pair
 from tessera.data.loader import mirrored
 from tessera.errors import TesseraError
+from tessera.generation import pipeline
 from tessera.settings import override, parse
 from tessera.training import codec, loop, recipe
 from tessera.training.codec import CodecRecipe, Fit
@@ -210,7 +211,7 @@ def test_a_transformer_learns_from_its_latents_and_draws(finished, tmp_path):
     folder = loop.train(parse(recipe.Recipe, data, "the recipe"))
     model = bundle.load(bundle.checkpoints(folder)[0])
     assert (model.config.network.channels, model.config.network.size) == (3, (16, 16))
-    assert drawing.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)
+    assert pipeline.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)
 
 
 def test_a_transformer_learns_from_the_latents_of_a_tiny_autoencoder(tmp_path):
@@ -234,4 +235,4 @@ def test_a_transformer_learns_from_the_latents_of_a_tiny_autoencoder(tmp_path):
     assert sorted(path.suffix for path in (folder / "codec").iterdir()) == [".safetensors"] * 2
     model = bundle.load(bundle.checkpoints(folder)[0])
     assert (model.config.network.channels, model.config.network.size, model.codec.scale) == (4, (4, 4), 2.0)
-    assert drawing.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)
+    assert pipeline.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)

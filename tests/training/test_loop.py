@@ -13,11 +13,13 @@ import torch
 import yaml
 from PIL import Image
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.training import checkpoint, estimate, loop
-from tessera.training.journal import read_log
+from tessera.generation import pipeline
+from tessera.monitoring.logger import read_log
+from tessera.training import dry_run, loop
+from tessera.training.checkpoint import checkpoint
 from tessera.training.recipe import read
 
 
@@ -108,7 +110,7 @@ def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(5)))
     model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.batch=4", data=data)))[0])
     assert model.config.network.classes == 0
-    assert drawing.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
+    assert pipeline.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
 
 
 # Going on
@@ -366,7 +368,7 @@ def test_an_output_below_a_file_cannot_be_written(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which not even root may write to")
-@pytest.mark.parametrize("go", [loop.train, estimate.dry_run])
+@pytest.mark.parametrize("go", [loop.train, dry_run.dry_run])
 def test_an_output_that_not_even_root_may_write(tiny, go):
     with pytest.raises(TesseraError, match="cannot write"):
         go(tiny().model_copy(update={"output": "/proc/run"}))
@@ -392,17 +394,17 @@ def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, 
     run = loop.train(tiny("run", "training.batch=2", "training.steps=2", data=data, codec=codec))
     model = bundle.load(bundle.checkpoints(run)[0])
     assert (model.config.network.size, model.config.network.channels) == ((8, 8), 2)
-    before = drawing.generate(model, [0, 1], [5])
+    before = pipeline.generate(model, [0, 1], [5])
     assert before.shape == (2, 16, 16, 3)
     run.rename(tmp_path / "moved")
     shutil.rmtree(autoencoder)
     shutil.rmtree(tmp_path / "data")
     newest = bundle.checkpoints(tmp_path / "moved")[0]
     assert "../../codec" in (newest / "config.json").read_text()
-    assert (drawing.generate(bundle.load(newest), [0, 1], [5]) == before).all()
+    assert (pipeline.generate(bundle.load(newest), [0, 1], [5]) == before).all()
     bundle.save(bundle.load(newest), tmp_path / "alone")
     shutil.rmtree(tmp_path / "moved")
-    assert (drawing.generate(bundle.load(tmp_path / "alone"), [0, 1], [5]) == before).all()
+    assert (pipeline.generate(bundle.load(tmp_path / "alone"), [0, 1], [5]) == before).all()
 
 
 def test_a_run_on_latents_goes_on_bit_for_bit(tiny, tmp_path, autoencoder, state):
@@ -452,7 +454,7 @@ def test_a_missing_autoencoder(tiny, tmp_path):
 
 def test_a_dry_run_writes_nothing_and_tells_what_the_run_takes(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = estimate.dry_run(tiny("run", "training.steps=1000"))
+    told = dry_run.dry_run(tiny("run", "training.steps=1000"))
     assert list(tmp_path.iterdir()) == []
     assert told.images == 1000
     training = 1000 * told.seconds_per_step
@@ -470,14 +472,14 @@ def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     for name in ("2.png", "5.png"):
         (tmp_path / "data" / name).write_text("no image")
-    told = estimate.dry_run(tiny("run", "training.batch=6", data=data))
+    told = dry_run.dry_run(tiny("run", "training.batch=6", data=data))
     assert (told.images, told.skipped) == (6, 2)
     assert "6 images, 2 skipped so far" in str(told)
 
 
 @pytest.mark.parametrize("changes", [(), ("training.optimizer.kind=muon", "training.ema.also=[0.9, 0.5]")])
 def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny, changes):
-    told = estimate.dry_run(tiny("run", *changes))
+    told = dry_run.dry_run(tiny("run", *changes))
     newest = bundle.checkpoints(loop.train(tiny("run", *changes)))[0]
     files = [file for file in newest.rglob("*") if file.is_file()]
     assert told.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
@@ -486,7 +488,7 @@ def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny, changes):
 def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
     run = loop.train(tiny("run"))
     before = state(run), sorted(run.rglob("*"))
-    estimate.dry_run(tiny("run", "training.steps=10"))
+    dry_run.dry_run(tiny("run", "training.steps=10"))
     assert (state(run), sorted(run.rglob("*"))) == before
 
 
@@ -506,7 +508,7 @@ def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
 def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
     loop.train(tiny("old"))
     said = []
-    for go in (loop.train, estimate.dry_run):
+    for go in (loop.train, dry_run.dry_run):
         with pytest.raises(TesseraError) as caught:
             go(tiny(output, *changes), resume)
         said.append(str(caught.value))
@@ -517,14 +519,14 @@ def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
 def test_a_dry_run_knows_an_output_that_cannot_be_written(tiny, tmp_path, output):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TesseraError, match=r"cannot write to output=.*: .*file is a file"):
-        estimate.dry_run(tiny(output))
+        dry_run.dry_run(tiny(output))
 
 
 def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TesseraError, match=r"checkpoints need .* GiB, the disk has 0\.00 GiB free"):
-        estimate.dry_run(tiny())
+        dry_run.dry_run(tiny())
 
 
 def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, monkeypatch):

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tessera import runtime
 from tessera.errors import TesseraError
-from tessera.training import checkpoint, history, loop
-from tessera.training.journal import read_log
+from tessera.monitoring import history
+from tessera.monitoring.logger import read_log
+from tessera.training import loop
+from tessera.training.checkpoint import checkpoint
 from tessera.training.run import set_up
 from tessera.training.step import train_step
 

@@ -14,10 +14,10 @@ from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol, reference
 from tessera.evaluation.features import extract, extractor
-from tessera.evaluation.subjects import Data
+from tessera.evaluation.sources import Data
+from tessera.monitoring.logger import read_log
 from tessera.runtime import Ranks
 from tessera.training import loop
-from tessera.training.journal import read_log
 from tessera.training.scores import EvaluationConfig, best, history
 
 SCORED = (
@@ -91,8 +91,8 @@ def digits_scores(tmp_path):
     import torch
 
     from tessera.evaluation import suite
-    from tessera.evaluation.drawn import Drawn, asked_by_policy
     from tessera.evaluation.features import extractor
+    from tessera.generation.bulk import Drawn, asked_by_policy
 
     def score(path: Path) -> dict[str, float]:
         model = bundle.load(path)

@@ -12,13 +12,14 @@ from tessera.codecs import AutoencoderConfig, PixelsConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.data import Batch
 from tessera.data.loader import FLIP
-from tessera.process.gaussian import GaussianConfig
-from tessera.training import health, parallel, step
-from tessera.training import task as streams
+from tessera.diffusion.gaussian import GaussianConfig
+from tessera.monitoring import health
+from tessera.training import objective as streams
+from tessera.training import parallel, step
+from tessera.training.objective import Task, losses, prepare
 from tessera.training.optimizers import Adam, Muon
 from tessera.training.parallel import Team
 from tessera.training.step import Learner, Tally, Told, train_step, update
-from tessera.training.task import Task, losses, prepare
 
 CPU = torch.device("cpu")
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from tessera import bundle, drawing
+from tessera import bundle
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.features import extractor
-from tessera.interop import sources
+from tessera.generation import pipeline
+from tessera.interop import load
 from tessera.models.dit import DiTConfig
 from tessera.models.unet import UNetConfig
+from tessera.monitoring import doctor, health, report
+from tessera.monitoring.logger import HEALTH, read_log
 from tessera.settings import parse
-from tessera.studies.tune import Tuner, Tuning
-from tessera.training import doctor, health, loop, report
-from tessera.training.journal import HEALTH, read_log
+from tessera.studies.tuning.tuner import Tuner, Tuning
+from tessera.training import loop
 from tessera.training.optimizers import Muon, hidden_matrices
 from tessera.training.recipe import read
 
@@ -172,16 +174,16 @@ def test_a_unet_starts_from_a_unet_and_not_from_a_dit(tiny, tmp_path, make_model
 def test_it_is_saved_described_and_draws_what_it_drew(make_model, tmp_path):
     model = make_model({"kind": "unet"})
     bundle.save(model, tmp_path / "unet")
-    again = sources.load(tmp_path / "unet")
+    again = load.load(tmp_path / "unet")
     assert again.config.network == model.config.network
     assert bundle.describe(again)["network"] == "U-Net, width 8 x (1, 2), depth 1, attention at 1/2"
-    drawn = drawing.generate(model, [0, 1, 2], [0, 1, 2], guidance=1.5)
-    assert np.array_equal(drawing.generate(again, [0, 1, 2], [0, 1, 2], guidance=1.5), drawn)
-    alone = drawing.generate(again, [1], [1], guidance=1.5)
+    drawn = pipeline.generate(model, [0, 1, 2], [0, 1, 2], guidance=1.5)
+    assert np.array_equal(pipeline.generate(again, [0, 1, 2], [0, 1, 2], guidance=1.5), drawn)
+    alone = pipeline.generate(again, [1], [1], guidance=1.5)
     assert abs(alone[0].astype(int) - drawn[1]).max() <= 1
-    assert drawing.generate(model, [0], size=(12, 8)).shape == (1, 12, 8, 1)
+    assert pipeline.generate(model, [0], size=(12, 8)).shape == (1, 12, 8, 1)
     with pytest.raises(TesseraError, match="multiples of 2 pixels"):
-        drawing.generate(model, [0], size=(9, 8))
+        pipeline.generate(model, [0], size=(9, 8))
 
 
 def test_a_configuration_without_a_kind_is_a_dit(make_model, tmp_path):
@@ -197,17 +199,17 @@ def test_a_configuration_without_a_kind_is_a_dit(make_model, tmp_path):
 def test_what_is_a_dits_alone_is_refused(make_model, tmp_path):
     model = make_model({"kind": "unet"})
     with pytest.raises(TesseraError, match="set caching=none"):
-        drawing.generate(model, [0], caching={"kind": "first-block"})
+        pipeline.generate(model, [0], caching={"kind": "first-block"})
     for to, target, place in (
         ("official", "unet.pt", "an official checkpoint"),
         ("diffusers", "folder", "a folder for diffusers' DiTPipeline"),
     ):
         with pytest.raises(TesseraError, match=f"{place} holds a DiT, and this model is a diffusion U-Net: convert to"):
-            sources.convert(model, tmp_path / target, to)
+            load.convert(model, tmp_path / target, to)
         assert not (tmp_path / target).exists()
-    assert "a bundle, exact" in sources.convert(model, tmp_path / "bundle", "bundle")
+    assert "a bundle, exact" in load.convert(model, tmp_path / "bundle", "bundle")
     with pytest.raises(TesseraError, match="diffusion U-Net, which has no one number of heads: leave heads out"):
-        sources.load(tmp_path / "bundle", heads=2)
+        load.load(tmp_path / "bundle", heads=2)
 
 
 def test_tuning_tries_no_caching(make_model, tmp_path):

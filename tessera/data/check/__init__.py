@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from tessera.data import index
-from tessera.data.check import findings, page, seen
+from tessera.data.check import findings, page, scan
 from tessera.data.check.findings import Finding, Survey
-from tessera.data.check.seen import WHOLE, Shard
-from tessera.data.check.strays import strays
+from tessera.data.check.non_samples import strays
+from tessera.data.check.scan import WHOLE, Shard
 from tessera.data.files import FilesConfig, FilesSource
-from tessera.data.named import EMBEDDED, named
+from tessera.data.resolve import EMBEDDED, named
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, alone, whole_file, write_whole
 
@@ -66,7 +66,7 @@ def look(asked: Asked, workers: int = 1, shard: Shard = WHOLE, progress: Progres
     """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
     for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.against}")):
         if source is not None:
-            seen.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
+            scan.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
 
 
 def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None) -> Checked:
@@ -81,11 +81,11 @@ def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = ""
             partial.unlink(missing_ok=True)
         survey = Survey(
             source,
-            seen.gathered(source, asked.folder / PARTS),
+            scan.gathered(source, asked.folder / PARTS),
             sorted(strays(source), key=lambda stray: (stray.kind, stray.name)),
             asked.data,
             disorder,
-            None if asked.other is None else seen.gathered(asked.other, asked.folder / AGAINST),
+            None if asked.other is None else scan.gathered(asked.other, asked.folder / AGAINST),
             asked.against or "",
         )
         found = findings.findings(survey)

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from tessera.data import index
-from tessera.data.check import alike
-from tessera.data.check.seen import CELLS, FAULTS
-from tessera.data.check.strays import Stray, StrayKind
+from tessera.data.check import similarity
+from tessera.data.check.non_samples import Stray, StrayKind
+from tessera.data.check.scan import CELLS, FAULTS
 from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.index import arrow, compute
 from tessera.errors import TesseraError
@@ -113,7 +113,7 @@ class Survey:
         own = np.arange(len(self.seen))
         rows = np.flatnonzero(distinct(self.seen) & (self.first_copy == own))
         found = own.copy()
-        found[rows] = rows[alike.leaders(self.column("hash")[rows], colours(self.seen)[rows])]
+        found[rows] = rows[similarity.leaders(self.column("hash")[rows], colours(self.seen)[rows])]
         return found
 
     @property
@@ -310,8 +310,8 @@ def near_duplicates(survey: Survey) -> Iterator[Finding]:
     yield Finding(
         "near-duplicates",
         "doubtful",
-        f"{_images(len(members))} look all but like {_images(len(groups))} before them: at most {alike.BITS} of the 64 "
-        f"bits of their perceptual hash differ, and none of {CELLS} x {CELLS} parts by more than {alike.LEVELS} of 255 "
+        f"{_images(len(members))} look all but like {_images(len(groups))} before them: at most {similarity.BITS} of the 64 "
+        f"bits of their perceptual hash differ, and none of {CELLS} x {CELLS} parts by more than {similarity.LEVELS} of 255 "
         "levels of colour; variants that differ in a detail are among them",
         ("look at the groups in the report before you decide", survey.drop("near-duplicates")),
         tuple(sorted(members)),
@@ -367,7 +367,7 @@ def _near_across(survey: Survey, other: "pyarrow.Table") -> dict[int, int]:
     side = np.arange(len(hashes)) >= len(ours)
     first = np.where(side, first_of_same(key, side), first_of_same(key, ~side))
     heads = np.flatnonzero(first == np.arange(len(first)))
-    found = heads[alike.pairs(hashes[heads], looks[heads])]
+    found = heads[similarity.pairs(hashes[heads], looks[heads])]
     partner: dict[int, int] = {}
     for left, right in found[(found[:, 0] < len(ours)) & (found[:, 1] >= len(ours))].tolist():
         partner.setdefault(left, int(theirs[right - len(ours)]))

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 import numpy as np
 from PIL import Image, ImageOps
 
-from tessera import charts, pages
 from tessera.data.check.findings import Finding, Survey
 from tessera.data.files import FilesSource
 from tessera.data.images import Unusable, flatten
+from tessera.reporting import charts
+from tessera.reporting import page as page_html
 
 SHOWN = 16  # samples of a finding
 GROUPS, OF_GROUP = 12, 6  # groups of a finding, and samples of each
@@ -44,13 +45,13 @@ def page(survey: Survey, found: Sequence[Finding], keep: np.ndarray, command: st
     """The whole page. keep: which samples are kept, bool [N]"""
     parts = [
         f"<h1>Check of {html.escape(survey.path)}</h1>",
-        pages.table(("", ""), summary(survey, keep)),
+        page_html.table(("", ""), summary(survey, keep)),
         f"<pre>{html.escape(command)}</pre>" if command else "",
         f'<div class="charts">{"".join(_bars(survey))}</div>',
         "" if found else "<h2>Nothing was found</h2>",
         *(_section(survey, finding) for finding in found),
     ]
-    return pages.document(f"Check of {survey.path}", "\n".join(parts), charts.STYLE + STYLE)
+    return page_html.document(f"Check of {survey.path}", "\n".join(parts), charts.STYLE + STYLE)
 
 
 def summary(survey: Survey, keep: np.ndarray) -> list[tuple[str, str]]:
@@ -129,7 +130,7 @@ def _shown(thumbnails: Sequence[Thumbnail]) -> str:
         if one.png is None:
             figures.append(f'<figure><div class="gone">?</div><figcaption>{html.escape(told)}</figcaption></figure>')
         else:
-            figures.append(pages.picture(one.png, told))
+            figures.append(page_html.picture(one.png, told))
     return f'<div class="shown">{"".join(figures)}</div>'
 
 

@@ -1,0 +1,145 @@
+"""One member of a study in a process of its own: it trains, and draws with other numbers of steps when it is done.
+
+OUTPUT/members/NAME                           a run like any other
+OUTPUT/members/NAME/sampling/steps-016.json   the scores of the finished model that draws with 16 steps
+OUTPUT/members/NAME/failed.txt                why it failed, if it did
+"""
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tessera import bundle
+from tessera.errors import TesseraError
+from tessera.evaluation import features, protocol, suite
+from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor
+from tessera.evaluation.reference import find_reference
+from tessera.evaluation.sources import Data
+from tessera.files import in_turn
+from tessera.generation.bulk import Drawn, asked_by_policy
+from tessera.monitoring.logger import PART, clock
+from tessera.runtime import Ranks, choose_device, keep_freed_memory
+from tessera.training import loop, scores
+from tessera.training.recipe import Recipe
+
+SAMPLING, FAILED = "sampling", "failed.txt"
+ASKED_TO_STOP = loop.Interrupted.exit_code
+
+
+def drawn_path(run: Path, steps: int) -> Path:
+    """The scores of a finished member that draws with so many steps."""
+    return run / SAMPLING / f"steps-{steps:03d}.json"
+
+
+def done(run: Path, steps: int, sampling_steps: Sequence[int]) -> bool:
+    """Whether a member is trained, scored at its end, and has drawn with every other number of steps."""
+    end = run / scores.FOLDER / f"step-{steps:09d}.json"
+    return end.exists() and all(drawn_path(run, number).exists() for number in sampling_steps)
+
+
+def process(recipe: Recipe, sampling_steps: tuple[int, ...], parent: Connection) -> None:
+    """What the process of a member does. It ends with 0 when all is done, with 130 when it was asked to stop, else with
+    1 and why in `parent`. If the other end of that closes, the study is gone, and so is this process.
+    """
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held back until here
+        go(recipe, sampling_steps)
+    except (loop.Interrupted, KeyboardInterrupt):
+        sys.exit(ASKED_TO_STOP)
+    except TesseraError as error:
+        parent.send(str(error))
+        sys.exit(1)
+    except BaseException as error:
+        traceback.print_exc()
+        parent.send(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _end_with(parent: Connection) -> None:
+    """Nothing is ever sent this way: reading ends when the other process does."""
+    try:
+        parent.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def go(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
+    """Train, or go on; then draw with each number of steps. What stands there is not made again."""
+    run = Path(recipe.output)
+    if choose_device(recipe.training.device).type == "cpu":
+        keep_freed_memory()
+    network = look_at_reference(recipe)
+    loop.train(recipe)
+    if not done(run, recipe.training.steps, ()):
+        raise TesseraError(f"the end, step {recipe.training.steps}, could not be scored: see what was said before this")
+    missing = [number for number in sampling_steps if not drawn_path(run, number).exists()]
+    model = bundle.load(bundle.checkpoints(run)[0], choose_device(recipe.training.device)) if missing else None
+    for number in missing:
+        assert model is not None
+        score(recipe, model, network, number)
+
+
+def look_at_reference(recipe: Recipe) -> Extractor:
+    """Have the features of the reference in the study's folder, for all members, and return the network that looks."""
+    config, told = recipe.evaluation, recipe.evaluation.reference or recipe.data
+    assert config.reference_folder is not None
+    network = extractor(config.features or suite.usual_features(told), choose_device(recipe.training.device))
+    reference = find_reference(told, Data(recipe.data), network)
+    if isinstance(reference, FeatureSet):
+        return network
+    folder = features.place(Path(config.reference_folder), "reference", reference, network)
+    if not (folder / features.FACTS).exists():
+        with in_turn(folder, lambda: _say("another command looks at the reference: waiting for it")):
+            extract(reference, network, folder, Ranks(), config.batch, _Told("looking at the reference"))
+    return network
+
+
+def score(recipe: Recipe, model: bundle.Model, network: Extractor, steps: int) -> None:
+    """Score a finished model that draws with so many steps; all else is as at the marks."""
+    run, config = Path(recipe.output), recipe.evaluation
+    path = drawn_path(run, steps)
+    if steps == recipe.sampling.steps:  # as at the end
+        protocol.save(protocol.load(run / scores.FOLDER / f"step-{recipe.training.steps:09d}.json"), path)
+        return
+    _say(f"drawing {config.count} pictures with {steps} steps each")
+    work = path.with_suffix(".work")
+    asked = asked_by_policy(model, config.count, "balanced", settings={"steps": steps})
+    found = suite.evaluate(
+        Drawn(model, asked, work / "samples", config.batch, f"{steps} steps"),
+        config.reference or recipe.data,
+        network,
+        work,
+        config.metrics,
+        batch=config.batch,
+        progress=_Told,
+        reference_folder=Path(config.reference_folder or run / scores.FOLDER),
+    )
+    protocol.save(found.scores, path)
+    shutil.rmtree(work)
+
+
+class _Told:
+    """A line now and then on work that takes long."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.began = what, time.monotonic()
+        self.last = self.began
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last > PART:
+            self.last = now
+            _say(f"  {self.what}: {done} of {total}, {clock((now - self.began) / max(done, 1) * (total - done))} left")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,118 @@
+"""Near pairs against all pairs; the hash against SciPy's cosine transform."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tessera.data.check import similarity
+from tessera.data.check.scan import look
+from tessera.data.images import ImagesConfig
+
+CONFIG = ImagesConfig(size=(1, 1))
+
+
+def flipped(hashes: np.ndarray, generator: np.random.Generator, bits: int) -> np.ndarray:
+    """The hashes with so many different bits of each changed."""
+    changed = hashes.copy()
+    for row in range(len(changed)):
+        for bit in generator.choice(64, bits, replace=False):
+            changed[row] ^= np.uint64(1) << np.uint64(bit)
+    return changed
+
+
+def test_the_hash_is_that_of_scipys_cosine_transform():
+    scipy_fft = pytest.importorskip("scipy.fft")
+    for seed in range(20):
+        grey = np.random.default_rng(seed).integers(0, 256, (similarity.SIDE, similarity.SIDE))
+        low = scipy_fft.dctn(grey.astype(np.float64), type=2)[:8, :8].ravel()
+        bits = low > np.median(low[1:])
+        bits[0] = False
+        assert similarity.perceptual_hash(grey) == int("".join("01"[bit] for bit in bits.astype(int)), 2)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_near_pairs_are_all_pairs_that_are_near(seed):
+    generator = np.random.default_rng(seed)
+    hashes = generator.integers(0, 2**64, 60, dtype=np.uint64)
+    hashes = np.concatenate((hashes, *(flipped(hashes[:20], generator, bits) for bits in range(8))))
+    apart = np.bitwise_count(hashes[:, None] ^ hashes)
+    expected = {(i, j) for i, j in zip(*np.nonzero(apart <= similarity.BITS)) if i < j}
+    found = [pair for chunk in similarity.near_pairs(hashes) for pair in zip(*chunk)]
+    assert set(found) == expected
+
+
+def test_leaders_follow_nobody_and_whoever_follows_looks_like_its_leader():
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 2**64, 300, dtype=np.uint64)
+    colours = generator.integers(0, 256, (300, 192), dtype=np.uint8)
+    hashes = np.concatenate((hashes, flipped(hashes, generator, 3), flipped(hashes, generator, 4), hashes))
+    colours = np.concatenate((colours, colours, 255 - colours, colours))  # the third part is near by its hash alone
+    leader = similarity.leaders(hashes, colours)
+    assert (leader[leader] == leader).all()
+    assert (leader <= np.arange(len(leader))).all()
+    follows = np.flatnonzero(leader != np.arange(len(leader)))
+    assert (np.bitwise_count(hashes[follows] ^ hashes[leader[follows]]) <= similarity.BITS).all()
+    assert similarity.same_colours(colours, follows, leader[follows]).all()
+    assert follows.tolist() == [*range(300, 600), *range(900, 1200)]
+    assert (leader[follows] == follows % 300).all()
+
+
+def test_a_chain_of_steps_does_not_join_its_ends():
+    steps = np.array([0, 0b111, 0b111111, 0b111111111], np.uint64)  # 3 bits apart each, the ends 9
+    colours = np.tile(np.arange(192, dtype=np.uint8), (4, 1))
+    assert similarity.leaders(steps, colours).tolist() == [0, 0, 2, 2]
+
+
+def test_whoever_followed_a_picture_that_follows_another_now_is_judged_anew():
+    """1 and 2 are of one hash. 1 looks like 0, so it is no leader any more; 2 looks like 1, but not like 0."""
+    ramp = np.arange(192.0)
+    hashes = np.array([0, 1, 1], np.uint64)
+    colours = np.stack((ramp, ramp + 24 * (ramp > 170), ramp + 24 * (ramp > 170) + 24 * (ramp < 20))).astype(np.uint8)
+    assert similarity.same_colours(colours, np.array([0, 1]), np.array([1, 2])).all()
+    assert not similarity.same_colours(colours, np.array([0]), np.array([2])).any()
+    assert similarity.leaders(hashes, colours).tolist() == [0, 0, 2]
+
+
+def test_thousands_of_one_hash_and_different_colours_end_soon():
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 256, (5000, 192), dtype=np.uint8)
+    colours[4000:] = colours[:1000]
+    leader = similarity.leaders(np.zeros(5000, np.uint64), colours)
+    assert leader[4000 : 4000 + similarity.LEADERS].tolist() == list(range(similarity.LEADERS))
+    assert (leader[similarity.LEADERS : 4000] == np.arange(similarity.LEADERS, 4000)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: (image, "JPEG", {"quality": 70}),
+        lambda image: (image, "BMP", {}),
+        lambda image: (image.resize((384, 256), Image.Resampling.BICUBIC), "PNG", {}),
+        lambda image: (image.resize((96, 64), Image.Resampling.LANCZOS), "WEBP", {"quality": 85}),
+    ],
+    ids=["jpeg", "bmp", "twice", "half, webp"],
+)
+def test_the_same_picture_in_another_file_is_alike_and_others_are_not(change):
+    """Pictures with the spectrum of photos: amplitudes fall as 1 / frequency."""
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(192), np.fft.fftfreq(128)))
+    frequency[0, 0] = 1
+    seen, changed = [], []
+    for seed in range(20):
+        noise = np.random.default_rng(seed).standard_normal((3, 128, 192))
+        pixels = np.fft.ifft2(np.fft.fft2(noise) / frequency).real
+        pixels = 128 + 45 * pixels / pixels.std()
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        for kept, (made, kind, options) in ((seen, (image, "PNG", {})), (changed, change(image))):
+            held = io.BytesIO()
+            made.save(held, kind, **options)
+            kept.append(look(held.getvalue(), "", CONFIG))
+    every = seen + changed
+    hashes = np.array([one.hash for one in every], np.uint64)
+    colours = np.stack([np.frombuffer(one.colours, np.uint8) for one in every])
+    assert {tuple(pair) for pair in similarity.pairs(hashes, colours).tolist()} == {
+        (row, row + 20) for row in range(20)
+    }

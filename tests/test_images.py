@@ -1,0 +1,68 @@
+"""Grids, PNG files that remember their settings, animations."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera.errors import TesseraError
+from tessera.images import grid, read_settings, save_gif, save_png
+
+
+def pictures(count, height, width, channels):
+    return np.random.default_rng(0).integers(0, 255, (count, height, width, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_places_row_by_row_with_white_between(channels):
+    some = pictures(5, 2, 3, channels)
+    sheet = grid(some, columns=2, gap=1, zoom=1)
+    assert sheet.shape == (3 * 2 + 2, 2 * 3 + 1, channels)
+    expected = np.full(sheet.shape, 255, np.uint8)
+    for index, (top, left) in enumerate([(0, 0), (0, 4), (3, 0), (3, 4), (6, 0)]):
+        expected[top : top + 2, left : left + 3] = some[index]
+    assert np.array_equal(sheet, expected)
+
+
+def test_grid_zooms_by_repeating_pixels():
+    some = pictures(2, 2, 2, 1)
+    sheet = grid(some, columns=2, gap=0, zoom=3)
+    assert np.array_equal(sheet[::3, ::3], grid(some, columns=2, gap=0))
+    assert np.array_equal(sheet, np.kron(sheet[::3, ::3, 0], np.ones((3, 3), np.uint8))[..., None])
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_png_holds_every_pixel_and_its_settings(tmp_path, channels, mode):
+    (picture,) = pictures(1, 5, 7, channels)
+    settings = {"seed": 3, "class": "émeu", "guidance": 1.5, "sampler": {"kind": "ddim"}}
+    save_png(tmp_path / "deep" / "a.png", picture, settings)
+    with Image.open(tmp_path / "deep" / "a.png") as image:
+        assert image.mode == mode
+        assert np.array_equal(np.asarray(image).reshape(picture.shape), picture)
+    assert read_settings(tmp_path / "deep" / "a.png") == settings
+
+
+def test_a_png_without_settings_says_so(tmp_path):
+    save_png(tmp_path / "a.png", pictures(1, 4, 4, 3)[0])
+    assert read_settings(tmp_path / "a.png") is None
+    Image.new("RGB", (2, 2)).save(tmp_path / "b.jpg")
+    assert read_settings(tmp_path / "b.jpg") is None
+
+
+def test_gif_loops_and_holds_its_last_frame(tmp_path):
+    frames = [np.full((4, 6, 1), value, np.uint8) for value in (0, 100, 200)]
+    save_gif(tmp_path / "a.gif", frames, milliseconds=50, hold=900)
+    with Image.open(tmp_path / "a.gif") as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (3, (6, 4), 0)
+        durations, values = [], []
+        for index in range(3):
+            image.seek(index)
+            durations.append(image.info["duration"])
+            values.append(int(np.asarray(image.convert("L"))[0, 0]))
+    assert durations == [50, 50, 900]
+    assert values == [0, 100, 200]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TesseraError, match="cannot write"):
+        save_png(tmp_path / "file" / "a.png", pictures(1, 4, 4, 3)[0])
