@@ -27,7 +27,7 @@ from tessera.generation import pipeline
 from tessera.interop.diffusers import to_diffusers, transformer_of
 from tessera.sampling import DPMSolver, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import Trailing, times
+from tessera.sampling.timesteps import Trailing, timestep_grid
 
 GUIDANCE = 4.0
 
@@ -108,14 +108,14 @@ def main() -> None:
     for name in (options.model, "none"):
         for batch in map(int, options.batches.split(",")):
             classes, seeds = [(7 * i) % 1000 for i in range(batch)], list(range(batch))
-            start, label = next(pipeline.walk(model, classes, seeds, steps=options.steps)).x, torch.tensor(classes)
+            start, label = next(pipeline.generate_steps(model, classes, seeds, steps=options.steps)).x, torch.tensor(classes)
 
             def draw(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
                 if name != "none":
-                    *_, last = pipeline.walk(model, classes, seeds, steps=options.steps)
+                    *_, last = pipeline.generate_steps(model, classes, seeds, steps=options.steps)
                     return last.x
-                denoise = Denoiser(silent, model.process, Condition(label=label), GUIDANCE)
-                visited = times(Trailing(), options.steps, model.process)
+                denoise = Denoiser(silent, model.diffusion, Condition(label=label), GUIDANCE)
+                visited = timestep_grid(Trailing(), options.steps, model.diffusion)
                 *_, last = loop(DPMSolver(), denoise, start, visited, lambda: start)
                 return last.x
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from tessera import randomness
-from tessera.codecs.resolve import named
-from tessera.data.resolve import named as named_data
+from tessera.codecs.resolve import resolve_codec
+from tessera.data.resolve import resolve_data as named_data
 from tessera.evaluation.features import extractor
 from tessera.evaluation.reconstruction import Reconstruction, reconstruct
 from tessera.training.codec import HELD_OUT, FitConfig
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("codec")
     parser.add_argument("folder", type=Path, nargs="?")
     asked = parser.parse_args()
-    codec = named(asked.codec).build()
+    codec = resolve_codec(asked.codec).build()
     print("| pictures | size | PSNR, dB | SSIM | FD (shapes, at 32 x 32) | latents: mean, standard deviation |")
     print("|---|---|---|---|---|---|")
     if asked.what == "emoji":

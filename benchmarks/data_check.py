@@ -45,7 +45,7 @@ def looked(data: Path, workers: int) -> tuple[int, float, float]:
     return int(told[0]), float(told[1]), float(told[2])
 
 
-def synthetic(count: int, folder: Path) -> check.Asked:
+def synthetic(count: int, folder: Path) -> check.CheckRequest:
     """Parts as they would be of so many images, without the images: 1 % copies and 1 % near copies, evenly spread."""
     import pyarrow as pa
 
@@ -70,7 +70,7 @@ def synthetic(count: int, folder: Path) -> check.Asked:
         same = np.where(rows >= count - hundredth, rows - count + hundredth, rows)
         alike = np.where(rows >= count - 2 * hundredth, (rows - count + 2 * hundredth) % hundredth, rows)
         colours = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
-        plain = scan.Seen("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
+        plain = scan.SampleStats("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
         columns = {name: [value] * len(rows) for name, value in vars(plain).items()}
         columns["name"] = [f"{row % 1000:03d}/{row:08d}.jpg" for row in rows.tolist()]
         columns["digest"] = [int(row).to_bytes(32, "little") for row in same]
@@ -79,7 +79,7 @@ def synthetic(count: int, folder: Path) -> check.Asked:
         path = str(scan.part_path(folder / "out/parts", part))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, made.schema) as writer:
             writer.write_table(made)
-    return check.Asked(str(folder / "index.parquet"), folder / "out")
+    return check.CheckRequest(str(folder / "index.parquet"), folder / "out")
 
 
 def told(count: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ def told(count: int) -> dict[str, float]:
 def tell(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
-    done = check.tell(check.Asked(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet")
+    done = check.report_findings(check.CheckRequest(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet")
     seconds = time.perf_counter() - began
     found = {finding.kind: finding.count for finding in done.findings}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -20,11 +20,11 @@ import torch
 from tessera import bundle
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.demo import spread
-from tessera.evaluation.toy.digit_classifier import DigitJudge
+from tessera.evaluation.toy.digit_classifier import DigitClassifier
 from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.yaml"
 EACH = 50
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("variants", nargs="*", default=VARIANTS)
     options = parser.parse_args()
-    judge, real = DigitJudge(), DigitsSource(DigitsConfig())
+    judge, real = DigitClassifier(), DigitsSource(DigitsConfig())
     each_real = [real.images[real.labels == digit] for digit in range(10)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
     print(f"judge on unseen real digits {judge.ceiling:.1%}; spread of real digits {mean_spread(each_real):.2f}\n")
@@ -60,7 +60,7 @@ def main() -> None:
             settings += [f"training.sample_every={every}", f"training.checkpoint_every={every}", *variant.split()]
             began = time.monotonic()
             with contextlib.redirect_stderr(io.StringIO()):
-                folder = loop.train(read(RECIPE, settings))
+                folder = loop.train(read_recipe(RECIPE, settings))
             seconds = time.monotonic() - began
             model = bundle.load(bundle.checkpoints(folder)[0])
             loss = read_log(folder)[-1]["loss"]

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from tessera.evaluation import distances
-from tessera.evaluation.intervals import Z95, Measured
+from tessera.evaluation.intervals import Z95, Estimate
 from tessera.evaluation.moments import Moments
 
 NEAR, FAR = (0.1, 0.05), (0.6, 0.4)  # (how much of the covariance is another one, shift in deviations)
@@ -109,14 +109,14 @@ def simulate(width: int, count: int, data: str, apart: tuple[float, float], repe
             for one, other in (halves, halves[::-1])
         ]
         append(fd, "FD: delta*", own)
-        append(fd, "cross", Measured.normal(own.value, float(np.hypot(*cross))))
+        append(fd, "cross", Estimate.normal(own.value, float(np.hypot(*cross))))
         if len(left):
-            append(fd, "jackknife", Measured.normal(own.value, float(np.sqrt(19 * left.var()))))
+            append(fd, "jackknife", Estimate.normal(own.value, float(np.sqrt(19 * left.var()))))
         if count >= max(4 * width, 80):
             append(fd_inf, "FD∞: parabola*", distances.frechet_infinity(rows, reference, seed))
-            append(fd_inf, "line, jackknife", Measured.normal(20 * own.value - 19 * left.mean(), error))
+            append(fd_inf, "line, jackknife", Estimate.normal(20 * own.value - 19 * left.mean(), error))
             line = [np.mean([distance(Moments.of(part)) for part in np.array_split(rows, n)]) for n in (1, 2, 3, 4)]
-            append(fd_inf, "line, n to n/4", Measured.normal(float(np.polyfit((1, 2, 3, 4), line, 1)[1]), error))
+            append(fd_inf, "line, n to n/4", Estimate.normal(float(np.polyfit((1, 2, 3, 4), line, 1)[1]), error))
         real = DATA[data](numbers, count, width) @ np.linalg.cholesky(reference.cov).T
         kid.append(distances.kernel_distance(rows[:500], real[:500]))
     mean_fd = np.mean([each.value for each in fd["FD: delta*"]])
@@ -141,11 +141,11 @@ def torch_moments(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(moments.mean), torch.from_numpy(moments.cov)
 
 
-def append(found: dict[str, list[Measured]], name: str, measured: Measured) -> None:
+def append(found: dict[str, list[Estimate]], name: str, measured: Estimate) -> None:
     found.setdefault(name, []).append(measured)
 
 
-def held(found: list[Measured], target: float) -> str:
+def held(found: list[Estimate], target: float) -> str:
     return f"{100 * np.mean([each.low <= target <= each.high for each in found]):.0f}"
 
 

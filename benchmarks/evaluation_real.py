@@ -19,9 +19,9 @@ from PIL import Image, ImageFilter
 from tessera.data import FilesConfig
 from tessera.evaluation import suite
 from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor, moments_of
-from tessera.evaluation.intervals import Measured
-from tessera.evaluation.sources import Data, Shard
-from tessera.runtime import Ranks
+from tessera.evaluation.intervals import Estimate
+from tessera.evaluation.sources import Data, ImageShard
+from tessera.runtime import Distributed
 
 COUNT = 9000  # of each copy: the test set without one class holds no more
 MISSING = 3  # the class that is left out: cats
@@ -38,10 +38,10 @@ class Changed(Data):
     def plan(self):
         return super().plan | {"changed": self.name}
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         shard = super().shard(index)
         changed = [self.change(picture, int(row)) for picture, row in zip(shard.pictures, shard.row)]
-        return Shard(np.stack(changed), shard.row, shard.label)
+        return ImageShard(np.stack(changed), shard.row, shard.label)
 
 
 def blurred(radius: float) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -71,7 +71,7 @@ def rows(features: FeatureSet, chosen: np.ndarray) -> FeatureSet:
     )
 
 
-def shown(measured: Measured) -> str:
+def shown(measured: Estimate) -> str:
     return f"{measured.value:.4g} ({measured.low:.4g} to {measured.high:.4g})"
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         return FilesConfig(path=str(asked.data / f"{split}.parquet"), size=(32, 32))
 
     def look(subject: Data, name: str) -> FeatureSet:
-        return extract(subject, network, work / name, Ranks(), batch=250)
+        return extract(subject, network, work / name, Distributed(), batch=250)
 
     train, test = look(Data(config("train")), "train"), look(Data(config("test")), "test")
     assert test.label is not None
@@ -115,7 +115,7 @@ def main() -> None:
     for name, scores in found.items():
         kid = scores["kid"]
         cells = [shown(scores["fd"]), shown(scores["fd_inf"])]
-        cells.append(shown(Measured(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
+        cells.append(shown(Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
         cells += [f"{scores[key].value:.3f}" for key in ("precision", "recall", "density", "coverage")]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
@@ -126,7 +126,7 @@ def main() -> None:
         cells = [shown(suite.METRICS["fd"].measure(few, train)["fd"])]
         enough = count >= 4 * few.rows["pool"].shape[1]
         cells.append(shown(suite.METRICS["fd_inf"].measure(few, train)["fd_inf"]) if enough else "too few")
-        cells.append(shown(Measured(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
+        cells.append(shown(Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
         print(f"| {count:,} | " + " | ".join(cells) + " |")
 
 

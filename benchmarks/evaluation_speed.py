@@ -28,7 +28,7 @@ from tessera.evaluation.features import Extractor, extract
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.sources import Npz
 from tessera.evaluation.toy import feature_network
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 
 CPU = torch.device("cpu")
 BATCH = 50
@@ -102,7 +102,7 @@ def extractors(device: torch.device) -> None:
 
 def _anew(subject: Npz, network: Extractor, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    extract(subject, network, folder, Ranks())
+    extract(subject, network, folder, Distributed())
 
 
 class Fast(nn.Module):
@@ -127,7 +127,7 @@ def _score(path: str, folder: str, count: int, told) -> None:
     network(pictures(50, 64), 50)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    found = extract(Npz(Path(path), count), network, Path(folder), Ranks())
+    found = extract(Npz(Path(path), count), network, Path(folder), Distributed())
     frechet_distance(
         found.moments["pool"].mean, found.moments["pool"].cov, found.moments["pool"].mean, found.moments["pool"].cov
     )

@@ -55,7 +55,7 @@ def inject(fault: str) -> None:
 
     name, rank, size = (*fault.split(":"), "0", "0")[:3]
     bad = (BAD - 1) * BATCH
-    prepare, train_step = step.prepare, loop.train_step
+    prepare, train_step = step.prepare_batch, loop.train_step
 
     def spoilt(batch, task, device):
         """One sample of one batch, so that of two processes one alone meets it."""
@@ -78,7 +78,7 @@ def inject(fault: str) -> None:
         return train_step(learner, batch, *rest)
 
     if name in ("nan", "spike"):
-        step.prepare = spoilt
+        step.prepare_batch = spoilt
     else:
         loop.train_step = {"damage": damaged, "ruin": damaged, "limit": limited}[name]
 

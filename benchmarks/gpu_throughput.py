@@ -19,20 +19,20 @@ import time
 import torch
 
 from tessera import runtime
-from tessera.acceleration.activation_checkpointing import What, recompute
-from tessera.acceleration.compilation import How, compiled
+from tessera.acceleration.activation_checkpointing import CheckpointingMode, checkpoint_activations
+from tessera.acceleration.compilation import CompileMode, compiled
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.generation import pipeline
 from tessera.models.dit import DiT, DiTConfig
-from tessera.training.ema import Average
-from tessera.training.objective import Task
-from tessera.training.optimizers import Adam, Muon
-from tessera.training.parallel import Team
-from tessera.training.recipe import EMA
-from tessera.training.step import Learner, Tally, train_step
+from tessera.training.ema import EMA
+from tessera.training.objective import TrainingObjective
+from tessera.training.optimizers import AdamWConfig, MuonConfig
+from tessera.training.parallel import ParallelContext
+from tessera.training.recipe import EMAConfig
+from tessera.training.step import TrainState, MetricAccumulator, train_step
 
 DATA_SHEET = 989e12
 
@@ -73,26 +73,26 @@ def train(told: argparse.Namespace, device: torch.device) -> None:
 
 
 def training_rate(
-    network: DiT, told: argparse.Namespace, how: How, what: What, micro: int, dtype: torch.dtype | None
+    network: DiT, told: argparse.Namespace, how: CompileMode, what: CheckpointingMode, micro: int, dtype: torch.dtype | None
 ) -> float:
     """Images a second of whole training steps: forward, backward, optimizer, EMA."""
-    device, classes = next(network.parameters()).device, network.config.classes
-    config = Adam() if told.optimizer == "adamw" else Muon()
-    average = Average(network, EMA())
-    recompute(network, what)
+    device, classes = next(network.parameters()).device, network.config.num_classes
+    config = AdamWConfig() if told.optimizer == "adamw" else MuonConfig()
+    average = EMA(network, EMAConfig())
+    checkpoint_activations(network, what)
     torch._dynamo.reset()  # a fresh compilation for each size
     forward, reason = compiled(network, how)
     if reason is not None:
         sys.exit(f"cannot compile here: {reason}")
-    learner = Learner(network, forward, config.build(network), config, Team())
-    learner.optimizer.register_step_pre_hook(lambda *_: average.settle())
+    learner = TrainState(network, forward, config.build(network), config, ParallelContext())
+    learner.optimizer.register_step_pre_hook(lambda *_: average.synchronize())
     # The codec is the identity, as on cached latents: the autoencoder is no part of the step.
-    task = Task(GaussianConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
+    task = TrainingObjective(GaussianDiffusionConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
     batch = micro * told.rounds
     pixels = torch.randint(0, 256, (batch, 4, 32, 32), dtype=torch.uint8)
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels
     label = torch.randint(0, classes, (batch,))
-    tally = Tally()
+    tally = MetricAccumulator()
 
     def step(number: int) -> None:
         drawn = Batch(pixels, label, torch.arange(batch) + number * batch)
@@ -101,13 +101,13 @@ def training_rate(
 
     for warm in range(3):
         step(warm)
-    runtime.synchronise(device)
+    runtime.synchronize(device)
     began, done = time.perf_counter(), 0
     while time.perf_counter() - began < told.seconds:
         for _ in range(5 if device.type == "cuda" else 1):
             step(3 + done)
             done += 1
-        runtime.synchronise(device)
+        runtime.synchronize(device)
     return done * batch / (time.perf_counter() - began)
 
 
@@ -116,7 +116,7 @@ def sample(model: str, batch: int, device: torch.device) -> None:
     print("|---|---|---|---|---|---|---|")
     config = DiTConfig.model_validate({"preset": model})
     network = config.build().to(device).eval()
-    described = BundleConfig(network=config, process=GaussianConfig(), codec=PixelsConfig())
+    described = BundleConfig(network=config, diffusion=GaussianDiffusionConfig(), codec=PixelsConfig())
     eager, whole = Model(described, network), Model(described, torch.compile(network))
     for sampler, steps in (("ddim", 20), ("ddim", 50), ("ancestral", 250)):
         for guidance in (1.0, 4.0):
@@ -136,10 +136,10 @@ def sample(model: str, batch: int, device: torch.device) -> None:
 def drawing_seconds(model: Model, batch: int, settings: dict) -> float:
     """Seconds to draw one batch of latents."""
     began = time.perf_counter()
-    classes = [row % model.config.network.classes for row in range(batch)]
-    for _ in pipeline.walk(model, classes, list(range(batch)), **settings):
+    classes = [row % model.config.network.num_classes for row in range(batch)]
+    for _ in pipeline.generate_steps(model, classes, list(range(batch)), **settings):
         pass
-    runtime.synchronise(model.device)
+    runtime.synchronize(model.device)
     return time.perf_counter() - began
 
 

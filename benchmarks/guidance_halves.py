@@ -22,8 +22,8 @@ WIDTHS, SIDES = (192, 384), (4, 8, 16)  # of the network; of the token grid: 16,
 def halves(network: DiT, batch: int) -> tuple[Callable, Callable]:
     """The two ways to the same numbers, as functions without arguments."""
     config = network.config
-    x, t = torch.randn(batch, config.channels, *config.size), torch.full((batch,), 500.0)
-    told = Condition(label=torch.arange(batch) % config.classes)
+    x, t = torch.randn(batch, config.in_channels, *config.input_size), torch.full((batch,), 500.0)
+    told = Condition(label=torch.arange(batch) % config.num_classes)
     untold = told.null()
     both = Condition.cat((told, untold))
 
@@ -61,7 +61,7 @@ def main() -> None:
     for width in WIDTHS:
         for side in SIDES:
             torch.manual_seed(0)
-            network = DiT(DiTConfig(size=(2 * side, 2 * side), depth=6, width=width, heads=width // 64, classes=10))
+            network = DiT(DiTConfig(input_size=(2 * side, 2 * side), depth=6, hidden_size=width, num_heads=width // 64, num_classes=10))
             for batch in map(int, asked.batches.split(",")):
                 works = halves(network.eval(), batch)
                 for one, other in zip(works[0](), works[1]()):

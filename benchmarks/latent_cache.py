@@ -34,13 +34,13 @@ from PIL import Image
 from tessera.codecs import AutoencoderConfig, Codec
 from tessera.data import FilesConfig
 from tessera.data.cache import Cache
-from tessera.data.images import Source
+from tessera.data.images import Dataset
 from tessera.data.latents import LatentsSource
 
 BATCH = 256
 
 
-class Noise(Source):
+class Noise(Dataset):
     """So many pictures of noise, of which 64 differ."""
 
     class_names = tuple(map(str, range(1000)))
@@ -95,7 +95,7 @@ def memory() -> dict[str, int]:
 def write(out: Path, count: int, side: int, channels: int, flip: bool) -> None:
     """A finished cache of synthetic latents; prints seconds and memory."""
     began = time.perf_counter()
-    config = FilesConfig(path="synthetic", size=(2 * side, 2 * side), flip=flip)
+    config = FilesConfig(path="synthetic", size=(2 * side, 2 * side), hflip=flip)
     source = Noise(count, 2 * side)
     cache = Cache(out, config, source, AutoencoderConfig(source="synthetic"), Pooling(channels))
     cache.begin()

@@ -135,11 +135,11 @@ def _scaled(line: str, rate: float) -> str:
 
 def recipe_of(data: str, told: list[str]):
     """The recipe with overrides, its sizes filled in."""
-    from tessera.training.recipe import pixels_like_data, read, resolve
+    from tessera.training.recipe import pixels_like_data, read_recipe, resolve_recipe
 
     settings = [line for line in told if not line.startswith("output")]
-    recipe = pixels_like_data(read(RECIPES / SETTINGS[data].recipe, settings))
-    return resolve(recipe, recipe.data.open().class_names, recipe.codec.build())
+    recipe = pixels_like_data(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
+    return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
 def folder(data: str, member: str, seed: int) -> str:
@@ -149,13 +149,13 @@ def folder(data: str, member: str, seed: int) -> str:
 
 def run(data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int]) -> None:
     from tessera.training import loop
-    from tessera.training.recipe import read
+    from tessera.training.recipe import read_recipe
 
     jobs = [(seed, member) for seed in seeds for member in members]  # all members of a seed before the next seed
     for number, (seed, member) in enumerate(jobs):
         if number % shard[1] == shard[0]:
             print(f"--- {member}, seed {seed}", flush=True)
-            loop.train(read(RECIPES / SETTINGS[data].recipe, overrides(data, member, seed, out)))
+            loop.train(read_recipe(RECIPES / SETTINGS[data].recipe, overrides(data, member, seed, out)))
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ import torch
 
 from tessera import bundle, runtime
 from tessera.models.network import parameter_count
-from tessera.monitoring.logger import Journal
-from tessera.settings import parse
-from tessera.training.checkpoint.checkpoint import Place
+from tessera.monitoring.logger import MetricLogger
+from tessera.settings import validate
+from tessera.training.checkpoint.checkpoint import TrainerState
 from tessera.training.loop import Training
 from tessera.training.recipe import Recipe, TrainingConfig
-from tessera.training.run import prepare_folder, set_up
+from tessera.training.run import prepare_folder, build_run
 
 
 def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
@@ -40,9 +40,9 @@ def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
         "network": {"patch": 1, "width": width, "depth": depth, "heads": width // 64},
         "training": {"batch": batch, "device": "cpu", "keep_checkpoints": 1, "tensorboard": True},
     }
-    run = set_up(parse(Recipe, told, "the benchmark's recipe"))
+    run = build_run(validate(Recipe, told, "the benchmark's recipe"))
     prepare_folder(run)
-    return Training(run, Place(0, 0), Journal(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True))
+    return Training(run, TrainerState(0, 0), MetricLogger(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True))
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from tessera import runtime
-from tessera.planning.op_profiler import Stopwatch
+from tessera.planning.op_profiler import OpProfiler
 from tessera.planning.plan import Plan
 from tessera.planning.trace import Recorder
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.training import plan_recipe
 from tessera.training.recipe import Recipe
-from tessera.training.run import Run, set_up
+from tessera.training.run import TrainingRun, build_run
 from tessera.training.step import train_step
 
 DIGITS: dict[str, Any] = {
@@ -105,9 +105,9 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
     with tempfile.TemporaryDirectory() as folder:
         data = settings | {"output": f"{folder}/run"}
         data["training"] = data["training"] | {"device": device.type, "steps": 1000}
-        recipe = parse(Recipe, data, name)
+        recipe = validate(Recipe, data, name)
         before = planning(recipe, device, Path(folder) / "before")
-        run = set_up(recipe)
+        run = build_run(recipe)
         seconds, memory = measured(run, device, rounds)
         del run
         after = planning(recipe, device, Path(folder) / "after")
@@ -123,10 +123,10 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
 
 def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
     """Measured afresh."""
-    return plan_recipe.plan_of(recipe, device.type, stopwatch=Stopwatch(device, folder))
+    return plan_recipe.plan_of(recipe, device.type, stopwatch=OpProfiler(device, folder))
 
 
-def measured(run: Run, device: torch.device, rounds: int) -> tuple[float, int]:
+def measured(run: TrainingRun, device: torch.device, rounds: int) -> tuple[float, int]:
     """Median seconds of a step, and bytes: kept for the backward pass, or on a GPU allocated at the highest."""
     config, batches = run.recipe.training, run.loader.batches()
     taken = []
@@ -136,9 +136,9 @@ def measured(run: Run, device: torch.device, rounds: int) -> tuple[float, int]:
         for step in range(3 + rounds):
             batch = next(batches)  # read meanwhile, by other threads
             began = time.perf_counter()
-            train_step(run.learner, batch, run.task, config.batch, run.rounds)
-            run.average.update(step + 1)
-            runtime.synchronise(device)
+            train_step(run.state, batch, run.objective, config.global_batch_size, run.accumulation_steps)
+            run.ema.update(step + 1)
+            runtime.synchronize(device)
             taken.append(time.perf_counter() - began)
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else kept(run, next(batches))
     finally:
@@ -146,12 +146,12 @@ def measured(run: Run, device: torch.device, rounds: int) -> tuple[float, int]:
     return statistics.median(taken[3:]), memory
 
 
-def kept(run: Run, batch: Any) -> int:
+def kept(run: TrainingRun, batch: Any) -> int:
     """Bytes held for the backward pass at the end of the first forward pass of a step."""
     recorder, found = Recorder(), []
     saved: dict[int, torch.Tensor] = {}
-    forward = run.learner.forward
-    again = run.recipe.training.recompute != "none"
+    forward = run.state.forward
+    again = run.recipe.training.activation_checkpointing != "none"
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor
@@ -171,12 +171,12 @@ def kept(run: Run, batch: Any) -> int:
         saved.clear()
         return raw
 
-    object.__setattr__(run.learner, "forward", watched)
+    object.__setattr__(run.state, "forward", watched)
     if again:
         with recorder:
-            train_step(run.learner, batch, run.task, run.recipe.training.batch, run.rounds)
+            train_step(run.state, batch, run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
     else:
-        train_step(run.learner, batch, run.task, run.recipe.training.batch, run.rounds)
+        train_step(run.state, batch, run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
     return found[0]
 
 

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from tessera.acceleration.modulation_cache import Tabulated
+from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 
@@ -30,10 +30,10 @@ def network_of(name: str) -> DiT:
 @torch.no_grad()
 def compared(network: DiT, rows: int, seconds: float) -> tuple[float, list[float], int]:
     """Milliseconds of the table, of a call with it and of one without, and how many calls were timed."""
-    x = torch.randn(rows, network.config.channels, *network.config.size)
+    x = torch.randn(rows, network.config.in_channels, *network.config.input_size)
     times, label = torch.linspace(999, 0, STEPS), torch.arange(rows) % 3 - 1
     begun = time.perf_counter()
-    table = Tabulated(network, times, label, network.grid(x))
+    table = PrecomputedModulation(network, times, label, network.grid(x))
     made = 1000 * (time.perf_counter() - begun)
     taken: list[list[float]] = [[], []]
     end = time.perf_counter() + seconds
@@ -58,7 +58,7 @@ def main() -> None:
     for name in asked.models.split(","):
         network = network_of(name)
         for rows in map(int, asked.batches.split(",")):
-            size = Tabulated.size(network, STEPS, min(rows, 3)) / 2**20
+            size = PrecomputedModulation.size(network, STEPS, min(rows, 3)) / 2**20
             made, (looked_up, plain), calls = compared(network, rows, asked.seconds)
             facts = f"{size:.1f} | {made:.1f} | {looked_up:.2f} | {plain:.2f} | {plain / looked_up:.3f} | {calls}"
             print(f"| {name} | {rows} | {facts} |", flush=True)

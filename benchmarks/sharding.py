@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessera import runtime
-from tessera.settings import override, parse
+from tessera.settings import override, validate
 from tessera.training import parallel
 from tessera.training.recipe import Recipe
-from tessera.training.run import set_up
+from tessera.training.run import build_run
 from tessera.training.step import train_step
 
 LAYOUTS = [(1, 1), (2, 1), (2, "all"), (4, 1), (4, 2), (4, "all")]  # processes, and how many hold one copy
@@ -43,7 +43,7 @@ def recipe(shard: int | str, width: int, depth: int, batch: int) -> Recipe:
         "network": {"patch": 2, "width": width, "depth": depth, "heads": width // 64},
         "training": {"batch": batch, "shard": shard, "device": "cpu"},
     }
-    return parse(Recipe, override(told, []), "the benchmark's recipe")
+    return validate(Recipe, override(told, []), "the benchmark's recipe")
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
@@ -64,9 +64,9 @@ def resident() -> int:
 
 def measure(told: Recipe, steps: int) -> dict[str, int]:
     """Bytes that this process holds, by what they are."""
-    with runtime.ranks() as ranks:
-        run = set_up(told, ranks=ranks)
-        network, optimizer = run.network, run.learner.optimizer
+    with runtime.distributed_session() as ranks:
+        run = build_run(told, ranks=ranks)
+        network, optimizer = run.network, run.state.optimizer
         parameters = list(network.parameters())
         seen = {"parameters": sum(parameter.numel() for parameter in parameters), "gathered": 0}
         own = storages(parameters)
@@ -87,14 +87,14 @@ def measure(told: Recipe, steps: int) -> dict[str, int]:
         optimizer.register_step_pre_hook(count)
         Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
         for step in range(steps):
-            train_step(run.learner, run.loader.read(step * told.training.batch), run.task, told.training.batch)
-            run.average.update(step + 1)
+            train_step(run.state, run.loader.read(step * told.training.global_batch_size), run.objective, told.training.global_batch_size)
+            run.ema.update(step + 1)
         moments = [value for state in optimizer.state.values() for value in state.values()]
         return {
             **seen,
             "weights": sum(own.values()),
             "optimizer": size(moments),
-            "average": size(list(run.average.network.parameters())),
+            "average": size(list(run.ema.network.parameters())),
             "resident": resident(),
         }
 

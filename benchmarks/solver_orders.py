@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.diffusion import FlowConfig, GaussianConfig, Process
-from tessera.diffusion.gaussian import Cosine
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
+from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.solver import Solver
-from tessera.sampling.timesteps import Karras, Trailing, times
+from tessera.sampling.timesteps import Karras, Trailing, timestep_grid
 
-PROCESSES: dict[str, Process] = {
-    "Gaussian, linear": GaussianConfig().build(),
-    "Gaussian, cosine": GaussianConfig(schedule=Cosine()).build(),
-    "flow, linear": FlowConfig().build(),
-    "flow, trigonometric": FlowConfig(path="trigonometric").build(),
+PROCESSES: dict[str, DiffusionProcess] = {
+    "Gaussian, linear": GaussianDiffusionConfig().build(),
+    "Gaussian, cosine": GaussianDiffusionConfig(schedule=CosineBetas()).build(),
+    "flow, linear": FlowMatchingConfig().build(),
+    "flow, trigonometric": FlowMatchingConfig(path="trigonometric").build(),
 }
 MIXTURE, GAUSSIAN = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)], [(1.0, 0.5, 0.6)]  # weight, mean, standard deviation
 SOLVERS: list[tuple[str, Solver, str]] = [
@@ -53,7 +53,7 @@ COUNTS = (40, 80, 160)
 class Exact:
     """The best denoiser of a mixture of Gaussians, at any alpha and sigma."""
 
-    def __init__(self, process: Process, mixture: list[tuple[float, float, float]]) -> None:
+    def __init__(self, process: DiffusionProcess, mixture: list[tuple[float, float, float]]) -> None:
         self.process = process
         self.weight, self.mean, self.std = torch.tensor(mixture, dtype=torch.float64).T
 
@@ -87,14 +87,14 @@ class Exact:
         return z * size[1]
 
 
-def inside(process: Process, count: int) -> Tensor:
+def inside(process: DiffusionProcess, count: int) -> Tensor:
     """Times even in log SNR from 0.9 to 0.1."""
     ends = torch.tensor([0.9, 0.1], dtype=torch.float64)
     ratio = (process.sigma(ends) / process.alpha(ends)).log()
-    return process.time_at(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
+    return process.time_from_nsr(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
 
 
-def spread(solver: Solver, process: Process, grid: Tensor) -> float:
+def spread(solver: Solver, process: DiffusionProcess, grid: Tensor) -> float:
     """The standard deviation of what is drawn from the Gaussian: one row holds the mean, one each what a noise adds."""
     _, mu, s = GAUSSIAN[0]
     x = torch.full((len(grid) + 1, 1, 1, 1), float(process.alpha(grid[:1])) * mu, dtype=torch.float64)
@@ -133,8 +133,8 @@ def main() -> None:
         for words, solver, order in SOLVERS:
             measured = slope(COUNTS, [error(solver, exact, inside(process, n), middle) for n in COUNTS])
             steps = [math.ceil((calls + 1) / 2) if solver.calls == 2 else calls for calls in CALLS]
-            few = [error(solver, exact, times(Trailing(), n, process), whole) for n in steps]
-            few.append(error(solver, exact, times(Karras(), steps[1], process), whole))
+            few = [error(solver, exact, timestep_grid(Trailing(), n, process), whole) for n in steps]
+            few.append(error(solver, exact, timestep_grid(Karras(), steps[1], process), whole))
             print(f"| {name} | {words} | {order} | {measured:.2f} | " + " | ".join(f"{one:.2g}" for one in few) + " |")
     print("\n| process | solver with noise | order | slope | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
     print("|---|---|---|---|" + "---|" * len(CALLS))
@@ -142,7 +142,7 @@ def main() -> None:
         for words, solver, order in NOISY:
             counts = (125, 250, 500)
             far, few = (
-                [abs(spread(solver, process, times(Trailing(), n, process)) / GAUSSIAN[0][2] - 1) for n in some]
+                [abs(spread(solver, process, timestep_grid(Trailing(), n, process)) / GAUSSIAN[0][2] - 1) for n in some]
                 for some in (counts, CALLS)
             )
             shown = " | ".join(f"{one:.1%}" for one in few)

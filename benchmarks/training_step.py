@@ -41,15 +41,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from tessera import randomness, runtime
 from tessera.acceleration.compilation import compiled
 from tessera.data import Batch
-from tessera.diffusion.gaussian import Gaussian, GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
 from tessera.training import objective
-from tessera.training.ema import Average
-from tessera.training.objective import Task
-from tessera.training.optimizers import Adam
-from tessera.training.parallel import Team
-from tessera.training.recipe import EMA
-from tessera.training.step import Learner, Tally, train_step
+from tessera.training.ema import EMA
+from tessera.training.objective import TrainingObjective
+from tessera.training.optimizers import AdamWConfig
+from tessera.training.parallel import ParallelContext
+from tessera.training.recipe import EMAConfig
+from tessera.training.step import TrainState, MetricAccumulator, train_step
 
 RATE, DECAY, DROPPED, STEPS, WARM_UP = 1e-4, 0.9999, 0.1, 1000, 3
 DIGITS = {"size": 8, "channels": 1, "outputs": 2, "classes": 10, "patch": 2, "width": 192, "depth": 6, "heads": 6}
@@ -66,8 +66,8 @@ def make_batch(config: DiTConfig, batch: int, number: int) -> Batch:
     """The number-th batch of made-up pictures."""
     generator = torch.Generator().manual_seed(number)
     return Batch(
-        torch.randint(0, 256, (batch, config.channels, *config.size), dtype=torch.uint8, generator=generator),
-        torch.randint(0, config.classes, (batch,), generator=generator),
+        torch.randint(0, 256, (batch, config.in_channels, *config.input_size), dtype=torch.uint8, generator=generator),
+        torch.randint(0, config.num_classes, (batch,), generator=generator),
         torch.arange(number * batch, (number + 1) * batch),
     )
 
@@ -76,16 +76,16 @@ class Ours:
     """Tessera's step, eager or compiled."""
 
     def __init__(self, network: DiT, way: str) -> None:
-        config = Adam(learning_rate=RATE)
-        self.average = Average(network, EMA(decay=DECAY))
+        config = AdamWConfig(learning_rate=RATE)
+        self.average = EMA(network, EMAConfig(decay=DECAY))
         forward, reason = compiled(network, "off" if way == "eager" else way)
         if reason:
             sys.exit(f"cannot compile here: {reason}")
-        self.network, self.learner = network, Learner(network, forward, config.build(network), config, Team())
-        self.tally = Tally()
-        self.task = Task(
-            process=GaussianConfig(steps=STEPS).build(), codec=Latents(), flip=False, label_dropout=DROPPED,
-            classes=network.config.classes, seed=0, dtype=None,
+        self.network, self.learner = network, TrainState(network, forward, config.build(network), config, ParallelContext())
+        self.tally = MetricAccumulator()
+        self.task = TrainingObjective(
+            diffusion=GaussianDiffusionConfig(num_timesteps=STEPS).build(), codec=Latents(), hflip=False, label_dropout=DROPPED,
+            num_classes=network.config.num_classes, seed=0, dtype=None,
         )  # fmt: skip
         self.steps = 0
 
@@ -94,7 +94,7 @@ class Ours:
         self.tally.add(told)
         self.steps += 1
         self.average.update(self.steps)
-        return told.numbers["loss"]
+        return told.values["loss"]
 
 
 class Plain:
@@ -121,7 +121,7 @@ class Plain:
             dropped = torch.rand(len(x0)) < DROPPED
         else:
             t, noise, dropped = drawn
-        label = torch.where(dropped, self.config.classes, batch.label)
+        label = torch.where(dropped, self.config.num_classes, batch.label)
         x = at(self.bars.sqrt(), t) * x0 + at((1 - self.bars).sqrt(), t) * noise
         told, fraction = self.network(x, timestep=t, class_labels=label).sample.chunk(2, dim=1)
         loss = ((told - noise) ** 2).mean() + self.bound(told.detach(), fraction, x0, x, t).mean()
@@ -183,11 +183,11 @@ def plain_of(model: str, embedders: str) -> Plain:
 
 def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """The random numbers of our step, as the plain loop takes them."""
-    place, process = batch.position, GaussianConfig(steps=STEPS).build()
-    t = process.draw_times(randomness.uniform(0, place, objective.TIME)[:, 0])
+    place, process = batch.position, GaussianDiffusionConfig(num_timesteps=STEPS).build()
+    t = process.sample_timesteps(randomness.uniform(0, place, objective.TIME)[:, 0])
     noise = randomness.normal(0, place, objective.NOISE, tuple(shape[1:]))
     dropped = randomness.uniform(0, place, objective.DROP)[:, 0] < DROPPED
-    return process.network_time(t).long(), noise, dropped
+    return process.model_time(t).long(), noise, dropped
 
 
 def work(told: argparse.Namespace, way: str, pipe: Connection) -> None:
@@ -298,7 +298,7 @@ def share_out(one: Ours, batch: int, repeats: int = 5) -> dict[str, float]:
     """CPU seconds of a step by group."""
     for name in ("uniform", "normal"):
         setattr(randomness, name, labelled("random numbers", getattr(randomness, name)))
-    Gaussian.loss = labelled("loss", Gaussian.loss)
+    GaussianDiffusion.loss = labelled("loss", GaussianDiffusion.loss)
     one.average.update = labelled("EMA", one.average.update)
     given = [make_batch(one.network.config, batch, number) for number in range(2 + repeats)]
     for each in given[:2]:

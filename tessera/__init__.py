@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tessera.errors import TesseraError as TesseraError
     from tessera.generation.pipeline import decode as decode
     from tessera.generation.pipeline import generate as generate
-    from tessera.generation.pipeline import walk as walk
+    from tessera.generation.pipeline import generate_steps as generate_steps
     from tessera.interop.load import load as load
 
 _PUBLIC = {  # imported when first used: `tessera --help` must not wait for torch
@@ -26,7 +26,7 @@ _PUBLIC = {  # imported when first used: `tessera --help` must not wait for torc
     "walk": "tessera.generation.pipeline",
 }
 
-__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "load", "save", "walk"]
+__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "load", "save", "generate_steps"]
 
 
 def __getattr__(name: str):

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessera.codecs import AnyCodec, Codec, StoredConfig
-from tessera.diffusion import AnyProcess, Process
+from tessera.diffusion import AnyDiffusionConfig, DiffusionProcess
 from tessera.errors import TesseraError, listed
-from tessera.files import whole_folder
+from tessera.files import atomic_folder
 from tessera.models import AnyNetwork, Network
 from tessera.models.network import parameter_count
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, parse
+from tessera.settings import Settings, validate
 
 CONFIG, WEIGHTS, CARD, CODEC, AVERAGES = "config.json", "model.safetensors", "README.md", "codec", "ema"
 DECAY = "EMA decay"  # the word in `origin` that tells which average the weights are
@@ -39,7 +39,7 @@ class BundleConfig(Settings):
 
     format: Literal[1] = 1
     network: AnyNetwork
-    process: AnyProcess
+    diffusion: AnyDiffusionConfig
     codec: AnyCodec
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
@@ -56,9 +56,9 @@ class Model:
     loaded_codec: Codec | None = None
 
     @cached_property
-    def process(self) -> Process:
+    def diffusion(self) -> DiffusionProcess:
         seen = self.config.network
-        return self.config.process.resolved(seen.channels, seen.size).build()
+        return self.config.diffusion.resolved(seen.in_channels, seen.input_size).build()
 
     @property
     def codec(self) -> Codec:
@@ -74,7 +74,7 @@ class Model:
     @property
     def class_names(self) -> list[str]:
         """One name for each class; the numbers themselves where none were given."""
-        return list(self.config.class_names) or [str(i) for i in range(self.config.network.classes)]
+        return list(self.config.class_names) or [str(i) for i in range(self.config.network.num_classes)]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -88,7 +88,7 @@ def save(model: Model, folder: Path, codec_at: str | None = None) -> None:
     codec_at: where the codec stands already, relative to the bundle, if it is not to be copied.
     Raises TesseraError if the folder exists or cannot be written.
     """
-    with whole_folder(Path(folder)) as partial:
+    with atomic_folder(Path(folder)) as partial:
         write(model, partial, codec_at)
 
 
@@ -125,7 +125,7 @@ def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = N
     folder = Path(folder)
     config, weights = load_config(folder), folder / WEIGHTS
     if ema is not None:
-        kept = averages(folder, config)
+        kept = ema_weights(folder, config)
         if ema not in kept:
             known = ", ".join(map(str, kept)) or "weights of which it does not say how they were averaged"
             raise TesseraError(f"{folder} has no average of decay {ema}; it has {known}")
@@ -134,7 +134,7 @@ def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = N
     return assemble(config, read_tensors(weights), str(folder), device)
 
 
-def averages(folder: Path, config: BundleConfig) -> dict[float, Path]:
+def ema_weights(folder: Path, config: BundleConfig) -> dict[float, Path]:
     """The averages of the weights that a bundle holds, by decay; the one that it draws with first."""
     own = config.origin.get(DECAY)
     kept = {} if own is None else {float(own): folder / WEIGHTS}
@@ -149,7 +149,7 @@ def load_config(folder: Path) -> BundleConfig:
         raise TesseraError(f"cannot read {folder / CONFIG}: {error}") from None
     if isinstance(data, dict) and data.get("format", 1) != 1:
         raise TesseraError(f"{folder} has bundle format {data['format']}; this Tessera reads format 1: upgrade Tessera")
-    config = parse(BundleConfig, data, str(folder / CONFIG))
+    config = validate(BundleConfig, data, str(folder / CONFIG))
     if isinstance(config.codec, StoredConfig) and config.codec.source.startswith(("./", "../")):
         here = str((folder / config.codec.source).resolve())
         config = config.model_copy(update={"codec": config.codec.model_copy(update={"source": here})})
@@ -218,18 +218,18 @@ def weights_hash(network: nn.Module) -> str:
 def describe(model: Model) -> dict[str, str]:
     """The facts of a model, for the card and for `tessera info`."""
     config = model.config
-    network, process = config.network, config.process
-    height, width = network.size
-    classes = f"{network.classes} classes" if network.classes else "unconditional"
+    network, process = config.network, config.diffusion
+    height, width = network.input_size
+    classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
     codec = config.codec
     return {
-        "network": network.words(),
-        "sees": f"{network.channels} x {height} x {width}, {classes}",
+        "network": network.summary(),
+        "sees": f"{network.in_channels} x {height} x {width}, {classes}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, StoredConfig) else ""),
-        "process": process.words(),
+        "process": process.summary(),
         "parameters": f"{parameter_count(model.network):,}",
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
-        "draws with": config.sampling.words(),
+        "draws with": config.sampling.summary(),
     }
 
 
@@ -239,12 +239,12 @@ def card(model: Model) -> str:
     origin = "\n".join(f"- **{name}**: {value}" for name, value in model.config.origin.items()) or "- not recorded"
     classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
     network = model.config.network
-    example = "classes=[0], " if network.classes else ""
+    example = "classes=[0], " if network.num_classes else ""
     return f"""---
 library_name: tessera
 tags: [diffusion, {network.kind}]
 ---
-# A {network.title}
+# A {network.display_name}
 
 | | |
 |---|---|
@@ -258,7 +258,7 @@ tags: [diffusion, {network.kind}]
 
 ## How to draw from it
 ```
-tessera sample FOLDER {"--classes all " if network.classes else ""}--count 4
+tessera sample FOLDER {"--classes all " if network.num_classes else ""}--count 4
 ```
 ```python
 import tessera

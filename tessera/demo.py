@@ -9,13 +9,13 @@ import tessera
 from tessera import bundle, files, images
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.evaluation.intervals import wilson
-from tessera.evaluation.toy.digit_classifier import DigitJudge
+from tessera.evaluation.toy.digit_classifier import DigitClassifier
 from tessera.generation import pipeline
-from tessera.monitoring.logger import clock, read_log
+from tessera.monitoring.logger import format_duration, read_log
 from tessera.training import loop
 from tessera.training.dry_run import dry_run
 from tessera.training.recipe import Recipe
-from tessera.training.recipe import read as read_recipe
+from tessera.training.recipe import read_recipe as read_recipe
 from tessera.training.run import RECIPE as RECIPE_OF_RUN
 
 RECIPE = "digits.yaml"
@@ -28,10 +28,10 @@ def run(out: Path, seconds: float = 120) -> float:
 
     An interrupted demo in the same folder goes on where it stopped. Raises TesseraError.
     """
-    judge = DigitJudge()
+    judge = DigitClassifier()
     recipe, estimate = _recipe(out, seconds)
     loop.train(recipe)
-    model = bundle.load(bundle.checkpoints(Path(recipe.output))[0])
+    model = bundle.load(bundle.checkpoints(Path(recipe.run_dir))[0])
     print(f"drawing {10 * JUDGED} digits to be judged", flush=True)
     asked = [digit for digit in range(10) for _ in range(JUDGED)]
     # Seeds apart from those of the grid, so that the score is of digits nobody has picked.
@@ -42,15 +42,15 @@ def run(out: Path, seconds: float = 120) -> float:
     images.save_png(out / "grid.png", images.grid(_enlarged(shown), 10, gap=4))
     frames = [
         images.grid(_enlarged(pipeline.decode(model, state.x)), 10, gap=4)
-        for state in pipeline.walk(model, list(range(10)), [0])
+        for state in pipeline.generate_steps(model, list(range(10)), [0])
     ]
     images.save_gif(out / "denoising.gif", frames, milliseconds=90)
-    _plot_loss(out / "loss.png", Path(recipe.output))
-    files.write_whole(out / "report.md", _report(recipe, model, estimate, judge, share, drawn))
+    _plot_loss(out / "loss.png", Path(recipe.run_dir))
+    files.atomic_write(out / "report.md", _report(recipe, model, estimate, judge, share, drawn))
     print(f"\n{_score(share, judge)}\n")
     for name in ("grid.png", "denoising.gif", "loss.png", "report.md"):
         print(out / name)
-    print(f"draw more:  tessera sample {recipe.output} --classes 3,7 --count 4")
+    print(f"draw more:  tessera sample {recipe.run_dir} --classes 3,7 --count 4")
     return share
 
 
@@ -70,11 +70,11 @@ def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
     steps = max(round(seconds / estimate.seconds_per_step), 20)
     recipe = read_recipe(recipes / RECIPE, [*here, f"training.steps={steps}"])
     told = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"
-    print(f"training a DiT of {estimate.parameters:,} parameters for about {clock(seconds)}: {told}", flush=True)
+    print(f"training a DiT of {estimate.parameters:,} parameters for about {format_duration(seconds)}: {told}", flush=True)
     return recipe, told
 
 
-def _score(share: float, judge: DigitJudge) -> str:
+def _score(share: float, judge: DigitClassifier) -> str:
     low, high = wilson(share, 10 * JUDGED)
     return (
         f"{share:.1%} of {10 * JUDGED} drawn digits are read as the digit that was asked for "
@@ -103,16 +103,16 @@ def _plot_loss(path: Path, folder: Path) -> None:
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    files.write_whole(path, buffer.getvalue())
+    files.atomic_write(path, buffer.getvalue())
 
 
 def _report(
-    recipe: Recipe, model: bundle.Model, estimate: str, judge: DigitJudge, share: float, drawn: np.ndarray
+    recipe: Recipe, model: bundle.Model, estimate: str, judge: DigitClassifier, share: float, drawn: np.ndarray
 ) -> str:
     learned, unseen = DigitsSource(DigitsConfig(split="model")), DigitsSource(DigitsConfig(split="ceiling"))
     real = learned.images.transpose(0, 2, 3, 1)
     facts = "\n".join(f"| {name} | {value} |" for name, value in bundle.describe(model).items())
-    records = read_log(Path(recipe.output))
+    records = read_log(Path(recipe.run_dir))
     rows = "\n".join(
         f"| {digit} | {judge.share(drawn[part], [digit] * JUDGED):.0%} | {spread(drawn[part]):.2f} | "
         f"{spread(real[learned.labels == digit]):.2f} |"
@@ -131,7 +131,7 @@ def _report(
 |---|---|
 {facts}
 
-Trained on {len(learned)} scans: {estimate}; batch {recipe.training.batch}, final loss {records[-1]["loss"]:.4f},
+Trained on {len(learned)} scans: {estimate}; batch {recipe.training.global_batch_size}, final loss {records[-1]["loss"]:.4f},
 tessera {tessera.__version__}. The recipe is in `run/recipe.yaml`.
 
 ## Digit by digit

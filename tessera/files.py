@@ -17,17 +17,17 @@ PARTIAL = ".partial"  # the ending of a folder or file that is being written
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to fill beside the target; it takes the target's name, on disk to the last byte, at the end.
 
     If anything fails the half-written folder is removed and the target is untouched. Raises TesseraError if the
     target exists and holds something.
     """
-    partial = start(target)
+    partial = begin(target)
     try:
         partial.mkdir(parents=True)
         yield partial
-        finish(partial, target)
+        commit(partial, target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
@@ -36,7 +36,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def start(target: Path) -> Path:
+def begin(target: Path) -> Path:
     """The place beside a target where it is to be made, with nothing there. TesseraError if the target exists."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TesseraError(f"{target} exists already: remove it or give another name")
@@ -45,17 +45,17 @@ def start(target: Path) -> Path:
     return partial
 
 
-def finish(partial: Path, target: Path) -> None:
+def commit(partial: Path, target: Path) -> None:
     """Push all of a folder to the disk, then give it its name. Raises OSError."""
     for path in sorted(partial.rglob("*")):
-        sync(path)
-    sync(partial)
+        fsync(path)
+    fsync(partial)
     partial.rename(target)  # replaces an empty folder
-    sync(target.parent)
+    fsync(target.parent)
 
 
 @contextmanager
-def whole_file(target: Path, writer: str = "") -> Iterator[Path]:
+def atomic_file(target: Path, writer: str = "") -> Iterator[Path]:
     """Yield the path of a file to write beside the target; it takes the target's name, on disk to the last byte, at the
     end. If anything fails it is removed and the target is untouched. Raises TesseraError if it cannot be written.
 
@@ -65,7 +65,7 @@ def whole_file(target: Path, writer: str = "") -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        sync(partial)
+        fsync(partial)
         partial.replace(target)
     except BaseException as error:
         with suppress(OSError):
@@ -75,9 +75,9 @@ def whole_file(target: Path, writer: str = "") -> Iterator[Path]:
         raise
 
 
-def write_whole(target: Path, data: bytes | str) -> None:
+def atomic_write(target: Path, data: bytes | str) -> None:
     """Write a file under another name, then rename it over the target. Raises TesseraError if that cannot be done."""
-    with whole_file(target) as partial:
+    with atomic_file(target) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
@@ -85,7 +85,7 @@ def write_array(target: Path, array: np.ndarray) -> None:
     """An .npy file, whole or absent. Raises TesseraError if it cannot be written."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    write_whole(target, buffer.getvalue())
+    atomic_write(target, buffer.getvalue())
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -107,7 +107,7 @@ class InUse(TesseraError):
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Make a folder if need be and hold it for one process at a time, where the system can.
 
     Raises TesseraError if it cannot be made, and InUse if another process holds it.
@@ -135,12 +135,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def wait_for_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """As `alone`, after waiting for whoever holds the folder; `waiting` is called once if so."""
     with ExitStack() as held:
         for tries in count():
             try:
-                held.enter_context(alone(folder))
+                held.enter_context(exclusive_lock(folder))
                 break
             except InUse:
                 if not tries:
@@ -149,7 +149,7 @@ def in_turn(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
         yield
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Push a file or folder to the disk, where the system can."""
     try:
         handle = os.open(path, os.O_RDONLY)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from tessera.files import write_whole
+from tessera.files import atomic_write
 
 KEY = "tessera"  # the PNG text chunk that holds the settings
 
@@ -45,10 +45,10 @@ def to_png(picture: np.ndarray, settings: dict[str, Any] | None = None) -> bytes
 
 def save_png(path: Path, picture: np.ndarray, settings: dict[str, Any] | None = None) -> None:
     """Write uint8 [H, W, C]; settings go into a text chunk, from which the picture can be made again."""
-    write_whole(path, to_png(picture, settings))
+    atomic_write(path, to_png(picture, settings))
 
 
-def no_wider(path: Path, width: int) -> bytes:
+def limit_width(path: Path, width: int) -> bytes:
     """A picture file as a PNG at most so many pixels wide. Raises OSError or ValueError if it cannot be read."""
     with Image.open(path) as image:
         shown = image.convert("L" if image.mode == "L" else "RGB")
@@ -84,4 +84,4 @@ def save_gif(path: Path, frames: list[np.ndarray], milliseconds: int = 60, hold:
     buffer = io.BytesIO()
     durations = [milliseconds] * (len(images) - 1) + [hold]
     images[0].save(buffer, format="gif", save_all=True, append_images=images[1:], duration=durations, loop=0)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())

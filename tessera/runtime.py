@@ -86,7 +86,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_MALLOPT_MMAP_MAX, 0)) and bool(mallopt(_MALLOPT_TRIM_THRESHOLD, -1))
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was asked of it, so that a clock reads true."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -101,10 +101,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(8):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         torch.mm(a, b)
-        synchronise(device)
+        synchronize(device)
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
     if device.type == "cuda":  # as if it had never been
         del a, b
@@ -114,36 +114,36 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Distributed:
     """The processes that share a task, one of them this one; started by torchrun, or alone."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process has come this far."""
         self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
         """What every process brings, in the order of ranks; values travel as pickles between processes of one task."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [value]
-        gathered: list[Any] = [None] * self.count
+        gathered: list[Any] = [None] * self.world_size
         distributed.all_gather_object(gathered, value)
         return gathered
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process says, for all."""
         return self.gather(value)[0]
 
 
 @contextmanager
-def ranks(device: torch.device | None = None) -> Iterator[Ranks]:
+def distributed_session(device: torch.device | None = None) -> Iterator[Distributed]:
     """Join the processes that torchrun started beside this one, if it did; one process alone needs no group.
 
     Small objects of the CPU are exchanged over gloo, whose patience is long: whoever is done first waits as long as the
@@ -151,7 +151,7 @@ def ranks(device: torch.device | None = None) -> Iterator[Ranks]:
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield Ranks()
+        yield Distributed()
         return
     backend = "gloo"
     if device is not None and device.type == "cuda":
@@ -163,7 +163,7 @@ def ranks(device: torch.device | None = None) -> Iterator[Ranks]:
         backend, timeout=patience, world_size=count, rank=rank, store=_fresh(store, rank, count)
     )
     try:
-        yield Ranks(rank, count)
+        yield Distributed(rank, count)
     finally:
         distributed.destroy_process_group()
 

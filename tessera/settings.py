@@ -60,7 +60,7 @@ def unknown(what: str, got: str, known: Any) -> str:
 S = TypeVar("S", bound=Settings)
 
 
-def parse(kind: type[S], data: Any, source: str) -> S:
+def validate(kind: type[S], data: Any, source: str) -> S:
     """Validate data into a settings class.
 
     Raises TesseraError that lists every fault with its dotted place, what was got and what was expected.

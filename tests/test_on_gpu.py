@@ -10,16 +10,16 @@ from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.data import Batch
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.generation import pipeline
 from tessera.models.dit import DiTConfig
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.training import loop
-from tessera.training.objective import Task
-from tessera.training.optimizers import Adam, Muon, orthogonalise
-from tessera.training.parallel import Team
+from tessera.training.objective import TrainingObjective
+from tessera.training.optimizers import AdamWConfig, MuonConfig, orthogonalize
+from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import Recipe
-from tessera.training.step import Learner, train_step
+from tessera.training.step import TrainState, train_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -36,7 +36,7 @@ def model() -> Model:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.03 * torch.randn_like(parameter))
-    return Model(BundleConfig(network=CONFIG, process=GaussianConfig(), codec=PixelsConfig(channels=3)), network)
+    return Model(BundleConfig(network=CONFIG, diffusion=GaussianDiffusionConfig(), codec=PixelsConfig(channels=3)), network)
 
 
 def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
@@ -58,13 +58,13 @@ def test_bfloat16_is_near_float32(model):
     assert float((rough.float() - exact).norm() / exact.norm()) < 0.03
 
 
-@pytest.mark.parametrize("config", [Adam(learning_rate=1e-3), Muon(learning_rate=1e-3)])
+@pytest.mark.parametrize("config", [AdamWConfig(learning_rate=1e-3), MuonConfig(learning_rate=1e-3)])
 def test_a_step_is_repeatable_on_the_gpu(config):
     def weights() -> list[torch.Tensor]:
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
-        task = Task(GaussianConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
-        learner = Learner(network, network, config.build(network), config, Team())
+        task = TrainingObjective(GaussianDiffusionConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
+        learner = TrainState(network, network, config.build(network), config, ParallelContext())
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -78,7 +78,7 @@ def test_a_step_is_repeatable_on_the_gpu(config):
 
 def test_orthogonal_on_the_gpu_as_on_the_processor():
     matrices = torch.randn(6, 128, 512, generator=torch.Generator().manual_seed(0))
-    here, there = orthogonalise(matrices, 5), orthogonalise(matrices.cuda(), 5, torch.bfloat16).cpu()
+    here, there = orthogonalize(matrices, 5), orthogonalize(matrices.cuda(), 5, torch.bfloat16).cpu()
     assert float((here - there).norm() / here.norm()) < 0.03
 
 
@@ -100,7 +100,7 @@ def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path, optimizer):
             "training": {"steps": steps, "batch": 16, "tensorboard": False, "device": "cuda", "sample_every": 1000}
             | {"optimizer": optimizer, "ema": {"also": [0.9]}},
         }
-        folder = loop.train(parse(Recipe, data, "the test's recipe"))
+        folder = loop.train(validate(Recipe, data, "the test's recipe"))
         (shard,) = (bundle.checkpoints(folder)[0] / "state").iterdir()
         return bundle.read_tensors(shard, "weights/")
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
 
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, by_kind, override, parse, read_yaml, unknown, write_yaml
+from tessera.settings import Settings, by_kind, override, validate, read_yaml, unknown, write_yaml
 
 
 class Round(Settings):
@@ -40,7 +40,7 @@ class Outer(Settings):
 
 def fault(data, kind=Outer) -> str:
     with pytest.raises(TesseraError) as caught:
-        parse(kind, data, "recipe.yaml")
+        validate(kind, data, "recipe.yaml")
     return str(caught.value)
 
 
@@ -141,24 +141,24 @@ def test_unknown(got, expected):
 
 
 def test_a_bare_kind_chooses_with_its_own_defaults():
-    assert parse(Outer, {"needed": 1, "shape": "square"}, "").shape == Square()
-    assert parse(Outer, {"needed": 1, "shape": {"kind": "square", "side": 3}}, "").shape == Square(side=3)
+    assert validate(Outer, {"needed": 1, "shape": "square"}, "").shape == Square()
+    assert validate(Outer, {"needed": 1, "shape": {"kind": "square", "side": 3}}, "").shape == Square(side=3)
     assert "unknown key 'radius'" in fault({"needed": 1, "shape": {"kind": "square", "radius": 3}})
 
 
 def test_the_kinds_of_the_core():
-    assert parse(GaussianConfig, {"schedule": "cosine"}, "").schedule.kind == "cosine"
-    assert parse(DiTConfig, {"block": "in-context"}, "").block.kind == "in-context"
-    assert parse(SamplingConfig, {"sampler": "ancestral"}, "").sampler.kind == "ancestral"
-    assert parse(SamplingConfig, {"sampler": {"kind": "ddim", "eta": 1}}, "").sampler.eta == 1
+    assert validate(GaussianDiffusionConfig, {"schedule": "cosine"}, "").schedule.kind == "cosine"
+    assert validate(DiTConfig, {"block": "in-context"}, "").block.kind == "in-context"
+    assert validate(SamplingConfig, {"sampler": "ancestral"}, "").sampler.kind == "ancestral"
+    assert validate(SamplingConfig, {"sampler": {"kind": "ddim", "eta": 1}}, "").sampler.eta == 1
 
 
 def test_a_preset_fills_in_and_gives_way():
-    config = parse(DiTConfig, {"preset": "DiT-B/4"}, "")
-    assert (config.depth, config.width, config.heads, config.patch) == (12, 768, 12, 4)
-    config = parse(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch": 8, "size": [16, 24]}, "")
-    assert (config.depth, config.width, config.heads, config.patch) == (3, 768, 12, 8)
-    assert config.size == (16, 24)
+    config = validate(DiTConfig, {"preset": "DiT-B/4"}, "")
+    assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (12, 768, 12, 4)
+    config = validate(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch": 8, "size": [16, 24]}, "")
+    assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (3, 768, 12, 8)
+    assert config.input_size == (16, 24)
     assert "preset" not in config.model_dump()
 
 
@@ -212,7 +212,7 @@ def test_another_kind_drops_the_fields_of_the_one_it_replaces():
     data = {"process": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "steps": 100}}
     for assignment in ("process.schedule.kind=cosine", "process.schedule=cosine"):
         process = override(data, [assignment])["process"]
-        assert parse(GaussianConfig, process, "").schedule.kind == "cosine"
+        assert validate(GaussianDiffusionConfig, process, "").schedule.kind == "cosine"
         assert process["steps"] == 100
 
 
@@ -252,22 +252,22 @@ def test_settings_survive_yaml(tmp_path):
     first = Outer(needed=3, inner=Inner(rate=1e-7, name="émeu: #1"), shape=Square(side=math.pi), sizes=())
     path = tmp_path / "recipe.yaml"
     path.write_text(write_yaml(first), encoding="utf-8")
-    assert parse(Outer, read_yaml(path), "") == first
+    assert validate(Outer, read_yaml(path), "") == first
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        DiTConfig(size=(16, 24), preset="DiT-S/8", block="cross-attention"),
-        GaussianConfig(schedule="cosine", prediction="v", variance="beta"),
-        SamplingConfig(sampler={"kind": "ddim", "eta": 0.3}, guidance=4.0, guidance_channels=3),
+        DiTConfig(input_size=(16, 24), preset="DiT-S/8", block="cross-attention"),
+        GaussianDiffusionConfig(schedule="cosine", prediction="v", variance="beta"),
+        SamplingConfig(sampler={"kind": "ddim", "eta": 0.3}, guidance_scale=4.0, guidance_channels=3),
     ],
     ids=lambda settings: type(settings).__name__,
 )
 def test_the_settings_of_the_core_survive_yaml(tmp_path, settings):
     path = tmp_path / "recipe.yaml"
     path.write_text(write_yaml(settings), encoding="utf-8")
-    assert parse(type(settings), read_yaml(path), "") == settings
+    assert validate(type(settings), read_yaml(path), "") == settings
 
 
 @pytest.mark.parametrize(

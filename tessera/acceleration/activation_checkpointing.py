@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from tessera.models.network import Network
 
-What = Literal["none", "selective", "blocks"]
+CheckpointingMode = Literal["none", "selective", "blocks"]
 
 aten = torch.ops.aten
 # What costs much to compute again: matrix products, convolutions, and attention in all the forms PyTorch chooses from.
@@ -35,7 +35,7 @@ KEPT = frozenset(
 )
 
 
-def recompute(network: Network, what: What) -> None:
+def checkpoint_activations(network: Network, what: CheckpointingMode) -> None:
     """Choose what the blocks of a network compute again in the backward pass; in place, and names of weights stay.
 
     blocks: everything; each block keeps its input alone, and the forward pass is paid for twice. selective: all but

@@ -11,12 +11,12 @@ import torch
 from tessera.models.network import Network
 from tessera.sampling.denoiser import Forward
 
-How = Literal["off", "blocks", "whole"]
+CompileMode = Literal["off", "blocks", "whole"]
 Sizes = Literal["fixed", "changing"]
 SIZES_OF_A_MAKE = 8  # of a batch, for which blocks are compiled
 
 
-def compiled(network: Network, how: How, sizes: Sizes = "fixed") -> tuple[Forward, str | None]:
+def compiled(network: Network, how: CompileMode, sizes: Sizes = "fixed") -> tuple[Forward, str | None]:
     """What to call in place of a network; and, where this machine cannot compile, why, in one line.
 
     blocks: in place and one by one; of those of one make (all of a DiT's) the first is compiled, and the others take
@@ -47,11 +47,11 @@ def compiled(network: Network, how: How, sizes: Sizes = "fixed") -> tuple[Forwar
 class Trial:
     """How long each way took, and which could not be taken."""
 
-    seconds: dict[How, float]
-    failed: dict[How, str]
+    seconds: dict[CompileMode, float]
+    failed: dict[CompileMode, str]
 
     @property
-    def best(self) -> How:
+    def best(self) -> CompileMode:
         """The quickest way."""
         return min(self.seconds, key=self.seconds.__getitem__)
 
@@ -76,9 +76,9 @@ def fastest(
     the machine does weighs on all alike; medians count. synchronise: wait for the device. A way that fails is passed
     over, but for the network as it is.
     """
-    failed: dict[How, str] = {}
-    ways: dict[How, tuple[Forward, _Calls]] = {}
-    for how in get_args(How):
+    failed: dict[CompileMode, str] = {}
+    ways: dict[CompileMode, tuple[Forward, _Calls]] = {}
+    for how in get_args(CompileMode):
         forward, reason = compiled(network, how)
         try:
             if reason is not None:
@@ -92,7 +92,7 @@ def fastest(
             if how == "off":
                 raise
             failed[how] = _first_line(error)
-    seconds: dict[How, list[float]] = {how: [] for how in ways}
+    seconds: dict[CompileMode, list[float]] = {how: [] for how in ways}
     for _ in range(rounds):
         for how, (forward, calls) in ways.items():
             _set_calls(network, calls)

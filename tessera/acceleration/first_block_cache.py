@@ -19,7 +19,7 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import NetworkConfig
 from tessera.sampling.caching import AnyCaching, FirstBlock
 
-Tell = Callable[[Tensor, Condition, tuple[int, int]], Context]
+EmbedCondition = Callable[[Tensor, Condition, tuple[int, int]], Context]
 
 
 def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
@@ -27,19 +27,19 @@ def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
     if isinstance(caching, FirstBlock) and not isinstance(network, DiTConfig):
         raise TesseraError(
             f"{caching.kind} caching reuses the residuals of a transformer's blocks, and this network is a "
-            f"{network.title}: set caching=none"
+            f"{network.display_name}: set caching=none"
         )
 
 
 @dataclass
-class Tally:
+class CacheStats:
     """Evaluations of one block for one row: how many were asked for, and how many of them computed."""
 
     asked: int = 0
     computed: int = 0
 
 
-class FirstBlockCaching:
+class FirstBlockCache:
     """network(x, t, condition) for one half of one drawing: its rows must stay the same from call to call.
 
     The error is controlled by one number: a row whose first residual has changed by `threshold` or more since all its
@@ -53,18 +53,18 @@ class FirstBlockCaching:
     """
 
     def __init__(
-        self, network: DiT, settings: FirstBlock, *, tell: Tell | None = None, tally: Tally | None = None
+        self, network: DiT, settings: FirstBlock, *, tell: EmbedCondition | None = None, tally: CacheStats | None = None
     ) -> None:
         self.network = network
         self.settings = settings
-        self.tell = tell or network.tell
-        self.tally = Tally() if tally is None else tally
+        self.tell = tell or network.embed_condition
+        self.tally = CacheStats() if tally is None else tally
         self._memory: _Memory | None = None
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] -> [B, O, H, W]"""
         network = self.network
-        tokens, context = network.enter(x, self.tell(t, condition, network.grid(x)))
+        tokens, context = network.embed_patches(x, self.tell(t, condition, network.grid(x)))
         first = network.blocks[0](tokens, context)
         change = first - tokens
         due = self._due(change)
@@ -79,7 +79,7 @@ class FirstBlockCaching:
                 computed = self._others(first[due], context.rows(due))
                 tokens = tokens.index_copy(0, due, computed)
                 self._memory.replace(due, change[due], computed - first[due], t[due])
-        return network.readout(tokens, context)
+        return network.head(tokens, context)
 
     def _due(self, change: Tensor) -> Tensor:
         """The rows whose blocks are to be computed: places, int64."""

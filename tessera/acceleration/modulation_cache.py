@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.layers.modulation import Modulation, Offsets
+from tessera.layers.modulation import Modulation, ScaleShiftTable
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT
 
 
 @dataclass(frozen=True)
-class Tabled(Context):
+class CachedContext(Context):
     """A context that looks steering vectors up."""
 
     table: Mapping[Modulation, Tensor] = field(default_factory=dict)  # [P, 1, count D] each
@@ -27,16 +27,16 @@ class Tabled(Context):
 
     # Not compiled, or every block would be compiled anew for a key of its own.
     @torch.compiler.disable
-    def steering(self, modulation: Modulation | Offsets) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def steering(self, modulation: Modulation | ScaleShiftTable) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if isinstance(modulation, Modulation) and modulation in self.table:
             return self.table[modulation][self.places]
-        return super().steering(modulation)
+        return super().modulation_params(modulation)
 
     def rows(self, chosen: Tensor) -> Self:
         return replace(super().rows(chosen), places=self.places[chosen])
 
 
-class Tabulated:
+class PrecomputedModulation:
     """network(x, t, condition) that draws at known times and labels; at others it is the network itself.
 
     times [N] in the units of the network; labels [K], or None for a network without classes. The outputs are the
@@ -49,8 +49,8 @@ class Tabulated:
         self.labels = None if labels is None else labels.unique()
         count = 1 if self.labels is None else len(self.labels)
         label = None if self.labels is None else self.labels.repeat(len(self.times))
-        told = network.tell(self.times.repeat_interleave(count), Condition(label=label), grid)
-        self.table = {module: told.steering(module) for module in network.modules() if isinstance(module, Modulation)}
+        told = network.embed_condition(self.times.repeat_interleave(count), Condition(label=label), grid)
+        self.table = {module: told.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)}
         self.told = told
 
     @staticmethod
@@ -59,7 +59,7 @@ class Tabulated:
         found = [module.linear.out_features for module in network.modules() if isinstance(module, Modulation)]
         return 4 * times * labels * sum(found)
 
-    def tell(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
+    def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
         """As `network.tell`."""
         place = torch.searchsorted(self.times, t.contiguous()).clamp(max=len(self.times) - 1)
         known = self.times[place] == t
@@ -68,13 +68,13 @@ class Tabulated:
             known &= self.labels[of] == condition.label
             place = place * len(self.labels) + of
         if not bool(known.all()):
-            return self.network.tell(t, condition, grid)
+            return self.network.embed_condition(t, condition, grid)
         chosen = self.told.rows(place)
-        return Tabled(c=chosen.c, tokens=chosen.tokens, grid=grid, table=self.table, places=place)
+        return CachedContext(c=chosen.c, cond_tokens=chosen.cond_tokens, grid=grid, table=self.table, places=place)
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] -> [B, O, H, W]"""
-        tokens, context = self.network.enter(x, self.tell(t, condition, self.network.grid(x)))
+        tokens, context = self.network.embed_patches(x, self.embed_condition(t, condition, self.network.grid(x)))
         for block in self.network.blocks:
             tokens = block(tokens, context)
-        return self.network.readout(tokens, context)
+        return self.network.head(tokens, context)

@@ -95,9 +95,9 @@ def train(
     from tessera.runtime import choose_device, keep_freed_memory
     from tessera.training import loop
     from tessera.training.dry_run import dry_run as estimate_run
-    from tessera.training.recipe import read
+    from tessera.training.recipe import read_recipe
 
-    settings = read(recipe, overrides or [])
+    settings = read_recipe(recipe, overrides or [])
     if dry_run:
         print(estimate_run(settings, resume))
         return
@@ -199,13 +199,13 @@ def info(
         print(_how_made(Path(model)))
         return
     from tessera.bundle import describe, weights_hash
-    from tessera.interop.load import averages, load
+    from tessera.interop.load import ema_decays, load
 
     loaded = load(model, device="cpu", ema=ema, read_as=read_as, heads=heads, codec=codec)
     names = ", ".join(loaded.config.class_names[:12]) + (", …" if len(loaded.config.class_names) > 12 else "")
     facts = {**describe(loaded), "classes": names or "not named", "weights": weights_hash(loaded.network)}
     facts |= loaded.config.origin
-    if kept := averages(model):
+    if kept := ema_decays(model):
         facts["averages kept"] = f"{', '.join(map(str, kept))} (--ema takes one of them)"
     width = max(map(len, facts)) + 2
     for name, value in facts.items():

@@ -54,7 +54,7 @@ def cache(
     data, codec_config, source = _to_cache(target, overrides or [], size)
     folder = out or Path(getattr(data, "cache", None) or "latents")
     try:
-        with runtime.ranks() as ranks, progress() as begin:
+        with runtime.distributed_session() as ranks, progress() as begin:
             where = runtime.choose_device(device)
             codec = codec_config.build().to(where)
             if verify:
@@ -62,28 +62,28 @@ def cache(
                 return
             work = caching.Cache(folder, data, source, codec_config, codec, dtype, samples)
             work.begin()
-            share = range(part, len(work), parts)[ranks.rank :: ranks.count]
-            checked = begin("looking for what is there") if ranks.first else None
+            share = range(part, len(work), parts)[ranks.rank :: ranks.world_size]
+            checked = begin("looking for what is there") if ranks.is_main else None
             missing = []
             for done, (number, absent) in enumerate(work.missing(share), start=1):
                 missing += [number] if absent else []
                 if checked is not None:
                     checked(done, len(share))
-            workers = workers or max(1, caching.cores() // ranks.count)
+            workers = workers or max(1, caching.cores() // ranks.world_size)
             if where.type == "cpu":
                 runtime.keep_freed_memory()
                 written = caching.spread(work, missing, workers, batch)
             else:
                 written = work.write(missing, where, batch, workers)
-            encoded = begin("encoding") if ranks.first else None
+            encoded = begin("encoding") if ranks.is_main else None
             done, total = 0, sum(len(work.numbers(number)) for number in missing)
             with closing(written):
                 for count in written:
                     done += count
                     if encoded is not None:
                         encoded(done, total)
-            ranks.wait()
-            if not ranks.first:
+            ranks.barrier()
+            if not ranks.is_main:
                 return
             told = work.finish()
         if told is None:
@@ -111,8 +111,8 @@ def _to_cache(target: str, overrides: list[str], size: str | None) -> tuple[Any,
     """The settings of data and codec that are asked for, and the data opened."""
     from tessera.codecs import AnyCodec, PixelsConfig
     from tessera.data import AnyData
-    from tessera.data.resolve import named, opened
-    from tessera.settings import Settings, override, parse
+    from tessera.data.resolve import resolve_data, open_data
+    from tessera.settings import Settings, override, validate
     from tessera.training import recipe
 
     class Sections(Settings):
@@ -122,19 +122,19 @@ def _to_cache(target: str, overrides: list[str], size: str | None) -> tuple[Any,
     if from_recipe := Path(target).suffix in (".yaml", ".yml"):
         if size is not None:
             raise TesseraError(f"--size is for data that is no recipe: {target} says it itself, or give data.size=")
-        read: Any = recipe.read(Path(target), overrides)
+        read: Any = recipe.read_recipe(Path(target), overrides)
     else:
-        data = named(target, size_of(size)).model_dump(mode="json")
+        data = resolve_data(target, size_of(size)).model_dump(mode="json")
         usual = {"data": data, "codec": {"kind": "autoencoder-kl"}}
         if not any(word.startswith("codec") for word in overrides):
             raise TesseraError(
                 f"say by which codec {target} is to be encoded: codec.source=FOLDER, or a hub id such as "
                 "codec.source=stabilityai/sd-vae-ft-ema"
             )
-        read = parse(Sections, override(usual, overrides, "codec.source=FOLDER"), f"what is asked of {target}")
+        read = validate(Sections, override(usual, overrides, "codec.source=FOLDER"), f"what is asked of {target}")
     if isinstance(read.codec, PixelsConfig):
         raise TesseraError(f"the codec of {target} is pixels: there are no latents to cache; give codec.source=FOLDER")
-    return read.data, read.codec, read.data.open() if from_recipe else opened(read.data)
+    return read.data, read.codec, read.data.open() if from_recipe else open_data(read.data)
 
 
 def _verify(source: Any) -> None:

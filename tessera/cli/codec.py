@@ -47,17 +47,17 @@ def score(
 ) -> None:
     """Say what a codec leaves of pictures: PSNR, SSIM, and the spread of its latents, which should be near 1."""
     from tessera import images, runtime
-    from tessera.codecs.resolve import named
-    from tessera.data.resolve import named as named_data
-    from tessera.data.resolve import opened
+    from tessera.codecs.resolve import resolve_codec
+    from tessera.data.resolve import resolve_data as named_data
+    from tessera.data.resolve import open_data
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reconstruction import reconstruct, sheet
     from tessera.evaluation.sources import chosen
     from tessera.training.codec import in_words
 
     place = runtime.choose_device(device)
-    built = named(codec).build().to(place)
-    source = opened(named_data(data, size_of(size)))
+    built = resolve_codec(codec).build().to(place)
+    source = open_data(named_data(data, size_of(size)))
     network = extractor(features, place) if features else None
     with progress() as begin:
         numbers = chosen(len(source), count).tolist()

@@ -42,26 +42,26 @@ def check(
     Interrupted? The same command goes on. Over machines: --shard 0/4 to 3/4 anywhere, then once without.
     """
     from tessera import runtime
-    from tessera.data.check import FINDINGS, REPORT, Asked, look, tell
+    from tessera.data.check import FINDINGS, REPORT, CheckRequest, scan_data, report_findings
     from tessera.data.check.findings import droppable
-    from tessera.data.check.scan import Shard
+    from tessera.data.check.scan import ScanShard
 
     words = [word.strip() for word in drop.split(",") if word.strip()]
     droppable(words)
     if apply is not None and apply.suffix != ".parquet":
         raise TesseraError(f"--apply {apply} must end in .parquet")
     folder = out or Path("check") / (Path(data).stem or "data")
-    asked = Asked(data, folder, against, size_of(size))
+    asked = CheckRequest(data, folder, against, size_of(size))
     checked = None
-    with runtime.ranks() as ranks, progress() as begin:
-        if shard is not None and ranks.count > 1:
+    with runtime.distributed_session() as ranks, progress() as begin:
+        if shard is not None and ranks.world_size > 1:
             raise TesseraError("the processes of torchrun are the shards: leave out --shard")
-        part = Shard(ranks.rank, ranks.count) if shard is None else Shard(*_shard(shard))
+        part = ScanShard(ranks.rank, ranks.world_size) if shard is None else ScanShard(*_shard(shard))
         try:
-            look(asked, workers or cores() // ranks.count or 1, part, begin if ranks.first else None)
-            ranks.wait()
-            if shard is None and ranks.first:
-                checked = tell(asked, words, shlex.join(["tessera", *sys.argv[1:]]), apply)
+            scan_data(asked, workers or cores() // ranks.world_size or 1, part, begin if ranks.is_main else None)
+            ranks.barrier()
+            if shard is None and ranks.is_main:
+                checked = report_findings(asked, words, shlex.join(["tessera", *sys.argv[1:]]), apply)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped, with what was seen kept in {folder}: run the same command to go on") from None
     if shard is not None:

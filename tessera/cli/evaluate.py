@@ -100,8 +100,8 @@ def score(
     from tessera.evaluation import report, suite
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
-    from tessera.files import alone
-    from tessera.generation.bulk import Drawn, asked_by_policy
+    from tessera.files import exclusive_lock
+    from tessera.generation.bulk import BulkSamples, asked_by_policy
     from tessera.interop import load
 
     settings = sampler_settings(sampler, eta, steps, guidance, guidance_channels, spacing, changes)
@@ -109,13 +109,13 @@ def score(
     names = suite.wanted(metrics)
     folder = out or Path("evaluation") / suite.name_of(target)
     suite.check_target(target)
-    with runtime.ranks() as ranks, progress() as begin:
+    with runtime.distributed_session() as ranks, progress() as begin:
         chosen = runtime.choose_device(device)
         if load.is_model(target):
             model = load.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
             more = {"settings": settings, "precision": precision, "size": size_of(size)}
             asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
-            subject = Drawn(model, asked, folder / "samples", batch, target)
+            subject = BulkSamples(model, asked, folder / "samples", batch, target)
             compared_with = reference or suite.trained_on(model)
         else:
             told = [name for name in DRAWING if _is_told(ctx, name)]
@@ -128,11 +128,11 @@ def score(
         if isinstance(compared_with, str):
             check_word(compared_with)  # before features are loaded, which may mean to fetch them
         network = extractor(features or suite.usual_features(compared_with), chosen)
-        with alone(folder) if ranks.first else nullcontext():
+        with exclusive_lock(folder) if ranks.is_main else nullcontext():
             done = suite.evaluate(
-                subject, compared_with, network, folder, names, ranks, batch, begin if ranks.first else None
+                subject, compared_with, network, folder, names, ranks, batch, begin if ranks.is_main else None
             )
-            if not ranks.first:
+            if not ranks.is_main:
                 return
             report.write(done, folder, shlex.join(["tessera", *sys.argv[1:]]))
     for note in done.notes:
@@ -166,13 +166,13 @@ def stats(
     if out.exists():
         raise TesseraError(f"{out} exists already: remove it or give another name")
     work = out.with_name(out.name + ".work")
-    with runtime.ranks() as ranks, progress() as begin:
+    with runtime.distributed_session() as ranks, progress() as begin:
         chosen = runtime.choose_device(device)
         network = extractor(features or suite.usual_features(data), chosen)
         subject = suite.found(data, size_of(size), count)
-        told = begin("looking") if ranks.first else None
+        told = begin("looking") if ranks.is_main else None
         found = extract(subject, network, work, ranks, batch, told)
-        if ranks.first:
+        if ranks.is_main:
             reference.save(found, out, keep)
             shutil.rmtree(work, ignore_errors=True)
             print(f"{found.count} pictures ({found.unusable} could not be used), features {network.name}: {out}")
@@ -192,10 +192,10 @@ def train_features(
 ) -> None:
     """Fit a small feature network to labelled data, for pictures that no pretrained one fits. Needs no download."""
     from tessera import runtime
-    from tessera.data.resolve import named
+    from tessera.data.resolve import resolve_data
     from tessera.evaluation.toy import feature_network
 
-    config = named(data, size_of(size), 1 if grey else 3)
+    config = resolve_data(data, size_of(size), 1 if grey else 3)
     chosen = runtime.choose_device(device)
     if out.exists():
         raise TesseraError(f"{out} exists already: remove it or give another name")
@@ -204,7 +204,7 @@ def train_features(
             config.open(),
             config.size,
             config.channels,
-            flip=flip and config.flip,
+            flip=flip and config.hflip,
             where=config.where,
             width=width,
             steps=steps,

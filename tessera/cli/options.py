@@ -126,7 +126,7 @@ def classes_of(text: str | None, model: Any) -> list[int] | None:
         raise TesseraError(f"this model knows {known} classes: say which, for example --classes 0,1,2 or --classes all")
     if text is None or text == "all":
         return list(range(known))
-    return pipeline.labels(model, [part.strip() for part in text.split(",")])
+    return pipeline.class_labels(model, [part.strip() for part in text.split(",")])
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:
@@ -176,7 +176,7 @@ class Lines:
         if now - self.last < PAUSE:
             return
         self.last = now
-        from tessera.monitoring.logger import clock
+        from tessera.monitoring.logger import format_duration
 
         left = (now - self.began) / max(done - self.first, 1) * (total - done)
-        print(f"{self.what}: {done} of {total}, {clock(left)} left", file=sys.stderr, flush=True)
+        print(f"{self.what}: {done} of {total}, {format_duration(left)} left", file=sys.stderr, flush=True)

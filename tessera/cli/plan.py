@@ -37,13 +37,13 @@ def plan(
     from tessera.planning import budget as budgets
     from tessera.planning import hardware as machines
     from tessera.planning import scaling_law as laws
-    from tessera.planning.op_profiler import Stopwatch
+    from tessera.planning.op_profiler import OpProfiler
     from tessera.planning.plan import plan as planned
-    from tessera.training.plan_recipe import asked, is_preset, work_of
+    from tessera.training.plan_recipe import resolve_target, is_preset, workload
 
     allowed = None if budget is None else budgets.parse(budget)
     known = None if law is None else laws.read(law)
-    recipe = asked(target, overrides or [])
+    recipe = resolve_target(target, overrides or [])
     if is_preset(target) and hardware is None and allowed is None and law is None and not measure:
         print(_short(target, recipe, as_json))
         return
@@ -55,10 +55,10 @@ def plan(
         from tessera.runtime import choose_device, keep_freed_memory
 
         keep_freed_memory()  # as training does
-        stopwatch = Stopwatch(choose_device(machine.device), afresh=measure)
+        stopwatch = OpProfiler(choose_device(machine.device), afresh=measure)
     elif measure:
         raise TesseraError("--measure measures this machine: give --hardware cpu or cuda, or leave --hardware out")
-    work = work_of(recipe, target)
+    work = workload(recipe, target)
     with progress() as begin:
         bar = begin("measuring operators") if machine.here else None
         told = planned(work, machine, budget=allowed, stopwatch=stopwatch, progress=bar)
@@ -85,12 +85,12 @@ def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
     if as_json:
         told = {"name": name, "parameters": parameters, "gmacs": macs / 1e9, "flops_per_sample": FLOPS_PER_MAC * macs}
         return json.dumps(told | {"network": recipe.network.model_dump(mode="json")}, indent=1)
-    height, width = recipe.network.size
+    height, width = recipe.network.input_size
     return "\n".join(
         (
-            f"{name}: {recipe.network.words()}",
+            f"{name}: {recipe.network.summary()}",
             f"parameters  {parameters:,}",
-            f"GMACs       {macs / 1e9:.2f} a forward pass of {height} x {width} x {recipe.network.channels} (the "
+            f"GMACs       {macs / 1e9:.2f} a forward pass of {height} x {width} x {recipe.network.in_channels} (the "
             'paper\'s "Gflops")',
             f"training    {FLOPS_PER_MAC * macs:.4g} FLOPs a sample",
         )
@@ -99,13 +99,13 @@ def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
 
 def page(plan: "Plan", law: "Law | None" = None) -> str:
     """The plan, for people."""
-    from tessera.monitoring.logger import clock
+    from tessera.monitoring.logger import format_duration
 
     work, hardware, memory, split = plan.work, plan.hardware, plan.memory, plan.split
     rows = f"{split.rows} at once" + (f", {split.rounds} rounds" if split.rounds > 1 else "")
     lines = [
         work.name,
-        f"network      {work.network.words()}",
+        f"network      {work.network.summary()}",
         f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs a forward pass",
         f"training     {work.steps:,} steps of {work.batch} ({rows}): {plan.flops_per_step / work.batch:.4g} FLOPs a "
         f"sample, {plan.flops:.4g} in all",
@@ -127,10 +127,10 @@ def page(plan: "Plan", law: "Law | None" = None) -> str:
         f"{plan.utilisation:.0%} of the matrix rate ({basis}"
         + ("; compiling is not counted" if hardware.here and work.compiled != "off" else "")
         + ")",
-        f"time         {clock(plan.seconds)} training"
-        + (f" (of it {clock(plan.encode_seconds * work.steps)} encoding)" if plan.encode_seconds else "")
-        + f", {clock(plan.scoring_seconds)} for {work.drawing.grids:,} pictures in grids and {work.drawing.scored:,} "
-        f"in {work.drawing.evaluations} evaluations: {clock(plan.all_seconds)} in all",
+        f"time         {format_duration(plan.seconds)} training"
+        + (f" (of it {format_duration(plan.encode_seconds * work.steps)} encoding)" if plan.encode_seconds else "")
+        + f", {format_duration(plan.scoring_seconds)} for {work.drawing.grids:,} pictures in grids and {work.drawing.scored:,} "
+        f"in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} in all",
         f"cost         {plan.device_hours:.4g} device hours"
         + (f", ${plan.cost:,.2f} at ${hardware.price:g} an hour" if hardware.price else ""),
         f"disk         {_bytes(plan.disk_bytes)} for {work.checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"

@@ -12,14 +12,14 @@ from PIL import Image, UnidentifiedImageError
 
 from tessera import __version__, images, runtime
 from tessera.acceleration.compilation import compiled as compiled_network
-from tessera.acceleration.first_block_cache import Tally
+from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import Model, weights_hash
 from tessera.cli.options import classes_of, progress, seeds_of
 from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
 from tessera.generation import bulk as many
 from tessera.generation import pipeline
-from tessera.generation.bulk import Asked, Drawn, asked_by_policy
+from tessera.generation.bulk import BulkRequest, BulkSamples, asked_by_policy
 from tessera.interop import load
 
 COLUMNS, ROWS = 16, 32  # of the grid, at most
@@ -41,15 +41,15 @@ def asked(
     settings: dict[str, Any],
     precision: Any,
     size: tuple[int, int] | None,
-) -> Asked:
+) -> BulkRequest:
     """What the flags ask for: `total` pictures by a policy, or every class with every seed."""
     more: dict[str, Any] = {"settings": settings, "precision": precision, "size": size}
     if total is not None:
         return asked_by_policy(model, total, policy, **more)
     each, of = seeds_of(seeds, count), classes_of(classes, model)
     if of is None:
-        return Asked(each, None, "without classes", **more)
-    return Asked([seed for _ in of for seed in each], [told for told in of for _ in each], **more)
+        return BulkRequest(each, None, "without classes", **more)
+    return BulkRequest([seed for _ in of for seed in each], [told for told in of for _ in each], **more)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def extras(
         )
     if image is not None:
         picture = read_picture("--from", image, model.codec.pixel_channels)
-        height, width = model.config.network.size
+        height, width = model.config.network.input_size
         size = size or (height * model.codec.factor, width * model.codec.factor)
         words["image"] = _cropped(picture, size)
         said |= {"from": image, "from_hash": _hash(words["image"])}
@@ -147,33 +147,33 @@ def compiled(model: Model) -> None:
         print(f"not compiled, drawing without: {reason}", file=sys.stderr)
 
 
-def packed(model: Model, asked: Asked, target: Path, batch: int, where: str) -> str:
+def packed(model: Model, asked: BulkRequest, target: Path, batch: int, where: str) -> str:
     """Draw into shards beside the target, by all processes, and pack them; returns what to say."""
     if target.suffix != ".npz":
         raise TesseraError(f"--npz {target} must end in .npz")
     if target.exists():
         raise TesseraError(f"{target} exists already: remove it or give another name")
     folder = target.with_name(target.name + ".shards")
-    with runtime.ranks() as ranks, progress() as begin:
-        drawn = Drawn(model, asked, folder, batch, where)
-        many.draw(drawn, ranks, begin(f"drawing {drawn.count}") if ranks.first else None)
-        if ranks.first:
-            many.pack(drawn, target)
+    with runtime.distributed_session() as ranks, progress() as begin:
+        drawn = BulkSamples(model, asked, folder, batch, where)
+        many.generate_shards(drawn, ranks, begin(f"drawing {drawn.count}") if ranks.is_main else None)
+        if ranks.is_main:
+            many.write_npz(drawn, target)
             shutil.rmtree(folder, ignore_errors=True)
-    return f"{drawn.count} pictures in {target}" if ranks.first else ""
+    return f"{drawn.count} pictures in {target}" if ranks.is_main else ""
 
 
 def pictured(
-    model: Model, asked: Asked, out: Path, batch: int, said: dict[str, Any], extras: Extras | None = None
+    model: Model, asked: BulkRequest, out: Path, batch: int, said: dict[str, Any], extras: Extras | None = None
 ) -> str:
     """Draw one PNG each, and a grid; or the grid alone into a .png. Returns what to say.
 
     A PNG that stands there and was drawn in the same way is kept: an interrupted command goes on.
     """
-    used = pipeline.settings(model, guidance=asked.guidance, **asked.settings)
+    used = pipeline.sampling_config(model, guidance=asked.guidance, **asked.settings)
     said = {**said, "tessera": __version__, "sampling": used.model_dump(mode="json"), "size": asked.size}
     said |= {"precision": asked.precision, "weights": weights_hash(model.network)}
-    tally, extras = Tally(), extras or Extras()
+    tally, extras = CacheStats(), extras or Extras()
     said |= extras.said
     alone, count = out.suffix.lower() == ".png", len(asked.seeds)
     if alone and count > COLUMNS * ROWS:
@@ -197,7 +197,7 @@ def pictured(
 
 
 def _drawn(
-    model: Model, asked: Asked, part: range, out: Path | None, said: dict[str, Any], extras: dict[str, Any]
+    model: Model, asked: BulkRequest, part: range, out: Path | None, said: dict[str, Any], extras: dict[str, Any]
 ) -> list[np.ndarray]:
     """The pictures of some rows, those that stand in the folder as they are."""
     found: dict[int, np.ndarray] = {}

@@ -47,7 +47,7 @@ def study(
         _say(study_plan.table(planned))
     study_plan.begin(asked, planned)
     try:
-        runner.conduct(asked, planned, names, retry, _say)
+        runner.run_study(asked, planned, names, retry, _say)
     except runner.Failed:
         _report(asked)
         raise
@@ -56,12 +56,12 @@ def study(
 
 def _report(asked: Any) -> None:
     """Write the report of what a study's folder holds, and say where it is."""
-    from tessera.files import in_turn
+    from tessera.files import wait_for_lock
     from tessera.studies import report, results
 
     folder = Path(asked.output)
     results.read(asked, folder)  # raises where nothing was begun: nothing is made there
-    with in_turn(folder):  # shards may end at once
+    with wait_for_lock(folder):  # shards may end at once
         print(report.write(asked, results.read(asked, folder), folder))
 
 

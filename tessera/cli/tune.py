@@ -45,13 +45,13 @@ def tune(
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reference import check_word
     from tessera.interop import load
-    from tessera.settings import parse
+    from tessera.settings import validate
     from tessera.studies.tuning import result
     from tessera.studies.tuning import tuner as study
 
     asked = {"count": count, "budget": budget, "choose": choose, "margin": margin, "batch": batch}
     asked |= {"search": [name.strip() for name in search.split(",") if name.strip()], "precision": precision}
-    tuning = parse(study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for")
+    tuning = validate(study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for")
     path = Path(model).expanduser()
     if path.exists() and not load.is_model(path):
         raise TesseraError(f"{model} is no model that Tessera knows: {load.ACCEPTED}")

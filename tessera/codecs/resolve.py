@@ -15,7 +15,7 @@ KINDS: dict[str, type[AutoencoderConfig] | type[TinyConfig]] = {
 INSIDE = ("", "codec", "vae")  # where the autoencoder of a run, a bundle or a pipeline lies
 
 
-def named(text: str) -> StoredConfig:
+def resolve_codec(text: str) -> StoredConfig:
     """The configuration of a folder's autoencoder, or of the one inside a run, a bundle or a pipeline; of a hub id,
     which is taken for an AutoencoderKL. Nothing is loaded. Raises TesseraError.
     """

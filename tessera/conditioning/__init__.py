@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-NOTHING = -1  # a label that tells nothing; the network's label table maps it to its own null row
+NULL_LABEL = -1  # a label that tells nothing; the network's label table maps it to its own null row
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Condition:
 
     def null(self) -> "Condition":
         """The same rows, told nothing: the unconditional half of guidance."""
-        return Condition(label=None if self.label is None else torch.full_like(self.label, NOTHING))
+        return Condition(label=None if self.label is None else torch.full_like(self.label, NULL_LABEL))
 
     def drop(self, mask: Tensor) -> "Condition":
         """Tell nothing where mask [B] is true: label dropout in training (Ho & Salimans 2022)."""
         if self.label is None:
             return self
-        return replace(self, label=torch.where(mask.to(self.label.device), NOTHING, self.label))
+        return replace(self, label=torch.where(mask.to(self.label.device), NULL_LABEL, self.label))
 
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":

@@ -34,7 +34,7 @@ from tessera import runtime
 from tessera.codecs import AnyCodec, Codec
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesSource
-from tessera.data.images import Source, Unusable
+from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import (
     CACHE,
     DTYPES,
@@ -52,7 +52,7 @@ from tessera.data.latents import (
     key,
 )
 from tessera.errors import TesseraError, listed
-from tessera.files import remove_partials, whole_file
+from tessera.files import remove_partials, atomic_file
 
 if TYPE_CHECKING:
     from tessera.data import AnyData
@@ -120,7 +120,7 @@ class Cache:
         self,
         folder: Path,
         config: "AnyData",
-        source: Source,
+        source: Dataset,
         codec_config: AnyCodec,
         codec: Codec,
         dtype: str = "float16",
@@ -210,7 +210,7 @@ class Cache:
             if making is not None:
                 yield making.finish()
 
-    def _pixels(self, place: tuple[int, int]) -> tuple[int, int, np.ndarray | Unusable | None]:
+    def _pixels(self, place: tuple[int, int]) -> tuple[int, int, np.ndarray | InvalidSample | None]:
         """uint8 [C, H, W] of a sample, or why there are none; None in place of a shard's beginning."""
         shard, number = place
         if number < 0:
@@ -218,7 +218,7 @@ class Cache:
         try:
             size = () if self.buckets is None else (self.size(shard),)
             return shard, number, self.source.pixels(number, *size)
-        except Unusable as fault:
+        except InvalidSample as fault:
             return shard, number, fault
 
     def finish(self) -> dict[str, Any] | None:
@@ -288,9 +288,9 @@ class Shard:
         self.latents: list[Tensor] = []
         self.mirrored: list[Tensor] = []
 
-    def add(self, number: int, pixels: np.ndarray | Unusable) -> int:
+    def add(self, number: int, pixels: np.ndarray | InvalidSample) -> int:
         """Take one more sample; returns how many are done with it that were not before."""
-        if isinstance(pixels, Unusable):
+        if isinstance(pixels, InvalidSample):
             self.skipped.append((number, self.cache.source.name(number), str(pixels)))
             return 1
         self.numbers.append(number)
@@ -303,7 +303,7 @@ class Shard:
         if done:
             pixels = torch.from_numpy(np.stack(self.waiting)).to(self.device, torch.float32) / 127.5 - 1
             self.latents.append(self._moments(pixels))
-            if self.cache.config.flip:
+            if self.cache.config.hflip:
                 self.mirrored.append(self._moments(pixels.flip(-1)))
             self.waiting.clear()
         return done
@@ -512,7 +512,7 @@ def _digest(told: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with whole_file(path, uuid.uuid4().hex[:8]) as partial:
+    with atomic_file(path, uuid.uuid4().hex[:8]) as partial:
         partial.write_bytes(content)
 
 

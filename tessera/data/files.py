@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from tessera.data import layouts, tables
-from tessera.data.images import ImagesConfig, Unusable, read, shape
+from tessera.data.images import ImagesConfig, InvalidSample, read, shape
 from tessera.data.index import TABLES, facts, labels, numbers
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class FilesSource:
         found = np.stack([numbers(self.table[name], 0) for name in ("height", "width")], axis=1)
 
         def look(place: int) -> None:
-            with suppress(Unusable):
+            with suppress(InvalidSample):
                 found[place] = shape(self.content(place))
 
         with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # waiting for disks is most of the work
@@ -141,9 +141,9 @@ def _stretch(path: Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             content = file.read(length)
     except OSError as error:
-        raise Unusable(f"damaged: {error}") from None
+        raise InvalidSample(f"damaged: {error}") from None
     if len(content) < length:
-        raise Unusable(f"damaged: {path} ends within it")
+        raise InvalidSample(f"damaged: {path} ends within it")
     return content
 
 
@@ -152,5 +152,5 @@ def _member(path: Path, offset: int) -> str:
     try:
         header = _stretch(path, offset - TAR_HEADER, TAR_HEADER)
         return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-    except (Unusable, tarfile.TarError):
+    except (InvalidSample, tarfile.TarError):
         return f"byte {offset}"

@@ -22,7 +22,7 @@ RESIZING = "halved by boxes, bicubic, centre crop"
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
-class Unusable(Exception):
+class InvalidSample(Exception):
     """This image cannot be trained on; the text says why."""
 
 
@@ -31,11 +31,11 @@ class ImagesConfig(Settings):
 
     size: Size = Field(default=(256, 256), description="height and width after the crop, in pixels")
     channels: Literal[1, 3] = Field(default=3, description="3 for colour, 1 for grey")
-    flip: bool = Field(default=True, description="mirror at random; turn off where left and right mean something")
+    hflip: bool = Field(default=True, description="mirror at random; turn off where left and right mean something")
     background: tuple[Level, Level, Level] = Field(
         default=(255, 255, 255), description="what shows through transparent images"
     )
-    enlarge: bool = Field(
+    upscale: bool = Field(
         default=False, description="scale up images smaller than the size; otherwise they are skipped"
     )
     decoding: Literal["exact", "fast"] = Field(
@@ -51,7 +51,7 @@ class ImagesConfig(Settings):
     )
 
 
-class Source(Protocol):
+class Dataset(Protocol):
     """A data set as numbered samples."""
 
     class_names: tuple[str, ...]  # empty: no labels
@@ -82,12 +82,12 @@ def read(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None 
             ImageOps.exif_transpose(image, in_place=True)
             image = flatten(image, config)
     except UnidentifiedImageError:
-        raise Unusable("not an image") from None
+        raise InvalidSample("not an image") from None
     except Exception as error:  # decoders raise anything on damaged bytes, struct.error among them
-        raise Unusable(f"damaged: {error}") from None
+        raise InvalidSample(f"damaged: {error}") from None
     height, width = size
-    if not config.enlarge and (image.height < height or image.width < width):
-        raise Unusable(
+    if not config.upscale and (image.height < height or image.width < width):
+        raise InvalidSample(
             f"smaller than the size: {image.height} x {image.width}, but the size is {height} x {width} "
             "(data.enlarge=true scales up)"
         )
@@ -112,9 +112,9 @@ def shape(file: Path | bytes) -> tuple[int, int]:
             orientation = image.getexif().get(ORIENTATION, 1) if _may_turn(file, image) else 1
             return (image.width, image.height) if orientation in SIDEWAYS else (image.height, image.width)
     except UnidentifiedImageError:
-        raise Unusable("not an image") from None
+        raise InvalidSample("not an image") from None
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise Unusable(f"damaged: {error}") from None
+        raise InvalidSample(f"damaged: {error}") from None
 
 
 def _may_turn(file: Path | bytes, image: Image.Image) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tessera.errors import TesseraError
-from tessera.files import whole_file
+from tessera.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -133,7 +133,7 @@ def write(table: "pyarrow.Table", path: Path) -> None:
     if root.is_relative_to(here) or here.is_relative_to(root):
         root = Path(os.path.relpath(root, here))
     table = with_facts(table, root, class_names)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         repeated: Any = ["label"]  # a dictionary of paths or captions would cost more than it saves
         parquet.write_table(table, partial, compression="zstd", use_dictionary=repeated, row_group_size=ROWS)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from tessera.codecs import Codec
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesSource
-from tessera.data.images import RESIZING, ImagesConfig, Source
+from tessera.data.images import RESIZING, ImagesConfig, Dataset
 from tessera.errors import TesseraError
 from tessera.settings import changes
 
@@ -134,7 +134,7 @@ def open_cache(
     folder: Path,
     config: "AnyData",
     codec: Codec,
-    source: Source | None,
+    source: Dataset | None,
     command: str = "tessera data cache RECIPE",
 ) -> LatentsSource:
     """The cache below a folder that was made of this data by this codec; no other will do.
@@ -179,17 +179,17 @@ def _short(value: Any) -> Any:
     return value[:8] if isinstance(value, str) and len(value) == 64 else value
 
 
-def facts(config: "AnyData", codec: Codec, source: Source | None) -> dict[str, Any]:
+def facts(config: "AnyData", codec: Codec, source: Dataset | None) -> dict[str, Any]:
     """All that raw moments of a data set depend on. Settings as they are by default go unsaid, so that a new one
     leaves old caches good."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     images = {name: told[name] for name in ImagesConfig.model_fields if name in told and name not in ("flip", "cache")}
     images |= {"size": list(config.size), "channels": config.channels, "resizing": RESIZING}
-    known = {"codec": codec.fingerprint(), "images": images, "flip": config.flip}
+    known = {"codec": codec.fingerprint(), "images": images, "flip": config.hflip}
     return known if source is None else {**known, "data": identity(config, source)}
 
 
-def identity(config: "AnyData", source: Source) -> str:
+def identity(config: "AnyData", source: Dataset) -> str:
     """A hash of which samples a data set has: the names, sizes and dates of its files, or the digests that its index
     has of them, and its labels; of an embedded set its settings. Where the files lie does not matter."""
     whole = hashlib.sha256(json.dumps(source.class_names).encode())

@@ -22,7 +22,7 @@ from rich.progress import track
 from tessera.data import index, tables
 from tessera.data.index import arrow, compute
 from tessera.errors import TesseraError
-from tessera.files import whole_file
+from tessera.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,7 +39,7 @@ PIECE = 1024  # text files that are read before the next are thought of: an inte
 T = TypeVar("T")
 
 
-class Asked(tables.Asked, Protocol):
+class LayoutOptions(tables.ColumnOptions, Protocol):
     """What a configuration says of where and how to look."""
 
     @property
@@ -50,7 +50,7 @@ class Asked(tables.Asked, Protocol):
     def paths(self) -> list[str]: ...
 
 
-def find(asked: Asked) -> "pyarrow.Table":
+def find(asked: LayoutOptions) -> "pyarrow.Table":
     """The index of all that the paths hold. Raises TesseraError if there is nothing, or it is not in good order."""
     if not asked.paths:
         raise TesseraError("data.path is an empty list; expected at least one folder or file")
@@ -71,7 +71,7 @@ def find(asked: Asked) -> "pyarrow.Table":
     return found
 
 
-def _found(told: str, asked: Asked) -> "pyarrow.Table":
+def _found(told: str, asked: LayoutOptions) -> "pyarrow.Table":
     if told.startswith(HUB):
         return _hub(told.removeprefix(HUB), asked)
     path = Path(told).expanduser().absolute()
@@ -114,7 +114,7 @@ class _Inside:
     tars: list[str] = field(default_factory=list)
 
 
-def _folder(root: Path, told: str, asked: Asked) -> "pyarrow.Table":
+def _folder(root: Path, told: str, asked: LayoutOptions) -> "pyarrow.Table":
     if (saved := _saved(root)) is not None and asked.kind != "folder":
         return _rows(saved, root, asked)
     inside = _look(root)
@@ -183,7 +183,7 @@ def _below(root: Path) -> Iterator[str]:
                 yield prefix + entry.name
 
 
-def _by_folders(paths: Sequence[str], told: str, asked: Asked) -> tuple[tuple[str, ...], np.ndarray | None]:
+def _by_folders(paths: Sequence[str], told: str, asked: LayoutOptions) -> tuple[tuple[str, ...], np.ndarray | None]:
     """Class names by the first level of folders, and the class of every image, int32 [N]."""
     if asked.classes == "none":
         return (), None
@@ -226,7 +226,7 @@ def _texts(root: Path, inside: _Inside) -> list[str | None]:
 # Metadata files
 
 
-def _metadata(root: Path, inside: _Inside, asked: Asked) -> "pyarrow.Table":
+def _metadata(root: Path, inside: _Inside, asked: LayoutOptions) -> "pyarrow.Table":
     """The images that metadata files name, with their labels and captions."""
     pa, pc = arrow(), compute()
     paths, captions, labels = [], [], []
@@ -269,7 +269,7 @@ def _metadata_rows(file: Path) -> "pyarrow.Table":
 # Tables
 
 
-def _rows(files: Sequence[Path], root: Path, asked: Asked) -> "pyarrow.Table":
+def _rows(files: Sequence[Path], root: Path, asked: LayoutOptions) -> "pyarrow.Table":
     """The rows of parquet and arrow files."""
     if asked.classes == "folders":
         raise TesseraError(f"data.classes=folders, but {root} holds tables: give their column of labels as data.label")
@@ -319,7 +319,7 @@ def _joined(columns: Sequence[Any], root: Path) -> Any:
         raise TesseraError(f"the files in {root} do not hold the same columns: {error}") from None
 
 
-def _caption_and_label(found: "pyarrow.Schema", asked: Asked, file: Path) -> tuple[str | None, str | None]:
+def _caption_and_label(found: "pyarrow.Schema", asked: LayoutOptions, file: Path) -> tuple[str | None, str | None]:
     """The columns of captions and labels; a caption that is not asked for by name has to be text."""
     text = [one.name for one in found if str(one.type) in TEXT]
     known = text if asked.caption == "auto" else found.names
@@ -358,7 +358,7 @@ def _saved(root: Path) -> list[Path] | None:
     return None
 
 
-def _hub(told: str, asked: Asked) -> "pyarrow.Table":
+def _hub(told: str, asked: LayoutOptions) -> "pyarrow.Table":
     """A data set that Hugging Face's `datasets` loads: owner/name, owner/name/configuration, and :split behind them."""
     try:
         import datasets
@@ -383,7 +383,7 @@ def _hub(told: str, asked: Asked) -> "pyarrow.Table":
 # Tars
 
 
-def _tars(files: Sequence[Path], root: Path, asked: Asked) -> "pyarrow.Table":
+def _tars(files: Sequence[Path], root: Path, asked: LayoutOptions) -> "pyarrow.Table":
     """The images in tars of WebDataset, with their captions and labels."""
     pa = arrow()
     found = []
@@ -404,7 +404,7 @@ def _tars(files: Sequence[Path], root: Path, asked: Asked) -> "pyarrow.Table":
     return index.build(root, names, label=numbers, **kept)
 
 
-def _members(file: Path, asked: Asked) -> "pyarrow.Table":
+def _members(file: Path, asked: LayoutOptions) -> "pyarrow.Table":
     """Offset, length, caption and label, as text, of the images in a tar, looked up once where they are many."""
     import pyarrow.parquet as parquet
 
@@ -414,12 +414,12 @@ def _members(file: Path, asked: Asked) -> "pyarrow.Table":
             return parquet.read_table(kept)
     found = _listed(file, asked)
     if len(found) >= MANY:
-        with suppress(TesseraError), whole_file(kept) as partial:  # no room for it: it is looked up again next time
+        with suppress(TesseraError), atomic_file(kept) as partial:  # no room for it: it is looked up again next time
             parquet.write_table(found, partial)
     return found
 
 
-def _listed(file: Path, asked: Asked) -> "pyarrow.Table":
+def _listed(file: Path, asked: LayoutOptions) -> "pyarrow.Table":
     """Members of one key, which is their path up to the first dot of the name, are one sample
     (https://github.com/webdataset/webdataset)."""
     pa = arrow()
@@ -453,7 +453,7 @@ def _listed(file: Path, asked: Asked) -> "pyarrow.Table":
     return pa.table({name: pa.array(column, kind) for (name, kind), column in zip(kinds.items(), made)})
 
 
-def _note(words: list[str | None], ending: str, content: bytes, asked: Asked) -> None:
+def _note(words: list[str | None], ending: str, content: bytes, asked: LayoutOptions) -> None:
     """What a member beside an image says of it: its own text file goes before a field of its .json."""
     text = content.decode("utf-8", errors="replace").strip()
     match ending:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tessera import randomness
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesSource
-from tessera.data.images import Source, Unusable
+from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import LatentsSource
 from tessera.data.sampler import Bucketed, Shuffled
 from tessera.errors import TesseraError
@@ -42,7 +42,7 @@ class Batch:
     position: Tensor
 
 
-def mirrored(seed: int, position: Tensor) -> Tensor:
+def flip_mask(seed: int, position: Tensor) -> Tensor:
     """Which positions are mirrored where a recipe flips: bool [B, 1]"""
     return randomness.uniform(seed, position, FLIP) < 0.5
 
@@ -59,7 +59,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source | LatentsSource,
+        source: Dataset | LatentsSource,
         batch: int,
         seed: int,
         workers: int = 2,
@@ -78,7 +78,7 @@ class Loader:
         self.flip = flip
         self.order = Bucketed(buckets.of, batch, seed) if buckets else Shuffled(len(source), batch, seed)
         self.skipped: dict[str, str] = {}
-        self.passed_over: set[int] = set()
+        self.skipped_positions: set[int] = set()
         self._kept: np.ndarray | None = None  # [N, C, H, W]
         self._lock = Lock()
         self._read = np.zeros(len(source), bool)  # whose pixels are kept
@@ -99,7 +99,7 @@ class Loader:
 
     def start(self, position: int) -> int:
         """Where the next batch starts: here, unless it is passed over."""
-        while position in self.passed_over:
+        while position in self.skipped_positions:
             position += self.batch
         return position
 
@@ -109,7 +109,7 @@ class Loader:
         positions = torch.tensor([position + offset for offset in offsets])
         if isinstance(self.source, LatentsSource):
             samples = self.order.batch(position)[self.part]
-            turned = mirrored(self.seed, positions)[:, 0].numpy() & self.flip
+            turned = flip_mask(self.seed, positions)[:, 0].numpy() & self.flip
             label = torch.from_numpy(self.source.labels[samples].astype(np.int64))
             batch = self.source.gather(samples, turned), label, positions
         elif self._kept is not None and self._read[samples := self.order.batch(position)[self.part]].all():
@@ -130,7 +130,7 @@ class Loader:
         for index in islice(self.order.candidates(start, offset), PATIENCE):
             try:
                 return self._pixels(index, start), self.source.label(index)
-            except Unusable as fault:
+            except InvalidSample as fault:
                 name, reason = self.source.name(index), str(fault)
                 self.skipped[name] = reason
                 tries += 1

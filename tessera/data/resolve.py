@@ -5,10 +5,10 @@ from typing import Any
 
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
-from tessera.data.images import Source
+from tessera.data.images import Dataset
 from tessera.data.layouts import HUB
 from tessera.errors import TesseraError
-from tessera.settings import Settings, by_kind, parse, read_yaml
+from tessera.settings import Settings, by_kind, validate, read_yaml
 
 EMBEDDED = ("digits", "shapes")
 
@@ -17,7 +17,7 @@ class _Section(Settings):
     data: AnyData
 
 
-def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData:
+def resolve_data(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData:
     """`digits`, `shapes:test`, files of any layout that data.path takes, or a recipe for its `data` section.
 
     size, channels: what files are read as; a recipe and the embedded sets say their own.
@@ -44,15 +44,15 @@ def named(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData
         if size is None:
             raise TesseraError(f"say at which size the images of {text} are to be read: --size 256")
         data = {"size": size, "channels": channels, **data}
-    return as_data(data, f"the data {text}")
+    return parse_data(data, f"the data {text}")
 
 
-def as_data(told: dict[str, Any], where: str = "the data") -> AnyData:
+def parse_data(told: dict[str, Any], where: str = "the data") -> AnyData:
     """The `data` section of a recipe, validated. Raises TesseraError."""
-    return parse(_Section, {"data": told}, where).data
+    return validate(_Section, {"data": told}, where).data
 
 
-def opened(config: AnyData) -> Source:
+def open_data(config: AnyData) -> Dataset:
     """The data set, with classes where its folders are classes in good order, without them where not."""
     if isinstance(config, FilesConfig) and config.classes == "auto":
         try:

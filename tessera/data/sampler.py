@@ -14,7 +14,7 @@ from tessera import randomness
 STREAM, SLOTS = 0x6F726472, 0x736C6F74  # of randomness: samples of an epoch, batches of an epoch
 
 
-class Order(Protocol):
+class SampleOrder(Protocol):
     """`start` is the position at which a batch begins; batches lie one behind the other."""
 
     def batch(self, start: int) -> np.ndarray:

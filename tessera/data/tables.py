@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tessera.data.images import Unusable
+from tessera.data.images import InvalidSample
 from tessera.data.index import TABLES, arrow, compute
 from tessera.errors import TesseraError
-from tessera.files import cache_folder, whole_file
+from tessera.files import cache_folder, atomic_file
 from tessera.settings import unknown
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LABELS, CAPTIONS = ("label", "class"), ("caption", "text")  # columns that `auto
 BATCH = 256  # rows that are unpacked at a time
 
 
-class Asked(Protocol):
+class ColumnOptions(Protocol):
     """What a configuration says of columns: a name, `auto`, or null for none."""
 
     @property
@@ -186,12 +186,12 @@ class Images:
             content = None if self.bytes is None else self.bytes[row].as_py()
             named = self.paths[row].as_py() if content is None and self.paths is not None else None
         except ValueError as error:
-            raise Unusable(f"damaged: {error}") from None
+            raise InvalidSample(f"damaged: {error}") from None
         if isinstance(content, bytes):
             return content
         if isinstance(named, str) and (self.folder / named).is_file():
             return self.folder / named
-        raise Unusable("holds no image bytes")
+        raise InvalidSample("holds no image bytes")
 
 
 def images(files: Sequence[Path], asked: str) -> list[Images]:
@@ -248,7 +248,7 @@ def _unpacked(file: Path, column: str) -> Path:
         print(f"unpacking {file.name} once into {target}, to read its rows in any order", file=sys.stderr, flush=True)
         try:
             source = parquet.ParquetFile(file)
-            with whole_file(target) as partial, pa.OSFile(str(partial), "wb") as sink:
+            with atomic_file(target) as partial, pa.OSFile(str(partial), "wb") as sink:
                 kind = pa.schema([source.schema_arrow.field(column)])
                 with pa.ipc.new_file(sink, kind) as writer:
                     for batch in source.iter_batches(batch_size=BATCH, columns=[column]):

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tessera.diffusion.flow import Flow, FlowConfig
-from tessera.diffusion.gaussian import Gaussian, GaussianConfig
+from tessera.diffusion.flow import FlowMatching, FlowMatchingConfig
+from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.settings import by_kind
 
-Process = Gaussian | Flow
+DiffusionProcess = GaussianDiffusion | FlowMatching
 
 
 def _gaussian_unless_told(value: Any) -> Any:
@@ -19,6 +19,6 @@ def _gaussian_unless_told(value: Any) -> Any:
     return {"kind": "gaussian", **value} if isinstance(value, dict) else value
 
 
-AnyProcess = Annotated[GaussianConfig | FlowConfig, BeforeValidator(_gaussian_unless_told), Field(discriminator="kind")]
+AnyDiffusionConfig = Annotated[GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_unless_told), Field(discriminator="kind")]
 
-__all__ = ["AnyProcess", "Flow", "FlowConfig", "Gaussian", "GaussianConfig", "Process"]
+__all__ = ["AnyDiffusionConfig", "FlowMatching", "FlowMatchingConfig", "GaussianDiffusion", "GaussianDiffusionConfig", "DiffusionProcess"]

@@ -15,21 +15,21 @@ from torch import Tensor
 from tessera.diffusion.prediction import Losses, Prediction, expand, row_mean
 from tessera.settings import Settings, by_kind
 
-Quantity = Literal["velocity", "x0", "epsilon"]
+Parameterization = Literal["velocity", "x0", "epsilon"]
 BASE_DIMENSION = 4096  # numbers of a picture at which shift: dimension shifts nothing: the 32 x 32 x 4 latent of DiT
-NEAREST = 1e-5  # the time nearest to either end that training draws
+T_EPS = 1e-5  # the time nearest to either end that training draws
 
 
-class UniformTimes(Settings):
+class UniformTimesteps(Settings):
     """Every time equally often."""
 
     kind: Literal["uniform"] = "uniform"
 
-    def draw(self, uniform: Tensor) -> Tensor:
+    def sample(self, uniform: Tensor) -> Tensor:
         return uniform
 
 
-class LogitNormal(Settings):
+class LogitNormalTimesteps(Settings):
     """Times whose logit is normal: the middle of the path more often (Esser et al. 2024, section 3.1).
 
     mean > 0 moves towards the noise.
@@ -39,28 +39,28 @@ class LogitNormal(Settings):
     mean: float = 0.0
     std: PositiveFloat = 1.0
 
-    def draw(self, uniform: Tensor) -> Tensor:
+    def sample(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> times, by the inverse of the distribution function."""
         inside = uniform.double().clamp(1e-7, 1 - 1e-7)
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(inside))
 
 
-class FlowConfig(Settings):
+class FlowMatchingConfig(Settings):
     """The defaults are rectified flow with uniform times."""
 
     kind: Literal["flow"] = "flow"
     path: Literal["linear", "trigonometric"] = Field(
         default="linear", description="(1 - t) x0 + t eps, or cos and sin of t pi / 2 (SiT's GVP)"
     )
-    prediction: Quantity = Field(default="velocity", description="what the network's output is")
-    loss: Quantity = Field(default="velocity", description="what the squared error is of, whatever the prediction")
-    times: Annotated[UniformTimes | LogitNormal, BeforeValidator(by_kind), Field(discriminator="kind")] = UniformTimes()
+    prediction: Parameterization = Field(default="velocity", description="what the network's output is")
+    loss: Parameterization = Field(default="velocity", description="what the squared error is of, whatever the prediction")
+    timestep_sampling: Annotated[UniformTimesteps | LogitNormalTimesteps, BeforeValidator(by_kind), Field(discriminator="kind")] = UniformTimesteps()
     shift: PositiveFloat | Literal["dimension"] = Field(
         default=1.0,
         description="moves training times to the noise (above 1) or to the data (below); dimension: the square root of "
         "the size of what the network sees over 4096, so that noise hides as much in any size",
     )
-    floor: float = Field(
+    min_weight: float = Field(
         default=0.05,
         gt=0,
         lt=1,
@@ -71,10 +71,10 @@ class FlowConfig(Settings):
         default=(0.0, 1000.0), description="what the network is told at the data and at the noise; SiT's: 1, 0"
     )
 
-    def build(self) -> "Flow":
-        return Flow(self)
+    def build(self) -> "FlowMatching":
+        return FlowMatching(self)
 
-    def resolved(self, channels: int, size: tuple[int, int]) -> "FlowConfig":
+    def resolved(self, channels: int, size: tuple[int, int]) -> "FlowMatchingConfig":
         """For a network that sees so many channels of such a size: with the shift as a number.
 
         Esser et al. 2024, equation 23: sqrt(m / n).
@@ -83,12 +83,12 @@ class FlowConfig(Settings):
             return self
         return self.model_copy(update={"shift": math.sqrt(channels * size[0] * size[1] / BASE_DIMENSION)})
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """In one line, for people."""
         by = self.shift if self.shift == "dimension" else f"{self.shift:.3g}"
         shift = f", times shifted by {by}" if self.shift != 1 else ""
         loss = f", {self.loss} loss" if self.loss != self.prediction else ""
-        return f"flow, {self.path} path, {self.prediction} prediction{loss}, {self.times.kind} times{shift}"
+        return f"flow, {self.path} path, {self.prediction} prediction{loss}, {self.timestep_sampling.kind} times{shift}"
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -96,34 +96,34 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-class Flow:
+class FlowMatching:
     """x_t = alpha(t) x0 + sigma(t) eps from the data at t = 0 to the noise at t = 1."""
 
     steps = None  # any time between 0 and 1
 
-    def __init__(self, config: FlowConfig) -> None:
+    def __init__(self, config: FlowMatchingConfig) -> None:
         if config.shift == "dimension":
             raise ValueError("shift: dimension needs the size of what the network sees: call FlowConfig.resolved first")
         self.config = config
         self.shift = float(config.shift)
 
-    def outputs(self, channels: int) -> int:
+    def out_channels(self, channels: int) -> int:
         """Raw output channels a network needs to serve this process."""
         return channels
 
     # Times
 
-    def draw_times(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> the times of training. [B] -> [B]"""
-        t = shifted(self.config.times.draw(uniform), self.shift)
-        return t.clamp(NEAREST, 1 - NEAREST).to(uniform.dtype)
+        t = shifted(self.config.timestep_sampling.sample(uniform), self.shift)
+        return t.clamp(T_EPS, 1 - T_EPS).to(uniform.dtype)
 
-    def network_time(self, t: Tensor) -> Tensor:
+    def model_time(self, t: Tensor) -> Tensor:
         """t -> the units a network is trained in, float32."""
         at_data, at_noise = self.config.network_times
         return (at_data + (at_noise - at_data) * t.double()).to(torch.float32)
 
-    def time_at(self, ratio: Tensor) -> Tensor:
+    def time_from_nsr(self, ratio: Tensor) -> Tensor:
         """The time at which sigma / alpha is ratio, float64 [B]."""
         ratio = ratio.double()
         return 1 / (1 + 1 / ratio) if self.config.path == "linear" else torch.atan(ratio) * 2 / math.pi
@@ -140,13 +140,13 @@ class Flow:
         t = t.double()
         return t if self.config.path == "linear" else torch.sin(t * math.pi / 2)
 
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def schedule_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """How fast alpha and sigma change, d/dt, float64 [B] each."""
         if self.config.path == "linear":
             return -torch.ones_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
         return -math.pi / 2 * self.sigma(t), math.pi / 2 * self.alpha(t)
 
-    def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t. x0 and noise [B, ...], t [B]"""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
@@ -157,22 +157,22 @@ class Flow:
         raw = raw.to(x.dtype)
         alpha, sigma = self.alpha(t), self.sigma(t)
         if self.config.prediction == "x0":  # at the data no noise is left to tell: any eps is as good
-            return Prediction(raw, (x - expand(alpha, x) * raw) / expand(sigma.clamp(min=NEAREST), x))
+            return Prediction(raw, (x - expand(alpha, x) * raw) / expand(sigma.clamp(min=T_EPS), x))
         if self.config.prediction == "epsilon":
-            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.floor), x), raw)
+            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.min_weight), x), raw)
         # v = alpha' x0 + sigma' eps and x = alpha x0 + sigma eps, solved for x0 and eps
-        alpha_rate, sigma_rate = self.rates(t)
+        alpha_rate, sigma_rate = self.schedule_derivative(t)
         turn = alpha * sigma_rate - alpha_rate * sigma
         x0 = expand(sigma_rate / turn, x) * x - expand(sigma / turn, x) * raw
         return Prediction(x0, expand(alpha / turn, x) * raw - expand(alpha_rate / turn, x) * x)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the raw output is trained towards."""
         if self.config.prediction == "x0":
             return x0
         if self.config.prediction == "epsilon":
             return noise
-        alpha_rate, sigma_rate = self.rates(t)
+        alpha_rate, sigma_rate = self.schedule_derivative(t)
         return expand(alpha_rate, x0) * x0 + expand(sigma_rate, x0) * noise
 
     # Training
@@ -183,18 +183,18 @@ class Flow:
         At one x the errors of x0, eps and v are one error times 1, alpha / sigma and (alpha sigma' - alpha' sigma) /
         sigma (Li & He 2025, "Back to Basics", table 1), so that any prediction can be trained under any loss.
         """
-        mse = row_mean(torch.square(raw.to(x0.dtype) - self.target(x0, noise, t)))
+        mse = row_mean(torch.square(raw.to(x0.dtype) - self.training_target(x0, noise, t)))
         if self.config.loss == self.config.prediction:
             return Losses(total=mse, mse=mse)
         weight = self._error(self.config.loss, t) / self._error(self.config.prediction, t)
         return Losses(total=mse * expand(weight**2, mse), mse=mse)
 
-    def _error(self, quantity: Quantity, t: Tensor) -> Tensor:
+    def _error(self, quantity: Parameterization, t: Tensor) -> Tensor:
         """The size of an error in a quantity that is 1 in x0, float64 [B]."""
-        alpha, sigma = self.alpha(t).clamp(min=self.config.floor), self.sigma(t).clamp(min=self.config.floor)
+        alpha, sigma = self.alpha(t).clamp(min=self.config.min_weight), self.sigma(t).clamp(min=self.config.min_weight)
         if quantity == "x0":
             return torch.ones_like(sigma)
         if quantity == "epsilon":
             return alpha / sigma
-        alpha_rate, sigma_rate = self.rates(t)
+        alpha_rate, sigma_rate = self.schedule_derivative(t)
         return (self.alpha(t) * sigma_rate - alpha_rate * self.sigma(t)) / sigma

@@ -16,7 +16,7 @@ from tessera.diffusion.prediction import Losses, Prediction, expand, row_mean
 from tessera.settings import Settings, by_kind
 
 
-class Linear(Settings):
+class LinearBetas(Settings):
     """Betas on a straight line, scaled so that any number of steps ends in the same noise (Ho et al. 2020)."""
 
     kind: Literal["linear"] = "linear"
@@ -28,7 +28,7 @@ class Linear(Settings):
         return torch.linspace(scale * self.start, scale * self.end, steps, dtype=torch.float64).clamp(max=0.999)
 
 
-class Cosine(Settings):
+class CosineBetas(Settings):
     """alpha_bar follows a squared cosine (Nichol & Dhariwal 2021, equation 17)."""
 
     kind: Literal["cosine"] = "cosine"
@@ -41,7 +41,7 @@ class Cosine(Settings):
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=self.largest_beta)
 
 
-class Uniform(Settings):
+class UniformWeighting(Settings):
     """Every time counts the same."""
 
     kind: Literal["uniform"] = "uniform"
@@ -50,7 +50,7 @@ class Uniform(Settings):
         return torch.ones_like(snr)
 
 
-class MinSNR(Settings):
+class MinSNRWeighting(Settings):
     """The error of x0, weighed by the signal-to-noise ratio, gamma at most (Hang et al. 2023, section 3.4)."""
 
     kind: Literal["min-snr"] = "min-snr"
@@ -65,50 +65,50 @@ class MinSNR(Settings):
         return of_epsilon if prediction == "epsilon" else of_epsilon * snr / (snr + 1)
 
 
-class GaussianConfig(Settings):
+class GaussianDiffusionConfig(Settings):
     """The defaults are the process of the DiT paper."""
 
     kind: Literal["gaussian"] = "gaussian"
-    steps: PositiveInt = 1000
-    schedule: Annotated[Linear | Cosine, BeforeValidator(by_kind), Field(discriminator="kind")] = Linear()
+    num_timesteps: PositiveInt = 1000
+    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(by_kind), Field(discriminator="kind")] = LinearBetas()
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     variance: Literal["learned", "posterior", "beta"] = Field(
         default="learned",
         description="learned between the two others, or fixed to one: posterior (small) or beta (large)",
     )
-    weighting: Annotated[Uniform | MinSNR, BeforeValidator(by_kind), Field(discriminator="kind")] = Uniform()
+    weighting: Annotated[UniformWeighting | MinSNRWeighting, BeforeValidator(by_kind), Field(discriminator="kind")] = UniformWeighting()
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the schedule so that the last step is pure noise (Lin et al. 2024)"
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> "GaussianConfig":
+    def _fits(self) -> "GaussianDiffusionConfig":
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v or x0: of pure noise, epsilon tells nothing of x0")
-        if self.zero_terminal_snr and self.steps == 1:
+        if self.zero_terminal_snr and self.num_timesteps == 1:
             raise ValueError("zero_terminal_snr needs 2 steps or more: the first stays, the last is all noise")
         return self
 
-    def build(self) -> "Gaussian":
-        return Gaussian(self)
+    def build(self) -> "GaussianDiffusion":
+        return GaussianDiffusion(self)
 
-    def resolved(self, channels: int, size: tuple[int, int]) -> "GaussianConfig":
+    def resolved(self, channels: int, size: tuple[int, int]) -> "GaussianDiffusionConfig":
         """The same, whatever the network sees."""
         return self
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """In one line, for people."""
-        told = f"Gaussian, {self.steps} steps, {self.schedule.kind} schedule, {self.prediction} prediction, "
+        told = f"Gaussian, {self.num_timesteps} steps, {self.schedule.kind} schedule, {self.prediction} prediction, "
         told += f"{self.variance} variance" + (", zero terminal SNR" if self.zero_terminal_snr else "")
         return told + (f", {self.weighting.kind} weighting" if self.weighting.kind != "uniform" else "")
 
 
-class Gaussian:
+class GaussianDiffusion:
     """x_t = alpha(t) x0 + sigma(t) eps with alpha^2 + sigma^2 = 1."""
 
-    def __init__(self, config: GaussianConfig) -> None:
+    def __init__(self, config: GaussianDiffusionConfig) -> None:
         self.config = config
-        betas = config.schedule.betas(config.steps)
+        betas = config.schedule.betas(config.num_timesteps)
         # alpha_bar[i] belongs to t = i / steps; alpha_bar[0] = 1 is the data itself.
         self.alpha_bar = torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)))
         if config.zero_terminal_snr:  # Lin et al. 2024, algorithm 1: the first step stays, the last becomes 0
@@ -118,23 +118,23 @@ class Gaussian:
     @property
     def steps(self) -> int:
         """How many times there were in training."""
-        return self.config.steps
+        return self.config.num_timesteps
 
-    def outputs(self, channels: int) -> int:
+    def out_channels(self, channels: int) -> int:
         """Raw output channels a network needs to serve this process."""
         return 2 * channels if self.config.variance == "learned" else channels
 
     # Times
 
-    def draw_times(self, uniform: Tensor) -> Tensor:
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) -> the times of training, each of the steps equally likely. [B] -> [B]"""
         return ((uniform * self.steps).floor() + 1) / self.steps
 
-    def network_time(self, t: Tensor) -> Tensor:
+    def model_time(self, t: Tensor) -> Tensor:
         """t -> the units a network is trained in: the step, 0 .. steps - 1, as float32; fractions between steps."""
         return (self._place(t) - 1).to(torch.float32)
 
-    def time_at(self, ratio: Tensor) -> Tensor:
+    def time_from_nsr(self, ratio: Tensor) -> Tensor:
         """The time at which sigma / alpha is ratio, float64 [B]; the ends of the trained steps for any beyond them."""
         bar = 1 / (1 + ratio.double() ** 2)
         falling = self.alpha_bar.flip(0)
@@ -168,7 +168,7 @@ class Gaussian:
         """The share of the noise in x_t, float64 [B]."""
         return (1 - self._bar(t)).sqrt()
 
-    def mix(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, a draw of q(x_t | x0). x0 and noise [B, ...], t [B]"""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
@@ -190,7 +190,7 @@ class Gaussian:
         x0 = expand(alpha, x) * x - expand(sigma, x) * mean
         return Prediction(x0, expand(sigma, x) * x + expand(alpha, x) * mean, fraction)
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the raw output's mean channels are trained towards."""
         if self.config.prediction == "epsilon":
             return noise
@@ -224,12 +224,12 @@ class Gaussian:
             posterior = beta
         return posterior.log(), beta.log()
 
-    def reverse(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def p_mean_variance(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the model's p(x_s | x_t); the log-variance is shaped to broadcast over x."""
         smallest, largest = self.log_variances(t, s)
-        if prediction.fraction is not None:  # Nichol & Dhariwal 2021, equation 15
+        if prediction.var_fraction is not None:  # Nichol & Dhariwal 2021, equation 15
             smallest, largest = expand(smallest, x), expand(largest, x)
-            log_variance = prediction.fraction * largest + (1 - prediction.fraction) * smallest
+            log_variance = prediction.var_fraction * largest + (1 - prediction.var_fraction) * smallest
         elif self.config.variance == "beta":
             log_variance = expand(torch.where(self._place(s) == 0, smallest, largest), x)
         else:
@@ -244,26 +244,26 @@ class Gaussian:
         The bound trains the variance alone: the mean in it is detached. It is not rescaled (DiT's training; Nichol &
         Dhariwal 2021, section 3.1, weigh it by 0.001, for a bound summed over the steps).
         """
-        x = self.mix(x0, noise, t)
+        x = self.add_noise(x0, noise, t)
         raw = raw.to(x.dtype)
         mean = raw[:, : x.shape[1]]
-        mse = row_mean(torch.square(self.target(x0, noise, t) - mean))
+        mse = row_mean(torch.square(self.training_target(x0, noise, t) - mean))
         weighted = mse
-        if isinstance(self.config.weighting, MinSNR):
+        if isinstance(self.config.weighting, MinSNRWeighting):
             bar = self._bar(t)
             weighted = mse * expand(self.config.weighting.of(bar / (1 - bar), self.config.prediction), mse)
         if self.config.variance != "learned":
             return Losses(total=weighted, mse=mse)
-        vb = self.bound(torch.cat((mean.detach(), raw[:, x.shape[1] :]), dim=1), x0, x, t)
+        vb = self.vlb_term(torch.cat((mean.detach(), raw[:, x.shape[1] :]), dim=1), x0, x, t)
         return Losses(total=weighted + vb, mse=mse, vb=vb)
 
-    def bound(self, raw: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def vlb_term(self, raw: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """One term of the variational bound, in bits per dimension [B] (Ho et al. 2020, equation 5).
 
         KL(q(x_s | x_t, x0) || p(x_s | x_t)), and at the first step the negative log-likelihood of pixels in 256 bins.
         """
         s = t - 1 / self.steps
-        mean, log_variance = self.reverse(x, self.predict(raw, x, t), t, s)
+        mean, log_variance = self.p_mean_variance(x, self.predict(raw, x, t), t, s)
         true_mean = self.posterior_mean(x0, x, t, s)
         true_log_variance = expand(self.log_variances(t, s)[0], x)
         kl = 0.5 * (

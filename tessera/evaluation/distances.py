@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera import randomness
 from tessera.errors import TesseraError
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.moments import Moments, finite
 
 STREAM = 0x64697374  # of randomness: which rows are taken, and which are taken together
@@ -35,7 +35,7 @@ def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: n
     return _frechet(first, second, _root(second[1]))
 
 
-def frechet(features: np.ndarray, moments: Moments, reference: Moments) -> Measured:
+def frechet(features: np.ndarray, moments: Moments, reference: Moments) -> Estimate:
     """Fréchet distance of n samples to a reference. features [n, D], at least 2; moments are theirs.
 
     It falls with n, so compare at equal n only. The interval is of what n samples of the same model give on average,
@@ -46,7 +46,7 @@ def frechet(features: np.ndarray, moments: Moments, reference: Moments) -> Measu
     _same_width(features.shape[1], len(moments.mean))
     first, second = _gaussian(moments.mean, moments.cov), _gaussian(reference.mean, reference.cov)
     root = _root(second[1])
-    return Measured.normal(_frechet(first, second, root), _frechet_error(features, first, second, root))
+    return Estimate.normal(_frechet(first, second, root), _frechet_error(features, first, second, root))
 
 
 def frechet_pulls(features: np.ndarray, moments: Moments, reference: Moments) -> np.ndarray:
@@ -61,7 +61,7 @@ def frechet_pulls(features: np.ndarray, moments: Moments, reference: Moments) ->
     return _pulls(features, first, second, _root(second[1])).numpy()
 
 
-def frechet_infinity(features: np.ndarray, reference: Moments, seed: int = 0) -> Measured:
+def frechet_infinity(features: np.ndarray, reference: Moments, seed: int = 0) -> Estimate:
     """Fréchet distance that infinitely many samples would have. features [n, D], at least 4 D and 80.
 
     Chong & Forsyth (2020) lay a straight line in 1 / n through ever smaller samples. The bend that it misses is, in
@@ -90,7 +90,7 @@ def frechet_infinity(features: np.ndarray, reference: Moments, seed: int = 0) ->
         halves += [half, whole.without(half)]
     points = np.stack((at([whole]), at(whole.without(group) for group in groups), at(halves)))
     value = float(np.polyfit(points[:, 0], points[:, 1], 2)[-1])
-    return Measured.normal(value, _frechet_error(features, _gaussian(whole.mean, whole.cov), second, root))
+    return Estimate.normal(value, _frechet_error(features, _gaussian(whole.mean, whole.cov), second, root))
 
 
 def _gaussian(mean: np.ndarray, cov: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def _pulls(features: np.ndarray, first: tuple[Tensor, Tensor], second: tuple[Ten
 # Kernel distance
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, most: int = 10_000, seed: int = 0) -> Measured:
+def kernel_distance(features: np.ndarray, reference: np.ndarray, most: int = 10_000, seed: int = 0) -> Estimate:
     """KID: the squared maximum mean discrepancy of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), unbiased.
 
     features [N, D], reference [M, D]; of each at most `most` rows, and at least 2. Over all pairs, not over subsets as
@@ -182,7 +182,7 @@ def kernel_distance(features: np.ndarray, reference: np.ndarray, most: int = 10_
     pull_x = (_kernel_sums(x, x)[0] - _own_kernel(x)) / (n - 1) - over_y / m
     pull_y = (_kernel_sums(y, y)[0] - _own_kernel(y)) / (m - 1) - over_x / n
     error = 2 * (pull_x.var() / n + pull_y.var() / m).sqrt()
-    return Measured.normal(float(pull_x.mean() + pull_y.mean()), float(error))
+    return Estimate.normal(float(pull_x.mean() + pull_y.mean()), float(error))
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def _own_kernel(x: Tensor) -> Tensor:
 # Inception score
 
 
-def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 0) -> Measured:
+def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 0) -> Estimate:
     """exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits (Salimans et al. 2016).
 
     logits [N, K] of a classifier, at least 2 rows a split. They are shuffled first, so that samples in the order of
@@ -219,7 +219,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 0) -> Meas
         score = divergence.mean().exp()
         scores.append(float(score))
         pulls.append(score * (divergence - divergence.mean()))
-    return Measured.normal(float(np.mean(scores)), float(torch.cat(pulls).std()) / len(logits) ** 0.5)
+    return Estimate.normal(float(np.mean(scores)), float(torch.cat(pulls).std()) / len(logits) ** 0.5)
 
 
 def _log_probabilities(logits: np.ndarray) -> Iterator[Tensor]:
@@ -236,7 +236,7 @@ def _divergence(told: Tensor, average: Tensor) -> Tensor:
 # Neighbours
 
 
-def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> dict[str, Measured]:
+def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> dict[str, Estimate]:
     """precision: the share of samples inside a ball around a reference row that reaches to its k-th nearest fellow;
     recall: the share of reference rows inside such a ball around a sample (Kynkäänniemi et al. 2019, k = 3 as there).
 
@@ -251,10 +251,10 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) ->
     for rows, squared in _squared(x, y):
         inside += int((squared <= y_reach).any(dim=1).sum())
         covered |= (squared <= x_reach[rows, None]).any(dim=0)
-    return {"precision": Measured.share(inside, len(x)), "recall": Measured.share(int(covered.sum()), len(y))}
+    return {"precision": Estimate.proportion(inside, len(x)), "recall": Estimate.proportion(int(covered.sum()), len(y))}
 
 
-def density_coverage(features: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, Measured]:
+def density_coverage(features: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, Estimate]:
     """density: in how many balls around reference rows a sample is, over k; coverage: the share of these balls that
     hold a sample (Naeem et al. 2020, k = 5 as there).
 
@@ -270,8 +270,8 @@ def density_coverage(features: np.ndarray, reference: np.ndarray, k: int = 5) ->
         closest = torch.minimum(closest, squared.amin(dim=0))
     density = torch.cat(around).to(x.dtype) / k
     return {
-        "density": Measured.normal(float(density.mean()), float(density.std()) / len(x) ** 0.5),
-        "coverage": Measured.share(int((closest <= reach).sum()), len(y)),
+        "density": Estimate.normal(float(density.mean()), float(density.std()) / len(x) ** 0.5),
+        "coverage": Estimate.proportion(int((closest <= reach).sum()), len(y)),
     }
 
 
@@ -286,7 +286,7 @@ def nearest(features: np.ndarray, reference: np.ndarray, count: int = 1) -> tupl
     return squared.sqrt().reshape(shape).numpy(), index.reshape(shape).numpy()
 
 
-def authenticity(features: np.ndarray, reference: np.ndarray) -> Measured:
+def authenticity(features: np.ndarray, reference: np.ndarray) -> Estimate:
     """The share of samples farther from their nearest reference row than that row is from its nearest fellow (Alaa et
     al. 2022): copies are not. Pictures held out of the reference reach no 100 % either: compare with theirs.
 
@@ -295,7 +295,7 @@ def authenticity(features: np.ndarray, reference: np.ndarray) -> Measured:
     """
     x, y = _pair(features, reference, 1, "authenticity", 2)
     squared, index = _nearest(x, y, 1)
-    return Measured.share(int((squared > _reach(y, 1)[index]).sum()), len(x))
+    return Estimate.proportion(int((squared > _reach(y, 1)[index]).sum()), len(x))
 
 
 def _nearest(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:

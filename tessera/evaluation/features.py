@@ -26,12 +26,12 @@ from tessera.bundle import weights_hash
 from tessera.errors import TesseraError
 from tessera.evaluation.inception import exact
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.sources import Shard, Subject, shards
+from tessera.evaluation.sources import ImageShard, SampleSource, shards
 from tessera.evaluation.toy import feature_network
-from tessera.files import read_array, write_array, write_whole
-from tessera.generation.bulk import Drawn
-from tessera.generation.resumable import begin
-from tessera.runtime import Ranks
+from tessera.files import read_array, write_array, atomic_write
+from tessera.generation.bulk import BulkSamples
+from tessera.generation.resumable import begin_work
+from tessera.runtime import Distributed
 from tessera.settings import unknown
 
 FACTS = "facts.json"
@@ -122,39 +122,39 @@ class FeatureSet:
 
 
 def extract(
-    subject: Subject, network: Extractor, folder: Path, ranks: Ranks, batch: int = 50, progress: Progress = None
+    subject: SampleSource, network: Extractor, folder: Path, ranks: Distributed, batch: int = 50, progress: Progress = None
 ) -> FeatureSet:
     """Look at every picture of a subject, shard by shard, sharing the shards out among the processes.
 
     What stands in the folder already is kept: a killed extraction goes on. Raises TesseraError for pictures that the
     network cannot take, for features that are not finite, and for a folder that holds other work.
     """
-    check_pictures(subject, network)
-    if ranks.first:
-        begin(folder, {"subject": subject.plan, "features": network.identity})
-    ranks.wait()
+    check_images(subject, network)
+    if ranks.is_main:
+        begin_work(folder, {"subject": subject.plan, "features": network.identity})
+    ranks.barrier()
     total = shards(subject)
     if not (folder / FACTS).exists():
-        share = range(ranks.rank, total, ranks.count)
+        share = range(ranks.rank, total, ranks.world_size)
         missing = [index for index in share if not _path(folder, index).exists()]
         for done, (index, shard) in enumerate(_ahead(subject, missing), start=len(share) - len(missing) + 1):
             _extract_shard(shard, network, batch, _path(folder, index))
             if progress is not None:
                 progress(done, len(share))
-        ranks.wait()
-        if ranks.first:
+        ranks.barrier()
+        if ranks.is_main:
             _join(folder, total, subject)
-        ranks.wait()
+        ranks.barrier()
     return _read(subject, network, folder, ranks)
 
 
-def place(folder: Path, what: str, subject: Subject, network: Extractor) -> Path:
+def place(folder: Path, what: str, subject: SampleSource, network: Extractor) -> Path:
     """Where the features of a subject by a network are kept: other features of the same pictures stand beside them."""
     told = json.dumps([subject.plan, network.identity], sort_keys=True)
     return folder / f"{what}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
-def check_pictures(subject: Subject, network: Extractor) -> None:
+def check_images(subject: SampleSource, network: Extractor) -> None:
     """Raise TesseraError for pictures that the network cannot take."""
     if subject.channels not in network.channels:
         raise TesseraError(
@@ -172,9 +172,9 @@ def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.npz"
 
 
-def _ahead(subject: Subject, indices: Sequence[int]) -> Iterator[tuple[int, Shard]]:
+def _ahead(subject: SampleSource, indices: Sequence[int]) -> Iterator[tuple[int, ImageShard]]:
     """Shards by their numbers, the next one read while this one is looked at; drawing takes the device for itself."""
-    if isinstance(subject, Drawn):
+    if isinstance(subject, BulkSamples):
         yield from ((index, subject.shard(index)) for index in indices)
         return
     with ThreadPoolExecutor(1) as pool:
@@ -186,7 +186,7 @@ def _ahead(subject: Subject, indices: Sequence[int]) -> Iterator[tuple[int, Shar
             yield index, shard
 
 
-def _extract_shard(shard: Shard, network: Extractor, batch: int, path: Path) -> None:
+def _extract_shard(shard: ImageShard, network: Extractor, batch: int, path: Path) -> None:
     found = network(shard.pictures, batch) if len(shard.pictures) else {}
     for part, values in found.items():
         wrong = int((~np.isfinite(values).all(axis=1)).sum())
@@ -200,10 +200,10 @@ def _extract_shard(shard: Shard, network: Extractor, batch: int, path: Path) -> 
     if shard.label is not None:
         arrays["label"] = shard.label
     np.savez(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
-def _join(folder: Path, total: int, subject: Subject) -> None:
+def _join(folder: Path, total: int, subject: SampleSource) -> None:
     """Shards to one array a part. The facts are written last, and the shards removed after that."""
     paths = [_path(folder, index) for index in range(total)]
     digest, names, counts = hashlib.sha256(), {}, []
@@ -228,12 +228,12 @@ def _join(folder: Path, total: int, subject: Subject) -> None:
         del joined
         partial.replace(folder / f"{name}.npy")
     facts = {"count": count, "hash": digest.hexdigest()[:16], "unusable": subject.count - count}
-    write_whole(folder / FACTS, json.dumps(facts))
+    atomic_write(folder / FACTS, json.dumps(facts))
     for path in paths:
         path.unlink()
 
 
-def _read(subject: Subject, network: Extractor, folder: Path, ranks: Ranks) -> FeatureSet:
+def _read(subject: SampleSource, network: Extractor, folder: Path, ranks: Distributed) -> FeatureSet:
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -258,22 +258,22 @@ def _read(subject: Subject, network: Extractor, folder: Path, ranks: Ranks) -> F
     )
 
 
-def _kept_moments(folder: Path, part: str, rows: np.ndarray, ranks: Ranks) -> Moments:
+def _kept_moments(folder: Path, part: str, rows: np.ndarray, ranks: Distributed) -> Moments:
     """Moments, computed once and kept beside the rows."""
     mean, covariance = folder / f"{part}-mean.npy", folder / f"{part}-covariance.npy"
     if not covariance.exists():
         moments = moments_of(rows, ranks)
-        if ranks.first:
+        if ranks.is_main:
             write_array(mean, moments.mean)
             write_array(covariance, moments.cov)
-        ranks.wait()
+        ranks.barrier()
     return Moments(len(rows), np.array(read_array(mean)), np.array(read_array(covariance)))
 
 
-def moments_of(rows: np.ndarray, ranks: Ranks = Ranks()) -> Moments:  # noqa: B008 (frozen)
+def moments_of(rows: np.ndarray, ranks: Distributed = Distributed()) -> Moments:  # noqa: B008 (frozen)
     """Mean and covariance of [N, D], each process adding up its share of the rows."""
     share = Moments()
-    for start in range(ranks.rank * ROWS, len(rows), ranks.count * ROWS):
+    for start in range(ranks.rank * ROWS, len(rows), ranks.world_size * ROWS):
         share.add(np.asarray(rows[start : start + ROWS]))
     first, *others = ranks.gather(share)
     for other in others:

@@ -7,7 +7,7 @@ Z95 = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
-class Measured:
+class Estimate:
     """value, and the ends of its 95 % interval."""
 
     value: float
@@ -15,12 +15,12 @@ class Measured:
     high: float
 
     @classmethod
-    def normal(cls, value: float, error: float) -> "Measured":
+    def normal(cls, value: float, error: float) -> "Estimate":
         """From a standard error."""
         return cls(value, value - Z95 * error, value + Z95 * error)
 
     @classmethod
-    def share(cls, hits: float, count: int) -> "Measured":
+    def proportion(cls, hits: float, count: int) -> "Estimate":
         """From `hits` of `count` trials, by Wilson's interval."""
         return cls(hits / count, *wilson(hits / count, count))
 

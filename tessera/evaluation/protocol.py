@@ -13,9 +13,9 @@ from pydantic import ConfigDict, Field
 
 from tessera import __version__
 from tessera.errors import TesseraError
-from tessera.evaluation.intervals import Measured
-from tessera.files import write_whole
-from tessera.settings import Settings, changes, parse
+from tessera.evaluation.intervals import Estimate
+from tessera.files import atomic_write
+from tessera.settings import Settings, changes, validate
 
 PACKAGES = ("torch", "numpy", "pillow", "transformers")  # those that a score may depend on
 
@@ -29,7 +29,7 @@ class Protocol(Settings):
     samples: int
     size: tuple[int, int] = Field(description="height and width of the pictures in pixels")
     channels: int
-    drawing: dict[str, Any] | None = Field(
+    sampling: dict[str, Any] | None = Field(
         default=None,
         description="sampler, steps, guidance and its channels, seeds, class policy, precision; null: found",
     )
@@ -59,7 +59,7 @@ class Score(Settings):
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, metric: str, measured: Measured, protocol: Protocol, subject: dict[str, Any], device: str) -> "Score":
+    def of(cls, metric: str, measured: Estimate, protocol: Protocol, subject: dict[str, Any], device: str) -> "Score":
         return cls(
             metric=metric,
             value=measured.value,
@@ -89,7 +89,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def save(scores: Sequence[Score], path: Path) -> None:
-    write_whole(path, json.dumps([score.model_dump(mode="json") for score in scores], indent=1) + "\n")
+    atomic_write(path, json.dumps([score.model_dump(mode="json") for score in scores], indent=1) + "\n")
 
 
 def load(path: Path) -> list[Score]:
@@ -101,7 +101,7 @@ def load(path: Path) -> list[Score]:
         raise TesseraError(f"cannot read scores from {path}: {error}") from None
     if not isinstance(told, list):
         raise TesseraError(f"{path} holds no list of scores: expected what `tessera evaluate` writes")
-    return [parse(Score, score, str(path)) for score in told]
+    return [validate(Score, score, str(path)) for score in told]
 
 
 def differences(one: Score, other: Score) -> list[str]:

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tessera.codecs import Codec
-from tessera.data.images import Source, Unusable
+from tessera.data.images import Dataset, InvalidSample
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
 from tessera.evaluation.features import Extractor, Progress
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.moments import Moments
 
 PEAK = 255.0  # of 8-bit pixels
@@ -33,9 +33,9 @@ class Reconstruction:
     mean, std: of all numbers of the latents. originals and reconstructions: some of each, uint8 [n, H, W, C].
     """
 
-    psnr: Measured
-    ssim: Measured
-    fd: Measured | None
+    psnr: Estimate
+    ssim: Estimate
+    fd: Estimate | None
     count: int
     mean: float
     std: float
@@ -78,7 +78,7 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
 
 def reconstruct(
     codec: Codec,
-    source: Source,
+    source: Dataset,
     chosen: Sequence[int],
     device: torch.device,
     network: Extractor | None = None,
@@ -139,14 +139,14 @@ def sheet(found: Reconstruction, columns: int = 8) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def _batches(source: Source, chosen: Sequence[int], batch: int) -> Iterator[Tensor]:
+def _batches(source: Dataset, chosen: Sequence[int], batch: int) -> Iterator[Tensor]:
     """uint8 [B, C, H, W], of usable pictures."""
     for start in range(0, len(chosen), batch):
         usable = []
         for index in chosen[start : start + batch]:
             try:
                 usable.append(source.pixels(int(index)))
-            except Unusable:
+            except InvalidSample:
                 continue
         if usable:
             yield torch.from_numpy(np.stack(usable))
@@ -159,14 +159,14 @@ def _reduced(pixels: Tensor, size: tuple[int, int] | None) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _distance(originals: np.ndarray, reconstructions: np.ndarray) -> Measured | None:
+def _distance(originals: np.ndarray, reconstructions: np.ndarray) -> Estimate | None:
     if len(originals) < 2:
         return None
     return distances.frechet(reconstructions, Moments.of(reconstructions), Moments.of(originals))
 
 
-def _mean(values: Tensor) -> Measured:
+def _mean(values: Tensor) -> Estimate:
     """Of pictures, with the interval that their spread gives."""
     if len(values) < 2:
-        return Measured(float(values[0]), -math.inf, math.inf)
-    return Measured.normal(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
+        return Estimate(float(values[0]), -math.inf, math.inf)
+    return Estimate.normal(float(values.mean()), float(values.std()) / math.sqrt(len(values)))

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from tessera.data import AnyData
-from tessera.data.resolve import named
+from tessera.data.resolve import resolve_data
 from tessera.errors import TesseraError
 from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.sources import Data, Npz, Subject, chosen
-from tessera.files import write_whole
-from tessera.runtime import Ranks
+from tessera.evaluation.sources import Data, Npz, SampleSource, chosen
+from tessera.files import atomic_write
+from tessera.runtime import Distributed
 
 MOST = 10_000  # rows that metrics of pairs look at: their cost grows with the square; a file of statistics keeps them
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -67,7 +67,7 @@ def save(features: FeatureSet, path: Path, kept: int = MOST) -> None:
     }
     buffer = io.BytesIO()
     np.savez(buffer, tessera=np.array(json.dumps(told)), **arrays)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def load(path: Path) -> FeatureSet:
@@ -114,13 +114,13 @@ def load(path: Path) -> FeatureSet:
 
 def open_reference(
     told: str | AnyData,
-    like: Subject,
+    like: SampleSource,
     network: Extractor,
     folder: Path,
-    ranks: Ranks,
+    ranks: Distributed,
     batch: int = 50,
     progress: Progress = None,
-) -> tuple[FeatureSet, Subject | None]:
+) -> tuple[FeatureSet, SampleSource | None]:
     """The reference that a command names, and its pictures where they are at hand.
 
     told: data, also as a word as in `named`; an .npz of pictures or of statistics. like: what will be compared with it,
@@ -135,24 +135,24 @@ def open_reference(
 def check_word(told: str) -> None:
     """Raise TesseraError for a word or path that names no reference, without opening it."""
     if Path(told).suffix != ".npz" or not Path(told).expanduser().exists():
-        named(told, (1, 1))
+        resolve_data(told, (1, 1))
 
 
-def find_reference(told: str | AnyData, like: Subject, network: Extractor) -> FeatureSet | Subject:
+def find_reference(told: str | AnyData, like: SampleSource, network: Extractor) -> FeatureSet | SampleSource:
     """The statistics that a command names, or the pictures, not looked at yet. Raises as `open_reference`."""
     path = Path(told).expanduser() if isinstance(told, str) else Path()
     if path.suffix == ".npz" and path.exists() and is_statistics(path):
         found = load(path)
         check(found, like, network)
         return found
-    config = named(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
+    config = resolve_data(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
     subject = Npz(path) if isinstance(config, str) else Data(config)
     _same("size", tuple(subject.size), tuple(like.size), subject.where, like.where)
     _same("channels", subject.channels, like.channels, subject.where, like.where)
     return subject
 
 
-def check(reference: FeatureSet, like: Subject, network: Extractor) -> None:
+def check(reference: FeatureSet, like: SampleSource, network: Extractor) -> None:
     """Raise TesseraError if a reference is of other pictures or other features than what is to be compared with it."""
     known = reference.features
     if known is not None and any(known.get(fact) != network.identity[fact] for fact in ("weights", "resize")):

@@ -13,9 +13,9 @@ import numpy as np
 from tessera import images
 from tessera.evaluation import distances, protocol
 from tessera.evaluation.reference import chosen
-from tessera.evaluation.sources import SHARD, Subject, shards
+from tessera.evaluation.sources import SHARD, SampleSource, shards
 from tessera.evaluation.suite import Evaluation, few
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.reporting import page as page_html
 from tessera.settings import flat
 
@@ -62,13 +62,13 @@ def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
     for part in parts:
         if isinstance(part, Picture):
             images.save_png(folder / part.file, part.pixels)
-    write_whole(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
+    atomic_write(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
     body = "\n".join(map(_html, parts))
-    write_whole(folder / "report.html", page_html.document(evaluation.subject.where, body))
+    atomic_write(folder / "report.html", page_html.document(evaluation.source.where, body))
 
 
 def _parts(evaluation: Evaluation, command: str) -> list[Part]:
-    scores, subject, reference = evaluation.scores, evaluation.subject, evaluation.reference
+    scores, subject, reference = evaluation.scores, evaluation.source, evaluation.reference
     told: list[Part] = [f"# Scores of {subject.where}", f"Against {reference.where}."]
     if command:
         told.append(f"    {command}")
@@ -95,7 +95,7 @@ def _parts(evaluation: Evaluation, command: str) -> list[Part]:
     return told
 
 
-def _grid(subject: Subject) -> np.ndarray:
+def _grid(subject: SampleSource) -> np.ndarray:
     each = (subject.shard(index).pictures for index in range(shards(subject)))
     shown = next(found for found in each if len(found))[:SHOWN]
     return images.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
@@ -115,7 +115,7 @@ def _neighbours(evaluation: Evaluation) -> list[Part]:
     their_number = reference.number[chosen(len(reference.rows["pool"]), len(theirs))]
 
     above, below = np.r_[suspects, others], np.r_[index[suspects], index[others]]
-    shown = _pictures(evaluation.subject, our_number[above])
+    shown = _pictures(evaluation.source, our_number[above])
     theirs_shown = _pictures(source, their_number[below])
     sheet = shown[:count] + theirs_shown[:count] + shown[count:] + theirs_shown[count:]
     about = (
@@ -127,7 +127,7 @@ def _neighbours(evaluation: Evaluation) -> list[Part]:
     return ["## Is it copying?", Picture(NEIGHBOURS, drawn, about)]
 
 
-def _pictures(subject: Subject, numbers: np.ndarray) -> list[np.ndarray]:
+def _pictures(subject: SampleSource, numbers: np.ndarray) -> list[np.ndarray]:
     """Pictures of a subject by their numbers, uint8 [H, W, C]; each shard is read once."""
     found: dict[int, np.ndarray] = {}
     for index in sorted({int(number) // SHARD for number in numbers}):

@@ -19,8 +19,8 @@ from PIL import Image
 from tessera import randomness
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig, FilesSource
-from tessera.data.images import ImagesConfig, Unusable, flatten
-from tessera.data.resolve import opened
+from tessera.data.images import ImagesConfig, InvalidSample, flatten
+from tessera.data.resolve import open_data
 from tessera.data.tables import MOST_CLASSES
 from tessera.errors import TesseraError
 from tessera.images import read_settings
@@ -30,7 +30,7 @@ STREAM = 0x726F7773  # of randomness: which rows stand for many
 
 
 @dataclass(frozen=True)
-class Shard:
+class ImageShard:
     """pictures uint8 [n, H, W, C]; row [n]: their numbers in the subject; label [n], or None without classes."""
 
     pictures: np.ndarray
@@ -38,7 +38,7 @@ class Shard:
     label: np.ndarray | None
 
 
-class Subject(Protocol):
+class SampleSource(Protocol):
     """Pictures in a fixed order, read a shard at a time by any process."""
 
     where: str  # for people
@@ -52,10 +52,10 @@ class Subject(Protocol):
         """What decides its pictures: work begun under another plan is not gone on with."""
         ...
 
-    def shard(self, index: int) -> Shard: ...
+    def shard(self, index: int) -> ImageShard: ...
 
 
-def rows(subject: Subject, index: int) -> range:
+def rows(subject: SampleSource, index: int) -> range:
     """The numbers of the pictures in a shard."""
     return range(index * SHARD, min((index + 1) * SHARD, subject.count))
 
@@ -67,7 +67,7 @@ def chosen(there: int, most: int | None) -> np.ndarray:
     return np.sort(randomness.permutation(0, STREAM, 0, there).numpy()[:most])
 
 
-def shards(subject: Subject) -> int:
+def shards(subject: SampleSource) -> int:
     return -(-subject.count // SHARD)
 
 
@@ -75,7 +75,7 @@ class Data:
     """A data set as training reads it: cropped to its size, unusable images left out."""
 
     def __init__(self, config: AnyData, count: int | None = None) -> None:
-        self.config, self.source = config, opened(config)
+        self.config, self.source = config, open_data(config)
         self.where = config.where
         self._numbers = _enough(count, len(self.source), self.where)
         self.count = len(self._numbers)
@@ -88,20 +88,20 @@ class Data:
             told["files"] = _state(self.source.files(), self.source.root)
         return told
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         with ThreadPoolExecutor(4) as pool:
             read = list(pool.map(self.picture, rows(self, index)))
         row = np.array([row for row, picture in zip(rows(self, index), read) if picture is not None], np.int64)
         kept = [picture for picture in read if picture is not None]
         pictures = np.stack(kept) if kept else np.empty((0, *self.size, self.channels), np.uint8)
         found = [self.source.label(int(number)) for number in self._numbers[row]] if self.class_names else None
-        return Shard(pictures, row, None if found is None else np.array(found, np.int64))
+        return ImageShard(pictures, row, None if found is None else np.array(found, np.int64))
 
     def picture(self, row: int) -> np.ndarray | None:
         """uint8 [H, W, C], or None where the image cannot be used."""
         try:
             return self.source.pixels(int(self._numbers[row])).transpose(1, 2, 0)
-        except Unusable:
+        except InvalidSample:
             return None
 
 
@@ -109,7 +109,7 @@ class Folder:
     """A folder of samples, taken exactly as they are: one size, nothing damaged, nothing left out."""
 
     def __init__(self, path: Path, count: int | None = None) -> None:
-        source = opened(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1)))
+        source = open_data(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1)))
         found = [(Path(source.name(index)), source.label(index)) for index in range(len(source))]
         self.where, self.path, self.class_names = f"folder {path}", path, source.class_names
         found = [(place, label) for place, label in found if place.name != "grid.png"]  # of `tessera sample`
@@ -126,11 +126,11 @@ class Folder:
     def plan(self) -> dict[str, Any]:
         return {"folder": _state(self.paths, self.path.expanduser().absolute()), "count": self.count}
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         row = rows(self, index)
         pictures = np.stack([self._picture(self.paths[number]) for number in row])
         label = None if self._labels is None else np.array([self._labels[number] for number in row], np.int64)
-        return Shard(pictures, np.array(row), label)
+        return ImageShard(pictures, np.array(row), label)
 
     def _open(self, path: Path) -> Image.Image:
         try:
@@ -192,7 +192,7 @@ class Npz:
         told = self.path.stat()
         return {"npz": [told.st_size, told.st_mtime_ns], "count": self.count}
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         row = rows(self, index)
         each = int(np.prod(self._shape[1:]))
         try:
@@ -204,7 +204,7 @@ class Npz:
                 f"{self.path} is truncated: picture {self._numbers[row][-1]} of {self._shape[0]} is missing"
             )
         pictures = np.frombuffer(content, np.uint8).reshape(len(row), *self._shape[1:])
-        return Shard(pictures, np.array(row), None if self._labels is None else self._labels[self._numbers[row]])
+        return ImageShard(pictures, np.array(row), None if self._labels is None else self._labels[self._numbers[row]])
 
     def _read(self, start: int, length: int) -> bytes:
         """Bytes of the array. The file stays open between shards: a compressed one can only be read onwards."""

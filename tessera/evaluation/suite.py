@@ -9,22 +9,22 @@ import numpy as np
 
 from tessera.bundle import Model
 from tessera.data import AnyData
-from tessera.data.resolve import EMBEDDED, as_data, named
+from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
 from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MOST, check_widths, features_of, open_reference
-from tessera.evaluation.sources import Data, Folder, Npz, Subject, chosen, shards
-from tessera.evaluation.toy.digit_classifier import DigitJudge, ShapesJudge, oracle_for
-from tessera.generation.bulk import Drawn
-from tessera.runtime import Ranks
+from tessera.evaluation.sources import Data, Folder, Npz, SampleSource, chosen, shards
+from tessera.evaluation.toy.digit_classifier import DigitClassifier, ShapesEvaluator, oracle_for
+from tessera.generation.bulk import BulkSamples
+from tessera.runtime import Distributed
 from tessera.settings import unknown
 
 FEWEST = 20  # pictures of a class, to score it by itself
 
-Measure = Callable[[FeatureSet, FeatureSet], dict[str, Measured]]
+Measure = Callable[[FeatureSet, FeatureSet], dict[str, Estimate]]
 
 
 def few(features: FeatureSet, most: int = MOST) -> np.ndarray:
@@ -32,34 +32,34 @@ def few(features: FeatureSet, most: int = MOST) -> np.ndarray:
     return np.asarray(features.rows["pool"][chosen(len(features.rows["pool"]), most)])
 
 
-def _fd(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _fd(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return {"fd": distances.frechet(samples.rows["pool"], samples.moments["pool"], reference.moments["pool"])}
 
 
-def _fd_inf(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _fd_inf(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return {"fd_inf": distances.frechet_infinity(samples.rows["pool"], reference.moments["pool"])}
 
 
-def _sfid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _sfid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     moments = samples.moments["spatial"]
     return {"sfid": distances.frechet(samples.rows["spatial"], moments, reference.moments["spatial"])}
 
 
-def _kid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _kid(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return {"kid": distances.kernel_distance(few(samples), few(reference))}
 
 
-def _is(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _is(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return {"is": distances.inception_score(samples.rows["logits"])}
 
 
-def _prdc(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _prdc(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return distances.precision_recall(few(samples), few(reference)) | distances.density_coverage(
         few(samples), few(reference)
     )
 
 
-def _authenticity(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def _authenticity(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     return {"authenticity": distances.authenticity(few(samples), few(reference))}
 
 
@@ -154,21 +154,21 @@ class Evaluation:
     """Scores, and what a report shows beside them."""
 
     scores: list[Score]
-    subject: Subject
+    source: SampleSource
     samples: FeatureSet
     reference: FeatureSet
-    reference_pictures: Subject | None
+    reference_pictures: SampleSource | None
     notes: list[str]
-    classes: dict[str, Measured]  # KID of each class by itself
+    classes: dict[str, Estimate]  # KID of each class by itself
 
 
 def evaluate(
-    subject: Subject,
+    subject: SampleSource,
     reference: str | AnyData,
     network: Extractor,
     folder: Path,
     metrics: Sequence[str] | None = None,
-    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ranks: Distributed = Distributed(),  # noqa: B008 (frozen)
     batch: int = 50,
     progress: Callable[[str], Progress] | None = None,
     reference_folder: Path | None = None,
@@ -180,7 +180,7 @@ def evaluate(
     """
     told = progress or _silent
     check_metrics(metrics or (), subject.count, network)
-    if isinstance(subject, Drawn):
+    if isinstance(subject, BulkSamples):
         subject.begin(ranks)
     known, pictures = open_reference(
         reference,
@@ -194,11 +194,11 @@ def evaluate(
     check_metrics(metrics or (), subject.count, network, known)
     if "oracle" in (metrics or ()):
         _oracle(pictures)
-    what = "drawing and looking" if isinstance(subject, Drawn) else "looking at the samples"
+    what = "drawing and looking" if isinstance(subject, BulkSamples) else "looking at the samples"
     samples = extract(subject, network, place(folder, "features", subject, network), ranks, batch, told(what))
     check_widths(known, samples)
     notes, found = [], {}
-    if not ranks.first:
+    if not ranks.is_main:
         return Evaluation([], subject, samples, known, pictures, [], {})
     if samples.unusable or known.unusable:
         notes.append(
@@ -239,7 +239,7 @@ def trained_on(model: Model) -> AnyData:
     told = (model.config.recipe or {}).get("data")
     if told is None:
         raise TesseraError("this model does not say what it was trained on: give --reference DATA or statistics (.npz)")
-    return as_data(told)
+    return parse_data(told)
 
 
 def check_target(target: str) -> None:
@@ -257,7 +257,7 @@ def name_of(target: str) -> str:
     return ((path.stem if path.is_file() else path.name) or "samples").replace(":", "-")
 
 
-def found(target: str, size: tuple[int, int] | None, count: int | None) -> Subject:
+def found(target: str, size: tuple[int, int] | None, count: int | None) -> SampleSource:
     """The pictures at a path: an .npz, a folder of samples exactly as they are, or data (also folders, where a size is
     given to crop and scale them to). Raises TesseraError.
     """
@@ -266,7 +266,7 @@ def found(target: str, size: tuple[int, int] | None, count: int | None) -> Subje
         return Npz(path, count)
     if path.is_dir() and size is None and not any(path.rglob("*.parquet")):
         return Folder(path, count)
-    return Data(named(target, size), count)
+    return Data(resolve_data(target, size), count)
 
 
 def usual_features(reference: str | AnyData) -> str:
@@ -274,7 +274,7 @@ def usual_features(reference: str | AnyData) -> str:
     data, else Inception's."""
     if isinstance(reference, str) and Path(reference).suffix == ".npz":
         return features_of(Path(reference).expanduser()) or "inception"
-    kind = (named(reference, (1, 1)) if isinstance(reference, str) else reference).kind
+    kind = (resolve_data(reference, (1, 1)) if isinstance(reference, str) else reference).kind
     return kind if kind in EMBEDDED else "inception"
 
 
@@ -282,7 +282,7 @@ def _silent(what: str) -> Progress:
     return None
 
 
-def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
+def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Estimate]:
     """KID of each class by itself, where both sides have labels of the same classes; it is unbiased at any count."""
     ours, theirs = samples.label, reference.label
     if ours is None or theirs is None or "pool" not in reference.rows:
@@ -300,7 +300,7 @@ def by_class(samples: FeatureSet, reference: FeatureSet) -> dict[str, Measured]:
     return found
 
 
-def _oracle(reference: Subject | None) -> tuple[Data, DigitJudge | ShapesJudge]:
+def _oracle(reference: SampleSource | None) -> tuple[Data, DigitClassifier | ShapesEvaluator]:
     """The data whose truth is known, and its judge. Raises TesseraError for other references."""
     found = oracle_for(reference.config) if isinstance(reference, Data) else None
     if not isinstance(reference, Data) or found is None:
@@ -308,7 +308,7 @@ def _oracle(reference: Subject | None) -> tuple[Data, DigitJudge | ShapesJudge]:
     return reference, found
 
 
-def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Measured], str]:
+def _judged(subject: SampleSource, reference: SampleSource | None) -> tuple[dict[str, Estimate], str]:
     """What an oracle says of the pictures, shard by shard, and what to know of it. Raises TesseraError if it cannot."""
     data, oracle = _oracle(reference)
     number = _numbers(subject.class_names, data.class_names)
@@ -325,7 +325,7 @@ def _judged(subject: Subject, reference: Subject | None) -> tuple[dict[str, Meas
     if not hits:
         raise TesseraError(f"oracle needs to know which class each sample was asked for: {subject.where} does not say")
     told = f"the oracle reads {oracle.reads}; of real pictures that it has not seen, {oracle.ceiling:.1%} right"
-    return {name: Measured.share(count, seen) for name, count in hits.items()}, told
+    return {name: Estimate.proportion(count, seen) for name, count in hits.items()}, told
 
 
 def _numbers(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
@@ -342,7 +342,7 @@ def _numbers(names: Sequence[str], known: Sequence[str]) -> list[int] | None:
     return None
 
 
-def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: FeatureSet) -> Protocol:
+def _protocol(name: str, subject: SampleSource, samples: FeatureSet, reference: FeatureSet) -> Protocol:
     """What a metric depends on: an oracle on no features, the Inception score on no reference."""
     metric = METRICS.get(name)
     against: dict[str, Any] = {}
@@ -357,10 +357,10 @@ def _protocol(name: str, subject: Subject, samples: FeatureSet, reference: Featu
         samples=samples.count or 0,
         size=(subject.size[0], subject.size[1]),
         channels=subject.channels,
-        drawing=subject.protocol if isinstance(subject, Drawn) else None,
+        sampling=subject.protocol if isinstance(subject, BulkSamples) else None,
     )
 
 
-def _subject(subject: Subject, samples: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
+def _subject(subject: SampleSource, samples: FeatureSet, reference: FeatureSet) -> dict[str, Any]:
     told = {"where": subject.where, "pictures": samples.hash, "reference": reference.where}
-    return told | (subject.made_by if isinstance(subject, Drawn) else {})
+    return told | (subject.made_by if isinstance(subject, BulkSamples) else {})

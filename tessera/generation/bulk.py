@@ -19,11 +19,11 @@ from tessera import randomness, runtime
 from tessera.bundle import Model, weights_hash
 from tessera.codecs import StoredCodec, StoredConfig
 from tessera.codecs.codec import listed_numbers
-from tessera.evaluation.sources import Shard, rows, shards
-from tessera.files import read_array, whole_file, write_array
+from tessera.evaluation.sources import ImageShard, rows, shards
+from tessera.files import read_array, atomic_file, write_array
 from tessera.generation import pipeline
-from tessera.generation.resumable import begin
-from tessera.runtime import Precision, Ranks
+from tessera.generation.resumable import begin_work
+from tessera.runtime import Precision, Distributed
 from tessera.sampling import SamplingConfig
 
 STREAM = 0x636C6173  # of randomness: which classes are drawn
@@ -31,7 +31,7 @@ ClassPolicy = Literal["uniform", "balanced"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class BulkRequest:
     """What a model is to draw: picture i has seeds[i] and, in a model with classes, classes[i]."""
 
     seeds: Sequence[int]
@@ -43,37 +43,37 @@ class Asked:
     size: tuple[int, int] | None = None  # of the pictures, if not the trained one
 
 
-def asked_by_policy(model: Model, count: int, policy: ClassPolicy, first_seed: int = 0, **more: Any) -> Asked:
+def asked_by_policy(model: Model, count: int, policy: ClassPolicy, first_seed: int = 0, **more: Any) -> BulkRequest:
     """`count` pictures of consecutive seeds; their classes in turn, or each drawn evenly by its seed."""
-    seeds, classes = range(first_seed, first_seed + count), model.config.network.classes
+    seeds, classes = range(first_seed, first_seed + count), model.config.network.num_classes
     if not classes:
-        return Asked(seeds, None, "without classes", **more)
+        return BulkRequest(seeds, None, "without classes", **more)
     if policy == "balanced":
-        return Asked(seeds, [number % classes for number in range(count)], policy, **more)
+        return BulkRequest(seeds, [number % classes for number in range(count)], policy, **more)
     drawn = randomness.uniform(0, torch.tensor(list(seeds), dtype=torch.int64), STREAM)[:, 0]
-    return Asked(seeds, (drawn.double() * classes).long().tolist(), policy, **more)
+    return BulkRequest(seeds, (drawn.double() * classes).long().tolist(), policy, **more)
 
 
-class Drawn:
+class BulkSamples:
     """What a model draws, kept in a folder: a subject of evaluation, and what `tessera sample --npz` packs."""
 
-    def __init__(self, model: Model, asked: Asked, folder: Path, batch: int = 50, where: str = "a model") -> None:
+    def __init__(self, model: Model, asked: BulkRequest, folder: Path, batch: int = 50, where: str = "a model") -> None:
         self.model, self.asked, self.folder, self.batch, self.where = model, asked, folder, batch, where
         network, codec = model.config.network, model.codec
         self.count = len(asked.seeds)
-        self.size = asked.size or (network.size[0] * codec.factor, network.size[1] * codec.factor)
+        self.size = asked.size or (network.input_size[0] * codec.factor, network.input_size[1] * codec.factor)
         self.channels = codec.pixel_channels
         self.class_names = tuple(model.config.class_names)
 
-    def begin(self, ranks: Ranks) -> None:
+    def begin(self, ranks: Distributed) -> None:
         """Claim the folder. Raises TesseraError if it holds pictures of another plan."""
-        if ranks.first:
-            begin(self.folder, self.plan)
-        ranks.wait()
+        if ranks.is_main:
+            begin_work(self.folder, self.plan)
+        ranks.barrier()
 
     @cached_property
     def sampling(self) -> SamplingConfig:
-        return pipeline.settings(self.model, guidance=self.asked.guidance, **self.asked.settings)
+        return pipeline.sampling_config(self.model, guidance=self.asked.guidance, **self.asked.settings)
 
     @cached_property
     def weights(self) -> str:
@@ -107,7 +107,7 @@ class Drawn:
         return {
             "weights": self.weights,
             "network": config.network.model_dump(mode="json"),
-            "process": config.process.model_dump(mode="json"),
+            "process": config.diffusion.model_dump(mode="json"),
             "codec": hashed,
             **told,
         }
@@ -119,7 +119,7 @@ class Drawn:
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.npy"
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         """The pictures of a shard, drawn if they are not there."""
         row, asked, path = rows(self, index), self.asked, self.path(index)
         classes = None if asked.classes is None else list(asked.classes[row.start : row.stop])
@@ -136,26 +136,26 @@ class Drawn:
             )
             write_array(path, drawn)
         label = None if classes is None else np.array(classes, np.int64)
-        return Shard(read_array(path), np.array(row), label)
+        return ImageShard(read_array(path), np.array(row), label)
 
 
-def draw(drawn: Drawn, ranks: Ranks, progress: Callable[[int, int], None] | None = None) -> None:
+def generate_shards(drawn: BulkSamples, ranks: Distributed, progress: Callable[[int, int], None] | None = None) -> None:
     """Draw every shard that is missing, shared out among the processes."""
     drawn.begin(ranks)
     total = shards(drawn)
-    for index in range(ranks.rank, total, ranks.count):
+    for index in range(ranks.rank, total, ranks.world_size):
         drawn.shard(index)
         if progress is not None:
-            progress(min(index + ranks.count, total), total)
-    ranks.wait()
+            progress(min(index + ranks.world_size, total), total)
+    ranks.barrier()
 
 
-def pack(drawn: Drawn, target: Path) -> None:
+def write_npz(drawn: BulkSamples, target: Path) -> None:
     """The pictures as an .npz of the ADM suite: arr_0 uint8 [N, H, W, C], arr_1 int64 [N] labels if there are classes.
 
     Written a shard at a time, whole or not at all. Raises TesseraError if it cannot be written.
     """
-    with whole_file(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(target) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             shape = (drawn.count, *drawn.size, drawn.channels)
             np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from tessera import randomness, runtime, sampling
-from tessera.acceleration.first_block_cache import FirstBlockCaching, Tally, check_caching
-from tessera.acceleration.modulation_cache import Tabulated
+from tessera.acceleration.first_block_cache import FirstBlockCache, CacheStats, check_caching
+from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.bundle import Model
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
-from tessera.sampling import FirstBlock, SamplingConfig, State
-from tessera.sampling.denoiser import Denoiser, Forward, Guide
-from tessera.sampling.editing import Original
-from tessera.sampling.timesteps import times
-from tessera.settings import override, parse, unknown
+from tessera.sampling import FirstBlock, SamplingConfig, SampleState
+from tessera.sampling.denoiser import Denoiser, Forward, GuidanceModel
+from tessera.sampling.editing import EditSource
+from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import override, validate, unknown
 
 STREAM = 0x64726177  # of randomness: apart from every stream of training
 APART = 512  # tokens of a half from which on a CPU is faster with the two halves of guidance one after the other
@@ -31,7 +31,7 @@ TABLE = 64 * 2**20  # bytes of steering vectors computed ahead, at most
 MEANING = {"steps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times", "kind"}
 
 
-def settings(model: Model, *, overrides: Sequence[str] = (), **changes: Any) -> SamplingConfig:
+def sampling_config(model: Model, *, overrides: Sequence[str] = (), **changes: Any) -> SamplingConfig:
     """The model's own sampler settings with some changed (None: unchanged). Raises TesseraError if one is not valid.
 
     overrides: dotted assignments over them all, as on the command line: ["sampler=dpm++", "sampler.order=3"].
@@ -40,12 +40,12 @@ def settings(model: Model, *, overrides: Sequence[str] = (), **changes: Any) -> 
     if not told and not overrides:
         return model.config.sampling
     data = override({**model.config.sampling.model_dump(), **told}, list(overrides), example="steps=20")
-    return parse(SamplingConfig, data, "sampling")
+    return validate(SamplingConfig, data, "sampling")
 
 
-def labels(model: Model, classes: Sequence[int | str]) -> list[int]:
+def class_labels(model: Model, classes: Sequence[int | str]) -> list[int]:
     """Class numbers or names -> numbers. Raises TesseraError for a class the model does not know."""
-    count, names = model.config.network.classes, model.class_names
+    count, names = model.config.network.num_classes, model.class_names
     found = []
     for told in classes:
         if isinstance(told, str) and told in names:
@@ -61,7 +61,7 @@ def labels(model: Model, classes: Sequence[int | str]) -> list[int]:
 
 
 @torch.no_grad()
-def walk(
+def generate_steps(
     model: Model,
     classes: Sequence[int | str] | None = None,
     seeds: Sequence[int] = (0,),
@@ -73,9 +73,9 @@ def walk(
     strength: float | None = None,
     mask: np.ndarray | None = None,
     precision: runtime.Precision = "float32",
-    tally: Tally | None = None,
+    tally: CacheStats | None = None,
     **changes: Any,
-) -> Iterator[State]:
+) -> Iterator[SampleState]:
     """Draw one batch step by step, yielding every State; `decode(model, state.x)` shows one.
 
     classes and seeds pair up row by row; the shorter of the two may hold one entry for all rows. Each seed is a picture
@@ -91,24 +91,24 @@ def walk(
 
     Raises TesseraError for settings the model cannot draw with.
     """
-    config = settings(model, **changes)
-    scales = torch.as_tensor(config.guidance if guidance is None else guidance, dtype=torch.float32)
+    config = sampling_config(model, **changes)
+    scales = torch.as_tensor(config.guidance_scale if guidance is None else guidance, dtype=torch.float32)
     seen, device = model.config.network, model.device
-    if classes is not None and not seen.classes:
+    if classes is not None and not seen.num_classes:
         raise TesseraError("this model is unconditional: leave classes out")
-    if classes is None and seen.classes:
-        raise TesseraError(f"this model knows {seen.classes} classes: say which, for example classes=[0]")
+    if classes is None and seen.num_classes:
+        raise TesseraError(f"this model knows {seen.num_classes} classes: say which, for example classes=[0]")
     if guide is not None:
         check_guide(model, guide)
         if bool((scales == 1).all()):
             raise TesseraError("a guide needs guidance other than 1: give --guidance 2")
-    elif bool((scales != 1).any()) and not (seen.classes and seen.null_class):
+    elif bool((scales != 1).any()) and not (seen.num_classes and seen.learn_null_class):
         raise TesseraError("this model cannot be guided: it has no 'told nothing' class; leave guidance at 1")
     seeds = list(seeds)
     if not all(0 <= seed < 2**63 for seed in seeds):
         raise TesseraError(f"seeds are whole numbers from 0 to 2^63 - 1; got {seeds}")
     original = _original(model, image, strength, mask, size)
-    label = None if classes is None else labels(model, classes)
+    label = None if classes is None else class_labels(model, classes)
     told, images = 1 if label is None else len(label), 1 if original is None else original.rows
     rows = max(len(seeds), told, scales.numel(), images)
     lengths = (("classes", told), ("seeds", len(seeds)), ("guidance", scales.numel()), ("images or masks", images))
@@ -117,7 +117,7 @@ def walk(
             raise TesseraError(f"{rows} pictures are asked for, but {length} {what}: give {rows}, or 1 for all")
     if label is not None:
         label = torch.tensor(label).expand(rows)
-    shape = (seen.channels, *(_latent_size(model, size) if original is None else original.x0.shape[2:]))
+    shape = (seen.in_channels, *(_latent_size(model, size) if original is None else original.x0.shape[2:]))
     seed = torch.tensor(seeds, dtype=torch.int64).expand(rows)
     drawn = 0
 
@@ -128,18 +128,18 @@ def walk(
         position = torch.full((rows,), drawn - 1, dtype=torch.int64)
         return randomness.normal(seed, position, STREAM, shape).to(device)
 
-    config.sampler.check(model.process)
+    config.sampler.check(model.diffusion)
     check_caching(seen, config.caching)
-    visited = times(config.spacing, config.steps, model.process)
+    visited = timestep_grid(config.timestep_spacing, config.num_steps, model.diffusion)
     x, step = noise(), config.sampler
     if original is not None:
         visited = original.reached(visited)
-        x, step = original.start(model.process, x, visited[0]), original.keeping(step, x)
-    grid = (shape[1] // seen.unit, shape[2] // seen.unit)
+        x, step = original.start(model.diffusion, x, visited[0]), original.keeping(step, x)
+    grid = (shape[1] // seen.size_multiple, shape[2] // seen.size_multiple)
     dtype = runtime.autocast_dtype(precision, device)
-    how = _How(config, model.process.network_time(visited[:-1]).to(device), grid, dtype, tally)
+    how = _How(config, model.diffusion.model_time(visited[:-1]).to(device), grid, dtype, tally)
     denoise = _denoiser(model, Condition(label=label).to(device), scales.expand(rows), guide, how)
-    yield from sampling.walk(step, denoise, x, visited, noise)
+    yield from sampling.sample_loop(step, denoise, x, visited, noise)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class _How:
     times: Tensor  # [N] of the grid, in the units of the network
     grid: tuple[int, int]  # of tokens
     dtype: torch.dtype | None  # of matrix products
-    tally: Tally | None
+    tally: CacheStats | None
 
 
 def _denoiser(model: Model, condition: Condition, scales: Tensor, guide: Model | None, how: _How) -> Denoiser:
@@ -163,12 +163,12 @@ def _denoiser(model: Model, condition: Condition, scales: Tensor, guide: Model |
     large = model.device.type == "cpu" and len(scales) * how.grid[0] * how.grid[1] >= APART
     network, away = make(), None
     if guided and guide is not None:
-        away = Guide(_networks(guide, condition, how)(), condition)
+        away = GuidanceModel(_networks(guide, condition, how)(), condition)
     elif guided and (cached or large):
-        away = Guide(make(), untold)
+        away = GuidanceModel(make(), untold)
     return Denoiser(
         network,
-        model.process,
+        model.diffusion,
         condition,
         scales,
         config.guidance_channels,
@@ -185,15 +185,15 @@ def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Forward]
     caching, plain, tell = config.caching, network, None
     labels = 1 if told.label is None else len(told.label.unique())
     # Measured on CPUs alone (benchmarks/precomputed_modulation.md); a look-up waits for the device.
-    if isinstance(network, DiT) and device.type == "cpu" and Tabulated.size(network, len(how.times), labels) <= TABLE:
+    if isinstance(network, DiT) and device.type == "cpu" and PrecomputedModulation.size(network, len(how.times), labels) <= TABLE:
         with runtime.autocast(how.dtype, device):
-            plain = Tabulated(network, how.times, told.label, how.grid)
-        tell = plain.tell
+            plain = PrecomputedModulation(network, how.times, told.label, how.grid)
+        tell = plain.embed_condition
 
     def make() -> Forward:
         inner = plain
         if isinstance(caching, FirstBlock) and isinstance(network, DiT):  # no other network is let through
-            inner = FirstBlockCaching(network, caching, tell=tell, tally=how.tally)
+            inner = FirstBlockCache(network, caching, tell=tell, tally=how.tally)
 
         def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             with runtime.autocast(how.dtype, device):  # around the network alone: it must not leak to the caller's loop
@@ -225,7 +225,7 @@ def generate(
     precision: runtime.Precision = "float32",
     batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
-    tally: Tally | None = None,
+    tally: CacheStats | None = None,
     **changes: Any,
 ) -> np.ndarray:
     """Draw pictures: uint8 [B, H, W, 3 or 1], one for each pair of class and seed, `batch` at a time.
@@ -252,7 +252,7 @@ def generate(
         part = slice(start, start + batch)
         images, masks = (each if each is None or len(each) == 1 else each[part] for each in (image, mask))
         latents = None
-        for state in walk(
+        for state in generate_steps(
             model,
             None if told is None else told[part],
             seeds[part],
@@ -268,7 +268,7 @@ def generate(
         ):
             latents = state.x
             if progress is not None:
-                progress(start // batch * state.total + state.done, state.total * batches)
+                progress(start // batch * state.num_steps + state.step, state.num_steps * batches)
         assert latents is not None  # walk always yields
         drawn = decode(model, latents)
         if images is not None and masks is not None:
@@ -284,9 +284,9 @@ def check_guide(model: Model, guide: Model) -> None:
         one, other = getattr(model.config.network, what), getattr(guide.config.network, what)
         if one != other:
             faults.append(f"{what} {other}, not {one}")
-    one, other = (each.config.process.model_dump(include=MEANING) for each in (model, guide))
+    one, other = (each.config.diffusion.model_dump(include=MEANING) for each in (model, guide))
     if one != other:
-        faults.append(f"process {guide.config.process.words()}, not {model.config.process.words()}")
+        faults.append(f"process {guide.config.diffusion.summary()}, not {model.config.diffusion.summary()}")
     if model.config.codec.kind != guide.config.codec.kind:
         faults.append(f"codec {guide.config.codec.kind}, not {model.config.codec.kind}")
     if model.device != guide.device:
@@ -303,7 +303,7 @@ def _original(
     strength: float | None,
     mask: np.ndarray | None,
     size: tuple[int, int] | None,
-) -> Original | None:
+) -> EditSource | None:
     """What to begin from, in latents. Raises TesseraError for what does not fit."""
     if image is None:
         if strength is not None or mask is not None:
@@ -320,7 +320,7 @@ def _original(
     if not 0 < strength <= 1:
         raise TesseraError(f"strength is {strength}; expected more than 0 and at most 1, which begins in noise alone")
     data = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(model.device, torch.float32)
-    return Original(model.codec.encode(data / 127.5 - 1), strength, _drawn_latents(model, mask, found, latent_size))
+    return EditSource(model.codec.encode(data / 127.5 - 1), strength, _drawn_latents(model, mask, found, latent_size))
 
 
 def _images(model: Model, image: np.ndarray) -> np.ndarray:
@@ -359,8 +359,8 @@ def _drawn_latents(
 
 def _latent_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
     if size is None:
-        return model.config.network.size
-    unit = model.codec.factor * model.config.network.unit
+        return model.config.network.input_size
+    unit = model.codec.factor * model.config.network.size_multiple
     if size[0] % unit or size[1] % unit or min(size) < unit:
         raise TesseraError(
             f"size {size[0]} x {size[1]} does not fit: height and width must be multiples of {unit} pixels"

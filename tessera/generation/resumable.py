@@ -6,18 +6,18 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from tessera.diffusion import AnyProcess
+from tessera.diffusion import AnyDiffusionConfig
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.models import AnyNetwork
 from tessera.sampling import SamplingConfig
 from tessera.settings import changes
 
 PLAN = "plan.json"
-SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": AnyNetwork, "process": AnyProcess}  # in a plan
+SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": AnyNetwork, "process": AnyDiffusionConfig}  # in a plan
 
 
-def begin(folder: Path, plan: dict[str, Any], instead: str = "Give another --out, or remove it") -> None:
+def begin_work(folder: Path, plan: dict[str, Any], instead: str = "Give another --out, or remove it") -> None:
     """Begin work under a plan in a folder, or go on with it.
 
     Raises TesseraError if other work stands there, with what to do instead.
@@ -32,7 +32,7 @@ def begin(folder: Path, plan: dict[str, Any], instead: str = "Give another --out
         differing = "; ".join(f"{name} was {old}, is {new}" for name, old, new in found)
         raise TesseraError(f"{folder} holds other work: {differing}. {instead}")
     if before != json.loads(told):  # else others may be reading it
-        write_whole(path, told)
+        atomic_write(path, told)
 
 
 def _completed(plan: dict[str, Any]) -> dict[str, Any]:

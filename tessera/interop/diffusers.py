@@ -18,22 +18,22 @@ from tessera.bundle import BundleConfig, Model, assemble, copy_codec, read_tenso
 from tessera.codecs import AutoencoderConfig, StoredConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.conditioning import Condition
-from tessera.diffusion.gaussian import Cosine, GaussianConfig, Linear
+from tessera.diffusion.gaussian import CosineBetas, GaussianDiffusionConfig, LinearBetas
 from tessera.errors import TesseraError, listed
-from tessera.files import whole_folder
+from tessera.files import atomic_folder
 from tessera.interop.readers import Codec, codec_for, difference, dit_of, read_json, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.sampling import DDIM, Ancestral, SamplingConfig
-from tessera.sampling.timesteps import Even, Leading, Trailing
-from tessera.settings import S, Settings, parse
+from tessera.sampling.timesteps import Uniform, Leading, Trailing
+from tessera.settings import S, Settings, validate
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
 TRANSFORMER, SCHEDULER, VAE, SCHEDULER_CONFIG = "transformer", "scheduler", "vae", "scheduler_config.json"
 VERSION = "0.31.0"  # of diffusers, whose files these are; every later one reads them
 TIME_DIVISOR = 127  # hard-coded there
 NULL_CLASS = 1000  # hard-coded in DiTPipeline
-SPACING_OF = {"linspace": Even(), "leading": Leading(), "trailing": Trailing()}
+SPACING_OF = {"linspace": Uniform(), "leading": Leading(), "trailing": Trailing()}
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
 
@@ -76,7 +76,7 @@ class SchedulerConfig(Settings):
     variance_type: str | None = Field(default=None, description="of the DDPM scheduler", exclude=True)
 
 
-class Place(NamedTuple):
+class FieldMapping(NamedTuple):
     """Where one of our tensors stands there: under one name, in parts cut along its rows, or copied to all blocks."""
 
     ours: str
@@ -84,11 +84,11 @@ class Place(NamedTuple):
     theirs: tuple[str, ...]
 
 
-def places(depth: int) -> list[Place]:
+def places(depth: int) -> list[FieldMapping]:
     """Every tensor of a network but the position table, which diffusers makes anew."""
 
-    def both(ours: str, *theirs: str, how: Literal["one", "parts", "copies"] = "one") -> list[Place]:
-        return [Place(f"{ours}.{kind}", how, tuple(f"{name}.{kind}" for name in theirs)) for kind in ("weight", "bias")]
+    def both(ours: str, *theirs: str, how: Literal["one", "parts", "copies"] = "one") -> list[FieldMapping]:
+        return [FieldMapping(f"{ours}.{kind}", how, tuple(f"{name}.{kind}" for name in theirs)) for kind in ("weight", "bias")]
 
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     told = [f"{block}.norm1.emb" for block in blocks]
@@ -97,7 +97,7 @@ def places(depth: int) -> list[Place]:
         *both("x_embedder.proj", "pos_embed.proj"),
         *both("t_embedder.mlp.0", *(f"{name}.timestep_embedder.linear_1" for name in told), how="copies"),
         *both("t_embedder.mlp.2", *(f"{name}.timestep_embedder.linear_2" for name in told), how="copies"),
-        Place("y_embedder.embedding_table.weight", "copies", table),
+        FieldMapping("y_embedder.embedding_table.weight", "copies", table),
         *both("final_layer.adaLN_modulation.1", "proj_out_1"),
         *both("final_layer.linear", "proj_out_2"),
     ]
@@ -145,16 +145,16 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: Codec | Non
         origin["not carried over"] = f"{', '.join(unused)} of the scheduler"
     config = BundleConfig(
         network=network,
-        process=process_of(scheduler, network, str(folder / SCHEDULER)),
-        codec=codec_for(codec, network.channels),
+        diffusion=process_of(scheduler, network, str(folder / SCHEDULER)),
+        codec=codec_for(codec, network.in_channels),
         sampling=SamplingConfig(
             sampler=Ancestral() if kind == "DDPMScheduler" else DDIM(),
-            steps=min(50, scheduler.num_train_timesteps),
-            spacing=SPACING_OF[scheduler.timestep_spacing],
-            guidance=4.0,  # DiTPipeline's own, which guides every channel
+            num_steps=min(50, scheduler.num_train_timesteps),
+            timestep_spacing=SPACING_OF[scheduler.timestep_spacing],
+            guidance_scale=4.0,  # DiTPipeline's own, which guides every channel
             guidance_channels="all",
         ),
-        class_names=_class_names(index.get("id2label"), network.classes),
+        class_names=_class_names(index.get("id2label"), network.num_classes),
         origin=origin,
     )
     return assemble(config, tensors, str(place), device)
@@ -162,7 +162,7 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: Codec | Non
 
 def network_of(config: TransformerConfig, source: str) -> DiTConfig:
     """Our configuration of diffusers' network; of its classes, one more is the null class."""
-    return parse(
+    return validate(
         DiTConfig,
         {
             "size": (config.sample_size, config.sample_size),
@@ -190,7 +190,7 @@ def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) 
     if faults:
         raise TesseraError(f"{source} holds another architecture than its configuration says:{listed(faults)}")
     # As diffusers does: the positions of the configured grid, unscaled at any size.
-    result = {"pos_embed": sincos_grid(network.grid, network.width)[None]}
+    result = {"pos_embed": sincos_grid(network.grid, network.hidden_size)[None]}
     for ours, how, theirs in wanted:
         first = tensors[theirs[0]]
         if how == "copies":
@@ -204,23 +204,23 @@ def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) 
     return result
 
 
-def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> GaussianConfig:
+def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> GaussianDiffusionConfig:
     """The process that a scheduler's betas belong to. Raises TesseraError if Tessera has no such schedule."""
-    if network.outputs not in (network.channels, 2 * network.channels):
+    if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise TesseraError(
-            f"{source}: {network.outputs} raw outputs for {network.channels} channels; expected 1x or 2x"
+            f"{source}: {network.out_channels} raw outputs for {network.in_channels} channels; expected 1x or 2x"
         )
     steps = scheduler.num_train_timesteps
     if scheduler.trained_betas is not None:
         betas = torch.tensor(scheduler.trained_betas, dtype=torch.float64)
         first, last = (float(betas[i]) * steps / 1000 for i in (0, -1))
-        candidates = [Linear(), Cosine()] + ([Linear(start=first, end=last)] if 0 < first < 1 and 0 < last < 1 else [])
+        candidates = [LinearBetas(), CosineBetas()] + ([LinearBetas(start=first, end=last)] if 0 < first < 1 and 0 < last < 1 else [])
     elif scheduler.beta_schedule == "linear":
         betas = torch.linspace(scheduler.beta_start, scheduler.beta_end, steps, dtype=torch.float64)
         ends = {"start": scheduler.beta_start * steps / 1000, "end": scheduler.beta_end * steps / 1000}
-        candidates = [parse(Linear, ends, source)]  # ours are said for 1000 steps
+        candidates = [validate(LinearBetas, ends, source)]  # ours are said for 1000 steps
     else:
-        candidates, betas = [Cosine()], Cosine().betas(steps)
+        candidates, betas = [CosineBetas()], CosineBetas().betas(steps)
     for schedule in candidates:
         if len(betas) == steps and torch.allclose(schedule.betas(steps), betas, rtol=1e-6, atol=1e-8):
             fixed = "beta" if (scheduler.variance_type or "").startswith("fixed_large") else "posterior"
@@ -228,10 +228,10 @@ def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> G
                 "steps": steps,
                 "schedule": schedule,
                 "prediction": PREDICTIONS[scheduler.prediction_type],
-                "variance": "learned" if network.outputs == 2 * network.channels else fixed,
+                "variance": "learned" if network.out_channels == 2 * network.in_channels else fixed,
                 "zero_terminal_snr": scheduler.rescale_betas_zero_snr,  # of the betas said, as there
             }
-            return parse(GaussianConfig, told, source)
+            return validate(GaussianDiffusionConfig, told, source)
     raise TesseraError(f"{source}: its {len(betas)} betas are neither linear nor the cosine schedule of {steps} steps")
 
 
@@ -247,7 +247,7 @@ def _scheduler(path: Path) -> tuple[SchedulerConfig, str]:
 
 def _parse(kind: type[S], told: dict[str, Any], path: Path) -> S:
     """The fields that matter here; every version of diffusers writes some more."""
-    return parse(kind, {name: value for name, value in told.items() if name in kind.model_fields}, str(path))
+    return validate(kind, {name: value for name, value in told.items() if name in kind.model_fields}, str(path))
 
 
 def _unused(scheduler: SchedulerConfig) -> list[str]:
@@ -299,15 +299,15 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     faults = _faults(model, network)
     if faults:
         raise TesseraError("diffusers' DiTPipeline cannot hold this model:\n  " + "\n  ".join(faults))
-    exact = network.time_divisor == TIME_DIVISOR
+    exact = network.timestep_freq_divisor == TIME_DIVISOR
     if not exact and not approximate:
         raise TesseraError(
             f"diffusers' DiT fixes the time_divisor at {TIME_DIVISOR}, and this network was trained with "
-            f"{network.time_divisor}: its outputs there would differ. Pass approximate=True (--approximate) to write "
+            f"{network.timestep_freq_divisor}: its outputs there would differ. Pass approximate=True (--approximate) to write "
             f"it all the same and measure by how much, or train with time_divisor {TIME_DIVISOR}"
         )
     said = [f"wrote {target}: a folder for diffusers' DiTPipeline, exact" if exact else f"wrote {target}: approximate"]
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         for name in (TRANSFORMER, SCHEDULER):
             (folder / name).mkdir()
         _write_json(folder / TRANSFORMER / CONFIG, "DiTTransformer2DModel", transformer_of(network).model_dump())
@@ -330,9 +330,9 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
             "there is no vae/, as the network sees pixels: DiTPipeline.from_pretrained(..., vae=None) loads it, but "
             "draws only with an autoencoder"
         )
-    if network.classes != NULL_CLASS:
+    if network.num_classes != NULL_CLASS:
         said.append(
-            f"DiTPipeline guides with class {NULL_CLASS}, and the null class of this model is {network.classes}: "
+            f"DiTPipeline guides with class {NULL_CLASS}, and the null class of this model is {network.num_classes}: "
             "draw there with guidance_scale=1"
         )
     return "\n".join(said)
@@ -341,21 +341,21 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
 def _faults(model: Model, network: DiTConfig) -> list[str]:
     """What diffusers' network, scheduler or pipeline has no place for, one line each."""
     faults = []
-    if not isinstance(model.config.process, GaussianConfig):
-        faults.append(f"its process is {model.config.process.words()}; only Gaussian ones are known there")
+    if not isinstance(model.config.diffusion, GaussianDiffusionConfig):
+        faults.append(f"its process is {model.config.diffusion.summary()}; only Gaussian ones are known there")
     if network.block.kind != "adaln-zero":
         faults.append(f"its blocks are {network.block.kind}; only adaln-zero is known there")
-    if network.size[0] != network.size[1]:
-        faults.append(f"it sees {network.size[0]} x {network.size[1]}; only squares are known there")
-    if int(network.width * network.mlp_ratio) != 4 * network.width:
+    if network.input_size[0] != network.input_size[1]:
+        faults.append(f"it sees {network.input_size[0]} x {network.input_size[1]}; only squares are known there")
+    if int(network.hidden_size * network.mlp_ratio) != 4 * network.hidden_size:
         faults.append(f"its mlp_ratio is {network.mlp_ratio:g}; only 4 is known there")
-    if not network.classes:
+    if not network.num_classes:
         faults.append("it is unconditional; only networks told a class are known there")
-    elif not network.null_class:
+    elif not network.learn_null_class:
         faults.append("it has no null class; the label table there always has one")
     table = model.network.state_dict().get("pos_embed")
     if table is not None and not torch.allclose(
-        table[0], sincos_grid(network.grid, network.width).to(table), rtol=0, atol=1e-5
+        table[0], sincos_grid(network.grid, network.hidden_size).to(table), rtol=0, atol=1e-5
     ):
         faults.append("its positions are no sin-cos table of its grid; diffusers would make that in their place")
     return faults
@@ -363,14 +363,14 @@ def _faults(model: Model, network: DiTConfig) -> list[str]:
 
 def transformer_of(network: DiTConfig) -> TransformerConfig:
     return TransformerConfig(
-        num_attention_heads=network.heads,
-        attention_head_dim=network.width // network.heads,
-        in_channels=network.channels,
-        out_channels=network.outputs,
+        num_attention_heads=network.num_heads,
+        attention_head_dim=network.hidden_size // network.num_heads,
+        in_channels=network.in_channels,
+        out_channels=network.out_channels,
         num_layers=network.depth,
-        sample_size=network.size[0],
-        patch_size=network.patch,
-        num_embeds_ada_norm=network.classes,
+        sample_size=network.input_size[0],
+        patch_size=network.patch_size,
+        num_embeds_ada_norm=network.num_classes,
         norm_eps=network.mlp_norm_eps,
     )
 
@@ -387,19 +387,19 @@ def to_diffusers(tensors: dict[str, Tensor], network: DiTConfig) -> dict[str, Te
 
 def scheduler_of(config: BundleConfig) -> SchedulerConfig:
     """The DDIM scheduler with a process's betas: by name where there is one, else number by number."""
-    assert isinstance(config.process, GaussianConfig)  # _faults has said so
-    steps, schedule = config.process.steps, config.process.schedule
+    assert isinstance(config.diffusion, GaussianDiffusionConfig)  # _faults has said so
+    steps, schedule = config.diffusion.num_timesteps, config.diffusion.schedule
     told: dict[str, Any] = {"trained_betas": schedule.betas(steps).tolist()}
-    if schedule == Cosine():
+    if schedule == CosineBetas():
         told = {"beta_schedule": "squaredcos_cap_v2"}
-    elif isinstance(schedule, Linear) and schedule.end * 1000 / steps < 0.999:
+    elif isinstance(schedule, LinearBetas) and schedule.end * 1000 / steps < 0.999:
         told = {"beta_start": schedule.start * 1000 / steps, "beta_end": schedule.end * 1000 / steps}
     return SchedulerConfig.model_validate(
         {
             "num_train_timesteps": steps,
-            "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.process.prediction),
-            "timestep_spacing": "trailing" if config.sampling.spacing.kind == "trailing" else "leading",
-            "rescale_betas_zero_snr": config.process.zero_terminal_snr,
+            "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.diffusion.prediction),
+            "timestep_spacing": "trailing" if config.sampling.timestep_spacing.kind == "trailing" else "leading",
+            "rescale_betas_zero_snr": config.diffusion.zero_terminal_snr,
             "clip_sample": False,
             **told,
         }
@@ -439,7 +439,7 @@ def _measured(model: Model, folder: Path) -> float:
     except ImportError:
         raise TesseraError("measuring the difference needs diffusers: pip install 'tessera[diffusers]'") from None
     theirs: Any = DiTTransformer2DModel.from_pretrained(folder, subfolder=TRANSFORMER).eval()
-    classes = model.config.network.classes
+    classes = model.config.network.num_classes
 
     def forward(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         label = condition.label

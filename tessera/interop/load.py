@@ -49,22 +49,22 @@ def load(
         return official.read(path, device, read_as=read_as, heads=heads, size=size, codec=codec)
     model = _load_folder(path, device, codec, ema)
     if read_as is not None:
-        raise TesseraError(SAYS_ITSELF.format(path, model.config.process.words()))
+        raise TesseraError(SAYS_ITSELF.format(path, model.config.diffusion.summary()))
     network = model.config.network
     if heads is not None and not isinstance(network, DiTConfig):
-        raise TesseraError(f"{path} holds a {network.title}, which has no one number of heads: leave heads out")
-    for what, told, said in (("heads", heads, getattr(network, "heads", None)), ("size", size, network.size)):
+        raise TesseraError(f"{path} holds a {network.display_name}, which has no one number of heads: leave heads out")
+    for what, told, said in (("heads", heads, getattr(network, "heads", None)), ("size", size, network.input_size)):
         if told is not None and told != said and (told, told) != said:
             raise TesseraError(f"{path} says {what} {said}, not {told}: leave {what} out")
     return model if codec is None else _with_codec(model, codec)
 
 
-def averages(path: str | Path) -> list[float]:
+def ema_decays(path: str | Path) -> list[float]:
     """The decays of the averages that a run keeps, the one it draws with first; [] where there is but one."""
     folder = next(iter(bundle.checkpoints(Path(path).expanduser())), Path(path).expanduser())
     if not (folder / bundle.AVERAGES).is_dir():
         return []
-    return list(bundle.averages(folder, bundle.load_config(folder)))
+    return list(bundle.ema_weights(folder, bundle.load_config(folder)))
 
 
 def is_model(path: str | Path) -> bool:
@@ -99,7 +99,7 @@ def convert(
     elif ema is not None:
         raise TesseraError(f"this model has its weights already, no average of decay {ema}: leave ema out")
     elif read_as is not None:
-        raise TesseraError(SAYS_ITSELF.format("this model", source.config.process.words()))
+        raise TesseraError(SAYS_ITSELF.format("this model", source.config.diffusion.summary()))
     elif codec is not None:
         source = _with_codec(source, codec)
     return writers[to](source, Path(target).expanduser(), approximate)
@@ -130,7 +130,7 @@ def _load_folder(path: Path, device: torch.device, codec: Codec | None, ema: flo
 
 
 def _with_codec(model: Model, codec: Codec) -> Model:
-    chosen = codec_for(codec, model.config.network.channels)
+    chosen = codec_for(codec, model.config.network.in_channels)
     return Model(model.config.model_copy(update={"codec": chosen}), model.network)
 
 

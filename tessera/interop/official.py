@@ -19,15 +19,15 @@ from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, assemble, read_tensors
 from tessera.codecs import StoredConfig
-from tessera.diffusion import AnyProcess, FlowConfig, GaussianConfig
+from tessera.diffusion import AnyDiffusionConfig, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.interop.readers import Codec, codec_for, difference, dit_of, read_pickle
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
 from tessera.sampling import Ancestral, Heun, SamplingConfig
-from tessera.settings import parse, unknown
+from tessera.settings import validate, unknown
 
 SUFFIXES = (".pt", ".pth")
 READABLE = (*SUFFIXES, ".safetensors")  # the same state dict in a safer file
@@ -68,17 +68,17 @@ def read(
     stored = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path, [argparse.Namespace])
     tensors, args, which = _weights(stored, path)
     network = infer(tensors, str(path), heads=heads, size=size, classes=args.get("num_classes"))
-    process: AnyProcess = implied_process(network, str(path))
+    process: AnyDiffusionConfig = implied_process(network, str(path))
     family = _family(read_as, args, tensors[f"{READOUT}weight"], network, str(path))
     if family != "dit":
         process = _flow(family, args, str(path))
         tensors |= _flow_readout(tensors, network, process)
-        network = network.model_copy(update={"outputs": network.channels})
+        network = network.model_copy(update={"outputs": network.in_channels})
     decoder = "mse" if args.get("vae") == "mse" else "ema"
     config = BundleConfig(
         network=network,
-        process=process,
-        codec=codec_for(codec, network.channels, decoder),
+        diffusion=process,
+        codec=codec_for(codec, network.in_channels, decoder),
         sampling=_sampling(network, process),
         origin={"from": f"{'official' if family == 'dit' else 'SiT'} checkpoint {path.name} ({which})"},
     )
@@ -101,8 +101,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
             f"the official format knows no {network.block.kind} blocks, only {', '.join(WRITABLE)}: convert to a bundle"
         )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    implied = infer(tensors, str(target), heads=network.heads, size=network.size)
-    lost = _lost(network, model.config.process, implied, str(target))
+    implied = infer(tensors, str(target), heads=network.num_heads, size=network.input_size)
+    lost = _lost(network, model.config.diffusion, implied, str(target))
     if lost and not approximate:
         raise TesseraError(
             "\n  ".join(("the official format holds weights alone and cannot say all of this model:", *lost))
@@ -110,7 +110,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         )
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
-    write_whole(target, buffer.getvalue())
+    atomic_write(target, buffer.getvalue())
     said = [f"wrote {target}: an official state dict of {len(tensors)} tensors"]
     if lost:
         read_back = assemble(model.config.model_copy(update={"network": implied}), tensors, str(target))
@@ -119,8 +119,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         said.extend(f"  {fault}" for fault in lost)
     if network.block.kind != "adaln-zero":
         said.append(f"the official code knows the adaln-zero block alone: only Tessera reads this {network.block.kind}")
-    if HEADS_OF_WIDTH.get(network.width) != network.heads:
-        said.append(f"the file does not say the number of heads: read it with heads={network.heads}")
+    if HEADS_OF_WIDTH.get(network.hidden_size) != network.num_heads:
+        said.append(f"the file does not say the number of heads: read it with heads={network.num_heads}")
     if isinstance(model.config.codec, StoredConfig):
         said.append(f"the autoencoder is not part of it: {model.config.codec.source}")
     return "\n".join(said)
@@ -180,7 +180,7 @@ def infer(
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         "block": _design(tensors, width, source),
     }
-    return parse(DiTConfig, config, f"the architecture read off {source}")
+    return validate(DiTConfig, config, f"the architecture read off {source}")
 
 
 def _size(table: Tensor, patch: int, told: int | tuple[int, int] | None, source: str) -> tuple[int, int]:
@@ -238,23 +238,23 @@ def _design(tensors: dict[str, Tensor], width: int, source: str) -> str:
     return DESIGNS[steering.shape[0] // width]
 
 
-def implied_process(network: DiTConfig, source: str) -> GaussianConfig:
+def implied_process(network: DiTConfig, source: str) -> GaussianDiffusionConfig:
     """The paper's process, its variance learned if the network has the outputs for it. TesseraError if neither fits."""
-    if network.outputs not in (network.channels, 2 * network.channels):
+    if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise TesseraError(
-            f"{source} has {network.outputs} raw output channels for {network.channels} channels; expected as many, "
+            f"{source} has {network.out_channels} raw output channels for {network.in_channels} channels; expected as many, "
             "or twice as many (learned variance)"
         )
     # Without learned sigma the official code fixes the variance to the larger of the two bounds.
-    return GaussianConfig(variance="learned" if network.outputs == 2 * network.channels else "beta")
+    return GaussianDiffusionConfig(variance="learned" if network.out_channels == 2 * network.in_channels else "beta")
 
 
-def _sampling(network: DiTConfig, process: AnyProcess) -> SamplingConfig:
+def _sampling(network: DiTConfig, process: AnyDiffusionConfig) -> SamplingConfig:
     """As the official sample.py draws, with 250 calls of the network, guidance 4 on three channels; SiT along its ODE
     by Heun's method, which calls twice a step (Ma et al. 2024)."""
-    guided = bool(network.classes) and network.null_class
-    sampler, steps = (Ancestral(), 250) if isinstance(process, GaussianConfig) else (Heun(), 125)
-    return SamplingConfig(sampler=sampler, steps=steps, guidance=4.0 if guided else 1.0, guidance_channels=3)
+    guided = bool(network.num_classes) and network.learn_null_class
+    sampler, steps = (Ancestral(), 250) if isinstance(process, GaussianDiffusionConfig) else (Heun(), 125)
+    return SamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=4.0 if guided else 1.0, guidance_channels=3)
 
 
 # SiT
@@ -280,17 +280,17 @@ def _family(told: str | None, args: dict[str, Any], readout: Tensor, network: Di
     return told or "dit"
 
 
-def _flow(family: str, args: dict[str, Any], source: str) -> FlowConfig:
+def _flow(family: str, args: dict[str, Any], source: str) -> FlowMatchingConfig:
     """SiT's process: its time runs from 0 at the noise to 1 at the data, and is not scaled."""
     kinds = {"velocity": "velocity", "noise": "epsilon"}
     predicted = args.get("prediction", "velocity")
     if predicted not in kinds:
         raise TesseraError(f"{source} is a SiT that predicts the {predicted}; Tessera knows {' and '.join(kinds)}")
     told = {"path": PATHS[family], "prediction": kinds[predicted], "loss": kinds[predicted], "network_times": (1, 0)}
-    return parse(FlowConfig, told, source)
+    return validate(FlowMatchingConfig, told, source)
 
 
-def _flow_readout(tensors: dict[str, Tensor], network: DiTConfig, process: FlowConfig) -> dict[str, Tensor]:
+def _flow_readout(tensors: dict[str, Tensor], network: DiTConfig, process: FlowMatchingConfig) -> dict[str, Tensor]:
     """The readout without the half that SiT throws away; its velocity turned round, from data to noise."""
     sign = -1 if process.prediction == "velocity" else 1
     readout = {name: tensor for name, tensor in tensors.items() if name.startswith(READOUT)}
@@ -299,20 +299,20 @@ def _flow_readout(tensors: dict[str, Tensor], network: DiTConfig, process: FlowC
 
 def _used(readout: Tensor, network: DiTConfig) -> Tensor:
     """Which rows of a readout [p p O, ...] are of the first C outputs: bool [p p O]."""
-    return torch.arange(len(readout)) % network.outputs < network.channels
+    return torch.arange(len(readout)) % network.out_channels < network.in_channels
 
 
-def _lost(network: DiTConfig, process: AnyProcess, implied: DiTConfig, source: str) -> list[str]:
+def _lost(network: DiTConfig, process: AnyDiffusionConfig, implied: DiTConfig, source: str) -> list[str]:
     """Each setting of a model that its bare weights would not bring back."""
     faults = []
-    same = {"mlp_ratio"} | (set() if network.classes else {"null_class"})  # the hidden width decides, and it is told
+    same = {"mlp_ratio"} | (set() if network.num_classes else {"null_class"})  # the hidden width decides, and it is told
     for name in DiTConfig.model_fields.keys() - same:
         if getattr(network, name) != getattr(implied, name):
             faults.append(f"network.{name} is {getattr(network, name)}; it would be read as {getattr(implied, name)}")
     read_back = implied_process(implied, source)
-    if not isinstance(process, GaussianConfig):
-        return sorted([*faults, f"its process is {process.words()}, not {read_back.words()}"])
-    for name in GaussianConfig.model_fields:
+    if not isinstance(process, GaussianDiffusionConfig):
+        return sorted([*faults, f"its process is {process.summary()}, not {read_back.summary()}"])
+    for name in GaussianDiffusionConfig.model_fields:
         if getattr(process, name) != getattr(read_back, name):
             faults.append(f"process.{name} is {getattr(process, name)!r}, not {getattr(read_back, name)!r}")
     return sorted(faults)

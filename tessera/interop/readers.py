@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.bundle import Model
 from tessera.codecs import AnyCodec, AutoencoderConfig, PixelsConfig, StoredConfig
-from tessera.conditioning import NOTHING, Condition
+from tessera.conditioning import NULL_LABEL, Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
 from tessera.models.network import Network
@@ -103,7 +103,7 @@ def dit_of(model: Model, place: str) -> DiT:
     """The network of a model that is to be written where there is place for a DiT alone, or TesseraError."""
     if not isinstance(model.network, DiT):
         raise TesseraError(
-            f"{place} holds a DiT, and this model is a {model.config.network.title}: convert to a bundle"
+            f"{place} holds a DiT, and this model is a {model.config.network.display_name}: convert to a bundle"
         )
     return model.network
 
@@ -113,12 +113,12 @@ def difference(network: Network, other: Callable[[Tensor, Tensor, Condition], Te
     """Relative L2 distance of two networks' raw outputs: at noise, at four times, told a class and told nothing."""
     config, device = network.config, next(network.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, config.channels, *config.size, generator=generator).to(device)
+    x = torch.randn(8, config.in_channels, *config.input_size, generator=generator).to(device)
     t = torch.tensor([0.0, 250.0, 500.0, 999.0] * 2, device=device)
-    label = torch.randint(max(config.classes, 1), (8,), generator=generator)
-    if config.null_class:
-        label[4:] = NOTHING
-    condition = Condition(label=label.to(device) if config.classes else None)
+    label = torch.randint(max(config.num_classes, 1), (8,), generator=generator)
+    if config.learn_null_class:
+        label[4:] = NULL_LABEL
+    condition = Condition(label=label.to(device) if config.num_classes else None)
     ours = network(x, t, condition)
     theirs = other(x.cpu(), t.cpu(), condition.to("cpu")).to(device)
     return float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from tessera.layers.fused_linear import JointLinear
+from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.norms import inverse_rms
 from tessera.layers.positions import rotate
 
@@ -18,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = JointLinear(width, width, maps=3, bias=bias)
+        self.qkv = FusedLinear(width, width, num_projections=3, bias=bias)
         self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         return 4 * tokens * width**2 + 2 * tokens**2 * width
 
 
-class ModernAttention(Attention):
+class RotaryAttention(Attention):
     """Self-attention with what was found since; each of the three may be left out.
 
     qk_norm: queries and keys of one length, times a learned sharpness for each head, so that logits cannot grow without
@@ -47,7 +47,7 @@ class ModernAttention(Attention):
     def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, value_residual: bool) -> None:
         super().__init__(width, heads, bias)
         self.sharpness = nn.Parameter(torch.ones(heads)) if qk_norm else None
-        self.value_mix = nn.Parameter(torch.full((1,), 0.5)) if value_residual else None
+        self.v_residual_lambda = nn.Parameter(torch.full((1,), 0.5)) if value_residual else None
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, values: Tensor | None = None) -> Tensor:
         """x [B, L, D], rotary [L, H / 2, 2] (see `rotary_grid`), values [B, L, D] -> [B, L, D]"""
@@ -60,15 +60,15 @@ class ModernAttention(Attention):
             qk = rotate(qk, rotary)  # which leaves lengths alone: so they may be set afterwards
         if length is not None:
             qk = qk * length
-        if self.value_mix is not None and values is not None:
-            v = torch.lerp(v, values.unflatten(-1, (self.heads, -1)), self.value_mix.to(v.dtype))
+        if self.v_residual_lambda is not None and values is not None:
+            v = torch.lerp(v, values.unflatten(-1, (self.heads, -1)), self.v_residual_lambda.to(v.dtype))
         q, k = qk.to(v.dtype).unbind(2)
         x = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).flatten(2))  # B K L H -> B L (K H)
 
-    def _length(self, qk: Tensor, sharpness: Tensor) -> Tensor:
+    def _length(self, qk: Tensor, qk_scale: Tensor) -> Tensor:
         """What makes rms(k) = 1 and rms(q) = sharpness: qk [B, L, 2, K, H] -> [B, L, 2, K, 1]"""
-        return inverse_rms(qk, 1e-6) * torch.stack((sharpness, torch.ones_like(sharpness)))[..., None]
+        return inverse_rms(qk, 1e-6) * torch.stack((qk_scale, torch.ones_like(qk_scale)))[..., None]
 
 
 class CrossAttention(nn.Module):
@@ -78,7 +78,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_linear = nn.Linear(width, width)
-        self.kv_linear = JointLinear(width, width, maps=2)
+        self.kv_linear = FusedLinear(width, width, num_projections=2)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:

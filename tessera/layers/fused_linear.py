@@ -3,12 +3,12 @@
 from torch import nn
 
 
-class JointLinear(nn.Linear):
+class FusedLinear(nn.Linear):
     """A Linear whose output is that of `maps` maps of equal size, one after the other.
 
     To the forward pass it is one matrix. An optimizer that treats matrices as wholes asks how many there are.
     """
 
-    def __init__(self, width: int, out: int, maps: int, bias: bool = True) -> None:
-        super().__init__(width, maps * out, bias=bias)
-        self.maps = maps
+    def __init__(self, width: int, out: int, num_projections: int, bias: bool = True) -> None:
+        super().__init__(width, num_projections * out, bias=bias)
+        self.maps = num_projections

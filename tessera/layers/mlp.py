@@ -6,7 +6,7 @@ Shapes: B batch, L tokens, D width.
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tessera.layers.fused_linear import JointLinear
+from tessera.layers.fused_linear import FusedLinear
 
 
 class MLP(nn.Module):
@@ -36,7 +36,7 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
         hidden = -(-hidden // 12) * 8
-        self.fc1 = JointLinear(width, hidden, maps=2, bias=bias)
+        self.fc1 = FusedLinear(width, hidden, num_projections=2, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Modulation(nn.Sequential):
         return self.linear.weight.numel()
 
 
-class Offsets(nn.Module):
+class ScaleShiftTable(nn.Module):
     """A block's own part of steering vectors that all blocks share: one learned table, added to them.
 
     adaLN-single (Chen et al. 2023, "PixArt-alpha", section 2.3). It costs no multiply-adds.
@@ -51,6 +51,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
 
 
-def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate * branch, in one pass over x [B, L, D]."""
     return torch.addcmul(x, gate, branch)

@@ -50,7 +50,7 @@ def resample_patches(weight: Tensor, patch: int) -> Tensor:
     return (weight.double().flatten(2) @ torch.linalg.pinv(resize)).unflatten(-1, (patch, patch)).to(weight.dtype)
 
 
-def resample_readout(weight: Tensor, channels: int, patch: int) -> Tensor:
+def resample_head(weight: Tensor, channels: int, patch: int) -> Tensor:
     """The last layer's rows [p p C, ...] for another patch size, [q q C, ...]: the patch it draws is resized."""
     rows = weight.double().unflatten(0, (-1, channels))  # (p p C) ... -> (p p) C ...
     resize = _resize_matrix(round(rows.shape[0] ** 0.5), patch)

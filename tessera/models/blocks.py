@@ -11,9 +11,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from tessera.layers.attention import Attention, CrossAttention, ModernAttention
+from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
 from tessera.layers.mlp import MLP, SwiGLU
-from tessera.layers.modulation import Modulation, Offsets, gated, modulate
+from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
 from tessera.layers.positions import rotary_grid
 from tessera.settings import Settings
@@ -24,14 +24,14 @@ class Context:
     """What every block may look at beside the tokens it transforms."""
 
     c: Tensor  # [B, G, D] the condition vectors: time + label
-    tokens: Tensor  # [B, M, D] the same as a sequence: time, then label
+    cond_tokens: Tensor  # [B, M, D] the same as a sequence: time, then label
     grid: tuple[int, int]  # (h, w) of the picture's tokens
     # What `Shared` works out once for all blocks, in the designs that have it:
-    shared: Tensor | None = None  # [B, G, 6 D] steering vectors, to which every block adds its own offsets
-    rotary: Tensor | None = None  # [L, H / 2, 2] the angles of the grid
-    values: Tensor | None = None  # [B, L, D] the first values, of which every attention takes a share
+    shared_modulation: Tensor | None = None  # [B, G, 6 D] steering vectors, to which every block adds its own offsets
+    rope: Tensor | None = None  # [L, H / 2, 2] the angles of the grid
+    v0: Tensor | None = None  # [B, L, D] the first values, of which every attention takes a share
 
-    def steering(self, modulation: Modulation | Offsets) -> Tensor:
+    def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
         """The steering vectors [B, G, count D] that a part regresses from the condition, or its offsets to shared ones.
 
         Every part asks here, so that a context that holds them already (of a whole drawing's times and classes) can
@@ -39,8 +39,8 @@ class Context:
         """
         if isinstance(modulation, Modulation):
             return modulation(self.c)
-        assert self.shared is not None, "Shared fills it before the first block"
-        return modulation(self.shared)
+        assert self.shared_modulation is not None, "Shared fills it before the first block"
+        return modulation(self.shared_modulation)
 
     def rows(self, chosen: Tensor) -> Self:
         """The chosen rows of the batch."""
@@ -53,7 +53,7 @@ def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
 
 
 @dataclass(frozen=True)
-class BlockConfig:
+class BlockDims:
     """The sizes a block is built from."""
 
     width: int
@@ -62,14 +62,14 @@ class BlockConfig:
     mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this one norm
 
 
-class Shared(nn.Module):
+class SharedConditioning(nn.Module):
     """What all blocks of a network have in common, worked out once a forward pass and handed to them in the context.
 
     The first values are a linear map of the embedded patches, normalised. Zhou et al. (2024) take those of the first
     block; a map of its own keeps all blocks alike, and nothing has to be carried from one block to another.
     """
 
-    def __init__(self, config: BlockConfig, modulation: bool, rotary: bool = False, values: bool = False) -> None:
+    def __init__(self, config: BlockDims, modulation: bool, rotary: bool = False, values: bool = False) -> None:
         super().__init__()
         self.adaLN_modulation = Modulation(config.width, 6) if modulation else None
         self.rotary_channels = config.width // config.heads if rotary else 0
@@ -80,7 +80,7 @@ class Shared(nn.Module):
         """x [B, L, D] the embedded patches"""
         return replace(
             context,
-            shared=None if self.adaLN_modulation is None else context.steering(self.adaLN_modulation),
+            shared=None if self.adaLN_modulation is None else context.modulation_params(self.adaLN_modulation),
             rotary=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
             values=None if self.values is None else self.values(self.norm(x)),
         )
@@ -95,11 +95,11 @@ class Block(nn.Module):
     """What all designs share: attention, then an MLP, each behind a norm without weights of its own."""
 
     appends_tokens: ClassVar[bool] = False  # the condition's tokens join the picture's for all blocks
-    modulated_readout: ClassVar[bool] = False  # the final layer is steered by c, too
+    modulated_head: ClassVar[bool] = False  # the final layer is steered by c, too
 
     def __init__(
         self,
-        config: BlockConfig,
+        config: BlockDims,
         norm: Callable[[int, float], nn.Module] = layer_norm,
         attn: Attention | None = None,
         mlp: MLP | SwiGLU | None = None,
@@ -132,7 +132,7 @@ class InContextBlock(Block):
 class CrossAttentionBlock(Block):
     """Self-attention, then attention to the two tokens of time and label, then the MLP."""
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: BlockDims) -> None:
         super().__init__(config)
         self.norm_cross = layer_norm(config.width)
         self.cross_attn = CrossAttention(config.width, config.heads)
@@ -140,7 +140,7 @@ class CrossAttentionBlock(Block):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.tokens [B, M, D] -> [B, L, D]"""
         x = x + self.attn(self.norm1(x))
-        x = x + self.cross_attn(self.norm_cross(x), context.tokens)
+        x = x + self.cross_attn(self.norm_cross(x), context.cond_tokens)
         return x + self.mlp(self.norm2(x))
 
     def macs(self, tokens: int, told: int) -> int:
@@ -152,13 +152,13 @@ class AdaLNBlock(Block):
 
     modulated_readout = True
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: BlockDims) -> None:
         super().__init__(config)
         self.adaLN_modulation = Modulation(config.width, 4)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, shift2, scale2 = context.steering(self.adaLN_modulation).chunk(4, dim=-1)
+        shift1, scale1, shift2, scale2 = context.modulation_params(self.adaLN_modulation).chunk(4, dim=-1)
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
@@ -173,17 +173,17 @@ class AdaLNZeroBlock(Block):
     """
 
     modulated_readout = True
-    regressed_by: ClassVar[type[Modulation] | type[Offsets]] = Modulation
+    regressed_by: ClassVar[type[Modulation] | type[ScaleShiftTable]] = Modulation
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: BlockDims) -> None:
         super().__init__(config)
         self.adaLN_modulation = self.regressed_by(config.width, 6)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = context.steering(self.adaLN_modulation).chunk(6, dim=-1)
-        x = gated(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
+        x = gated_residual(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
+        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def macs(self, tokens: int, told: int) -> int:
         return super().macs(tokens, told) + self.adaLN_modulation.macs()
@@ -196,10 +196,10 @@ class AdaLNSingleBlock(AdaLNZeroBlock):
     is the identity as in adaLN-Zero: trained from nothing, that is what made the difference to adaLN in the DiT paper.
     """
 
-    regressed_by = Offsets
+    regressed_by = ScaleShiftTable
 
 
-class ModernBlock(Block):
+class RoPESwiGLUBlock(Block):
     """x + gate * branch(norm(x) (1 + scale) + shift), as adaLN-Zero, of the parts that `Modern` chooses.
 
     A fresh block is the identity.
@@ -207,30 +207,30 @@ class ModernBlock(Block):
 
     modulated_readout = True
 
-    def __init__(self, config: BlockConfig, design: "Modern") -> None:
+    def __init__(self, config: BlockDims, design: "RoPESwiGLU") -> None:
         super().__init__(
             config,
             norm=RMSNorm if design.norm == "rms" else layer_norm,
-            attn=ModernAttention(config.width, config.heads, design.bias, design.qk_norm, design.value_residual),
+            attn=RotaryAttention(config.width, config.heads, design.bias, design.qk_norm, design.value_residual),
             mlp=(SwiGLU if design.mlp == "swiglu" else MLP)(config.width, config.hidden, design.bias),
         )
-        self.adaLN_modulation = (Offsets if design.modulation == "shared" else Modulation)(config.width, 6)
+        self.adaLN_modulation = (ScaleShiftTable if design.modulation == "shared" else Modulation)(config.width, 6)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = context.steering(self.adaLN_modulation).chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), context.rotary, context.values)
-        x = gated(x, gate1, attended)
-        return gated(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(x), shift1, scale1), context.rope, context.v0)
+        x = gated_residual(x, gate1, attended)
+        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def macs(self, tokens: int, told: int) -> int:
         return super().macs(tokens, told) + self.adaLN_modulation.macs()
 
 
-class Design(Settings):
+class BlockConfig(Settings):
     """The settings of a block design, which say what a network of such blocks needs beside them."""
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """The kind, and what is not as this design has it by default."""
         own = {name: value for name, value in self if name != "kind" and value != type(self).model_fields[name].default}
         return " ".join([type(self).model_fields["kind"].default, *(f"{name}={value}" for name, value in own.items())])
@@ -243,60 +243,60 @@ class Design(Settings):
     def check(self, width: int, heads: int) -> None:
         """Raise ValueError if a block of this width cannot be."""
 
-    def shared(self, config: BlockConfig) -> Shared | None:
+    def shared(self, config: BlockDims) -> SharedConditioning | None:
         """What the blocks have in common."""
         return None
 
 
-class InContext(Design):
+class InContext(BlockConfig):
     """Condition by two more tokens: the cheapest design."""
 
     kind: Literal["in-context"] = "in-context"
 
-    def build(self, config: BlockConfig) -> Block:
+    def build(self, config: BlockDims) -> Block:
         return InContextBlock(config)
 
 
-class CrossAttend(Design):
+class CrossAttend(BlockConfig):
     """Condition by cross-attention: about 15 % more compute."""
 
     kind: Literal["cross-attention"] = "cross-attention"
 
-    def build(self, config: BlockConfig) -> Block:
+    def build(self, config: BlockDims) -> Block:
         return CrossAttentionBlock(config)
 
 
-class AdaLN(Design):
+class AdaLN(BlockConfig):
     """Condition by adaptive layer norm."""
 
     kind: Literal["adaln"] = "adaln"
 
-    def build(self, config: BlockConfig) -> Block:
+    def build(self, config: BlockDims) -> Block:
         return AdaLNBlock(config)
 
 
-class AdaLNZero(Design):
+class AdaLNZero(BlockConfig):
     """Condition by adaptive layer norm with zero-initialised gates: the paper's choice."""
 
     kind: Literal["adaln-zero"] = "adaln-zero"
 
-    def build(self, config: BlockConfig) -> Block:
+    def build(self, config: BlockDims) -> Block:
         return AdaLNZeroBlock(config)
 
 
-class AdaLNSingle(Design):
+class AdaLNSingle(BlockConfig):
     """adaLN-Zero with one layer for the steering vectors of all blocks: a quarter fewer parameters (PixArt-alpha)."""
 
     kind: Literal["adaln-single"] = "adaln-single"
 
-    def build(self, config: BlockConfig) -> Block:
+    def build(self, config: BlockDims) -> Block:
         return AdaLNSingleBlock(config)
 
-    def shared(self, config: BlockConfig) -> Shared:
-        return Shared(config, modulation=True)
+    def shared(self, config: BlockDims) -> SharedConditioning:
+        return SharedConditioning(config, modulation=True)
 
 
-class Modern(Design):
+class RoPESwiGLU(BlockConfig):
     """adaLN-Zero with the parts that later transformers found better, each of which can be switched back alone.
 
     With `mlp: gelu, norm: layer, positions: sincos, modulation: own, qk_norm: false, value_residual: false, bias: true`
@@ -329,14 +329,14 @@ class Modern(Design):
                 f"multiple of 4: choose another width or number of heads, or block.positions=sincos"
             )
 
-    def build(self, config: BlockConfig) -> Block:
-        return ModernBlock(config, self)
+    def build(self, config: BlockDims) -> Block:
+        return RoPESwiGLUBlock(config, self)
 
-    def shared(self, config: BlockConfig) -> Shared | None:
+    def shared(self, config: BlockDims) -> SharedConditioning | None:
         shared, rotary = self.modulation == "shared", self.positions == "rotary"
         if not (shared or rotary or self.value_residual):
             return None
-        return Shared(config, modulation=shared, rotary=rotary, values=self.value_residual)
+        return SharedConditioning(config, modulation=shared, rotary=rotary, values=self.value_residual)
 
 
-AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | Modern
+AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU

@@ -9,7 +9,7 @@ import torch
 
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
-from tessera.models.network import FACTS, Network, NetworkConfig, parameter_count
+from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig, parameter_count
 from tessera.models.unet import UNetConfig
 
 By = Literal["gmacs", "parameters"]
@@ -40,7 +40,7 @@ def matched(dit: DiTConfig, by: By) -> UNetConfig:
     very small DiT.
     """
     wanted = size_of(dit, by)
-    levels = next(levels for levels in reversed(MULTIPLIERS) if levels == 1 or _has(dit.size, levels))
+    levels = next(levels for levels in reversed(MULTIPLIERS) if levels == 1 or _has(dit.input_size, levels))
     found: list[tuple[float, UNetConfig]] = []
     for multipliers in MULTIPLIERS[levels]:
         shapes = [_unet(dit, multipliers, depth) for depth in DEPTHS]
@@ -54,7 +54,7 @@ def matched(dit: DiTConfig, by: By) -> UNetConfig:
                         return found[-1][1]
     error, best = min(found, key=lambda pair: pair[0])
     raise TesseraError(
-        f"no U-Net has as many {by} as this DiT ({wanted:,}): the nearest, {best.words()}, is {error:.1%} off; match a "
+        f"no U-Net has as many {by} as this DiT ({wanted:,}): the nearest, {best.summary()}, is {error:.1%} off; match a "
         "larger DiT, or say the U-Net's own settings"
     )
 
@@ -91,10 +91,10 @@ class _Law:
 def _unet(dit: DiTConfig, multipliers: tuple[int, ...], depth: int) -> UNetConfig:
     factors = [2**level for level in range(len(multipliers))]
     return UNetConfig(
-        **{name: getattr(dit, name) for name in (*FACTS, "null_class")},
-        multipliers=multipliers,
-        depth=depth,
-        attention=tuple(factor for factor in factors if max(dit.size) <= ATTENDS * factor),
+        **{name: getattr(dit, name) for name in (*DATA_DEPENDENT, "null_class")},
+        channel_mult=multipliers,
+        num_res_blocks=depth,
+        attention_levels=tuple(factor for factor in factors if max(dit.input_size) <= ATTENDS * factor),
     )
 
 

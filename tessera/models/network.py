@@ -12,38 +12,38 @@ from torch import Tensor, nn
 from tessera.conditioning import Condition
 from tessera.settings import Settings, Size
 
-FACTS = ("size", "channels", "outputs", "classes")  # which follow from data, codec and process
+DATA_DEPENDENT = ("size", "channels", "outputs", "classes")  # which follow from data, codec and process
 
 
 class NetworkConfig(Settings, ABC):
     """What a network sees and answers, whatever it is made of."""
 
-    title: ClassVar[str]  # what it is, for people
+    display_name: ClassVar[str]  # what it is, for people
     kind: str
-    size: Size = Field(default=(32, 32), description="height and width of what the network sees (latents or pixels)")
-    channels: PositiveInt = Field(default=4, description="channels of what the network sees")
-    outputs: PositiveInt = Field(
+    input_size: Size = Field(default=(32, 32), description="height and width of what the network sees (latents or pixels)")
+    in_channels: PositiveInt = Field(default=4, description="channels of what the network sees")
+    out_channels: PositiveInt = Field(
         default=8, description="raw output channels: twice `channels` where the variance is learned"
     )
-    classes: int = Field(default=1000, ge=0, description="0: unconditional")
-    null_class: bool = Field(default=True, description="a learned 'told nothing' row, which guidance needs")
+    num_classes: int = Field(default=1000, ge=0, description="0: unconditional")
+    learn_null_class: bool = Field(default=True, description="a learned 'told nothing' row, which guidance needs")
 
     @property
     @abstractmethod
-    def unit(self) -> int:
+    def size_multiple(self) -> int:
         """Height and width of whatever the network sees must be multiples of this."""
 
     @property
     def grid(self) -> tuple[int, int]:
         """The configured size in units: a DiT's grid of tokens, a U-Net's deepest level."""
-        return self.size[0] // self.unit, self.size[1] // self.unit
+        return self.input_size[0] // self.size_multiple, self.input_size[1] // self.size_multiple
 
     @abstractmethod
-    def check_size(self, size: tuple[int, int]) -> None:
+    def check_size(self, input_size: tuple[int, int]) -> None:
         """Raise ValueError unless the network can see pictures of a size."""
 
     @abstractmethod
-    def words(self) -> str:
+    def summary(self) -> str:
         """The architecture in one line, without what it sees."""
 
     @abstractmethod

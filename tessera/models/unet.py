@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_atte
 
 from tessera.conditioning import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from tessera.layers.fused_linear import JointLinear
+from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network, NetworkConfig
 from tessera.models.presets import UNETS
@@ -41,17 +41,17 @@ class UNetConfig(NetworkConfig):
     one more on the way up, of `width` times the level's multiplier channels.
     """
 
-    title: ClassVar[str] = "diffusion U-Net"
+    display_name: ClassVar[str] = "diffusion U-Net"
     kind: Literal["unet"] = "unet"  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-    width: PositiveInt = Field(default=192, description="channels of the first level")
-    multipliers: Annotated[Numbers, Field(min_length=1)] = Field(
+    model_channels: PositiveInt = Field(default=192, description="channels of the first level")
+    channel_mult: Annotated[Numbers, Field(min_length=1)] = Field(
         default=(1, 2, 3, 4), description="channels of each level, over those of the first"
     )
-    depth: PositiveInt = Field(default=3, description="residual blocks of a level, on the way down")
-    attention: Numbers = Field(
+    num_res_blocks: PositiveInt = Field(default=3, description="residual blocks of a level, on the way down")
+    attention_levels: Numbers = Field(
         default=(2, 4, 8), description="downsampling factors (1, 2, 4 ...) of the levels that attend"
     )
-    head_channels: PositiveInt = Field(default=64, description="channels of an attention head, at most")
+    num_head_channels: PositiveInt = Field(default=64, description="channels of an attention head, at most")
 
     @classmethod
     def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -64,32 +64,32 @@ class UNetConfig(NetworkConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "UNetConfig":
-        known = [2**level for level in range(len(self.multipliers))]
-        for factor in self.attention:
+        known = [2**level for level in range(len(self.channel_mult))]
+        for factor in self.attention_levels:
             if factor not in known:
                 raise ValueError(
                     f"attention at a downsampling factor of {factor}, but {len(known)} multipliers make levels of "
                     f"{', '.join(map(str, known))}: choose some of these"
                 )
         if "size" in self.model_fields_set:
-            self.check_size(self.size)
+            self.check_size(self.input_size)
         return self
 
     @property
-    def unit(self) -> int:
-        return 2 ** (len(self.multipliers) - 1)
+    def size_multiple(self) -> int:
+        return 2 ** (len(self.channel_mult) - 1)
 
     def check_size(self, size: tuple[int, int]) -> None:
-        if size[0] % self.unit or size[1] % self.unit:
+        if size[0] % self.size_multiple or size[1] % self.size_multiple:
             raise ValueError(
-                f"a U-Net of {len(self.multipliers)} levels needs multiples of {self.unit}, and the size is "
+                f"a U-Net of {len(self.channel_mult)} levels needs multiples of {self.size_multiple}, and the size is "
                 f"{size[0]} x {size[1]}: give multipliers fewer numbers"
             )
 
-    def words(self) -> str:
-        attention = f"attention at 1/{', 1/'.join(map(str, self.attention))}" if self.attention else "no attention"
-        multipliers = ", ".join(map(str, self.multipliers))
-        return f"U-Net, width {self.width} x ({multipliers}), depth {self.depth}, {attention}"
+    def summary(self) -> str:
+        attention = f"attention at 1/{', 1/'.join(map(str, self.attention_levels))}" if self.attention_levels else "no attention"
+        multipliers = ", ".join(map(str, self.channel_mult))
+        return f"U-Net, width {self.model_channels} x ({multipliers}), depth {self.num_res_blocks}, {attention}"
 
     def build(self) -> "UNet":
         return UNet(self)
@@ -168,7 +168,7 @@ class SpatialAttention(nn.Module):
         fewest = math.ceil(channels / head_channels)
         self.heads = next(heads for heads in range(fewest, channels + 1) if channels % heads == 0)
         self.norm = Norm(channels)
-        self.qkv = JointLinear(channels, channels, maps=3)
+        self.qkv = FusedLinear(channels, channels, num_projections=3)
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,18 +232,18 @@ class UNet(Network):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        config.check_size(config.size)
+        config.check_size(config.input_size)
         self.config: UNetConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-        told, first = 4 * config.width, config.width * config.multipliers[0]
-        self.stem = convolution(config.channels, first)
+        told, first = 4 * config.model_channels, config.model_channels * config.channel_mult[0]
+        self.stem = convolution(config.in_channels, first)
         self.t_embedder = TimestepEmbedder(told)
-        self.y_embedder = LabelEmbedder(config.classes, told, config.null_class) if config.classes else None
+        self.y_embedder = LabelEmbedder(config.num_classes, told, config.learn_null_class) if config.num_classes else None
         self.blocks = nn.ModuleList(blocks(config))
-        self.final_layer = FinalLayer(first, config.outputs)
-        self.initialise()
+        self.final_layer = FinalLayer(first, config.out_channels)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def reset_parameters(self) -> None:
         """ADM's initial weights, in one place: PyTorch's own, then the exceptions."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -277,13 +277,13 @@ class UNet(Network):
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             if condition.label is None:
-                raise ValueError(f"this network knows {self.config.classes} classes: give Condition(label=...)")
+                raise ValueError(f"this network knows {self.config.num_classes} classes: give Condition(label=...)")
             c = c + self.y_embedder(condition.label)
         # As precise as the picture: under autocast the residuals are summed here.
         return self.stem(x).to(x.dtype), Context(c)
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
-        size = size or self.config.size
+        size = size or self.config.input_size
         ends = self.stem.weight.numel() + self.final_layer.conv.weight.numel()
         inside = sum(block.macs(size) for block in self.blocks if isinstance(block, UNetBlock))
         return size[0] * size[1] * ends + self.t_embedder.macs() + inside
@@ -291,11 +291,11 @@ class UNet(Network):
 
 def blocks(config: UNetConfig) -> list[UNetBlock]:
     """All blocks in the order in which they are run."""
-    told, found = 4 * config.width, list[UNetBlock]()
-    levels = [(halvings, config.width * multiplier) for halvings, multiplier in enumerate(config.multipliers)]
+    told, found = 4 * config.model_channels, list[UNetBlock]()
+    levels = [(halvings, config.model_channels * multiplier) for halvings, multiplier in enumerate(config.channel_mult)]
 
     def add(entering: int, leaving: int, route: Route, halvings: int, attends: bool, how: Resampling = "none") -> None:
-        attention = SpatialAttention(leaving, config.head_channels) if attends else None
+        attention = SpatialAttention(leaving, config.num_head_channels) if attends else None
         found.append(UNetBlock(ResidualBlock(entering, leaving, told, how), attention, route, halvings))
 
     present, kept = levels[0][1], [levels[0][1]]  # channels
@@ -303,16 +303,16 @@ def blocks(config: UNetConfig) -> list[UNetBlock]:
         if halvings:
             add(present, present, "kept", halvings, attends=False, how="down")
             kept.append(present)
-        for _ in range(config.depth):
-            add(present, channels, "kept", halvings, attends=2**halvings in config.attention)
+        for _ in range(config.num_res_blocks):
+            add(present, channels, "kept", halvings, attends=2**halvings in config.attention_levels)
             kept.append(channels)
             present = channels
     deepest = len(levels) - 1
     add(present, present, "through", deepest, attends=True)
     add(present, present, "through", deepest, attends=False)
     for halvings, channels in reversed(levels):
-        for _ in range(config.depth + 1):
-            add(present + kept.pop(), channels, "joined", halvings, attends=2**halvings in config.attention)
+        for _ in range(config.num_res_blocks + 1):
+            add(present + kept.pop(), channels, "joined", halvings, attends=2**halvings in config.attention_levels)
             present = channels
         if halvings:
             add(present, present, "through", halvings - 1, attends=False, how="up")

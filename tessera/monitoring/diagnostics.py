@@ -11,11 +11,11 @@ from typing import Literal
 
 from tessera import bundle
 from tessera.codecs import StoredConfig
-from tessera.models.blocks import Modern
+from tessera.models.blocks import RoPESwiGLU
 from tessera.models.dit import DiTConfig
 from tessera.monitoring.health import BINS
 from tessera.monitoring.history import LATE, History, finite, largest, series
-from tessera.training.optimizers import Muon
+from tessera.training.optimizers import MuonConfig
 
 EARLY = 0.1  # of the steps so far: "early", where a missing warm-up shows
 BEGUN = 200  # steps before which no run is judged by what it has learned
@@ -142,7 +142,7 @@ def unusable_images(history: History) -> Finding | None:
     epoch, bad = history.last("epoch"), history.last("skipped")
     if not epoch or not bad:
         return None
-    images = history.step * history.recipe.training.batch / epoch
+    images = history.step * history.recipe.training.global_batch_size / epoch
     seen = images * min(epoch, 1.0)
     if bad < UNUSABLE * seen:
         return None
@@ -173,13 +173,13 @@ def learning_rate_too_high(history: History) -> Finding | None:
     loss, guess = history.late_loss, history.guesses.linear
     if thrown and history.step >= BEGUN and loss is not None and loss >= UNLEARNED * guess:
         signs.append(f"mean squared error {loss:.3g} late, where guessing each number by itself has {guess:.3g}")
-    begun = history.step >= BEGUN or history.recipe.training.optimizer.warmup >= WARMUP  # or it may be the lack of one
+    begun = history.step >= BEGUN or history.recipe.training.optimizer.warmup_steps >= WARMUP  # or it may be the lack of one
     if not signs and not (begun and len(thrown) >= 2):
         return None
     first = history.passed[0] if history.passed else None
     why = f"; the first batch left out was that of step {first['step']}: {first.get('why')}" if first else ""
     change = f"{_lower_rate(history)}, with training.optimizer.clip=1"
-    if history.recipe.training.optimizer.warmup < _warmup(history):
+    if history.recipe.training.optimizer.warmup_steps < _warmup(history):
         change += f" and training.optimizer.warmup={_warmup(history)}"
     return Finding(
         "learning rate too high",
@@ -247,14 +247,14 @@ def no_warmup(history: History) -> Finding | None:
     norms, late = series(history.log, "gradient_norm"), history.late(history.log, "gradient_norm")
     step, worst = max((pair for pair in norms if pair[0] <= until), key=lambda pair: pair[1], default=(0, 0.0))
     overshoot = _overshoot([pair for pair in history.loss if pair[0] <= until], history)
-    if training.optimizer.warmup >= WARMUP or not late or worst < SPIKE * median(late) or not overshoot:
+    if training.optimizer.warmup_steps >= WARMUP or not late or worst < SPIKE * median(late) or not overshoot:
         return None
     return Finding(
         "no warm-up",
         "wrong",
         "The first steps were too long and threw the weights about, before the optimizer knew how large gradients are.",
         f"gradient norm {worst:.3g} by step {step}, {median(late):.3g} late in the run; {overshoot[0]}",
-        f"training.optimizer.warmup={_warmup(history)} (it is {training.optimizer.warmup}), from the start",
+        f"training.optimizer.warmup={_warmup(history)} (it is {training.optimizer.warmup_steps}), from the start",
     )
 
 
@@ -276,7 +276,7 @@ def growing_gradients(history: History) -> Finding | None:
 
 def always_clipped(history: History) -> Finding | None:
     """A clip that bites on nearly every step."""
-    clip, shares = history.recipe.training.optimizer.clip, history.late(history.log, "clipped")
+    clip, shares = history.recipe.training.optimizer.grad_clip_norm, history.late(history.log, "clipped")
     if clip is None or history.step < BEGUN or not shares or mean(shares) < CLIPPED:
         return None
     norms = history.late(history.log, "gradient_norm")
@@ -301,7 +301,7 @@ def attention_logits(history: History) -> Finding | None:
     if not grown and median(late) < ONE_HOT:
         return None
     network, rate = history.recipe.network, history.recipe.training.optimizer.learning_rate
-    boundless = isinstance(network, DiTConfig) and not (isinstance(network.block, Modern) and network.block.qk_norm)
+    boundless = isinstance(network, DiTConfig) and not (isinstance(network.block, RoPESwiGLU) and network.block.qk_norm)
     step, first = found[0]
     return Finding(
         "attention logits grow" if grown else "attention one-hot",
@@ -322,13 +322,13 @@ def attention_logits(history: History) -> Finding | None:
 def untold_guidance(history: History) -> Finding | None:
     """Guidance by a network that never learned to be told nothing."""
     recipe = history.recipe
-    if not recipe.network.classes or recipe.training.label_dropout or recipe.sampling.guidance == 1:
+    if not recipe.network.num_classes or recipe.training.label_dropout or recipe.sampling.guidance_scale == 1:
         return None
     return Finding(
         "guidance without label dropout",
         "wrong",
         "Guidance leads away from what the network draws when it is told nothing, but it was never told nothing.",
-        f"training.label_dropout is 0, sampling.guidance is {recipe.sampling.guidance:g}",
+        f"training.label_dropout is 0, sampling.guidance is {recipe.sampling.guidance_scale:g}",
         "training.label_dropout=0.1, or sampling.guidance=1",
     )
 
@@ -336,13 +336,13 @@ def untold_guidance(history: History) -> Finding | None:
 def labels_tell_nothing(history: History) -> Finding | None:
     """Wrong labels that cost nothing: measured on the same samples, times and noise, again and again."""
     recipe = history.recipe
-    classes = recipe.network.classes
+    classes = recipe.network.num_classes
     pairs = [
         (record["loss_wrong_labels"], record["loss_probe"])
         for record in history.health
         if record["step"] > history.step / 2
         and len(finite((record.get("loss_wrong_labels"), record.get("loss_probe")))) == 2
-        and record["step"] * recipe.training.batch >= SEEN * classes
+        and record["step"] * recipe.training.global_batch_size >= SEEN * classes
     ]
     if classes < 2 or len(pairs) < PROBES or not _has_learned(history):
         return None
@@ -367,7 +367,7 @@ def labels_tell_nothing(history: History) -> Finding | None:
 def much_label_dropout(history: History) -> Finding | None:
     """Labels that are mostly withheld."""
     share = history.recipe.training.label_dropout
-    if not history.recipe.network.classes or share <= DROPPED:
+    if not history.recipe.network.num_classes or share <= DROPPED:
         return None
     return Finding(
         "most labels withheld",
@@ -459,7 +459,7 @@ def off_at_one_end(history: History) -> Finding | None:
             continue
         if mean(values) < EXCESS[0] * guess + EXCESS[1] * nothing:
             continue
-        kind = history.recipe.process.kind
+        kind = history.recipe.diffusion.kind
         flow = f"process.times=uniform, or process.shift {'above' if end == 'noise' else 'below'} 1"
         return Finding(
             f"off near the {end}",
@@ -478,7 +478,7 @@ def off_at_one_end(history: History) -> Finding | None:
 
 def waiting_for_data(history: History) -> Finding | None:
     """A device that waits for images."""
-    shares, workers = history.late(history.log, "stalled"), history.recipe.training.workers
+    shares, workers = history.late(history.log, "stalled"), history.recipe.training.num_workers
     if not shares or mean(shares) < STALLED:
         return None
     return Finding(
@@ -497,10 +497,10 @@ def idle_device(history: History) -> Finding | None:
         return None
     changes = [] if config.compile not in (False, "off") else ["training.compile=auto"]
     changes += [] if config.precision != "float32" else ["training.precision=auto"]
-    if config.micro_batch and config.micro_batch < config.batch:
-        changes.append(f"training.micro_batch={min(2 * config.micro_batch, config.batch)}")
+    if config.micro_batch_size and config.micro_batch_size < config.global_batch_size:
+        changes.append(f"training.micro_batch={min(2 * config.micro_batch_size, config.global_batch_size)}")
     else:
-        changes.append(f"training.batch={2 * config.batch}")
+        changes.append(f"training.batch={2 * config.global_batch_size}")
     return Finding(
         "GPU hardly busy",
         "watch",
@@ -535,7 +535,7 @@ def _lower_rate(history: History) -> str:
     """The keys of the learning rate with a tenth of their values."""
     optimizer = history.recipe.training.optimizer
     told = f"training.optimizer.learning_rate={optimizer.learning_rate / 10:.2g}"
-    if isinstance(optimizer, Muon) and optimizer.adamw_learning_rate:
+    if isinstance(optimizer, MuonConfig) and optimizer.adamw_learning_rate:
         told += f" and training.optimizer.adamw_learning_rate={optimizer.adamw_learning_rate / 10:.2g}"
     return told
 

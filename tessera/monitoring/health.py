@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 from tessera import randomness, runtime
 from tessera.conditioning import Condition
 from tessera.data import Batch
-from tessera.diffusion import Process
-from tessera.layers.modulation import Modulation, Offsets
+from tessera.diffusion import DiffusionProcess
+from tessera.layers.modulation import Modulation, ScaleShiftTable
 from tessera.layers.patches import patchify
 from tessera.models.dit import DiT
 from tessera.models.network import Network
-from tessera.training.objective import NOISE, Task, prepare
+from tessera.training.objective import NOISE, TrainingObjective, prepare_batch
 
 BINS = 10  # of time, of equal width
 PROBE = 16  # samples of a probe at most; of a small batch half, so that a probe costs less than a step
@@ -33,7 +33,7 @@ LOGITS = 2**23  # attention logits held at once
 GROUPS = {"x_embedder": "patches", "t_embedder": "time", "y_embedder": "labels", "final_layer": "readout"}
 
 
-def bin_by_time(mse: Tensor, t: Tensor) -> Tensor:
+def bin_by_timestep(mse: Tensor, t: Tensor) -> Tensor:
     """Losses mse [B] summed by the time t [B] of their samples, 0 to 1, and how many there were: [2, BINS]"""
     place = (t * BINS).to(torch.int64).clamp(max=BINS - 1).to(mse.device, non_blocking=True)
     pairs = torch.stack((mse.detach().float(), torch.ones_like(mse, dtype=torch.float32)))
@@ -72,7 +72,7 @@ def distance(lives: list[Tensor], means: list[Tensor]) -> Tensor:
     return sums
 
 
-def probe(network: Network, averaged: Network, batch: Batch, task: Task) -> dict[str, Any]:
+def probe(network: Network, averaged: Network, batch: Batch, task: TrainingObjective) -> dict[str, Any]:
     """What a network does inside with the first samples of a batch, and how well it and its average do, as numbers.
 
     The same times in every probe, noise as in training of these positions, no label withheld.
@@ -91,28 +91,28 @@ def probe(network: Network, averaged: Network, batch: Batch, task: Task) -> dict
     device = next(network.parameters()).device
     # Whatever is compiled runs as it is written: compiled code is blind to hooks, and other shapes would compile anew.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        x0, condition, position = prepare(samples, replace(task, label_dropout=0.0), device)
-        t = stratified(len(x0), task.process)
+        x0, condition, position = prepare_batch(samples, replace(task, label_dropout=0.0), device)
+        t = stratified(len(x0), task.diffusion)
         noise = randomness.normal(task.seed, position.to(device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
-        x, time = task.process.mix(x0, noise, t), task.process.network_time(t).to(device, non_blocking=True)
+        x, time = task.diffusion.add_noise(x0, noise, t), task.diffusion.model_time(t).to(device, non_blocking=True)
 
         def answer(asked: Network, told: Condition) -> Tensor:
             with runtime.autocast(task.dtype, device):
                 return asked(x, time, told).float()
 
         def mse(raw: Tensor) -> Tensor:
-            return task.process.loss(raw, x0, noise, t).mse.mean()
+            return task.diffusion.loss(raw, x0, noise, t).mse.mean()
 
         with watched(network) as seen:
             raw = answer(network, condition)
         found: dict[str, Tensor] = {name: torch.stack(values) for name, values in seen.items() if values}
         found |= {"loss_probe": mse(raw), "loss_ema": mse(answer(averaged, condition))}
-        if condition.label is not None and task.classes > 1:
-            wrong = wrong_labels(condition.label, task.classes)
+        if condition.label is not None and task.num_classes > 1:
+            wrong = wrong_labels(condition.label, task.num_classes)
             found["loss_wrong_labels"] = mse(answer(network, replace(condition, label=wrong)))
         found |= {"data_mean": x0.mean(), "data_std": x0.std(correction=0)}
         if len(x0) > 1:
-            patch, target = network.config.unit, task.process.target(x0, noise, t)
+            patch, target = network.config.size_multiple, task.diffusion.training_target(x0, noise, t)
             data, wanted, said = (_variation(each, patch) for each in (x0, target, raw[:, : x0.shape[1]]))
             found["data_spread"] = x0.var(dim=0).mean().sqrt()
             found["still_patches"] = (data < STILL).float().mean()
@@ -120,10 +120,10 @@ def probe(network: Network, averaged: Network, batch: Batch, task: Task) -> dict
         return _numbers(found)
 
 
-def stratified(count: int, process: Process) -> Tensor:
+def stratified(count: int, process: DiffusionProcess) -> Tensor:
     """Times in the middles of equal parts of 0 to 1; of a process in steps, the steps there. float32 [count]"""
     middles = (torch.arange(count, dtype=torch.float32) + 0.5) / count
-    return middles if process.steps is None else process.draw_times(middles)
+    return middles if process.steps is None else process.sample_timesteps(middles)
 
 
 def wrong_labels(label: Tensor, classes: int) -> Tensor:
@@ -141,7 +141,7 @@ def watched(network: Network) -> Iterator[dict[str, list[Tensor]]]:
     attention_logits, activations, gates, scales; a list stays empty in designs that have no such thing.
     """
     seen: dict[str, list[Tensor]] = {"attention_logits": [], "gates": [], "scales": [], "activations": []}
-    attention, width = _Attention(), network.config.width if isinstance(network, DiT) else 0
+    attention, width = _Attention(), network.config.hidden_size if isinstance(network, DiT) else 0
 
     def after_block(module: nn.Module, given: Any, tokens: Tensor) -> None:
         seen["activations"].append(_rms(tokens))
@@ -162,7 +162,7 @@ def watched(network: Network) -> Iterator[dict[str, list[Tensor]]]:
         for block in network.blocks:
             hooks.append(block.register_forward_hook(after_block))
             steering = getattr(block, "adaLN_modulation", None)
-            if isinstance(steering, Modulation | Offsets):
+            if isinstance(steering, Modulation | ScaleShiftTable):
                 hooks.append(steering.register_forward_hook(after_steering))
         with attention:
             yield seen

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.errors import TesseraError
 from tessera.monitoring.health import BINS
 from tessera.monitoring.logger import HEALTH, read_log
-from tessera.monitoring.spikes import read_passed
-from tessera.settings import parse, read_yaml
+from tessera.monitoring.spikes import read_skipped_steps
+from tessera.settings import validate, read_yaml
 from tessera.training.recipe import Recipe
 
 Record = dict[str, Any]
@@ -62,9 +62,9 @@ class History:
         return mean(found) if found else None
 
     @cached_property
-    def process(self) -> Process:
+    def process(self) -> DiffusionProcess:
         network = self.recipe.network
-        return self.recipe.process.resolved(network.channels, network.size).build()
+        return self.recipe.diffusion.resolved(network.in_channels, network.input_size).build()
 
     @cached_property
     def guesses(self) -> "Guesses":
@@ -87,15 +87,15 @@ class Guesses:
     linear_by_time: list[float | None]
 
     @staticmethod
-    def of(process: Process, average: float, std: float, spread: float) -> "Guesses":
+    def of(process: DiffusionProcess, average: float, std: float, spread: float) -> "Guesses":
         """For data of such a mean and standard deviation in all, and such a one between samples.
 
         With x = alpha x0 + sigma eps and the target a x0 + b eps, the linear guess has the error
         spread^2 (a sigma - b alpha)^2 / (alpha^2 spread^2 + sigma^2).
         """
-        t = process.draw_times((torch.arange(10_000) + 0.5) / 10_000)
+        t = process.sample_timesteps((torch.arange(10_000) + 0.5) / 10_000)
         one = torch.ones(len(t), 1, dtype=torch.float64)
-        a, b = process.target(one, 0 * one, t)[:, 0], process.target(0 * one, one, t)[:, 0]
+        a, b = process.training_target(one, 0 * one, t)[:, 0], process.training_target(0 * one, one, t)[:, 0]
         alpha, sigma = process.alpha(t), process.sigma(t)
         nothing = a**2 * (average**2 + std**2) + b**2
         linear = spread**2 * (a * sigma - b * alpha) ** 2 / (alpha**2 * spread**2 + sigma**2).clamp(min=1e-12)
@@ -116,10 +116,10 @@ def read(run: Path) -> History:
     skipped = run / "skipped.txt"
     return History(
         folder=run,
-        recipe=parse(Recipe, read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml")),
+        recipe=validate(Recipe, read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml")),
         log=[record for record in _dated(read_log(run)) if "mse" in record or "loss" in record],
         health=_dated(read_log(run, HEALTH)),
-        passed=_dated(read_passed(run)),
+        passed=_dated(read_skipped_steps(run)),
         unusable=skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else [],
     )
 

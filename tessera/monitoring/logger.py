@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 
 LOG, HEALTH = "log.jsonl", "health.jsonl"
 PAUSE = 5.0  # seconds between lines where there is no terminal
@@ -31,7 +31,7 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     return records
 
 
-class Journal:
+class MetricLogger:
     """Writes one record at a time. On resuming, records past the resumed step are dropped: they will be made again.
 
     Of several processes one speaks; the journals of the others are `silent`.
@@ -42,7 +42,7 @@ class Journal:
         self._tensorboard = tensorboard and not silent
         self._files: dict[str, TextIO] = {}
         self._board = None
-        self._screen = None if silent else Screen(step, steps)
+        self._screen = None if silent else ProgressDisplay(step, steps)
         self._told = time.monotonic()
         self.rewind(step)
 
@@ -54,7 +54,7 @@ class Journal:
         for name in (LOG, HEALTH):
             kept = [record for record in read_log(self.run, name) if record["step"] <= step]
             if kept or name == LOG or (self.run / name).exists():
-                write_whole(self.run / name, "".join(json.dumps(record) + "\n" for record in kept))
+                atomic_write(self.run / name, "".join(json.dumps(record) + "\n" for record in kept))
         self._board = _tensorboard(self.run, step) if self._tensorboard else None
         self._screen.start(step)
 
@@ -88,7 +88,7 @@ class Journal:
                 "to go on"
             ) from error
 
-    def picture(self, step: int, sheet) -> None:
+    def image(self, step: int, sheet) -> None:
         """A grid of samples, uint8 [H, W, C], for TensorBoard."""
         if self._board is not None:
             self._board.add_image("samples", sheet, step, dataformats="HWC")
@@ -103,18 +103,18 @@ class Journal:
         if self._screen is not None:
             self._screen.advance(step)
 
-    def part(self, what: str) -> Callable[[int, int], None]:
+    def progress(self, what: str) -> Callable[[int, int], None]:
         """Work beside the steps, of which (done, total) is told now and then."""
 
         def told(done: int, total: int) -> None:
             now = time.monotonic()
             if now - self._told > PART:
                 self._told = now
-                self.say(f"  {what}: {done} of {total}")
+                self.info(f"  {what}: {done} of {total}")
 
         return told
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A sentence for the person who watches."""
         if self._screen is not None:
             self._screen.say(text)
@@ -146,7 +146,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{name}/{place}", part)
 
 
-class Screen:
+class ProgressDisplay:
     """A progress bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, step: int, steps: int) -> None:
@@ -183,7 +183,7 @@ class Screen:
         self._last = now
         began, first = self._started
         left = (now - began) / max(step - first, 1) * (self.steps - step)
-        self._print(f"step {step}/{self.steps}  {self._numbers}  {clock(left)} left")
+        self._print(f"step {step}/{self.steps}  {self._numbers}  {format_duration(left)} left")
 
     def say(self, text: str) -> None:
         if self._bar is not None:
@@ -199,7 +199,7 @@ class Screen:
             self._bar.stop()
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
     for size, name, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= size:

@@ -17,14 +17,14 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from tessera import __version__, bundle, images
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.monitoring.health import BINS
-from tessera.monitoring.logger import HEALTH, LOG, clock, read_log
-from tessera.monitoring.spikes import PASSED
+from tessera.monitoring.logger import HEALTH, LOG, format_duration, read_log
+from tessera.monitoring.spikes import SKIPPED_STEPS
 from tessera.reporting import charts
 from tessera.reporting import page as page_html
-from tessera.reporting.charts import Line, Marks, heat_map, line_chart, ramp, short
-from tessera.settings import Settings, flat, parse, read_yaml
+from tessera.reporting.charts import Line, StepMarks, heat_map, line_chart, ramp, short
+from tessera.settings import Settings, flat, validate, read_yaml
 from tessera.training import scores
 from tessera.training.recipe import Recipe
 from tessera.training.run import RECIPE, SAMPLES, SKIPPED
@@ -44,7 +44,7 @@ def write(run: Path, target: Path | None = None) -> Path:
     Raises TesseraError if the folder holds no run or the page cannot be written.
     """
     target = target or run / REPORT
-    write_whole(target, page(run))
+    atomic_write(target, page(run))
     return target
 
 
@@ -151,7 +151,7 @@ def _head(run: Path, told: Record, steps: Sequence[Record], log: Sequence[Record
     spent, left = _times(told, steps)
     state = "All steps are done" if planned and done >= planned else "Not all steps are done"
     tiles = [("steps", f"{done:,}" + (f" of {planned:,}" if planned else ""), "")]
-    tiles.append(("time in steps", clock(spent), f"about {clock(left)} left" if left else ""))
+    tiles.append(("time in steps", format_duration(spent), f"about {format_duration(left)} left" if left else ""))
     loss = _smoothed([_number(record, "loss") for record in steps])[-1]
     tiles.append(("loss now", "not a number" if loss is None else f"{loss:.4g}", ""))
     if (speed := _last(steps, "images_per_second")) is not None:
@@ -214,7 +214,7 @@ def _doctor(run: Path) -> str:
 
 
 def _curves(told: Record, steps: Sequence[Record], log: Sequence[Record]) -> str:
-    happened = [Marks("rollback", _rises(steps, "rollbacks")), Marks("skipped step", _rises(steps, "kept_out"))]
+    happened = [StepMarks("rollback", _rises(steps, "rollbacks")), StepMarks("skipped step", _rises(steps, "kept_out"))]
     raw = _line("loss", steps)
     smooth = Line("loss", raw.steps, _smoothed(raw.values))
     behind = [Line("each record", raw.steps, raw.values, look="faint", colour="var(--c0)")]
@@ -269,7 +269,7 @@ def _samples(run: Path) -> str:
     for path in (grids[index] for index in chosen):
         step = path.stem.removeprefix("step-").lstrip("0") or "0"
         try:
-            shown.append(page_html.picture(images.no_wider(path, GRID_WIDTH), f"step {step}"))
+            shown.append(page_html.picture(images.limit_width(path, GRID_WIDTH), f"step {step}"))
         except (OSError, ValueError, SyntaxError):  # Pillow's word for a broken PNG
             continue
     if not shown:
@@ -331,7 +331,7 @@ def _by_depth(title: str, health: Sequence[Record], name: str, unit: str, scale:
 
 
 def _passed(run: Path) -> str:
-    batches = _records(run, PASSED)
+    batches = _records(run, SKIPPED_STEPS)
     path = run / SKIPPED
     images = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if not batches and not images:
@@ -381,7 +381,7 @@ def _origin(run: Path) -> str:
 
 def _settings(told: Record) -> str:
     try:
-        recipe = parse(Recipe, told, "recipe")
+        recipe = validate(Recipe, told, "recipe")
     except TesseraError:  # written by another Tessera
         rows = [(name, _shown(value)) for name, value in flat(told).items()]
         note = "This Tessera does not read all of these settings, so it cannot tell which are the usual ones."

@@ -20,11 +20,11 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.settings import Settings
-from tessera.training.step import Told
+from tessera.training.step import StepMetrics
 
-PASSED = "passed.jsonl"
+SKIPPED_STEPS = "passed.jsonl"
 RENEWED = 16  # kept steps after which the limits are set anew
 LAG = 2  # steps a GPU may be ahead of what is read of it, so that it is never waited for
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
@@ -36,21 +36,21 @@ LEAST_LOSS, LEAST_LOG_NORM = 0.05, 0.1
 class StabilityConfig(Settings):
     """What counts as a bad step, and what is done about it."""
 
-    spike: PositiveFloat | None = Field(
+    spike_threshold: PositiveFloat | None = Field(
         default=20, description="robust standard deviations above the median; null: only what is not a number"
     )
     window: PositiveInt = Field(default=256, ge=16, description="steps that the median is of")
-    patience: PositiveInt = Field(default=8, description="bad steps in a row before the run goes back to a checkpoint")
-    tries: PositiveInt = Field(default=3, description="times to go back before the run ends with a diagnosis")
+    max_consecutive_bad: PositiveInt = Field(default=8, description="bad steps in a row before the run goes back to a checkpoint")
+    max_rollbacks: PositiveInt = Field(default=3, description="times to go back before the run ends with a diagnosis")
 
 
 @dataclass(frozen=True)
-class Seen:
+class StepRecord:
     """What the host learns of a step, a little later."""
 
     step: int
     position: int
-    kept: bool
+    applied: bool
     loss: float
     gradient_norm: float
     limits: tuple[float, float]
@@ -65,13 +65,13 @@ class Seen:
         return "it was kept"
 
 
-class Watch:
+class SpikeDetector:
     """Reads what steps tell without waiting for the device, and sets the limits for those to come."""
 
     def __init__(self, config: StabilityConfig, device: torch.device) -> None:
         self.config = config
         self.limits = (math.inf, math.inf)  # of the loss and the gradient norm; until a quarter of a window is seen
-        self.in_a_row = 0  # bad steps
+        self.consecutive_bad = 0  # bad steps
         self._lag = LAG if device.type == "cuda" else 0
         self._device = device
         self._losses: deque[float] = deque(maxlen=config.window)
@@ -84,7 +84,7 @@ class Watch:
 
         Medians and median absolute deviations: spikes in the window do not move them.
         """
-        spike = self.config.spike
+        spike = self.config.spike_threshold
         if spike is None or len(self._losses) < max(16, self.config.window // 4):
             return
         losses, norms = np.array(self._losses), np.log(np.maximum(np.array(self._norms), 1e-30))
@@ -93,9 +93,9 @@ class Watch:
         log_spread = max(NORMAL * np.median(abs(norms - typical)), LEAST_LOG_NORM)
         self.limits = float(middle + spike * spread), float(np.exp(min(typical + spike * log_spread, 700.0)))
 
-    def send(self, step: int, position: int, told: Told) -> None:
+    def send(self, step: int, position: int, told: StepMetrics) -> None:
         """Have the numbers of a step come to the host, some time."""
-        numbers = torch.stack((told.kept, told.numbers["loss"], told.numbers["gradient_norm"]))
+        numbers = torch.stack((told.applied, told.values["loss"], told.values["gradient_norm"]))
         arrived = None
         if self._lag:
             numbers = numbers.to("cpu", non_blocking=True)
@@ -103,7 +103,7 @@ class Watch:
             arrived.record()
         self._unread.append((step, position, self.limits, numbers, arrived))
 
-    def read(self, wait: bool = False) -> list[Seen]:
+    def read(self, wait: bool = False) -> list[StepRecord]:
         """The steps that can be read by now: always the same number of steps later, on every process; all if `wait`."""
         found = []
         while len(self._unread) > (0 if wait else self._lag):
@@ -111,22 +111,22 @@ class Watch:
             if arrived is not None:
                 arrived.synchronize()
             kept, loss, norm = numbers.tolist()
-            seen = Seen(step, position, bool(kept), loss, norm, limits)
-            if seen.kept:
+            seen = StepRecord(step, position, bool(kept), loss, norm, limits)
+            if seen.applied:
                 self._losses.append(loss)
                 self._norms.append(norm)
-                self._kept, self.in_a_row = self._kept + 1, 0
+                self._kept, self.consecutive_bad = self._kept + 1, 0
                 if self._kept % RENEWED == 0:
                     self._renew()
             else:
-                self.in_a_row += 1
+                self.consecutive_bad += 1
             found.append(seen)
         return found
 
     @property
-    def lost(self) -> bool:
+    def should_roll_back(self) -> bool:
         """Whether bad steps do not end."""
-        return self.in_a_row >= self.config.patience
+        return self.consecutive_bad >= self.config.max_consecutive_bad
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it, so that a resumed run sets the same limits."""
@@ -135,7 +135,7 @@ class Watch:
             "gradient_norms": list(self._norms),
             "limits": [limit if math.isfinite(limit) else None for limit in self.limits],
             "kept": self._kept,
-            "in_a_row": self.in_a_row,
+            "in_a_row": self.consecutive_bad,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -145,18 +145,18 @@ class Watch:
         self._norms = deque(state.get("gradient_norms", ()), maxlen=self.config.window)
         loss, norm = (math.inf if limit is None else limit for limit in state.get("limits", (None, None)))
         self.limits = loss, norm
-        self._kept, self.in_a_row = int(state.get("kept", 0)), int(state.get("in_a_row", 0))
+        self._kept, self.consecutive_bad = int(state.get("kept", 0)), int(state.get("in_a_row", 0))
 
 
-class Passed:
+class SkippedSteps:
     """The record of batches that were kept out of the weights (outcome "skipped") or are never shown again (outcome
     "passed over").
     """
 
     def __init__(self, run: Path, step: int) -> None:
         """Read it, for a run that stands at a step."""
-        self.path = run / PASSED
-        self.records = read_passed(run)
+        self.path = run / SKIPPED_STEPS
+        self.records = read_skipped_steps(run)
         self.forget_after(step)
 
     @property
@@ -165,7 +165,7 @@ class Passed:
         return {record["position"] for record in self.records if record["outcome"] == "passed over"}
 
     @property
-    def kept_out(self) -> int:
+    def count(self) -> int:
         """Steps that were left undone."""
         return sum(record["outcome"] == "skipped" for record in self.records)
 
@@ -174,7 +174,7 @@ class Passed:
         """Times the run went back."""
         return max((record.get("rollback", 0) for record in self.records), default=0)
 
-    def trouble(self, step: int, window: int) -> list[list[int]]:
+    def positions_of_rollbacks(self, step: int, window: int) -> list[list[int]]:
         """The positions passed over each time the run went back in the trouble that a step belongs to: no window of
         steps went well since. What is on disk, so that a run killed meanwhile tries no more often than another.
         """
@@ -191,7 +191,7 @@ class Passed:
             found.append([record["position"] for record in records])
         return found if step <= last + window else []
 
-    def add(self, seen: Seen, samples: list[str], rollback: int | None = None) -> None:
+    def add(self, seen: StepRecord, samples: list[str], rollback: int | None = None) -> None:
         """Note a batch: kept out of the weights, or passed over after so many times of going back."""
         numbers = {"loss": seen.loss, "gradient_norm": seen.gradient_norm}
         self.records.append(
@@ -214,13 +214,13 @@ class Passed:
 
     def write(self) -> None:
         if self.records or self.path.exists():
-            write_whole(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+            atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
 
 
-def read_passed(run: Path) -> list[dict[str, Any]]:
+def read_skipped_steps(run: Path) -> list[dict[str, Any]]:
     """The record of a run, oldest first; a damaged line is left out."""
     records = []
-    path = run / PASSED
+    path = run / SKIPPED_STEPS
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))

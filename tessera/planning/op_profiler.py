@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera import runtime
 from tessera.conditioning import Condition
-from tessera.files import cache_folder, write_whole
+from tessera.files import cache_folder, atomic_write
 from tessera.models.dit import DiTConfig
 from tessera.planning.trace import Operator, Recorder, Spec, Trace, function
 
@@ -32,7 +32,7 @@ FORMAT = 1
 Progress = Callable[[int, int], None]
 
 
-class Stopwatch:
+class OpProfiler:
     """Seconds of traces on one device of this machine, measured where they are not known yet.
 
     TESSERA_CACHE/machines/HOST-DEVICE-torchVERSION-THREADS.json holds what was measured.
@@ -93,7 +93,7 @@ class Stopwatch:
                     for _ in range(at_once):
                         call()
                     if waits:
-                        runtime.synchronise(self.device)
+                        runtime.synchronize(self.device)
                     taken[key].append((time.perf_counter() - start) / at_once)
                 if turn >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
                     break
@@ -113,7 +113,7 @@ class Stopwatch:
 
     def _overhead(self) -> float:
         """Seconds a call, beside its own: from a network so small that it consists of little else."""
-        config = DiTConfig(size=(8, 8), channels=1, outputs=1, classes=4, patch=4, depth=6, width=16, heads=2)
+        config = DiTConfig(input_size=(8, 8), in_channels=1, out_channels=1, num_classes=4, patch_size=4, depth=6, hidden_size=16, num_heads=2)
         network = config.build().to(self.device)
         x, t = torch.rand(1, 1, 8, 8, device=self.device), torch.rand(1, device=self.device)
         condition = Condition(torch.zeros(1, dtype=torch.int64, device=self.device))
@@ -129,7 +129,7 @@ class Stopwatch:
             network.zero_grad(set_to_none=True)
             began = time.perf_counter()
             step()
-            runtime.synchronise(self.device)
+            runtime.synchronize(self.device)
             taken.append(time.perf_counter() - began)
         known = self._measured(list(trace.operators))
         own = sum(known[_key(one)] * count for one, count in trace.operators.items())
@@ -148,7 +148,7 @@ class Stopwatch:
         with contextlib.suppress(OSError):  # a cache: without it the next plan measures again
             self.path.parent.mkdir(parents=True, exist_ok=True)
             told = {"format": FORMAT, "date": self.date, "seconds": self._seconds}
-            write_whole(self.path, json.dumps(told, indent=0))
+            atomic_write(self.path, json.dumps(told, indent=0))
 
 
 def _groups(operators: Sequence[Operator]) -> list[list[Operator]]:

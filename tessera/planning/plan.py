@@ -15,13 +15,13 @@ import torch
 
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
-from tessera.models.network import FACTS, NetworkConfig, parameter_count
+from tessera.models.network import DATA_DEPENDENT, NetworkConfig, parameter_count
 from tessera.models.presets import PRESETS
 from tessera.planning.budget import Budget
 from tessera.planning.hardware import Compiled, Hardware
-from tessera.planning.op_profiler import Progress, Stopwatch
+from tessera.planning.op_profiler import Progress, OpProfiler
 from tessera.planning.trace import Sizes, Step, Trace, outline
-from tessera.settings import parse
+from tessera.settings import validate
 
 Precision = Literal["float32", "bfloat16"]
 Recompute = Literal["none", "selective", "blocks"]
@@ -40,7 +40,7 @@ class Recording(Protocol):
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingWork:
     """What a run draws and looks at beside learning."""
 
     grids: int  # pictures in grids of samples
@@ -53,7 +53,7 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """A training run as far as its cost depends on it."""
 
     name: str
@@ -69,7 +69,7 @@ class Work:
     call: Callable[[NetworkConfig, int], Trace]  # one call of the network on so many rows, as in drawing
     encode: Callable[[int], Trace] | None  # of so many pictures by the codec, where training does so
     decode: Callable[[int], Trace] | None
-    drawing: Drawing
+    drawing: SamplingWork
     checkpoints: int  # on disk at the end, and the one being written
     images: int | None  # of the data, where it can be opened
     image_bytes: int  # of one of them, as pixels
@@ -99,7 +99,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Alternative:
     """What another precision, recomputation or sharding would need."""
 
     precision: Precision
@@ -114,7 +114,7 @@ class Choice:
 class Plan:
     """What a run takes on some hardware."""
 
-    work: Work
+    work: Workload
     hardware: Hardware
     precision: Precision
     split: Split
@@ -128,10 +128,10 @@ class Plan:
     call_seconds: float  # of the network for one picture, in drawing
     picture_seconds: float  # of a picture, drawn and decoded
     look_seconds: float  # of a picture, by the judge
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[Alternative, ...] = ()
     largest_batch: int | None = None  # samples of a device at once, with the recipe's choices
     largest_model: str | None = None
-    budget: "Bought | None" = None
+    budget: "BudgetOutcome | None" = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -242,7 +242,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Bought:
+class BudgetOutcome:
     """What a budget buys of a run."""
 
     text: str
@@ -252,7 +252,7 @@ class Bought:
     enough: bool  # for the whole run
 
 
-def bought(plan: Plan, budget: Budget) -> Bought:
+def budget_outcomes(plan: Plan, budget: Budget) -> BudgetOutcome:
     """How many steps a budget pays for, on this hardware; drawing and scoring are paid for first."""
     seconds = budget.seconds(plan.hardware.devices, plan.hardware.price)
     if seconds is None:
@@ -261,19 +261,19 @@ def bought(plan: Plan, budget: Budget) -> Bought:
         exact = max(0.0, seconds - plan.scoring_seconds) / plan.step_seconds
     steps = int(exact + 1e-9)
     samples = steps * plan.work.batch
-    return Bought(budget.text, steps, samples, steps * plan.flops_per_step, steps >= plan.work.steps)
+    return BudgetOutcome(budget.text, steps, samples, steps * plan.flops_per_step, steps >= plan.work.steps)
 
 
 # Planning
 
 
 def plan(
-    work: Work,
+    work: Workload,
     hardware: Hardware,
     *,
     budget: Budget | None = None,
     alternatives: bool = True,
-    stopwatch: Stopwatch | None = None,
+    stopwatch: OpProfiler | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What the work takes on some hardware.
@@ -335,10 +335,10 @@ def plan(
             largest_batch=_largest_batch(made, dtype),
             largest_model=_largest_model(made, dtype),
         )
-    return made if budget is None else replace(made, budget=bought(made, budget))
+    return made if budget is None else replace(made, budget=budget_outcomes(made, budget))
 
 
-def divided(work: Work, devices: int) -> Split:
+def divided(work: Workload, devices: int) -> Split:
     """How the batch falls to devices and rounds, as in training. Raises TesseraError where it cannot."""
     share = -(-work.batch // devices)
     rounds = -(-share // min(work.micro_batch or share, share))
@@ -384,13 +384,13 @@ class _Clock:
     """Seconds of a trace: measured where the hardware is this machine, else estimated."""
 
     def __init__(
-        self, hardware: Hardware, compiled: Compiled, stopwatch: Stopwatch | None, progress: Progress | None
+        self, hardware: Hardware, compiled: Compiled, stopwatch: OpProfiler | None, progress: Progress | None
     ) -> None:
         self.hardware, self.progress = hardware, progress
         self.compiled: Compiled = compiled
         self.stopwatch = stopwatch
         if hardware.here and stopwatch is None:
-            self.stopwatch = Stopwatch(torch.device(hardware.device))
+            self.stopwatch = OpProfiler(torch.device(hardware.device))
 
     def __call__(self, *traces: Trace) -> float:
         """Of all of them, one after another."""
@@ -430,7 +430,7 @@ def _deep(
     return tuple(x + (y - x) / (more - fewer) * (network.depth - fewer) for x, y in zip(one, other))
 
 
-def _sizes(work: Work, network: NetworkConfig, split: Split, dtype: torch.dtype | None, recompute: Recompute) -> Sizes:
+def _sizes(work: Workload, network: NetworkConfig, split: Split, dtype: torch.dtype | None, recompute: Recompute) -> Sizes:
     """Of a step on one device; a second round finds the gradients of the first."""
 
     def told(config: NetworkConfig) -> Sizes:
@@ -439,7 +439,7 @@ def _sizes(work: Work, network: NetworkConfig, split: Split, dtype: torch.dtype 
     return Sizes(*map(round, _deep(network, told)))
 
 
-def _step_seconds(work: Work, split: Split, dtype: torch.dtype | None, recompute: Recompute, clock: _Clock) -> float:
+def _step_seconds(work: Workload, split: Split, dtype: torch.dtype | None, recompute: Recompute, clock: _Clock) -> float:
     """Of one step: forward and backward of all rounds, and the update."""
 
     def told(config: NetworkConfig) -> tuple[float, ...]:
@@ -468,7 +468,7 @@ def _exchange_seconds(sizes: Sizes, split: Split, hardware: Hardware) -> float:
 # Other choices
 
 
-def _choices(made: Plan, clock: _Clock) -> Iterator[Choice]:
+def _choices(made: Plan, clock: _Clock) -> Iterator[Alternative]:
     work, hardware = made.work, made.hardware
     blocks = len(outline(work.network).blocks)
     for precision in get_args(Precision):
@@ -486,7 +486,7 @@ def _choices(made: Plan, clock: _Clock) -> Iterator[Choice]:
                 if (precision, recompute, shards) == (made.precision, work.recompute, made.split.shards):
                     took = made.step_seconds
                 fits = memory.at_most <= hardware.room
-                yield Choice(precision, recompute, shards, memory, fits, took)
+                yield Alternative(precision, recompute, shards, memory, fits, took)
 
 
 def _largest_batch(made: Plan, dtype: torch.dtype | None) -> int:
@@ -504,13 +504,13 @@ def _largest_batch(made: Plan, dtype: torch.dtype | None) -> int:
 def _largest_model(made: Plan, dtype: torch.dtype | None) -> str | None:
     """The preset with the most multiply-adds that fits, seeing what this recipe's network sees."""
     work, network = made.work, made.work.network
-    facts = {name: getattr(network, name) for name in (*FACTS, "null_class")}
+    facts = {name: getattr(network, name) for name in (*DATA_DEPENDENT, "null_class")}
     if isinstance(network, DiTConfig):
         facts["block"] = network.block.model_dump()
     possible = []
     for name, sizes in PRESETS.items():
         with contextlib.suppress(TesseraError):  # a patch that does not divide the size
-            config = parse(DiTConfig, {**facts, **sizes}, name)
+            config = validate(DiTConfig, {**facts, **sizes}, name)
             possible.append((counts(config.model_copy(update={"depth": 1}))[0] * config.depth, name, config))
     own = made.memory
     state = (own.weights + own.averages + own.moments + own.gradients) / made.parameters

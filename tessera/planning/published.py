@@ -34,7 +34,7 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Design:
+class PublishedDesign:
     """A block design of XL/2 at 400K steps."""
 
     name: str  # as the kind of block
@@ -57,11 +57,11 @@ MODELS: tuple[Published, ...] = tuple(
     for patch, parameters, gmacs, fid in zip(PATCHES, *columns)
 )
 
-DESIGNS: tuple[Design, ...] = (
-    Design("in-context", 449_000_000, 119.37, 35.24),
-    Design("cross-attention", 598_000_000, 137.62, 26.14),
-    Design("adaln", 600_000_000, 118.56, 25.21),
-    Design("adaln-zero", 675_000_000, 118.64, 19.47),
+DESIGNS: tuple[PublishedDesign, ...] = (
+    PublishedDesign("in-context", 449_000_000, 119.37, 35.24),
+    PublishedDesign("cross-attention", 598_000_000, 137.62, 26.14),
+    PublishedDesign("adaln", 600_000_000, 118.56, 25.21),
+    PublishedDesign("adaln-zero", 675_000_000, 118.64, 19.47),
 )
 
 LONGER: tuple[Published, ...] = tuple(  # XL/2 through its training

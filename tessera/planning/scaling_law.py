@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.planning.statistics import Estimate, t_quantile
 
 FILE = "law.json"
@@ -150,7 +150,7 @@ def largest(x: Sequence[float], count: int) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvalPoint:
     """What a run had come to somewhere on its way."""
 
     run: str
@@ -173,9 +173,9 @@ class Optimal(NamedTuple):
     beyond: float  # how many times the budget lies outside what was measured; 1 within it
 
 
-def frontier(points: Sequence[Scored]) -> list[Scored]:
+def frontier(points: Sequence[EvalPoint]) -> list[EvalPoint]:
     """Those that no other beats with as little training compute: the lower envelope, from left to right."""
-    found: list[Scored] = []
+    found: list[EvalPoint] = []
     for point in sorted(points, key=lambda point: (point.flops, point.value)):
         if point.flops > 0 and (not found or point.value < found[-1].value):
             found.append(point)
@@ -194,7 +194,7 @@ class Law:
     metric: str
     fingerprint: str  # of the protocol the metric was scored by
     source: str  # for people: which study
-    points: tuple[Scored, ...]  # of all runs
+    points: tuple[EvalPoint, ...]  # of all runs
 
     def __post_init__(self) -> None:
         """Raises TesseraError where no law can be said."""
@@ -214,7 +214,7 @@ class Law:
         _ = self.by_metric, self.by_gmacs
 
     @cached_property
-    def frontier(self) -> list[Scored]:
+    def frontier(self) -> list[EvalPoint]:
         return frontier(self.points)
 
     @property
@@ -260,7 +260,7 @@ class Law:
     def save(self, path: Path) -> None:
         told = {"format": 1, "says": self.words(), "metric": self.metric, "fingerprint": self.fingerprint}
         told |= {"source": self.source, "points": [asdict(point) for point in self.points]}
-        write_whole(path, json.dumps(told, indent=1) + "\n")
+        atomic_write(path, json.dumps(told, indent=1) + "\n")
 
 
 def read(path: Path) -> Law:
@@ -271,7 +271,7 @@ def read(path: Path) -> Law:
         if told["format"] != 1:
             raise ValueError(f"it is of format {told['format']}, expected 1")
         points = tuple(
-            Scored(str(point["run"]), float(point["gmacs"]), int(point["samples"]), float(point["value"]))
+            EvalPoint(str(point["run"]), float(point["gmacs"]), int(point["samples"]), float(point["value"]))
             for point in told["points"]
         )
         return Law(str(told["metric"]), str(told["fingerprint"]), str(told["source"]), points)

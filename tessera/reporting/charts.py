@@ -94,7 +94,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Marks:
+class StepMarks:
     """Steps at which something happened: dashed upright lines."""
 
     name: str
@@ -107,7 +107,7 @@ def line_chart(
     unit: str = "",
     scale: Scale = "linear",
     levels: Sequence[tuple[str, float]] = (),
-    marks: Sequence[Marks] = (),
+    marks: Sequence[StepMarks] = (),
     about: str = "",
 ) -> str:
     """Lines over the steps as an HTML figure; "" where there is no finite number to draw. Empty lines are left out.

@@ -11,9 +11,9 @@ from tessera.sampling.dpm import DPMSolver, StochasticDPMSolver
 from tessera.sampling.euler import Euler
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 from tessera.sampling.heun import Heun
-from tessera.sampling.loop import State, walk
+from tessera.sampling.loop import SampleState, sample_loop
 from tessera.sampling.sde import SDE
-from tessera.sampling.timesteps import SPACINGS, AnySpacing, Even
+from tessera.sampling.timesteps import SPACINGS, AnyTimestepSpacing, Uniform
 from tessera.sampling.unipc import UniPC
 from tessera.settings import Settings, by_kind
 
@@ -32,9 +32,9 @@ class SamplingConfig(Settings):
     """How to draw from a model: kept in its bundle, so that drawing needs no flags."""
 
     sampler: AnySampler = DDIM()
-    steps: PositiveInt = 50
-    spacing: AnySpacing = Field(default=Even(), description="the grid of times")
-    guidance: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
+    num_steps: PositiveInt = 50
+    timestep_spacing: AnyTimestepSpacing = Field(default=Uniform(), description="the grid of times")
+    guidance_scale: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
     guidance_channels: PositiveInt | Literal["all"] = Field(
         default="all", description="3 repeats the official code's rule"
     )
@@ -56,10 +56,10 @@ class SamplingConfig(Settings):
             raise ValueError("expected two times, the lower one first, from 0 (data) to 1 (noise), such as [0.2, 0.8]")
         return interval
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """In one line, for people: solver, steps, grid, guidance, and whatever else is not as usual."""
-        words = [f"{self.sampler.kind}, {self.steps} steps, {self.spacing.kind}"]
-        words += [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
+        words = [f"{self.sampler.kind}, {self.num_steps} steps, {self.timestep_spacing.kind}"]
+        words += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale != 1 else []
         usual = SamplingConfig()
         for name in (name for name in SamplingConfig.model_fields if name not in ("steps", "guidance")):
             value = getattr(self, name)
@@ -81,15 +81,15 @@ __all__ = [
     "SPACINGS",
     "Ancestral",
     "AnySampler",
-    "AnySpacing",
+    "AnyTimestepSpacing",
     "DPMSolver",
     "Euler",
     "FirstBlock",
     "Heun",
     "NoCaching",
     "SamplingConfig",
-    "State",
+    "SampleState",
     "StochasticDPMSolver",
     "UniPC",
-    "walk",
+    "sample_loop",
 ]

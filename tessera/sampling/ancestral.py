@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion import Gaussian, Process
+from tessera.diffusion import GaussianDiffusion, DiffusionProcess
 from tessera.diffusion.prediction import expand
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise
@@ -20,10 +20,10 @@ class Ancestral(Solver):
 
     kind: Literal["ancestral"] = "ancestral"
 
-    def check(self, process: Process) -> None:
-        if not isinstance(process, Gaussian):
+    def check(self, process: DiffusionProcess) -> None:
+        if not isinstance(process, GaussianDiffusion):
             raise TesseraError(
-                f"ancestral sampling belongs to Gaussian processes, and this one is {process.config.words()}; "
+                f"ancestral sampling belongs to Gaussian processes, and this one is {process.config.summary()}; "
                 "ddim with eta=1 draws with as much noise"
             )
 
@@ -31,7 +31,7 @@ class Ancestral(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the mean."""
-        assert isinstance(denoise.process, Gaussian)
-        mean, log_variance = denoise.process.reverse(x, denoise(x, t), t, s)
+        assert isinstance(denoise.process, GaussianDiffusion)
+        mean, log_variance = denoise.process.p_mean_variance(x, denoise(x, t), t, s)
         spread = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
         return mean + spread * noise(), memory

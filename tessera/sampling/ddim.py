@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.euler import placed
+from tessera.sampling.euler import ddim_update
 from tessera.sampling.solver import Solver
 
 
@@ -23,9 +23,9 @@ class DDIM(Solver):
         """One step from t to s. x [B, ...], t and s [B]."""
         process, predicted = denoise.process, denoise(x, t)
         if not self.eta:
-            return placed(process, predicted, s), memory
+            return ddim_update(process, predicted, s), memory
         # Equation 16: the standard deviation of the ancestral step, times eta; in a form for any alpha and sigma.
         sigma = process.sigma(s)
         kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
         spread = self.eta * sigma * (1 - kept**2).clamp(min=0).sqrt()
-        return placed(process, predicted, s, spread) + expand(spread, x) * noise(), memory
+        return ddim_update(process, predicted, s, spread) + expand(spread, x) * noise(), memory

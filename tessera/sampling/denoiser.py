@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Prediction
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 
@@ -22,7 +22,7 @@ Noise = Callable[[], Tensor]  # a fresh standard normal tensor shaped like x at 
 class Denoise(Protocol):
     """What a step may ask for. process gives alpha, sigma and the reverse distribution at any time."""
 
-    process: Process
+    process: DiffusionProcess
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         """x [B, C, ...], t [B] -> Prediction"""
@@ -30,7 +30,7 @@ class Denoise(Protocol):
 
 
 @dataclass(frozen=True)
-class Guide:
+class GuidanceModel:
     """What guidance leads away from: a network, and what it is told.
 
     The same network told nothing is classifier-free guidance (Ho & Salimans 2022); a worse network told the same is
@@ -59,12 +59,12 @@ class Denoiser:
     def __init__(
         self,
         network: Forward,
-        process: Process,
+        process: DiffusionProcess,
         condition: Condition,
         guidance: float | Tensor = 1.0,
         channels: int | Literal["all"] = "all",
         *,
-        guide: Guide | None = None,
+        guide: GuidanceModel | None = None,
         interval: tuple[float, float] | None = None,
         schedule: AnyGuidanceSchedule | None = None,
         rescale: float = 0.0,
@@ -87,14 +87,14 @@ class Denoiser:
 
     def scale(self, t: Tensor) -> Tensor:
         """The guidance of each row at its time. t [B] on the CPU -> float32 [B]"""
-        share = self.schedule.share(t.to(torch.float32))
+        share = self.schedule.weight(t.to(torch.float32))
         if self.interval is not None:
             share = torch.where((t >= self.interval[0]) & (t <= self.interval[1]), share, 0)
         return torch.lerp(torch.ones_like(self.guidance), self.guidance, share)  # exact at shares of 0 and 1
 
     def raw(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's raw output [B, outputs, ...], guided."""
-        time = self.process.network_time(t).to(x.device, non_blocking=x.is_cuda)
+        time = self.process.model_time(t).to(x.device, non_blocking=x.is_cuda)
         scale = self.scale(t) if self.guided else None
         if scale is None or bool((scale == 1).all()):
             return self.network(x, time, self.condition).to(x.dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.exponential import History, Level, advanced, combined, remembered
+from tessera.sampling.exponential import History, NoiseLevel, exp_integrator_step, linear_combination, push_history
 from tessera.sampling.solver import Solver
 
 
@@ -25,8 +25,8 @@ class DPMSolver(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
     ) -> tuple[Tensor, History]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes x0."""
-        history = remembered(memory, Level.at(denoise.process, t), denoise(x, t).x0, self.order)
-        return advanced(x, Level.at(denoise.process, s), history), history
+        history = push_history(memory, NoiseLevel.at(denoise.process, t), denoise(x, t).x0, self.order)
+        return exp_integrator_step(x, NoiseLevel.at(denoise.process, s), history), history
 
 
 class StochasticDPMSolver(Solver):
@@ -38,8 +38,8 @@ class StochasticDPMSolver(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
     ) -> tuple[Tensor, History]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes x0."""
-        here, there = Level.at(denoise.process, t), Level.at(denoise.process, s)
-        history = remembered(memory, here, denoise(x, t).x0, 2)
+        here, there = NoiseLevel.at(denoise.process, t), NoiseLevel.at(denoise.process, s)
+        history = push_history(memory, here, denoise(x, t).x0, 2)
         kept = here.alpha * there.sigma / (there.alpha * here.sigma)  # exp(-h): 0 at both ends, where h is infinite
         drawn = 1 - kept**2
         weights: list[Tensor] = []
@@ -47,5 +47,5 @@ class StochasticDPMSolver(Solver):
             h = there.half_log_snr - here.half_log_snr
             change = 0.5 * drawn * h / (history.levels[1].half_log_snr - here.half_log_snr)
             weights = [torch.where(h.isfinite(), change, 0)]
-        x = combined(there.sigma / here.sigma * kept, x, there.alpha, drawn, weights, list(history.x0))
+        x = linear_combination(there.sigma / here.sigma * kept, x, there.alpha, drawn, weights, list(history.x0))
         return x + expand(there.sigma * drawn.clamp(min=0).sqrt(), x) * noise(), history

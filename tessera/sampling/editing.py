@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.loop import Step
 
 
 @dataclass(frozen=True)
-class Original:
+class EditSource:
     """What a drawing begins from. strength: of the noise, 0 to 1; mask: true where to draw, false where x0 stays."""
 
     x0: Tensor  # [B or 1, C, H, W]
@@ -41,30 +41,30 @@ class Original:
             )
         return reached
 
-    def start(self, process: Process, noise: Tensor, t: Tensor) -> Tensor:
+    def start(self, process: DiffusionProcess, noise: Tensor, t: Tensor) -> Tensor:
         """x at t [] from each row's own noise [B, C, H, W]."""
         if self.strength < 1:
-            return process.mix(self.x0.expand_as(noise), noise, t.expand(len(noise)))
+            return process.add_noise(self.x0.expand_as(noise), noise, t.expand(len(noise)))
         return self._put_back(process, noise, noise, t.expand(len(noise)))
 
     def keeping(self, step: Step, noise: Tensor) -> Step:
         """The step, after which what is kept is x0 mixed with each row's own noise [B, C, H, W] to the time reached."""
         if self.mask is None:
             return step
-        return _Keeping(step, self, noise)
+        return _MaskedStep(step, self, noise)
 
-    def _put_back(self, process: Process, x: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+    def _put_back(self, process: DiffusionProcess, x: Tensor, noise: Tensor, s: Tensor) -> Tensor:
         if self.mask is None:
             return x
-        return torch.where(self.mask, x, process.mix(self.x0.expand_as(noise), noise, s))
+        return torch.where(self.mask, x, process.add_noise(self.x0.expand_as(noise), noise, s))
 
 
 @dataclass(frozen=True)
-class _Keeping:
+class _MaskedStep:
     """A solver's step, and then what is kept put back. What the solver remembers is left as it is."""
 
     step: Step
-    original: Original
+    original: EditSource
     noise: Tensor
 
     @property

@@ -5,13 +5,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver
 
 
-def placed(process: Process, predicted: Prediction, s: Tensor, spread: Tensor | None = None) -> Tensor:
+def ddim_update(process: DiffusionProcess, predicted: Prediction, s: Tensor, spread: Tensor | None = None) -> Tensor:
     """The predicted picture with the predicted noise of time s: alpha(s) x0 + sigma(s) eps. s [B] -> [B, ...]
 
     spread [B]: the part of sigma(s) that is left out, because as much noise is drawn anew (Song et al. 2021, equation
@@ -35,4 +35,4 @@ class Euler(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]."""
-        return placed(denoise.process, denoise(x, t), s), memory
+        return ddim_update(denoise.process, denoise(x, t), s), memory

@@ -18,12 +18,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import expand
 
 
 @dataclass(frozen=True)
-class Level:
+class NoiseLevel:
     """How much data and noise there is at a time, float64 [B] each, on the CPU."""
 
     alpha: Tensor
@@ -31,7 +31,7 @@ class Level:
     half_log_snr: Tensor  # lambda
 
     @classmethod
-    def at(cls, process: Process, t: Tensor) -> Self:
+    def at(cls, process: DiffusionProcess, t: Tensor) -> Self:
         alpha, sigma = process.alpha(t), process.sigma(t)
         return cls(alpha, sigma, alpha.log() - sigma.log())
 
@@ -40,11 +40,11 @@ class Level:
 class History:
     """What the denoiser said at which levels, the newest first: that of the time which a step starts from."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[NoiseLevel, ...]
     x0: tuple[Tensor, ...]  # [B, ...] each
 
 
-def remembered(history: History | None, level: Level, x0: Tensor, most: int) -> History:
+def push_history(history: History | None, level: NoiseLevel, x0: Tensor, most: int) -> History:
     """The history with one more entry, of which the `most` newest stay."""
     if history is None:
         return History((level,), (x0,))
@@ -59,7 +59,7 @@ def moments(h: Tensor, count: int) -> list[Tensor]:
     return found
 
 
-def interpolated(h: Tensor, places: list[Tensor]) -> list[Tensor]:
+def lagrange_weights(h: Tensor, places: list[Tensor]) -> list[Tensor]:
     """The weights of f(tau) - f(0), for each of the places [B], in the integral of h exp(-h (1 - tau)) P(tau).
 
     P is the polynomial through 0 and all the places, in Newton's form: of divided differences, so that a last place at
@@ -83,7 +83,7 @@ def interpolated(h: Tensor, places: list[Tensor]) -> list[Tensor]:
     return list(weights)
 
 
-def combined(of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]) -> Tensor:
+def linear_combination(of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]) -> Tensor:
     """of_x x + scale (first x0[0] + the weighted differences of the other x0 from x0[0]). Coefficients [B]."""
     left = scale * first
     for weight in weights:
@@ -94,8 +94,8 @@ def combined(of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: lis
     return x
 
 
-def advanced(
-    x: Tensor, there: Level, history: History, *, ahead: Tensor | None = None, by_length: bool = False
+def exp_integrator_step(
+    x: Tensor, there: NoiseLevel, history: History, *, ahead: Tensor | None = None, by_length: bool = False
 ) -> Tensor:
     """x at another level from x [B, ...] at the newest of a history; of the order of the history's length.
 
@@ -111,6 +111,6 @@ def advanced(
     outside = [torch.zeros_like(h)] * len(places)  # the weights in a step that begins at alpha = 0 or ends in the data
     if ahead is not None:
         places, known, outside = [torch.ones_like(h), *places], [ahead, *known], [half, *outside]
-    weights = [half / places[0]] if len(places) == 1 else interpolated(h, places)
+    weights = [half / places[0]] if len(places) == 1 else lagrange_weights(h, places)
     weights = [torch.where(inside, weight, other) for weight, other in zip(weights, outside)]
-    return combined(there.sigma / here.sigma, x, there.alpha, first, weights, [history.x0[0], *known])
+    return linear_combination(there.sigma / here.sigma, x, there.alpha, first, weights, [history.x0[0], *known])

@@ -20,7 +20,7 @@ class ConstantGuidance(Settings):
 
     kind: Literal["constant"] = "constant"
 
-    def share(self, t: Tensor) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
 
@@ -30,7 +30,7 @@ class LinearGuidance(Settings):
     kind: Literal["linear"] = "linear"
     least: NonNegativeFloat = Field(default=0.0, description="a share below this counts as this (clamp-linear)")
 
-    def share(self, t: Tensor) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
         return (2 * (1 - t)).clamp(min=self.least)
 
 
@@ -40,7 +40,7 @@ class CosineGuidance(Settings):
     kind: Literal["cosine"] = "cosine"
     least: NonNegativeFloat = Field(default=0.0, description="a share below this counts as this (clamp-cosine)")
 
-    def share(self, t: Tensor) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
         return (1 + torch.cos(math.pi * t)).clamp(min=self.least)
 
 
@@ -50,7 +50,7 @@ class PoweredCosineGuidance(Settings):
     kind: Literal["powered-cosine"] = "powered-cosine"
     power: PositiveFloat = 2.0
 
-    def share(self, t: Tensor) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
         return (1 - torch.cos(math.pi * (1 - t) ** self.power)) / 2
 
 

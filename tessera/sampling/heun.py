@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.euler import placed
+from tessera.sampling.euler import ddim_update
 from tessera.sampling.solver import Solver
 
 
@@ -27,7 +27,7 @@ class Heun(Solver):
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the Euler step."""
         process, here = denoise.process, denoise(x, t)
-        x = placed(process, here, s)
+        x = ddim_update(process, here, s)
         inside = s > 0
         if not inside.any():
             return x, memory

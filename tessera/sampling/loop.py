@@ -17,16 +17,16 @@ Step = Callable[[Denoise, Tensor, Tensor, Tensor, Any, Noise], tuple[Tensor, Any
 
 
 @dataclass(frozen=True)
-class State:
+class SampleState:
     """Where a drawing stands: x [B, ...] at time t, after `done` of `total` steps."""
 
     x: Tensor
     t: float
-    done: int
-    total: int
+    step: int
+    num_steps: int
 
 
-def walk(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -> Iterator[State]:
+def sample_loop(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -> Iterator[SampleState]:
     """Loop a step over falling times [n + 1] from x [B, ...] at times[0]; yields the start and every state after it.
 
     Keep the last state for the picture, wrap it in a progress bar, or stream it as a preview. Raises TesseraError in
@@ -34,14 +34,14 @@ def walk(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -
     """
     memory, total = None, len(times) - 1
     sums = [_sums(x)]
-    yield State(x, float(times[0]), 0, total)
+    yield SampleState(x, float(times[0]), 0, total)
     for done in range(1, total + 1):
         t, s = times[done - 1].expand(len(x)), times[done].expand(len(x))
         x, memory = step(denoise, x, t, s, memory, noise)
         sums.append(_sums(x))
         if done == total:
             _check(torch.stack(sums), times, step)
-        yield State(x, float(times[done]), done, total)
+        yield SampleState(x, float(times[done]), done, total)
 
 
 def _sums(x: Tensor) -> Tensor:

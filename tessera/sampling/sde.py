@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tessera.diffusion.prediction import expand
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.euler import placed
+from tessera.sampling.euler import ddim_update
 from tessera.sampling.solver import Solver
 
 
@@ -39,4 +39,4 @@ class SDE(Solver):
         exchanged = 2 * self.strength * (t - s).double() * (here * there).double().sqrt() / (sigma_t * sigma_s)
         share = -torch.expm1(-exchanged) if self.strength else torch.zeros_like(sigma_s)
         spread = torch.where(s > 0, sigma_s * share.sqrt(), 0)
-        return placed(process, predicted, s, spread) + expand(spread, x) * noise(), memory
+        return ddim_update(process, predicted, s, spread) + expand(spread, x) * noise(), memory

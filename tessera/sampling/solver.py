@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.settings import Settings
 
 
@@ -14,5 +14,5 @@ class Solver(Settings):
 
     calls: ClassVar[int] = 1  # of the denoiser, in one step
 
-    def check(self, process: Process) -> None:
+    def check(self, process: DiffusionProcess) -> None:
         """Raise TesseraError if this solver cannot draw from a process."""

@@ -11,18 +11,18 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from tessera.diffusion import Process
+from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.flow import shifted
 from tessera.errors import TesseraError
 from tessera.settings import Settings, by_kind
 
 
-class Even(Settings):
+class Uniform(Settings):
     """Equal strides from the first trained time to the last, as the official code respaces (Nichol & Dhariwal 2021)."""
 
     kind: Literal["even"] = "even"
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         if process.steps is None:
             return torch.linspace(1, 0, count + 1, dtype=torch.float64)
         if count == 1:
@@ -40,7 +40,7 @@ class Leading(Settings):
 
     kind: Literal["leading"] = "leading"
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         if process.steps is None:
             raise TesseraError(
                 "leading times belong to a process of discrete steps; this one is continuous: use even or shifted"
@@ -54,9 +54,9 @@ class Trailing(Settings):
 
     kind: Literal["trailing"] = "trailing"
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         if process.steps is None:
-            return Even()(count, process)
+            return Uniform()(count, process)
         trained = process.steps
         return of_steps([max(round(trained - i * trained / count) - 1, 0) for i in range(count)], process)
 
@@ -66,7 +66,7 @@ class Quadratic(Settings):
 
     kind: Literal["quadratic"] = "quadratic"
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         return within(torch.linspace(1, 0, count + 1, dtype=torch.float64) ** 2, process)
 
 
@@ -76,7 +76,7 @@ class Shifted(Settings):
     kind: Literal["shifted"] = "shifted"
     shift: PositiveFloat = 3.0
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         return within(shifted(torch.linspace(1, 0, count + 1, dtype=torch.float64), self.shift), process)
 
 
@@ -100,7 +100,7 @@ class _ByRatio(Settings):
         """The ratios at shares of the way from the first to the last."""
         raise NotImplementedError
 
-    def __call__(self, count: int, process: Process) -> Tensor:
+    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         first, last = torch.tensor([self.largest, self.smallest], dtype=torch.float64)
         if process.steps is not None:
             ends = torch.tensor([1, 1 / process.steps], dtype=torch.float64)
@@ -112,7 +112,7 @@ class _ByRatio(Settings):
                 )
             first, last = first.clamp(max=ratio[0]), last.clamp(min=ratio[1])
         ratios = self.between(first, last, torch.linspace(0, 1, count, dtype=torch.float64))
-        times = torch.cat((process.time_at(ratios), torch.zeros(1, dtype=torch.float64)))
+        times = torch.cat((process.time_from_nsr(ratios), torch.zeros(1, dtype=torch.float64)))
         times[0] = 1
         return times
 
@@ -136,25 +136,25 @@ class LogSNR(_ByRatio):
         return torch.lerp(first.log(), last.log(), share).exp()
 
 
-AnySpacing = Annotated[
-    Even | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR,
+AnyTimestepSpacing = Annotated[
+    Uniform | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR,
     BeforeValidator(by_kind),
     Field(discriminator="kind"),
 ]
 SPACINGS = {
-    "even": Even, "leading": Leading, "trailing": Trailing,
+    "even": Uniform, "leading": Leading, "trailing": Trailing,
     "quadratic": Quadratic, "shifted": Shifted, "karras": Karras, "logsnr": LogSNR,
 }  # fmt: skip
 
 
-def of_steps(steps: list[int], process: Process) -> Tensor:
+def of_steps(steps: list[int], process: DiffusionProcess) -> Tensor:
     """Trained steps in any order -> falling times with 0 at the end."""
     assert process.steps is not None
     falling = [(step + 1) / process.steps for step in sorted(steps, reverse=True)]
     return torch.tensor([*falling, 0.0], dtype=torch.float64)
 
 
-def within(curve: Tensor, process: Process) -> Tensor:
+def within(curve: Tensor, process: DiffusionProcess) -> Tensor:
     """A curve that falls from 1 to 0; for a process of discrete steps, its inner part ends at the first of them."""
     if process.steps is None:
         return curve
@@ -162,7 +162,7 @@ def within(curve: Tensor, process: Process) -> Tensor:
     return torch.where(curve > 0, first + (1 - first) * curve, 0)
 
 
-def times(spacing: AnySpacing, count: int, process: Process) -> Tensor:
+def timestep_grid(spacing: AnyTimestepSpacing, count: int, process: DiffusionProcess) -> Tensor:
     """Falling times [count + 1] of a grid, float64: no two alike in their noise.
 
     Raises TesseraError if the process has not so many, or the grid cannot tell them apart.

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.exponential import History, Level, advanced, remembered
+from tessera.sampling.exponential import History, NoiseLevel, exp_integrator_step, push_history
 from tessera.sampling.solver import Solver
 
 
@@ -34,10 +34,10 @@ class UniPC(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Predicted | None, noise: Noise
     ) -> tuple[Tensor, Predicted]:
         """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes x0."""
-        here, x0, by_length = Level.at(denoise.process, t), denoise(x, t).x0, self.variant == "bh1"
+        here, x0, by_length = NoiseLevel.at(denoise.process, t), denoise(x, t).x0, self.variant == "bh1"
         history = None
         if memory is not None:
             history = memory.history
-            x = advanced(memory.x, here, history, ahead=x0, by_length=by_length)
-        history = remembered(history, here, x0, self.order)
-        return advanced(x, Level.at(denoise.process, s), history, by_length=by_length), Predicted(x, history)
+            x = exp_integrator_step(memory.x, here, history, ahead=x0, by_length=by_length)
+        history = push_history(history, here, x0, self.order)
+        return exp_integrator_step(x, NoiseLevel.at(denoise.process, s), history, by_length=by_length), Predicted(x, history)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tessera.planning.statistics import Estimate, differences_to_first, holm, mean
 from tessera.studies.results import Point, Result
-from tessera.studies.seed_aggregation import told
+from tessera.studies.seed_aggregation import is_measured
 from tessera.studies.study import Comparison
 from tessera.training.scores import HIGHER
 
@@ -57,7 +57,7 @@ def place(point: Point, scale: Scale) -> float:
 
 def score_at(result: Result, metric: str, scale: Scale, x: float) -> Estimate | None:
     """A member's score at x of its training: between scored points straight in log x; None where it was not scored."""
-    points = [(place(point, scale), point.scores[metric]) for point in result.points if told(point.scores, metric)]
+    points = [(place(point, scale), point.scores[metric]) for point in result.points if is_measured(point.scores, metric)]
     points = [(at, Estimate(score.value, score.low, score.high)) for at, score in points if at > 0]
     for at, score in points:
         if math.isclose(at, x, rel_tol=1e-9):
@@ -125,7 +125,7 @@ def _compared(
 
 def _reached(member: Result, metric: str, scale: Scale) -> float:
     """How far a member had come when it was last scored; 0 where that is not known."""
-    places = (place(point, scale) for point in member.points if told(point.scores, metric))
+    places = (place(point, scale) for point in member.points if is_measured(point.scores, metric))
     return max((at for at in places if at > 0), default=0.0)  # what is not a number is not above zero
 
 

@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from tessera.errors import TesseraError
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.planning import published
-from tessera.planning.scaling_law import Scored, fit, frontier, held_out, largest
+from tessera.planning.scaling_law import EvalPoint, fit, frontier, held_out, largest
 from tessera.planning.statistics import Estimate
 from tessera.studies.comparison import SCALES, Scale
 from tessera.studies.results import Result
-from tessera.studies.seed_aggregation import Mean, Setting, after, ends, equal_steps, standing
+from tessera.studies.seed_aggregation import Mean, Setting, after, final_points, equal_steps, active
 from tessera.studies.study import Study
 from tessera.training.scores import HIGHER
 
@@ -74,7 +74,7 @@ def _styled(draw: Callable[P, R]) -> Callable[P, R]:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class StudyFigure:
     """A figure, the name of its files, and what it shows."""
 
     name: str
@@ -93,7 +93,7 @@ class Drawing:
                 self.figure.savefig(buffer, format=kind, dpi=150, metadata=dated)
             self.figure.set_layout_engine("none")  # the places it found hold for the other file, too
             found[kind] = buffer.getvalue()
-            write_whole(folder / f"{self.name}.{kind}", found[kind])
+            atomic_write(folder / f"{self.name}.{kind}", found[kind])
         return found["png"]
 
 
@@ -151,7 +151,7 @@ def looks_of(study: Study) -> Looks:
 
 
 @_styled
-def against_compute(study: Study, found: Sequence[Setting], metric: str) -> Drawing | None:
+def against_compute(study: Study, found: Sequence[Setting], metric: str) -> StudyFigure | None:
     """Metric against training compute for every run, with the frontier."""
     shown = [setting for setting in found if any(point.flops > 0 for point in setting.points)]
     if not shown:
@@ -170,7 +170,7 @@ def against_compute(study: Study, found: Sequence[Setting], metric: str) -> Draw
         keys.append((line, "frontier"))
     intervals: list[Estimate] = []
     if study.law is not None and study.law.against == "flops" and metric not in HIGHER:
-        at = ends(found, "flops")
+        at = final_points(found, "flops")
         more, intervals = _law(axes, at.x, at.values, largest(at.x, min(study.law.held_out, len(at.x))))
         keys += more
     _named(axes, "training FLOPs (6 × multiply-adds × samples)", metric)
@@ -178,13 +178,13 @@ def against_compute(study: Study, found: Sequence[Setting], metric: str) -> Draw
     _scaled(axes, "y", _values(_ends(shown)), [*_ends(shown), *intervals])
     _legend(figure, keys)
     about = f"{metric} against training compute of every run; {_bars(shown)}"
-    return Drawing("compute", about + ("; the broad line is the frontier." if len(best) > 1 else "."), figure)
+    return StudyFigure("compute", about + ("; the broad line is the frontier." if len(best) > 1 else "."), figure)
 
 
 @_styled
-def against_gmacs(study: Study, found: Sequence[Setting], metric: str) -> Drawing | None:
+def against_gmacs(study: Study, found: Sequence[Setting], metric: str) -> StudyFigure | None:
     """Metric against GMACs at equal steps: a panel for each mark of steps and the end, with the law and its band."""
-    found = standing([setting for setting in found if setting.points])
+    found = active([setting for setting in found if setting.points])
     steps = equal_steps(found)
     steps = [step for step in steps if step in study.marks.steps or step == steps[-1]]
     if not steps or len({setting.gmacs for setting in found}) < 2:
@@ -210,11 +210,11 @@ def against_gmacs(study: Study, found: Sequence[Setting], metric: str) -> Drawin
         _scaled(axes, "y", _values(_ends(found, steps)), [*_ends(found, steps), *drawn])
     _outer(panels)
     _legend(figure, keys)
-    return Drawing("gmacs", f"{metric} against GMACs after equal training steps; {_bars(found)}.", figure)
+    return StudyFigure("gmacs", f"{metric} against GMACs after equal training steps; {_bars(found)}.", figure)
 
 
 @_styled
-def over_steps(study: Study, found: Sequence[Setting], metric: str) -> Drawing | None:
+def over_steps(study: Study, found: Sequence[Setting], metric: str) -> StudyFigure | None:
     """The paper's two rows: one axis held and the other varied, metric over training steps, a panel each."""
     shown = [setting for setting in found if any(point.step > 0 for point in setting.points)]
     if all(len(setting.points) < 2 for setting in shown):  # there is no way to be seen
@@ -249,11 +249,11 @@ def over_steps(study: Study, found: Sequence[Setting], metric: str) -> Drawing |
     _outer(used)
     _legend(figure, looks.keys(shown))
     rows_told = f" Above, one {more[0]} a panel; below, one {first} a panel." if more else ""
-    return Drawing("steps", f"{metric} over training steps; {_bars(shown)}.{rows_told}", figure)
+    return StudyFigure("steps", f"{metric} over training steps; {_bars(shown)}.{rows_told}", figure)
 
 
 @_styled
-def sampling_compute(study: Study, found: Sequence[Setting], metric: str) -> Drawing | None:
+def sampling_compute(study: Study, found: Sequence[Setting], metric: str) -> StudyFigure | None:
     """Metric against the compute of drawing a picture, one line a model: what more sampling steps buy."""
     shown = [setting for setting in found if setting.drawn]
     if not shown:
@@ -272,11 +272,11 @@ def sampling_compute(study: Study, found: Sequence[Setting], metric: str) -> Dra
     _legend(figure, looks.keys(shown))
     counts = sorted({drawn.steps for setting in shown for drawn in setting.drawn})
     about = f"{metric} against the compute of drawing, {', '.join(map(str, counts))} sampling steps; {_bars(shown)}."
-    return Drawing("sampling", about, figure)
+    return StudyFigure("sampling", about, figure)
 
 
 @_styled
-def picture_grids(study: Study, results: Sequence[Result]) -> Drawing | None:
+def picture_grids(study: Study, results: Sequence[Result]) -> StudyFigure | None:
     """The last grid of samples of every member of the first seed that has one, arranged by the axes."""
     looks = looks_of(study)
     across, *more = looks.names
@@ -310,11 +310,11 @@ def picture_grids(study: Study, results: Sequence[Result]) -> Drawing | None:
     early = [result.name for result in results if result.pictures is not None and result.state != "done"]
     about = "The last grid of samples of each member: the same seeds everywhere, a column a class, cropped."
     about += f" Not done: {', '.join(early)}." if early else ""
-    return Drawing("pictures", about, figure)
+    return StudyFigure("pictures", about, figure)
 
 
 @_styled
-def comparison(study: Study, found: Sequence[Setting], metric: str) -> Drawing | None:
+def comparison(study: Study, found: Sequence[Setting], metric: str) -> StudyFigure | None:
     """Metric against steps, training FLOPs and wall-clock, the mean over seeds with their spread."""
     if study.compare is None:
         return None
@@ -341,13 +341,13 @@ def comparison(study: Study, found: Sequence[Setting], metric: str) -> Drawing |
     _outer(panels)
     _legend(figure, looks.keys(shown))
     about = f"{metric} at equal steps, equal training FLOPs and equal time of training; {_bars(shown, 'band')}."
-    return Drawing("comparison", about, figure)
+    return StudyFigure("comparison", about, figure)
 
 
-def scored(found: Sequence[Setting]) -> list[Scored]:
+def scored(found: Sequence[Setting]) -> list[EvalPoint]:
     """What the frontier is made of."""
     return [
-        Scored(setting.name, setting.gmacs, round(point.samples), point.score.value)
+        EvalPoint(setting.name, setting.gmacs, round(point.samples), point.score.value)
         for setting in found
         for point in setting.points
     ]
@@ -357,7 +357,7 @@ def scored(found: Sequence[Setting]) -> list[Scored]:
 
 
 @_styled
-def paper_law(out: Sequence[bool]) -> Drawing:
+def paper_law(out: Sequence[bool]) -> StudyFigure:
     """FID-50K after 400K steps against GMACs for the twelve models, with the law; out: which are held out of it."""
     figure, (axes,) = _figure(1)
     looks = Looks({"size": published.SIZES, "patch": [str(patch) for patch in published.PATCHES]})
@@ -374,7 +374,7 @@ def paper_law(out: Sequence[bool]) -> Drawing:
         for m in published.MODELS
     ]
     _legend(figure, [*looks.keys(shown), *more])
-    return Drawing("paper-law", f"FID-50K after 400K steps against GMACs ({published.SOURCE})", figure)
+    return StudyFigure("paper-law", f"FID-50K after 400K steps against GMACs ({published.SOURCE})", figure)
 
 
 # What they share

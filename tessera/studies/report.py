@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tessera.errors import TesseraError
 from tessera.evaluation.protocol import Score
-from tessera.files import write_whole
+from tessera.files import atomic_write
 from tessera.planning import scaling_law, statistics
 from tessera.planning.scaling_law import Law
 from tessera.planning.statistics import Estimate
@@ -27,9 +27,9 @@ from tessera.reporting import page as page_html
 from tessera.reporting.charts import short
 from tessera.studies import figures
 from tessera.studies.comparison import Compared, Scale, Value, compare
-from tessera.studies.figures import Drawing, scored
+from tessera.studies.figures import StudyFigure, scored
 from tessera.studies.results import Result
-from tessera.studies.seed_aggregation import Ends, Setting, check_alike, deciding, ends, settings
+from tessera.studies.seed_aggregation import FinalPoints, Setting, check_alike, deciding, final_points, settings
 from tessera.studies.study import Study
 from tessera.training.scores import HIGHER
 
@@ -69,8 +69,8 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
     check_alike(results)
     metric = deciding(results)
     found = settings(results, metric) if metric else []
-    write_whole(folder / "table.csv", _points(study, results))
-    write_whole(folder / "sampling.csv", _drawn(study, results))
+    atomic_write(folder / "table.csv", _points(study, results))
+    atomic_write(folder / "sampling.csv", _drawn(study, results))
     best, reason = _law(study, results, found, metric)
     if best is None:
         (folder / scaling_law.FILE).unlink(missing_ok=True)  # an earlier one would be taken for this report's
@@ -95,9 +95,9 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
     parts += _members(results)
     parts += ["## What this cannot show", list(_limits(study, results, found, metric))]
     parts += _protocol(results)
-    write_whole(folder / REPORT, "\n\n".join(map(_markdown, parts)) + "\n")
+    atomic_write(folder / REPORT, "\n\n".join(map(_markdown, parts)) + "\n")
     style = "img { image-rendering: auto; background: #fff } figure { margin: 1em 0 }"
-    write_whole(folder / "report.html", page_html.document(study.question, "\n".join(map(_html, parts)), style))
+    atomic_write(folder / "report.html", page_html.document(study.question, "\n".join(map(_html, parts)), style))
     return folder / REPORT
 
 
@@ -135,7 +135,7 @@ def _scaling(study: Study, found: Sequence[Setting], metric: str) -> Iterator[st
     if study.law is None:
         return
     what = "GMACs" if study.law.against == "gmacs" else "training FLOPs"
-    at = ends(found, study.law.against)
+    at = final_points(found, study.law.against)
     better = "higher" if metric in HIGHER else "lower"
     if not at.x:
         yield f"Whether more {what} mean a {better} {metric} cannot be said: no step is common to all that were scored."
@@ -172,7 +172,7 @@ def _scaling(study: Study, found: Sequence[Setting], metric: str) -> Iterator[st
     yield from _held_out(study, at, metric)
 
 
-def _held_out(study: Study, at: Ends, metric: str) -> Iterator[str]:
+def _held_out(study: Study, at: FinalPoints, metric: str) -> Iterator[str]:
     assert study.law is not None
     out = scaling_law.largest(at.x, min(study.law.held_out, len(at.x)))
     try:
@@ -263,7 +263,7 @@ def _figures(
     study: Study, results: Sequence[Result], found: Sequence[Setting], metric: str, folder: Path
 ) -> Iterator[Part]:
     """Those that there is something for; files of others that an earlier report left are removed."""
-    made: dict[str, Callable[[], Drawing | None]] = {
+    made: dict[str, Callable[[], StudyFigure | None]] = {
         "comparison": lambda: figures.comparison(study, found, metric),
         "compute": lambda: figures.against_compute(study, found, metric),
         "gmacs": lambda: figures.against_gmacs(study, found, metric) if study.law else None,
@@ -320,7 +320,7 @@ def _exponents(study: Study, found: Sequence[Setting], metric: str) -> Iterator[
     """The law of all, and with each value of each axis held: does it hold along both axes alike?"""
     if study.law is None or metric in HIGHER:
         return
-    at = ends(found, study.law.against)
+    at = final_points(found, study.law.against)
     rows = []
     groups = [("all", lambda setting: True)]
     groups += [
@@ -410,7 +410,7 @@ def _protocol(results: Sequence[Result]) -> Iterator[Part]:
         for point in result.points:
             for name, score in point.scores.items():
                 facts = score.protocol
-                drawing = facts.drawing or {}
+                drawing = facts.sampling or {}
                 sampler = drawing.get("sampler")
                 kind = sampler.get("kind", "") if isinstance(sampler, dict) else str(sampler or "")
                 steps = f"{kind}, {drawing.get('steps')} steps" if drawing else ""

@@ -71,7 +71,7 @@ def read(study: Study, folder: Path) -> list[Result]:
 
 
 def _result(study: Study, name: str, planned: Planned, run: Path) -> Result:
-    log, batch = read_log(run), planned.recipe.training.batch
+    log, batch = read_log(run), planned.recipe.training.global_batch_size
     points = [
         Point(step, step * batch, planned.flops_per_step * step, training_seconds(log, batch, step), found)
         for step, found in scores.history(run).items()

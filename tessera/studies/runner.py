@@ -13,8 +13,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from tessera.errors import TesseraError
-from tessera.files import InUse, alone, write_whole
-from tessera.monitoring.logger import clock, read_log
+from tessera.files import InUse, exclusive_lock, atomic_write
+from tessera.monitoring.logger import format_duration, read_log
 from tessera.studies import worker as apart
 from tessera.studies.results import Result, read
 from tessera.studies.study import Study
@@ -32,7 +32,7 @@ class Failed(TesseraError):
     """Members of a study failed; the others are done."""
 
 
-def conduct(study: Study, planned: StudyPlan, names: Sequence[str], retry: bool, say: Say) -> None:
+def run_study(study: Study, planned: StudyPlan, names: Sequence[str], retry: bool, say: Say) -> None:
     """Run or go on with the members of these names, in this order. retry: also those that failed before.
 
     Raises Interrupted when asked to stop by Ctrl-C or SIGTERM, all being saved; Failed at the end if members failed.
@@ -42,7 +42,7 @@ def conduct(study: Study, planned: StudyPlan, names: Sequence[str], retry: bool,
         for number, name in enumerate(names, start=1):
             run, member = folder / MEMBERS / name, planned.members[name]
             try:
-                with alone(folder / LOCKS / name):
+                with exclusive_lock(folder / LOCKS / name):
                     if apart.done(run, member.steps, study.sampling_steps):
                         continue
                     if (run / apart.FAILED).exists() and not retry:
@@ -51,7 +51,7 @@ def conduct(study: Study, planned: StudyPlan, names: Sequence[str], retry: bool,
                     (run / apart.FAILED).unlink(missing_ok=True)
                     say(f"member {number} of {len(names)}: {name}, {_times(study, planned, name, names)}")
                     if (fault := _process_of(study, member, stopping)) is not None:
-                        write_whole(run / apart.FAILED, fault + "\n")
+                        atomic_write(run / apart.FAILED, fault + "\n")
                         say(f"{name} failed: {fault.splitlines()[0]}")
             except InUse:
                 say(f"{name} is being run by another command")
@@ -133,7 +133,7 @@ def _times(study: Study, planned: StudyPlan, name: str, names: Sequence[str]) ->
             log = read_log(Path(study.output) / MEMBERS / other)
             left += member.all_seconds * (1 - min(1.0, log[-1]["step"] / member.steps if log else 0.0))
     scaled = f"; so far {ratio:.2g} times as long as planned" if finished else ""
-    return f"planned {clock(planned.members[name].all_seconds)}, about {clock(left * ratio)} left of all{scaled}"
+    return f"planned {format_duration(planned.members[name].all_seconds)}, about {format_duration(left * ratio)} left of all{scaled}"
 
 
 def _standing(results: Sequence[Result]) -> str:

@@ -54,7 +54,7 @@ def deciding(results: Sequence[Result]) -> str | None:
     return next(iter(scores), None)
 
 
-def told(scores: Mapping[str, Score], metric: str) -> bool:
+def is_measured(scores: Mapping[str, Score], metric: str) -> bool:
     """Whether the metric was scored as a number: a model that diverged may have none."""
     return metric in scores and math.isfinite(scores[metric].value)
 
@@ -63,7 +63,7 @@ def settings(results: Sequence[Result], metric: str) -> list[Setting]:
     """In the order of the members; a combination that was never scored is left out."""
     found: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        if any(told(point.scores, metric) for point in result.points):
+        if any(is_measured(point.scores, metric) for point in result.points):
             found.setdefault(tuple(result.values.values()), []).append(result)
     return [_setting(alike, metric) for alike in found.values()]
 
@@ -72,14 +72,14 @@ def _setting(alike: Sequence[Result], metric: str) -> Setting:
     done = [result for result in alike if result.state == "done"]
     chosen = done or list(alike)
     first = chosen[0]
-    steps = [{point.step: point for point in result.points if told(point.scores, metric)} for result in chosen]
+    steps = [{point.step: point for point in result.points if is_measured(point.scores, metric)} for result in chosen]
     points = []
     for step in sorted(set.intersection(*(set(each) for each in steps))):
         here = [each[step] for each in steps]
         score = _mean([point.scores[metric] for point in here])
         seconds = fmean(point.seconds for point in here)
         points.append(Mean(step, here[0].samples, here[0].flops, seconds, score))
-    drawn = [{each.steps: each for each in result.drawn if told(each.scores, metric)} for result in chosen]
+    drawn = [{each.steps: each for each in result.drawn if is_measured(each.scores, metric)} for result in chosen]
     sampled = [
         MeanDrawn(count, drawn[0][count].macs, _mean([each[count].scores[metric] for each in drawn]))
         for count in sorted(set.intersection(*(set(each) for each in drawn)))
@@ -103,7 +103,7 @@ def _mean(scores: Sequence[Score]) -> Estimate:
     return Estimate(fmean(values), min(values), max(values))
 
 
-def standing(found: Sequence[Setting]) -> list[Setting]:
+def active(found: Sequence[Setting]) -> list[Setting]:
     """Those that are done; while none is, all."""
     return [setting for setting in found if setting.done] or list(found)
 
@@ -114,7 +114,7 @@ def equal_steps(found: Sequence[Setting]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Ends:
+class FinalPoints:
     """Where settings had come to, by their compute: what a law is fitted to."""
 
     where: str  # "after 2,000 steps"
@@ -127,22 +127,22 @@ class Ends:
         return [score.value for score in self.y]
 
 
-def ends(found: Sequence[Setting], against: Against) -> Ends:
+def final_points(found: Sequence[Setting], against: Against) -> FinalPoints:
     """By GMACs after as many steps, or by training FLOPs at each one's end. Empty where no step is common to all."""
-    chosen = [setting for setting in standing(found) if setting.points]
+    chosen = [setting for setting in active(found) if setting.points]
     if against == "flops":
         last = [setting.points[-1] for setting in chosen]
-        return Ends("at the end of training", chosen, [point.flops for point in last], [point.score for point in last])
+        return FinalPoints("at the end of training", chosen, [point.flops for point in last], [point.score for point in last])
     steps = equal_steps(chosen)
     if not steps:
-        return Ends("", [], [], [])
+        return FinalPoints("", [], [], [])
     return after(chosen, steps[-1])
 
 
-def after(found: Sequence[Setting], step: int) -> Ends:
+def after(found: Sequence[Setting], step: int) -> FinalPoints:
     """By GMACs after so many steps, at which all were scored."""
     scores = [next(point.score for point in setting.points if point.step == step) for setting in found]
-    return Ends(f"after {step:,} steps", list(found), [setting.gmacs for setting in found], scores)
+    return FinalPoints(f"after {step:,} steps", list(found), [setting.gmacs for setting in found], scores)
 
 
 # One protocol
@@ -174,6 +174,6 @@ def _protocols(results: Iterable[Result]) -> Iterator[tuple[str, str, str, Score
             yield from ((result.name, metric, score.fingerprint, score) for metric, score in point.scores.items())
         for drawn in result.drawn:
             for metric, score in drawn.scores.items():
-                drawing = {key: told for key, told in (score.protocol.drawing or {}).items() if key != "steps"}
+                drawing = {key: told for key, told in (score.protocol.sampling or {}).items() if key != "steps"}
                 alike = score.protocol.model_copy(update={"drawing": drawing}).fingerprint
                 yield result.name, f"{metric} of other sampling steps", alike, score

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings, flat, override, parse, read_yaml, unknown
+from tessera.settings import Settings, flat, override, validate, read_yaml, unknown
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of a value: part of a folder's name
 SAID_OTHERWISE = {  # settings that a study decides itself
@@ -150,7 +150,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
     data = override({"output": f"runs/{path.stem}", **read_yaml(path)}, list(overrides), "budget.steps=500")
-    study = parse(Study, data, f"study {path}")
+    study = validate(Study, data, f"study {path}")
     recipe = path.parent / study.recipe
     if not recipe.exists():
         raise TesseraError(f"study {path}: there is no recipe at {recipe}; the path is relative to the study's file")

@@ -14,26 +14,26 @@ from typing import Any, Literal
 
 import torch
 
-from tessera.data.images import Source
+from tessera.data.images import Dataset
 from tessera.data.latents import LatentsSource
 from tessera.errors import TesseraError, listed
 from tessera.evaluation import suite
 from tessera.evaluation.features import FeatureSet, Progress, extractor
 from tessera.evaluation.reference import find_reference
 from tessera.evaluation.sources import Data
-from tessera.files import whole_file
+from tessera.files import atomic_file
 from tessera.interop import load
 from tessera.models.network import parameter_count
-from tessera.monitoring.logger import clock
+from tessera.monitoring.logger import format_duration
 from tessera.planning import hardware as machines
 from tessera.planning.hardware import Hardware
 from tessera.runtime import choose_device
-from tessera.sampling.timesteps import times
-from tessera.settings import Settings, changes, parse, write_yaml
+from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import Settings, changes, validate, write_yaml
 from tessera.studies.study import Budget, Marks, Member, Study, members
 from tessera.training import initialization
 from tessera.training.plan_recipe import calls, plan_of
-from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
+from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
 from tessera.training.run import open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
@@ -62,7 +62,7 @@ class Planned(Settings):
     @property
     def flops_per_step(self) -> float:
         """Of training: a multiply-add is two, forward and backward three."""
-        return 6 * self.macs * self.recipe.training.batch
+        return 6 * self.macs * self.recipe.training.global_batch_size
 
     @property
     def flops(self) -> float:
@@ -76,9 +76,9 @@ class Planned(Settings):
     @property
     def scoring_macs(self) -> float:
         """Multiply-adds of all pictures that are drawn to be scored, at the marks and with other numbers of steps."""
-        at_marks = self.drawing_macs[self.recipe.sampling.steps]
+        at_marks = self.drawing_macs[self.recipe.sampling.num_steps]
         each = sum(self.drawing_macs.values()) - at_marks + at_marks * len(self.recipe.evaluation.at)
-        return each * self.recipe.evaluation.count
+        return each * self.recipe.evaluation.num_samples
 
     @property
     def all_seconds(self) -> float:
@@ -131,11 +131,11 @@ def prepare(study: Study) -> list[Prepared]:
 def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> Prepared:
     words = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
     folder = Path(study.output) / MEMBERS / member.name
-    recipe = resolved(read(Path(study.recipe), [*words, f"output={json.dumps(str(folder))}"]), opened)
+    recipe = resolved(read_recipe(Path(study.recipe), [*words, f"output={json.dumps(str(folder))}"]), opened)
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()
-    per_step = 6 * macs * recipe.training.batch
+    per_step = 6 * macs * recipe.training.global_batch_size
     steps = steps_of(study.budget, per_step)
     scored = {
         "every": None,
@@ -148,27 +148,27 @@ def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> Prepared:
             "evaluation": recipe.evaluation.model_copy(update=scored),
         }
     )
-    process = recipe.process.resolved(recipe.network.channels, recipe.network.size).build()
+    process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
     for number in study.sampling_steps:
-        times(recipe.sampling.spacing, number, process)
+        timestep_grid(recipe.sampling.timestep_spacing, number, process)
     return Prepared(member, recipe, parameter_count(network), macs)
 
 
 def resolved(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
     """A recipe with every size filled in. opened: what was opened before, by the data and the codec."""
     config = recipe.training
-    if config.init is not None:
-        if config.init not in opened:
-            opened[config.init] = load.load(config.init, "cpu", heads=config.init_heads, read_as=config.init_as)
-        recipe = initialization.inherit(recipe, opened[config.init])
+    if config.init_from is not None:
+        if config.init_from not in opened:
+            opened[config.init_from] = load.load(config.init_from, "cpu", heads=config.init_num_heads, read_as=config.init_type)
+        recipe = initialization.inherit_settings(recipe, opened[config.init_from])
     recipe = pixels_like_data(recipe)
     key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()
     if key not in opened:
         codec = recipe.codec.build()
-        source: Source | LatentsSource = open_data(recipe, codec)
+        source: Dataset | LatentsSource = open_data(recipe, codec)
         opened[key] = codec, source.class_names
     codec, class_names = opened[key]
-    return resolve(recipe, class_names, codec)
+    return resolve_recipe(recipe, class_names, codec)
 
 
 def steps_of(budget: Budget, flops_per_step: float) -> int:
@@ -215,7 +215,7 @@ def _check_scoring(study: Study, found: Sequence[Prepared]) -> None:
     network = extractor(evaluation.features or suite.usual_features(told), choose_device(recipe.training.device))
     reference = find_reference(told, Data(recipe.data), network)
     suite.check_metrics(
-        evaluation.metrics, evaluation.count, network, reference if isinstance(reference, FeatureSet) else None
+        evaluation.metrics, evaluation.num_samples, network, reference if isinstance(reference, FeatureSet) else None
     )
 
 
@@ -223,9 +223,9 @@ def drawing_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[in
     """Multiply-adds of all calls of the network for one picture, guidance included, with so many steps: the recipe's
     number and others. What caching saves is not taken off.
     """
-    process = recipe.process.resolved(recipe.network.channels, recipe.network.size).build()
+    process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
     found = {}
-    for steps in sorted({recipe.sampling.steps, *numbers}):
+    for steps in sorted({recipe.sampling.num_steps, *numbers}):
         drawn = recipe.sampling.model_copy(update={"steps": steps})
         found[steps] = macs * calls(recipe.model_copy(update={"sampling": drawn}), process)
     return found
@@ -271,7 +271,7 @@ def planned(
 def _planned(study: Study, prepared: Prepared, hardware: Hardware) -> Planned:
     recipe, macs = prepared.recipe, prepared.macs
     made, drawing = plan_of(recipe, hardware), drawing_macs(recipe, macs, study.sampling_steps)
-    others = [drawing[steps] for steps in study.sampling_steps if steps != recipe.sampling.steps]
+    others = [drawing[steps] for steps in study.sampling_steps if steps != recipe.sampling.num_steps]
     drawn = made.call_seconds * sum(others) / macs + made.look_seconds * len(others)  # of one picture each
     return Planned(
         values=prepared.member.values,
@@ -283,7 +283,7 @@ def _planned(study: Study, prepared: Prepared, hardware: Hardware) -> Planned:
         memory_bytes=made.memory_bytes,
         fits=made.fits,
         seconds=made.seconds,
-        scoring_seconds=made.scoring_seconds + drawn * recipe.evaluation.count,
+        scoring_seconds=made.scoring_seconds + drawn * recipe.evaluation.num_samples,
     )
 
 
@@ -298,7 +298,7 @@ def check(study: Study, planned: StudyPlan) -> None:
     limit = study.limit_minutes
     if limit is not None and planned.seconds > 60 * limit:
         raise TesseraError(
-            f"{table(planned)}\nthe study takes about {clock(planned.seconds)} on one machine, and limit_minutes is "
+            f"{table(planned)}\nthe study takes about {format_duration(planned.seconds)} on one machine, and limit_minutes is "
             f"{limit:g}: lower the budget, the sizes or evaluation.count, or raise limit_minutes"
         )
 
@@ -313,12 +313,12 @@ def table(planned: StudyPlan) -> str:
     for name, member in planned.members.items():
         lines.append(
             f"{name:<{width}}  {member.parameters:>12,}  {member.macs / 1e9:>9.4g}  {member.steps:>8,}  "
-            f"{member.flops:>9.3g}  {member.memory_bytes / 2**20:>6,.0f} MiB  {clock(member.seconds):>12}  "
-            f"{clock(member.scoring_seconds):>12}" + ("" if member.fits else "  does not fit")
+            f"{member.flops:>9.3g}  {member.memory_bytes / 2**20:>6,.0f} MiB  {format_duration(member.seconds):>12}  "
+            f"{format_duration(member.scoring_seconds):>12}" + ("" if member.fits else "  does not fit")
         )
     flops = sum(member.flops for member in planned.members.values())
     lines.append(
-        f"{len(planned.members)} members, {flops:.4g} FLOPs of training, about {clock(planned.seconds)} in all"
+        f"{len(planned.members)} members, {flops:.4g} FLOPs of training, about {format_duration(planned.seconds)} in all"
     )
     return "\n".join(lines)
 
@@ -333,7 +333,7 @@ def kept(folder: Path) -> StudyPlan | None:
         told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read {path}: {error}; remove it to have it made again") from None
-    return None if told is None else parse(StudyPlan, told, str(path))
+    return None if told is None else validate(StudyPlan, told, str(path))
 
 
 def begin(study: Study, planned: StudyPlan) -> None:
@@ -342,7 +342,7 @@ def begin(study: Study, planned: StudyPlan) -> None:
     told = json.dumps(planned.model_dump(mode="json"), indent=1) + "\n"
     for path, text in ((folder / STUDY, write_yaml(study)), (folder / PLAN, told)):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            with whole_file(path, writer) as partial:
+            with atomic_file(path, writer) as partial:
                 partial.write_text(text, encoding="utf-8")
 
 

@@ -22,10 +22,10 @@ from tessera.evaluation import features, protocol, suite
 from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor
 from tessera.evaluation.reference import find_reference
 from tessera.evaluation.sources import Data
-from tessera.files import in_turn
-from tessera.generation.bulk import Drawn, asked_by_policy
-from tessera.monitoring.logger import PART, clock
-from tessera.runtime import Ranks, choose_device, keep_freed_memory
+from tessera.files import wait_for_lock
+from tessera.generation.bulk import BulkSamples, asked_by_policy
+from tessera.monitoring.logger import PART, format_duration
+from tessera.runtime import Distributed, choose_device, keep_freed_memory
 from tessera.training import loop, scores
 from tessera.training.recipe import Recipe
 
@@ -52,7 +52,7 @@ def process(recipe: Recipe, sampling_steps: tuple[int, ...], parent: Connection)
     try:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held back until here
-        go(recipe, sampling_steps)
+        run_member(recipe, sampling_steps)
     except (loop.Interrupted, KeyboardInterrupt):
         sys.exit(ASKED_TO_STOP)
     except TesseraError as error:
@@ -72,9 +72,9 @@ def _end_with(parent: Connection) -> None:
         os._exit(1)
 
 
-def go(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
+def run_member(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
     """Train, or go on; then draw with each number of steps. What stands there is not made again."""
-    run = Path(recipe.output)
+    run = Path(recipe.run_dir)
     if choose_device(recipe.training.device).type == "cpu":
         keep_freed_memory()
     network = look_at_reference(recipe)
@@ -98,28 +98,28 @@ def look_at_reference(recipe: Recipe) -> Extractor:
         return network
     folder = features.place(Path(config.reference_folder), "reference", reference, network)
     if not (folder / features.FACTS).exists():
-        with in_turn(folder, lambda: _say("another command looks at the reference: waiting for it")):
-            extract(reference, network, folder, Ranks(), config.batch, _Told("looking at the reference"))
+        with wait_for_lock(folder, lambda: _say("another command looks at the reference: waiting for it")):
+            extract(reference, network, folder, Distributed(), config.batch_size, _Told("looking at the reference"))
     return network
 
 
 def score(recipe: Recipe, model: bundle.Model, network: Extractor, steps: int) -> None:
     """Score a finished model that draws with so many steps; all else is as at the marks."""
-    run, config = Path(recipe.output), recipe.evaluation
+    run, config = Path(recipe.run_dir), recipe.evaluation
     path = drawn_path(run, steps)
-    if steps == recipe.sampling.steps:  # as at the end
+    if steps == recipe.sampling.num_steps:  # as at the end
         protocol.save(protocol.load(run / scores.FOLDER / f"step-{recipe.training.steps:09d}.json"), path)
         return
-    _say(f"drawing {config.count} pictures with {steps} steps each")
+    _say(f"drawing {config.num_samples} pictures with {steps} steps each")
     work = path.with_suffix(".work")
-    asked = asked_by_policy(model, config.count, "balanced", settings={"steps": steps})
+    asked = asked_by_policy(model, config.num_samples, "balanced", settings={"steps": steps})
     found = suite.evaluate(
-        Drawn(model, asked, work / "samples", config.batch, f"{steps} steps"),
+        BulkSamples(model, asked, work / "samples", config.batch_size, f"{steps} steps"),
         config.reference or recipe.data,
         network,
         work,
         config.metrics,
-        batch=config.batch,
+        batch=config.batch_size,
         progress=_Told,
         reference_folder=Path(config.reference_folder or run / scores.FOLDER),
     )
@@ -138,7 +138,7 @@ class _Told:
         now = time.monotonic()
         if now - self.last > PART:
             self.last = now
-            _say(f"  {self.what}: {done} of {total}, {clock((now - self.began) / max(done, 1) * (total - done))} left")
+            _say(f"  {self.what}: {done} of {total}, {format_duration((now - self.began) / max(done, 1) * (total - done))} left")
 
 
 def _say(text: str) -> None:

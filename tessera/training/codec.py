@@ -26,19 +26,19 @@ from tessera import images, randomness, runtime
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.autoencoder import AutoencoderShape, write
 from tessera.data import AnyData, Batch, Loader
-from tessera.data.loader import mirrored
+from tessera.data.loader import flip_mask
 from tessera.errors import TesseraError, listed
 from tessera.evaluation.features import Extractor, extractor
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.reconstruction import WINDOW, Reconstruction, reconstruct, sheet
 from tessera.evaluation.toy.feature_network import Part
-from tessera.files import alone, remove_partials, whole_file, whole_folder, write_whole
-from tessera.monitoring.logger import Journal
+from tessera.files import exclusive_lock, remove_partials, atomic_file, atomic_folder, atomic_write
+from tessera.monitoring.logger import MetricLogger
 from tessera.runtime import DeviceName, Precision
-from tessera.settings import Settings, changes, override, parse, read_yaml, write_yaml
+from tessera.settings import Settings, changes, override, validate, read_yaml, write_yaml
 from tessera.training.loop import Interrupted, stop_signals
 from tessera.training.objective import POSTERIOR
-from tessera.training.optimizers import Adam, Cosine, Share, learning_rate, set_learning_rate
+from tessera.training.optimizers import AdamWConfig, CosineDecay, Fraction, learning_rate, set_learning_rate
 
 RECIPE, CHECKPOINT, CODEC, SCORES, SHEET = "recipe.yaml", "checkpoint.pt", "codec", "scores.json", "reconstructions.png"
 HELD_OUT = 0x636F6465  # stream of randomness: which pictures are kept from training
@@ -51,9 +51,9 @@ class FitConfig(Settings):
 
     steps: PositiveInt = 2_000
     batch: PositiveInt = 16
-    optimizer: Adam = Adam(learning_rate=1e-3, betas=(0.9, 0.99), warmup=100, decay=Cosine(), clip=1.0)
+    optimizer: AdamWConfig = AdamWConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule=CosineDecay(), grad_clip_norm=1.0)
     kl: float = Field(default=1e-4, ge=0, description="weight of the KL divergence, a mean over latents, beside L1")
-    ema: Share = Field(default=0.995, description="decay of the average of the weights, which is what is saved")
+    ema: Fraction = Field(default=0.995, description="decay of the average of the weights, which is what is saved")
     held_out: PositiveInt = Field(default=256, description="pictures kept from training, for the scores")
     precision: Precision = Field(default="auto", description="of convolutions; auto: bfloat16 on GPUs that have it")
     seed: NonNegativeInt = 0
@@ -77,7 +77,7 @@ class CodecRecipe(Settings):
 
 def read(path: Path, overrides: list[str]) -> CodecRecipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
-    return parse(CodecRecipe, override({"output": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}")
+    return validate(CodecRecipe, override({"output": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}")
 
 
 def train(recipe: CodecRecipe) -> Path:
@@ -87,19 +87,19 @@ def train(recipe: CodecRecipe) -> Path:
     """
     fit = Fit(recipe)
     folder = Path(recipe.output)
-    with alone(folder):
+    with exclusive_lock(folder):
         fit.restore()
         remove_partials(folder)
-        write_whole(folder / RECIPE, write_yaml(recipe))
-        journal = Journal(folder, fit.step, recipe.training.steps, tensorboard=False)
+        atomic_write(folder / RECIPE, write_yaml(recipe))
+        journal = MetricLogger(folder, fit.step, recipe.training.steps, tensorboard=False)
         try:
             with stop_signals() as stopping:
                 fit.go(journal, stopping)
             if not (folder / CODEC).exists():
                 fit.save_codec()
             if not (folder / SCORES).exists():
-                journal.say(f"looking at {len(fit.held_out)} held-out pictures")
-                journal.say(fit.score())
+                journal.info(f"looking at {len(fit.held_out)} held-out pictures")
+                journal.info(fit.score())
         finally:
             journal.close()
     return folder / CODEC
@@ -137,7 +137,7 @@ class Fit:
         )
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
 
-    def go(self, journal: Journal, stopping: list[int]) -> None:
+    def go(self, journal: MetricLogger, stopping: list[int]) -> None:
         """Train to the last step. Raises Interrupted, having saved, once `stopping` holds a signal."""
         config = self.config
         journal.start(self.step)
@@ -169,7 +169,7 @@ class Fit:
             batches.close()
         if self.loader.skipped:
             names = [f"{name}: {reason}" for name, reason in self.loader.skipped.items()]
-            journal.say(f"{len(names)} images could not be used:{listed(names)}")
+            journal.info(f"{len(names)} images could not be used:{listed(names)}")
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """One update of the weights, and of their average: its mean L1 and KL."""
@@ -185,8 +185,8 @@ class Fit:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         self.optimizer.zero_grad()
         (l1 + config.kl * kl).backward()
-        if config.optimizer.clip is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.clip)
+        if config.optimizer.grad_clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.grad_clip_norm)
         if not torch.isfinite(l1 + kl):
             raise TesseraError(
                 f"the loss is not finite at step {self.step}: lower training.optimizer.learning_rate "
@@ -204,8 +204,8 @@ class Fit:
         """pixels [B, 3, H, W] in -1 .. 1, mirrored as the data say, and noise [B, C, h, w]; by position alone."""
         position = batch.position.to(self.device)
         pixels = batch.pixels.to(self.device).float() / 127.5 - 1
-        if self.recipe.data.flip:
-            turned = mirrored(self.config.seed, position)[..., None, None]
+        if self.recipe.data.hflip:
+            turned = flip_mask(self.config.seed, position)[..., None, None]
             pixels = torch.where(turned, pixels.flip(-1), pixels)
         shape = self.recipe.autoencoder
         size = (shape.latent_channels, *(side // shape.factor for side in pixels.shape[-2:]))
@@ -222,7 +222,7 @@ class Fit:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with whole_file(self.folder / CHECKPOINT) as partial:
+        with atomic_file(self.folder / CHECKPOINT) as partial:
             torch.save(state, partial)
 
     def restore(self) -> None:
@@ -267,7 +267,7 @@ class Fit:
         deviation = (squares / count - shift.square()).sqrt()
         if not (deviation > 0).all():
             raise TesseraError("a channel of the latents is always the same number: train longer, or with fewer")
-        with whole_folder(self.folder / CODEC) as partial:
+        with atomic_folder(self.folder / CODEC) as partial:
             write(self.average, partial, (1 / deviation)[:, None, None], shift[:, None, None])
 
     def score(self) -> str:
@@ -280,14 +280,14 @@ class Fit:
             "minutes of training": round(self.seconds / 60, 2),
             "of all processors together": round(self.processor_seconds / 60, 2),
         }
-        write_whole(self.folder / SCORES, json.dumps(told, indent=2) + "\n")
+        atomic_write(self.folder / SCORES, json.dumps(told, indent=2) + "\n")
         return in_words(found, self.features)
 
 
 def as_json(found: Reconstruction, network: Extractor | None) -> dict[str, Any]:
     """Scores with their intervals."""
 
-    def of(measured: Measured) -> dict[str, float]:
+    def of(measured: Estimate) -> dict[str, float]:
         return {"value": measured.value, "low": measured.low, "high": measured.high}
 
     told: dict[str, Any] = {"pictures": found.count, "psnr": of(found.psnr), "ssim": of(found.ssim)}

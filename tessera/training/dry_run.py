@@ -9,12 +9,12 @@ from pathlib import Path
 from tessera import runtime
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.monitoring.logger import clock
+from tessera.monitoring.logger import format_duration
 from tessera.training import loop
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import Place, Writer
+from tessera.training.checkpoint.checkpoint import TrainerState, CheckpointWriter
 from tessera.training.recipe import Recipe
-from tessera.training.run import Run, check_agreement, checkpoint_to_resume, set_up
+from tessera.training.run import TrainingRun, check_agreement, checkpoint_to_resume, build_run
 from tessera.training.step import train_step
 
 
@@ -37,7 +37,7 @@ class Estimate:
                 f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
                 f"data         {self.images:,} images" + (f", {self.skipped} skipped so far" if self.skipped else ""),
                 f"a step       {self.seconds_per_step * 1000:.4g} ms",
-                f"the run      {clock(self.seconds)}",
+                f"the run      {format_duration(self.seconds)}",
                 f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
                 f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint",
             )
@@ -49,33 +49,33 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
 
     Tells what the whole run will take. Raises the TesseraError that the run would raise.
     """
-    found = checkpoint_to_resume(Path(recipe.output), resume)
-    _writable(Path(recipe.output))
-    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.output).absolute())) as scratch:
-        run = set_up(recipe.model_copy(update={"output": scratch}), found)
+    found = checkpoint_to_resume(Path(recipe.run_dir), resume)
+    _writable(Path(recipe.run_dir))
+    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.run_dir).absolute())) as scratch:
+        run = build_run(recipe.model_copy(update={"output": scratch}), found)
         if found is not None:
             check_agreement(run, found)
-        config, device = run.recipe.training, run.model.device
+        config, device = run.recipe.training, run.ema_model.device
         batches = run.loader.batches()
         times = []
         try:
             for step in range(1 + steps):  # the first warms up
                 began = time.monotonic()
-                train_step(run.learner, next(batches), run.task, config.batch, run.rounds)
-                run.average.update(step + 1)
-                runtime.synchronise(device)
+                train_step(run.state, next(batches), run.objective, config.global_batch_size, run.accumulation_steps)
+                run.ema.update(step + 1)
+                runtime.synchronize(device)
                 times.append(time.monotonic() - began)
         finally:
             batches.close()
         seconds = sorted(times[1:])[len(times[1:]) // 2]
-        writer = Writer(Path(scratch))
-        loop.save(run, writer, Place(1, config.batch))
+        writer = CheckpointWriter(Path(scratch))
+        loop.save(run, writer, TrainerState(1, config.global_batch_size))
         writer.wait()
         writer.close()
-        saved = checkpoint.path_of(Path(scratch), 1).rglob("*")
+        saved = checkpoint.checkpoint_path(Path(scratch), 1).rglob("*")
         size = sum(file.stat().st_size for file in saved if file.is_file())
-        free = shutil.disk_usage(_existing(Path(recipe.output))).free
-        needed = size * (config.keep_checkpoints + 1)
+        free = shutil.disk_usage(_existing(Path(recipe.run_dir))).free
+        needed = size * (config.keep_last + 1)
         if needed > free:
             raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
         return Estimate(
@@ -90,17 +90,17 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
         )
 
 
-def _drawing_seconds(run: Run) -> float:
+def _drawing_seconds(run: TrainingRun) -> float:
     """What the grids and the pictures that are scored take in a whole run, from a short drawing of one batch."""
     config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
-    count, steps = 16, min(2, run.recipe.sampling.steps)
+    count, steps = 16, min(2, run.recipe.sampling.num_steps)
     began = time.monotonic()
-    pipeline.generate(run.model, [0] if network.classes else None, list(range(count)), steps=steps)
+    pipeline.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), steps=steps)
     seconds = (time.monotonic() - began) / count / steps
-    pictures_each = (min(network.classes, loop.COLUMNS) or 8) * config.sample_seeds
+    pictures_each = (min(network.num_classes, loop.COLUMNS) or 8) * config.sample_seeds
     pictures = pictures_each * (config.steps // config.sample_every + 2)
-    pictures += evaluation.count * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
-    return seconds * run.recipe.sampling.steps * pictures
+    pictures += evaluation.num_samples * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
+    return seconds * run.recipe.sampling.num_steps * pictures
 
 
 def _existing(path: Path) -> Path:

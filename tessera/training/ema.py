@@ -8,20 +8,20 @@ from torch import Tensor
 from tessera.models.network import Network
 from tessera.monitoring import health
 from tessera.training import parallel
-from tessera.training.parallel import Team
-from tessera.training.recipe import EMA
+from tessera.training.parallel import ParallelContext
+from tessera.training.recipe import EMAConfig
 
 
-class Average:
+class EMA:
     """Networks whose weights follow those of the first, one for each decay; `network`, of the first decay, draws."""
 
-    def __init__(self, network: Network, config: EMA) -> None:
+    def __init__(self, network: Network, config: EMAConfig) -> None:
         self.config = config
         self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.decays}
         self.network = self.networks[config.decay]
         self._follow(network)
 
-    def distribute(self, network: Network, team: Team) -> None:
+    def distribute(self, network: Network, team: ParallelContext) -> None:
         """Divide the averages among processes as the network was."""
         for average in self.networks.values():
             team.distribute(average)
@@ -40,7 +40,7 @@ class Average:
     @property
     def others(self) -> dict[float, Network]:
         """All but the one that draws."""
-        return {decay: self.networks[decay] for decay in self.config.also}
+        return {decay: self.networks[decay] for decay in self.config.extra_decays}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -53,12 +53,12 @@ class Average:
                     decay = min(decay, (1 + step) / (10 + step))
                 torch._foreach_lerp_(means, self._lives, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Before the weights move, or an average is read: until the last update is done, as the device sees it."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def distance(self) -> Tensor:
         """This process's share of (sum |mean - weight|^2, sum |weight|^2) of the average that draws: [2]"""
-        self.settle()
+        self.synchronize()
         return health.distance(self._lives, self._means[self.config.decay])

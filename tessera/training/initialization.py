@@ -8,12 +8,12 @@ from torch import Tensor
 from tessera.bundle import Model
 from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, listed
-from tessera.layers.patches import resample_patches, resample_readout
+from tessera.layers.patches import resample_patches, resample_head
 from tessera.models.dit import DiTConfig
-from tessera.models.network import FACTS, Network, NetworkConfig
+from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig
 from tessera.models.unet import UNetConfig
 from tessera.sampling import SamplingConfig
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.training.recipe import Recipe
 
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
@@ -21,27 +21,27 @@ PATCHES, READOUT = "x_embedder.proj.weight", "final_layer.linear."
 STEM, LAST = "stem.", "final_layer.conv."  # of a U-Net
 
 
-def inherit(recipe: Recipe, source: Model) -> Recipe:
+def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
     """What the recipe leaves unsaid about network, process, codec and sampling is as in the model it starts from."""
     old, new = source.config, recipe.network
     kind = old.network.kind if "network" not in recipe.model_fields_set else new.kind
     if kind != old.network.kind:
         raise TesseraError(
-            f"cannot start from {recipe.training.init}: it is a {old.network.title}, and the recipe's network is a "
-            f"{new.title}: set network.kind={old.network.kind}, or leave network: out to take all of it from there"
+            f"cannot start from {recipe.training.init_from}: it is a {old.network.display_name}, and the recipe's network is a "
+            f"{new.display_name}: set network.kind={old.network.kind}, or leave network: out to take all of it from there"
         )
     told = new.model_fields_set - {"kind"}
     network = {name: getattr(new, name) for name in told} | {
         name: getattr(old.network, name)
         for name in type(old.network).model_fields
-        if name not in told and name not in FACTS
+        if name not in told and name not in DATA_DEPENDENT
     }
     inherited = {
         name: getattr(old, name)
         for name in ("process", "codec", "sampling")
         if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)  # as the data are
     }
-    return recipe.model_copy(update={"network": parse(type(old.network), network, "network"), **inherited})
+    return recipe.model_copy(update={"network": validate(type(old.network), network, "network"), **inherited})
 
 
 def as_trained(source: Model) -> Model:
@@ -49,7 +49,7 @@ def as_trained(source: Model) -> Model:
     told = (source.config.recipe or {}).get("sampling")
     if told is None:
         return source
-    sampling = parse(SamplingConfig, told, "the recipe of the checkpoint")
+    sampling = validate(SamplingConfig, told, "the recipe of the checkpoint")
     return replace(source, config=source.config.model_copy(update={"sampling": sampling}))
 
 
@@ -63,7 +63,7 @@ def start_from(network: Network, class_names: tuple[str, ...], source: Model, na
     before, now = source.config.network, network.config
     if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.block != now.block:
         raise TesseraError(
-            f"cannot start from {name}: its blocks are {before.block.words()}, network.block is {now.block.words()}: "
+            f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is {now.block.summary()}: "
             "leave block: out of the recipe to take it from there"
         )
     told: dict[str, list[str]] = {"kept": [], "resampled": [], "anew": []}
@@ -80,12 +80,12 @@ def start_from(network: Network, class_names: tuple[str, ...], source: Model, na
             f"cannot start from {name}: it is another architecture; {_shape_of(now)} must agree "
             f"(leave network: out of the recipe to take them from it){listed(strangers)}"
         )
-    if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.heads != now.heads:
-        raise TesseraError(f"cannot start from {name}: it has {before.heads} heads, network.heads is {now.heads}")
-    if isinstance(before, UNetConfig) and isinstance(now, UNetConfig) and before.head_channels != now.head_channels:
+    if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.num_heads != now.num_heads:
+        raise TesseraError(f"cannot start from {name}: it has {before.num_heads} heads, network.heads is {now.num_heads}")
+    if isinstance(before, UNetConfig) and isinstance(now, UNetConfig) and before.num_head_channels != now.num_head_channels:
         raise TesseraError(
-            f"cannot start from {name}: it has heads of {before.head_channels} channels, network.head_channels is "
-            f"{now.head_channels}"
+            f"cannot start from {name}: it has heads of {before.num_head_channels} channels, network.head_channels is "
+            f"{now.num_head_channels}"
         )
     for key, target in fresh.items():
         if key == POSITIONS:
@@ -110,15 +110,15 @@ def _shape_of(network: NetworkConfig) -> str:
 
 def _fitted(key: str, value: Tensor, old: NetworkConfig, new: NetworkConfig) -> Tensor | None:
     """A weight for the new patch size; None where the channels differ, so that nothing fits."""
-    if key.startswith((PATCHES, STEM)) and old.channels != new.channels:
+    if key.startswith((PATCHES, STEM)) and old.in_channels != new.in_channels:
         return None
-    if key.startswith((READOUT, LAST)) and old.outputs != new.outputs:
+    if key.startswith((READOUT, LAST)) and old.out_channels != new.out_channels:
         return None
-    if isinstance(old, DiTConfig) and isinstance(new, DiTConfig) and old.patch != new.patch:
+    if isinstance(old, DiTConfig) and isinstance(new, DiTConfig) and old.patch_size != new.patch_size:
         if key == PATCHES:
-            return resample_patches(value, new.patch)
+            return resample_patches(value, new.patch_size)
         if key.startswith(READOUT):
-            return resample_readout(value, new.outputs, new.patch)
+            return resample_head(value, new.out_channels, new.patch_size)
     return value
 
 
@@ -127,16 +127,16 @@ def _labels(target: Tensor, old: Tensor | None, network: Network, class_names: t
     if old is None:
         return "anew"
     names = source.config.class_names
-    if network.config.null_class and source.config.network.null_class:
+    if network.config.learn_null_class and source.config.network.learn_null_class:
         target[-1] = old[-1]
     if names:
         kept = [(row, names.index(name)) for row, name in enumerate(class_names) if name in names]
     else:  # a checkpoint without names: its classes are these if there are as many
         kept = (
-            [(row, row) for row in range(len(class_names))] if len(class_names) == source.config.network.classes else []
+            [(row, row) for row in range(len(class_names))] if len(class_names) == source.config.network.num_classes else []
         )
     for row, place in kept:
         target[row] = old[place]
-    if len(kept) == len(class_names) == source.config.network.classes:
+    if len(kept) == len(class_names) == source.config.network.num_classes:
         return "kept"
     return "resampled" if kept else "anew"

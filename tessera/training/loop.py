@@ -16,29 +16,29 @@ import tessera
 from tessera import bundle, images, runtime
 from tessera.data import Batch
 from tessera.errors import TesseraError
-from tessera.files import alone, write_whole
+from tessera.files import exclusive_lock, atomic_write
 from tessera.generation import pipeline
 from tessera.monitoring import health
-from tessera.monitoring.logger import Journal
-from tessera.monitoring.spikes import Passed, Seen, Watch
-from tessera.runtime import Ranks
+from tessera.monitoring.logger import MetricLogger
+from tessera.monitoring.spikes import SkippedSteps, StepRecord, SpikeDetector
+from tessera.runtime import Distributed
 from tessera.training import parallel, scores
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import Place, Writer
+from tessera.training.checkpoint.checkpoint import TrainerState, CheckpointWriter
 from tessera.training.optimizers import learning_rate, set_learning_rate
 from tessera.training.recipe import Recipe
 from tessera.training.run import (
     INIT,
     SAMPLES,
     SKIPPED,
-    Run,
+    TrainingRun,
     changed,
     check_agreement,
     checkpoint_to_resume,
     prepare_folder,
-    set_up,
+    build_run,
 )
-from tessera.training.step import Tally, Told, train_step
+from tessera.training.step import MetricAccumulator, StepMetrics, train_step
 
 COLUMNS = 16  # of a grid of samples, at most
 # Changes after which losses and gradients may be of another size than those before.
@@ -57,33 +57,33 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     resume: auto goes on from the newest whole checkpoint in the run's folder, if there is one; never refuses a folder
     that holds a run; a path goes on from that checkpoint. Ctrl-C and SIGTERM save and end by Interrupted.
     """
-    folder = Path(recipe.output)
-    with runtime.ranks(runtime.choose_device(recipe.training.device)) as ranks, _together(folder, ranks):
+    folder = Path(recipe.run_dir)
+    with runtime.distributed_session(runtime.choose_device(recipe.training.device)) as ranks, _together(folder, ranks):
 
         def say(text: str) -> None:  # before there is a journal
-            if ranks.first:
+            if ranks.is_main:
                 print(text, file=sys.stderr, flush=True)
 
         def set_aside(path: Path, faults: list[str]) -> None:
             say(f"{path} is damaged ({'; '.join(faults[:3])}): it is set aside, and the one before is taken")
-            if ranks.first:
-                checkpoint.set_aside(path)
+            if ranks.is_main:
+                checkpoint.quarantine(path)
 
-        with alone(folder) if ranks.first and folder.exists() else nullcontext():
+        with exclusive_lock(folder) if ranks.is_main and folder.exists() else nullcontext():
             found = checkpoint_to_resume(folder, resume, ranks, set_aside)
-        run = set_up(recipe, found, ranks, say)
-        place = Place(step=0, position=0)
+        run = build_run(recipe, found, ranks, say)
+        place = TrainerState(step=0, position=0)
         if found is not None:
             check_agreement(run, found)
-            place = checkpoint.restore(found, run.network, run.average, run.learner.optimizer)
-        with alone(folder) if ranks.first else nullcontext():
-            if ranks.first:
+            place = checkpoint.restore(found, run.network, run.ema, run.state.optimizer)
+        with exclusive_lock(folder) if ranks.is_main else nullcontext():
+            if ranks.is_main:
                 prepare_folder(run)
-            ranks.wait()
-            if run.scorer is not None and ranks.first:
+            ranks.barrier()
+            if run.scorer is not None and ranks.is_main:
                 run.scorer.begin(place.step)
             config = run.recipe.training
-            journal = Journal(folder, place.step, config.steps, config.tensorboard, silent=not ranks.first)
+            journal = MetricLogger(folder, place.step, config.steps, config.tensorboard, silent=not ranks.is_main)
             try:
                 Training(run, place, journal).go(found)
             finally:
@@ -92,17 +92,17 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
 
 
 @contextmanager
-def _together(folder: Path, ranks: Ranks) -> Iterator[None]:
+def _together(folder: Path, ranks: Distributed) -> Iterator[None]:
     """Where another process is gone, say so: what this one was doing is no news."""
     try:
         yield
     except (RuntimeError, distributed.DistError) as error:
         lost = isinstance(error, distributed.DistError) or "gloo" in str(error).lower()
-        if ranks.count == 1 or not lost:
+        if ranks.world_size == 1 or not lost:
             raise
         present = bundle.checkpoints(folder)
         raise TesseraError(
-            f"process {ranks.rank} of {ranks.count} lost the others: one of them ended, or the network between them "
+            f"process {ranks.rank} of {ranks.world_size} lost the others: one of them ended, or the network between them "
             f"did; the last checkpoint is {present[0] if present else 'not written yet'}; run the same command again "
             "to go on"
         ) from error
@@ -111,16 +111,16 @@ def _together(folder: Path, ranks: Ranks) -> Iterator[None]:
 class Training:
     """The steps of a run, from a place in it to its end."""
 
-    def __init__(self, run: Run, place: Place, journal: Journal) -> None:
-        self.run, self.journal, self.ranks = run, journal, run.team.ranks
+    def __init__(self, run: TrainingRun, place: TrainerState, journal: MetricLogger) -> None:
+        self.run, self.journal, self.ranks = run, journal, run.parallel.ranks
         self.config = run.recipe.training
         self.step, self.position = place.step, place.position
-        self.watch = Watch(self.config.stability, run.model.device)
-        self.watch.restore(place.watch)
-        self.passed = Passed(run.folder, place.step)
-        run.loader.passed_over = self.passed.positions
-        self.tally, self.clock = Tally(), Clock()
-        self.writer = Writer(run.folder, self.ranks)
+        self.watch = SpikeDetector(self.config.stability, run.ema_model.device)
+        self.watch.restore(place.spike_detector)
+        self.passed = SkippedSteps(run.run_dir, place.step)
+        run.loader.skipped_positions = self.passed.positions
+        self.tally, self.clock = MetricAccumulator(), Clock()
+        self.writer = CheckpointWriter(run.run_dir, self.ranks)
         self.skipped_images: dict[str, str] = {}
 
     def go(self, found: Path | None) -> None:
@@ -128,21 +128,21 @@ class Training:
         run, config, journal = self.run, self.config, self.journal
         self._greet(found)
         due = run.scorer is not None and run.recipe.evaluation.due(self.step, config.steps)
-        if due and self.step not in self.ranks.agreed(list(scores.history(run.folder))):
+        if due and self.step not in self.ranks.broadcast(list(scores.history(run.run_dir))):
             self._score()  # killed between the checkpoint and its scores
         if self.step >= config.steps:
-            if not self.ranks.agreed(self._sheet.exists()):
+            if not self.ranks.broadcast(self._sheet.exists()):
                 self._draw()  # killed before it
-            journal.say(f"nothing left to do: {self.step} of {config.steps} steps are done")
+            journal.info(f"nothing left to do: {self.step} of {config.steps} steps are done")
             return
         try:
             with stop_signals() as stopping:
                 if self.step == 0:
-                    journal.say("drawing the first grid of samples")
+                    journal.info("drawing the first grid of samples")
                     self._draw()
                     if found is None:
-                        if self.ranks.first:
-                            checkpoint.drop_after(run.folder, -1)
+                        if self.ranks.is_main:
+                            checkpoint.delete_after(run.run_dir, -1)
                         self._save()  # to go back to
                 journal.start(self.step)
                 self.clock = Clock()
@@ -152,26 +152,26 @@ class Training:
         finally:
             self.writer.close()
         if self.skipped_images:
-            journal.say(f"{len(self.skipped_images)} images could not be used: {run.folder / SKIPPED} names them")
-        journal.say(f"trained {config.steps} steps; the model is in {run.folder}")
+            journal.info(f"{len(self.skipped_images)} images could not be used: {run.run_dir / SKIPPED} names them")
+        journal.info(f"trained {config.steps} steps; the model is in {run.run_dir}")
 
     def _greet(self, found: Path | None) -> None:
         """Say where the run starts from."""
-        run, say = self.run, self.journal.say
-        if self.ranks.count > 1:
-            say(f"{self.ranks.count} processes: {run.team.replicas} copies of the weights, each in {run.team.shards}")
+        run, say = self.run, self.journal.info
+        if self.ranks.world_size > 1:
+            say(f"{self.ranks.world_size} processes: {run.parallel.replicas} copies of the weights, each in {run.parallel.shards}")
         if found is not None:
             say(f"going on from step {self.step} ({found})")
             for change in changed(run, found):
                 say(f"changed since: {change}")
                 if change.startswith(OTHER_LOSSES):
                     self.watch.restore({})
-            for what in checkpoint.begun_anew(found, run.network, run.average, run.learner.optimizer):
+            for what in checkpoint.missing_state(found, run.network, run.ema, run.state.optimizer):
                 say(f"begins anew: {what}")
-        if run.inherited:
-            if self.ranks.first:
-                write_whole(run.folder / INIT, run.inherited + "\n")
-            say(f"started from {run.recipe.training.init}: see {run.folder / INIT} for what was kept")
+        if run.init_report:
+            if self.ranks.is_main:
+                atomic_write(run.run_dir / INIT, run.init_report + "\n")
+            say(f"started from {run.recipe.training.init_from}: see {run.run_dir / INIT} for what was kept")
 
     def _leg(self, stopping: list[int]) -> None:
         """Steps until the last, or until the run has gone back to an earlier one."""
@@ -179,11 +179,11 @@ class Training:
         batches = run.loader.batches(self.position)
         try:
             while self.step < config.steps:
-                run.team.vote(bool(stopping), self.writer.failed)
+                run.parallel.begin_flag_reduction(bool(stopping), self.writer.failed)
                 with self.clock.stalled():
                     batch = next(batches)
                 told = self._one_step(batch)
-                stop, failed = run.team.outcome(bool(stopping), self.writer.failed)
+                stop, failed = run.parallel.reduced_flags(bool(stopping), self.writer.failed)
                 if failed:
                     self.writer.wait()  # raises what befell it
                 last = self.step == config.steps
@@ -191,7 +191,7 @@ class Training:
                 saves = self.step % config.checkpoint_every == 0 or judged or last or stop
                 if self._heed(self.watch.read(wait=saves), last):
                     return
-                sound = not self.watch.in_a_row  # else the weights may be what is bad
+                sound = not self.watch.consecutive_bad  # else the weights may be what is bad
                 with self.clock.paused():
                     if config.health_every and self.step % config.health_every == 0:
                         self._look_inside(batch, told)
@@ -208,93 +208,93 @@ class Training:
                 if stop and not last:
                     self.writer.wait()
                     raise Interrupted(
-                        f"stopped at step {self.step} of {config.steps}, everything saved in {run.folder}\n"
+                        f"stopped at step {self.step} of {config.steps}, everything saved in {run.run_dir}\n"
                         "run the same command again to go on"
                     )
         finally:
             batches.close()
 
-    def _one_step(self, batch: Batch) -> Told:
+    def _one_step(self, batch: Batch) -> StepMetrics:
         run, config = self.run, self.config
         start = run.loader.start(self.position)
-        set_learning_rate(run.learner.optimizer, learning_rate(config.optimizer, self.step, config.steps))
+        set_learning_rate(run.state.optimizer, learning_rate(config.optimizer, self.step, config.steps))
         limits = torch.tensor(self.watch.limits)
-        told = train_step(run.learner, batch, run.task, config.batch, run.rounds, limits)
-        self.step, self.position = self.step + 1, start + config.batch
-        run.average.update(self.step)
+        told = train_step(run.state, batch, run.objective, config.global_batch_size, run.accumulation_steps, limits)
+        self.step, self.position = self.step + 1, start + config.global_batch_size
+        run.ema.update(self.step)
         self.tally.add(told)
         self.watch.send(self.step, start, told)
         return told
 
     # What goes wrong
 
-    def _heed(self, seen: list[Seen], last: bool) -> bool:
+    def _heed(self, seen: list[StepRecord], last: bool) -> bool:
         """Note the steps that were kept out of the weights; go back if they do not end, and say whether it was so.
 
         The last step must be a good one: what it leaves is the model.
         """
-        bad = [one for one in seen if not one.kept]
+        bad = [one for one in seen if not one.applied]
         for one in bad:
             self.passed.add(one, self.run.loader.names(one.position))
-            self.journal.say(f"step {one.step} is kept out of the weights: {one.why}")
-        if bad and self.ranks.first:
+            self.journal.info(f"step {one.step} is kept out of the weights: {one.why}")
+        if bad and self.ranks.is_main:
             self.passed.write()
-        if not (self.watch.lost or (last and self.watch.in_a_row)):
+        if not (self.watch.should_roll_back or (last and self.watch.consecutive_bad)):
             return False
         self._go_back(seen[-1])
         return True
 
-    def _go_back(self, seen: Seen) -> None:
+    def _go_back(self, seen: StepRecord) -> None:
         """To the last checkpoint, or an earlier one each time, and past the batches that did the harm.
 
         Raises TesseraError if that was tried often enough.
         """
         run, config = self.run, self.config.stability
         self.writer.wait()
-        in_a_row = self.watch.in_a_row
-        before = self.passed.trouble(seen.step, config.window)
+        in_a_row = self.watch.consecutive_bad
+        before = self.passed.positions_of_rollbacks(seen.step, config.window)
         tries = len(before) + 1
-        present = self.ranks.agreed(
+        present = self.ranks.broadcast(
             # None that was saved amid the trouble, when the run was asked to stop.
-            [one for one in bundle.checkpoints(run.folder) if not checkpoint.place_of(one).watch.get("in_a_row")]
+            [one for one in bundle.checkpoints(run.run_dir) if not checkpoint.read_state(one).spike_detector.get("in_a_row")]
         )
-        if tries > config.tries or not present:
+        if tries > config.max_rollbacks or not present:
             raise TesseraError(self._diagnosis(seen, len(before)))
         target = present[min(tries, len(present)) - 1]
-        run.average.settle()
-        place = checkpoint.restore(target, run.network, run.average, run.learner.optimizer)
+        run.ema.synchronize()
+        place = checkpoint.restore(target, run.network, run.ema, run.state.optimizer)
         # The one before the first bad one led to it; if that did not help, one further back.
-        after = min(map(min, before), default=seen.position + self.config.batch)
-        first = after - (config.patience + 1) * self.config.batch
+        after = min(map(min, before), default=seen.position + self.config.global_batch_size)
+        first = after - (config.max_consecutive_bad + 1) * self.config.global_batch_size
         rollback, known = self.passed.rollbacks + 1, self.passed.positions
-        for position in range(max(first, place.position), seen.position + 1, self.config.batch):
+        for position in range(max(first, place.position), seen.position + 1, self.config.global_batch_size):
             if position not in known:
                 self.passed.add(replace(seen, position=position), run.loader.names(position), rollback)
         self.passed.forget_after(place.step)
-        run.loader.passed_over = self.passed.positions
-        if self.ranks.first:  # in this order: killed in between, the run meets the same trouble and does the same again
-            checkpoint.drop_after(run.folder, place.step)
+        run.loader.skipped_positions = self.passed.positions
+        if self.ranks.is_main:  # in this order: killed in between, the run meets the same trouble and does the same again
+            checkpoint.delete_after(run.run_dir, place.step)
             self.passed.write()
             if run.scorer is not None:
                 run.scorer.begin(place.step)
         self.step, self.position = place.step, place.position
-        self.watch.restore(place.watch)
-        self.watch.in_a_row = 0
-        self.tally, self.clock = Tally(), Clock()
+        self.watch.restore(place.spike_detector)
+        self.watch.consecutive_bad = 0
+        self.tally, self.clock = MetricAccumulator(), Clock()
         self.journal.rewind(place.step)
-        self.journal.say(
+        self.journal.info(
             f"bad steps in a row: {in_a_row}, the last because {seen.why}: back to step {place.step} and past "
-            f"the batches before step {seen.step} (try {tries} of {config.tries})"
+            f"the batches before step {seen.step} (try {tries} of {config.max_rollbacks})"
         )
 
-    def _diagnosis(self, seen: Seen, tried: int) -> str:
-        present = bundle.checkpoints(self.run.folder)
+    def _diagnosis(self, seen: StepRecord, tried: int) -> str:
+        present = bundle.checkpoints(self.run.run_dir)
         return (
-            f"training diverged at step {seen.step}: {seen.why}, {self.watch.in_a_row} steps in a row, and "
+            f"training diverged at step {seen.step}: {seen.why}, {self.watch.consecutive_bad} steps in a row, and "
             f"going back {tried} times did not help; the last checkpoint is "
             f"{present[0] if present else 'not written yet'}\n"
             "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen "
-            f"training.optimizer.warmup; `tessera doctor {self.run.folder}` says what it sees"
+            f"training.optimizer.warmup; `tessera doctor {self.run.run_dir}` says what it sees"
         )
 
     # What is written down
@@ -307,20 +307,20 @@ class Training:
             for part in self.ranks.gather(dict(run.loader.skipped)):
                 self.skipped_images |= part
             self._report_skips()
-            device = run.model.device
-            peak = runtime.peak_flops(device, run.task.dtype or torch.float32)
+            device = run.ema_model.device
+            peak = runtime.peak_flops(device, run.objective.dtype or torch.float32)
             memory = max(self.ranks.gather(runtime.peak_memory(device)))
         seconds, stalled = self.clock.lap()
-        rate = count * self.config.batch / seconds
+        rate = count * self.config.global_batch_size / seconds
         flops = 6 * run.macs  # of a sample: a multiply-add is two, forward and backward three
         self.journal.record(
             self.step,
             **means,
-            learning_rate=run.learner.optimizer.param_groups[0]["lr"],
+            learning_rate=run.state.optimizer.param_groups[0]["lr"],
             images_per_second=rate,
-            utilisation=rate * flops / peak / self.ranks.count,
+            utilisation=rate * flops / peak / self.ranks.world_size,
             stalled=stalled / seconds,
-            kept_out=self.passed.kept_out,
+            kept_out=self.passed.count,
             rollbacks=self.passed.rollbacks,
             skipped=len(self.skipped_images),
             epoch=self.position / len(run.loader.source),
@@ -328,79 +328,79 @@ class Training:
         )
 
     def _report_skips(self) -> None:
-        if not self.skipped_images or not self.ranks.first:
+        if not self.skipped_images or not self.ranks.is_main:
             return
-        path = self.run.folder / SKIPPED
+        path = self.run.run_dir / SKIPPED
         old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         lines = [f"{name}\t{reason}" for name, reason in self.skipped_images.items()]
         both = list(dict.fromkeys(old + lines))
         if both == old:
             return
-        write_whole(path, "\n".join(both) + "\n")
+        atomic_write(path, "\n".join(both) + "\n")
         if not old:
             name, reason = next(iter(self.skipped_images.items()))
-            self.journal.say(
+            self.journal.info(
                 f"skipping images that cannot be used, for example {name} ({reason}); all are named in {path}"
             )
 
-    def _look_inside(self, batch: Batch, told: Told) -> None:
+    def _look_inside(self, batch: Batch, told: StepMetrics) -> None:
         run = self.run
-        names, _ = run.learner.groups
+        names, _ = run.state.parameter_groups
         values: dict[str, Any] = {
             "loss_by_time": self.tally.loss_by_time(),
             "gradient_norms": dict(zip(names, told.squares.sqrt().tolist())),
         }
-        apart = run.team.sum(run.average.distance())
-        inside = health.probe(run.network, run.average.network, batch, run.task)
-        for network in (run.network, run.average.network):
+        apart = run.parallel.all_reduce_sum(run.ema.distance())
+        inside = health.probe(run.network, run.ema.network, batch, run.objective)
+        for network in (run.network, run.ema.network):
             parallel.reshard(network)
         values["ema_distance"] = (apart[0] / apart[1].clamp(min=1e-30)).sqrt().item()
         self.journal.health(self.step, values | inside)
 
     def _save(self) -> None:
-        save(self.run, self.writer, Place(self.step, self.position, self.watch.state(), self.run.compiled))
+        save(self.run, self.writer, TrainerState(self.step, self.position, self.watch.state(), self.run.compile_mode))
 
     def _score(self) -> None:
         """Score the EMA, write it down, and keep the best checkpoint."""
         run, journal, step = self.run, self.journal, self.step
         assert run.scorer is not None
-        journal.say(f"drawing {run.recipe.evaluation.count} pictures to score step {step}")
+        journal.info(f"drawing {run.recipe.evaluation.num_samples} pictures to score step {step}")
         try:
-            found = run.scorer.score(step, run.whole_model(), self.ranks, journal.part)
-            if not self.ranks.first:
+            found = run.scorer.score(step, run.full_ema_model(), self.ranks, journal.progress)
+            if not self.ranks.is_main:
                 return
             journal.record(step, **found)
-            scored = scores.history(run.folder)
+            scored = scores.history(run.run_dir)
             if best := scores.best(scored):
                 at, score = best
                 now = scored[step][score.metric].value
-                journal.say(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
-            scores.plot(scored, run.folder / scores.FOLDER / "curve.png")
+                journal.info(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
+            scores.plot(scored, run.run_dir / scores.FOLDER / "curve.png")
             if not self.writer.busy:
                 prune(run)
         except (TesseraError, OSError, RuntimeError) as error:  # a full disk or card is no reason to end a run of days
-            if self.ranks.count > 1:
+            if self.ranks.world_size > 1:
                 raise  # the others wait for this one
-            journal.say(f"step {step} could not be scored: {error}")
+            journal.info(f"step {step} could not be scored: {error}")
 
     @property
     def _sheet(self) -> Path:
-        return self.run.folder / SAMPLES / f"step-{self.step:09d}.png"
+        return self.run.run_dir / SAMPLES / f"step-{self.step:09d}.png"
 
     def _draw(self) -> None:
         """A grid of samples from fixed seeds, one column a class."""
         run = self.run
-        model = run.whole_model()
-        if self.ranks.first:
+        model = run.full_ema_model()
+        if self.ranks.is_main:
             sheet = grid(run.recipe, model)
             images.save_png(self._sheet, sheet)
-            self.journal.picture(self.step, sheet)
-        self.ranks.wait()
+            self.journal.image(self.step, sheet)
+        self.ranks.barrier()
 
 
 def grid(recipe: Recipe, model: bundle.Model):
     """Pictures of fixed seeds, one column a class: uint8 [H, W, C]"""
-    classes = recipe.network.classes
+    classes = recipe.network.num_classes
     columns = min(classes, COLUMNS) or 8
     rows = recipe.training.sample_seeds
     told = [index * classes // columns for index in range(columns)] * rows if classes else None
@@ -409,34 +409,34 @@ def grid(recipe: Recipe, model: bundle.Model):
     return images.grid(drawn, columns, zoom=max(1, 32 // drawn.shape[1]))
 
 
-def save(run: Run, writer: Writer, place: Place) -> None:
+def save(run: TrainingRun, writer: CheckpointWriter, place: TrainerState) -> None:
     """Begin to write a checkpoint; the ones that are no longer kept go when it stands."""
-    device = run.model.device
-    runtime.synchronise(device)
+    device = run.ema_model.device
+    runtime.synchronize(device)
     config = run.recipe
-    processes = run.team.ranks.count
+    processes = run.parallel.ranks.world_size
     origin = {
         "trained by": f"tessera {tessera.__version__}, torch {torch.__version__}, on {runtime.device_name(device)}"
         + (f", {processes} processes" if processes > 1 else ""),
         "trained on": f"{len(run.loader.source):,} images ({config.data.where})",
         "steps": place.step,
         "images seen": place.position,
-        "batch": config.training.batch,
+        "batch": config.training.global_batch_size,
         "optimizer": config.training.optimizer.kind,
         "learning rate": config.training.optimizer.learning_rate,
         bundle.DECAY: config.training.ema.decay,
-        "started from": config.training.init or "fresh weights",
+        "started from": config.training.init_from or "fresh weights",
     }
-    model = replace(run.model, config=run.model.config.model_copy(update={"origin": origin}))
-    run.average.settle()
-    writer.save(place, model, run.network, run.average, run.learner.optimizer, after=lambda: prune(run))
+    model = replace(run.ema_model, config=run.ema_model.config.model_copy(update={"origin": origin}))
+    run.ema.synchronize()
+    writer.save(place, model, run.network, run.ema, run.state.optimizer, after=lambda: prune(run))
 
 
-def prune(run: Run) -> None:
+def prune(run: TrainingRun) -> None:
     """Remove the checkpoints that the recipe does not keep."""
-    best = scores.best(scores.history(run.folder)) if run.scorer else None
+    best = scores.best(scores.history(run.run_dir)) if run.scorer else None
     config = run.recipe.training
-    checkpoint.prune(run.folder, config.keep_checkpoints, config.keep_every, best[0] if best else None)
+    checkpoint.prune(run.run_dir, config.keep_last, config.keep_every_n_steps, best[0] if best else None)
 
 
 @dataclass

@@ -13,8 +13,8 @@ from tessera import randomness, runtime
 from tessera.codecs import Codec
 from tessera.conditioning import Condition
 from tessera.data import Batch
-from tessera.data.loader import mirrored
-from tessera.diffusion import Process
+from tessera.data.loader import flip_mask
+from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Losses
 from tessera.sampling.denoiser import Forward
 
@@ -23,19 +23,19 @@ TIME, NOISE, DROP, POSTERIOR = 1, 2, 3, 5  # 4: flips, in data.loader
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingObjective:
     """What a step needs beside weights and data."""
 
-    process: Process
+    diffusion: DiffusionProcess
     codec: Codec
-    flip: bool
+    hflip: bool
     label_dropout: float
-    classes: int
+    num_classes: int
     seed: int
     dtype: torch.dtype | None  # of autocast
 
 
-def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
+def prepare_batch(batch: Batch, task: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
     """A batch on the device: latents [B, C, h, w] (flipped, encoded, scaled), condition, position [B].
 
     Where the batch holds raw moments, it was encoded and flipped before.
@@ -45,8 +45,8 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
     cached, codec = batch.pixels.is_floating_point(), task.codec
     if not cached:
         given = given / 127.5 - 1
-        if task.flip:
-            given = torch.where(mirrored(task.seed, position)[..., None, None], given.flip(-1), given)
+        if task.hflip:
+            given = torch.where(flip_mask(task.seed, position)[..., None, None], given.flip(-1), given)
     noise = None
     if codec.stochastic:
         factor = 1 if cached else codec.factor
@@ -54,22 +54,22 @@ def prepare(batch: Batch, task: Task, device: torch.device) -> tuple[Tensor, Con
         noise = randomness.normal(task.seed, position, POSTERIOR, shape)
     x0 = codec.latents(given, noise) if cached else codec.encode(given, noise)
     condition = Condition()
-    if task.classes:
+    if task.num_classes:
         condition = Condition(label=batch.label.to(device, non_blocking=True))
         if task.label_dropout:
             condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
     return x0, condition, batch.position
 
 
-def losses(network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: Task) -> tuple[Losses, Tensor]:
+def compute_loss(network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective) -> tuple[Losses, Tensor]:
     """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
 
     x0 [B, C, h, w], position [B]
     """
-    t = task.process.draw_times(randomness.uniform(task.seed, position, TIME)[:, 0])
+    t = task.diffusion.sample_timesteps(randomness.uniform(task.seed, position, TIME)[:, 0])
     noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
     with runtime.autocast(task.dtype, x0.device):
         raw = network(
-            task.process.mix(x0, noise, t), task.process.network_time(t).to(x0.device, non_blocking=True), condition
+            task.diffusion.add_noise(x0, noise, t), task.diffusion.model_time(t).to(x0.device, non_blocking=True), condition
         )
-    return task.process.loss(raw.float(), x0, noise, t), t
+    return task.diffusion.loss(raw.float(), x0, noise, t), t

@@ -12,16 +12,16 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from torch import Tensor, nn
 
 from tessera import runtime
-from tessera.layers.fused_linear import JointLinear
+from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network
 from tessera.settings import Settings, by_kind
 from tessera.training import parallel
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Constant(Settings):
+class ConstantLR(Settings):
     """The rate stays."""
 
     kind: Literal["constant"] = "constant"
@@ -30,7 +30,7 @@ class Constant(Settings):
         return 1.0
 
 
-class Linear(Settings):
+class LinearDecay(Settings):
     """The rate falls to zero in a straight line."""
 
     kind: Literal["linear"] = "linear"
@@ -39,7 +39,7 @@ class Linear(Settings):
         return 1 - done
 
 
-class Cosine(Settings):
+class CosineDecay(Settings):
     """The rate falls to zero along half a cosine (Loshchilov & Hutter 2017, without restarts)."""
 
     kind: Literal["cosine"] = "cosine"
@@ -61,23 +61,23 @@ class WarmupStableDecay(Settings):
         return 1 - math.sqrt(max(0.0, 1 - (1 - done) / self.cooldown))
 
 
-AnyDecay = Annotated[
-    Constant | Linear | Cosine | WarmupStableDecay, BeforeValidator(by_kind), Field(discriminator="kind")
+AnyLRSchedule = Annotated[
+    ConstantLR | LinearDecay | CosineDecay | WarmupStableDecay, BeforeValidator(by_kind), Field(discriminator="kind")
 ]
 
 
-class Optimizer(Settings):
+class OptimizerConfig(Settings):
     """What all optimizers share. The defaults are those of the DiT paper."""
 
     learning_rate: PositiveFloat = 1e-4
-    betas: tuple[Share, Share] = Field(default=(0.9, 0.999), description="of AdamW")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled: a share of the learning rate, each step")
-    warmup: NonNegativeInt = Field(default=0, description="steps in which the learning rate rises from 0")
-    decay: AnyDecay = Field(default=Constant(), description="how it falls after the warm-up")
-    clip: PositiveFloat | None = Field(default=None, description="largest norm of the gradient")
+    warmup_steps: NonNegativeInt = Field(default=0, description="steps in which the learning rate rises from 0")
+    lr_schedule: AnyLRSchedule = Field(default=ConstantLR(), description="how it falls after the warm-up")
+    grad_clip_norm: PositiveFloat | None = Field(default=None, description="largest norm of the gradient")
 
 
-class Adam(Optimizer):
+class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     kind: Literal["adamw"] = "adamw"
@@ -86,7 +86,7 @@ class Adam(Optimizer):
         return _adamw(parallel.trained(network), self, self.learning_rate)
 
 
-class Muon(Optimizer):
+class MuonConfig(OptimizerConfig):
     """Momentum made orthogonal (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else.
 
     An update is scaled to the size AdamW's usually have (Liu et al. 2025, "Muon is scalable for LLM training",
@@ -97,7 +97,7 @@ class Muon(Optimizer):
     adamw_learning_rate: PositiveFloat | None = Field(
         default=None, description="of what Muon does not train; null: learning_rate"
     )
-    momentum: Share = 0.95
+    momentum: Fraction = 0.95
     nesterov: bool = True
     newton_schulz_steps: PositiveInt = Field(default=5, le=20, description="iterations that make an update orthogonal")
 
@@ -114,15 +114,15 @@ def _adamw_unless_told(value: Any) -> Any:
     return {"kind": "adamw", **value} if isinstance(value, dict) else value
 
 
-AnyOptimizer = Annotated[Adam | Muon, BeforeValidator(_adamw_unless_told), Field(discriminator="kind")]
+AnyOptimizer = Annotated[AdamWConfig | MuonConfig, BeforeValidator(_adamw_unless_told), Field(discriminator="kind")]
 
 
-def learning_rate(config: Optimizer, step: int, steps: int) -> float:
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The rate of a step (0 for the first) of a run of `steps`."""
     rate = config.learning_rate
-    if step < config.warmup:
-        return rate * (step + 1) / config.warmup
-    return rate * config.decay.factor((step - config.warmup) / max(steps - config.warmup, 1))
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    return rate * config.lr_schedule.factor((step - config.warmup_steps) / max(steps - config.warmup_steps, 1))
 
 
 # A group of parameters says, beside what torch reads: `share`, its learning rate over the recipe's; `keys`, what its
@@ -135,7 +135,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["share"]
 
 
-def _adamw(parameters: dict[str, nn.Parameter], config: Optimizer, rate: float) -> torch.optim.AdamW:
+def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig, rate: float) -> torch.optim.AdamW:
     """AdamW, fused into one kernel where the device has it (it also does on the CPU)."""
     return torch.optim.AdamW(
         [
@@ -162,7 +162,7 @@ def hidden_matrices(network: Network) -> dict[str, int]:
     """
     steering = {module.linear for module in network.blocks.modules() if isinstance(module, Modulation)}
     return {
-        f"blocks.{name}.weight": module.maps if isinstance(module, JointLinear) else 1
+        f"blocks.{name}.weight": module.maps if isinstance(module, FusedLinear) else 1
         for name, module in network.blocks.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module not in steering and module.weight.requires_grad
     }
@@ -192,7 +192,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     grad_scale: None = None
 
-    def __init__(self, matrices: list[Matrix], others: torch.optim.AdamW, config: Muon) -> None:
+    def __init__(self, matrices: list[Matrix], others: torch.optim.AdamW, config: MuonConfig) -> None:
         named = [(matrix.name, matrix.part) for matrix in matrices]
         super().__init__(
             [{"params": named, "share": 1.0, "keys": ("momentum",)}],
@@ -234,14 +234,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
         ]
         alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by shape, lying: targets and their updates
         for matrix, target, update in zip(self._matrices, targets, updates):
-            whole = parallel.whole_tensor(update, matrix.like)
+            whole = parallel.full_tensor(update, matrix.like)
             for weight, part in zip(target.flatten(1).chunk(matrix.maps), whole.flatten(1).chunk(matrix.maps)):
                 rows, columns = weight.shape
                 lying = (weight, part) if rows <= columns else (weight.mT, part.mT)
                 alike.setdefault((min(rows, columns), max(rows, columns)), []).append(lying)
         for (_, longer), pairs in alike.items():
             weights, parts = zip(*pairs)
-            turned = orthogonalise(torch.stack(parts), config.newton_schulz_steps, self._dtype)
+            turned = orthogonalize(torch.stack(parts), config.newton_schulz_steps, self._dtype)
             if found is not None:
                 turned = turned * (1 - found)
             scale = 0.2 * math.sqrt(longer)  # Liu et al. 2025, equation 4
@@ -251,7 +251,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 matrix.part.add_(parallel.part_of(target, matrix.like))
 
 
-def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Near U V^T of each matrix U S V^T: singular values near 1, between 0.7 and 1.2 after five steps for all but the
     smallest. matrices [N, A, B], A <= B -> [N, A, B] float32
 

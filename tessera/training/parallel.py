@@ -18,27 +18,27 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tessera.errors import TesseraError
 from tessera.models.network import Network
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 
 
-class Team:
+class ParallelContext:
     """The processes of a run and how they share it: `replicas` copies of the weights, each in `shards` parts."""
 
-    def __init__(self, ranks: Ranks = Ranks(), shard: int | str = 1, device: str = "cpu") -> None:  # noqa: B008 (frozen)
+    def __init__(self, world: Distributed = Distributed(), shard: int | str = 1, device: str = "cpu") -> None:  # noqa: B008 (frozen)
         """shard: processes that hold one copy between them, or "all". Raises TesseraError if they cannot be divided."""
-        self.ranks = ranks
-        self.shards = ranks.count if shard == "all" else int(shard)
-        if ranks.count == 1:
+        self.ranks = world
+        self.shards = world.world_size if shard == "all" else int(shard)
+        if world.world_size == 1:
             self.shards = 1  # the same recipe on one machine
-        if ranks.count % self.shards:
+        if world.world_size % self.shards:
             raise TesseraError(
-                f"training.shard is {shard}, but {ranks.count} processes cannot be divided into groups of {shard}: "
+                f"training.shard is {shard}, but {world.world_size} processes cannot be divided into groups of {shard}: "
                 "choose a divisor, or all"
             )
-        self.replicas = ranks.count // self.shards
+        self.replicas = world.world_size // self.shards
         self.mesh: DeviceMesh | None = None
         self._votes: tuple[Tensor, distributed.Work] | None = None
-        if ranks.count > 1:
+        if world.world_size > 1:
             self.mesh = init_device_mesh(device, (self.replicas, self.shards), mesh_dim_names=("replica", "shard"))
             self._control = distributed.new_group(backend="gloo")
 
@@ -53,20 +53,20 @@ class Team:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=again)
         fully_shard(network, mesh=self.mesh, reshard_after_forward=False)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place; the same bits on all."""
-        if self.ranks.count > 1:
+        if self.ranks.world_size > 1:
             distributed.all_reduce(values)
         return values
 
-    def vote(self, *flags: bool) -> None:
+    def begin_flag_reduction(self, *flags: bool) -> None:
         """Begin to tell the others what this process wishes; `outcome` says it later, so that nobody waits."""
-        if self.ranks.count > 1:
+        if self.ranks.world_size > 1:
             votes = torch.tensor(flags, dtype=torch.uint8)
             work = distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._control, async_op=True)
             self._votes = votes, cast(distributed.Work, work)
 
-    def outcome(self, *now: bool) -> list[bool]:
+    def reduced_flags(self, *now: bool) -> list[bool]:
         """For each flag of the last `vote`, whether any process had raised it; a process alone knows what is `now`."""
         if self._votes is None:
             return list(now)
@@ -75,9 +75,9 @@ class Team:
         return [bool(vote) for vote in votes.tolist()]
 
 
-def part(batch: int, rounds: int, ranks: Ranks) -> slice:
+def local_batch(batch: int, rounds: int, ranks: Distributed) -> slice:
     """This process's part of a batch. Raises TesseraError if some process would have nothing to do in a round."""
-    count, rank = ranks.count, ranks.rank
+    count, rank = ranks.world_size, ranks.rank
     if batch // count < rounds:
         raise TesseraError(
             f"training.batch {batch} is too small for {count} processes: some would have nothing to do; choose a "
@@ -131,7 +131,7 @@ def collect_gradients(network: Network, optimizer: torch.optim.Optimizer) -> lis
     return found
 
 
-def whole_tensor(part: Tensor, like: Tensor) -> Tensor:
+def full_tensor(part: Tensor, like: Tensor) -> Tensor:
     """All parts of a tensor that is divided as `like` is, put together; every process must ask."""
     return cast(DTensor, divided(part, like)).full_tensor() if isinstance(like, DTensor) else part
 
@@ -153,7 +153,7 @@ def divided(part: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole(network: Network) -> Network:
+def full_network(network: Network) -> Network:
     """The network in one piece, to draw with: itself unless it is divided. Every process must ask."""
     if not isinstance(network, FSDPModule):
         return network

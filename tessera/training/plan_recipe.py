@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera import sampling
 from tessera.acceleration import activation_checkpointing
-from tessera.acceleration.activation_checkpointing import What
+from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.codecs import Codec, PixelsConfig, StoredConfig
 from tessera.conditioning import Condition
 from tessera.data import Batch
@@ -24,19 +24,19 @@ from tessera.evaluation import suite
 from tessera.models.network import NetworkConfig
 from tessera.models.presets import PRESETS, UNETS
 from tessera.planning import hardware as machines
-from tessera.planning.plan import Drawing, Plan, Work, plan
+from tessera.planning.plan import SamplingWork, Plan, Workload, plan
 from tessera.planning.trace import Recorder, Sizes, Step, Trace, fake, outline
 from tessera.runtime import autocast
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import times
-from tessera.settings import override, parse
+from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import override, validate
 from tessera.training import loop
-from tessera.training.ema import Average
-from tessera.training.objective import Task
-from tessera.training.parallel import Team
-from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
+from tessera.training.ema import EMA
+from tessera.training.objective import TrainingObjective
+from tessera.training.parallel import ParallelContext
+from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
 from tessera.training.run import open_data
-from tessera.training.step import Learner, train_step
+from tessera.training.step import TrainState, train_step
 
 # Multiply-adds of a look at one picture, by features: Inception sees 299 x 299 pixels (5.7 billion); the embedded data
 # have networks of their own. Others count as Inception.
@@ -58,7 +58,7 @@ def plan_of(
     Raises TesseraError for recipes that cannot be.
     """
     found = hardware if isinstance(hardware, machines.Hardware) else machines.find(hardware)
-    return plan(work_of(recipe), found, alternatives=alternatives, **how)
+    return plan(workload(recipe), found, alternatives=alternatives, **how)
 
 
 def preset(name: str, overrides: list[str]) -> Recipe:
@@ -67,7 +67,7 @@ def preset(name: str, overrides: list[str]) -> Recipe:
     Raises TesseraError.
     """
     data = override({**PAPER, "network": {"preset": name}}, overrides)
-    return parse(Recipe, data, f"{name} with these settings")
+    return validate(Recipe, data, f"{name} with these settings")
 
 
 def is_preset(target: str) -> bool:
@@ -75,7 +75,7 @@ def is_preset(target: str) -> bool:
     return target in PRESETS or target in UNETS
 
 
-def asked(target: str, overrides: list[str]) -> Recipe:
+def resolve_target(target: str, overrides: list[str]) -> Recipe:
     """The recipe at a path, or the name of a preset. Raises TesseraError."""
     if is_preset(target):
         return preset(target, overrides)
@@ -84,54 +84,54 @@ def asked(target: str, overrides: list[str]) -> Recipe:
             f"{target} is neither a recipe nor a preset: give the path of a .yaml file, or one of "
             f"{', '.join((*PRESETS, *UNETS))}"
         )
-    return read(Path(target), overrides)
+    return read_recipe(Path(target), overrides)
 
 
 # The work
 
 
-def work_of(recipe: Recipe, name: str | None = None) -> Work:
+def workload(recipe: Recipe, name: str | None = None) -> Workload:
     """All that a plan needs to know of a recipe. Data, codec and what training starts from are opened where they can
     be, and assumed where they cannot, which `notes` say. Raises TesseraError for recipes that cannot be.
     """
     recipe, codec, images, notes = _resolved(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
-    process = recipe.process.resolved(network.channels, network.size).build()
+    process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
     grids = {0, config.steps, *range(config.sample_every, config.steps + 1, config.sample_every)}
-    each_grid = (min(network.classes, loop.COLUMNS) or 8) * config.sample_seeds
+    each_grid = (min(network.num_classes, loop.COLUMNS) or 8) * config.sample_seeds
     often = () if evaluation.every is None else range(evaluation.every, config.steps + 1, evaluation.every)
     scored = [step for step in {*often, *evaluation.at, config.steps} if evaluation.due(step, config.steps)]
-    drawn = evaluation.count * len(scored)
+    drawn = evaluation.num_samples * len(scored)
     judge = evaluation.features or suite.usual_features(evaluation.reference or recipe.data)
     looked_at = drawn + (min(images or drawn, 50_000) if scored else 0)
     encodes = codec is not None and not isinstance(recipe.codec, PixelsConfig)
     cached = isinstance(recipe.data, FilesConfig) and recipe.data.cache is not None
-    kept = config.keep_checkpoints + bool(scored) + 1  # the best, and the one being written
-    if config.keep_every is not None:
-        kept += config.steps // config.keep_every
+    kept = config.keep_last + bool(scored) + 1  # the best, and the one being written
+    if config.keep_every_n_steps is not None:
+        kept += config.steps // config.keep_every_n_steps
     height, width = recipe.data.size
-    moments = 2 * network.channels if codec is None or codec.stochastic else network.channels
-    mirrored = 2 if recipe.data.flip else 1
-    return Work(
-        name=name or (f"{network.words()}, {recipe.data.where}"),
+    moments = 2 * network.in_channels if codec is None or codec.stochastic else network.in_channels
+    mirrored = 2 if recipe.data.hflip else 1
+    return Workload(
+        name=name or (f"{network.summary()}, {recipe.data.where}"),
         network=network,
         steps=config.steps,
-        batch=config.batch,
-        micro_batch=config.micro_batch,
+        batch=config.global_batch_size,
+        micro_batch=config.micro_batch_size,
         precision=config.precision,
-        recompute=config.recompute,
-        shard=config.shard,
+        recompute=config.activation_checkpointing,
+        shard=config.fsdp,
         compiled="blocks" if config.compile == "auto" else config.compile,
         step=partial(traced_step, recipe),
         call=traced_call,
         encode=partial(_encoded, codec, recipe.data.size) if codec is not None and encodes and not cached else None,
         decode=partial(_decoded, codec, network) if codec is not None and encodes else None,
-        drawing=Drawing(
+        drawing=SamplingWork(
             grids=len(grids) * each_grid,
             scored=drawn,
             looked_at=looked_at,
             calls=calls(recipe, process),
-            batch=evaluation.batch if scored else each_grid,
+            batch=evaluation.batch_size if scored else each_grid,
             judge=JUDGES.get(judge, JUDGES["inception"]),
             evaluations=len(scored),
         ),
@@ -140,7 +140,7 @@ def work_of(recipe: Recipe, name: str | None = None) -> Work:
         image_bytes=recipe.data.channels * height * width,
         latent_bytes=0
         if isinstance(recipe.codec, PixelsConfig)
-        else 2 * moments * network.size[0] * network.size[1] * mirrored,
+        else 2 * moments * network.input_size[0] * network.input_size[1] * mirrored,
         notes=tuple(notes),
     )
 
@@ -163,20 +163,20 @@ def _resolved(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[st
             source = open_data(recipe, codec)
         except TesseraError as error:
             notes.append(f"the data could not be opened ({str(error).splitlines()[0]}): classes as network says")
-    if recipe.training.init is not None:
+    if recipe.training.init_from is not None:
         notes.append("training.init is left out: the network is the recipe's own")
-    names = source.class_names if source is not None else ("",) * recipe.network.classes
+    names = source.class_names if source is not None else ("",) * recipe.network.num_classes
     if codec is not None:
-        recipe = resolve(recipe, names, codec)
+        recipe = resolve_recipe(recipe, names, codec)
     else:  # the network as it is said, or of latents an eighth of the pictures' size
         network = recipe.network
         facts: dict[str, Any] = {
-            "outputs": recipe.process.resolved(network.channels, network.size).build().outputs(network.channels)
+            "outputs": recipe.diffusion.resolved(network.in_channels, network.input_size).build().out_channels(network.in_channels)
         }
         if "size" not in network.model_fields_set:
             facts["size"] = tuple(side // 8 for side in recipe.data.size)
         known = {key: value for key, value in facts.items() if key not in network.model_fields_set}
-        recipe = recipe.model_copy(update={"network": parse(type(network), network.model_dump() | known, "network")})
+        recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | known, "network")})
     return recipe, codec, None if source is None else len(source), notes
 
 
@@ -184,20 +184,20 @@ def calls(recipe: Recipe, process: Any) -> int:
     """Of the network, one picture each, for one picture that is drawn; found by drawing with a network that says
     nothing."""
     config, network = recipe.sampling, recipe.network
-    x = torch.zeros(1, network.channels, 1, 1)
+    x = torch.zeros(1, network.in_channels, 1, 1)
     rows = 0
 
     def blank(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         nonlocal rows
         rows += len(x)
-        return x.new_zeros(len(x), network.outputs, *x.shape[2:])
+        return x.new_zeros(len(x), network.out_channels, *x.shape[2:])
 
-    told = Condition(torch.zeros(1, dtype=torch.int64) if network.classes else None)
+    told = Condition(torch.zeros(1, dtype=torch.int64) if network.num_classes else None)
     denoise = Denoiser(
-        blank, process, told, config.guidance, interval=config.guidance_interval, schedule=config.guidance_schedule
+        blank, process, told, config.guidance_scale, interval=config.guidance_interval, schedule=config.guidance_schedule
     )
-    visited = times(config.spacing, config.steps, process)
-    for _ in sampling.walk(config.sampler, denoise, x, visited, lambda: torch.zeros_like(x)):
+    visited = timestep_grid(config.timestep_spacing, config.num_steps, process)
+    for _ in sampling.sample_loop(config.sampler, denoise, x, visited, lambda: torch.zeros_like(x)):
         pass
     return rows
 
@@ -215,23 +215,23 @@ class Latents:
 
 
 def traced_step(
-    recipe: Recipe, network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: What
+    recipe: Recipe, network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: CheckpointingMode
 ) -> Step:
     """One step of a resolved recipe, of another network perhaps: so many rounds of so many rows.
 
     Not the first of a run, in which the optimizer makes its memory. The codec's part is left out.
     """
     config, count = recipe.training, rows * rounds
-    if network.classes:  # whether a label is withheld is asked of the labels' contents where there is no such class
+    if network.num_classes:  # whether a label is withheld is asked of the labels' contents where there is no such class
         network = network.model_copy(update={"null_class": True})
-    process = recipe.process.resolved(network.channels, network.size).build()
+    process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
     built = copy.deepcopy(outline(network))
-    average = Average(built, config.ema)
+    average = EMA(built, config.ema)
     with fake():
         for one in (built, *average.networks.values()):
             one.to_empty(device="cpu")
-        average.distribute(built, Team())
-        activation_checkpointing.recompute(built, recompute)
+        average.distribute(built, ParallelContext())
+        activation_checkpointing.checkpoint_activations(built, recompute)
         optimizer = config.optimizer.build(built)
         laps: list[Trace] = []
         recorder = Recorder()
@@ -250,19 +250,19 @@ def traced_step(
         optimizer.step()  # makes its memory
         optimizer.zero_grad(set_to_none=True)
         optimizer.register_step_pre_hook(end_of_backward)
-        task = Task(
-            process=process,
+        task = TrainingObjective(
+            diffusion=process,
             codec=Latents(),  # pyright: ignore[reportArgumentType]
-            flip=recipe.data.flip,
+            hflip=recipe.data.hflip,
             label_dropout=config.label_dropout,
-            classes=network.classes,
+            num_classes=network.num_classes,
             seed=config.seed,
             dtype=dtype,
         )
-        learner = Learner(built, forward, optimizer, config.optimizer, Team())
+        learner = TrainState(built, forward, optimizer, config.optimizer, ParallelContext())
         with recorder:
             batch = Batch(
-                torch.empty(count, network.channels, *network.size, dtype=torch.uint8),
+                torch.empty(count, network.in_channels, *network.input_size, dtype=torch.uint8),
                 torch.empty(count, dtype=torch.int64),
                 torch.empty(count, dtype=torch.int64),
             )
@@ -287,8 +287,8 @@ def traced_call(network: NetworkConfig, rows: int) -> Trace:
     with fake(), torch.no_grad(), Recorder() as recorder:
         built.to_empty(device="cpu")
         recorder.lap()
-        label = torch.empty(rows, dtype=torch.int64) if network.classes else None
-        x = torch.empty(rows, network.channels, *network.size)
+        label = torch.empty(rows, dtype=torch.int64) if network.num_classes else None
+        x = torch.empty(rows, network.in_channels, *network.input_size)
         with autocast(None, x.device):
             built(x, torch.empty(rows), Condition(label))
         return recorder.lap()
@@ -302,7 +302,7 @@ def _encoded(codec: Codec, size: tuple[int, int], rows: int) -> Trace:
 
 def _decoded(codec: Codec, network: NetworkConfig, rows: int) -> Trace:
     with fake(), torch.no_grad(), Recorder() as recorder:
-        codec.decode(torch.empty(rows, codec.latent_channels, *network.size))
+        codec.decode(torch.empty(rows, codec.latent_channels, *network.input_size))
         return recorder.lap()
 
 

@@ -6,21 +6,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
-from tessera.acceleration.activation_checkpointing import What
+from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.acceleration.first_block_cache import check_caching
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
-from tessera.diffusion import AnyProcess, GaussianConfig
+from tessera.diffusion import AnyDiffusionConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models import AnyNetwork, with_kind
 from tessera.models.dit import DiTConfig
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
-from tessera.sampling.timesteps import times
-from tessera.settings import Settings, override, parse, read_yaml
-from tessera.training.optimizers import Adam, AnyOptimizer, Share
+from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import Settings, override, validate, read_yaml
+from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
 
 
@@ -29,14 +29,14 @@ def _several(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) else value
 
 
-class EMA(Settings):
+class EMAConfig(Settings):
     """Moving averages of the weights: the first is what a model draws with, others may be kept beside it.
 
     Which length is best is known at the end of a run, not before (Karras et al. 2024, section 3): `--ema` chooses one.
     """
 
-    decay: Share = 0.9999
-    also: Annotated[tuple[Share, ...], BeforeValidator(_several)] = Field(
+    decay: Fraction = 0.9999
+    extra_decays: Annotated[tuple[Fraction, ...], BeforeValidator(_several)] = Field(
         default=(), description="decays of the averages kept beside the first"
     )
     warmup: bool = Field(
@@ -46,10 +46,10 @@ class EMA(Settings):
     @property
     def decays(self) -> tuple[float, ...]:
         """Of all averages, the first being the one that draws."""
-        return self.decay, *self.also
+        return self.decay, *self.extra_decays
 
     @model_validator(mode="after")
-    def _differ(self) -> "EMA":
+    def _differ(self) -> "EMAConfig":
         if len(set(self.decays)) < len(self.decays):
             raise ValueError(f"each average needs a decay of its own, got {', '.join(map(str, self.decays))}")
         return self
@@ -64,40 +64,40 @@ class TrainingConfig(Settings):
     """How a run learns, and what it writes down. The defaults are those of the DiT paper."""
 
     steps: PositiveInt = 400_000
-    batch: PositiveInt = Field(default=256, description="samples a step, over all devices and accumulation")
-    micro_batch: PositiveInt | None = Field(
+    global_batch_size: PositiveInt = Field(default=256, description="samples a step, over all devices and accumulation")
+    micro_batch_size: PositiveInt | None = Field(
         default=None, description="samples on a device at once; null: all that fall to it"
     )
-    optimizer: AnyOptimizer = Adam()
-    ema: EMA = EMA()
+    optimizer: AnyOptimizer = AdamWConfig()
+    ema: EMAConfig = EMAConfig()
     label_dropout: float = Field(default=0.1, ge=0, lt=1, description="share of labels withheld, for guidance")
     precision: Precision = Field(default="auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
     compile: Annotated[Literal["off", "whole", "blocks", "auto"], BeforeValidator(_compiling)] = Field(
         default="off", description="torch.compile: the network, or block by block; auto: what is measured to be faster"
     )
-    recompute: What = Field(
+    activation_checkpointing: CheckpointingMode = Field(
         default="none",
         description="activations made again for the backward pass to save memory: blocks: all; selective: all but "
         "matrix products, convolutions and attention",
     )
-    shard: PositiveInt | Literal["all"] = Field(
+    fsdp: PositiveInt | Literal["all"] = Field(
         default=1, description="processes (torchrun) that hold one copy of the weights between them; 1: a copy each"
     )
     stability: StabilityConfig = StabilityConfig()
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
-    workers: PositiveInt = Field(default=2, description="threads that read data ahead")
-    init: str | None = Field(default=None, description="start from this bundle, run, official .pt or diffusers folder")
-    init_heads: PositiveInt | None = Field(default=None, description="attention heads of init, where a .pt cannot say")
-    init_as: Literal["dit", "sit", "sit-gvp"] | None = Field(
+    num_workers: PositiveInt = Field(default=2, description="threads that read data ahead")
+    init_from: str | None = Field(default=None, description="start from this bundle, run, official .pt or diffusers folder")
+    init_num_heads: PositiveInt | None = Field(default=None, description="attention heads of init, where a .pt cannot say")
+    init_type: Literal["dit", "sit", "sit-gvp"] | None = Field(
         default=None, description="what init was trained as, where a .pt cannot say"
     )
     log_every: PositiveInt = 100
     sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
     sample_seeds: PositiveInt = Field(default=4, description="rows of the grid")
     checkpoint_every: PositiveInt = 5_000
-    keep_checkpoints: PositiveInt = Field(default=2, description="the newest so many stay, and the best, if scored")
-    keep_every: PositiveInt | None = Field(default=None, description="and for good those of every so many steps")
+    keep_last: PositiveInt = Field(default=2, description="the newest so many stay, and the best, if scored")
+    keep_every_n_steps: PositiveInt | None = Field(default=None, description="and for good those of every so many steps")
     health_every: PositiveInt | None = Field(
         default=100, description="steps between looks inside, for `tessera doctor`; null: never"
     )
@@ -105,25 +105,25 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":
-        if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(f"batch {self.global_batch_size} is not a multiple of micro_batch {self.micro_batch_size}")
         return self
 
 
 class Recipe(Settings):
     """A whole run. Sizes that follow from the data and the codec may be left out of `network`."""
 
-    output: str = Field(description="the run's folder")
+    run_dir: str = Field(description="the run's folder")
     data: AnyData
     codec: AnyCodec = PixelsConfig()
     network: AnyNetwork = DiTConfig()
-    process: AnyProcess = GaussianConfig()
+    diffusion: AnyDiffusionConfig = GaussianDiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def read(path: Path, overrides: list[str]) -> Recipe:
+def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
     data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
     # The kinds that go without saying, so that process.kind=flow or training.optimizer.kind=muon replaces them.
@@ -132,10 +132,10 @@ def read(path: Path, overrides: list[str]) -> Recipe:
     for place, name, usual in ((data, "process", "gaussian"), (data.get("training"), "optimizer", "adamw")):
         if isinstance(place, dict) and isinstance(place.get(name), dict):
             place[name] = {"kind": usual, **place[name]}
-    return parse(Recipe, override(data, overrides), f"recipe {path}")
+    return validate(Recipe, override(data, overrides), f"recipe {path}")
 
 
-def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
+def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
     """The recipe with every size of `network` filled in from data, codec and process.
 
     Raises TesseraError if the recipe itself says otherwise: training would fail later, or learn something else.
@@ -148,11 +148,11 @@ def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
     if height % codec.factor or width % codec.factor:
         raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
     size = (height // codec.factor, width // codec.factor)
-    process = recipe.process.resolved(codec.latent_channels, size).build()
+    process = recipe.diffusion.resolved(codec.latent_channels, size).build()
     facts = {
         "size": size,
         "channels": codec.latent_channels,
-        "outputs": process.outputs(codec.latent_channels),
+        "outputs": process.out_channels(codec.latent_channels),
         "classes": len(class_names),
     }
     network = recipe.network
@@ -160,22 +160,22 @@ def resolve(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> Recipe:
         told = getattr(network, name)
         if name in network.model_fields_set and told != fact:
             raise TesseraError(f"network.{name} is {told} in the recipe, but data, codec and process make it {fact}")
-    network = parse(type(network), {**network.model_dump(), **facts}, "network")
-    if facts["classes"] and recipe.training.label_dropout and not network.null_class:
+    network = validate(type(network), {**network.model_dump(), **facts}, "network")
+    if facts["classes"] and recipe.training.label_dropout and not network.learn_null_class:
         raise TesseraError("training.label_dropout needs network.null_class=true: labels are withheld by that class")
-    if recipe.sampling.guidance != 1 and not (facts["classes"] and network.null_class):
+    if recipe.sampling.guidance_scale != 1 and not (facts["classes"] and network.learn_null_class):
         raise TesseraError(
-            f"sampling.guidance is {recipe.sampling.guidance:g}, but guidance needs classes and network.null_class; "
+            f"sampling.guidance is {recipe.sampling.guidance_scale:g}, but guidance needs classes and network.null_class; "
             "set sampling.guidance=1"
         )
-    unit, data = codec.factor * network.unit, recipe.data
+    unit, data = codec.factor * network.size_multiple, recipe.data
     if isinstance(data, FilesConfig) and data.buckets is not None and data.buckets.multiple % unit:
         raise TesseraError(
             f"data.buckets.multiple is {data.buckets.multiple}, but codec and network need multiples of {unit}: "
             f"set data.buckets.multiple={unit * max(1, round(data.buckets.multiple / unit))}"
         )
     check_caching(network, recipe.sampling.caching)
-    times(recipe.sampling.spacing, recipe.sampling.steps, process)  # an error now, not at the first grid
+    timestep_grid(recipe.sampling.timestep_spacing, recipe.sampling.num_steps, process)  # an error now, not at the first grid
     return recipe.model_copy(update={"network": network})
 
 

@@ -15,13 +15,13 @@ from pydantic import Field, PositiveInt, field_validator
 from tessera import bundle
 from tessera.data import AnyData
 from tessera.evaluation import protocol, suite
-from tessera.evaluation.features import FeatureSet, Progress, check_pictures, extractor
+from tessera.evaluation.features import FeatureSet, Progress, check_images, extractor
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import find_reference
-from tessera.files import write_whole
-from tessera.generation.bulk import Drawn, asked_by_policy
-from tessera.generation.resumable import begin
-from tessera.runtime import Ranks
+from tessera.files import atomic_write
+from tessera.generation.bulk import BulkSamples, asked_by_policy
+from tessera.generation.resumable import begin_work
+from tessera.runtime import Distributed
 from tessera.settings import Settings
 
 FOLDER = "evaluation"
@@ -36,14 +36,14 @@ class EvaluationConfig(Settings):
     at: tuple[PositiveInt, ...] = Field(
         default=(), description="steps at which the model is scored, beside every; with neither: never"
     )
-    count: PositiveInt = Field(default=1000, ge=2, description="pictures drawn each time")
+    num_samples: PositiveInt = Field(default=1000, ge=2, description="pictures drawn each time")
     metrics: tuple[str, ...] = Field(default=("fd", "kid"), description="of `tessera evaluate`; the first decides")
     features: str | None = Field(default=None, description="as in `tessera evaluate`; null: by the data")
     reference: str | None = Field(default=None, description="data or statistics; null: the data learned from")
     reference_folder: str | None = Field(
         default=None, description="where the reference's features are kept, if runs are to share them"
     )
-    batch: PositiveInt = Field(default=50, description="pictures drawn or looked at at once")
+    batch_size: PositiveInt = Field(default=50, description="pictures drawn or looked at at once")
 
     @property
     def scores(self) -> bool:
@@ -71,10 +71,10 @@ class Scorer:
         self.reference: str | AnyData = config.reference or data
         self.network = extractor(config.features or suite.usual_features(self.reference), model.device)
         drawn = self._drawn(0, self.folder, self.model)
-        check_pictures(drawn, self.network)
+        check_images(drawn, self.network)
         opened = find_reference(config.reference, drawn, self.network) if config.reference else None
         statistics = opened if isinstance(opened, FeatureSet) else None
-        suite.check_metrics(config.metrics, config.count, self.network, statistics)
+        suite.check_metrics(config.metrics, config.num_samples, self.network, statistics)
 
     def begin(self, step: int) -> None:
         """Claim the run's folder of scores, and drop those past a step: they will be made again.
@@ -82,8 +82,8 @@ class Scorer:
         Raises TesseraError if those in it were made otherwise: one curve, one way.
         """
         reference = self.reference if isinstance(self.reference, str) else self.reference.model_dump(mode="json")
-        how = {"count": self.config.count, "drawing": self._drawn(0, self.folder, self.model).protocol}
-        begin(self.folder, {"reference": reference, "features": self.network.identity, **how}, INSTEAD)
+        how = {"count": self.config.num_samples, "drawing": self._drawn(0, self.folder, self.model).protocol}
+        begin_work(self.folder, {"reference": reference, "features": self.network.identity, **how}, INSTEAD)
         for path, at in _files(self.folder):
             if at > step:
                 path.unlink()
@@ -92,7 +92,7 @@ class Scorer:
         self,
         step: int,
         model: bundle.Model,
-        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        ranks: Distributed = Distributed(),  # noqa: B008 (frozen)
         progress: Callable[[str], Progress] | None = None,
     ) -> dict[str, float]:
         """The model as it is now: each metric, and the ends of its interval. Pictures and features are not kept.
@@ -100,9 +100,9 @@ class Scorer:
         Every process of `ranks` must call it, and draws its share; the scores are the first one's.
         """
         work = self.folder / f"step-{step:09d}.work"
-        if ranks.first:
+        if ranks.is_main:
             shutil.rmtree(work, ignore_errors=True)  # of a run that was killed here
-        ranks.wait()
+        ranks.barrier()
         done = suite.evaluate(
             self._drawn(step, work / "samples", model),
             self.reference,
@@ -110,18 +110,18 @@ class Scorer:
             work,
             self.config.metrics,
             ranks,
-            self.config.batch,
-            progress if ranks.first else None,
+            self.config.batch_size,
+            progress if ranks.is_main else None,
             reference_folder=Path(self.config.reference_folder or self.folder),
         )
-        if ranks.first:
+        if ranks.is_main:
             protocol.save(done.scores, self.folder / f"step-{step:09d}.json")
             shutil.rmtree(work)
         return _numbers(done.scores)
 
-    def _drawn(self, step: int, folder: Path, model: bundle.Model) -> Drawn:
-        asked = asked_by_policy(model, self.config.count, "balanced")
-        return Drawn(model, asked, folder, self.config.batch, f"step {step}")
+    def _drawn(self, step: int, folder: Path, model: bundle.Model) -> BulkSamples:
+        asked = asked_by_policy(model, self.config.num_samples, "balanced")
+        return BulkSamples(model, asked, folder, self.config.batch_size, f"step {step}")
 
 
 def _numbers(scores: list[Score]) -> dict[str, float]:
@@ -170,4 +170,4 @@ def plot(scored: dict[int, dict[str, Score]], path: Path) -> None:
         axes.set(xlabel="step", ylabel=metric)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())

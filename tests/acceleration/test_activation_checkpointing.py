@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tessera.acceleration.activation_checkpointing import recompute
+from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.acceleration.compilation import compiled
 from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
@@ -61,11 +61,11 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("what", ["blocks", "selective"])
 def test_a_unet_keeps_less_and_its_gradients_are_the_same_to_the_bit(what, randomise):
     facts = {name: SIZES[name] for name in ("size", "channels", "outputs", "classes")}
-    network = randomise(UNetConfig(**facts, width=16, multipliers=(1, 2), depth=1, attention=(2,)).build()).train()
+    network = randomise(UNetConfig(**facts, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,)).build()).train()
     expected = gradients(network)
     kept = {}
     for each in ("none", what):
-        recompute(network, each)
+        checkpoint_activations(network, each)
         with Storages(network) as storages:
             held = loss(network)
         kept[each] = storages.alive()
@@ -81,7 +81,7 @@ def test_a_unet_keeps_less_and_its_gradients_are_the_same_to_the_bit(what, rando
 def test_gradients_are_the_same_to_the_bit(design, what, make):
     network = make(design)
     expected, names = gradients(network), list(network.state_dict())
-    recompute(network, what)
+    checkpoint_activations(network, what)
     got = gradients(network)
     assert list(network.state_dict()) == names
     for name, gradient in expected.items():
@@ -93,11 +93,11 @@ def test_blocks_run_twice_and_without_gradients_once(make, monkeypatch):
     passes = []
     network.blocks[0].norm2.register_forward_hook(lambda *_: passes.append(1))
     for what, expected in (("none", 1), ("blocks", 2), ("selective", 2), ("none", 1)):
-        recompute(network, what)
+        checkpoint_activations(network, what)
         passes.clear()
         loss(network).backward()
         assert len(passes) == expected
-    recompute(network, "blocks")
+    checkpoint_activations(network, "blocks")
     monkeypatch.setattr(
         "tessera.acceleration.activation_checkpointing.checkpoint", lambda *_, **__: pytest.fail("recomputes")
     )
@@ -111,7 +111,7 @@ def test_selective_multiplies_no_matrices_twice(make):
 
     network, counts = make(), {}
     for what in ("none", "selective", "blocks"):
-        recompute(network, what)
+        checkpoint_activations(network, what)
         with FlopCounterMode(display=False) as counter:
             loss(network).backward()
         counts[what] = counter.get_total_flops()
@@ -129,7 +129,7 @@ def test_what_a_block_keeps(make):
         alive = []
         for depth in (3, 4):
             network = make(depth=depth)
-            recompute(network, what)
+            checkpoint_activations(network, what)
             with Storages(network) as storages:
                 held = loss(network)
             alive.append(storages.alive())
@@ -140,7 +140,7 @@ def test_what_a_block_keeps(make):
 def test_copies_made_before_and_after_are_of_their_own(make):
     network = make()
     before = copy.deepcopy(network)
-    recompute(network, "blocks")
+    checkpoint_activations(network, "blocks")
     after = copy.deepcopy(network)
     assert "forward" not in before.blocks[0].__dict__
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_compiled_block_by_block_gradients_are_the_same(what, make, monkeypatch)
     network = make(depth=2)
     expected = gradients(network)
     without_a_compiler(monkeypatch)
-    recompute(network, what)
+    checkpoint_activations(network, what)
     forward, reason = compiled(network, "blocks")
     assert reason is None
     got = gradients(network, forward)
@@ -180,7 +180,7 @@ def test_sharded_afterwards_gradients_are_the_same(what, how, make, monkeypatch)
     network = make()
     expected = gradients(network)
     without_a_compiler(monkeypatch)
-    recompute(network, what)
+    checkpoint_activations(network, what)
     assert compiled(network, how) == (network, None)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.acceleration.first_block_cache import FirstBlockCaching, Tally
+from tessera.acceleration.first_block_cache import FirstBlockCache, CacheStats
 from tessera.conditioning import Condition
-from tessera.diffusion import FlowConfig
+from tessera.diffusion import FlowMatchingConfig
 from tessera.models.dit import DiT, DiTConfig
 from tessera.sampling import SAMPLERS, FirstBlock, loop
-from tessera.sampling.denoiser import Denoiser, Guide
-from tessera.sampling.timesteps import Even, times
+from tessera.sampling.denoiser import Denoiser, GuidanceModel
+from tessera.sampling.timesteps import Uniform, timestep_grid
 
 BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern"]
-PROCESS = FlowConfig().build()
+PROCESS = FlowMatchingConfig().build()
 FLOWING = [kind for kind in SAMPLERS if kind != "ancestral"]
 
 
@@ -34,11 +34,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def draw(network, rows: slice = slice(0, 4), sampler: str = "ddim", steps: int = 12, guide=None, **guidance) -> Tensor:
     """Rows of four drawings, each with noise of its own."""
     x, condition = normal(4, 2, 8, 8)[rows], Condition(torch.tensor([0, 1, 2, 1])[rows])
-    away = None if guide is None else Guide(guide, condition.null())
+    away = None if guide is None else GuidanceModel(guide, condition.null())
     scale = 1.0 if guide is None else 3.0
     denoise = Denoiser(network, PROCESS, condition, scale, guide=away, **guidance)
     drawn = iter(range(1, 1000))
-    grid = times(Even(), steps, PROCESS)
+    grid = timestep_grid(Uniform(), steps, PROCESS)
     *_, last = loop(SAMPLERS[sampler](), denoise, x, grid, lambda: normal(4, 2, 8, 8, seed=next(drawn))[rows])
     return last.x
 
@@ -51,12 +51,12 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_threshold_of_0_changes_no_bit_and_a_large_one_saves(make, block, order):
     network = make(block)
-    exact, plain = FirstBlockCaching(network, FirstBlock(threshold=0, order=order)), draw(network)
+    exact, plain = FirstBlockCache(network, FirstBlock(threshold=0, order=order)), draw(network)
     assert torch.equal(draw(exact), plain)
-    assert exact.tally == Tally(asked=4 * 3 * 12, computed=4 * 3 * 12)
-    rough = FirstBlockCaching(network, FirstBlock(threshold=1e9, order=order))
+    assert exact.tally == CacheStats(asked=4 * 3 * 12, computed=4 * 3 * 12)
+    rough = FirstBlockCache(network, FirstBlock(threshold=1e9, order=order))
     assert error(draw(rough), plain) > 1e-6
-    assert rough.tally == Tally(asked=4 * 3 * 12, computed=4 * 12 + 4 * 2)  # the first step, and then first blocks
+    assert rough.tally == CacheStats(asked=4 * 3 * 12, computed=4 * 12 + 4 * 2)  # the first step, and then first blocks
 
 
 @pytest.mark.parametrize("sampler", FLOWING)
@@ -65,7 +65,7 @@ def test_the_error_grows_with_the_threshold_and_the_work_shrinks(make, sampler, 
     network = make()
     plain, errors, computed = draw(network, sampler=sampler, steps=30), [], []
     for threshold in (0.3, 0.5, 0.9):
-        cached = FirstBlockCaching(network, FirstBlock(threshold=threshold, order=order))
+        cached = FirstBlockCache(network, FirstBlock(threshold=threshold, order=order))
         errors.append(error(draw(cached, sampler=sampler, steps=30), plain))
         computed.append(cached.tally.computed)
     assert computed == sorted(computed, reverse=True)
@@ -79,8 +79,8 @@ def test_the_error_grows_with_the_threshold_and_the_work_shrinks(make, sampler, 
 def test_every_row_is_decided_on_by_itself(make, block):
     network = make(block)
     settings = FirstBlock(threshold=0.6)
-    together = FirstBlockCaching(network, settings)
-    all_rows, alone = draw(together), [FirstBlockCaching(network, settings) for _ in range(4)]
+    together = FirstBlockCache(network, settings)
+    all_rows, alone = draw(together), [FirstBlockCache(network, settings) for _ in range(4)]
     for row, one in enumerate(alone):
         part = slice(row, row + 1)
         torch.testing.assert_close(draw(one, part), all_rows[part], rtol=1e-4, atol=1e-4)
@@ -91,13 +91,13 @@ def test_every_row_is_decided_on_by_itself(make, block):
 def test_rows_that_move_are_computed_and_rows_that_stand_are_not(make):
     network = make()
     x, t, condition = normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2])
-    cached = FirstBlockCaching(network, FirstBlock(threshold=0.05))
+    cached = FirstBlockCache(network, FirstBlock(threshold=0.05))
     with torch.no_grad():
         first = cached(x, t, condition)
         assert torch.equal(first, network(x, t, condition))
         moved = torch.stack((x[0], -x[1], x[2]))
         got, expected = cached(moved, t, condition), network(moved, t, condition)
-    assert cached.tally == Tally(asked=18, computed=9 + 3 + 2)
+    assert cached.tally == CacheStats(asked=18, computed=9 + 3 + 2)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_order_1_is_exact_on_a_line(make):
 
     with torch.no_grad():
         for order, near in ((0, False), (1, True)):
-            cached = FirstBlockCaching(network, FirstBlock(threshold=0, order=order))
+            cached = FirstBlockCache(network, FirstBlock(threshold=0, order=order))
             cached(x, at(900.0), condition)
             cached(x, at(800.0), condition)
             cached.settings = FirstBlock(threshold=1e9, order=order)
@@ -135,7 +135,7 @@ def test_order_1_is_exact_on_a_line(make):
 
 def test_a_half_of_guidance_has_a_memory_of_its_own_and_sleeps_outside_the_interval(make):
     network = make()
-    told, untold = (FirstBlockCaching(network, FirstBlock(threshold=0.3)) for _ in range(2))
+    told, untold = (FirstBlockCache(network, FirstBlock(threshold=0.3)) for _ in range(2))
     got = draw(told, guide=untold, steps=30, interval=(0.3, 0.7))
     assert told.tally.asked == 4 * 3 * 30
     assert 4 * 3 * 10 < untold.tally.asked < 4 * 3 * 15
@@ -143,7 +143,7 @@ def test_a_half_of_guidance_has_a_memory_of_its_own_and_sleeps_outside_the_inter
 
 
 def test_a_cache_of_another_drawing_is_refused(make):
-    cached = FirstBlockCaching(make(), FirstBlock())
+    cached = FirstBlockCache(make(), FirstBlock())
     with torch.no_grad():
         cached(normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2]))
         with pytest.raises(ValueError, match="a cache serves one drawing"):
@@ -152,6 +152,6 @@ def test_a_cache_of_another_drawing_is_refused(make):
 
 def test_a_network_of_one_block_is_itself(make):
     network = make(depth=1)
-    cached = FirstBlockCaching(network, FirstBlock(threshold=1e9))
+    cached = FirstBlockCache(network, FirstBlock(threshold=1e9))
     torch.testing.assert_close(draw(cached), draw(network), rtol=1e-5, atol=1e-5)
     assert cached.tally.computed == cached.tally.asked

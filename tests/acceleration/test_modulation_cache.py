@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tessera.acceleration.modulation_cache import Tabulated
+from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.conditioning import Condition
 from tessera.layers.modulation import Modulation
 from tessera.models.dit import DiT, DiTConfig
@@ -42,7 +42,7 @@ def normal(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_tabulated_network_is_the_network(make, block, regressions):
     network, label = make(block), torch.tensor([2, -1, 2, 0])
-    table = Tabulated(network, TIMES, torch.tensor([2, 0, -1, -1, 2]), GRID)
+    table = PrecomputedModulation(network, TIMES, torch.tensor([2, 0, -1, -1, 2]), GRID)
     assert set(regressions) <= {9}  # all three times with all three labels, at once
     regressions.clear()
     x, t, condition = normal(4, 2, 8, 8), torch.tensor([500.25, 999.0, 0.0, 999.0]), Condition(label)
@@ -54,7 +54,7 @@ def test_a_tabulated_network_is_the_network(make, block, regressions):
 @torch.no_grad()
 def test_a_network_without_classes(make):
     network = make(classes=0)
-    table = Tabulated(network, TIMES, None, GRID)
+    table = PrecomputedModulation(network, TIMES, None, GRID)
     x, t = normal(3, 2, 8, 8), torch.tensor([0.0, 999.0, 500.25])
     torch.testing.assert_close(table(x, t, Condition()), network(x, t, Condition()), rtol=1e-5, atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_a_network_without_classes(make):
 )
 def test_what_is_in_no_table_is_computed(make, times, labels):
     network = make()
-    table = Tabulated(network, TIMES, torch.tensor([0, 1]), GRID)
+    table = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
     x, t, condition = normal(2, 2, 8, 8), torch.tensor(times), Condition(labels)
     assert torch.equal(table(x, t, condition), network(x, t, condition))
 
@@ -74,6 +74,6 @@ def test_what_is_in_no_table_is_computed(make, times, labels):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_size_said_is_the_size_made(make, block):
     network = make(block)
-    table = Tabulated(network, TIMES, torch.tensor([0, 1]), GRID)
+    table = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
     made = sum(vectors.numel() * vectors.element_size() for vectors in table.table.values())
-    assert Tabulated.size(network, 3, 2) == made
+    assert PrecomputedModulation.size(network, 3, 2) == made

@@ -10,7 +10,7 @@ from tessera import bundle
 from tessera.codecs import AutoencoderConfig
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.settings import parse
+from tessera.settings import validate
 
 pytest.importorskip("diffusers")
 
@@ -205,7 +205,7 @@ def test_numbers_for_other_channels_are_an_error(autoencoder_folder, told):
 @pytest.mark.parametrize("scale", [0.0, -1.0, [1.0, 1.0, 0.0, 1.0]])
 def test_a_scale_is_greater_than_nought(scale):
     with pytest.raises(TesseraError, match="greater than 0"):
-        parse(AutoencoderConfig, {"source": "x", "scale": scale}, "the codec")
+        validate(AutoencoderConfig, {"source": "x", "scale": scale}, "the codec")
 
 
 def test_moments_outlive_another_scale(shifted):

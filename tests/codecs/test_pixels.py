@@ -5,7 +5,7 @@ import torch
 
 from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError
-from tessera.settings import parse
+from tessera.settings import validate
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -24,7 +24,7 @@ def test_latents_are_the_pixels(channels):
 
 def test_pictures_have_one_channel_or_three():
     with pytest.raises(TesseraError, match="channels"):
-        parse(PixelsConfig, {"channels": 4}, "the codec")
+        validate(PixelsConfig, {"channels": 4}, "the codec")
 
 
 def test_the_fingerprint_tells_grey_from_colour():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tessera import bundle
 from tessera.codecs import AutoencoderConfig, TinyConfig
-from tessera.codecs.resolve import named
+from tessera.codecs.resolve import resolve_codec
 from tessera.codecs.tiny import Pair
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
@@ -172,17 +172,17 @@ def test_what_is_none_is_one_clear_error(pair_folder, tmp_path):
 
 
 def test_a_codec_is_known_by_its_folder(diffusers_folder, pair_folder, autoencoder_folder, tmp_path):
-    assert named(str(diffusers_folder)) == TinyConfig(source=str(diffusers_folder))
-    assert named(str(pair_folder)) == TinyConfig(source=str(pair_folder))
-    assert named(str(autoencoder_folder)) == AutoencoderConfig(source=str(autoencoder_folder))
-    assert named("someone/some-vae") == AutoencoderConfig(source="someone/some-vae")
+    assert resolve_codec(str(diffusers_folder)) == TinyConfig(source=str(diffusers_folder))
+    assert resolve_codec(str(pair_folder)) == TinyConfig(source=str(pair_folder))
+    assert resolve_codec(str(autoencoder_folder)) == AutoencoderConfig(source=str(autoencoder_folder))
+    assert resolve_codec("someone/some-vae") == AutoencoderConfig(source="someone/some-vae")
     (tmp_path / "run").mkdir()
     shutil.copytree(autoencoder_folder, tmp_path / "run" / "codec")
-    assert named(str(tmp_path / "run")).source == str(tmp_path / "run" / "codec")
+    assert resolve_codec(str(tmp_path / "run")).source == str(tmp_path / "run" / "codec")
     with pytest.raises(TesseraError, match="holds no codec"):
-        named(str(tmp_path))
+        resolve_codec(str(tmp_path))
     with pytest.raises(TesseraError, match="no codec at"):
-        named(str(tmp_path / "absent"))
+        resolve_codec(str(tmp_path / "absent"))
 
 
 def psnr(image):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tessera.conditioning import NOTHING, Condition
+from tessera.conditioning import NULL_LABEL, Condition
 
 
 def test_a_list_becomes_class_numbers():
@@ -23,8 +23,8 @@ def test_rows():
 
 def test_drop_and_null_tell_nothing_and_change_no_original():
     condition = Condition([0, 2, 1])
-    assert condition.drop(torch.tensor([True, False, True])).label.tolist() == [NOTHING, 2, NOTHING]
-    assert condition.null().label.tolist() == [NOTHING] * 3
+    assert condition.drop(torch.tensor([True, False, True])).label.tolist() == [NULL_LABEL, 2, NULL_LABEL]
+    assert condition.null().label.tolist() == [NULL_LABEL] * 3
     assert condition.label.tolist() == [0, 2, 1]
     with pytest.raises(dataclasses.FrozenInstanceError):
         condition.label = None

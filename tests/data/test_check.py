@@ -11,7 +11,7 @@ from PIL import Image
 
 from tessera.data import check, index
 from tessera.data.check import findings, scan
-from tessera.data.check.scan import Shard
+from tessera.data.check.scan import ScanShard
 from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
 
@@ -38,18 +38,18 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(scan, "PART", 8)
 
 
-def named(checked: check.Checked) -> dict[str, int]:
+def named(checked: check.CheckResult) -> dict[str, int]:
     return {finding.kind: finding.count for finding in checked.findings}
 
 
 def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
-    whole, shards = check.Asked(str(data), tmp_path / "whole"), check.Asked(str(data), tmp_path / "shards")
-    check.look(whole)
+    whole, shards = check.CheckRequest(str(data), tmp_path / "whole"), check.CheckRequest(str(data), tmp_path / "shards")
+    check.scan_data(whole)
     for shard in (2, 0, 1):
         with pytest.raises(TesseraError, match="of 8 parts in .* are missing"):
-            check.tell(shards)
-        check.look(shards, shard=Shard(shard, 3))
-    assert named(check.tell(whole)) == named(check.tell(shards)) == {}
+            check.report_findings(shards)
+        check.scan_data(shards, shard=ScanShard(shard, 3))
+    assert named(check.report_findings(whole)) == named(check.report_findings(shards)) == {}
     assert (tmp_path / "whole/decisions.jsonl").read_bytes() == (tmp_path / "shards/decisions.jsonl").read_bytes()
     for part in range(8):
         kept = [scan.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
@@ -62,9 +62,9 @@ def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
         os.link(data / "cat/00.png", data / f"cat/{number}.png")
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setattr(scan, "WORTHWHILE", 0)
-    check.look(check.Asked(str(data), one), workers=1)
+    check.scan_data(check.CheckRequest(str(data), one), workers=1)
     told = []
-    check.look(check.Asked(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done)))
+    check.scan_data(check.CheckRequest(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done)))
     assert told[-1] == ("looking", 2060, 2060)
     assert sorted(path.name for path in (two / "parts").iterdir()) == [f"part-00000{part}.arrow" for part in range(5)]
     for part in sorted((one / "parts").iterdir()):
@@ -72,36 +72,36 @@ def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, small_parts, monkeypatch):
-    asked = check.Asked(str(data), tmp_path / "out")
+    asked = check.CheckRequest(str(data), tmp_path / "out")
     looked: list[str] = []
-    look = scan.look
+    look = scan.measure_sample
     monkeypatch.setattr(scan, "look", lambda content, name, config: looked.append(name) or look(content, name, config))
-    check.look(asked, shard=Shard(0, 2))
+    check.scan_data(asked, shard=ScanShard(0, 2))
     assert len(looked) == 32
     scan.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
     looked.clear()
-    check.look(asked)
+    check.scan_data(asked)
     assert len(looked) == 28 + 8
     looked.clear()
-    check.look(asked)
+    check.scan_data(asked)
     assert looked == []
 
     (data / "dog/59.png").write_bytes(b"")
     with pytest.raises(TesseraError, match="have changed since"):
-        check.tell(asked)
-    check.look(asked)
+        check.report_findings(asked)
+    check.scan_data(asked)
     assert looked == [f"dog/{number}.png" for number in (53, 55, 57, 59)]
-    assert named(check.tell(asked)) == {"empty": 1}
+    assert named(check.report_findings(asked)) == {"empty": 1}
     (data / "dog/59.png").write_bytes(png(59))
-    check.look(asked)
-    assert named(check.tell(asked)) == {}
+    check.scan_data(asked)
+    assert named(check.report_findings(asked)) == {}
 
 
 def test_a_process_that_dies_is_told(data, tmp_path, small_parts, monkeypatch):
     monkeypatch.setattr(scan, "WORTHWHILE", 0)
     monkeypatch.setattr(scan, "_begin", os._exit)  # whatever it is called with, that ends the process
     with pytest.raises(TesseraError, match=r"a process that looked at images died.*fewer --workers than 2"):
-        check.look(check.Asked(str(data), tmp_path / "out"), workers=2)
+        check.scan_data(check.CheckRequest(str(data), tmp_path / "out"), workers=2)
 
 
 def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
@@ -109,9 +109,9 @@ def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
     (data / "cat/61.png").write_bytes(b"")
     (data / "dog/62.jpg").write_bytes(png(62, 20))
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
-    asked = check.Asked(str(data), tmp_path / "out")
-    check.look(asked)
-    done = check.tell(asked, apply=tmp_path / "kept.parquet")
+    asked = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(asked)
+    done = check.report_findings(asked, apply=tmp_path / "kept.parquet")
     assert named(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
@@ -133,20 +133,20 @@ def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
 
 def test_other_kinds_are_dropped_on_demand(data, tmp_path):
     (data / "cat/60.png").write_bytes(png(60, 4))
-    asked = check.Asked(str(data), tmp_path / "out")
-    check.look(asked)
-    assert check.tell(asked).keep.sum() == 61
-    assert check.tell(asked, drop=("small",)).keep.sum() == 60
+    asked = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(asked)
+    assert check.report_findings(asked).keep.sum() == 61
+    assert check.report_findings(asked, drop=("small",)).keep.sum() == 60
     with pytest.raises(TesseraError, match=r"unknown kind 'smal'; did you mean 'small'\?"):
-        check.tell(asked, drop=("smal",))
+        check.report_findings(asked, drop=("smal",))
 
 
 def test_what_is_smaller_than_the_size_asked_for(data, tmp_path):
     (data / "cat/60.png").write_bytes(png(60, 24))
     for size, count in (((24, 24), 0), ((25, 25), 1), ((33, 32), 61)):
-        asked = check.Asked(str(data), tmp_path / "out", size=size)
-        check.look(asked)
-        assert named(check.tell(asked)).get("small", 0) == count
+        asked = check.CheckRequest(str(data), tmp_path / "out", size=size)
+        check.scan_data(asked)
+        assert named(check.report_findings(asked)).get("small", 0) == count
 
 
 def test_images_of_the_validation_data_are_found(data, tmp_path):
@@ -155,9 +155,9 @@ def test_images_of_the_validation_data_are_found(data, tmp_path):
     (other / "same.png").write_bytes(png(4))
     (other / "twice.png").write_bytes(png(7, 64))
     (other / "new.png").write_bytes(png(1000))
-    asked = check.Asked(str(data), tmp_path / "out", against=str(other))
-    check.look(asked)
-    done = check.tell(asked)
+    asked = check.CheckRequest(str(data), tmp_path / "out", against=str(other))
+    check.scan_data(asked)
+    done = check.report_findings(asked)
     assert named(done) == {"leaks": 1, "near-leaks": 1}
     assert not done.keep[list(done.findings[0].samples)].any()
     assert done.keep.sum() == 59
@@ -175,16 +175,16 @@ def test_captions(tmp_path):
     for number in range(10):
         (folder / f"{number}.png").write_bytes(png(number))
         (folder / f"{number}.txt").write_text(f"drawing {number}")
-    asked = check.Asked(str(folder), tmp_path / "out")
-    check.look(asked)
-    assert named(check.tell(asked)) == {}
+    asked = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(asked)
+    assert named(check.report_findings(asked)) == {}
 
     (folder / "3.txt").unlink()
     (folder / "5.txt").write_text(" \n")
     (folder / "99.txt").write_text("of nothing")
-    asked = check.Asked(str(folder), tmp_path / "out")
-    check.look(asked)
-    done = check.tell(asked)
+    asked = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(asked)
+    done = check.report_findings(asked)
     rows = {finding.kind: [*finding.samples, *finding.names] for finding in done.findings}
     assert rows == {"missing-captions": [3], "empty-captions": [5], "captions-without-image": ["99.txt"]}
 
@@ -196,9 +196,9 @@ def test_metadata_that_names_a_file_that_is_not_there(tmp_path):
         (folder / f"{number}.png").write_bytes(png(number))
     lines = [json.dumps({"file_name": f"{number}.png", "text": "a drawing"}) for number in (0, 1, 7)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    asked = check.Asked(str(folder), tmp_path / "out")
-    check.look(asked)
-    done = check.tell(asked)
+    asked = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(asked)
+    done = check.report_findings(asked)
     assert {finding.kind: [*finding.samples, *finding.names] for finding in done.findings} == {
         "missing": [2],
         "misnamed-images": ["2.png (a PNG image, 32 x 32)"],
@@ -213,9 +213,9 @@ def test_rows_of_parquet(tmp_path):
     images[3], images[5], images[7], images[9] = b"", b"text", None, images[8]
     table = pa.table({"image": [{"bytes": one} for one in images], "label": [number % 2 for number in range(50)]})
     parquet.write_table(table, tmp_path / "data.parquet")
-    asked = check.Asked(str(tmp_path / "data.parquet"), tmp_path / "out")
-    check.look(asked)
-    done = check.tell(asked, apply=tmp_path / "kept.parquet")
+    asked = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
+    check.scan_data(asked)
+    done = check.report_findings(asked, apply=tmp_path / "kept.parquet")
     rows = {finding.kind: finding.samples for finding in done.findings}
     assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
     kept = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
@@ -230,7 +230,7 @@ def test_a_file_that_may_not_be_read(data, tmp_path, monkeypatch):
         def read_bytes(self):
             raise PermissionError(13, "Permission denied")
 
-    told = scan.look(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
+    told = scan.measure_sample(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
     assert (told.fault, told.detail) == ("unreadable", "no permission to read it")
 
 
@@ -239,26 +239,26 @@ def test_a_single_class_and_no_class_at_all(tmp_path):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(len(name) + ord(name[2])))
-    asked = check.Asked(str(tmp_path / "data"), tmp_path / "out")
-    check.look(asked)
-    assert named(check.tell(asked)) == {"one-class": 1}
-    asked = check.Asked(str(tmp_path / "data/a"), tmp_path / "out2")
-    check.look(asked)
-    assert named(check.tell(asked)) == {}
+    asked = check.CheckRequest(str(tmp_path / "data"), tmp_path / "out")
+    check.scan_data(asked)
+    assert named(check.report_findings(asked)) == {"one-class": 1}
+    asked = check.CheckRequest(str(tmp_path / "data/a"), tmp_path / "out2")
+    check.scan_data(asked)
+    assert named(check.report_findings(asked)) == {}
 
 
 def test_embedded_data_has_no_files(tmp_path):
     with pytest.raises(TesseraError, match="embedded data"):
-        check.look(check.Asked("digits", tmp_path))
+        check.scan_data(check.CheckRequest("digits", tmp_path))
 
 
 def test_when_nothing_is_left_no_index_is_written(data, tmp_path):
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
-    asked = check.Asked(str(data), tmp_path / "out")
-    check.look(asked)
+    asked = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(asked)
     with pytest.raises(TesseraError, match="nothing would be kept"):
-        check.tell(asked, apply=tmp_path / "kept.parquet")
+        check.report_findings(asked, apply=tmp_path / "kept.parquet")
     assert not (tmp_path / "kept.parquet").exists()
     assert (tmp_path / "out/report.html").exists()
 

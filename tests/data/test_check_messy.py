@@ -34,9 +34,9 @@ def unpacked(folder: Path, every: int) -> Path:
 
 def checked(data: Path, out: Path, **more) -> tuple[dict[str, set[str]], list[dict]]:
     """What is named, by kind of finding; decisions."""
-    asked = check.Asked(str(data), out, **more)
-    check.look(asked)
-    found = check.tell(asked)
+    asked = check.CheckRequest(str(data), out, **more)
+    check.scan_data(asked)
+    found = check.report_findings(asked)
     decisions = [json.loads(line) for line in (out / check.DECISIONS).read_text().splitlines()]
     return {
         finding.kind: {decisions[row]["name"] for row in finding.samples}

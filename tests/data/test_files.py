@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tessera.data import AnyData, FilesConfig, index
-from tessera.data.images import Unusable
+from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 
 arrow = pytest.importorskip("pyarrow")
@@ -211,7 +211,7 @@ def test_files_that_vanish_or_shrink_are_unusable(tmp_path):
     (tmp_path / "folder/cat/a.png").unlink()
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:530])
     for number, said in ((0, "No such file"), (4, "ends within it"), (5, "ends within it")):
-        with pytest.raises(Unusable, match=said):
+        with pytest.raises(InvalidSample, match=said):
             source.pixels(number)
     assert source.shapes().tolist() == [[0, 0], [8, 8], [11, 10], [12, 10], [0, 0], [0, 0]]
     assert source.name(5) == f"{tmp_path / 'a.tar'} byte 1536"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from tessera.data.images import ImagesConfig, Unusable, centre_crop, read, shape
+from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read, shape
 
 ORIENTATION = 0x0112
 
@@ -158,18 +158,18 @@ def test_exif_orientation_is_obeyed(orientation):
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_a_truncated_file_is_unusable(kind):
     data = encoded(Image.fromarray(noise(32, 32)), kind)
-    with pytest.raises(Unusable, match=r"damaged|not an image"):
+    with pytest.raises(InvalidSample, match=r"damaged|not an image"):
         read(data[: len(data) // 2], config(8))
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_what_is_no_image_is_unusable(data):
-    with pytest.raises(Unusable, match=r"damaged|not an image"):
+    with pytest.raises(InvalidSample, match=r"damaged|not an image"):
         read(data, config(8))
 
 
 def test_a_missing_file_is_unusable(tmp_path):
-    with pytest.raises(Unusable):
+    with pytest.raises(InvalidSample):
         read(tmp_path / "gone.png", config(8))
 
 
@@ -189,7 +189,7 @@ def test_damage_of_any_kind_is_unusable_and_nothing_worse():
         for _ in range(draw.randrange(4)):
             if data:
                 data[draw.randrange(min(len(data), draw.choice((64, 200, 10**6))))] = draw.randrange(256)
-        with contextlib.suppress(Unusable):
+        with contextlib.suppress(InvalidSample):
             assert read(bytes(data), config(8, enlarge=True)).shape == (3, 8, 8)
 
 
@@ -198,14 +198,14 @@ def test_an_error_that_pillow_does_not_foresee_is_unusable(monkeypatch):
         raise struct.error("required argument is not an integer")
 
     monkeypatch.setattr("tessera.data.images.ImageOps.exif_transpose", trips)
-    with pytest.raises(Unusable, match="damaged: required argument"):
+    with pytest.raises(InvalidSample, match="damaged: required argument"):
         read(encoded(Image.fromarray(noise(8, 8))), config(8))
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 20), (20, 7), (7, 7)])
 def test_an_image_smaller_than_the_size_is_unusable_unless_enlarged(height, width):
     data = encoded(Image.fromarray(noise(height, width)))
-    with pytest.raises(Unusable, match=rf"smaller than the size: {height} x {width}.*data\.enlarge=true"):
+    with pytest.raises(InvalidSample, match=rf"smaller than the size: {height} x {width}.*data\.enlarge=true"):
         read(data, config(8))
     assert read(data, config(8, enlarge=True)).shape == (3, 8, 8)
 
@@ -341,9 +341,9 @@ def test_a_plain_png_is_not_decoded_for_its_shape(monkeypatch):
 
 @pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_what_is_no_image_has_no_shape(data, tmp_path):
-    with pytest.raises(Unusable, match=r"damaged|not an image"):
+    with pytest.raises(InvalidSample, match=r"damaged|not an image"):
         shape(data)
-    with pytest.raises(Unusable):
+    with pytest.raises(InvalidSample):
         shape(tmp_path / "gone.png")
 
 

@@ -170,7 +170,7 @@ def test_settings_of_images_that_differ_are_named(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
-    config = FilesConfig(path=str(tmp_path), size=(8, 8), flip=False)
+    config = FilesConfig(path=str(tmp_path), size=(8, 8), hflip=False)
     lay_out(tmp_path / "caches", config=config)
     for change, said in (
         ({"size": (4, 4)}, "images.size was [8, 8], is [4, 4]"),

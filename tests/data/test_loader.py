@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tessera.data import Loader
 from tessera.data import loader as loading
-from tessera.data.images import Unusable
+from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 
 
@@ -34,7 +34,7 @@ class Numbers:
 
     def pixels(self, index: int) -> np.ndarray:
         if index in self.bad:
-            raise Unusable(f"bad luck {index}")
+            raise InvalidSample(f"bad luck {index}")
         return np.full((1, 1, 1), index, np.uint8)
 
 

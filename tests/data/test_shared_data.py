@@ -53,7 +53,7 @@ def test_emoji_open_without_classes_and_with_their_names_as_captions():
 def test_tiles_open_as_nested_class_folders_and_all_are_usable(tmp_path):
     with zipfile.ZipFile(shared("tiles/tiles.zip")) as archive:
         archive.extractall(tmp_path)
-    source = FilesConfig(path=str(tmp_path), size=32, enlarge=True).open()
+    source = FilesConfig(path=str(tmp_path), size=32, upscale=True).open()
     assert len(source) > 3000
     assert source.class_names == tuple(sorted(path.name for path in tmp_path.iterdir() if path.is_dir()))
     loader = Loader(source, 256, seed=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tessera.data.check import similarity
-from tessera.data.check.scan import look
+from tessera.data.check.scan import measure_sample
 from tessera.data.images import ImagesConfig
 
 CONFIG = ImagesConfig(size=(1, 1))
@@ -109,7 +109,7 @@ def test_the_same_picture_in_another_file_is_alike_and_others_are_not(change):
         for kept, (made, kind, options) in ((seen, (image, "PNG", {})), (changed, change(image))):
             held = io.BytesIO()
             made.save(held, kind, **options)
-            kept.append(look(held.getvalue(), "", CONFIG))
+            kept.append(measure_sample(held.getvalue(), "", CONFIG))
     every = seen + changed
     hashes = np.array([one.hash for one in every], np.uint64)
     colours = np.stack([np.frombuffer(one.colours, np.uint8) for one in every])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tessera.data import FilesConfig
-from tessera.data.images import Unusable
+from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 
 arrow = pytest.importorskip("pyarrow")
@@ -182,7 +182,7 @@ def test_damage_of_any_kind_is_an_error_of_ours(tmp_path):
             source = opened(tmp_path / "a.parquet")
             opens += 1
             for index in range(len(source)):
-                with contextlib.suppress(Unusable):
+                with contextlib.suppress(InvalidSample):
                     source.pixels(index)
     assert 0 < opens < 300
 
@@ -218,7 +218,7 @@ def test_a_row_without_bytes_is_unusable(tmp_path, image):
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     images = arrow.array([image, {"bytes": png(3), "path": None}], kind)
     source = opened(put(tmp_path / "a.parquet", image=images, label=[0, 1]))
-    with pytest.raises(Unusable, match="no image bytes"):
+    with pytest.raises(InvalidSample, match="no image bytes"):
         source.pixels(0)
     np.testing.assert_array_equal(source.pixels(1), np.full((3, 8, 8), 3))
 
@@ -302,7 +302,7 @@ def test_large_files_are_unpacked_once_and_read_alike(tmp_path, monkeypatch, cap
         assert said in capfd.readouterr().err if said else not capfd.readouterr().err
         for row in (39, 0, 22, 10, 11):
             assert mapped.content(row) == held.content(row) == table["image"][row]["bytes"].as_py()
-        with pytest.raises(Unusable, match="no image bytes"):
+        with pytest.raises(InvalidSample, match="no image bytes"):
             mapped.content(7)
     assert len(list((tmp_path / "caches/tables").glob("*.arrow"))) == 1
     parquet.write_table(table.slice(20), path)  # another file of the same name
@@ -315,7 +315,7 @@ def test_a_row_may_name_a_file_instead(tmp_path):
     images = arrow.array([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}], kind)
     source = opened(put(tmp_path / "a.parquet", image=images))
     assert source.content(0) == tmp_path / "a.png"
-    with pytest.raises(Unusable, match="no image bytes"):
+    with pytest.raises(InvalidSample, match="no image bytes"):
         source.content(1)
 
 

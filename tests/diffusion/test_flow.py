@@ -13,22 +13,22 @@ import torch
 from scipy import stats
 
 from tessera import bundle
-from tessera.diffusion import Flow, FlowConfig, Gaussian
-from tessera.diffusion.flow import NEAREST, shifted
+from tessera.diffusion import FlowMatching, FlowMatchingConfig, GaussianDiffusion
+from tessera.diffusion.flow import T_EPS, shifted
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
 from tessera.sampling import DDIM, loop
-from tessera.sampling.timesteps import Even
-from tessera.settings import parse
-from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
+from tessera.sampling.timesteps import Uniform
+from tessera.settings import validate
+from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
 
 PATHS = ["linear", "trigonometric"]
 QUANTITIES = ["velocity", "x0", "epsilon"]
 TIMES = torch.tensor([0.06, 0.3, 0.7, 0.94], dtype=torch.float64)  # where no share is below the floor
 
 
-def flow(**settings) -> Flow:
-    return FlowConfig.model_validate(settings).build()
+def flow(**settings) -> FlowMatching:
+    return FlowMatchingConfig.model_validate(settings).build()
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -59,7 +59,7 @@ def test_data_at_0_and_noise_at_1_to_the_bit(path):
 def test_noise_is_mixed_in_row_by_row(path, dtype):
     made, t = flow(path=path), TIMES.to(dtype)
     x0, noise = normal(4, 4, 4, 4, dtype=dtype), normal(4, 4, 4, 4, seed=1, dtype=dtype)
-    x, target = made.mix(x0, noise, t), made.target(x0, noise, t)
+    x, target = made.add_noise(x0, noise, t), made.training_target(x0, noise, t)
     assert x.dtype == target.dtype == dtype
     assert made.alpha(t).dtype == made.sigma(t).dtype == torch.float64
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
@@ -73,7 +73,7 @@ def test_noise_is_mixed_in_row_by_row(path, dtype):
 @pytest.mark.parametrize("path", PATHS)
 def test_rates_are_the_derivatives(path):
     made, t, h = flow(path=path), torch.linspace(0.01, 0.99, 23, dtype=torch.float64), 1e-5
-    for rate, share in zip(made.rates(t), (made.alpha, made.sigma)):
+    for rate, share in zip(made.schedule_derivative(t), (made.alpha, made.sigma)):
         torch.testing.assert_close(rate, (share(t + h) - share(t - h)) / (2 * h), rtol=1e-8, atol=1e-8)
         assert rate.dtype == torch.float64
 
@@ -84,7 +84,7 @@ def test_time_at_undoes_the_ratio_of_noise_to_data(path):
     t = torch.cat((torch.linspace(0, 1, 101, dtype=torch.float64), torch.tensor([1e-9, 1 - 1e-9])))
     ratio = made.sigma(t) / made.alpha(t)
     assert math.isinf(ratio[100])  # pure noise
-    torch.testing.assert_close(made.time_at(ratio), t, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(made.time_from_nsr(ratio), t, rtol=1e-12, atol=1e-15)
 
 
 # What a raw output means
@@ -96,13 +96,13 @@ def test_time_at_undoes_the_ratio_of_noise_to_data(path):
 def test_a_perfect_output_gives_back_data_and_noise(path, prediction, dtype):
     made, t = flow(path=path, prediction=prediction), TIMES.to(dtype)
     x0, noise = normal(4, 4, 4, 4, dtype=dtype), normal(4, 4, 4, 4, seed=1, dtype=dtype)
-    found = made.predict(made.target(x0, noise, t), made.mix(x0, noise, t), t)
+    found = made.predict(made.training_target(x0, noise, t), made.add_noise(x0, noise, t), t)
     tolerance = 1e-12 if dtype == torch.float64 else 3e-5
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=tolerance)
     torch.testing.assert_close(found.eps, noise, rtol=0, atol=tolerance)
     assert found.x0.dtype == found.eps.dtype == dtype
-    assert found.fraction is None
-    assert made.outputs(4) == 4
+    assert found.var_fraction is None
+    assert made.out_channels(4) == 4
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -110,7 +110,7 @@ def test_a_velocity_tells_both_ends_at_every_time(path):
     """Even in pure data and in pure noise: there is no division by a share."""
     made, t = flow(path=path), torch.tensor([0.0, 1e-9, 1 - 1e-9, 1.0], dtype=torch.float64)
     x0, noise = normal(4, 4, 4, 4), normal(4, 4, 4, 4, seed=1)
-    found = made.predict(made.target(x0, noise, t), made.mix(x0, noise, t), t)
+    found = made.predict(made.training_target(x0, noise, t), made.add_noise(x0, noise, t), t)
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.eps, noise, rtol=0, atol=1e-12)
 
@@ -122,7 +122,7 @@ def test_any_output_is_a_consistent_pair(path, prediction):
     made = flow(path=path, prediction=prediction)
     x, raw = normal(4, 4, 4, 4), normal(4, 4, 4, 4, seed=1)
     found = made.predict(raw, x, TIMES)
-    torch.testing.assert_close(made.mix(found.x0, found.eps, TIMES), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(made.add_noise(found.x0, found.eps, TIMES), x, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -148,7 +148,7 @@ def test_drawing_by_epsilon_bears_a_small_error(path):
             return made.predict(eps + error, x, t)
 
         denoise.process = made
-        return list(loop(DDIM(), denoise, start, Even()(50, made), lambda: start))[-1].x
+        return list(loop(DDIM(), denoise, start, Uniform()(50, made), lambda: start))[-1].x
 
     assert float(drawn(0).mean()) == pytest.approx(mean, abs=0.05)
     assert float(drawn(0).std()) == pytest.approx(spread, abs=0.02)
@@ -160,15 +160,15 @@ def test_drawing_by_epsilon_bears_a_small_error(path):
 
 def test_the_network_is_told_times_in_its_own_units():
     t = torch.tensor([0.0, 0.25, 1.0])
-    assert flow().network_time(t).tolist() == [0, 250, 1000]
-    assert flow(network_times=(1, 0)).network_time(t).tolist() == [1, 0.75, 0]  # SiT's
-    assert flow().network_time(t.double()).dtype == torch.float32
+    assert flow().model_time(t).tolist() == [0, 250, 1000]
+    assert flow(network_times=(1, 0)).model_time(t).tolist() == [1, 0.75, 0]  # SiT's
+    assert flow().model_time(t.double()).dtype == torch.float32
 
 
 def test_uniform_times_are_the_uniform_numbers_and_stay_off_the_ends():
     made, uniform = flow(), torch.tensor([0.0, 0.25, 1 - 2.0**-24])
-    drawn = made.draw_times(uniform)
-    assert drawn.tolist() == pytest.approx([NEAREST, 0.25, 1 - NEAREST], rel=1e-6)
+    drawn = made.sample_timesteps(uniform)
+    assert drawn.tolist() == pytest.approx([T_EPS, 0.25, 1 - T_EPS], rel=1e-6)
     assert drawn.dtype == torch.float32
     assert ((drawn > 0) & (drawn < 1)).all()
 
@@ -177,14 +177,14 @@ def test_uniform_times_are_the_uniform_numbers_and_stay_off_the_ends():
 def test_logit_normal_times_have_its_quantiles(mean, std):
     made = flow(times={"kind": "logit-normal", "mean": mean, "std": std})
     share = np.linspace(0.001, 0.999, 999)
-    drawn = made.draw_times(torch.from_numpy(share)).numpy()
+    drawn = made.sample_timesteps(torch.from_numpy(share)).numpy()
     np.testing.assert_allclose(drawn, 1 / (1 + np.exp(-stats.norm.ppf(share, mean, std))), rtol=1e-9)
 
 
 @pytest.mark.parametrize("std", [0.5, 30.0])
 def test_logit_normal_times_are_finite_at_both_ends(std):
-    drawn = flow(times={"kind": "logit-normal", "std": std}).draw_times(torch.tensor([0.0, 1 - 2.0**-24]))
-    assert ((drawn >= NEAREST) & (drawn <= 1 - NEAREST + 1e-7)).all()
+    drawn = flow(times={"kind": "logit-normal", "std": std}).sample_timesteps(torch.tensor([0.0, 1 - 2.0**-24]))
+    assert ((drawn >= T_EPS) & (drawn <= 1 - T_EPS + 1e-7)).all()
     assert drawn[0] < drawn[1]
 
 
@@ -194,10 +194,10 @@ def test_shift_multiplies_the_ratio_of_noise_to_data(factor):
     t = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     moved = shifted(t, factor)
     torch.testing.assert_close(moved / (1 - moved), factor * t / (1 - t), rtol=1e-12, atol=0)
-    torch.testing.assert_close(flow(shift=factor).draw_times(t), moved)
-    both = flow(shift=factor, times="logit-normal").draw_times(t)  # a shift of logit-normal times moves their mean
+    torch.testing.assert_close(flow(shift=factor).sample_timesteps(t), moved)
+    both = flow(shift=factor, times="logit-normal").sample_timesteps(t)  # a shift of logit-normal times moves their mean
     torch.testing.assert_close(
-        both, flow(times={"kind": "logit-normal", "mean": math.log(factor)}).draw_times(t), rtol=1e-12, atol=0
+        both, flow(times={"kind": "logit-normal", "mean": math.log(factor)}).sample_timesteps(t), rtol=1e-12, atol=0
     )
 
 
@@ -206,9 +206,9 @@ def test_shift_multiplies_the_ratio_of_noise_to_data(factor):
     [(4, (32, 32), 1.0), (4, (64, 64), 2.0), (768, (16, 16), 6.93), (1, (8, 8), 0.125)],
 )
 def test_shift_by_dimension(channels, size, expected):
-    config = FlowConfig(shift="dimension")
+    config = FlowMatchingConfig(shift="dimension")
     assert config.resolved(channels, size).shift == pytest.approx(expected, rel=1e-3)
-    assert FlowConfig(shift=2).resolved(channels, size).shift == 2
+    assert FlowMatchingConfig(shift=2).resolved(channels, size).shift == 2
     with pytest.raises(ValueError, match="resolved"):
         config.build()
 
@@ -248,7 +248,7 @@ def test_any_prediction_under_any_loss_is_that_squared_error(path, prediction, l
 def test_below_the_floor_a_converted_loss_grows_no_further():
     """x0 under the velocity loss weighs its error by 1 / t^2, and by 1 / 0.05^2 at most (Li & He 2025)."""
     made = flow(prediction="x0", loss="velocity")
-    t = torch.tensor([NEAREST, 0.01, 0.05, 0.1], dtype=torch.float64)
+    t = torch.tensor([T_EPS, 0.01, 0.05, 0.1], dtype=torch.float64)
     x0 = torch.zeros(4, 1, 2, 2, dtype=torch.float64)
     losses = made.loss(x0 + 1, x0, normal(4, 1, 2, 2), t)
     torch.testing.assert_close(losses.total, torch.tensor([400.0, 400, 400, 100], dtype=torch.float64))
@@ -263,7 +263,7 @@ def test_the_loss_is_least_at_the_exact_velocity_of_gaussian_data(path):
     alpha, sigma, alpha_rate, sigma_rate = shares(path, at)
     x0 = mean + spread * normal(1, 1, 1, count)
     noise, t = normal(1, 1, 1, count, seed=1), torch.tensor([at], dtype=torch.float64)
-    x = made.mix(x0, noise, t)
+    x = made.add_noise(x0, noise, t)
     variance = alpha**2 * spread**2 + sigma**2
     off = x - alpha * mean
     best = alpha_rate * (mean + alpha * spread**2 / variance * off) + sigma_rate * sigma / variance * off
@@ -300,16 +300,16 @@ training:
 
 def recipe(tmp_path, process: str, *overrides: str) -> Recipe:
     (tmp_path / "tiny.yaml").write_text(RECIPE.replace("PROCESS", process))
-    return read(tmp_path / "tiny.yaml", [f"output={tmp_path / 'run'}", *overrides])
+    return read_recipe(tmp_path / "tiny.yaml", [f"output={tmp_path / 'run'}", *overrides])
 
 
 @pytest.mark.parametrize("told", ["{kind: gaussian, steps: 20, schedule: cosine}", "{steps: 20, prediction: v}"])
 @pytest.mark.parametrize("chosen", ["process=flow", "process.kind=flow"])
 def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, chosen):
-    assert recipe(tmp_path, told, chosen).process == FlowConfig()
-    assert recipe(tmp_path, told, chosen, "process.path=trigonometric").process == FlowConfig(path="trigonometric")
-    assert isinstance(recipe(tmp_path, told, "process.kind=gaussian").process.build(), Gaussian)
-    assert recipe(tmp_path, told, "process.kind=gaussian").process.steps == 20
+    assert recipe(tmp_path, told, chosen).diffusion == FlowMatchingConfig()
+    assert recipe(tmp_path, told, chosen, "process.path=trigonometric").diffusion == FlowMatchingConfig(path="trigonometric")
+    assert isinstance(recipe(tmp_path, told, "process.kind=gaussian").diffusion.build(), GaussianDiffusion)
+    assert recipe(tmp_path, told, "process.kind=gaussian").diffusion.num_timesteps == 20
 
 
 @pytest.mark.parametrize(
@@ -336,16 +336,16 @@ def test_faults_are_named(tmp_path, process, said):
 def test_the_dimension_is_that_of_what_the_network_sees(tmp_path, make_model):
     """It stays a word in recipe and bundle, and is a number in each process that is built for a size."""
     told = pixels_like_data(recipe(tmp_path, "{kind: flow, shift: dimension}"))
-    resolved = resolve(told, told.data.open(), told.codec.build())
-    assert resolved.process == FlowConfig(shift="dimension")
-    assert resolved.network.outputs == 1
+    resolved = resolve_recipe(told, told.data.open(), told.codec.build())
+    assert resolved.diffusion == FlowMatchingConfig(shift="dimension")
+    assert resolved.network.out_channels == 1
     for size, shift in ((8, 0.125), (16, 0.25)):  # the root of 8 x 8 x 1 over 4096
         model = make_model(network={"outputs": 1, "size": size}, sampling={"sampler": "euler", "steps": 2})
-        config = model.config.model_copy(update={"process": FlowConfig(shift="dimension")})
+        config = model.config.model_copy(update={"process": FlowMatchingConfig(shift="dimension")})
         bundle.save(bundle.Model(config, model.network), tmp_path / f"{size}")
         read = bundle.load(tmp_path / f"{size}")
         assert json.loads((tmp_path / f"{size}" / bundle.CONFIG).read_text())["process"]["shift"] == "dimension"
-        assert (read.process.shift, read.config.process.words().endswith("shifted by dimension")) == (shift, True)
+        assert (read.diffusion.shift, read.config.diffusion.summary().endswith("shifted by dimension")) == (shift, True)
         assert pipeline.generate(read, [0]).shape == (1, size, size, 1)
 
 
@@ -369,7 +369,7 @@ def test_a_run_learns_and_its_bundle_draws(tmp_path, process):
     assert stored["shift"] == ("dimension" if "dimension" in process else 1.0)
     assert loop.train(recipe(tmp_path, process)) == run, "the word agrees with itself when the run goes on"
     model = bundle.load(folder)
-    assert model.config.process == parse(FlowConfig, stored, "")
+    assert model.config.diffusion == validate(FlowMatchingConfig, stored, "")
     assert bundle.describe(model)["process"].startswith("flow, ")
     pictures = pipeline.generate(model, [3, 5], [0])
     assert pictures.shape == (2, 8, 8, 1)

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from tessera.diffusion.gaussian import Gaussian, GaussianConfig, binned_log_likelihood
+from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig, binned_log_likelihood
 from tessera.diffusion.prediction import Prediction
 from tessera.errors import TesseraError
-from tessera.settings import parse
+from tessera.settings import validate
 
 KINDS = ["epsilon", "x0", "v"]
 
 
-def process(**settings) -> Gaussian:
-    return GaussianConfig.model_validate(settings).build()
+def process(**settings) -> GaussianDiffusion:
+    return GaussianDiffusionConfig.model_validate(settings).build()
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -89,7 +89,7 @@ def test_between_the_trained_steps_alpha_bar_is_a_straight_line(kind):
     expected = np.interp(fine.numpy(), np.arange(51) / 50, made.alpha_bar.numpy())
     np.testing.assert_allclose(bar.numpy(), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(bar + made.sigma(fine) ** 2, torch.ones_like(fine), rtol=0, atol=1e-15)
-    assert made.network_time(torch.tensor([0.02, 0.03, 0.5, 0.525])).tolist() == pytest.approx([0, 0.5, 24, 25.25])
+    assert made.model_time(torch.tensor([0.02, 0.03, 0.5, 0.525])).tolist() == pytest.approx([0, 0.5, 24, 25.25])
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -98,9 +98,9 @@ def test_time_at_undoes_the_ratio_of_noise_to_data(kind, zero):
     made = process(schedule=kind, steps=100, prediction="v", zero_terminal_snr=zero)
     t = torch.linspace(0.01, 1, 991, dtype=torch.float64)  # every trained step, and nine times between
     ratio = made.sigma(t) / made.alpha(t)
-    torch.testing.assert_close(made.time_at(ratio), t, rtol=0, atol=1e-10)
+    torch.testing.assert_close(made.time_from_nsr(ratio), t, rtol=0, atol=1e-10)
     beyond = torch.tensor([0.0, 1e-9, 1e12, math.inf])
-    assert made.time_at(beyond).tolist() == [0.01, 0.01, 1, 1]
+    assert made.time_from_nsr(beyond).tolist() == [0.01, 0.01, 1, 1]
 
 
 # Zero terminal SNR
@@ -122,14 +122,14 @@ def test_zero_terminal_snr_is_that_of_diffusers(kind, steps):
 def test_everything_is_finite_in_pure_noise(kind, variance):
     made = process(prediction=kind, variance=variance, zero_terminal_snr=True, weighting="min-snr")
     x0, noise, t = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1), torch.ones(2)
-    x = made.mix(x0, noise, t)
+    x = made.add_noise(x0, noise, t)
     assert torch.equal(x, noise)
-    raw = made.target(x0, noise, t)
+    raw = made.training_target(x0, noise, t)
     raw = torch.cat((raw, torch.zeros_like(raw)), dim=1) if variance == "learned" else raw
     found = made.predict(raw, x, t)
     torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-12)
     torch.testing.assert_close(found.eps, noise, rtol=0, atol=1e-12)
-    mean, log_variance = made.reverse(x, found, t, torch.full((2,), 0.9))
+    mean, log_variance = made.p_mean_variance(x, found, t, torch.full((2,), 0.9))
     assert torch.isfinite(mean).all()
     assert torch.isfinite(log_variance).all()
     assert torch.isfinite(made.loss(raw, x0, noise, t).total).all()
@@ -147,7 +147,7 @@ def test_everything_is_finite_in_pure_noise(kind, variance):
 )
 def test_faults_are_named(told, said):
     with pytest.raises(TesseraError) as caught:
-        parse(GaussianConfig, told, "the process")
+        validate(GaussianDiffusionConfig, told, "the process")
     assert said in str(caught.value)
 
 
@@ -158,22 +158,22 @@ def test_faults_are_named(told, said):
 def test_network_time_counts_the_steps(steps):
     """Times in float32, as they are drawn, lead to whole steps 0 .. steps - 1."""
     t = torch.arange(1, steps + 1) / steps
-    assert process(steps=steps).network_time(t).tolist() == list(range(steps))
+    assert process(steps=steps).model_time(t).tolist() == list(range(steps))
 
 
 @given(st.integers(1, 5000))
 def test_drawn_times_reach_both_ends(steps):
     made = process(steps=steps)
     ends = torch.tensor([0.0, 1 - 2.0**-24])  # of the uniform numbers of 24 bits
-    assert made.network_time(made.draw_times(ends)).tolist() == [0, steps - 1]
+    assert made.model_time(made.sample_timesteps(ends)).tolist() == [0, steps - 1]
 
 
 def test_every_time_is_equally_likely():
     made = process()
-    drawn = made.draw_times((torch.arange(100_000) + 0.5) / 100_000)
+    drawn = made.sample_timesteps((torch.arange(100_000) + 0.5) / 100_000)
     assert drawn.min() == torch.tensor(1 / 1000)
     assert drawn.max() == 1
-    counts = torch.bincount(made.network_time(drawn).long(), minlength=1000)
+    counts = torch.bincount(made.model_time(drawn).long(), minlength=1000)
     assert counts.tolist() == [100] * 1000
 
 
@@ -187,18 +187,18 @@ def test_a_perfect_output_gives_back_data_and_noise(kind, dtype):
     made = process(prediction=kind, variance="posterior")
     x0, noise = normal(4, 4, 4, 4, dtype=dtype), normal(4, 4, 4, 4, seed=1, dtype=dtype)
     t = torch.tensor([0.001, 0.25, 0.5, 0.9])
-    x = made.mix(x0, noise, t)
-    prediction = made.predict(made.target(x0, noise, t), x, t)
+    x = made.add_noise(x0, noise, t)
+    prediction = made.predict(made.training_target(x0, noise, t), x, t)
     tolerance = 1e-10 if dtype == torch.float64 else 2e-4
     torch.testing.assert_close(prediction.x0, x0, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(prediction.eps, noise, rtol=tolerance, atol=tolerance * (1 if kind == "epsilon" else 20))
-    assert prediction.fraction is None
+    assert prediction.var_fraction is None
     assert x.dtype == prediction.x0.dtype == dtype
     for row in range(4):  # each row by itself, with plain numbers
         alpha, sigma = float(made.alpha(t[row : row + 1])), float(made.sigma(t[row : row + 1]))
         torch.testing.assert_close(x[row], alpha * x0[row] + sigma * noise[row], rtol=1e-5, atol=1e-6)
         expected = {"epsilon": noise[row], "x0": x0[row], "v": alpha * noise[row] - sigma * x0[row]}[kind]
-        torch.testing.assert_close(made.target(x0, noise, t)[row], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(made.training_target(x0, noise, t)[row], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,18 +208,18 @@ def test_any_output_is_a_consistent_pair(kind):
     x, raw = normal(4, 4, 4, 4), normal(4, 8, 4, 4, seed=1)
     t = torch.tensor([0.001, 0.3, 0.7, 1.0])
     prediction = made.predict(raw, x, t)
-    torch.testing.assert_close(made.mix(prediction.x0, prediction.eps, t), x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made.add_noise(prediction.x0, prediction.eps, t), x, rtol=1e-9, atol=1e-9)
 
 
 def test_the_second_half_of_the_channels_is_the_fraction_of_log_variance():
     raw = torch.cat((torch.zeros(1, 2, 1, 1), torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)), dim=1)
-    fraction = process().predict(raw, torch.ones(1, 2, 1, 1), torch.tensor([0.5])).fraction
+    fraction = process().predict(raw, torch.ones(1, 2, 1, 1), torch.tensor([0.5])).var_fraction
     assert fraction.flatten().tolist() == [0, 1]
 
 
 def test_outputs():
-    assert process().outputs(4) == 8
-    assert process(variance="beta").outputs(4) == 4
+    assert process().out_channels(4) == 8
+    assert process(variance="beta").out_channels(4) == 4
 
 
 # The reverse process
@@ -286,7 +286,7 @@ def test_fixed_variances_are_those_of_diffusers(schedule, variance, theirs, stri
     for step in range(stride, 1000, max(stride, 37)):
         step -= step % stride
         t, s = torch.tensor([(step + 1) / 1000]), torch.tensor([(step - stride + 1) / 1000])
-        _, log_variance = made.reverse(x, Prediction(x0=x, eps=x), t, s)
+        _, log_variance = made.p_mean_variance(x, Prediction(x0=x, eps=x), t, s)
         expected = float(scheduler._get_variance(torch.tensor(step)))
         assert math.exp(float(log_variance)) == pytest.approx(expected, rel=2e-3)  # theirs is made in float32
 
@@ -296,7 +296,7 @@ def test_the_variance_of_the_first_step_is_the_posterior_of_the_second(variance)
     """As in the official code; only the likelihood of pixels at that step uses it."""
     made = process(variance=variance)
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    first = made.reverse(x, Prediction(x0=x, eps=x), torch.tensor([0.001]), torch.tensor([0.0]))[1]
+    first = made.p_mean_variance(x, Prediction(x0=x, eps=x), torch.tensor([0.001]), torch.tensor([0.0]))[1]
     betas = np.linspace(1e-4, 0.02, 1000)
     expected = betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1]))
     assert math.exp(float(first)) == pytest.approx(expected, rel=1e-9)
@@ -308,15 +308,15 @@ def test_the_learned_variance_lies_between_the_two_others():
     t, s = torch.tensor([0.002, 0.5, 1.0]), torch.tensor([0.001, 0.3, 0.999])
     smallest, largest = made.log_variances(t, s)
     for fraction, expected in ((0.0, smallest), (1.0, largest), (0.25, 0.75 * smallest + 0.25 * largest)):
-        prediction = Prediction(x0=x, eps=x, fraction=torch.full_like(x, fraction))
-        _, got = made.reverse(x, prediction, t, s)
+        prediction = Prediction(x0=x, eps=x, var_fraction=torch.full_like(x, fraction))
+        _, got = made.p_mean_variance(x, prediction, t, s)
         torch.testing.assert_close(got, expected.view(3, 1, 1, 1).expand_as(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_process_of_one_step():
     made = process(steps=1)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    mean, log_variance = made.reverse(x, Prediction(x0=x + 3, eps=x), torch.ones(1), torch.zeros(1))
+    mean, log_variance = made.p_mean_variance(x, Prediction(x0=x + 3, eps=x), torch.ones(1), torch.zeros(1))
     assert mean.item() == pytest.approx(3)
     assert torch.isfinite(log_variance).all()
 
@@ -339,8 +339,8 @@ def test_the_bound_is_the_kl_divergence_by_numerical_integration():
     t = torch.from_numpy(steps / 1000)
     x0, noise, raw = normal(4, 1, 1, 1), normal(4, 1, 1, 1, seed=1), normal(4, 2, 1, 1, seed=2)
     raw[:, :1] = noise + 0.3 * raw[:, :1]
-    x = made.mix(x0, noise, t)
-    got = made.bound(raw, x0, x, t)
+    x = made.add_noise(x0, noise, t)
+    got = made.vlb_term(raw, x0, x, t)
     for row, i in enumerate(steps):
         bar = np.prod(1 - betas[:i])
         at = float(x[row])
@@ -363,8 +363,8 @@ def test_the_bound_of_the_first_step_is_the_likelihood_of_the_pixels_bin():
     x0 = (torch.tensor([0, 1, 60, 200, 254, 255], dtype=torch.float64) / 127.5 - 1).view(6, 1, 1, 1)
     noise = normal(6, 1, 1, 1)
     t = torch.full((6,), 0.001)
-    x = made.mix(x0, noise, t)
-    got = made.bound(torch.cat((noise * 0.9, torch.zeros_like(noise)), dim=1), x0, x, t)
+    x = made.add_noise(x0, noise, t)
+    got = made.vlb_term(torch.cat((noise * 0.9, torch.zeros_like(noise)), dim=1), x0, x, t)
     smallest = math.log(betas[1] * betas[0] / (1 - (1 - betas[0]) * (1 - betas[1])))
     std = math.exp(0.25 * (smallest + math.log(betas[0])))
     for row in range(6):
@@ -414,7 +414,7 @@ def test_the_bound_trains_the_variance_alone(kind):
     x0, noise = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
     t = torch.tensor([0.001, 0.5, 1.0])
     raw = normal(3, 4, 4, 4, seed=2)
-    raw[:, :2] = made.target(x0, noise, t) + 1e-3 * raw[:, :2]  # nearly right: a hopeless likelihood has no slope
+    raw[:, :2] = made.training_target(x0, noise, t) + 1e-3 * raw[:, :2]  # nearly right: a hopeless likelihood has no slope
     raw.requires_grad_()
     losses = made.loss(raw, x0, noise, t)
     torch.testing.assert_close(losses.total, losses.mse + losses.vb)
@@ -431,10 +431,10 @@ def test_the_bound_is_least_at_the_true_posterior():
     made = process()
     x0, noise = normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
     t = torch.tensor([0.3, 0.9])
-    x = made.mix(x0, noise, t)
+    x = made.add_noise(x0, noise, t)
 
     def bound(told):
-        return made.bound(torch.cat((noise, torch.full_like(noise, told)), dim=1), x0, x, t)
+        return made.vlb_term(torch.cat((noise, torch.full_like(noise, told)), dim=1), x0, x, t)
 
     torch.testing.assert_close(bound(-1.0), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
     assert (bound(0.0) > 0).all()
@@ -461,7 +461,7 @@ def test_min_snr_weighs_every_prediction_by_the_same_error_of_x0(kind, gamma):
     losses = made.loss(raw, x0, noise, t)
     plain = process(prediction=kind, variance="beta").loss(raw, x0, noise, t)
     assert torch.equal(losses.mse, plain.total)
-    found = made.predict(raw, made.mix(x0, noise, t), t).x0
+    found = made.predict(raw, made.add_noise(x0, noise, t), t).x0
     for row in range(4):
         bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: round(float(t[row]) * 1000)])
         snr = bar / (1 - bar)

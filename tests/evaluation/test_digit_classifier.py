@@ -10,9 +10,9 @@ from tessera.data.digits import DigitsConfig
 @pytest.fixture(scope="module")
 def judge():
     pytest.importorskip("sklearn")
-    from tessera.evaluation.toy.digit_classifier import DigitJudge
+    from tessera.evaluation.toy.digit_classifier import DigitClassifier
 
-    return DigitJudge()
+    return DigitClassifier()
 
 
 def test_the_judge_reads_digits_that_it_has_not_seen(judge):
@@ -52,10 +52,10 @@ def test_judging_is_the_share_with_its_interval(judge):
 
 def test_data_of_known_truth_have_a_judge():
     pytest.importorskip("sklearn")
-    from tessera.evaluation.toy.digit_classifier import DigitJudge, oracle_for
-    from tessera.evaluation.toy.shape_reader import ShapesJudge
+    from tessera.evaluation.toy.digit_classifier import DigitClassifier, oracle_for
+    from tessera.evaluation.toy.shape_reader import ShapesEvaluator
 
-    for data, kind in ((DigitsConfig(), DigitJudge), (ShapesConfig(split="train"), ShapesJudge)):
+    for data, kind in ((DigitsConfig(), DigitClassifier), (ShapesConfig(split="train"), ShapesEvaluator)):
         found = oracle_for(data)
         assert isinstance(found, kind)
         assert found.reads

@@ -15,7 +15,7 @@ from tessera.errors import TesseraError
 from tessera.evaluation import features
 from tessera.evaluation.features import extract, extractor, moments_of
 from tessera.evaluation.sources import Data, Folder, Npz, chosen
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
@@ -23,7 +23,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_part_of_every_picture_in_order(digits, real, small_shards, tmp_path):
-    found = extract(Data(DigitsConfig(), 90), digits, tmp_path, Ranks(), batch=7)
+    found = extract(Data(DigitsConfig(), 90), digits, tmp_path, Distributed(), batch=7)
     some = chosen(1000, 90)
     whole = digits(real[some], 90)
     assert set(found.rows) == {"pool", "spatial", "logits"}
@@ -53,9 +53,9 @@ class Dies(Data):
 
 
 def test_a_killed_extraction_goes_on_to_the_same_bytes(digits, small_shards, tmp_path):
-    whole = extract(Data(DigitsConfig(), 90), digits, tmp_path / "whole", Ranks())
+    whole = extract(Data(DigitsConfig(), 90), digits, tmp_path / "whole", Distributed())
     with pytest.raises(Killed):
-        extract(Dies(DigitsConfig(), 90), digits, tmp_path / "part", Ranks())
+        extract(Dies(DigitsConfig(), 90), digits, tmp_path / "part", Distributed())
     assert sorted(path.name for path in (tmp_path / "part").glob("0*")) == [f"{i:06d}.npz" for i in range(3)]
     (tmp_path / "part/000001.npz").unlink()
     (tmp_path / "part/000001.npz.partial").write_text("half")
@@ -65,15 +65,15 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(digits, small_shards, tmp
     def progress(done, total):
         seen.append((done, total, (tmp_path / "part/000000.npz").stat().st_mtime_ns == before))
 
-    found = extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Ranks(), progress=progress)
+    found = extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Distributed(), progress=progress)
     assert seen == [(done, 5, True) for done in (3, 4, 5)]  # what stood there was not looked at again
     assert found.hash == whole.hash
     assert arrays(tmp_path / "part") == arrays(tmp_path / "whole")
 
 
 def test_an_extraction_killed_while_joining_goes_on(digits, small_shards, tmp_path, monkeypatch):
-    whole = extract(Data(DigitsConfig(), 90), digits, tmp_path / "whole", Ranks())
-    write = features.write_whole
+    whole = extract(Data(DigitsConfig(), 90), digits, tmp_path / "whole", Distributed())
+    write = features.atomic_write
 
     def killed(path, data):
         if path.name == features.FACTS:
@@ -83,43 +83,43 @@ def test_an_extraction_killed_while_joining_goes_on(digits, small_shards, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(features, "write_whole", killed)
         with pytest.raises(Killed):
-            extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Ranks())
+            extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Distributed())
     assert (tmp_path / "part/pool.npy").exists()
-    found = extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Ranks())
+    found = extract(Data(DigitsConfig(), 90), digits, tmp_path / "part", Distributed())
     assert (found.hash, arrays(tmp_path / "part")) == (whole.hash, arrays(tmp_path / "whole"))
 
 
 def test_what_is_there_is_not_looked_at_again(digits, tmp_path):
-    first = extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+    first = extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
     blind = replace(digits, network=None)
-    again = extract(Data(DigitsConfig(), 30), blind, tmp_path, Ranks())
+    again = extract(Data(DigitsConfig(), 30), blind, tmp_path, Distributed())
     assert again.hash == first.hash
     np.testing.assert_array_equal(again.rows["pool"], first.rows["pool"])
 
 
 def test_other_work_in_the_folder_is_refused_and_says_what_differs(digits, tmp_path):
-    extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+    extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
     with pytest.raises(TesseraError, match=r"holds other work: subject\.count was 30, is 31\. Give another --out"):
-        extract(Data(DigitsConfig(), 31), digits, tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 31), digits, tmp_path, Distributed())
     with pytest.raises(TesseraError, match=r"subject\.data\.split was model, is judge"):
-        extract(Data(DigitsConfig(split="judge"), 30), digits, tmp_path, Ranks())
+        extract(Data(DigitsConfig(split="judge"), 30), digits, tmp_path, Distributed())
     with pytest.raises(TesseraError, match=r"features\.weights was \w+, is other"):
-        extract(Data(DigitsConfig(), 30), replace(digits, weights="other"), tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 30), replace(digits, weights="other"), tmp_path, Distributed())
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(TesseraError, match=r"cannot read .*plan\.json.*remove .* to start afresh"):
-        extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
 
 
 def test_facts_or_features_that_are_damaged_are_one_error(digits, tmp_path):
-    extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+    extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
     pool, facts = (tmp_path / "pool.npy").read_bytes(), (tmp_path / "facts.json").read_text()
     (tmp_path / "pool.npy").write_bytes(pool[:-5])
     with pytest.raises(TesseraError, match=r"pool\.npy is damaged"):
-        extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
     (tmp_path / "pool.npy").write_bytes(pool)
     (tmp_path / "facts.json").write_text(facts[:-5])
     with pytest.raises(TesseraError, match=r"facts\.json is damaged"):
-        extract(Data(DigitsConfig(), 30), digits, tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 30), digits, tmp_path, Distributed())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -134,7 +134,7 @@ def test_features_that_are_no_numbers_are_an_error_that_counts_them(digits, real
     assert 0 < wrong < 60
     said = rf"tessera/digits gives pool features that are not finite for {wrong} of 60 pictures"
     with pytest.raises(TesseraError, match=said):
-        extract(Data(DigitsConfig(), 60), replace(digits, network=network), tmp_path, Ranks())
+        extract(Data(DigitsConfig(), 60), replace(digits, network=network), tmp_path, Distributed())
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_features_that_are_no_numbers_are_an_error_that_counts_them(digits, real
 )
 def test_pictures_that_the_network_cannot_take(digits, make_npz, tmp_path, shape, said):
     with pytest.raises(TesseraError, match=said):
-        extract(Npz(make_npz("s.npz", np.zeros(shape, np.uint8))), digits, tmp_path / "out", Ranks())
+        extract(Npz(make_npz("s.npz", np.zeros(shape, np.uint8))), digits, tmp_path / "out", Distributed())
     assert not (tmp_path / "out").exists()
 
 
@@ -156,7 +156,7 @@ def test_no_usable_picture_at_all(digits, tmp_path):
     (tmp_path / "a.png").write_text("no image")
     data = Data(FilesConfig(path=str(tmp_path), size=(8, 8), channels=1))
     with pytest.raises(TesseraError, match="no picture can be used"):
-        extract(data, digits, tmp_path / "out", Ranks())
+        extract(data, digits, tmp_path / "out", Distributed())
 
 
 def test_unusable_pictures_are_counted_and_leave_no_row(digits, real, make_folder, small_shards, tmp_path):
@@ -164,11 +164,11 @@ def test_unusable_pictures_are_counted_and_leave_no_row(digits, real, make_folde
 
     path = make_folder("data", real[:50], ["a", "b"] * 25)
     whole = extract(
-        Data(config := FilesConfig(path=str(path), size=(8, 8), channels=1)), digits, tmp_path / "1", Ranks()
+        Data(config := FilesConfig(path=str(path), size=(8, 8), channels=1)), digits, tmp_path / "1", Distributed()
     )
     for file in sorted(path.rglob("*.png"))[:20]:  # a whole shard
         file.write_text("no image")
-    found = extract(Data(config), digits, tmp_path / "2", Ranks())
+    found = extract(Data(config), digits, tmp_path / "2", Distributed())
     assert (found.count, found.unusable) == (30, 20)
     assert found.number.tolist() == list(range(20, 50))
     np.testing.assert_array_equal(found.rows["pool"], whole.rows["pool"][20:])
@@ -178,11 +178,11 @@ def test_unusable_pictures_are_counted_and_leave_no_row(digits, real, make_folde
 def test_the_hash_is_that_of_the_pictures_wherever_they_lie(digits, real, make_folder, make_npz, tmp_path):
     some = real[chosen(1000, 40)]
     subjects = (Data(DigitsConfig(), 40), Folder(make_folder("s", some)), Npz(make_npz("s.npz", some)))
-    hashes = [extract(each, digits, tmp_path / str(i), Ranks()).hash for i, each in enumerate(subjects)]
+    hashes = [extract(each, digits, tmp_path / str(i), Distributed()).hash for i, each in enumerate(subjects)]
     assert len(set(hashes)) == 1
     other = some.copy()
     other[39, 7, 7] ^= 1
-    assert extract(Npz(make_npz("o.npz", other)), digits, tmp_path / "o", Ranks()).hash != hashes[0]
+    assert extract(Npz(make_npz("o.npz", other)), digits, tmp_path / "o", Distributed()).hash != hashes[0]
 
 
 def test_networks_that_are_not_there(tmp_path):

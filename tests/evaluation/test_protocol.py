@@ -8,7 +8,7 @@ import pytest
 
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 
 PROTOCOL: dict[str, Any] = {
@@ -45,7 +45,7 @@ def changed(**changes: Any) -> Protocol:
 
 
 def score(metric: str = "fd", value: float = 2.0, told: Protocol | None = None, **subject: Any) -> Score:
-    return Score.of(metric, Measured(value, value - 1, value + 1), told or changed(), {**SUBJECT, **subject}, "cpu")
+    return Score.of(metric, Estimate(value, value - 1, value + 1), told or changed(), {**SUBJECT, **subject}, "cpu")
 
 
 CHANGES: list[dict[str, Any]] = [

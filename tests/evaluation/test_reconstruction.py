@@ -8,7 +8,7 @@ import torch
 
 from tessera.codecs import Codec, PixelsConfig
 from tessera.data import ShapesConfig
-from tessera.data.images import Unusable
+from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 from tessera.evaluation.features import extractor
 from tessera.evaluation.reconstruction import psnr, reconstruct, sheet, ssim
@@ -90,7 +90,7 @@ class Pictures:
 
     def pixels(self, index):
         if index == 3:
-            raise Unusable("torn")
+            raise InvalidSample("torn")
         return np.random.default_rng(index).integers(60, 200, (3, 16, 16), dtype=np.uint8)
 
 

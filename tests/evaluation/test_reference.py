@@ -15,13 +15,13 @@ from tessera.evaluation import reference
 from tessera.evaluation.features import FeatureSet, extract, moments_of
 from tessera.evaluation.reference import check, check_widths, open_reference
 from tessera.evaluation.sources import Data, Npz
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 
 
 @pytest.fixture(scope="module")
 def features(digits, tmp_path_factory) -> FeatureSet:
     """Of 120 real digits."""
-    return extract(Data(DigitsConfig(), 120), digits, tmp_path_factory.mktemp("features"), Ranks())
+    return extract(Data(DigitsConfig(), 120), digits, tmp_path_factory.mktemp("features"), Distributed())
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def opened(digits, make_npz, real, tmp_path):
     def run(told, pictures: np.ndarray = real[:30], network=digits):
         subject = Npz(make_npz("samples.npz", pictures))
         return open_reference(
-            told if isinstance(told, DigitsConfig) else str(told), subject, network, tmp_path / "ref", Ranks()
+            told if isinstance(told, DigitsConfig) else str(told), subject, network, tmp_path / "ref", Distributed()
         )
 
     return run

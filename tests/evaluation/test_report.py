@@ -108,9 +108,9 @@ def test_against_statistics_there_are_no_neighbours_to_show(written, make_npz, r
     from tessera.evaluation import reference
     from tessera.evaluation.features import extract
     from tessera.evaluation.sources import Data
-    from tessera.runtime import Ranks
+    from tessera.runtime import Distributed
 
-    reference.save(extract(Data(DigitsConfig()), digits, tmp_path / "w", Ranks()), tmp_path / "stats.npz")
+    reference.save(extract(Data(DigitsConfig()), digits, tmp_path / "w", Distributed()), tmp_path / "stats.npz")
     folder = written(Npz(make_npz("s.npz", real[:50])), str(tmp_path / "stats.npz"))
     assert not (folder / "neighbours.png").exists()
     assert "Is it copying?" not in (folder / "report.html").read_text()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from tessera.data.shapes import CLASSES, COLOURS, SIDE, SIZES, Object, Scene, ShapesConfig, ShapesSource, render
-from tessera.evaluation.toy.shape_reader import Reading, ShapesJudge, read
+from tessera.evaluation.toy.shape_reader import Reading, ShapesEvaluator, read
 
 COUNT = 2400
 
@@ -47,7 +47,7 @@ def other_colour(scene: Scene, step: int) -> Scene:
 
 
 def impossible(pictures: np.ndarray) -> float:
-    return ShapesJudge().judge(pictures, None)["impossible"].value
+    return ShapesEvaluator().judge(pictures, None)["impossible"].value
 
 
 # Real pictures
@@ -59,7 +59,7 @@ def test_every_attribute_of_real_pictures_is_read(source, pictures):
         found = read(picture)
         exact += sorted(map(str, found.objects)) == sorted(map(str, source.scene(index).objects))
     assert exact / COUNT > 0.995
-    judged = ShapesJudge().judge_captions(pictures, [source.caption(index) for index in range(COUNT)])
+    judged = ShapesEvaluator().judge_captions(pictures, [source.caption(index) for index in range(COUNT)])
     assert set(judged) == {"shape", "colour", "size", "relation", "all", "impossible"}
     assert judged.pop("impossible").value < 0.005
     assert min(share.value for share in judged.values()) > 0.995
@@ -97,7 +97,7 @@ def test_small_faults_do_not_matter(source, pictures, fault, floor):
     if fault in ("noise", "all but jpeg"):
         pictures = levels(pictures + random.normal(0, 8, pictures.shape))
     captions = [source.caption(index) for index in range(len(pictures))]
-    assert ShapesJudge().judge_captions(pictures, captions)["all"].value > floor
+    assert ShapesEvaluator().judge_captions(pictures, captions)["all"].value > floor
 
 
 # Broken pictures
@@ -192,7 +192,7 @@ def test_a_stain_is_impossible_and_a_single_wrong_pixel_is_not():
 
 
 def test_the_ceiling_is_measured_on_the_test_split():
-    assert ShapesJudge().ceiling > 0.995
+    assert ShapesEvaluator().ceiling > 0.995
 
 
 def test_either_object_of_a_picture_may_be_the_one_asked_for():
@@ -200,11 +200,11 @@ def test_either_object_of_a_picture_may_be_the_one_asked_for():
     two, alone, broken = drawn(Scene((ring, cross)), Scene((cross,)), Scene((replace(cross, x=2),)))
     pictures = np.stack([two, two, two, alone, alone, broken])
     names = ["red ring", "cyan cross", "red cross", "red ring", "cyan cross", "cyan cross"]
-    judged = ShapesJudge().judge(pictures, [CLASSES.index(name) for name in names])
+    judged = ShapesEvaluator().judge(pictures, [CLASSES.index(name) for name in names])
     assert judged["as asked"].value == pytest.approx(3 / 6)
     assert judged["impossible"].value == pytest.approx(1 / 6)
     assert judged["as asked"].low < 3 / 6 < judged["as asked"].high
-    assert set(ShapesJudge().judge(pictures, None)) == {"impossible"}
+    assert set(ShapesEvaluator().judge(pictures, None)) == {"impossible"}
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_either_object_of_a_picture_may_be_the_one_asked_for():
 )
 def test_captions_are_judged_part_by_part(caption, wrong):
     pictures = drawn(Scene((Object("cross", "cyan", "large", 22, 16), Object("ring", "red", "small", 8, 14))))
-    judged = ShapesJudge().judge_captions(pictures, [caption])
+    judged = ShapesEvaluator().judge_captions(pictures, [caption])
     values = {key: share.value for key, share in judged.items()}
     assert values.pop("impossible") == 0
     assert values.pop("all") == (not wrong)
@@ -234,7 +234,7 @@ def test_captions_are_judged_part_by_part(caption, wrong):
 
 def test_in_an_impossible_picture_nothing_is_right():
     blank = np.full((1, 32, 32, 3), 236, np.uint8)
-    judged = ShapesJudge().judge_captions(blank, ["a small red ring left of a large cyan cross"])
+    judged = ShapesEvaluator().judge_captions(blank, ["a small red ring left of a large cyan cross"])
     assert {key: share.value for key, share in judged.items()} == {
         **dict.fromkeys(("shape", "colour", "size", "relation", "all"), 0.0),
         "impossible": 1.0,

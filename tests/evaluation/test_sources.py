@@ -15,7 +15,7 @@ from PIL import Image
 from tessera import images
 from tessera.data import DigitsConfig, FilesConfig
 from tessera.errors import TesseraError
-from tessera.evaluation.sources import Data, Folder, Npz, Subject, chosen, rows, shards
+from tessera.evaluation.sources import Data, Folder, Npz, SampleSource, chosen, rows, shards
 from tessera.evaluation.suite import found
 
 
@@ -23,7 +23,7 @@ def noise(count: int, size: tuple[int, int] = (8, 8), channels: int = 3, seed: i
     return np.random.default_rng(seed).integers(0, 256, (count, *size, channels), dtype=np.uint8)
 
 
-def read(subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def read(subject: SampleSource) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """All pictures, their numbers and labels."""
     each = [subject.shard(index) for index in range(shards(subject))]
     labels = [shard.label for shard in each if shard.label is not None]

@@ -10,8 +10,8 @@ from tessera.evaluation import reference, suite
 from tessera.evaluation.features import extract
 from tessera.evaluation.sources import Data, Npz
 from tessera.evaluation.suite import evaluate
-from tessera.generation.bulk import Drawn, asked_by_policy
-from tessera.runtime import Ranks
+from tessera.generation.bulk import BulkSamples, asked_by_policy
+from tessera.runtime import Distributed
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def statistics(digits, tmp_path):
     """Statistics of the real digits, with so many rows."""
 
     def save(kept: int) -> str:
-        found = extract(Data(DigitsConfig()), digits, tmp_path / "work", Ranks())
+        found = extract(Data(DigitsConfig()), digits, tmp_path / "work", Distributed())
         reference.save(found, tmp_path / f"stats-{kept}.npz", kept)
         return str(tmp_path / f"stats-{kept}.npz")
 
@@ -240,12 +240,12 @@ def test_how_many_rows_a_reference_keeps_is_part_of_what_needs_rows_alone(scored
 
 def test_what_a_model_draws_is_scored_with_how_it_was_drawn(tiny_model, digits, tmp_path, small_shards):
     asked = asked_by_policy(tiny_model, 50, "balanced", settings={"steps": 2})
-    done = evaluate(Drawn(tiny_model, asked, tmp_path / "s", where="tiny"), "digits", digits, tmp_path / "out", ["fd"])
+    done = evaluate(BulkSamples(tiny_model, asked, tmp_path / "s", where="tiny"), "digits", digits, tmp_path / "out", ["fd"])
     (score,) = done.scores
-    assert score.protocol.drawing["steps"] == 2
-    assert score.subject["weights"] == Drawn(tiny_model, asked, tmp_path / "s").weights
+    assert score.protocol.sampling["steps"] == 2
+    assert score.subject["weights"] == BulkSamples(tiny_model, asked, tmp_path / "s").weights
     other = asked_by_policy(tiny_model, 50, "balanced", settings={"steps": 3})
-    again = evaluate(Drawn(tiny_model, other, tmp_path / "t"), "digits", digits, tmp_path / "out2", ["fd"])
+    again = evaluate(BulkSamples(tiny_model, other, tmp_path / "t"), "digits", digits, tmp_path / "out2", ["fd"])
     assert again.scores[0].fingerprint != score.fingerprint
 
 

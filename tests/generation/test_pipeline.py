@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.acceleration.first_block_cache import Tally
+from tessera.acceleration.first_block_cache import CacheStats
 from tessera.conditioning import Condition
-from tessera.diffusion import GaussianConfig
+from tessera.diffusion import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
 from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import Even, times
+from tessera.sampling.timesteps import Uniform, timestep_grid
 
 NOISY = pytest.mark.parametrize("sampler", ["ancestral", {"kind": "ddim", "eta": 0.8}, "ddim"], ids=str)
 
@@ -52,9 +52,9 @@ def test_an_untrained_epsilon_network_too(make_model, sampler):
     """What it draws is far outside the range of pixels, so the latents are compared."""
     model = make_model({"channels": 3, "outputs": 6}, {"prediction": "epsilon"})
     asked = {"guidance": 3.0, "sampler": sampler}
-    *_, together = pipeline.walk(model, [0, 1, 2, 0], [5, 6, 7, 8], **asked)
+    *_, together = pipeline.generate_steps(model, [0, 1, 2, 0], [5, 6, 7, 8], **asked)
     for row, (label, seed) in enumerate([(0, 5), (1, 6), (2, 7), (0, 8)]):
-        *_, alone = pipeline.walk(model, [label], [seed], **asked)
+        *_, alone = pipeline.generate_steps(model, [label], [seed], **asked)
         assert float((alone.x[0] - together.x[row]).norm() / together.x[row].norm()) < 1e-4
 
 
@@ -80,8 +80,8 @@ def test_noise_samplers_draw_fresh_noise_at_every_step(tiny_model, monkeypatch):
 
 
 def test_the_start_is_standard_noise_and_the_end_is_data(tiny_model):
-    states = list(pipeline.walk(tiny_model, [0], list(range(64)), steps=5))
-    assert [state.t for state in states] == times(Even(), 5, GaussianConfig().build()).tolist()
+    states = list(pipeline.generate_steps(tiny_model, [0], list(range(64)), steps=5))
+    assert [state.t for state in states] == timestep_grid(Uniform(), 5, GaussianDiffusionConfig().build()).tolist()
     assert float(states[0].x.mean()) == pytest.approx(0, abs=5 / 64)
     assert float(states[0].x.std()) == pytest.approx(1, abs=5 / 90)
     assert (pipeline.decode(tiny_model, states[-1].x) == pipeline.generate(tiny_model, [0], range(64), steps=5)).all()
@@ -89,7 +89,7 @@ def test_the_start_is_standard_noise_and_the_end_is_data(tiny_model):
 
 def test_one_step_of_ddim_is_the_networks_own_x0(tiny_model):
     """From the seam's pieces by hand: the network at step 999, told class 1, read as x0."""
-    *_, last = pipeline.walk(tiny_model, ["dog"], [3], steps=1)
+    *_, last = pipeline.generate_steps(tiny_model, ["dog"], [3], steps=1)
     start = pipeline.randomness.normal(torch.tensor([3]), torch.tensor([0]), pipeline.STREAM, (1, 8, 8))
     with torch.no_grad():
         raw = tiny_model.network(start, torch.tensor([999.0]), Condition([1]))
@@ -143,11 +143,11 @@ def test_fixed_variance(make_model):
 
 
 def test_classes_by_name_by_number_and_by_digits(tiny_model):
-    assert pipeline.labels(tiny_model, ["dog", 2, "0", np.int64(1)]) == [1, 2, 0, 1]
+    assert pipeline.class_labels(tiny_model, ["dog", 2, "0", np.int64(1)]) == [1, 2, 0, 1]
 
 
 def test_a_name_of_digits_is_a_name(make_model):
-    assert pipeline.labels(make_model(class_names=("2", "0", "1")), ["2", 2]) == [0, 2]
+    assert pipeline.class_labels(make_model(class_names=("2", "0", "1")), ["2", 2]) == [0, 2]
 
 
 def test_one_class_for_many_seeds_and_one_seed_for_many_classes(tiny_model):
@@ -159,7 +159,7 @@ def test_one_class_for_many_seeds_and_one_seed_for_many_classes(tiny_model):
 
 
 def test_guidance_changes_the_picture_and_may_differ_by_row(tiny_model):
-    *_, last = pipeline.walk(tiny_model, [1], [0, 0, 0], guidance=[1.0, 2.0, 5.0])
+    *_, last = pipeline.generate_steps(tiny_model, [1], [0, 0, 0], guidance=[1.0, 2.0, 5.0])
     drawn = pipeline.decode(tiny_model, last.x)
     for row, guidance in enumerate((1.0, 2.0, 5.0)):
         close(pipeline.generate(tiny_model, [1], [0], guidance=guidance), drawn[row : row + 1])
@@ -261,21 +261,21 @@ def test_settings_that_cannot_be(tiny_model, changes, words):
 def test_classes_and_seeds_that_do_not_pair_up(tiny_model, classes, seeds):
     assert "do not pair up" in fault(tiny_model, classes, seeds)
     with pytest.raises(TesseraError, match="3 pictures are asked for, but 2"):
-        next(pipeline.walk(tiny_model, classes, seeds))
+        next(pipeline.generate_steps(tiny_model, classes, seeds))
 
 
 @pytest.mark.parametrize(("classes", "seeds"), [([], [0]), ([0], [])])
 def test_nothing_to_draw(tiny_model, classes, seeds):
     assert fault(tiny_model, classes, seeds)
     with pytest.raises(TesseraError, match="1 pictures are asked for, but 0"):
-        next(pipeline.walk(tiny_model, classes, seeds))
+        next(pipeline.generate_steps(tiny_model, classes, seeds))
 
 
 def test_autocast_stays_inside_the_network(tiny_model):
-    for _ in pipeline.walk(tiny_model, [0], [0], precision="bfloat16"):
+    for _ in pipeline.generate_steps(tiny_model, [0], [0], precision="bfloat16"):
         assert not torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", torch.bfloat16):
-        for _ in pipeline.walk(tiny_model, [0], [0], precision="float32"):
+        for _ in pipeline.generate_steps(tiny_model, [0], [0], precision="float32"):
             assert torch.is_autocast_enabled("cpu")
 
 
@@ -299,7 +299,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch_with_all_of_it_switched_on(m
     mask = np.zeros((8, 8), bool)
     mask[:, 2:7] = True
     asked = {**EVERYTHING, "sampler": sampler, "guide": guide, "mask": mask, "strength": 0.9}
-    tally, classes, seeds = Tally(), [0, 1, 2, 0, 1], [3, 4, 5, 6, 7]
+    tally, classes, seeds = CacheStats(), [0, 1, 2, 0, 1], [3, 4, 5, 6, 7]
     together = pipeline.generate(model, classes, seeds, image=image, tally=tally, **asked)
     assert 0 < tally.computed < tally.asked
     for row in range(5):
@@ -314,17 +314,17 @@ def test_without_a_table_of_steering_vectors_the_walk_is_the_bare_one_to_the_bit
     label = torch.tensor([0, 1])
     start = pipeline.randomness.normal(torch.tensor([4, 9]), torch.zeros(2), pipeline.STREAM, (1, 8, 8))
     for guidance in (1.0, 2.5):
-        *_, last = pipeline.walk(tiny_model, [0, 1], [4, 9], guidance=guidance)
+        *_, last = pipeline.generate_steps(tiny_model, [0, 1], [4, 9], guidance=guidance)
         denoise = Denoiser(tiny_model.network, tiny_model.process, Condition(label), guidance)
         with torch.no_grad():
-            *_, expected = loop(DDIM(), denoise, start, times(Even(), 6, tiny_model.process), lambda: start)
+            *_, expected = loop(DDIM(), denoise, start, timestep_grid(Uniform(), 6, tiny_model.process), lambda: start)
         assert torch.equal(last.x, expected.x)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun"])
 def test_a_table_of_steering_vectors_changes_no_more_than_rounding(make_model, monkeypatch, sampler):
     model, asked = make_model({"channels": 3, "outputs": 6}), {"guidance": 3.0, "sampler": sampler}
-    tables, true = [], pipeline.Tabulated
+    tables, true = [], pipeline.PrecomputedModulation
 
     def made(*told):
         tables.append(told)
@@ -332,19 +332,19 @@ def test_a_table_of_steering_vectors_changes_no_more_than_rounding(make_model, m
 
     made.size = true.size
     monkeypatch.setattr(pipeline, "Tabulated", made)
-    *_, looked_up = pipeline.walk(model, [0, 1, 1], [4, 9, 2], **asked)
+    *_, looked_up = pipeline.generate_steps(model, [0, 1, 1], [4, 9, 2], **asked)
     assert len(tables) == 1
     monkeypatch.setattr(pipeline, "TABLE", -1)
-    *_, computed = pipeline.walk(model, [0, 1, 1], [4, 9, 2], **asked)
+    *_, computed = pipeline.generate_steps(model, [0, 1, 1], [4, 9, 2], **asked)
     assert len(tables) == 1
     torch.testing.assert_close(looked_up.x, computed.x, rtol=1e-4, atol=1e-4)
 
 
 def test_halves_of_guidance_apart_change_no_more_than_rounding(tiny_model, monkeypatch):
     monkeypatch.setattr(pipeline, "APART", 1)
-    *_, apart = pipeline.walk(tiny_model, [0, 1], [4, 9], guidance=3.0)
+    *_, apart = pipeline.generate_steps(tiny_model, [0, 1], [4, 9], guidance=3.0)
     monkeypatch.setattr(pipeline, "APART", 10**9)
-    *_, together = pipeline.walk(tiny_model, [0, 1], [4, 9], guidance=3.0)
+    *_, together = pipeline.generate_steps(tiny_model, [0, 1], [4, 9], guidance=3.0)
     torch.testing.assert_close(apart.x, together.x, rtol=1e-4, atol=1e-4)
 
 
@@ -359,10 +359,10 @@ def test_the_settings_of_guidance_are_a_models_own(make_model):
 
 def test_a_guide_stands_in_for_the_untold_half(make_model):
     model, guide = make_model(), make_model({"depth": 1}, seed=1)
-    *_, same = pipeline.walk(model, [1], [3], guide=model, guidance=4.0)
-    *_, alone = pipeline.walk(model, [1], [3])
+    *_, same = pipeline.generate_steps(model, [1], [3], guide=model, guidance=4.0)
+    *_, alone = pipeline.generate_steps(model, [1], [3])
     torch.testing.assert_close(same.x, alone.x, rtol=1e-4, atol=1e-4)  # away from itself is nowhere
-    *_, led = pipeline.walk(model, [1], [3], guide=guide, guidance=2.0, steps=1)
+    *_, led = pipeline.generate_steps(model, [1], [3], guide=guide, guidance=2.0, steps=1)
     with torch.no_grad():
         start = pipeline.randomness.normal(torch.tensor([3]), torch.tensor([0]), pipeline.STREAM, (1, 8, 8))
         one, other = (each.network(start, torch.tensor([999.0]), Condition([1]))[:, :1] for each in (model, guide))
@@ -435,10 +435,10 @@ def half() -> np.ndarray:
 @pytest.mark.parametrize(("strength", "begins"), [(0.5, 3), (0.49, 4), (0.9, 1), (1.0, 0), (1 / 6, 5)])
 def test_it_begins_in_the_picture_mixed_with_the_rows_own_noise(make_model, strength, begins):
     model = make_model(process={"steps": 6})
-    grid = times(Even(), 6, model.process)
-    states = list(pipeline.walk(model, [0], [5], image=picture(), strength=strength, steps=6))
+    grid = timestep_grid(Uniform(), 6, model.process)
+    states = list(pipeline.generate_steps(model, [0], [5], image=picture(), strength=strength, steps=6))
     assert [state.t for state in states] == grid[begins:].tolist()
-    assert {state.total for state in states} == {6 - begins}
+    assert {state.num_steps for state in states} == {6 - begins}
     noise = pipeline.randomness.normal(torch.tensor([5]), torch.tensor([0]), pipeline.STREAM, (1, 8, 8))
     data = torch.from_numpy(picture()).permute(2, 0, 1)[None] / 127.5 - 1
     expected = noise if strength == 1 else model.process.mix(data, noise, grid[begins : begins + 1])
@@ -454,7 +454,7 @@ def test_strength_1_is_a_new_picture(tiny_model):
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_what_a_mask_keeps_is_kept_to_the_bit_with_every_solver(tiny_model, sampler):
     asked = {"image": picture(), "mask": half(), "sampler": sampler, "steps": 8}
-    states = list(pipeline.walk(tiny_model, [0, 1], [5, 6], **asked))
+    states = list(pipeline.generate_steps(tiny_model, [0, 1], [5, 6], **asked))
     data = (torch.from_numpy(picture()).permute(2, 0, 1) / 127.5 - 1).expand(2, 1, 8, 8)
     for state in states:  # the picture with each row's own noise, at every time
         mixed = tiny_model.process.mix(data, states_noise(2), torch.full((2,), state.t, dtype=torch.float64))
@@ -483,7 +483,7 @@ def test_latents_are_drawn_where_a_pixel_is_and_kept_pixels_are_put_back(make_mo
     mask = np.zeros((16, 16), bool)
     mask[5, 5] = True  # one pixel of the latent at (2, 2)
     image = picture(channels=3, size=(16, 16))
-    *_, last = pipeline.walk(model, [0], [5], image=image, mask=mask)
+    *_, last = pipeline.generate_steps(model, [0], [5], image=image, mask=mask)
     kept = model.codec.encode(torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1)
     assert (last.x != kept).any(dim=1).nonzero().tolist() == [[0, 2, 2]]
     drawn = pipeline.generate(model, [0], [5], image=image, mask=mask)[0]

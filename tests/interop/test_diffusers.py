@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tessera import bundle, sampling
-from tessera.conditioning import NOTHING, Condition
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.conditioning import NULL_LABEL, Condition
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.interop import diffusers as interop
 from tessera.interop import official
 from tessera.layers.positions import sincos_grid
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import times
+from tessera.sampling.timesteps import timestep_grid
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
@@ -61,7 +61,7 @@ def inputs(network, rows: int = 6):
     x = torch.randn(rows, network.channels, *network.size, generator=generator)
     t = torch.tensor([0, 1, 20, 333, 980, 999])[:rows]
     label = torch.randint(network.classes, (rows,), generator=generator)
-    label[1] = NOTHING
+    label[1] = NULL_LABEL
     return x, t, label
 
 
@@ -165,13 +165,13 @@ def test_an_export_comes_back_whole(make_theirs, tmp_path, zero):
     read = interop.read(tmp_path / "pipe")
     assert same_weights(read, model)
     assert read.config.network == model.config.network
-    assert read.config.process == model.config.process
+    assert read.config.diffusion == model.config.process
     assert read.config.class_names == model.config.class_names
     assert read.config.codec.source == str((tmp_path / "pipe").resolve())
     assert read.config.codec.subfolder == "vae"
     assert read.config.sampling.model_dump()["sampler"]["kind"] == "ddim"
-    assert (read.config.sampling.steps, read.config.sampling.spacing.kind) == (50, "leading")
-    assert (read.config.sampling.guidance, read.config.sampling.guidance_channels) == (4.0, "all")
+    assert (read.config.sampling.num_steps, read.config.sampling.timestep_spacing.kind) == (50, "leading")
+    assert (read.config.sampling.guidance_scale, read.config.sampling.guidance_channels) == (4.0, "all")
     latents = torch.randn(1, 4, 8, 8)
     assert torch.equal(read.codec.decode(latents), model.codec.decode(latents))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]
@@ -185,8 +185,8 @@ def drawn(model, latents, label, guidance, steps):
     condition = Condition(label=torch.tensor([label]))
     denoise = Denoiser(model.network, model.process, condition, guidance, model.config.sampling.guidance_channels)
     config = model.config.sampling
-    walked = sampling.walk(
-        config.sampler, denoise, latents, times(config.spacing, steps, model.process), lambda: latents
+    walked = sampling.sample_loop(
+        config.sampler, denoise, latents, timestep_grid(config.spacing, steps, model.process), lambda: latents
     )
     with torch.no_grad():
         return list(walked)[-1].x
@@ -274,21 +274,21 @@ def test_our_process_has_their_alphas(exported, kind, told):
     read = interop.read(exported)
     zero = told.get("rescale_betas_zero_snr", False)
     assert torch.allclose(
-        theirs.alphas_cumprod.double(), read.process.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
+        theirs.alphas_cumprod.double(), read.diffusion.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
     )
-    assert read.config.process.zero_terminal_snr == zero
-    assert read.config.process.prediction == interop.PREDICTIONS[told.get("prediction_type", "epsilon")]
-    assert read.config.process.variance == "learned"
+    assert read.config.diffusion.zero_terminal_snr == zero
+    assert read.config.diffusion.prediction == interop.PREDICTIONS[told.get("prediction_type", "epsilon")]
+    assert read.config.diffusion.variance == "learned"
     assert read.config.sampling.sampler.kind == ("ancestral" if kind == "DDPMScheduler" else "ddim")
 
 
 def test_a_scheduler_says_the_fixed_variance_and_the_spacing(make_theirs, tmp_path):
     interop.write(make_theirs({"outputs": 4}, {"variance": "posterior"}), tmp_path / "pipe")
-    assert interop.read(tmp_path / "pipe").config.process.variance == "posterior"
+    assert interop.read(tmp_path / "pipe").config.diffusion.variance == "posterior"
     path = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     edit(path, _class_name="DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing")
-    assert interop.read(tmp_path / "pipe").config.process.variance == "beta"
-    assert interop.read(tmp_path / "pipe").config.sampling.spacing.kind == "trailing"
+    assert interop.read(tmp_path / "pipe").config.diffusion.variance == "beta"
+    assert interop.read(tmp_path / "pipe").config.sampling.timestep_spacing.kind == "trailing"
 
 
 def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):
@@ -323,7 +323,7 @@ def test_schedulers_that_ours_is_not_are_named(exported, changes, named):
 
 def test_a_transformer_alone_is_under_the_papers_process(exported):
     read = interop.read(exported / "transformer")
-    assert read.config.process == GaussianConfig()
+    assert read.config.diffusion == GaussianDiffusionConfig()
     assert read.config.codec.source == "stabilityai/sd-vae-ft-ema"
     assert read.config.class_names == ()
     assert "not carried over" not in read.config.origin

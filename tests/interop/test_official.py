@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tessera import bundle
 from tessera.conditioning import Condition
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.interop import official
 from tessera.models.dit import DiTConfig
@@ -55,9 +55,9 @@ def test_the_architecture_is_read_off_the_weights(make_model, tmp_path, block, c
 @pytest.mark.parametrize(("width", "heads"), HEADS_OF_WIDTH.items())
 def test_the_papers_widths_tell_the_heads(width, heads):
     with torch.device("meta"):
-        network = DiTConfig(width=width, heads=heads, depth=1, size=(8, 8)).build()
+        network = DiTConfig(hidden_size=width, num_heads=heads, depth=1, input_size=(8, 8)).build()
     tensors = {name: torch.empty(tensor.shape) for name, tensor in network.state_dict().items()}
-    assert official.infer(tensors, "a.pt").heads == heads
+    assert official.infer(tensors, "a.pt").num_heads == heads
 
 
 def test_another_width_needs_the_heads(tiny_model, tmp_path):
@@ -76,16 +76,16 @@ def test_every_hidden_width_comes_back():
 @pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4), (2, 12)])
 def test_the_position_table_tells_the_shape_of_the_grid(make_model, tmp_path, size):
     model = make_model({"size": size}, PAPER)  # 4 x 16 has as many patches as a square
-    assert official.read(saved(state(model), tmp_path / "a.pt"), heads=2).config.network.size == size
+    assert official.read(saved(state(model), tmp_path / "a.pt"), heads=2).config.network.input_size == size
 
 
 def test_other_positions_are_a_square_or_the_size_is_asked_for(make_model, tmp_path):
     tensors = state(make_model({"size": (4, 16)}, PAPER))
     tensors["pos_embed"] = torch.randn(tensors["pos_embed"].shape)
     path = saved(tensors, tmp_path / "a.pt")
-    assert official.read(path, heads=2).config.network.size == (8, 8)
+    assert official.read(path, heads=2).config.network.input_size == (8, 8)
     read = official.read(path, heads=2, size=(4, 16))
-    assert read.config.network.size == (4, 16)
+    assert read.config.network.input_size == (4, 16)
     assert torch.equal(read.network.pos_embed, tensors["pos_embed"])
     assert "size 6 x 6 does not have as many" in fault(path, heads=2, size=6)
     tensors["pos_embed"] = tensors["pos_embed"][:, :12]
@@ -94,17 +94,17 @@ def test_other_positions_are_a_square_or_the_size_is_asked_for(make_model, tmp_p
 
 def test_the_papers_process_and_the_official_sampling(make_model, tmp_path):
     read = official.read(saved(state(make_model(None, PAPER)), tmp_path / "a.pt"), heads=2)
-    assert read.config.process == GaussianConfig()
+    assert read.config.diffusion == GaussianDiffusionConfig()
     sampling = read.config.sampling
-    assert (sampling.sampler.kind, sampling.steps, sampling.spacing.kind) == ("ancestral", 250, "even")
-    assert (sampling.guidance, sampling.guidance_channels) == (4.0, 3)
+    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("ancestral", 250, "even")
+    assert (sampling.guidance_scale, sampling.guidance_channels) == (4.0, 3)
 
 
 def test_a_plain_output_has_a_fixed_variance_and_no_classes_no_guidance(make_model, tmp_path):
     model = make_model({"outputs": 1, "classes": 0}, PAPER | {"variance": "beta"})
     read = official.read(saved(state(model), tmp_path / "a.pt"), heads=2)
-    assert read.config.process.variance == "beta"
-    assert read.config.sampling.guidance == 1.0
+    assert read.config.diffusion.variance == "beta"
+    assert read.config.sampling.guidance_scale == 1.0
 
 
 def test_odd_outputs_are_refused(make_model, tmp_path):
@@ -155,7 +155,7 @@ def test_the_training_scripts_ema_is_taken(make_model, tmp_path):
     path = saved(training_dict(model, num_classes=3, vae="mse", results_dir="results"), tmp_path / "0400000.pt")
     read = official.read(path, heads=2)
     assert same_weights(read, model)
-    assert (read.config.network.classes, read.config.network.null_class) == (3, True)
+    assert (read.config.network.num_classes, read.config.network.learn_null_class) == (3, True)
     assert "0400000.pt (ema)" in read.config.origin["from"]
 
 
@@ -168,8 +168,8 @@ def test_the_args_say_which_autoencoder(make_model, tmp_path):
 def test_the_args_say_whether_there_is_a_null_class(make_model, tmp_path):
     model = make_model({"classes": 4, "null_class": False}, PAPER)
     read = official.read(saved(training_dict(model, num_classes=4), tmp_path / "a.pt"), heads=2)
-    assert (read.config.network.classes, read.config.network.null_class) == (4, False)
-    assert read.config.sampling.guidance == 1.0
+    assert (read.config.network.num_classes, read.config.network.learn_null_class) == (4, False)
+    assert read.config.sampling.guidance_scale == 1.0
     assert "num_classes=7" in fault(saved(training_dict(model, num_classes=7), tmp_path / "b.pt"), heads=2)
 
 
@@ -271,7 +271,7 @@ def test_what_is_written_is_read_back_to_the_bit(make_model, tmp_path, block):
     assert ("only Tessera reads" in said) == (block != "adaln-zero")
     read = official.read(tmp_path / "deep" / "a.pt", heads=2)
     assert same_weights(read, model)
-    assert read.config.network.size == (4, 8)
+    assert read.config.network.input_size == (4, 8)
     x, t, label = torch.randn(2, 1, 4, 8), torch.tensor([3.0, 900.0]), Condition(label=torch.tensor([0, -1]))
     assert torch.equal(read.network(x, t, label), model.network(x, t, label))
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from tessera import bundle, cli
 from tessera.conditioning import Condition
-from tessera.diffusion import FlowConfig, GaussianConfig
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
 from tessera.interop import load
@@ -103,7 +103,7 @@ def training_dict(tensors, **args) -> dict:
 
 
 def walked(model, label, **changes):
-    states = [state.x for state in pipeline.walk(model, label.tolist(), range(len(label)), **changes)]
+    states = [state.x for state in pipeline.generate_steps(model, label.tolist(), range(len(label)), **changes)]
     return states[0], states[-1]
 
 
@@ -115,11 +115,11 @@ def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
     tensors = theirs(randomise, **changes)
     model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
     seen = model.config.network
-    assert seen.outputs == seen.channels
-    x = torch.randn(6, seen.channels, *seen.size, generator=torch.Generator().manual_seed(1))
+    assert seen.out_channels == seen.in_channels
+    x = torch.randn(6, seen.in_channels, *seen.input_size, generator=torch.Generator().manual_seed(1))
     t, label = torch.linspace(0, 1, 6), torch.tensor([0, 1, 2, 3, 4, -1])
     with torch.no_grad():
-        ours = model.network(x, model.process.network_time(t), Condition(label=label))
+        ours = model.network(x, model.diffusion.model_time(t), Condition(label=label))
         expected = -velocity(tensors, x, 1 - t, torch.where(label < 0, CLASSES, label))
     assert expected.std() > 0.1
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
@@ -145,7 +145,7 @@ def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
     """There DDIM and Euler are two first-order methods for one ODE: they meet as the steps shrink, at that rate."""
     tensors = theirs(randomise)
     model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
-    assert model.config.process.path == "trigonometric"
+    assert model.config.diffusion.path == "trigonometric"
     label, apart = torch.tensor([3, 0]), []
     for steps in (25, 50, 100):
         noise, ours = walked(model, label, sampler="ddim", steps=steps, guidance=1.0)
@@ -160,10 +160,10 @@ def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
 
 def test_sits_process_and_sampling(randomise, tmp_path):
     config = load.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
-    assert config.process == FlowConfig(network_times=(1, 0))
+    assert config.diffusion == FlowMatchingConfig(network_times=(1, 0))
     sampling = config.sampling
-    assert (sampling.sampler.kind, sampling.steps, sampling.spacing.kind) == ("heun", 125, "even")
-    assert (sampling.guidance, sampling.guidance_channels) == (4, 3)
+    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("heun", 125, "even")
+    assert (sampling.guidance_scale, sampling.guidance_channels) == (4, 3)
     assert config.origin["from"] == "SiT checkpoint a.pt (state dict)"
 
 
@@ -171,7 +171,7 @@ def test_sits_process_and_sampling(randomise, tmp_path):
 def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, path):
     file = saved(training_dict(theirs(randomise), path_type=path_type), tmp_path / "a.pt")
     model = load.load(file, "cpu", heads=HEADS)
-    assert model.config.process == FlowConfig(network_times=(1, 0), path=path)
+    assert model.config.diffusion == FlowMatchingConfig(network_times=(1, 0), path=path)
     assert model.config.origin["from"] == "SiT checkpoint a.pt (ema)"
     named = {"Linear": "sit", "GVP": "sit-gvp"}
     assert load.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
@@ -185,10 +185,10 @@ def test_a_sit_that_predicts_noise_is_not_turned_round(randomise, tmp_path):
     tensors = theirs(randomise)
     file = saved(training_dict(tensors, prediction="noise"), tmp_path / "a.pt")
     model = load.load(file, "cpu", heads=HEADS)
-    assert (model.config.process.prediction, model.config.process.loss) == ("epsilon", "epsilon")
+    assert (model.config.diffusion.prediction, model.config.diffusion.loss) == ("epsilon", "epsilon")
     x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
     with torch.no_grad():
-        ours = model.network(x, model.process.network_time(t), Condition(label=label))
+        ours = model.network(x, model.diffusion.model_time(t), Condition(label=label))
     torch.testing.assert_close(ours, velocity(tensors, x, 1 - t, label), rtol=0, atol=1e-5)
 
 
@@ -205,14 +205,14 @@ def test_a_sit_that_ours_is_not_is_named(randomise, tmp_path, args, said):
 
 def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(randomise, tmp_path):
     tensors = theirs(randomise)
-    assert isinstance(load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.process, GaussianConfig)
+    assert isinstance(load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.diffusion, GaussianDiffusionConfig)
     tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
     file = saved(tensors, tmp_path / "b.pt")
     assert "give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'" in fault(file, "cpu", heads=HEADS)
-    assert load.load(file, "cpu", heads=HEADS, read_as="sit").config.process.kind == "flow"
-    assert load.load(file, "cpu", heads=HEADS, read_as="dit").config.process.kind == "gaussian"
+    assert load.load(file, "cpu", heads=HEADS, read_as="sit").config.diffusion.kind == "flow"
+    assert load.load(file, "cpu", heads=HEADS, read_as="dit").config.diffusion.kind == "gaussian"
     tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step
-    assert load.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.process.kind == "gaussian"
+    assert load.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.diffusion.kind == "gaussian"
 
 
 def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.layers.attention import Attention, CrossAttention, ModernAttention
+from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
 from tessera.layers.positions import rotary_grid, rotate
 
 
@@ -55,7 +55,7 @@ def heads_of(x, heads=3):
 @pytest.mark.parametrize("value_residual", [False, True])
 def test_modern_attention_is_the_formula(qk_norm, rotary, value_residual, randomise):
     """Norm by torch.nn.RMSNorm, sharpness, rotation, a share of the first values: in this order, each by itself."""
-    attention = randomise(ModernAttention(24, 3, True, qk_norm, value_residual).double())
+    attention = randomise(RotaryAttention(24, 3, True, qk_norm, value_residual).double())
     x, values = torch.randn(2, 2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     q, k, v = (torch.tensor(part) for part in np.split(affine(attention.qkv, x.numpy()), 3, axis=-1))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_modern_attention_is_the_formula(qk_norm, rotary, value_residual, random
 
 
 def test_normalised_logits_do_not_grow_with_the_weights(randomise):
-    attention = randomise(ModernAttention(24, 3, False, True, False))
+    attention = randomise(RotaryAttention(24, 3, False, True, False))
     x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = attention(x)
@@ -84,14 +84,14 @@ def test_normalised_logits_do_not_grow_with_the_weights(randomise):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_modern_attention_with_nothing_modern_is_attention(bias, randomise):
-    modern, plain = ModernAttention(24, 3, bias, False, False), randomise(Attention(24, 3, bias))
+    modern, plain = RotaryAttention(24, 3, bias, False, False), randomise(Attention(24, 3, bias))
     modern.load_state_dict(plain.state_dict())
     x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(modern(x), plain(x), rtol=1e-6, atol=1e-6)
 
 
 def test_under_autocast_it_stays_near_the_full_precision(randomise):
-    attention = randomise(ModernAttention(24, 3, False, True, True))
+    attention = randomise(RotaryAttention(24, 3, False, True, True))
     x, values = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(1))
     table = rotary_grid((2, 3), 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

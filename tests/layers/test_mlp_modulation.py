@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tessera.layers.mlp import MLP, SwiGLU
-from tessera.layers.modulation import Offsets, gated, modulate
+from tessera.layers.modulation import ScaleShiftTable, gated_residual, modulate
 
 
 def test_mlp_uses_the_tanh_form_of_gelu(randomise):
@@ -25,7 +25,7 @@ def test_modulation_with_as_many_rows_as_tokens_and_channels():
     generator = torch.Generator().manual_seed(2)
     x, branch = (torch.randn(4, 4, 4, generator=generator) for _ in range(2))
     shift, scale, gate = (torch.randn(4, 1, 4, generator=generator) for _ in range(3))
-    steered, added = modulate(x, shift, scale), gated(x, gate, branch)
+    steered, added = modulate(x, shift, scale), gated_residual(x, gate, branch)
     for b in range(4):
         for token in range(4):
             for d in range(4):
@@ -49,7 +49,7 @@ def test_swiglu_is_its_formula(hidden, inner, randomise):
 
 
 def test_offsets_are_added_to_the_vectors_all_blocks_share():
-    offsets = Offsets(4, 3)
+    offsets = ScaleShiftTable(4, 3)
     with torch.no_grad():
         offsets.table.copy_(torch.arange(12.0).view(3, 4))
     shared = torch.randn(4, 1, 12, generator=torch.Generator().manual_seed(1))

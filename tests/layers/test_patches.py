@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from tessera.layers.patches import PatchEmbed, patchify, resample_patches, resample_readout, unpatchify
+from tessera.layers.patches import PatchEmbed, patchify, resample_patches, resample_head, unpatchify
 
 sides = st.integers(1, 5)
 
@@ -82,5 +82,5 @@ def test_the_readout_draws_the_resized_patch(patch, new, channels):
     bias = picture(1, 1, 1, patch * patch * channels, seed=2).flatten().double()
     tokens = picture(1, 2, 6, 7)[0].double()  # B = 2, L = 6
     expected = resized(tokens @ weight.T + bias, channels, patch, new)
-    got = tokens @ resample_readout(weight, channels, new).T + resample_readout(bias, channels, new)
+    got = tokens @ resample_head(weight, channels, new).T + resample_head(bias, channels, new)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)

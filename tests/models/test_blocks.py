@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.models.blocks import AdaLN, AdaLNZero, BlockConfig, Context, CrossAttend, InContext
+from tessera.models.blocks import AdaLN, AdaLNZero, BlockDims, Context, CrossAttend, InContext
 
 WIDTH, HEADS, HIDDEN = 12, 3, 20
 
@@ -76,13 +76,13 @@ def adaln_zero(e, x, c, tokens):
     ids=lambda value: getattr(value, "kind", ""),
 )
 def test_a_block_is_its_formula(design, formula, randomise):
-    block = randomise(design.build(BlockConfig(WIDTH, HEADS, HIDDEN)).double())
+    block = randomise(design.build(BlockDims(WIDTH, HEADS, HIDDEN)).double())
     generator = torch.Generator().manual_seed(1)
     x, c, tokens = (
         torch.randn(4, length, WIDTH, dtype=torch.float64, generator=generator) for length in (4, 1, 2)
     )  # as many samples as tokens: a wrong broadcast gives other numbers, not an error
     with torch.no_grad():
-        got = block(x, Context(c=c, tokens=tokens, grid=(2, 2)))
+        got = block(x, Context(c=c, cond_tokens=tokens, grid=(2, 2)))
     expected = formula(Explicit(block), x.numpy(), c.numpy(), tokens.numpy())
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
 
@@ -90,13 +90,13 @@ def test_a_block_is_its_formula(design, formula, randomise):
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
 def test_the_norm_before_the_mlp_may_have_the_eps_of_diffusers(eps, randomise):
     """Only that norm. x is small, so that eps shows, and stays small: attention adds nothing."""
-    block = randomise(AdaLNZero().build(BlockConfig(WIDTH, HEADS, HIDDEN, mlp_norm_eps=eps)).double())
+    block = randomise(AdaLNZero().build(BlockDims(WIDTH, HEADS, HIDDEN, mlp_norm_eps=eps)).double())
     x = 1e-3 * torch.randn(2, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     c = torch.ones(2, 1, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         block.attn.proj.weight.zero_()
         block.attn.proj.bias.zero_()
-        got = block(x, Context(c=c, tokens=c, grid=(2, 2)))
+        got = block(x, Context(c=c, cond_tokens=c, grid=(2, 2)))
     e = Explicit(block)
     _, _, _, shift, scale, gate = e.steering(c.numpy(), 6)
     expected = x.numpy() + gate * e.mlp(norm(x.numpy(), eps) * (1 + scale) + shift)

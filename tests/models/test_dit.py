@@ -8,7 +8,7 @@ from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiT, DiTConfig
-from tessera.settings import parse
+from tessera.settings import validate
 
 DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
 LATER = ["adaln-single", "modern"]
@@ -176,7 +176,7 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
 )
 def test_configurations_that_cannot_be(settings, words):
     with pytest.raises(TesseraError) as caught:
-        parse(DiTConfig, settings, "the network")
+        validate(DiTConfig, settings, "the network")
     assert words in str(caught.value)
 
 

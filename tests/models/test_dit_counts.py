@@ -58,8 +58,8 @@ def test_designs(design):
 def counted(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
     """Floating-point operations of a forward pass, or of both, by PyTorch (on a CPU it counts attention as nothing)."""
     with torch.device("meta"):
-        x, t = torch.empty(1, network.config.channels, *size), torch.empty(1)
-        label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
+        x, t = torch.empty(1, network.config.in_channels, *size), torch.empty(1)
+        label = torch.empty(1, dtype=torch.int64) if network.config.num_classes else None
     with FlopCounterMode(display=False) as counter:
         raw = network(x, t, Condition(label))
         if backward:

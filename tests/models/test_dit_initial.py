@@ -29,14 +29,14 @@ def test_a_fresh_adaln_zero_block_is_the_identity_to_the_bit():
     network = fresh(block="adaln-zero")
     x, c = normal(3, 24, 32), normal(3, 1, 32, seed=1)
     for block in network.blocks:
-        assert torch.equal(block(x, Context(c=c, tokens=c, grid=(4, 6))), x)
+        assert torch.equal(block(x, Context(c=c, cond_tokens=c, grid=(4, 6))), x)
 
 
 @pytest.mark.parametrize("design", ["in-context", "cross-attention", "adaln"])
 def test_the_other_designs_do_not_start_as_the_identity(design):
     block = fresh(block=design).blocks[0]
     x, c = normal(3, 24, 32), normal(3, 1, 32, seed=1)
-    assert (block(x, Context(c=c, tokens=c, grid=(4, 6))) - x).abs().mean() > 0.1
+    assert (block(x, Context(c=c, cond_tokens=c, grid=(4, 6))) - x).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize("classes", [0, 5])

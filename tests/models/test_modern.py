@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.bundle import card, describe, load, save
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
-from tessera.layers.modulation import Offsets
+from tessera.layers.modulation import ScaleShiftTable
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import parameter_count
-from tessera.settings import parse
+from tessera.settings import validate
 
 OFF = {  # the paper's adaLN-Zero block
     "mlp": "gelu",
@@ -104,7 +104,7 @@ def test_multiply_adds_are_what_pytorch_counts(block):
         with torch.device("meta"):
             network = build(block, **settings)
             x, t = torch.empty(1, 3, 8, 12), torch.empty(1)
-            label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
+            label = torch.empty(1, dtype=torch.int64) if network.config.num_classes else None
         with FlopCounterMode(display=False) as counter:
             network(x, t, Condition(label))
         assert counter.get_total_flops() == 2 * network.macs()
@@ -216,7 +216,7 @@ def test_rotary_needs_no_table():
 def test_all_initial_steering_is_zero():
     """Offsets and the shared layer alike: their sum holds the gates."""
     network = build("modern")
-    assert all(not module.table.any() for module in network.modules() if isinstance(module, Offsets))
+    assert all(not module.table.any() for module in network.modules() if isinstance(module, ScaleShiftTable))
     assert not network.shared.adaLN_modulation.linear.weight.any()
     assert not network.shared.adaLN_modulation.linear.bias.any()
 
@@ -274,7 +274,7 @@ def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
 )
 def test_configurations_that_cannot_be(settings, words):
     with pytest.raises(TesseraError) as caught:
-        parse(DiTConfig, {**SIZES, **settings}, "the network")
+        validate(DiTConfig, {**SIZES, **settings}, "the network")
     assert words in str(caught.value)
 
 

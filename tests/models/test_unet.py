@@ -13,13 +13,13 @@ from tessera.errors import TesseraError
 from tessera.models.network import parameter_count
 from tessera.models.presets import UNETS
 from tessera.models.unet import FinalLayer, Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig
-from tessera.settings import parse
+from tessera.settings import validate
 
 SMALL = {"size": 8, "channels": 3, "outputs": 6, "classes": 3, "width": 16, "multipliers": (1, 2, 3), "attention": 2}
 
 
 def make(**settings) -> UNetConfig:
-    return parse(UNetConfig, {**SMALL, "depth": 2, "head_channels": 8, **settings}, "the test's U-Net")
+    return validate(UNetConfig, {**SMALL, "depth": 2, "head_channels": 8, **settings}, "the test's U-Net")
 
 
 def on_meta(**settings) -> UNet:
@@ -32,28 +32,28 @@ def on_meta(**settings) -> UNet:
 
 def theirs_of(config: UNetConfig) -> UNet2DModel:
     """ADM's U-Net as diffusers builds it, but for two numbers of ours: the time's frequencies and the norms' groups."""
-    levels = range(len(config.multipliers))
-    down = ["AttnDownBlock2D" if 2**level in config.attention else "ResnetDownsampleBlock2D" for level in levels]
+    levels = range(len(config.channel_mult))
+    down = ["AttnDownBlock2D" if 2**level in config.attention_levels else "ResnetDownsampleBlock2D" for level in levels]
     network = UNet2DModel(
-        sample_size=config.size,
-        in_channels=config.channels,
-        out_channels=config.outputs,
+        sample_size=config.input_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
         freq_shift=0,
         down_block_types=tuple(down),
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        block_out_channels=tuple(config.width * multiplier for multiplier in config.multipliers),
-        layers_per_block=config.depth,
+        block_out_channels=tuple(config.model_channels * multiplier for multiplier in config.channel_mult),
+        layers_per_block=config.num_res_blocks,
         downsample_type="resnet",
         upsample_type="resnet",
         resnet_time_scale_shift="scale_shift",
-        attention_head_dim=config.head_channels,
+        attention_head_dim=config.num_head_channels,
         norm_num_groups=1,
         attn_norm_num_groups=1,  # or the middle's attention would have no norm
         norm_eps=1e-5,
-        num_class_embeds=config.classes + 1,
+        num_class_embeds=config.num_classes + 1,
     )
     network.time_proj.num_channels = 256
-    network.time_embedding.linear_1 = nn.Linear(256, 4 * config.width)
+    network.time_embedding.linear_1 = nn.Linear(256, 4 * config.model_channels)
     for module in network.modules():
         if isinstance(module, nn.GroupNorm):
             module.num_groups = Norm(module.num_channels).num_groups
@@ -150,8 +150,8 @@ def test_parameters_and_macs_are_those_that_were_published(name):
 def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
     """Floating-point operations of a forward pass, and of both passes, by PyTorch."""
     with torch.device("meta"):
-        x, t = torch.empty(1, network.config.channels, *size), torch.empty(1)
-        label = torch.empty(1, dtype=torch.int64) if network.config.classes else None
+        x, t = torch.empty(1, network.config.in_channels, *size), torch.empty(1)
+        label = torch.empty(1, dtype=torch.int64) if network.config.num_classes else None
     with FlopCounterMode(display=False) as counter:
         raw = network(x, t, Condition(label))
         forward = counter.get_total_flops()
@@ -284,6 +284,6 @@ def test_what_a_forward_pass_lacks_is_named():
 
 def test_a_preset_fills_what_is_not_said():
     config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "depth": 1})
-    assert config.depth == 1
-    assert config.width == UNETS["UNet-B/4-gmacs"]["width"]
+    assert config.num_res_blocks == 1
+    assert config.model_channels == UNETS["UNet-B/4-gmacs"]["width"]
     assert isinstance(config.build().final_layer, FinalLayer)

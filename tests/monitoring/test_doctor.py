@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.diffusion import FlowConfig, GaussianConfig
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.monitoring.doctor import diagnose, facts, page
 from tessera.monitoring.history import Guesses
-from tessera.settings import override, parse, write_yaml
+from tessera.settings import override, validate, write_yaml
 from tessera.training.recipe import Recipe
 
 RECIPE: dict[str, Any] = {
@@ -81,7 +81,7 @@ def made(tmp_path) -> Callable[..., Path]:
         health: Change = lambda step, values: None,
         steps: int = 4000,
     ) -> Path:
-        recipe = parse(Recipe, override(RECIPE, list(changes)), "the test's recipe")
+        recipe = validate(Recipe, override(RECIPE, list(changes)), "the test's recipe")
         (tmp_path / "recipe.yaml").write_text(write_yaml(recipe))
         for name, maker, change, every in (("log", record, log, 20), ("health", look, health, 100)):
             lines = []
@@ -330,10 +330,10 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "process",
     [
-        FlowConfig(),
-        FlowConfig(prediction="x0", path="trigonometric", loss="x0", shift=2.0),
-        GaussianConfig(),
-        GaussianConfig(schedule={"kind": "cosine"}, prediction="v"),
+        FlowMatchingConfig(),
+        FlowMatchingConfig(prediction="x0", path="trigonometric", loss="x0", shift=2.0),
+        GaussianDiffusionConfig(),
+        GaussianDiffusionConfig(schedule={"kind": "cosine"}, prediction="v"),
     ],
 )
 def test_guesses_are_what_least_squares_finds(process):
@@ -354,13 +354,13 @@ def test_guesses_are_what_least_squares_finds(process):
 
 
 def test_guesses_by_time_are_parts_of_the_whole():
-    guesses = Guesses.of(FlowConfig().build(), average=0.0, std=1.0, spread=1.0)
+    guesses = Guesses.of(FlowMatchingConfig().build(), average=0.0, std=1.0, spread=1.0)
     assert np.mean(guesses.linear_by_time) == pytest.approx(guesses.linear, rel=1e-6)
     assert guesses.nothing_by_time == pytest.approx([2.0] * 10)
 
 
 def test_times_that_are_never_drawn_have_no_guess():
-    narrow = FlowConfig(times={"kind": "logit-normal", "std": 0.2}).build()
+    narrow = FlowMatchingConfig(timestep_sampling={"kind": "logit-normal", "std": 0.2}).build()
     guesses = Guesses.of(narrow, average=0.0, std=1.0, spread=1.0)
     assert guesses.linear_by_time[0] is None
     assert guesses.linear_by_time[5] is not None

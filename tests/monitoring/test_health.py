@@ -15,12 +15,12 @@ from torch.nn.functional import layer_norm
 from tessera import randomness
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
-from tessera.diffusion import FlowConfig, GaussianConfig
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.layers.positions import rotary_grid, rotate
 from tessera.models.dit import DiTConfig
 from tessera.monitoring import health
-from tessera.monitoring.health import bin_by_time, distance, group_of, groups, largest_logit, probe, wrong_labels
-from tessera.training.objective import NOISE, Task, prepare
+from tessera.monitoring.health import bin_by_timestep, distance, group_of, groups, largest_logit, probe, wrong_labels
+from tessera.training.objective import NOISE, TrainingObjective, prepare_batch
 
 CPU = torch.device("cpu")
 
@@ -32,9 +32,9 @@ def batch(count: int, start: int = 0, size: int = 8) -> Batch:
     return Batch(pixels, position % 3, position)
 
 
-def task(**changes) -> Task:
+def task(**changes) -> TrainingObjective:
     told = {"flip": False, "label_dropout": 0.0, "classes": 3, "seed": 7, "dtype": None}
-    return Task(**{"process": FlowConfig().build(), "codec": PixelsConfig(channels=1).build(), **told, **changes})
+    return TrainingObjective(**{"process": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build(), **told, **changes})
 
 
 @pytest.fixture
@@ -54,20 +54,20 @@ def make(randomise):
 def test_bins_hold_what_numpys_histogram_holds():
     t = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     mse = torch.randn(1000, generator=torch.Generator().manual_seed(1)).square()
-    sums, counts = bin_by_time(mse, t)
+    sums, counts = bin_by_timestep(mse, t)
     edges = np.linspace(0, 1, 11)
     assert counts.tolist() == np.histogram(t, edges)[0].tolist()
     np.testing.assert_allclose(sums, np.histogram(t, edges, weights=mse)[0], rtol=1e-5)
 
 
 def test_the_ends_of_time_fall_into_the_first_and_the_last_bin():
-    _, counts = bin_by_time(torch.ones(4), torch.tensor([0.0, 0.0999, 0.9, 1.0]))
+    _, counts = bin_by_timestep(torch.ones(4), torch.tensor([0.0, 0.0999, 0.9, 1.0]))
     assert counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 2]
 
 
 def test_every_step_of_a_process_of_ten_has_a_bin_of_its_own():
-    t = GaussianConfig(steps=10).build().draw_times((torch.arange(10) + 0.5) / 10)
-    assert bin_by_time(torch.ones(10), t - 0.05)[1].tolist() == [1] * 10
+    t = GaussianDiffusionConfig(num_timesteps=10).build().sample_timesteps((torch.arange(10) + 0.5) / 10)
+    assert bin_by_timestep(torch.ones(10), t - 0.05)[1].tolist() == [1] * 10
 
 
 # Parts of the network
@@ -129,9 +129,9 @@ def test_no_wrong_label_is_right(labels):
 # The probe
 
 
-def seen(network, given: Batch, asked: Task):
+def seen(network, given: Batch, asked: TrainingObjective):
     """x_t, times, labels, x0 and noise as a probe must see them."""
-    x0, condition, position = prepare(given, asked, CPU)
+    x0, condition, position = prepare_batch(given, asked, CPU)
     count = len(x0)
     t = (torch.arange(count) + 0.5) / count
     noise = randomness.normal(asked.seed, position, NOISE, tuple(x0.shape[1:]))
@@ -246,7 +246,7 @@ def test_labels_are_not_withheld_and_only_the_first_samples_count(make):
 
 def test_steps_of_a_process_are_those_it_was_trained_at(make):
     """Between them the network would be told fractions of a step, and the bound has no term."""
-    network, process = make(outputs=2), GaussianConfig(steps=20).build()
+    network, process = make(outputs=2), GaussianDiffusionConfig(num_timesteps=20).build()
     heard = []
     network.t_embedder.register_forward_pre_hook(lambda module, given: heard.append(given[0]))
     found = probe(network, network, batch(4), task(process=process))
@@ -332,7 +332,7 @@ def test_what_is_compiled_stays_so_and_is_looked_into(make):
 @pytest.mark.parametrize("block", ["adaln-zero", "modern", "cross-attention"])
 def test_no_device_is_waited_for_before_the_end(make, monkeypatch, block):
     """A device whose tensors hold no numbers cannot answer: whoever asked it for one would fail."""
-    assert bin_by_time(torch.ones(4, device="meta"), torch.rand(4)).shape == (2, 10)
+    assert bin_by_timestep(torch.ones(4, device="meta"), torch.rand(4)).shape == (2, 10)
     lives = [torch.ones(3, device="meta")]
     assert distance(lives, lives).shape == (2,)
     monkeypatch.setattr(health, "_numbers", set)

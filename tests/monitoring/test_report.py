@@ -14,7 +14,7 @@ import yaml
 from tessera import images
 from tessera.errors import TesseraError
 from tessera.monitoring import report
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.training import loop
 from tessera.training.recipe import Recipe
 
@@ -225,8 +225,8 @@ def test_a_wide_grid_is_scaled_down_and_a_small_one_left_as_it_is(tmp_path):
 
     drawn = np.random.default_rng(0).integers(0, 256, (40, 1600, 1), dtype=np.uint8)
     images.save_png(tmp_path / "wide.png", drawn)
-    assert Image.open(io.BytesIO(images.no_wider(tmp_path / "wide.png", 800))).size == (800, 20)
-    same = np.asarray(Image.open(io.BytesIO(images.no_wider(tmp_path / "wide.png", 1600))))
+    assert Image.open(io.BytesIO(images.limit_width(tmp_path / "wide.png", 800))).size == (800, 20)
+    same = np.asarray(Image.open(io.BytesIO(images.limit_width(tmp_path / "wide.png", 1600))))
     np.testing.assert_array_equal(same, drawn[..., 0])
 
 
@@ -243,7 +243,7 @@ def test_settings_that_differ_from_the_defaults_stand_out_with_the_default(run):
 
 def test_a_recipe_of_defaults_differs_in_nothing(run):
     data = {"output": "runs/x", "data": {"kind": "digits"}}
-    resolved = parse(Recipe, data, "the test's recipe").model_dump(mode="json")
+    resolved = validate(Recipe, data, "the test's recipe").model_dump(mode="json")
     (run / "recipe.yaml").write_text(yaml.safe_dump(resolved))
     assert page_of(run).told == []
 

@@ -18,21 +18,21 @@ from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.monitoring import spikes
 from tessera.monitoring.logger import read_log
-from tessera.monitoring.spikes import PASSED, Passed, Seen, StabilityConfig, Watch, read_passed
+from tessera.monitoring.spikes import SKIPPED_STEPS, SkippedSteps, StepRecord, StabilityConfig, SpikeDetector, read_skipped_steps
 from tessera.training import loop, step
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import place_of
-from tessera.training.step import Told
+from tessera.training.checkpoint.checkpoint import read_state
+from tessera.training.step import StepMetrics
 
 CPU = torch.device("cpu")
 
 
-def told(loss: float, norm: float, kept: bool = True) -> Told:
+def told(loss: float, norm: float, kept: bool = True) -> StepMetrics:
     numbers = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(norm)}
-    return Told(numbers, torch.tensor(float(kept)), torch.tensor(0.0), torch.zeros(2, 10), torch.zeros(1))
+    return StepMetrics(numbers, torch.tensor(float(kept)), torch.tensor(0.0), torch.zeros(2, 10), torch.zeros(1))
 
 
-def shown(watch: Watch, losses: Iterable[float], norms: Iterable[float], first: int = 1) -> list[Seen]:
+def shown(watch: SpikeDetector, losses: Iterable[float], norms: Iterable[float], first: int = 1) -> list[StepRecord]:
     """Show so many steps, each kept out where it is above the limits that stand."""
     seen = []
     for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=first):
@@ -57,9 +57,9 @@ def heavy_tailed(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("spike", [3.0, 20.0])
 def test_limits_are_robust_deviations_above_the_median_of_the_last_steps(count, window, spike):
     losses, norms = heavy_tailed(count)
-    watch = Watch(StabilityConfig(window=window, spike=1e6), CPU)
+    watch = SpikeDetector(StabilityConfig(window=window, spike_threshold=1e6), CPU)
     shown(watch, losses, norms)
-    watch.config = StabilityConfig(window=window, spike=spike)
+    watch.config = StabilityConfig(window=window, spike_threshold=spike)
     watch._renew()
     last, last_norms = losses[-window:].astype(float), np.log(norms[-window:].astype(float))
     spread = max(stats.median_abs_deviation(last, scale="normal"), 0.05 * np.median(last))
@@ -70,7 +70,7 @@ def test_limits_are_robust_deviations_above_the_median_of_the_last_steps(count, 
 
 @pytest.mark.parametrize(("window", "first"), [(16, 16), (64, 16), (256, 64), (300, 80)])
 def test_there_are_no_limits_until_a_quarter_of_a_window_was_seen(window, first):
-    watch = Watch(StabilityConfig(window=window), CPU)
+    watch = SpikeDetector(StabilityConfig(window=window), CPU)
     for count in range(1, first + 1):
         assert watch.limits == (math.inf, math.inf)
         shown(watch, [1.0], [1.0], count)
@@ -78,7 +78,7 @@ def test_there_are_no_limits_until_a_quarter_of_a_window_was_seen(window, first)
 
 
 def test_however_alike_the_steps_were_a_loss_twice_as_large_and_a_gradient_seven_times_are_no_spikes():
-    watch = Watch(StabilityConfig(), CPU)
+    watch = SpikeDetector(StabilityConfig(), CPU)
     shown(watch, [0.5] * 64, [3.0] * 64)
     assert watch.limits == pytest.approx((1.0, 3 * math.exp(2)))
 
@@ -88,7 +88,7 @@ def test_spikes_among_the_steps_hardly_move_the_limits():
     few = np.arange(400) % 10 == 3
     limits = []
     for factor in (1, 1e6):
-        watch = Watch(StabilityConfig(spike=1e9), CPU)  # so that all are kept
+        watch = SpikeDetector(StabilityConfig(spike_threshold=1e9), CPU)  # so that all are kept
         shown(watch, np.where(few, factor * losses, losses), np.where(few, factor * norms, norms))
         watch.config = StabilityConfig()
         watch._renew()
@@ -99,7 +99,7 @@ def test_spikes_among_the_steps_hardly_move_the_limits():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_healthy_heavy_tailed_steps_raise_no_alarm(seed):
-    assert all(seen.kept for seen in shown(Watch(StabilityConfig(), CPU), *heavy_tailed(4000, seed)))
+    assert all(seen.applied for seen in shown(SpikeDetector(StabilityConfig(), CPU), *heavy_tailed(4000, seed)))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_healthy_heavy_tailed_steps_raise_no_alarm(seed):
 def test_an_injected_spike_is_the_one_step_that_is_kept_out_and_the_window_never_holds_it(factors, why):
     losses, norms = heavy_tailed(600)
     losses[500], norms[500] = losses[500] * factors[0], norms[500] * factors[1]
-    watch = Watch(StabilityConfig(), CPU)
-    bad = [seen for seen in shown(watch, losses, norms) if not seen.kept]
+    watch = SpikeDetector(StabilityConfig(), CPU)
+    bad = [seen for seen in shown(watch, losses, norms) if not seen.applied]
     assert [seen.step for seen in bad] == [501]
     assert re.match(why, bad[0].why)
     assert watch.state()["losses"] == np.delete(losses, 500)[-256:].tolist()
@@ -119,7 +119,7 @@ def test_an_injected_spike_is_the_one_step_that_is_kept_out_and_the_window_never
 
 
 def test_without_spikes_only_what_is_not_a_number_is_bad():
-    watch = Watch(StabilityConfig(spike=None), CPU)
+    watch = SpikeDetector(StabilityConfig(spike_threshold=None), CPU)
     losses, norms = heavy_tailed(600)
     shown(watch, losses * np.where(np.arange(600) > 300, 1e6, 1), norms)
     assert watch.limits == (math.inf, math.inf)
@@ -129,27 +129,27 @@ def test_what_a_watch_remembers_goes_through_json_and_sets_the_same_limits_bit_f
     losses, norms = heavy_tailed(900)
     losses[450] = math.nan
     for stop in (0, 10, 64, 100, 451, 777):
-        whole, before = (Watch(StabilityConfig(), CPU) for _ in range(2))
+        whole, before = (SpikeDetector(StabilityConfig(), CPU) for _ in range(2))
         shown(whole, losses[:stop], norms[:stop])
         shown(before, losses[:stop], norms[:stop])
-        after = Watch(StabilityConfig(), CPU)
+        after = SpikeDetector(StabilityConfig(), CPU)
         after.restore(json.loads(json.dumps(before.state(), allow_nan=False)))
         for number in range(stop, 900):
-            assert (after.limits, after.in_a_row) == (whole.limits, whole.in_a_row)
+            assert (after.limits, after.consecutive_bad) == (whole.limits, whole.consecutive_bad)
             shown(whole, losses[number : number + 1], norms[number : number + 1], number)
             shown(after, losses[number : number + 1], norms[number : number + 1], number)
         assert after.state() == whole.state()
     after.restore({})
-    assert after.state() == Watch(StabilityConfig(), CPU).state()
+    assert after.state() == SpikeDetector(StabilityConfig(), CPU).state()
 
 
 def test_bad_steps_must_follow_each_other_to_be_too_many():
-    watch = Watch(StabilityConfig(patience=3), CPU)
+    watch = SpikeDetector(StabilityConfig(max_consecutive_bad=3), CPU)
     lost = []
     for number, kept in enumerate((0, 0, 1, 0, 1, 0, 0, 0, 1)):
         watch.send(number, 32 * number, told(math.nan, 1.0, bool(kept)))
         watch.read()
-        lost.append(watch.lost)
+        lost.append(watch.should_roll_back)
     assert lost == [False] * 7 + [True, False]
 
 
@@ -168,7 +168,7 @@ def test_a_gpu_is_read_two_steps_later_and_never_waited_for_sooner(monkeypatch):
             waited.append(self.number)
 
     monkeypatch.setattr(spikes.torch.cuda, "Event", Event)
-    watch = Watch(StabilityConfig(window=16), torch.device("cuda"))
+    watch = SpikeDetector(StabilityConfig(window=16), torch.device("cuda"))
     for number in range(1, 21):
         before = watch.limits
         watch.send(number, 32 * (number - 1), told(1.0, 1.0))
@@ -185,37 +185,37 @@ def test_a_gpu_is_read_two_steps_later_and_never_waited_for_sooner(monkeypatch):
 # The record
 
 
-def record(step: int, position: int, loss: float = math.nan) -> Seen:
-    return Seen(step, position, False, loss, 1.0, (2.0, 2.0))
+def record(step: int, position: int, loss: float = math.nan) -> StepRecord:
+    return StepRecord(step, position, False, loss, 1.0, (2.0, 2.0))
 
 
 def test_the_record_names_what_was_kept_out_and_what_is_passed_over(tmp_path):
-    passed = Passed(tmp_path, 0)
+    passed = SkippedSteps(tmp_path, 0)
     passed.write()
-    assert not (tmp_path / PASSED).exists()  # nothing to tell
+    assert not (tmp_path / SKIPPED_STEPS).exists()  # nothing to tell
     passed.add(record(3, 64), ["a", "b"])
     passed.add(record(9, 256, loss=5.0), ["c"], rollback=1)
     passed.write()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / PASSED).read_text().splitlines()]
-    assert lines == read_passed(tmp_path) == passed.records
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
+    assert lines == read_skipped_steps(tmp_path) == passed.records
     assert lines[0] == {
         "step": 3, "position": 64, "outcome": "skipped", "why": "the loss is not a number",
         "loss": None, "gradient_norm": 1.0, "samples": ["a", "b"],
     }  # fmt: skip
     assert "above the limit of 2" in lines[1]["why"]
-    assert (passed.positions, passed.kept_out, passed.rollbacks) == ({256}, 1, 1)
-    again = Passed(tmp_path, 2)  # a run gone on from step 2 meets step 3 again, but never the batch at 256
-    assert (again.positions, again.kept_out) == ({256}, 0)
-    assert Passed(tmp_path, 3).records == lines
+    assert (passed.positions, passed.count, passed.rollbacks) == ({256}, 1, 1)
+    again = SkippedSteps(tmp_path, 2)  # a run gone on from step 2 meets step 3 again, but never the batch at 256
+    assert (again.positions, again.count) == ({256}, 0)
+    assert SkippedSteps(tmp_path, 3).records == lines
 
 
 def test_a_damaged_line_of_the_record_is_left_out(tmp_path):
-    passed = Passed(tmp_path, 0)
+    passed = SkippedSteps(tmp_path, 0)
     passed.add(record(9, 256), ["c"], rollback=1)
     passed.write()
-    with (tmp_path / PASSED).open("a") as file:
+    with (tmp_path / SKIPPED_STEPS).open("a") as file:
         file.write('{"step": 4, "posi')
-    assert Passed(tmp_path, 9).positions == {256}
+    assert SkippedSteps(tmp_path, 9).positions == {256}
 
 
 # Runs
@@ -226,7 +226,7 @@ BATCH = 32
 
 def spoil(monkeypatch, factors: dict[int, float]) -> None:
     """Multiply the latents of the batches at these positions."""
-    prepare = step.prepare
+    prepare = step.prepare_batch
 
     def spoilt(batch, task, device):
         x0, condition, position = prepare(batch, task, device)
@@ -253,7 +253,7 @@ def damage(monkeypatch, harms: Callable[[int], bool]) -> None:
 def tell_to_pass_over(run: Path, positions: Iterable[int]) -> None:
     """What a run finds that is begun with this record."""
     run.mkdir(parents=True)
-    passed = Passed(run, 0)
+    passed = SkippedSteps(run, 0)
     for position in positions:
         passed.add(record(1, position), [], rollback=0)
     passed.write()
@@ -284,8 +284,8 @@ def test_no_step_of_a_healthy_run_is_kept_out(tiny, changes):
     run = loop.train(tiny("run", "training.steps=200", "network.width=32", "training.optimizer.learning_rate=0.004",
                           "training.optimizer.warmup=20", *WINDOW[:1], *changes))  # fmt: skip
     assert [one["kept_out"] for one in read_log(run)] == [0] * 200
-    assert not (run / PASSED).exists()
-    kept = place_of(bundle.checkpoints(run)[0]).watch
+    assert not (run / SKIPPED_STEPS).exists()
+    kept = read_state(bundle.checkpoints(run)[0]).spike_detector
     assert kept["kept"] == 200
     assert all(math.isfinite(limit) for limit in kept["limits"])
 
@@ -303,9 +303,9 @@ def test_a_batch_that_is_not_a_number_is_as_if_it_had_never_been(tiny, state, mo
     assert len(trained_part(state(run))) > 10
     assert [one["kept_out"] for one in read_log(run)] == [0, 0, 1, 1, 1, 1]
     assert ["loss" in one for one in read_log(run)] == [True, True, False, True, True, True]
-    (only,) = read_passed(run)
+    (only,) = read_skipped_steps(run)
     source = tiny("run").data.open()
-    names = [source.name(int(index)) for index in loop.set_up(tiny("other")).loader.order.batch(2 * BATCH)]
+    names = [source.name(int(index)) for index in loop.build_run(tiny("other")).loader.order.batch(2 * BATCH)]
     assert only == {
         "step": 3, "position": 2 * BATCH, "outcome": "skipped", "why": "the loss is not a number",
         "loss": None, "gradient_norm": None, "samples": names,
@@ -317,19 +317,19 @@ def test_a_spike_is_kept_out(tiny, state, monkeypatch):
     without = loop.train(tiny("without", *WINDOW, "training.steps=23"))
     spoil(monkeypatch, {20 * BATCH: 100.0})
     run = loop.train(tiny("run", *WINDOW, "training.steps=24"))
-    (only,) = read_passed(run)
+    (only,) = read_skipped_steps(run)
     assert (only["step"], only["position"], only["outcome"]) == (21, 20 * BATCH, "skipped")
     assert re.match(r"the loss is \d+(\.\d+)?, above the limit of", only["why"])
     assert only["loss"] > 50 * read_log(run)[19]["loss"]
     assert trained_part(state(run)) == trained_part(state(without))
-    watches = [place_of(bundle.checkpoints(one)[0]).watch for one in (run, without)]
+    watches = [read_state(bundle.checkpoints(one)[0]).spike_detector for one in (run, without)]
     assert watches[0] == watches[1]
 
 
 def test_without_the_watch_the_spike_is_learned(tiny, monkeypatch):
     spoil(monkeypatch, {20 * BATCH: 100.0})
     run = loop.train(tiny("run", *WINDOW, "training.stability.spike=null", "training.steps=24"))
-    assert read_passed(run) == []
+    assert read_skipped_steps(run) == []
     assert read_log(run)[20]["loss"] > 50 * read_log(run)[19]["loss"]
 
 
@@ -345,7 +345,7 @@ def test_damaged_weights_are_left_behind(tiny, state, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert re.search(r"bad steps in a row: 4, the last because .*: back to step 24 and past the batches before step 32 "
                      r"\(try 1 of 3\)", said)  # fmt: skip
-    passed = read_passed(run)
+    passed = read_skipped_steps(run)
     assert {(one["outcome"], one["rollback"]) for one in passed} == {("passed over", 1)}
     assert [one["position"] for one in passed] == list(range(LATE, LATE + 5 * BATCH, BATCH))
     assert all(len(one["samples"]) == BATCH for one in passed)
@@ -365,9 +365,9 @@ def test_a_checkpoint_that_holds_the_damage_is_left_behind_too(tiny, state, monk
     run = loop.train(tiny("run", *GOES_BACK))
     said = capsys.readouterr().err
     assert re.findall(r"back to step (\d+) .* \(try (\d)", said) == [("24", "1"), ("16", "2")]
-    passed = {one["position"] for one in read_passed(run)}
+    passed = {one["position"] for one in read_skipped_steps(run)}
     assert EARLY in passed
-    assert len(passed) == len(read_passed(run))
+    assert len(passed) == len(read_skipped_steps(run))
     monkeypatch.undo()
     tell_to_pass_over(Path(tiny("told").output), passed)
     assert state(run) == state(loop.train(tiny("told", *GOES_BACK)))
@@ -392,14 +392,14 @@ def test_a_run_asked_to_stop_amid_the_trouble_ends_as_one_that_was_not(tiny, sta
         loop.train(tiny("run", *GOES_BACK))
     run = loop.train(tiny("run", *GOES_BACK))
     assert state(run) == state(whole)
-    assert read_passed(run) == read_passed(whole)
+    assert read_skipped_steps(run) == read_skipped_steps(whole)
 
 
 def test_a_run_does_not_end_with_weights_that_the_last_step_found_bad(tiny, state, monkeypatch, capsys):
     damage(monkeypatch, (38 * BATCH).__eq__)
     run = loop.train(tiny("run", *GOES_BACK))
     assert "bad steps in a row: 1," in capsys.readouterr().err
-    passed = [one["position"] for one in read_passed(run)]
+    passed = [one["position"] for one in read_skipped_steps(run)]
     assert 38 * BATCH in passed
     monkeypatch.undo()
     tell_to_pass_over(Path(tiny("told").output), passed)
@@ -417,8 +417,8 @@ def test_damage_that_always_returns_ends_the_run_with_a_diagnosis_and_it_can_go_
         assert "lower training.optimizer.learning_rate" in said
         newest = bundle.checkpoints(run)[0]
         assert newest.name in said
-        assert checkpoint.faults(newest) == []
-    passed = {one["position"] for one in read_passed(run) if one["outcome"] == "passed over"}
+        assert checkpoint.verify(newest) == []
+    passed = {one["position"] for one in read_skipped_steps(run) if one["outcome"] == "passed over"}
     assert LATE in passed
     monkeypatch.undo()
     loop.train(tiny("run", *GOES_BACK))
@@ -427,14 +427,14 @@ def test_damage_that_always_returns_ends_the_run_with_a_diagnosis_and_it_can_go_
 
 
 def test_trouble_after_a_window_of_good_steps_is_other_trouble():
-    passed = Passed(Path("nowhere"), 0)
-    assert passed.trouble(5, 16) == []
+    passed = SkippedSteps(Path("nowhere"), 0)
+    assert passed.positions_of_rollbacks(5, 16) == []
     for rollback, (at, position) in enumerate(((10, 64), (20, 128), (15, 96), (40, 640)), start=1):
         passed.add(record(at, position), [], rollback)
-    assert passed.trouble(56, 16) == [[640]]
-    assert passed.trouble(57, 16) == []
+    assert passed.positions_of_rollbacks(56, 16) == [[640]]
+    assert passed.positions_of_rollbacks(57, 16) == []
     passed.records.pop()
-    assert passed.trouble(36, 16) == [[64], [128], [96]]
+    assert passed.positions_of_rollbacks(36, 16) == [[64], [128], [96]]
 
 
 class Killed(BaseException):
@@ -460,7 +460,7 @@ def test_a_run_killed_while_it_goes_back_ends_as_one_that_was_not(tiny, state, m
     whole = state(loop.train(tiny("whole", *GOES_BACK)))
     go_back, left = loop.Training._go_back, [1 if harm == LATE else 2]
 
-    def watched(self: loop.Training, seen: Seen) -> None:
+    def watched(self: loop.Training, seen: StepRecord) -> None:
         left[0] -= 1
         if left[0] == 0:
             patched = {"drop_after": checkpoint, "write": self.passed, "rewind": self.journal}
@@ -493,6 +493,6 @@ def counted(left: list[int]) -> bool:
 def test_going_on_with_other_losses_sets_limits_anew(tiny, change, anew):
     loop.train(tiny("run", *WINDOW, "training.steps=20"))
     run = loop.train(tiny("run", *WINDOW, "training.steps=30", change))
-    watch = place_of(bundle.checkpoints(run)[0]).watch
+    watch = read_state(bundle.checkpoints(run)[0]).spike_detector
     assert watch["kept"] == (10 if anew else 30)
     assert (watch["limits"] == [None, None]) == anew

@@ -6,12 +6,12 @@ import torch
 from tessera.errors import TesseraError
 from tessera.models.presets import PRESETS
 from tessera.planning import budget, hardware, published
-from tessera.planning.plan import Split, bought, counts, divided, memory_of, plan
+from tessera.planning.plan import Split, budget_outcomes, counts, divided, memory_of, plan
 from tessera.planning.trace import Sizes
-from tessera.settings import override, parse
+from tessera.settings import override, validate
 from tessera.training import plan_recipe
 from tessera.training.recipe import Recipe
-from tessera.training.run import set_up
+from tessera.training.run import build_run
 from tessera.training.step import train_step
 
 TINY = {
@@ -24,7 +24,7 @@ TINY = {
 
 
 def tiny(*changes: str) -> Recipe:
-    return parse(Recipe, override(TINY, list(changes)), "the test's recipe")
+    return validate(Recipe, override(TINY, list(changes)), "the test's recipe")
 
 
 @pytest.mark.parametrize("published", published.MODELS, ids=lambda one: one.name)
@@ -46,14 +46,14 @@ def test_the_twelve_presets_are_the_paper_s(published):
 def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_path):
     base = {} if "kind" in network else TINY["network"]
     told = override(TINY | {"network": base | network, "output": str(tmp_path / "run")}, list(changes))
-    recipe = parse(Recipe, told, "the test's recipe")
+    recipe = validate(Recipe, told, "the test's recipe")
     made = plan_recipe.plan_of(recipe, "h100")
-    run = set_up(recipe)
+    run = build_run(recipe)
     batches = run.loader.batches()
-    train_step(run.learner, next(batches), run.task, run.recipe.training.batch, run.rounds)
+    train_step(run.state, next(batches), run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
     batches.close()
     weights = sum(parameter.nbytes for parameter in run.network.parameters())
-    memories = (held for told in run.learner.optimizer.state.values() for held in told.values())
+    memories = (held for told in run.state.optimizer.state.values() for held in told.values())
     assert made.parameters == sum(parameter.numel() for parameter in run.network.parameters())
     assert made.gmacs == run.macs / 1e9
     assert made.memory.weights == weights
@@ -108,13 +108,13 @@ def test_a_deep_network_is_told_from_shallow_ones():
 def test_what_a_budget_buys_by_hand():
     made = plan_recipe.plan_of(tiny(), "h100x2")
     hours = budget.parse("1h")
-    assert bought(made, hours).steps == int((3600 - made.scoring_seconds) / made.step_seconds)
-    assert bought(made, budget.parse("$6")).steps == bought(made, hours).steps  # two devices for an hour
-    assert bought(made, budget.parse("2gpuh")).steps == bought(made, hours).steps
-    flops = bought(made, budget.parse(f"{20.5 * made.flops_per_step:.0f}"))
+    assert budget_outcomes(made, hours).steps == int((3600 - made.scoring_seconds) / made.step_seconds)
+    assert budget_outcomes(made, budget.parse("$6")).steps == budget_outcomes(made, hours).steps  # two devices for an hour
+    assert budget_outcomes(made, budget.parse("2gpuh")).steps == budget_outcomes(made, hours).steps
+    flops = budget_outcomes(made, budget.parse(f"{20.5 * made.flops_per_step:.0f}"))
     assert (flops.steps, flops.samples, flops.enough) == (20, 320, False)
     assert flops.flops == 20 * made.flops_per_step
-    assert bought(made, hours).enough
+    assert budget_outcomes(made, hours).enough
 
 
 def test_sharding_divides_what_stays():
@@ -126,7 +126,7 @@ def test_sharding_divides_what_stays():
 
 
 def test_impossible_work_is_named():
-    work = plan_recipe.work_of(tiny("training.shard=3"))
+    work = plan_recipe.workload(tiny("training.shard=3"))
     with pytest.raises(TesseraError, match="groups of 3"):
         divided(work, 4)
     with pytest.raises(TesseraError, match="too small for 32 devices"):
@@ -134,9 +134,9 @@ def test_impossible_work_is_named():
     with pytest.raises(TesseraError, match="not divisible by heads"):
         plan_recipe.preset("DiT-S/2", ["network.heads=7"])
     with pytest.raises(TesseraError, match="patch 3 does not divide"):
-        plan_recipe.work_of(tiny("network.patch=3"))
+        plan_recipe.workload(tiny("network.patch=3"))
     with pytest.raises(TesseraError, match="neither a recipe nor a preset"):
-        plan_recipe.asked("DiT-M/2", [])
+        plan_recipe.resolve_target("DiT-M/2", [])
 
 
 def test_this_machine_is_measured(tmp_path, monkeypatch):

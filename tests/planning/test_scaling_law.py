@@ -9,7 +9,7 @@ import scipy.stats
 
 from tessera.errors import TesseraError
 from tessera.planning import published, scaling_law
-from tessera.planning.scaling_law import Law, Scored
+from tessera.planning.scaling_law import Law, EvalPoint
 
 X = [0.4, 1.0, 3.0, 8.0, 20.0, 60.0]
 
@@ -93,17 +93,17 @@ def test_the_papers_table_follows_a_law():
 # Compute-optimal
 
 
-def chinchilla(sizes: int = 8, points: int = 12) -> list[Scored]:
+def chinchilla(sizes: int = 8, points: int = 12) -> list[EvalPoint]:
     """Loss = A gmacs^-0.4 + B samples^-0.4: the best size and the best number of samples both grow as compute^0.5."""
     return [
-        Scored(f"run {size}", gmacs, int(samples), gmacs**-0.4 + (samples / 1e6) ** -0.4)
+        EvalPoint(f"run {size}", gmacs, int(samples), gmacs**-0.4 + (samples / 1e6) ** -0.4)
         for size, gmacs in enumerate(np.geomspace(0.1, 10, sizes))
         for samples in np.geomspace(1e5, 1e7, points)
     ]
 
 
 def test_the_frontier_by_hand():
-    points = [Scored("a", 1, 10, 5), Scored("a", 1, 20, 4), Scored("b", 4, 5, 4.5), Scored("b", 4, 10, 3)]
+    points = [EvalPoint("a", 1, 10, 5), EvalPoint("a", 1, 20, 4), EvalPoint("b", 4, 5, 4.5), EvalPoint("b", 4, 10, 3)]
     assert scaling_law.frontier(points) == [points[0], points[1], points[3]]  # at equal compute the lower
     assert scaling_law.frontier([]) == []
 
@@ -143,9 +143,9 @@ def test_a_missing_law_is_named(tmp_path):
 
 
 def test_a_best_size_needs_sizes_to_compare():
-    once = [Scored(f"run {gmacs}", gmacs, 100, 1 / gmacs) for gmacs in (1, 2, 3)]
+    once = [EvalPoint(f"run {gmacs}", gmacs, 100, 1 / gmacs) for gmacs in (1, 2, 3)]
     with pytest.raises(TesseraError, match="every run was scored once"):
         Law("fd", "abcd", "", tuple(once))
-    alone = [Scored("one", 1, samples, 1 / samples) for samples in (1, 2, 3)]
+    alone = [EvalPoint("one", 1, samples, 1 / samples) for samples in (1, 2, 3)]
     with pytest.raises(TesseraError, match="3 points of 1 sizes"):
         Law("fd", "abcd", "", tuple(alone))

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from tessera.acceleration.activation_checkpointing import recompute
+from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.conditioning import Condition
 from tessera.models.dit import DiTConfig
-from tessera.planning.op_profiler import Stopwatch
+from tessera.planning.op_profiler import OpProfiler
 from tessera.planning.trace import Recorder, fake, outline
 
 ROWS = 3
@@ -40,7 +40,7 @@ def traced(told: DiTConfig, what="none", dtype=None):
     network = copy.deepcopy(outline(told))
     with fake(), Recorder() as recorder:
         network.to_empty(device="cpu")
-        recompute(network, what)
+        checkpoint_activations(network, what)
         before = recorder.lap().kept
         value, saved = loss(network, dtype)
         forward = recorder.lap()
@@ -62,7 +62,7 @@ def test_saved_bytes_are_those_of_a_real_step(block, dtype):
 @pytest.mark.parametrize("what", ["none", "selective", "blocks"])
 def test_all_that_lives_is_as_much_as_in_a_real_step(what):
     network = config("adaln-zero").build()
-    recompute(network, what)
+    checkpoint_activations(network, what)
     with Recorder() as recorder:
         value, _ = loss(network, None)
         forward = recorder.lap()
@@ -96,12 +96,12 @@ def test_every_block_adds_the_same():
 
 def test_a_stopwatch_adds_up_and_remembers(tmp_path):
     _, _, forward, _ = traced(config("adaln-zero"))
-    watch = Stopwatch(torch.device("cpu"), tmp_path)
+    watch = OpProfiler(torch.device("cpu"), tmp_path)
     (once,) = watch(forward)
     assert 0 < once < 10
-    again = Stopwatch(torch.device("cpu"), tmp_path)
+    again = OpProfiler(torch.device("cpu"), tmp_path)
     assert again(forward, forward) == [once, once]  # read, not measured again
     forward.views += 1000
     assert again(forward)[0] - once == pytest.approx(1000 * again.overhead)
     watch.path.write_text("damaged")
-    assert Stopwatch(torch.device("cpu"), tmp_path)(forward)[0] > 0
+    assert OpProfiler(torch.device("cpu"), tmp_path)(forward)[0] > 0

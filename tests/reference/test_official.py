@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion.gaussian import Gaussian, GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
 from tessera.sampling import DDIM, Ancestral, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import Even, times
+from tessera.sampling.timesteps import Uniform, timestep_grid
 
 FOLDER = Path(__file__).parent
 
-TEN = times(Even(), 10, GaussianConfig().build())
+TEN = timestep_grid(Uniform(), 10, GaussianDiffusionConfig().build())
 
 
 def fill(shape: tuple[int, ...], name: str, scale: float) -> Tensor:
@@ -36,7 +36,7 @@ class Official:
     name: str
     numbers: dict[str, Tensor]
     network: DiT
-    process: Gaussian
+    process: GaussianDiffusion
 
     def __getitem__(self, name: str) -> Tensor:
         return self.numbers[name]
@@ -54,12 +54,12 @@ def official(request) -> Official:
     numbers = np.load(FOLDER / f"{request.param}.npz")
     told = json.loads(str(numbers["config"]))
     network = DiTConfig(
-        size=told["input_size"],
-        patch=told["patch_size"],
-        classes=told["num_classes"],
-        width=told["hidden_size"],
+        input_size=told["input_size"],
+        patch_size=told["patch_size"],
+        num_classes=told["num_classes"],
+        hidden_size=told["hidden_size"],
         depth=told["depth"],
-        heads=told["num_heads"],
+        num_heads=told["num_heads"],
     ).build()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -67,7 +67,7 @@ def official(request) -> Official:
                 scale = 0.2 if name == "y_embedder.embedding_table.weight" else 0.06
                 parameter.copy_(fill(tuple(parameter.shape), name, scale))
     arrays = {name: torch.from_numpy(numbers[name]) for name in numbers.files if name != "config"}
-    return Official(request.param, arrays, network.eval(), GaussianConfig().build())
+    return Official(request.param, arrays, network.eval(), GaussianDiffusionConfig().build())
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_losses(official):
 
 @pytest.mark.parametrize("count", [10, 250])
 def test_respaced_steps(official, count):
-    visited = times(Even(), count, GaussianConfig().build())
+    visited = timestep_grid(Uniform(), count, GaussianDiffusionConfig().build())
     assert visited[-1] == 0
     assert official.process.network_time(visited[:-1]).tolist() == sorted(
         official[f"respace{count}"].tolist(), reverse=True

@@ -18,7 +18,7 @@ from tessera.reporting.charts import (
     WIDTH,
     Axis,
     Line,
-    Marks,
+    StepMarks,
     bar_chart,
     heat_map,
     line_chart,
@@ -100,7 +100,7 @@ def test_a_level_outside_the_numbers_is_still_in_the_frame():
 
 
 def test_marks_stand_at_their_steps_and_unused_ones_are_not_named():
-    marks = [Marks("rollback", [50]), Marks("skipped step")]
+    marks = [StepMarks("rollback", [50]), StepMarks("skipped step")]
     chart = line_chart("x", [Line("x", [0, 50, 100], [1.0, 2.0, 3.0])], marks=marks)
     x = float(re.search(r'class="mark"[^>]* d="M([\d.]+) ', chart).group(1))
     assert x == pytest.approx(drawn(chart)[1][0], abs=0.11)

@@ -107,8 +107,8 @@ def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
 def trained(tmp_path_factory) -> Path:
     """A run on digits, to draw from; not to be changed."""
     from tessera.training import loop
-    from tessera.training.recipe import read
+    from tessera.training.recipe import read_recipe
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(RECIPE)
-    return loop.train(read(folder / "tiny.yaml", [f"output={folder / 'run'}", "training.ema.decay=0"]))
+    return loop.train(read_recipe(folder / "tiny.yaml", [f"output={folder / 'run'}", "training.ema.decay=0"]))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tessera.settings import override, parse, read_yaml, write_yaml
+from tessera.settings import override, validate, read_yaml, write_yaml
 from tessera.training.recipe import Recipe
 
 
@@ -14,7 +14,7 @@ def run(tmp_path, recipe):
     folder = tmp_path / "run"
     folder.mkdir()
     told = override(read_yaml(recipe), ["training.label_dropout=0", "sampling.guidance=2", "network.classes=10"])
-    (folder / "recipe.yaml").write_text(write_yaml(parse(Recipe, told, "the test's recipe")))
+    (folder / "recipe.yaml").write_text(write_yaml(validate(Recipe, told, "the test's recipe")))
     (folder / "log.jsonl").write_text('{"step": 4, "loss": 0.9, "mse": 0.9, "gradient_norm": 1.0}\n')
     return folder
 

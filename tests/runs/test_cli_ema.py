@@ -9,7 +9,7 @@ from PIL import Image
 
 from tessera import bundle
 from tessera.training import loop
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 from .conftest import RECIPE
 
@@ -20,7 +20,7 @@ def averaged(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("averaged")
     (folder / "tiny.yaml").write_text(RECIPE)
     changes = ("training.ema={decay: 0.5, also: [0, 0.9]}", "training.optimizer.learning_rate=0.05")
-    return loop.train(read(folder / "tiny.yaml", [f"output={folder / 'run'}", *changes]))
+    return loop.train(read_recipe(folder / "tiny.yaml", [f"output={folder / 'run'}", *changes]))
 
 
 def test_info_names_the_averages_and_tells_them_apart(tessera, averaged):

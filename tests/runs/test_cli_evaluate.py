@@ -56,7 +56,7 @@ def test_a_model_is_scored_against_what_it_learned_from(tessera, trained, tmp_pa
     assert (tmp_path / "out/report.html").exists()
     assert "note: 60 samples of 48" not in done.err
     first = protocol.load(tmp_path / "out")[0].protocol
-    assert (first.samples, first.drawing["steps"], first.drawing["class policy"]) == (60, 3, "uniform")
+    assert (first.samples, first.sampling["steps"], first.sampling["class policy"]) == (60, 3, "uniform")
 
 
 def test_score_is_the_word_that_may_be_left_out(tessera, samples, tmp_path):

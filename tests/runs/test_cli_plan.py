@@ -6,7 +6,7 @@ import pytest
 
 from tessera.planning.plan import counts
 from tessera.training import plan_recipe
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 
 def test_a_preset_alone_tells_its_parameters_and_multiply_adds(tessera):
@@ -20,7 +20,7 @@ def test_a_preset_alone_tells_its_parameters_and_multiply_adds(tessera):
 
 
 def test_a_budget_that_is_too_small_ends_with_the_plan_that_says_why(tessera, recipe):
-    network = plan_recipe.work_of(read(recipe, [])).network
+    network = plan_recipe.workload(read_recipe(recipe, [])).network
     flops = 6 * counts(network)[0] * 32  # of a step of 32
     done = tessera("plan", recipe, "--hardware", "h100x2", "--budget", f"{2.5 * flops:.0f}", "network.depth=20")
     assert done.code == 1

@@ -12,10 +12,10 @@ from torch.distributed import TCPStore
 
 from tessera import bundle, runtime
 from tessera.monitoring.logger import read_log
-from tessera.monitoring.spikes import read_passed
+from tessera.monitoring.spikes import read_skipped_steps
 from tessera.training import loop, step
 from tessera.training.checkpoint import checkpoint
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 
@@ -27,7 +27,7 @@ CHANGES = ("training.steps=40", "training.checkpoint_every=10", "training.shard=
 
 
 def train(recipe: Path, *changes: str) -> None:
-    loop.train(read(recipe, [*CHANGES, *changes]))
+    loop.train(read_recipe(recipe, [*CHANGES, *changes]))
 
 
 def train_with_files_no_longer_than(size: int, rank: int, after: int, recipe: Path) -> None:
@@ -47,21 +47,21 @@ def train_with_files_no_longer_than(size: int, rank: int, after: int, recipe: Pa
 
 
 def train_with_one_sample_that_is_not_a_number(position: int, recipe: Path, *changes: str) -> None:
-    original = step.prepare
+    original = step.prepare_batch
 
     def spoilt(batch, task, device):
         x0, condition, positions = original(batch, task, device)
         there = (batch.position == position).view(-1, 1, 1, 1)
         return torch.where(there, torch.nan, x0), condition, positions
 
-    step.prepare = spoilt
+    step.prepare_batch = spoilt
     train(recipe, *changes)
 
 
 def meet_at(port: int, started: int) -> list[tuple[int, int]]:
     """As torchrun starts processes again: with the store that served those before."""
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with runtime.ranks() as ranks:
+    with runtime.distributed_session() as ranks:
         seen = ranks.gather((ranks.rank, started))
         if started == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -110,7 +110,7 @@ def test_when_one_process_is_killed_the_others_end_by_themselves(processes, reci
         f"TesseraError: process {1 - rank} of 2 lost the others: one of them ended, or the network between them did; "
         f"the last checkpoint is {newest}; run the same command again to go on"
     )
-    assert checkpoint.faults(newest) == []
+    assert checkpoint.verify(newest) == []
     goes_on(processes, recipe, whole, whole_state)
 
 
@@ -143,7 +143,7 @@ def test_what_is_not_a_number_to_one_process_is_kept_out_by_all(processes, recip
     bad = 2 * 32 + 31
     processes.together(2, train_with_one_sample_that_is_not_a_number, bad, recipe, *changes)
     run = tmp_path / "run"
-    (only,) = read_passed(run)
+    (only,) = read_skipped_steps(run)
     assert (only["step"], only["position"], only["outcome"], len(only["samples"])) == (3, 64, "skipped", 32)
     assert [one["kept_out"] for one in read_log(run)] == [0, 0, 1, 1, 1, 1]
     told = tmp_path / "told"

@@ -10,7 +10,7 @@ import pytest
 from tessera import bundle
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 
@@ -21,7 +21,7 @@ LOST = "TesseraError: process {} of 2 lost the others"
 
 def train(recipe: Path, words: tuple[str, ...]) -> None:
     """One life of one process."""
-    loop.train(read(recipe, list(words)))
+    loop.train(read_recipe(recipe, list(words)))
 
 
 @dataclass

@@ -8,9 +8,9 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.models.dit import DiTConfig
-from tessera.sampling.denoiser import Denoiser, Guide
+from tessera.sampling.denoiser import Denoiser, GuidanceModel
 from tessera.sampling.guidance import ConstantGuidance, CosineGuidance, LinearGuidance, PoweredCosineGuidance
 
 
@@ -31,7 +31,7 @@ class Recorder:
         return told.expand(-1, -1, *x.shape[2:]).clone()
 
 
-PROCESS = GaussianConfig().build()
+PROCESS = GaussianDiffusionConfig().build()
 X, T = normal(3, 4, 2, 2), torch.tensor([0.001, 0.5, 1.0])
 
 
@@ -86,7 +86,7 @@ def test_the_answer_is_the_process_reading_of_the_guided_output():
 @pytest.mark.parametrize("classes", [1, 3, 10, 1000])
 def test_a_real_network_is_guided_away_from_its_null_row(classes, randomise):
     """For any number of classes, the null class is the row after the last: not 1000."""
-    config = DiTConfig(size=(4, 4), patch=2, depth=1, width=16, heads=2, classes=classes)
+    config = DiTConfig(input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=classes)
     network = randomise(config.build())
     label, null, scale = torch.tensor([0, classes - 1, 0]), torch.full((3,), classes), 2.5
     x, steps = normal(3, 4, 4, 4), torch.tensor([0.0, 499.0, 999.0])
@@ -98,7 +98,7 @@ def test_a_real_network_is_guided_away_from_its_null_row(classes, randomise):
 
 
 def test_a_network_without_a_null_row_cannot_be_guided(randomise):
-    config = DiTConfig(size=(4, 4), patch=2, depth=1, width=16, heads=2, classes=3, null_class=False)
+    config = DiTConfig(input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=3, learn_null_class=False)
     network = randomise(config.build())
     with torch.no_grad(), pytest.raises(ValueError, match="null class"):
         Denoiser(network, PROCESS, Condition([0, 1, 2]), 2.0).raw(normal(3, 4, 4, 4), T)
@@ -189,8 +189,8 @@ def test_rescaled_guidance_is_that_of_diffusers(rescale):
 
 
 def test_rescaled_zeros_of_a_fresh_network_stay_zeros():
-    network = DiTConfig(size=(4, 4), channels=4, classes=8, depth=1, width=16, heads=2).build()
-    condition, guide = Condition(torch.tensor([1, 2, 3])), Guide(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION)
+    network = DiTConfig(input_size=(4, 4), in_channels=4, num_classes=8, depth=1, hidden_size=16, num_heads=2).build()
+    condition, guide = Condition(torch.tensor([1, 2, 3])), GuidanceModel(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION)
     for away in (None, guide):
         raw = Denoiser(network, PROCESS, condition, 4.0, guide=away, rescale=0.7).raw(normal(3, 4, 4, 4), T)
         assert torch.equal(raw, torch.zeros(3, 8, 4, 4))
@@ -206,7 +206,7 @@ def test_a_row_of_scale_1_is_the_told_half_to_the_bit_whatever_else_is_on():
 
 def test_autoguidance_tells_the_guide_the_same():
     network, guide = Recorder(), Recorder()
-    denoise = Denoiser(network, PROCESS, CONDITION, 2.0, guide=Guide(lambda *told: 0.5 * guide(*told), CONDITION))
+    denoise = Denoiser(network, PROCESS, CONDITION, 2.0, guide=GuidanceModel(lambda *told: 0.5 * guide(*told), CONDITION))
     raw = denoise.raw(X, T)
     assert network.asked == guide.asked == [([5, 6, 7], [0, 499, 999])]
     alone = Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), CONDITION)
@@ -216,7 +216,7 @@ def test_autoguidance_tells_the_guide_the_same():
 
 def test_halves_apart_are_the_halves_together():
     together, apart = Halves(), Halves()
-    guide = Guide(apart, CONDITION.null())
+    guide = GuidanceModel(apart, CONDITION.null())
     one = Denoiser(together, PROCESS, CONDITION, 3.0).raw(X, T)
     assert torch.equal(one, Denoiser(apart, PROCESS, CONDITION, 3.0, guide=guide).raw(X, T))
     assert (together.rows, apart.rows) == ([6], [3, 3])

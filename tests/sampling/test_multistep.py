@@ -8,12 +8,12 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion import FlowConfig, GaussianConfig, Process
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.exponential import History, Level, interpolated
-from tessera.sampling.timesteps import Even, times
+from tessera.sampling.exponential import History, NoiseLevel, lagrange_weights
+from tessera.sampling.timesteps import Uniform, timestep_grid
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -67,7 +67,7 @@ SOLVERS = [
 solvers = pytest.mark.parametrize(("solver", "scheduler", "told"), SOLVERS, ids=[repr(one[0]) for one in SOLVERS])
 
 
-def compare(solver, process: Process, grid: Tensor, expected: list[Tensor], noise=None) -> None:
+def compare(solver, process: DiffusionProcess, grid: Tensor, expected: list[Tensor], noise=None) -> None:
     denoise = Denoiser(network if process.steps else mean_channels, process, Condition())
     states = [state.x for state in loop(solver, denoise, expected[0], grid, noise)]
     assert len(states) == len(expected)
@@ -91,7 +91,7 @@ def test_gaussian_solvers_are_those_of_diffusers(solver, scheduler, told, schedu
     noisy = isinstance(solver, StochasticDPMSolver)
     start = draws(0, (3, 2, 3, 3))()
     expected = theirs(made, start, count, draws(1, start.shape) if noisy else None)
-    process = GaussianConfig.model_validate({"schedule": schedule, "prediction": kind}).build()
+    process = GaussianDiffusionConfig.model_validate({"schedule": schedule, "prediction": kind}).build()
     grid = torch.cat(((made.timesteps.double() + 1) / 1000, torch.zeros(1)))
     compare(solver, process, grid, expected, draws(1, start.shape))
 
@@ -104,7 +104,7 @@ def test_flow_solvers_are_those_of_diffusers(solver, scheduler, told, count):
     noisy = isinstance(solver, StochasticDPMSolver)
     start = draws(0, (3, 2, 3, 3))()
     expected = theirs(made, start, count, draws(1, start.shape) if noisy else None)
-    compare(solver, FlowConfig().build(), made.sigmas.double(), expected, draws(1, start.shape))
+    compare(solver, FlowMatchingConfig().build(), made.sigmas.double(), expected, draws(1, start.shape))
 
 
 # The integral
@@ -121,7 +121,7 @@ def test_polynomials_are_integrated_exactly(places, h):
         return sum(of * x**power for power, of in enumerate(coefficients))
 
     expected = float((h * torch.exp(-h * (1 - tau)) * (polynomial(tau) - coefficients[0])).mean())
-    weights = interpolated(torch.tensor([h]).double(), [torch.tensor([place]).double() for place in places])
+    weights = lagrange_weights(torch.tensor([h]).double(), [torch.tensor([place]).double() for place in places])
     got = sum(float(weight) * (polynomial(place) - coefficients[0]) for weight, place in zip(weights, places))
     assert got == pytest.approx(expected, rel=1e-5)
 
@@ -130,24 +130,24 @@ def test_polynomials_are_integrated_exactly(places, h):
 def test_a_value_infinitely_far_away_drops_out(places):
     h, infinite = torch.tensor([0.7]).double(), torch.tensor([-math.inf]).double()
     near = [torch.tensor([place]).double() for place in places]
-    *got, last = interpolated(h, [*near, infinite])
+    *got, last = lagrange_weights(h, [*near, infinite])
     assert float(last) == 0
-    assert got == interpolated(h, near)
+    assert got == lagrange_weights(h, near)
 
 
 # Both ends, and rows of their own
 
 ENDS = {
-    "flow": FlowConfig().build(),
-    "trigonometric": FlowConfig(path="trigonometric").build(),
-    "zero terminal": GaussianConfig(prediction="v", zero_terminal_snr=True).build(),
+    "flow": FlowMatchingConfig().build(),
+    "trigonometric": FlowMatchingConfig(path="trigonometric").build(),
+    "zero terminal": GaussianDiffusionConfig(prediction="v", zero_terminal_snr=True).build(),
 }
 
 
 class Smooth:
     """A denoiser of some curve, float64, exact at alpha = 0 and sigma = 0."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: DiffusionProcess) -> None:
         self.process = process
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
@@ -164,7 +164,7 @@ def test_the_ends_are_reached_without_dividing_by_nothing(name, solver, count):
     if isinstance(solver, Ancestral) and process.steps is None:
         pytest.skip("ancestral sampling is of Gaussian processes")
     x, denoise = draws(3, (3, 2, 3, 3))().double(), Smooth(process)
-    *_, before, last = loop(solver, denoise, x, times(Even(), count, process), draws(4, x.shape))
+    *_, before, last = loop(solver, denoise, x, timestep_grid(Uniform(), count, process), draws(4, x.shape))
     assert last.x.isfinite().all()
     t = torch.full((3,), before.t, dtype=torch.float64)
     if solver.kind != "unipc":  # which corrects x before, but asks first
@@ -179,7 +179,7 @@ def test_the_first_step_from_pure_noise_takes_x0(name):
     process, x = ENDS[name], draws(3, (3, 2, 3, 3))().double()
     t, s = torch.ones(3).double(), torch.tensor([0.9, 0.5, 0.0]).double()
     x0 = Smooth(process)(x, t).x0
-    assert (Level.at(process, t).half_log_snr == -math.inf).all()
+    assert (NoiseLevel.at(process, t).half_log_snr == -math.inf).all()
     for solver in (DPMSolver(), DPMSolver(order=3), UniPC()):
         got, _ = solver(Smooth(process), x, t, s, None, None)
         expected = expand(process.alpha(s), x) * x0 + expand(process.sigma(s), x) * x
@@ -221,7 +221,7 @@ def test_rows_at_times_of_their_own_are_the_rows_alone(name, solver):
 @pytest.mark.parametrize("solver", [DPMSolver(order=3), StochasticDPMSolver(), UniPC(order=3)], ids=repr)
 def test_a_memory_can_be_cut_into_rows(solver):
     """Part of a batch goes on by itself: history is tensors of rows, and no number of a step."""
-    denoise, x = Smooth(FlowConfig().build()), draws(3, (4, 1, 2, 2))().double()
+    denoise, x = Smooth(FlowMatchingConfig().build()), draws(3, (4, 1, 2, 2))().double()
     grid, memory = torch.linspace(1, 0, 6, dtype=torch.float64), None
     zero, part = (lambda: torch.zeros(())), slice(1, 3)
     states = []

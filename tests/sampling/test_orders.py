@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.diffusion import FlowConfig, GaussianConfig, Process
-from tessera.diffusion.gaussian import Cosine
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
+from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
-from tessera.sampling.exponential import History, Level
-from tessera.sampling.timesteps import Even, Trailing, times
+from tessera.sampling.exponential import History, NoiseLevel
+from tessera.sampling.timesteps import Uniform, Trailing, timestep_grid
 from tessera.sampling.unipc import Predicted
 
 PROCESSES = {
-    "cosine": GaussianConfig(steps=4096, schedule=Cosine()),
-    "linear": GaussianConfig(steps=4096),
-    "flow": FlowConfig(),
-    "trigonometric": FlowConfig(path="trigonometric"),
+    "cosine": GaussianDiffusionConfig(num_timesteps=4096, schedule=CosineBetas()),
+    "linear": GaussianDiffusionConfig(num_timesteps=4096),
+    "flow": FlowMatchingConfig(),
+    "trigonometric": FlowMatchingConfig(path="trigonometric"),
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
 MIXTURE = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)]  # weight, mean, standard deviation
@@ -34,7 +34,7 @@ GAUSSIAN = [(1.0, 0.5, 0.6)]
 class Exact:
     """The best denoiser of a mixture of Gaussians, at any alpha and sigma."""
 
-    def __init__(self, process: Process, mixture: list[tuple[float, float, float]]) -> None:
+    def __init__(self, process: DiffusionProcess, mixture: list[tuple[float, float, float]]) -> None:
         self.process = process
         self.weight, self.mean, self.std = torch.tensor(mixture, dtype=torch.float64).T
 
@@ -74,11 +74,11 @@ def starts() -> Tensor:
     return torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
 
 
-def inside(process: Process, count: int, t: float = 0.9, s: float = 0.1) -> Tensor:
+def inside(process: DiffusionProcess, count: int, t: float = 0.9, s: float = 0.1) -> Tensor:
     """Times even in log SNR, away from both ends, where nothing but the solver limits the order."""
     ends = torch.tensor([t, s], dtype=torch.float64)
     ratio = (process.sigma(ends) / process.alpha(ends)).log()
-    return process.time_at(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
+    return process.time_from_nsr(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
 
 
 def slope(counts: list[int], errors: list[float]) -> float:
@@ -130,7 +130,7 @@ def test_with_an_exact_history_every_step_is_of_the_full_order(name, solver, ord
             on_path = exact.path(on_path, before, after, 10)
             known.insert(0, (torch.full((9,), after, dtype=torch.float64), on_path))
         (_, got), *older = known
-        history = History(tuple(Level.at(exact.process, t) for t, _ in older), tuple(exact(x, t).x0 for t, x in older))
+        history = History(tuple(NoiseLevel.at(exact.process, t) for t, _ in older), tuple(exact(x, t).x0 for t, x in older))
         memory = Predicted(older[0][1], history) if solver.kind == "unipc" else history
         for t, s in pairwise(grid[3:]):
             got, memory = solver(exact, got, t.expand(9), s.expand(9), memory, silent)
@@ -149,7 +149,7 @@ def test_from_noise_to_data(name, solver, order, worst):
     exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
     truth, counts, errors = exact.path(x, 1.0, 0.0), [80, 160], []
     for count in counts:
-        *_, last = loop(solver, exact, x, times(Trailing(), count, exact.process), silent)
+        *_, last = loop(solver, exact, x, timestep_grid(Trailing(), count, exact.process), silent)
         errors.append(float((last.x - truth).abs().max()))
     assert slope(counts, errors) > order - 0.1
     assert errors[0] < worst
@@ -157,7 +157,7 @@ def test_from_noise_to_data(name, solver, order, worst):
 
 def test_heun_is_the_classical_method_on_the_linear_path():
     """The mean of the velocities v = eps - x0 at both ends."""
-    exact, x = Exact(FlowConfig().build(), MIXTURE), starts()
+    exact, x = Exact(FlowMatchingConfig().build(), MIXTURE), starts()
     t, s = torch.linspace(1, 0.3, 9, dtype=torch.float64), torch.linspace(0.8, 0.1, 9, dtype=torch.float64)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def test_heun_is_the_classical_method_on_the_linear_path():
 
 
 def test_euler_is_the_classical_method_on_the_linear_path():
-    exact, x = Exact(FlowConfig().build(), MIXTURE), starts()
+    exact, x = Exact(FlowMatchingConfig().build(), MIXTURE), starts()
     t, s = torch.linspace(1, 0.3, 9, dtype=torch.float64), torch.linspace(0.8, 0, 9, dtype=torch.float64)
     told = exact(x, t)
     got, _ = Euler()(exact, x, t, s, None, silent)
@@ -190,15 +190,15 @@ class Counted(Exact):
 @pytest.mark.parametrize(("solver", "calls"), [(Heun(), 15), (DPMSolver(order=3), 8), (UniPC(order=3), 8)], ids=str)
 def test_calls_of_the_denoiser(solver, calls):
     """Heun's last step is Euler's; the corrector of UniPC costs none."""
-    counted = Counted(FlowConfig().build(), MIXTURE)
-    list(loop(solver, counted, starts(), times(Even(), 8, counted.process), silent))
+    counted = Counted(FlowMatchingConfig().build(), MIXTURE)
+    list(loop(solver, counted, starts(), timestep_grid(Uniform(), 8, counted.process), silent))
     assert counted.calls == calls
 
 
 # Noisy solvers
 
 
-def law(solver, process: Process, grid: Tensor) -> tuple[float, float]:
+def law(solver, process: DiffusionProcess, grid: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of what a solver draws from the Gaussian, without drawing.
 
     There every step is affine in x and in its noise: one row holds the mean, and one each what a noise adds to it.
@@ -231,7 +231,7 @@ def test_noise_ends_in_the_distribution_of_the_data(name, solver, order):
     process, (_, mu, s) = PROCESSES[name].build(), GAUSSIAN[0]
     counts, errors = [125, 250], []
     for count in counts:
-        mean, std = law(solver, process, times(Trailing(), count, process))
+        mean, std = law(solver, process, timestep_grid(Trailing(), count, process))
         assert mean == pytest.approx(mu, abs=1e-3)
         errors.append(abs(std - s))
     assert slope(counts, errors) > order - 0.15
@@ -239,8 +239,8 @@ def test_noise_ends_in_the_distribution_of_the_data(name, solver, order):
 
 
 def test_ancestral_sampling_has_the_same_law_as_eta_1():
-    process = GaussianConfig(variance="posterior").build()
-    grid = times(Even(), 50, process)
+    process = GaussianDiffusionConfig(variance="posterior").build()
+    grid = timestep_grid(Uniform(), 50, process)
     assert law(Ancestral(), process, grid) == pytest.approx(law(DDIM(eta=1), process, grid), abs=1e-9)
 
 

@@ -15,19 +15,19 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion import FlowConfig
-from tessera.diffusion.gaussian import Gaussian, GaussianConfig
+from tessera.diffusion import FlowMatchingConfig
+from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.errors import TesseraError
 from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import SPACINGS, Even, Trailing, times
+from tessera.sampling.timesteps import SPACINGS, Uniform, Trailing, timestep_grid
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def process(**settings) -> Gaussian:
-    return GaussianConfig.model_validate(settings).build()
+def process(**settings) -> GaussianDiffusion:
+    return GaussianDiffusionConfig.model_validate(settings).build()
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -66,7 +66,7 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
         x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
     *_, last = loop(
-        DDIM(eta=eta), denoise, start, times(SPACINGS[spacing](), 20, denoise.process), noise_from(7, start.shape)
+        DDIM(eta=eta), denoise, start, timestep_grid(SPACINGS[spacing](), 20, denoise.process), noise_from(7, start.shape)
     )
     assert relative(last.x, x) < 1e-4
 
@@ -89,7 +89,7 @@ def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, t
         x = scheduler.step(raw, t, x, generator=generator).prev_sample
     made = process(prediction="x0", variance=variance, schedule="linear" if schedule == "linear" else "cosine")
     denoise = Denoiser(network, made, Condition())
-    *_, last = loop(Ancestral(), denoise, start, times(Even(), 1000, made), noise_from(7, start.shape))
+    *_, last = loop(Ancestral(), denoise, start, timestep_grid(Uniform(), 1000, made), noise_from(7, start.shape))
     assert relative(last.x, x) < 2e-3
 
 
@@ -120,7 +120,7 @@ def test_one_ancestral_step_is_ddpm_of_diffusers(variance, stride):
 class Exact:
     """The best denoiser of data N(mu, s^2)."""
 
-    def __init__(self, made: Gaussian, mu: float, s: float) -> None:
+    def __init__(self, made: GaussianDiffusion, mu: float, s: float) -> None:
         self.process, self.mu, self.s = made, mu, s
 
     def spread(self, t: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def test_ddim_is_of_first_order(schedule, mu, s):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     counts, errors = [32, 64, 128, 256, 512], []
     for count in counts:
-        grid = times(Trailing(), count, exact.process)
+        grid = timestep_grid(Trailing(), count, exact.process)
         *_, last = loop(DDIM(), exact, x, grid, None)
         errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
     slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
@@ -167,7 +167,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
     def noise():
         return torch.randn(rows, 1, 1, 1, dtype=torch.float64, generator=generator)
 
-    *_, last = loop(step, exact, noise(), times(Even(), 250, GaussianConfig().build()), noise)
+    *_, last = loop(step, exact, noise(), timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), noise)
     assert float(last.x.mean()) == pytest.approx(mu, abs=5 * s / math.sqrt(rows) + 0.005)
     assert float(last.x.std()) == pytest.approx(s, rel=5 / math.sqrt(2 * rows) + 0.02)
 
@@ -175,7 +175,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
 def test_ddim_ends_in_the_distribution_of_the_data():
     exact = Exact(process(variance="posterior"), 0.5, 0.25)
     x = normal(10_000, 1, 1, 1, dtype=torch.float64)
-    *_, last = loop(DDIM(), exact, x, times(Even(), 250, GaussianConfig().build()), None)
+    *_, last = loop(DDIM(), exact, x, timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), None)
     assert float(last.x.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(last.x.std()) == pytest.approx(0.25, rel=0.05)
 
@@ -198,11 +198,11 @@ def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
 def test_walk_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    states = list(loop(step, denoise, x, times(Even(), 7, GaussianConfig().build()), noise_from(0, x.shape)))
+    states = list(loop(step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape)))
     assert [state.done for state in states] == list(range(8))
     assert {state.total for state in states} == {7}
     assert torch.equal(states[0].x, x)
-    assert [state.t for state in states] == times(Even(), 7, GaussianConfig().build()).tolist()
+    assert [state.t for state in states] == timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()).tolist()
     assert states[0].t == 1
     assert states[-1].t == 0
     assert all(later.t < earlier.t for earlier, later in pairwise(states))
@@ -233,7 +233,7 @@ def test_ddim_without_eta_asks_for_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
     *_, last = loop(
-        DDIM(), denoise, x, times(Even(), 3, GaussianConfig().build()), lambda: pytest.fail("noise was drawn")
+        DDIM(), denoise, x, timestep_grid(Uniform(), 3, GaussianDiffusionConfig().build()), lambda: pytest.fail("noise was drawn")
     )
     assert torch.isfinite(last.x).all()
 
@@ -245,7 +245,7 @@ def test_samplers_are_known_by_their_kind():
 
 def test_ancestral_sampling_is_refused_where_there_is_no_reverse_process():
     with pytest.raises(TesseraError, match="belongs to Gaussian processes, and this one is flow"):
-        Ancestral().check(FlowConfig().build())
+        Ancestral().check(FlowMatchingConfig().build())
     for solver in SAMPLERS.values():
         solver().check(process())
 
@@ -272,7 +272,7 @@ class Spoilt(Denoiser):
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
     x, solver = normal(3, 2, 3, 3), SAMPLERS[kind]()
-    grid = times(Even(), 6, process())
+    grid = timestep_grid(Uniform(), 6, process())
     states, step = [], 4
     drawing = loop(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
     with pytest.raises(TesseraError) as error:
@@ -289,7 +289,7 @@ def test_noise_that_is_not_finite_is_named():
                 DDIM(),
                 Denoiser(network, process(), Condition()),
                 torch.full((2, 2, 3, 3), math.nan),
-                times(Even(), 2, process()),
+                timestep_grid(Uniform(), 2, process()),
                 None,
             )
         )

@@ -6,12 +6,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera.diffusion import FlowConfig, GaussianConfig
-from tessera.diffusion.gaussian import Cosine
+from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
+from tessera.diffusion.gaussian import CosineBetas
 from tessera.errors import TesseraError
-from tessera.sampling.exponential import Level
-from tessera.sampling.timesteps import SPACINGS, Even, Karras, LogSNR, Quadratic, Shifted, times
-from tessera.settings import parse
+from tessera.sampling.exponential import NoiseLevel
+from tessera.sampling.timesteps import SPACINGS, Uniform, Karras, LogSNR, Quadratic, Shifted, timestep_grid
+from tessera.settings import validate
 
 spacings = pytest.mark.parametrize("spacing", ["even", "leading", "trailing"])
 
@@ -19,7 +19,7 @@ spacings = pytest.mark.parametrize("spacing", ["even", "leading", "trailing"])
 def steps(spacing, count, trained=1000):
     return [
         round(float(t) * trained) - 1
-        for t in times(SPACINGS[spacing](), count, GaussianConfig(steps=trained).build())[:-1]
+        for t in timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build())[:-1]
     ]
 
 
@@ -28,7 +28,7 @@ def steps(spacing, count, trained=1000):
 def test_times_fall_from_the_first_step_to_the_data(spacing, data):
     trained = data.draw(st.integers(1, 2000))
     count = data.draw(st.integers(1, trained))
-    got = times(SPACINGS[spacing](), count, GaussianConfig(steps=trained).build())
+    got = timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build())
     assert got.shape == (count + 1,)
     assert got[-1] == 0
     assert (got.diff() < 0).all()
@@ -69,15 +69,15 @@ def test_one_even_step_starts_in_full_noise():
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_steps_out_of_range(spacing, count):
     with pytest.raises(TesseraError, match=f"steps is {count}; .* give 1 to 1000"):
-        times(SPACINGS[spacing](), count, GaussianConfig().build())
+        timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig().build())
 
 
 PROCESSES = {
-    "gaussian": GaussianConfig(),
-    "cosine": GaussianConfig(schedule=Cosine()),
-    "zero terminal": GaussianConfig(prediction="v", zero_terminal_snr=True),
-    "flow": FlowConfig(),
-    "trigonometric": FlowConfig(path="trigonometric"),
+    "gaussian": GaussianDiffusionConfig(),
+    "cosine": GaussianDiffusionConfig(schedule=CosineBetas()),
+    "zero terminal": GaussianDiffusionConfig(prediction="v", zero_terminal_snr=True),
+    "flow": FlowMatchingConfig(),
+    "trigonometric": FlowMatchingConfig(path="trigonometric"),
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
 
@@ -90,15 +90,15 @@ def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     process = PROCESSES[name].build()
     if spacing == "leading" and process.steps is None:
         with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps.*: use even"):
-            times(SPACINGS[spacing](), count, process)
+            timestep_grid(SPACINGS[spacing](), count, process)
         return
-    got = times(SPACINGS[spacing](), count, process)
+    got = timestep_grid(SPACINGS[spacing](), count, process)
     assert (got.dtype, got.shape) == (torch.float64, (count + 1,))
     assert (got.diff() < 0).all()
     assert got[-1] == 0
     assert got[0] == 1 or spacing == "leading"
     assert (process.sigma(got).diff() < 0).all()
-    assert (Level.at(process, got).half_log_snr.diff() > 0).all()
+    assert (NoiseLevel.at(process, got).half_log_snr.diff() > 0).all()
     if process.steps is not None:  # never beyond the first trained step
         assert float(got[-2]) * process.steps > 1 - 1e-6
         assert (process.network_time(got[:-1]) > -1e-3).all()
@@ -110,7 +110,7 @@ def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     count=st.integers(1, 1000),
 )
 def test_curves_fall_at_any_count(name, spacing, count):
-    assert (times(spacing, count, PROCESSES[name].build()).diff() < 0).all()
+    assert (timestep_grid(spacing, count, PROCESSES[name].build()).diff() < 0).all()
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("linear", 5), ("linear", 20), ("squaredcos_cap_v2", 5)])
@@ -120,7 +120,7 @@ def test_ratios_are_the_sigmas_of_diffusers(count, schedule, spacing, theirs):
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule=schedule, **{theirs: True})
     scheduler.set_timesteps(count)
     process = PROCESSES["gaussian" if schedule == "linear" else "cosine"].build()
-    got = times(spacing(largest=1e9), count, process)
+    got = timestep_grid(spacing(largest=1e9), count, process)
     torch.testing.assert_close(process.sigma(got) / process.alpha(got), scheduler.sigmas.double(), rtol=1e-3, atol=1e-9)
 
 
@@ -128,7 +128,7 @@ def test_karras_of_a_flow_is_the_formula():
     """Karras et al. 2022, equation 5, in t = ratio / (1 + ratio); the first time is the noise itself."""
     n, rho = 9, 5.0
     roots = [80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho)) for i in range(n)]
-    got = times(Karras(rho=rho), n, FlowConfig().build())
+    got = timestep_grid(Karras(rho=rho), n, FlowMatchingConfig().build())
     assert got[1:-1].tolist() == pytest.approx([root**rho / (1 + root**rho) for root in roots[1:]])
     assert (got[0], got[-1]) == (1, 0)
 
@@ -136,28 +136,28 @@ def test_karras_of_a_flow_is_the_formula():
 @processes
 def test_log_snr_is_even(name):
     process = PROCESSES[name].build()
-    steps = Level.at(process, times(LogSNR(largest=50), 12, process)[1:-1]).half_log_snr.diff()
+    steps = NoiseLevel.at(process, timestep_grid(LogSNR(largest=50), 12, process)[1:-1]).half_log_snr.diff()
     assert steps.tolist() == pytest.approx([float(steps[0])] * 10, rel=1e-6)
 
 
 def test_shifted_times_of_a_flow_are_those_of_diffusers():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())
-    got = times(Shifted(), 10, FlowConfig().build())
+    got = timestep_grid(Shifted(), 10, FlowMatchingConfig().build())
     torch.testing.assert_close(got, scheduler.sigmas.double(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_flow_has_any_number_of_times_above_none():
-    assert len(times(Even(), 5000, FlowConfig().build())) == 5001
+    assert len(timestep_grid(Uniform(), 5000, FlowMatchingConfig().build())) == 5001
     with pytest.raises(TesseraError, match="steps is 0; give 1 or more"):
-        times(Even(), 0, FlowConfig().build())
+        timestep_grid(Uniform(), 0, FlowMatchingConfig().build())
 
 
 def test_times_that_run_together_are_an_error():
     with pytest.raises(TesseraError, match="karras times run together at 200 steps; use fewer steps"):
-        times(Karras(smallest=1, largest=1 + 1e-14), 200, GaussianConfig().build())
+        timestep_grid(Karras(smallest=1, largest=1 + 1e-14), 200, GaussianDiffusionConfig().build())
     with pytest.raises(TesseraError, match="shifted times run together"):
-        times(Shifted(shift=1e18), 50, FlowConfig().build())
+        timestep_grid(Shifted(shift=1e18), 50, FlowMatchingConfig().build())
 
 
 @pytest.mark.parametrize("bounds", [{"smallest": 200, "largest": 300}, {"smallest": 1e-4, "largest": 1e-3}])
@@ -166,10 +166,10 @@ def test_ratios_outside_of_what_a_process_was_trained_at(spacing, bounds):
     """Of 1000 steps with linear betas: the square root of 1 / alpha_bar - 1, from 0.01 to 157."""
     said = rf"{bounds['smallest']:g} to spacing\.largest {bounds['largest']:g} lies outside .* from 0\.01 to 157"
     with pytest.raises(TesseraError, match=said):
-        times(spacing(**bounds), 10, GaussianConfig().build())
-    assert len(times(spacing(**bounds), 10, FlowConfig().build())) == 11
+        timestep_grid(spacing(**bounds), 10, GaussianDiffusionConfig().build())
+    assert len(timestep_grid(spacing(**bounds), 10, FlowMatchingConfig().build())) == 11
 
 
 def test_the_smallest_ratio_is_below_the_largest():
     with pytest.raises(TesseraError, match="smallest is 9 and largest 3: it must be below it"):
-        parse(Karras, {"smallest": 9, "largest": 3}, "the grid")
+        validate(Karras, {"smallest": 9, "largest": 3}, "the grid")

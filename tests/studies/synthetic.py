@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tessera import images
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.studies.results import Drawn, Point, Result
 from tessera.studies.study import Study, members
@@ -26,9 +26,9 @@ def _scored(metric: str, steps: int, features: str) -> Score:
         samples=1000,
         size=(8, 8),
         channels=1,
-        drawing={"sampler": {"kind": "ddim"}, "steps": steps, "guidance": 1.0, "seeds": "0-999"},
+        sampling={"sampler": {"kind": "ddim"}, "steps": steps, "guidance": 1.0, "seeds": "0-999"},
     )
-    return Score.of(metric, Measured(1, 1, 1), protocol, {}, "cpu")
+    return Score.of(metric, Estimate(1, 1, 1), protocol, {}, "cpu")
 
 
 def score(metric: str, value: float, steps: int = 50, features: str = "abcd") -> Score:

@@ -10,7 +10,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.planning import scaling_law
 from tessera.studies import report
-from tessera.studies.seed_aggregation import check_alike, ends, equal_steps, settings
+from tessera.studies.seed_aggregation import check_alike, final_points, equal_steps, settings
 
 FIGURES = {"compute", "gmacs", "steps", "sampling", "pictures"}
 
@@ -151,8 +151,8 @@ def test_seeds_are_averaged_where_all_were_scored(synthetic):
     score = found[0].points[-1].score
     assert (score.value, score.low, score.high) == pytest.approx((sum(values) / 3, min(values), max(values)))
     assert equal_steps(found) == [500, 1000]
-    assert ends(found, "gmacs").x == [0.1, 0.12, 0.1]
-    assert ends(found, "flops").x == [setting.points[-1].flops for setting in found]
+    assert final_points(found, "gmacs").x == [0.1, 0.12, 0.1]
+    assert final_points(found, "flops").x == [setting.points[-1].flops for setting in found]
 
 
 def test_scores_that_are_no_numbers_are_left_out(synthetic):

@@ -15,7 +15,7 @@ import pytest
 
 from tessera import bundle
 from tessera.evaluation import protocol
-from tessera.files import alone
+from tessera.files import exclusive_lock
 from tessera.monitoring.logger import read_log
 from tessera.studies import results, runner, study_plan, worker
 from tessera.training import loop
@@ -41,7 +41,7 @@ def run(asked, retry: bool = False, shard: str = "1/1") -> list[str]:
     said: list[str] = []
     found = study_plan.planned(asked, study_plan.prepare(asked), study_plan.kept(Path(asked.output)), "h100")
     study_plan.begin(asked, found)
-    runner.conduct(asked, found, study_plan.share(found, study_plan.shard_of(shard)), retry, said.append)
+    runner.run_study(asked, found, study_plan.share(found, study_plan.shard_of(shard)), retry, said.append)
     return said
 
 
@@ -95,7 +95,7 @@ def test_a_study_runs_and_its_results_are_read_from_its_files(whole):
         assert last == pytest.approx(2 * sum(each))  # a record every two steps
         (drawn,) = result.drawn
         assert (drawn.steps, drawn.macs) == (2, 2 * result.macs)
-        steps = [(one.scores["kid"].protocol.drawing or {})["steps"] for one in (drawn, result.points[-1])]
+        steps = [(one.scores["kid"].protocol.sampling or {})["steps"] for one in (drawn, result.points[-1])]
         assert steps == [2, 3]
         assert drawn.scores["kid"].value != result.points[-1].scores["kid"].value
         assert result.pictures == folder / "samples/step-000000006.png"
@@ -130,7 +130,7 @@ def test_a_member_that_fails_does_not_end_the_others(write_study):
         "axes.size={D: {training.optimizer.learning_rate: 1.0e+30, training.stability.tries: 1}, K: {}, S: {}}",
         "sampling_steps=[]",
     )
-    ended = worker.go
+    ended = worker.run_member
 
     def go(recipe, sampling_steps):
         if Path(recipe.output).name == "K" and not (Path(asked.output) / "mended").exists():
@@ -169,7 +169,7 @@ def test_a_member_whose_end_could_not_be_scored_has_failed(write_study, monkeypa
 
 def test_a_member_is_run_by_one_command_at_a_time(write_study):
     asked = write_study("sampling_steps=[]", "marks={}", "budget.steps=2")
-    with alone(Path(asked.output) / runner.LOCKS / "S"):
+    with exclusive_lock(Path(asked.output) / runner.LOCKS / "S"):
         assert "S is being run by another command" in run(asked)
     assert {name: result.state for name, result in told(asked).items()} == {"S": "not begun", "L": "done"}
     assert any("member 1 of 1: S, planned 1 min 30 s" in line for line in run(asked, shard="2/2"))
@@ -204,7 +204,7 @@ def life(asked) -> None:
         study_plan.plan_of = lambda recipe, hardware: taken
         found = study_plan.planned(asked, study_plan.prepare(asked), None, "h100")
         study_plan.begin(asked, found)
-    runner.conduct(asked, found, list(found.members), False, lambda text: None)
+    runner.run_study(asked, found, list(found.members), False, lambda text: None)
 
 
 def killed(processes, asked, ready: Callable[[], bool], more: float) -> None:

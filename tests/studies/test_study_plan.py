@@ -82,7 +82,7 @@ def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrain
 def untrained():
     def build(network, recipe):
         config = bundle.BundleConfig(
-            network=recipe.network, process=recipe.process, codec=recipe.codec, sampling=recipe.sampling
+            network=recipe.network, diffusion=recipe.process, codec=recipe.codec, sampling=recipe.sampling
         )
         return bundle.Model(config, network, recipe.codec.build())
 

@@ -10,12 +10,12 @@ from tessera import bundle
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.features import extractor
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.generation import pipeline
 from tessera.sampling import DDIM, Ancestral, FirstBlock, Heun, SamplingConfig
-from tessera.sampling.timesteps import times
-from tessera.settings import parse
+from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import validate
 from tessera.studies.tuning import result, search_space, trials
 from tessera.studies.tuning import tuner as tuner_module
 from tessera.studies.tuning.trials import Trial
@@ -37,7 +37,7 @@ def tuner(tiny_model, digits, tmp_path):
 
     def make(model=tiny_model, folder=tmp_path / "tune", **tuning) -> Tuner:
         said: list[str] = []
-        asked = parse(Tuning, {"search": ["steps"], **SOON, **tuning}, "the test")
+        asked = validate(Tuning, {"search": ["steps"], **SOON, **tuning}, "the test")
         made = Tuner(model, DigitsConfig(), digits, folder, asked, BASELINE, said.append)
         made.said = said
         return made
@@ -47,8 +47,8 @@ def tuner(tiny_model, digits, tmp_path):
 
 def trial(fd: float, seconds: float = 1.0, pulls=None, steps: int = 10, stage: str = "steps") -> Trial:
     pulls = np.zeros(100) if pulls is None else pulls
-    measured = Measured.normal(fd, float(np.std(pulls, ddof=1)) / 10)
-    return Trial(SamplingConfig(steps=steps), stage, len(pulls), measured, 2.0 * steps, seconds, pulls, [])
+    measured = Estimate.normal(fd, float(np.std(pulls, ddof=1)) / 10)
+    return Trial(SamplingConfig(num_steps=steps), stage, len(pulls), measured, 2.0 * steps, seconds, pulls, [])
 
 
 # What is tried
@@ -61,30 +61,30 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
     if process:
         config = model.config.model_dump() | {"process": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
-    present = SamplingConfig(steps=6)
+    present = SamplingConfig(num_steps=6)
     found = search_space.solvers_and_grids(model, present)
-    assert {config.sampler.calls * config.steps for config in found} == {10}
+    assert {config.sampler.calls * config.num_steps for config in found} == {10}
     assert len({config.model_dump_json() for config in found}) == len(found)
     kinds = {config.sampler.kind for config in found}
     assert {"ddim", "heun", "dpm++", "unipc"} <= kinds
     assert "euler" not in kinds
-    grids = [config.spacing for config in found if config.sampler == DDIM()]
-    visited = {tuple(times(grid, 10, model.process).tolist()) for grid in grids}
+    grids = [config.timestep_spacing for config in found if config.sampler == DDIM()]
+    visited = {tuple(timestep_grid(grid, 10, model.diffusion).tolist()) for grid in grids}
     assert len(visited) == len(grids) >= 4
-    assert {config.spacing.kind for config in found[: len(search_space.solvers())]} == {"even"}
+    assert {config.timestep_spacing.kind for config in found[: len(search_space.solvers())]} == {"even"}
 
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
-    scales = {config.guidance for config in search_space.guidances(tiny_model, SamplingConfig(guidance=4.0))}
+    scales = {config.guidance_scale for config in search_space.guidances(tiny_model, SamplingConfig(guidance_scale=4.0))}
     assert {1.0, 2.5, 4.0, 5.5} <= scales
-    assert all(config.guidance > 1 for config in search_space.guidances(tiny_model, SamplingConfig()))
+    assert all(config.guidance_scale > 1 for config in search_space.guidances(tiny_model, SamplingConfig()))
 
 
 def test_settings_are_told_in_a_line():
-    config = SamplingConfig(sampler={"kind": "dpm++", "order": 3}, spacing="karras", steps=8, guidance=1.5)  # pyright: ignore
-    assert config.words() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
-    config = SamplingConfig(guidance=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7})  # pyright: ignore
-    found = config.words()
+    config = SamplingConfig(sampler={"kind": "dpm++", "order": 3}, timestep_spacing="karras", num_steps=8, guidance_scale=1.5)  # pyright: ignore
+    assert config.summary() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
+    config = SamplingConfig(guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7})  # pyright: ignore
+    found = config.summary()
     assert found == "ddim, 50 steps, even, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
 
 
@@ -154,11 +154,11 @@ def test_one_is_chosen_by_what_fresh_seeds_say(tuner, choose, others, chosen, no
 def test_a_trial_counts_calls_and_scores_as_an_evaluation_does(tuner, tmp_path):
     told = tuner()
     told.begin()
-    plain = told.trial(SamplingConfig(steps=6), "steps")
+    plain = told.trial(SamplingConfig(num_steps=6), "steps")
     assert (plain.calls, plain.count, len(plain.pulls)) == (6, 50, 50)
-    assert told.trial(SamplingConfig(steps=6, guidance=2), "steps").calls == 12
-    assert told.trial(SamplingConfig(steps=4, sampler=Heun()), "steps").calls == 7
-    assert told.trial(SamplingConfig(steps=6), "check").count == 100
+    assert told.trial(SamplingConfig(num_steps=6, guidance_scale=2), "steps").calls == 12
+    assert told.trial(SamplingConfig(num_steps=4, sampler=Heun()), "steps").calls == 7
+    assert told.trial(SamplingConfig(num_steps=6), "check").count == 100
     half = plain.fd.high - plain.fd.value
     assert half == pytest.approx(1.96 * np.std(plain.pulls, ddof=1) / 50**0.5, rel=1e-3)
     assert plain.scores[0].protocol.drawing["steps"] == 6
@@ -195,7 +195,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tuner, tmp_path):
 def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, tiny_model, digits):
     tuner().begin()
     later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), say=lambda text: None)
-    assert later.present == SamplingConfig(sampler=Ancestral(), steps=12) != tiny_model.config.sampling
+    assert later.present == SamplingConfig(sampler=Ancestral(), num_steps=12) != tiny_model.config.sampling
     later.begin()
     other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), ["steps=7"], lambda text: None)
     with pytest.raises(TesseraError, match=r"holds other work: baseline\.steps was 12, is 7"):
@@ -221,7 +221,7 @@ def test_what_cannot_be_guided_is_not(tuner, make_model):
 def test_what_a_model_cannot_draw_is_told_and_left_out(tuner):
     told = tuner()
     told.begin()
-    assert told.attempt("steps", SamplingConfig(steps=2000)) is None
+    assert told.attempt("steps", SamplingConfig(num_steps=2000)) is None
     assert "is left out: steps is 2000" in told.said[-1]
 
 
@@ -238,11 +238,11 @@ def test_a_stage_alone_goes_on_from_the_baseline(tuner, stage):
 
 def test_a_search_for_nothing_is_refused():
     with pytest.raises(TesseraError, match="nothing to search: name some of solver, steps, guidance, caching"):
-        parse(Tuning, {"search": []}, "the test")
+        validate(Tuning, {"search": []}, "the test")
 
 
 def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
-    plain = SamplingConfig(steps=6, caching=FirstBlock(threshold=0))
+    plain = SamplingConfig(num_steps=6, caching=FirstBlock(threshold=0))
     told = tuner()
     told.begin()
     looked = []
@@ -265,7 +265,7 @@ def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
 def test_caching_that_reuses_nothing_is_not_tried(tuner):
     told = tuner()
     told.begin()
-    plain = SamplingConfig(steps=6)
+    plain = SamplingConfig(num_steps=6)
     never, always = (search_space.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
     assert not told.reuses(never)
     assert told.reuses(always)
@@ -302,7 +302,7 @@ def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
 def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "model")
     weights = (tmp_path / "model/model.safetensors").read_bytes()
-    chosen = SamplingConfig(sampler=DDIM(eta=0.5), steps=7)
+    chosen = SamplingConfig(sampler=DDIM(eta=0.5), num_steps=7)
     result.record(tmp_path / "model", chosen, "by a test", tiny_model.network)
     read = bundle.load(tmp_path / "model")
     assert read.config == tiny_model.config.model_copy(update={"sampling": chosen, "origin": {"sampling": "by a test"}})
@@ -313,8 +313,8 @@ def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
 
 def test_the_note_says_when_by_what_and_both_scores():
     protocol = Protocol(definition={}, features={"name": "mine"}, reference={}, samples=100, size=(8, 8), channels=1)
-    score = Score.of("fd", Measured(1, 0.9, 1.1), protocol, {}, "cpu")
-    chosen = Trial(SamplingConfig(steps=7), "check", 100, Measured(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
+    score = Score.of("fd", Estimate(1, 0.9, 1.1), protocol, {}, "cpu")
+    chosen = Trial(SamplingConfig(num_steps=7), "check", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
     told = result.note(tuner_module.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))
     for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, even): fd 2", "4 s", "100 pictures", "mine"):

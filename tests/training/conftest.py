@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tessera import bundle
-from tessera.settings import override, parse
+from tessera.settings import override, validate
 from tessera.training.recipe import Recipe
 
 
@@ -51,7 +51,7 @@ def tiny(tmp_path) -> Callable[..., Recipe]:
 
     def make(output: str = "run", *changes: str, **sections: Any) -> Recipe:
         data = {**TINY, **sections, "output": str(tmp_path / output)}
-        return parse(Recipe, override(data, list(changes)), "the test's recipe")
+        return validate(Recipe, override(data, list(changes)), "the test's recipe")
 
     return make
 

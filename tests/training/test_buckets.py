@@ -11,7 +11,7 @@ from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
 from tessera.training.recipe import Recipe
-from tessera.training.run import set_up
+from tessera.training.run import build_run
 
 
 def train(recipe: Recipe) -> None:
@@ -41,7 +41,7 @@ def data(pictures):
 
 
 def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
-    run = set_up(tiny("run", "training.batch=8", data=data))
+    run = build_run(tiny("run", "training.batch=8", data=data))
     assert run.loader.buckets is not None
     sizes = set()
     batches = run.loader.batches()
@@ -82,4 +82,4 @@ def test_it_draws_in_any_of_its_sizes(tiny, data, tmp_path):
 def test_sides_that_no_patch_divides_are_an_error_that_says_which_do(tiny, data):
     data["buckets"]["multiple"] = 3
     with pytest.raises(TesseraError, match=r"data\.buckets\.multiple is 3, .* multiples of 4: set .*=4"):
-        set_up(tiny("run", data=data))
+        build_run(tiny("run", data=data))

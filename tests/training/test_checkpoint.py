@@ -17,10 +17,10 @@ from tessera.errors import TesseraError
 from tessera.generation import pipeline
 from tessera.training import loop
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import Place
-from tessera.training.ema import Average
-from tessera.training.optimizers import Adam, Muon, hidden_matrices
-from tessera.training.recipe import EMA
+from tessera.training.checkpoint.checkpoint import TrainerState
+from tessera.training.ema import EMA
+from tessera.training.optimizers import AdamWConfig, MuonConfig, hidden_matrices
+from tessera.training.recipe import EMAConfig
 
 MOMENTS, MOMENTUM = {"step", "exp_avg", "exp_avg_sq"}, {"momentum"}
 
@@ -30,7 +30,7 @@ def used(model, config, also=()):
     all of them used.
     """
     network = model.config.network.build()
-    average, optimizer = Average(network, EMA(decay=0.5, also=also)), config.build(network)
+    average, optimizer = EMA(network, EMAConfig(decay=0.5, extra_decays=also)), config.build(network)
     for step in range(1, 4):
         for weight in network.parameters():
             weight.grad = torch.randn_like(weight) if weight.requires_grad else None
@@ -42,31 +42,31 @@ def used(model, config, also=()):
 
 @pytest.fixture
 def trained(tiny_model):
-    return used(tiny_model, Adam())
+    return used(tiny_model, AdamWConfig())
 
 
 def saved_at(run, place, *trained):
     """A checkpoint of what was trained."""
-    writer = checkpoint.Writer(run)
+    writer = checkpoint.CheckpointWriter(run)
     writer.save(place, *trained)
     writer.wait()
     writer.close()
-    return checkpoint.path_of(run, place.step)
+    return checkpoint.checkpoint_path(run, place.step)
 
 
 def same(one, two) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(("config", "also"), [(Adam(), ()), (Muon(), ()), (Muon(), (0.9, 0.25, 1e-5))])
+@pytest.mark.parametrize(("config", "also"), [(AdamWConfig(), ()), (MuonConfig(), ()), (MuonConfig(), (0.9, 0.25, 1e-5))])
 def test_what_is_saved_is_restored_bit_for_bit(tiny_model, tmp_path, config, also):
     model, network, average, optimizer = used(tiny_model, config, also)
-    saved = saved_at(tmp_path, Place(12, 3072), model, network, average, optimizer)
+    saved = saved_at(tmp_path, TrainerState(12, 3072), model, network, average, optimizer)
     assert saved == tmp_path / "checkpoints/step-000000012"
     other = model.config.network.build()
-    means, fresh = Average(other, EMA(decay=0.5, also=also)), config.build(other)
-    assert checkpoint.restore(saved, other, means, fresh) == Place(12, 3072)
-    assert checkpoint.begun_anew(saved, other, means, fresh) == []
+    means, fresh = EMA(other, EMAConfig(decay=0.5, extra_decays=also)), config.build(other)
+    assert checkpoint.restore(saved, other, means, fresh) == TrainerState(12, 3072)
+    assert checkpoint.missing_state(saved, other, means, fresh) == []
     assert same(other, network)
     for decay in (0.5, *also):
         assert same(means.networks[decay], average.networks[decay])
@@ -80,43 +80,43 @@ def test_what_is_saved_is_restored_bit_for_bit(tiny_model, tmp_path, config, als
     assert kinds == {tuple(sorted(keys)) for keys in ([MOMENTS, MOMENTUM] if config.kind == "muon" else [MOMENTS])}
 
 
-@pytest.mark.parametrize(("before", "now"), [(Adam(), Muon()), (Muon(), Adam())])
+@pytest.mark.parametrize(("before", "now"), [(AdamWConfig(), MuonConfig()), (MuonConfig(), AdamWConfig())])
 def test_another_kind_of_optimizer_starts_without_a_memory_where_it_has_none_and_says_so(
     tiny_model, tmp_path, before, now
 ):
     model, network, average, optimizer = used(tiny_model, before)
-    saved = saved_at(tmp_path, Place(3, 24), model, network, average, optimizer)
+    saved = saved_at(tmp_path, TrainerState(3, 24), model, network, average, optimizer)
     other = model.config.network.build()
-    means, fresh = Average(other, EMA(decay=0.5)), now.build(other)
+    means, fresh = EMA(other, EMAConfig(decay=0.5)), now.build(other)
     checkpoint.restore(saved, other, means, fresh)
     matrices = [name for name, weight in other.named_parameters() if name in hidden_matrices(other)]
     anew = [name for name, weight in other.named_parameters() if weight.requires_grad and weight not in fresh.state]
     assert anew == matrices
     count = sum(weight.requires_grad for weight in other.parameters())
     told = f"the optimizer's state of {len(matrices)} of {count} tensors"
-    assert checkpoint.begun_anew(saved, other, means, fresh) == [told]
+    assert checkpoint.missing_state(saved, other, means, fresh) == [told]
     for weight in other.parameters():
         weight.grad = torch.ones_like(weight) if weight.requires_grad else None
     fresh.step()  # and goes on
 
 
 def test_averages_that_are_new_start_from_the_weights_and_the_first_from_the_first(tiny_model, tmp_path):
-    model, network, average, optimizer = used(tiny_model, Adam(), also=(0.9,))
-    saved = saved_at(tmp_path, Place(3, 24), model, network, average, optimizer)
+    model, network, average, optimizer = used(tiny_model, AdamWConfig(), also=(0.9,))
+    saved = saved_at(tmp_path, TrainerState(3, 24), model, network, average, optimizer)
     other = model.config.network.build()
-    means = Average(other, EMA(decay=0.25, also=(0.5, 0.75)))
-    checkpoint.restore(saved, other, means, Adam().build(other))
+    means = EMA(other, EMAConfig(decay=0.25, extra_decays=(0.5, 0.75)))
+    checkpoint.restore(saved, other, means, AdamWConfig().build(other))
     assert same(means.network, average.network)
     assert same(means.networks[0.5], average.networks[0.5])
     assert same(means.networks[0.75], network)
-    swapped = Average(other, EMA(decay=0.9, also=(0.5,)))
-    checkpoint.restore(saved, other, swapped, Adam().build(other))
+    swapped = EMA(other, EMAConfig(decay=0.9, extra_decays=(0.5,)))
+    checkpoint.restore(saved, other, swapped, AdamWConfig().build(other))
     assert all(same(swapped.networks[decay], average.networks[decay]) for decay in (0.5, 0.9))
 
 
 def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
-    model, *rest = used(tiny_model, Adam(), also=(0.9, 0.25))
-    saved = saved_at(tmp_path, Place(3, 24), model, *rest)
+    model, *rest = used(tiny_model, AdamWConfig(), also=(0.9, 0.25))
+    saved = saved_at(tmp_path, TrainerState(3, 24), model, *rest)
     means = rest[1]
     assert same(bundle.load(saved).network, means.network)
     for decay in (0.5, 0.9, 0.25):
@@ -136,20 +136,20 @@ def test_an_average_is_chosen_by_its_decay(tiny_model, tmp_path):
 
 def test_a_checkpoint_is_a_bundle_that_draws(trained, tmp_path):
     model = trained[0]
-    loaded = bundle.load(saved_at(tmp_path, Place(1, 8), *trained))
+    loaded = bundle.load(saved_at(tmp_path, TrainerState(1, 8), *trained))
     assert (pipeline.generate(loaded, [0, 1], [0, 1]) == pipeline.generate(model, [0, 1], [0, 1])).all()
 
 
 def test_only_the_newest_are_kept(trained, tmp_path):
     for step in (1, 2, 10, 100):
-        saved_at(tmp_path, Place(step, 8 * step), *trained)
+        saved_at(tmp_path, TrainerState(step, 8 * step), *trained)
     checkpoint.prune(tmp_path, 2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000000010", "step-000000100"]
 
 
 def test_a_missing_piece_is_named(trained, tmp_path):
     _, network, average, optimizer = trained
-    saved = saved_at(tmp_path, Place(1, 8), *trained)
+    saved = saved_at(tmp_path, TrainerState(1, 8), *trained)
     file = next((saved / checkpoint.STATE).iterdir())
     tensors = load_file(file)
     for gone, said in (
@@ -167,65 +167,65 @@ SHARD = "state/shard-00001-model-00001-of-00001.safetensors"
 @pytest.mark.parametrize("name", ["model.safetensors", SHARD])
 def test_truncated_weights_are_an_error_that_names_the_file(trained, tmp_path, name):
     _, network, average, optimizer = trained
-    saved = saved_at(tmp_path, Place(1, 8), *trained)
-    assert checkpoint.faults(saved) == []
+    saved = saved_at(tmp_path, TrainerState(1, 8), *trained)
+    assert checkpoint.verify(saved) == []
     whole = (saved / name).read_bytes()
     for size in (0, 100, len(whole) - 1):
         (saved / name).write_bytes(whole[:size])
-        assert checkpoint.faults(saved) == [f"{name} is not what was written"]
+        assert checkpoint.verify(saved) == [f"{name} is not what was written"]
         with pytest.raises(TesseraError, match=r"(model.safetensors|state) is damaged"):
             checkpoint.restore(saved, network, average, optimizer)
     (saved / name).unlink()
-    assert checkpoint.faults(saved) == [f"{name}: No such file or directory"]
+    assert checkpoint.verify(saved) == [f"{name}: No such file or directory"]
     with pytest.raises(TesseraError, match=r"missing"):
         checkpoint.restore(saved, network, average, optimizer)
 
 
 @pytest.mark.parametrize("name", ["config.json", "ema/0.9.safetensors", SHARD])
 def test_one_flipped_bit_is_seen(tiny_model, tmp_path, name):
-    saved = saved_at(tmp_path, Place(1, 8), *used(tiny_model, Adam(), also=(0.9,)))
+    saved = saved_at(tmp_path, TrainerState(1, 8), *used(tiny_model, AdamWConfig(), also=(0.9,)))
     content = bytearray((saved / name).read_bytes())
     content[len(content) // 2] ^= 4
     (saved / name).write_bytes(content)
-    assert checkpoint.faults(saved) == [f"{name} is not what was written"]
+    assert checkpoint.verify(saved) == [f"{name} is not what was written"]
 
 
 def test_the_newest_whole_one_is_found_and_the_damaged_are_named(trained, tmp_path):
     for step in (1, 2, 3, 4):
-        saved_at(tmp_path, Place(step, 8 * step), *trained)
-    path = {step: checkpoint.path_of(tmp_path, step) for step in (1, 2, 3, 4)}
+        saved_at(tmp_path, TrainerState(step, 8 * step), *trained)
+    path = {step: checkpoint.checkpoint_path(tmp_path, step) for step in (1, 2, 3, 4)}
     (path[4] / checkpoint.PLACE).unlink()
     (path[3] / SHARD).write_bytes(b"half")
-    found, damaged = checkpoint.newest_whole(tmp_path)
+    found, damaged = checkpoint.latest_valid(tmp_path)
     assert found == path[2]
     assert damaged == {
         path[4]: [f"{path[4]} is no training checkpoint: training.json is missing or damaged"],
         path[3]: [f"{SHARD} is not what was written"],
     }
     for one in damaged:
-        checkpoint.set_aside(one)
+        checkpoint.quarantine(one)
     left = sorted(one.name for one in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-000000001", "step-000000002", "step-000000003.damaged", "step-000000004.damaged"]
-    saved_at(tmp_path, Place(3, 24), *trained)  # their places are free again
+    saved_at(tmp_path, TrainerState(3, 24), *trained)  # their places are free again
     for step in (1, 2, 3):
         (path[step] / SHARD).unlink()
     with pytest.raises(TesseraError, match="every checkpoint in .* is damaged"):
-        checkpoint.newest_whole(tmp_path)
-    assert checkpoint.newest_whole(tmp_path / "nothing") == (None, {})
+        checkpoint.latest_valid(tmp_path)
+    assert checkpoint.latest_valid(tmp_path / "nothing") == (None, {})
 
 
 def test_a_checkpoint_of_an_older_version_is_read(tiny_model, tmp_path):
     """Before 0.4 one file beside the bundle held the state, and there were no checksums."""
-    model, network, average, optimizer = used(tiny_model, Adam())
-    saved = saved_at(tmp_path, Place(7, 56), model, network, average, optimizer)
+    model, network, average, optimizer = used(tiny_model, AdamWConfig())
+    saved = saved_at(tmp_path, TrainerState(7, 56), model, network, average, optimizer)
     (saved / SHARD).rename(saved / "training.safetensors")
     (saved / checkpoint.STATE).rmdir()
     save_file(load_file(saved / "training.safetensors"), saved / "training.safetensors")  # without DCP's notes
     (saved / checkpoint.PLACE).write_text('{"step": 7, "position": 56}')
-    assert checkpoint.faults(saved) == []
+    assert checkpoint.verify(saved) == []
     other = model.config.network.build()
-    means, fresh = Average(other, EMA(decay=0.5)), Adam().build(other)
-    assert checkpoint.restore(saved, other, means, fresh) == Place(7, 56)
+    means, fresh = EMA(other, EMAConfig(decay=0.5)), AdamWConfig().build(other)
+    assert checkpoint.restore(saved, other, means, fresh) == TrainerState(7, 56)
     assert same(other, network)
     assert same(means.network, average.network)
     for one, two in zip(other.parameters(), network.parameters()):
@@ -240,8 +240,8 @@ def test_what_training_does_meanwhile_does_not_reach_the_file(trained, tmp_path)
         name: optimizer.state[one]["exp_avg"].clone() for name, one in network.named_parameters() if one.requires_grad
     }
     mean = {name: value.clone() for name, value in average.network.state_dict().items()}
-    writer = checkpoint.Writer(tmp_path)
-    writer.save(Place(1, 8), *trained)
+    writer = checkpoint.CheckpointWriter(tmp_path)
+    writer.save(TrainerState(1, 8), *trained)
     with torch.no_grad():  # at once, before the thread can have written all
         for one in (*network.parameters(), *average.network.parameters()):
             one.fill_(7.0)
@@ -249,7 +249,7 @@ def test_what_training_does_meanwhile_does_not_reach_the_file(trained, tmp_path)
             state["exp_avg"].fill_(7.0)
     writer.wait()
     writer.close()
-    saved = checkpoint.path_of(tmp_path, 1)
+    saved = checkpoint.checkpoint_path(tmp_path, 1)
     kept = load_file(saved / SHARD)
     assert all(torch.equal(kept[f"weights/{name}"], value) for name, value in before.items())
     assert all(torch.equal(kept[f"optimizer/exp_avg/{name}"], value) for name, value in moments.items())
@@ -258,7 +258,7 @@ def test_what_training_does_meanwhile_does_not_reach_the_file(trained, tmp_path)
 
 def test_those_of_every_so_many_steps_and_the_best_are_kept_for_good(trained, tmp_path):
     for step in (0, 5, 10, 15, 20, 25):
-        saved_at(tmp_path, Place(step, 8 * step), *trained)
+        saved_at(tmp_path, TrainerState(step, 8 * step), *trained)
     checkpoint.prune(tmp_path, 1, every=10, best=5)
     left = sorted(int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir())
     assert left == [5, 10, 20, 25]
@@ -269,7 +269,7 @@ def test_what_does_not_say_its_place_is_no_checkpoint(tmp_path, text):
     if text is not None:
         (tmp_path / checkpoint.PLACE).write_text(text)
     with pytest.raises(TesseraError, match="is no training checkpoint"):
-        checkpoint.place_of(tmp_path)
+        checkpoint.read_state(tmp_path)
 
 
 # A full disk
@@ -315,7 +315,7 @@ def test_safetensors_own_error_is_an_error_of_the_disk(trained, tmp_path, monkey
 
     monkeypatch.setattr(bundle, "save_file", fails)
     with pytest.raises(TesseraError, match=r"cannot write .*step-000000001: I/O error: No space left on device"):
-        saved_at(tmp_path, Place(1, 8), *trained)
+        saved_at(tmp_path, TrainerState(1, 8), *trained)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tessera import bundle
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.tiny import Pair
-from tessera.data.loader import mirrored
+from tessera.data.loader import flip_mask
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.settings import override, parse
+from tessera.settings import override, validate
 from tessera.training import codec, loop, recipe
 from tessera.training.codec import CodecRecipe, Fit
 from tessera.training.loop import Interrupted
@@ -31,7 +31,7 @@ TINY = {
 
 
 def told(output, *changes: str) -> CodecRecipe:
-    return parse(CodecRecipe, override({"output": str(output), **TINY}, list(changes)), "the recipe")
+    return validate(CodecRecipe, override({"output": str(output), **TINY}, list(changes)), "the recipe")
 
 
 def weights(run) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def test_a_step_is_l1_and_kl_by_adamw(tmp_path, photos):
     fit = Fit(told(tmp_path, photos, "training.optimizer={learning_rate: 0.01, clip: null}", "training.kl=0.5"))
     batch = fit.loader.read(0)
     pixels = batch.pixels / 127.5 - 1
-    turned = mirrored(0, batch.position)[..., None, None]
+    turned = flip_mask(0, batch.position)[..., None, None]
     assert 0 < turned.sum() < 4
     pixels = torch.where(turned, pixels.flip(-1), pixels)
     theirs = Fit(told(tmp_path, photos)).network
@@ -208,9 +208,9 @@ def test_a_transformer_learns_from_its_latents_and_draws(finished, tmp_path):
         "sampling": {"steps": 2},
         "training": {"steps": 2, "batch": 4, "sample_seeds": 1, "tensorboard": False, "device": "cpu"},
     }
-    folder = loop.train(parse(recipe.Recipe, data, "the recipe"))
+    folder = loop.train(validate(recipe.Recipe, data, "the recipe"))
     model = bundle.load(bundle.checkpoints(folder)[0])
-    assert (model.config.network.channels, model.config.network.size) == (3, (16, 16))
+    assert (model.config.network.in_channels, model.config.network.input_size) == (3, (16, 16))
     assert pipeline.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)
 
 
@@ -230,9 +230,9 @@ def test_a_transformer_learns_from_the_latents_of_a_tiny_autoencoder(tmp_path):
         "sampling": {"steps": 2},
         "training": {"steps": 2, "batch": 4, "sample_seeds": 1, "tensorboard": False, "device": "cpu"},
     }
-    folder = loop.train(parse(recipe.Recipe, data, "the recipe"))
+    folder = loop.train(validate(recipe.Recipe, data, "the recipe"))
     shutil.rmtree(weights_folder)
     assert sorted(path.suffix for path in (folder / "codec").iterdir()) == [".safetensors"] * 2
     model = bundle.load(bundle.checkpoints(folder)[0])
-    assert (model.config.network.channels, model.config.network.size, model.codec.scale) == (4, (4, 4), 2.0)
+    assert (model.config.network.in_channels, model.config.network.input_size, model.codec.scale) == (4, (4, 4), 2.0)
     assert pipeline.generate(model, classes=[0], seeds=[0]).shape == (1, 32, 32, 3)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from tessera.training.ema import Average
-from tessera.training.recipe import EMA
+from tessera.training.ema import EMA
+from tessera.training.recipe import EMAConfig
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9, True), (0.0, False), (0.5, True)])
 def test_the_average_is_that_of_an_explicit_loop(tiny_model, decay, warmup):
     network = tiny_model.network
     network.pos_embed.requires_grad_(False)
-    average = Average(network, EMA(decay=decay, warmup=warmup))
+    average = EMA(network, EMAConfig(decay=decay, warmup=warmup))
     expected = {name: weight.detach().double().clone() for name, weight in network.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 8):
@@ -30,8 +30,8 @@ def test_the_average_is_that_of_an_explicit_loop(tiny_model, decay, warmup):
 @pytest.mark.parametrize("warmup", [False, True])
 def test_several_averages_are_each_what_it_would_be_alone(tiny_model, warmup):
     network = tiny_model.network
-    together = Average(network, EMA(decay=0.9, also=(0.5, 0.99), warmup=warmup))
-    alone = {decay: Average(network, EMA(decay=decay, warmup=warmup)) for decay in (0.9, 0.5, 0.99)}
+    together = EMA(network, EMAConfig(decay=0.9, extra_decays=(0.5, 0.99), warmup=warmup))
+    alone = {decay: EMA(network, EMAConfig(decay=decay, warmup=warmup)) for decay in (0.9, 0.5, 0.99)}
     assert together.network is together.networks[0.9]
     assert set(together.others) == {0.5, 0.99}
     for step in range(1, 20):
@@ -46,7 +46,7 @@ def test_several_averages_are_each_what_it_would_be_alone(tiny_model, warmup):
 
 
 def test_the_average_is_a_network_of_its_own_that_is_not_trained(tiny_model):
-    average = Average(tiny_model.network, EMA())
+    average = EMA(tiny_model.network, EMAConfig())
     assert not any(weight.requires_grad for weight in average.network.parameters())
     assert not average.network.training
     with torch.no_grad():

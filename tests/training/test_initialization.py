@@ -8,7 +8,7 @@ from PIL import Image
 
 from tessera import bundle
 from tessera.errors import TesseraError
-from tessera.layers.patches import resample_patches, resample_readout
+from tessera.layers.patches import resample_patches, resample_head
 from tessera.sampling import SamplingConfig
 from tessera.studies.tuning import result
 from tessera.training import loop
@@ -124,7 +124,7 @@ def test_another_patch_is_resampled(tiny_model):
     old, new = tiny_model.network.state_dict(), network.state_dict()
     assert torch.equal(new[PATCHES], resample_patches(old[PATCHES], 4))
     for key in READOUT:
-        assert torch.equal(new[key], resample_readout(old[key], 2, 4))
+        assert torch.equal(new[key], resample_head(old[key], 2, 4))
     assert same(network, tiny_model, told["kept"])
 
 
@@ -220,7 +220,7 @@ def test_what_the_recipe_leaves_unsaid_is_as_in_the_source(tiny, trained, weight
     run = loop.train(recipe)
     new, old = bundle.load(bundle.checkpoints(run)[0]).config, bundle.load(bundle.checkpoints(trained)[0]).config
     assert new.network == old.network
-    assert new.process == old.process
+    assert new.diffusion == old.diffusion
     assert new.sampling == old.sampling
     assert new.origin["started from"] == str(source)
     for key, value in weights(trained).items():
@@ -235,10 +235,10 @@ def test_what_the_recipe_says_wins(tiny, trained):
     recipe = without(tiny("new", f"training.init={trained}", "network={patch: 2}", "sampling.steps=3"), "process")
     run = loop.train(recipe)
     config = bundle.load(bundle.checkpoints(run)[0]).config
-    assert (config.network.patch, config.network.width, config.network.mlp_ratio) == (2, 16, 2.0)
-    assert config.sampling.steps == 3
-    assert config.sampling.guidance == 1.0
-    assert config.process.prediction == "x0"
+    assert (config.network.patch_size, config.network.hidden_size, config.network.mlp_ratio) == (2, 16, 2.0)
+    assert config.sampling.num_steps == 3
+    assert config.sampling.guidance_scale == 1.0
+    assert config.diffusion.prediction == "x0"
     told = dict(line.split(": ") for line in (run / "init.txt").read_text().splitlines())
     assert set(told) == {"kept", "resampled"}
     assert PATCHES in told["resampled"]
@@ -252,7 +252,7 @@ def test_colour_may_start_from_grey(tiny, trained, tmp_path):
     recipe = tiny("new", f"training.init={trained}", "training.steps=2", data=data)
     run = loop.train(without(recipe, "network", "process", "sampling"))
     config = bundle.load(bundle.checkpoints(run)[0]).config
-    assert (config.network.channels, config.network.size, config.class_names) == (3, (16, 16), ("1", "xyz"))
+    assert (config.network.in_channels, config.network.input_size, config.class_names) == (3, (16, 16), ("1", "xyz"))
     assert config.codec.channels == 3
     told = dict(line.split(": ") for line in (run / "init.txt").read_text().splitlines())
     assert sorted(told["resampled"].split(", ")) == sorted([POSITIONS, TABLE])  # class '1' keeps its row
@@ -291,11 +291,11 @@ def test_a_fine_tuned_run_that_was_tuned_goes_on_with_its_own_settings(tiny, tra
 
     run = loop.train(recipe("training.steps=2"))
     newest = bundle.checkpoints(run)[0]
-    result.record(newest, SamplingConfig(steps=7), "by a test", bundle.load(newest).network)
-    assert bundle.load_config(newest).sampling.steps == 7
+    result.record(newest, SamplingConfig(num_steps=7), "by a test", bundle.load(newest).network)
+    assert bundle.load_config(newest).sampling.num_steps == 7
     loop.train(recipe("training.steps=4"))
     config = bundle.load_config(bundle.checkpoints(run)[0])
-    assert (config.origin["steps"], config.sampling.steps, config.sampling.guidance) == (4, 2, 1.5)
+    assert (config.origin["steps"], config.sampling.num_steps, config.sampling.guidance_scale) == (4, 2, 1.5)
 
 
 def test_a_shift_by_dimension_follows_the_size_of_the_data(tiny, tmp_path):
@@ -305,9 +305,9 @@ def test_a_shift_by_dimension_follows_the_size_of_the_data(tiny, tmp_path):
     Image.new("L", (16, 16), 200).save(tmp_path / "data/a.png")
     data = {"kind": "folder", "path": str(tmp_path / "data"), "size": 16, "channels": 1}
     new = without(tiny("new", f"training.init={old}", data=data), "network", "process", "sampling")
-    run = loop.set_up(new)
-    assert bundle.load(bundle.checkpoints(old)[0]).process.shift == 0.125
-    assert run.task.process.shift == run.model.process.shift == 0.25
+    run = loop.build_run(new)
+    assert bundle.load(bundle.checkpoints(old)[0]).diffusion.shift == 0.125
+    assert run.objective.diffusion.shift == run.ema_model.diffusion.shift == 0.25
 
 
 @pytest.mark.parametrize(("told", "prediction"), [("sit", "velocity"), (None, None)])
@@ -317,6 +317,6 @@ def test_bare_weights_are_read_as_the_recipe_says(tiny, make_model, tmp_path, to
     torch.save(model.network.state_dict(), tmp_path / "model.pt")
     changes = [f"training.init={tmp_path / 'model.pt'}", "training.init_heads=2", f"training.init_as={told or 'null'}"]
     recipe = without(tiny("new", *changes), "network", "process", "sampling")
-    run = loop.set_up(recipe)
-    assert run.recipe.process.kind == ("flow" if told else "gaussian")
-    assert prediction in (None, run.recipe.process.prediction)
+    run = loop.build_run(recipe)
+    assert run.recipe.diffusion.kind == ("flow" if told else "gaussian")
+    assert prediction in (None, run.recipe.diffusion.prediction)

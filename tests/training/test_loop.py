@@ -20,7 +20,7 @@ from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
 from tessera.training import dry_run, loop
 from tessera.training.checkpoint import checkpoint
-from tessera.training.recipe import read
+from tessera.training.recipe import read_recipe
 
 
 def pictures(folder: Path, *names: str, size: int = 8) -> dict:
@@ -102,14 +102,14 @@ def test_micro_batches_change_nothing_but_rounding(tiny, weights):
 
 def test_a_saved_recipe_trains_the_same_model(tiny, state, tmp_path):
     first = loop.train(tiny("first"))
-    again = read(first / "recipe.yaml", [f"output={tmp_path / 'again'}"])
+    again = read_recipe(first / "recipe.yaml", [f"output={tmp_path / 'again'}"])
     assert state(loop.train(again)) == state(first)
 
 
 def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(5)))
     model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.batch=4", data=data)))[0])
-    assert model.config.network.classes == 0
+    assert model.config.network.num_classes == 0
     assert pipeline.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
 
 
@@ -393,7 +393,7 @@ def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, 
     codec = {"kind": "autoencoder-kl", "source": str(autoencoder)}
     run = loop.train(tiny("run", "training.batch=2", "training.steps=2", data=data, codec=codec))
     model = bundle.load(bundle.checkpoints(run)[0])
-    assert (model.config.network.size, model.config.network.channels) == ((8, 8), 2)
+    assert (model.config.network.input_size, model.config.network.in_channels) == ((8, 8), 2)
     before = pipeline.generate(model, [0, 1], [5])
     assert before.shape == (2, 16, 16, 3)
     run.rename(tmp_path / "moved")
@@ -536,6 +536,6 @@ def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, 
     monkeypatch.setattr(Loader, "read", lambda self, position: seen.append(position) or read(self, position))
     folder = loop.train(tiny("run", "training.steps=5", "training.batch=16"))
     assert sorted(seen)[:2] == [96, 112]
-    place = checkpoint.place_of(bundle.checkpoints(folder)[0])
+    place = checkpoint.read_state(bundle.checkpoints(folder)[0])
     assert (place.step, place.position) == (5, 128)
     assert "changed since: training.batch was 32, is 16" in capsys.readouterr().err

@@ -8,13 +8,13 @@ from torch import nn
 
 from tessera.layers.modulation import Modulation
 from tessera.training.optimizers import (
-    Adam,
-    Muon,
+    AdamWConfig,
+    MuonConfig,
     MuonAndAdamW,
     WarmupStableDecay,
     hidden_matrices,
     learning_rate,
-    orthogonalise,
+    orthogonalize,
     set_learning_rate,
 )
 
@@ -22,22 +22,22 @@ from tessera.training.optimizers import (
 
 
 def test_a_constant_rate():
-    assert {learning_rate(Adam(learning_rate=0.3), step, 10) for step in range(10)} == {0.3}
+    assert {learning_rate(AdamWConfig(learning_rate=0.3), step, 10) for step in range(10)} == {0.3}
 
 
 def test_warm_up_rises_in_equal_steps_to_the_rate():
-    config = Adam(learning_rate=1.0, warmup=4)
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=4)
     assert [learning_rate(config, step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_linear_decay_ends_one_step_above_zero():
-    config = Adam(learning_rate=1.0, decay="linear")
+    config = AdamWConfig(learning_rate=1.0, lr_schedule="linear")
     assert [learning_rate(config, step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_cosine_decay_follows_the_cosine_after_the_warm_up(warmup):
-    config = Adam(learning_rate=2.0, decay="cosine", warmup=warmup)
+    config = AdamWConfig(learning_rate=2.0, lr_schedule="cosine", warmup_steps=warmup)
     for at in range(warmup, 25):
         expected = 1.0 + math.cos(math.pi * (at - warmup) / (25 - warmup))
         assert learning_rate(config, at, 25) == pytest.approx(expected, abs=1e-12)
@@ -46,21 +46,21 @@ def test_cosine_decay_follows_the_cosine_after_the_warm_up(warmup):
 @pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0.2), (10, 0.25), (0, 1.0)])
 def test_wsd_stays_and_then_falls_to_zero_as_one_less_the_root(warmup, cooldown):
     steps = 110 if warmup else 100
-    config = Adam(learning_rate=2.0, warmup=warmup, decay=WarmupStableDecay(cooldown=cooldown))
+    config = AdamWConfig(learning_rate=2.0, warmup_steps=warmup, lr_schedule=WarmupStableDecay(cooldown=cooldown))
     falling = round(cooldown * 100)
     for at in range(warmup, steps):
         gone = max(0, at - (steps - falling))  # steps of the cooldown that are over
         assert learning_rate(config, at, steps) == pytest.approx(2.0 * (1 - math.sqrt(gone / falling)), abs=1e-6)
-    assert config.decay.factor(1.0) == 0.0
+    assert config.lr_schedule.factor(1.0) == 0.0
 
 
 def test_the_plateau_of_wsd_is_that_of_any_length():
-    config = Adam(learning_rate=1.0, warmup=5, decay="wsd")
+    config = AdamWConfig(learning_rate=1.0, warmup_steps=5, lr_schedule="wsd")
     assert [learning_rate(config, at, 100) for at in range(80)] == [learning_rate(config, at, 1000) for at in range(80)]
 
 
 def test_a_run_shorter_than_its_warm_up():
-    config = Adam(learning_rate=1.0, decay="cosine", warmup=10)
+    config = AdamWConfig(learning_rate=1.0, lr_schedule="cosine", warmup_steps=10)
     assert [learning_rate(config, step, 3) for step in range(3)] == [0.1, 0.2, 0.3]
 
 
@@ -73,7 +73,7 @@ def test_the_optimizer_is_adamw(weight_decay):
     mine = torch.nn.Linear(5, 4)
     theirs = torch.nn.Linear(5, 4)
     theirs.load_state_dict(mine.state_dict())
-    config = Adam(learning_rate=0.01, betas=(0.8, 0.95), weight_decay=weight_decay)
+    config = AdamWConfig(learning_rate=0.01, betas=(0.8, 0.95), weight_decay=weight_decay)
     ours = config.build(mine)
     reference = torch.optim.AdamW(
         theirs.parameters(), lr=0.01, betas=(0.8, 0.95), weight_decay=weight_decay, fused=False, foreach=False
@@ -112,7 +112,7 @@ def test_a_matrix_keeps_its_directions_and_its_singular_values_go_through_the_po
     singular = torch.logspace(0, -math.log10(condition), rows, dtype=torch.float64).expand(3, rows)
     given = (u * singular[:, None]) @ vh
     expected = (u * newton_schulz(singular / singular.norm(dim=-1, keepdim=True), steps)[:, None]) @ vh
-    found = orthogonalise(given.float(), steps)
+    found = orthogonalize(given.float(), steps)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-4)
 
@@ -120,13 +120,13 @@ def test_a_matrix_keeps_its_directions_and_its_singular_values_go_through_the_po
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [40, 160])
 def test_five_steps_bring_singular_values_near_one(columns, dtype):
-    found = torch.linalg.svdvals(orthogonalise(drawn(1, 4, 32, columns).float(), 5, dtype))
+    found = torch.linalg.svdvals(orthogonalize(drawn(1, 4, 32, columns).float(), 5, dtype))
     assert found.min() > 0.6
     assert found.max() < 1.3
 
 
 def test_no_gradient_is_no_update():
-    assert torch.equal(orthogonalise(torch.zeros(2, 4, 8), 5), torch.zeros(2, 4, 8))
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 8), 5), torch.zeros(2, 4, 8))
 
 
 def trained(network: nn.Module, seed: int) -> None:
@@ -138,7 +138,7 @@ def trained(network: nn.Module, seed: int) -> None:
 def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_own(tiny_model, nesterov):
     """To the digits of bfloat16, in which torch's own iterates; all else is AdamW exactly."""
     network = tiny_model.network.requires_grad_(True)
-    config = Muon(learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov)
+    config = MuonConfig(learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov)
     matrices = {network.get_parameter(name): maps for name, maps in hidden_matrices(network).items()}
     before = {weight: weight.detach().clone() for weight in network.parameters()}
     parts = {
@@ -172,7 +172,7 @@ def test_the_size_of_an_update_is_that_of_adamw(tiny_model):
     network = tiny_model.network
     matrices = [network.get_parameter(name) for name in hidden_matrices(network)]
     before = {weight: weight.detach().clone() for weight in matrices}
-    optimizer = Muon(learning_rate=0.01).build(network)
+    optimizer = MuonConfig(learning_rate=0.01).build(network)
     trained(network, 0)
     optimizer.step()
     for weight, old in before.items():
@@ -182,7 +182,7 @@ def test_the_size_of_an_update_is_that_of_adamw(tiny_model):
 @pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero", "modern"])
 def test_muon_trains_the_matrices_that_carry_tokens_and_adamw_all_else(make_model, block):
     network = make_model({"block": block}).network
-    optimizer = Muon().build(network)
+    optimizer = MuonConfig().build(network)
     assert isinstance(optimizer, MuonAndAdamW)
     groups = [set(group["params"]) for group in optimizer.param_groups]
     assert groups[0] | groups[1] == {weight for weight in network.parameters() if weight.requires_grad}
@@ -199,10 +199,10 @@ def test_muon_trains_the_matrices_that_carry_tokens_and_adamw_all_else(make_mode
 
 
 def test_each_part_gets_its_share_of_the_rate(tiny_model):
-    config = Muon(learning_rate=0.02, adamw_learning_rate=0.005, warmup=10)
+    config = MuonConfig(learning_rate=0.02, adamw_learning_rate=0.005, warmup_steps=10)
     optimizer = config.build(tiny_model.network)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.005]
     set_learning_rate(optimizer, learning_rate(config, 4, 100))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.0025])
-    equal = Muon(learning_rate=0.02).build(tiny_model.network)
+    equal = MuonConfig(learning_rate=0.02).build(tiny_model.network)
     assert [group["lr"] for group in equal.param_groups] == [0.02, 0.02]

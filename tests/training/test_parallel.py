@@ -21,7 +21,7 @@ from tessera.monitoring import history
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
 from tessera.training.checkpoint import checkpoint
-from tessera.training.run import set_up
+from tessera.training.run import build_run
 from tessera.training.step import train_step
 
 pytest.importorskip("sklearn")
@@ -102,14 +102,14 @@ class Messages(TorchDispatchMode):
 def messages(recipes) -> list[dict[str, int]]:
     """What is asked of other processes in the second step of each recipe, by name."""
     found = []
-    with runtime.ranks() as ranks:
+    with runtime.distributed_session() as ranks:
         for recipe in recipes:
-            run = set_up(recipe, ranks=ranks)
+            run = build_run(recipe, ranks=ranks)
             batch = run.loader.read(0)
             for _ in range(2):  # the first also finds out the order of things
                 with Messages() as seen:
-                    train_step(run.learner, batch, run.task, recipe.training.batch, run.rounds)
-            found.append({**seen.counts, "rounds": run.rounds, "groups": len(run.network.blocks) + 1})
+                    train_step(run.state, batch, run.objective, recipe.training.batch, run.accumulation_steps)
+            found.append({**seen.counts, "rounds": run.accumulation_steps, "groups": len(run.network.blocks) + 1})
     return found
 
 

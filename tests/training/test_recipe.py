@@ -11,23 +11,23 @@ from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.settings import write_yaml
 from tessera.training import codec
-from tessera.training.optimizers import Adam, Cosine, Muon, WarmupStableDecay
-from tessera.training.recipe import Recipe, pixels_like_data, read, resolve
+from tessera.training.optimizers import AdamWConfig, CosineDecay, MuonConfig, WarmupStableDecay
+from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
 def resolved(recipe: Recipe) -> Recipe:
     recipe = pixels_like_data(recipe)
-    return resolve(recipe, recipe.data.open().class_names, recipe.codec.build())
+    return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_of_ours_parses_and_opens_with_its_command(path):
     told = re.search(rf"tessera (codec )?train \S*{path.name}", path.read_text(encoding="utf-8"))
     assert told
-    recipe = codec.read(path, []) if told[1] else read(path, [])
-    assert recipe.output
+    recipe = codec.read(path, []) if told[1] else read_recipe(path, [])
+    assert recipe.run_dir
 
 
 def test_there_are_recipes():
@@ -37,8 +37,8 @@ def test_there_are_recipes():
 def test_the_output_is_named_after_the_file_unless_told(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("data: {kind: digits}")
-    assert read(path, []).output == "runs/mine"
-    assert read(path, ["output=elsewhere"]).output == "elsewhere"
+    assert read_recipe(path, []).run_dir == "runs/mine"
+    assert read_recipe(path, ["output=elsewhere"]).run_dir == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,19 @@ def test_several_faults_are_told_at_once(tiny):
 def test_data_are_needed(tmp_path):
     (tmp_path / "a.yaml").write_text("output: x")
     with pytest.raises(TesseraError, match="data: Field required"):
-        read(tmp_path / "a.yaml", [])
+        read_recipe(tmp_path / "a.yaml", [])
 
 
 @pytest.mark.parametrize("text", ["- a\n- b", "just text", "", "a: [1", "a: b: c"])
 def test_what_is_no_mapping_is_no_recipe(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(TesseraError, match=r"a\.yaml"):
-        read(tmp_path / "a.yaml", [])
+        read_recipe(tmp_path / "a.yaml", [])
 
 
 def test_a_missing_recipe(tmp_path):
     with pytest.raises(TesseraError, match=r"no recipe at .*gone\.yaml"):
-        read(tmp_path / "gone.yaml", [])
+        read_recipe(tmp_path / "gone.yaml", [])
 
 
 # The optimizer
@@ -119,20 +119,20 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_is_chosen_by_its_name(
     )
 
     def optimizer(*changes):
-        return read(path, list(changes)).training.optimizer
+        return read_recipe(path, list(changes)).training.optimizer
 
     decay = WarmupStableDecay()
-    assert optimizer() == Adam(learning_rate=0.001, betas=(0.8, 0.9), decay=decay)
-    assert optimizer("training.optimizer.clip=1") == Adam(learning_rate=0.001, betas=(0.8, 0.9), decay=decay, clip=1)
-    assert optimizer("training.optimizer=muon") == Muon()  # another kind has fields of its own
-    assert optimizer("training.optimizer.kind=muon") == Muon()
+    assert optimizer() == AdamWConfig(learning_rate=0.001, betas=(0.8, 0.9), lr_schedule=decay)
+    assert optimizer("training.optimizer.clip=1") == AdamWConfig(learning_rate=0.001, betas=(0.8, 0.9), lr_schedule=decay, grad_clip_norm=1)
+    assert optimizer("training.optimizer=muon") == MuonConfig()  # another kind has fields of its own
+    assert optimizer("training.optimizer.kind=muon") == MuonConfig()
     told = ("training.optimizer.kind=muon", "training.optimizer.learning_rate=1e-3", "training.optimizer.decay=cosine")
-    assert optimizer(*told) == Muon(learning_rate=0.001, decay=Cosine())
+    assert optimizer(*told) == MuonConfig(learning_rate=0.001, lr_schedule=CosineDecay())
     cooled = optimizer("training.optimizer.decay.cooldown=0.1")
-    assert cooled.decay == WarmupStableDecay(cooldown=0.1)
+    assert cooled.lr_schedule == WarmupStableDecay(cooldown=0.1)
     path.write_text("data: {kind: digits}")
-    assert optimizer() == Adam()
-    assert optimizer("training.optimizer.kind=muon", "training.optimizer.nesterov=false") == Muon(nesterov=False)
+    assert optimizer() == AdamWConfig()
+    assert optimizer("training.optimizer.kind=muon", "training.optimizer.nesterov=false") == MuonConfig(nesterov=False)
 
 
 # What follows from data, codec and process
@@ -141,14 +141,14 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_is_chosen_by_its_name(
 @pytest.mark.parametrize(("variance", "outputs"), [("learned", 2), ("posterior", 1)])
 def test_sizes_follow_from_data_and_process(tiny, variance, outputs):
     network = resolved(tiny("run", f"process.variance={variance}")).network
-    assert (network.size, network.channels, network.outputs, network.classes) == ((8, 8), 1, outputs, 10)
-    assert (network.patch, network.width, network.depth) == (4, 16, 1)
+    assert (network.input_size, network.in_channels, network.out_channels, network.num_classes) == ((8, 8), 1, outputs, 10)
+    assert (network.patch_size, network.hidden_size, network.num_res_blocks) == (4, 16, 1)
 
 
 def test_a_resolved_recipe_written_and_read_is_the_same(tiny, tmp_path):
     recipe = resolved(tiny())
     (tmp_path / "again.yaml").write_text(write_yaml(recipe))
-    again = read(tmp_path / "again.yaml", [])
+    again = read_recipe(tmp_path / "again.yaml", [])
     assert again == recipe
     assert resolved(again) == recipe
 
@@ -177,7 +177,7 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(tiny, changes
 
 def test_agreeing_with_the_data_is_allowed(tiny):
     recipe = resolved(tiny("run", "network.classes=10", "network.size=8", "network.channels=1"))
-    assert recipe.network.classes == 10
+    assert recipe.network.num_classes == 10
 
 
 def test_the_pixel_codec_follows_the_data_unless_told(tiny):
@@ -190,15 +190,15 @@ def test_one_more_average_is_a_list_of_one(tiny):
 
 
 def test_the_defaults_are_those_of_the_paper():
-    recipe = Recipe(output="x", data=DigitsConfig())
-    training, network, process = recipe.training, recipe.network, recipe.process
-    assert (training.batch, training.steps, training.label_dropout) == (256, 400_000, 0.1)
+    recipe = Recipe(run_dir="x", data=DigitsConfig())
+    training, network, process = recipe.training, recipe.network, recipe.diffusion
+    assert (training.global_batch_size, training.steps, training.label_dropout) == (256, 400_000, 0.1)
     assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (1e-4, 0.0)
-    assert (training.optimizer.kind, training.optimizer.decay.kind) == ("adamw", "constant")
-    assert (training.optimizer.warmup, training.optimizer.clip) == (0, None)
-    assert (training.ema.decay, training.ema.also, training.ema.warmup) == (0.9999, (), False)
-    assert (network.depth, network.width, network.heads, network.patch) == (28, 1152, 16, 2)
-    assert (process.steps, process.schedule.kind, process.prediction) == (1000, "linear", "epsilon")
+    assert (training.optimizer.kind, training.optimizer.lr_schedule.kind) == ("adamw", "constant")
+    assert (training.optimizer.warmup_steps, training.optimizer.grad_clip_norm) == (0, None)
+    assert (training.ema.decay, training.ema.extra_decays, training.ema.warmup) == (0.9999, (), False)
+    assert (network.num_res_blocks, network.hidden_size, network.num_heads, network.patch_size) == (28, 1152, 16, 2)
+    assert (process.num_timesteps, process.schedule.kind, process.prediction) == (1000, "linear", "epsilon")
 
 
 def test_the_text_of_a_recipe_is_plain_yaml(tiny):

@@ -16,7 +16,7 @@ from tessera.evaluation import protocol, reference
 from tessera.evaluation.features import extract, extractor
 from tessera.evaluation.sources import Data
 from tessera.monitoring.logger import read_log
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 from tessera.training import loop
 from tessera.training.scores import EvaluationConfig, best, history
 
@@ -64,7 +64,7 @@ def test_scores_are_written_into_log_files_and_a_curve(whole):
         assert {score.metric: score.value for score in told} == {name: record[name] for name in names}
         assert all(score.low == record[f"{score.metric}_low"] for score in told)
         assert {score.protocol.samples for score in told} == {40}
-        assert {score.protocol.drawing["class policy"] for score in told} == {"balanced"}
+        assert {score.protocol.sampling["class policy"] for score in told} == {"balanced"}
     assert (
         len({score.fingerprint for step in found for score in protocol.load(run / f"evaluation/step-{step:09d}.json")})
         == 3
@@ -92,11 +92,11 @@ def digits_scores(tmp_path):
 
     from tessera.evaluation import suite
     from tessera.evaluation.features import extractor
-    from tessera.generation.bulk import Drawn, asked_by_policy
+    from tessera.generation.bulk import BulkSamples, asked_by_policy
 
     def score(path: Path) -> dict[str, float]:
         model = bundle.load(path)
-        drawn = Drawn(model, asked_by_policy(model, 40, "balanced"), tmp_path / path.name / "s", 40)
+        drawn = BulkSamples(model, asked_by_policy(model, 40, "balanced"), tmp_path / path.name / "s", 40)
         network = extractor("digits", torch.device("cpu"))
         done = suite.evaluate(drawn, "digits:ceiling", network, tmp_path / path.name / "out", ["kid", "fd"], batch=40)
         return {each.metric: each.value for each in done.scores}
@@ -276,7 +276,7 @@ def test_scores_that_cannot_be_made_do_not_end_the_run(tiny, capsys, tmp_path, m
     changes = ("evaluation.metrics=[prdc]", "evaluation.reference=few.npz")
     monkeypatch.chdir(tmp_path)
     features = extractor("digits", torch.device("cpu"))
-    reference.save(extract(Data(DigitsConfig(), 3), features, Path("few"), Ranks()), Path("few.npz"))
+    reference.save(extract(Data(DigitsConfig(), 3), features, Path("few"), Distributed()), Path("few.npz"))
     run = loop.train(tiny("run", *SCORED, *changes))
     assert "step 2 could not be scored: " in capsys.readouterr().err
     assert read_log(run)[-1]["step"] == 6

@@ -12,14 +12,14 @@ from tessera.codecs import AutoencoderConfig, PixelsConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.data import Batch
 from tessera.data.loader import FLIP
-from tessera.diffusion.gaussian import GaussianConfig
+from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.monitoring import health
 from tessera.training import objective as streams
 from tessera.training import parallel, step
-from tessera.training.objective import Task, losses, prepare
-from tessera.training.optimizers import Adam, Muon
-from tessera.training.parallel import Team
-from tessera.training.step import Learner, Tally, Told, train_step, update
+from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
+from tessera.training.optimizers import AdamWConfig, MuonConfig
+from tessera.training.parallel import ParallelContext
+from tessera.training.step import TrainState, MetricAccumulator, StepMetrics, train_step, update
 
 CPU = torch.device("cpu")
 
@@ -35,33 +35,33 @@ def rows(whole: Batch, chosen) -> Batch:
     return Batch(whole.pixels[chosen], whole.label[chosen], whole.position[chosen])
 
 
-def task(**changes) -> Task:
+def task(**changes) -> TrainingObjective:
     told = {"flip": False, "label_dropout": 0.0, "classes": 3, "seed": 7, "dtype": None}
-    process = GaussianConfig(steps=50).build()
-    return Task(**{"process": process, "codec": PixelsConfig(channels=1).build(), **told, **changes})
+    process = GaussianDiffusionConfig(num_timesteps=50).build()
+    return TrainingObjective(**{"process": process, "codec": PixelsConfig(channels=1).build(), **told, **changes})
 
 
 def test_frozen_weights_are_left_alone(tiny_model):
     tiny_model.network.train().requires_grad_(True)
     tiny_model.network.pos_embed.requires_grad_(False)
     before = tiny_model.network.pos_embed.clone()
-    train_step(learner(tiny_model.network, Adam(weight_decay=0.5)), batch(4), task(), 4)
+    train_step(learner(tiny_model.network, AdamWConfig(weight_decay=0.5)), batch(4), task(), 4)
     assert torch.equal(tiny_model.network.pos_embed, before)
 
 
 # Gradients
 
 
-def learner(network, config) -> Learner:
-    return Learner(network, network, config.build(network), config, Team())
+def learner(network, config) -> TrainState:
+    return TrainState(network, network, config.build(network), config, ParallelContext())
 
 
-def moved(network, given: Batch, rounds: int, asked: Task, clip: float | None = None) -> tuple[dict, Told]:
+def moved(network, given: Batch, rounds: int, asked: TrainingObjective, clip: float | None = None) -> tuple[dict, StepMetrics]:
     """The gradient, as the way the weights go under plain descent with rate 1; and what the step tells."""
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(list(parallel.trained(network).items()), lr=1.0)
     told = train_step(
-        Learner(network, network, optimizer, Adam(clip=clip), Team()), given, asked, len(given.position), rounds
+        TrainState(network, network, optimizer, AdamWConfig(grad_clip_norm=clip), ParallelContext()), given, asked, len(given.position), rounds
     )
     gradient = {name: before[name] - value for name, value in network.state_dict().items()}
     network.load_state_dict(before)
@@ -76,9 +76,9 @@ def test_rounds_give_the_gradient_of_the_whole(tiny_model, rounds):
     parts, told_too = moved(tiny_model.network, batch(12), rounds, asked)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6 * max(1, float(whole[name].abs().max())))
-    assert set(told.numbers) == {"loss", "mse", "vb", "gradient_norm"}
-    for name, value in told.numbers.items():
-        assert told_too.numbers[name].item() == pytest.approx(value.item(), rel=1e-5)
+    assert set(told.values) == {"loss", "mse", "vb", "gradient_norm"}
+    for name, value in told.values.items():
+        assert told_too.values[name].item() == pytest.approx(value.item(), rel=1e-5)
     torch.testing.assert_close(told_too.by_time, told.by_time)
     torch.testing.assert_close(told_too.squares, told.squares)
 
@@ -87,13 +87,13 @@ def test_the_gradient_is_that_of_the_mean_loss(tiny_model):
     asked = task(process=tiny_model.process)
     network = tiny_model.network
     found, told = moved(network, batch(6), 1, asked)
-    x0, condition, position = prepare(batch(6), asked, CPU)
-    found_losses, t = losses(network, x0, condition, position, asked)
+    x0, condition, position = prepare_batch(batch(6), asked, CPU)
+    found_losses, t = compute_loss(network, x0, condition, position, asked)
     loss = found_losses.total.mean()
     loss.backward()
     norm = torch.cat([weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]).norm()
-    assert told.numbers["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-    assert told.numbers["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
+    assert told.values["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert told.values["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-5)
     for place in range(health.BINS):
         inside = (t * health.BINS).long().clamp(max=health.BINS - 1) == place
         assert told.by_time[1, place] == inside.sum()
@@ -106,17 +106,17 @@ def test_the_gradient_is_that_of_the_mean_loss(tiny_model):
 def test_clipping_shortens_the_gradient_but_not_what_is_told(tiny_model):
     asked = task(process=tiny_model.process)
     _, free = moved(tiny_model.network, batch(6), 1, asked)
-    clip = free.numbers["gradient_norm"].item() / 10
+    clip = free.values["gradient_norm"].item() / 10
     gradient, told = moved(tiny_model.network, batch(6), 1, asked, clip)
     assert torch.cat([value.flatten() for value in gradient.values()]).norm().item() == pytest.approx(clip, rel=1e-3)
-    assert told.numbers["gradient_norm"].item() == pytest.approx(free.numbers["gradient_norm"].item(), rel=1e-6)
+    assert told.values["gradient_norm"].item() == pytest.approx(free.values["gradient_norm"].item(), rel=1e-6)
     assert (free.clipped, told.clipped) == (0, 1)
 
 
 # Steps that are kept out of the weights
 
 
-@pytest.mark.parametrize("config", [Adam(weight_decay=0.1, clip=1.0), Muon(weight_decay=0.1, clip=1.0)])
+@pytest.mark.parametrize("config", [AdamWConfig(weight_decay=0.1, grad_clip_norm=1.0), MuonConfig(weight_decay=0.1, grad_clip_norm=1.0)])
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss", "gradient"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model, monkeypatch, config, bad, ahead):
@@ -135,7 +135,7 @@ def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model
                 asked_now = asked
             if number == BAD and bad in ("loss", "gradient"):
                 limits = torch.tensor([1e-3, 1e9] if bad == "loss" else [1e9, 1e-3])
-            kept.append(train_step(ours, given, asked_now, 4, 1, limits).kept.item())
+            kept.append(train_step(ours, given, asked_now, 4, 1, limits).applied.item())
         memory = [value for state in ours.optimizer.state.values() for value in state.values()]
         return [*network.state_dict().values(), *memory], kept
 
@@ -161,12 +161,12 @@ class Spoilt(Autoencoder):
 
 
 def test_a_bad_step_counts_in_no_mean():
-    def told(loss: float, kept: float) -> Told:
+    def told(loss: float, kept: float) -> StepMetrics:
         numbers = {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(2 * loss)}
         by_time = torch.full((2, health.BINS), loss)
-        return Told(numbers, torch.tensor(kept), torch.tensor(1.0), by_time, torch.zeros(3))
+        return StepMetrics(numbers, torch.tensor(kept), torch.tensor(1.0), by_time, torch.zeros(3))
 
-    tally = Tally()
+    tally = MetricAccumulator()
     for loss, kept in ((1.0, 1.0), (math.nan, 0.0), (3.0, 1.0), (1e9, 0.0)):
         tally.add(told(loss, kept))
     assert tally.steps == 4
@@ -192,10 +192,10 @@ class Recorder(torch.nn.Module):
         return torch.zeros(len(x), 2, *x.shape[2:])
 
 
-def inputs(given: Batch, asked: Task):
+def inputs(given: Batch, asked: TrainingObjective):
     recorder = Recorder()
-    x0, condition, position = prepare(given, asked, CPU)
-    losses(recorder, x0, condition, position, asked)
+    x0, condition, position = prepare_batch(given, asked, CPU)
+    compute_loss(recorder, x0, condition, position, asked)
     return recorder.seen[0]
 
 
@@ -211,11 +211,11 @@ def test_what_the_network_sees_depends_on_the_position_alone():
 def test_losses_do_not_depend_on_who_shares_the_batch(tiny_model):
     asked = task(process=tiny_model.process, flip=True, label_dropout=0.4)
     whole = batch(20, start=1000)
-    x0, condition, position = prepare(whole, asked, CPU)
-    together = losses(tiny_model.network, x0, condition, position, asked)[0].total
+    x0, condition, position = prepare_batch(whole, asked, CPU)
+    together = compute_loss(tiny_model.network, x0, condition, position, asked)[0].total
     for row in (0, 7, 19):
-        x0, condition, position = prepare(rows(whole, slice(row, row + 1)), asked, CPU)
-        alone = losses(tiny_model.network, x0, condition, position, asked)[0].total
+        x0, condition, position = prepare_batch(rows(whole, slice(row, row + 1)), asked, CPU)
+        alone = compute_loss(tiny_model.network, x0, condition, position, asked)[0].total
         torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-5, atol=1e-6)
 
 
@@ -242,32 +242,32 @@ def test_times_are_those_of_the_process_and_all_are_met():
 def test_the_share_of_labels_withheld_is_the_rate(rate):
     count = 20_000
     given = Batch(torch.zeros(count, 1, 1, 1, dtype=torch.uint8), torch.ones(count), torch.arange(count))
-    _, condition, _ = prepare(given, task(label_dropout=rate), CPU)
+    _, condition, _ = prepare_batch(given, task(label_dropout=rate), CPU)
     share = (condition.label < 0).float().mean().item()
     assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / count)
     assert set(condition.label.tolist()) == {-1, 1}
 
 
 def test_no_label_is_withheld_unless_asked():
-    _, condition, _ = prepare(batch(500), task(), CPU)
+    _, condition, _ = prepare_batch(batch(500), task(), CPU)
     assert condition.label.tolist() == [position % 3 for position in range(500)]
 
 
 def test_without_classes_nothing_is_told():
-    assert prepare(batch(5), task(classes=0, label_dropout=0.1), CPU)[1].label is None
+    assert prepare_batch(batch(5), task(classes=0, label_dropout=0.1), CPU)[1].label is None
 
 
 def test_pixels_are_scaled_to_minus_one_and_one():
     pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(1, 1, 1, 3)
-    x0, _, _ = prepare(Batch(pixels, torch.zeros(1), torch.zeros(1)), task(), CPU)
+    x0, _, _ = prepare_batch(Batch(pixels, torch.zeros(1), torch.zeros(1)), task(), CPU)
     torch.testing.assert_close(x0.flatten(), torch.tensor([-1.0, 1.0, -0.6]))
 
 
 def test_pictures_are_mirrored_only_when_asked():
     given = batch(400)
-    plain, _, _ = prepare(given, task(), CPU)
+    plain, _, _ = prepare_batch(given, task(), CPU)
     torch.testing.assert_close(plain, given.pixels.float() / 127.5 - 1)
-    mixed, _, _ = prepare(given, task(flip=True), CPU)
+    mixed, _, _ = prepare_batch(given, task(flip=True), CPU)
     kept = (mixed == plain).flatten(1).all(1)
     mirrored = (mixed == plain.flip(-1)).flatten(1).all(1)
     assert bool((kept ^ mirrored).all())
@@ -284,7 +284,7 @@ def test_latents_are_drawn_from_the_posterior_with_noise_of_the_position(tmp_pat
     codec = AutoencoderConfig(source=str(tmp_path)).build()
     asked = task(codec=codec)
     given = batch(3, start=50, channels=3)
-    latents, _, _ = prepare(given, asked, CPU)
+    latents, _, _ = prepare_batch(given, asked, CPU)
     posterior = codec.vae.encode(given.pixels.float() / 127.5 - 1).latent_dist
     noise = randomness.normal(asked.seed, given.position, streams.POSTERIOR, (2, 4, 4))
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * codec.scale)

@@ -18,11 +18,11 @@ from tessera.models.dit import DiTConfig
 from tessera.models.unet import UNetConfig
 from tessera.monitoring import doctor, health, report
 from tessera.monitoring.logger import HEALTH, read_log
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.studies.tuning.tuner import Tuner, Tuning
 from tessera.training import loop
-from tessera.training.optimizers import Muon, hidden_matrices
-from tessera.training.recipe import read
+from tessera.training.optimizers import MuonConfig, hidden_matrices
+from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 UNET = {"kind": "unet", "width": 8, "multipliers": [1, 2], "depth": 1, "attention": [2]}
@@ -39,13 +39,13 @@ def losses(run: Path) -> np.ndarray:
 def test_one_word_on_the_command_line_makes_it_a_unet(tmp_path):
     path = tmp_path / "digits.yaml"
     path.write_text("data: digits\nnetwork: {patch: 2, width: 32, depth: 2, heads: 2}\n")
-    network = read(path, ["network.kind=unet", "network.width=16", "network.attention=2"]).network
-    assert network == UNetConfig(width=16, attention=(2,))
-    assert read(path, []).network == DiTConfig(patch=2, width=32, depth=2, heads=2)
+    network = read_recipe(path, ["network.kind=unet", "network.width=16", "network.attention=2"]).network
+    assert network == UNetConfig(model_channels=16, attention_levels=(2,))
+    assert read_recipe(path, []).network == DiTConfig(patch_size=2, hidden_size=32, depth=2, num_heads=2)
     with pytest.raises(TesseraError, match=r"network: UNet-S/8-gmacs is a U-Net: say network\.kind=unet, too"):
-        read(path, ["network.preset=UNet-S/8-gmacs"])
+        read_recipe(path, ["network.preset=UNet-S/8-gmacs"])
     path.write_text("data: digits\nnetwork: {preset: UNet-S/8-gmacs}\n")
-    assert isinstance(read(path, []).network, UNetConfig)
+    assert isinstance(read_recipe(path, []).network, UNetConfig)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_muon_trains_convolutions_as_the_matrices_they_are(make_model):
     assert not any("steering" in name or not name.startswith("blocks.") for name in maps)
     weight = network.get_parameter("blocks.0.residual.conv1.weight")
     theirs = nn.Parameter(weight.detach().clone().flatten(1))
-    config = Muon(learning_rate=0.01, momentum=0.9)
+    config = MuonConfig(learning_rate=0.01, momentum=0.9)
     muon = torch.optim.Muon(
         [theirs], lr=0.01, weight_decay=0, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )
@@ -213,7 +213,7 @@ def test_what_is_a_dits_alone_is_refused(make_model, tmp_path):
 
 
 def test_tuning_tries_no_caching(make_model, tmp_path):
-    asked = parse(Tuning, {"search": ["caching"], "count": 50, "batch": 50, "budget": 60}, "the test")
+    asked = validate(Tuning, {"search": ["caching"], "count": 50, "batch": 50, "budget": 60}, "the test")
     model, digits, said = make_model({"kind": "unet"}), extractor("digits", torch.device("cpu")), list[str]()
     tuner = Tuner(model, DigitsConfig(), digits, tmp_path / "tune", asked, ["steps=2"], said.append)
     assert tuner.run().trials == []

@@ -14,13 +14,13 @@ import numpy as np
 
 from tessera.data import index
 from tessera.data.check import findings, page, scan
-from tessera.data.check.findings import Finding, Survey
-from tessera.data.check.non_samples import strays
-from tessera.data.check.scan import WHOLE, Shard
+from tessera.data.check.findings import Finding, ScanResult
+from tessera.data.check.non_samples import find_non_samples
+from tessera.data.check.scan import WHOLE, ScanShard
 from tessera.data.files import FilesConfig, FilesSource
-from tessera.data.resolve import EMBEDDED, named
+from tessera.data.resolve import EMBEDDED, resolve_data
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, alone, whole_file, write_whole
+from tessera.files import PARTIAL, exclusive_lock, atomic_file, atomic_write
 
 PARTS, AGAINST = "parts", "parts-against"  # folders of what was seen
 DECISIONS, FINDINGS, REPORT = "decisions.jsonl", "findings.json", "report.html"
@@ -28,7 +28,7 @@ Progress = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckRequest:
     """data, against: a path of any layout, or a recipe. folder: where parts and reports go. size: to be trained at."""
 
     data: str
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What came of a check. summary: what there is, in rows of two; keep: bool [N]"""
 
     findings: list[Finding]
@@ -56,45 +56,45 @@ class Checked:
 
 
 def _config(told: str, size: tuple[int, int] | None) -> FilesConfig:
-    config = named(told, size or findings.UNSAID)
+    config = resolve_data(told, size or findings.UNSAID)
     if not isinstance(config, FilesConfig):
         raise TesseraError(f"{told}: embedded data ({', '.join(EMBEDDED)}) has no files to check; give a path")
     return config
 
 
-def look(asked: Asked, workers: int = 1, shard: Shard = WHOLE, progress: Progress | None = None) -> None:
+def scan_data(asked: CheckRequest, workers: int = 1, shard: ScanShard = WHOLE, progress: Progress | None = None) -> None:
     """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
     for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.against}")):
         if source is not None:
             scan.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
 
 
-def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None) -> Checked:
+def report_findings(asked: CheckRequest, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None) -> CheckResult:
     """Read all parts and write decisions, findings and report into the folder, and an index of what is kept to `apply`.
 
     drop: kinds of findings. Raises TesseraError if parts are missing or something cannot be written.
     """
     source, disorder = asked.source
     dropped = findings.droppable(drop)
-    with alone(asked.folder):
+    with exclusive_lock(asked.folder):
         for partial in asked.folder.glob(f"parts*/*{PARTIAL}"):  # of processes that were killed
             partial.unlink(missing_ok=True)
-        survey = Survey(
+        survey = ScanResult(
             source,
             scan.gathered(source, asked.folder / PARTS),
-            sorted(strays(source), key=lambda stray: (stray.kind, stray.name)),
+            sorted(find_non_samples(source), key=lambda stray: (stray.kind, stray.name)),
             asked.data,
             disorder,
             None if asked.other is None else scan.gathered(asked.other, asked.folder / AGAINST),
             asked.against or "",
         )
         found = findings.findings(survey)
-        keep, reasons = findings.decided(found, dropped, len(source))
-        checked = Checked(found, keep, page.summary(survey, keep))
-        with whole_file(asked.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
+        keep, reasons = findings.decisions(found, dropped, len(source))
+        checked = CheckResult(found, keep, page.summary(survey, keep))
+        with atomic_file(asked.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(_decisions(survey, keep, reasons))
-        write_whole(asked.folder / FINDINGS, as_json(checked))
-        write_whole(asked.folder / REPORT, page.page(survey, found, keep, command))
+        atomic_write(asked.folder / FINDINGS, as_json(checked))
+        atomic_write(asked.folder / REPORT, page.page(survey, found, keep, command))
         if apply is not None:
             if not keep.any():
                 raise TesseraError(f"nothing would be kept of {asked.data}: see {asked.folder / REPORT}, or drop less")
@@ -102,7 +102,7 @@ def tell(asked: Asked, drop: Sequence[str] = findings.DROPPED, command: str = ""
     return checked
 
 
-def _decisions(survey: Survey, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
+def _decisions(survey: ScanResult, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
     """One line for each sample, then one for each thing that is none."""
     row = 0
     for chunk in survey.seen["name"].chunks:
@@ -112,7 +112,7 @@ def _decisions(survey: Survey, keep: np.ndarray, reasons: dict[int, list[str]]) 
             row += 1
 
 
-def as_json(checked: Checked) -> str:
+def as_json(checked: CheckResult) -> str:
     """The findings for programs: samples are rows of the data set, as in decisions.jsonl."""
     told: list[dict[str, Any]] = []
     for finding in checked.findings:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tessera.data import index
 from tessera.data.check import similarity
-from tessera.data.check.non_samples import Stray, StrayKind
+from tessera.data.check.non_samples import NonSample, StrayKind
 from tessera.data.check.scan import CELLS, FAULTS
 from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.index import arrow, compute
@@ -70,12 +70,12 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ScanResult:
     """Everything that was seen. seen: the table of `seen.gathered`; path: as the user told it."""
 
     source: FilesSource
     seen: "pyarrow.Table"
-    strays: Sequence[Stray] = ()
+    strays: Sequence[NonSample] = ()
     path: str = "PATH"
     disorder: str = ""  # why the data set could not be opened as it is
     against: "pyarrow.Table | None" = None
@@ -207,10 +207,10 @@ def _by_folder(source: FilesSource) -> FilesSource:
 # Rules
 
 
-Rule = Callable[[Survey], Iterator[Finding]]
+Rule = Callable[[ScanResult], Iterator[Finding]]
 
 
-def findings(survey: Survey) -> list[Finding]:
+def findings(survey: ScanResult) -> list[Finding]:
     """All that is true and worth knowing, the grave first."""
     found = [
         replace(finding, what=_of_one(finding.what)) for rule in RULES for finding in rule(survey) if finding.count
@@ -231,7 +231,7 @@ FAULT_ADVICE = {
 }
 
 
-def faults(survey: Survey) -> Iterator[Finding]:
+def faults(survey: ScanResult) -> Iterator[Finding]:
     told, detail = survey.column("fault"), survey.seen["detail"]
     for fault in FAULTS:
         rows = tuple(np.flatnonzero(told == fault).tolist())
@@ -261,7 +261,7 @@ def faults(survey: Survey) -> Iterator[Finding]:
         )
 
 
-def duplicates(survey: Survey) -> Iterator[Finding]:
+def duplicates(survey: ScanResult) -> Iterator[Finding]:
     groups = groups_of(survey.first_copy)
     if not groups:
         return
@@ -295,7 +295,7 @@ def duplicates(survey: Survey) -> Iterator[Finding]:
         )
 
 
-def near_duplicates(survey: Survey) -> Iterator[Finding]:
+def near_duplicates(survey: ScanResult) -> Iterator[Finding]:
     leader = survey.leader
     groups = groups_of(leader)
     if not groups:
@@ -320,7 +320,7 @@ def near_duplicates(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def leaks(survey: Survey) -> Iterator[Finding]:
+def leaks(survey: ScanResult) -> Iterator[Finding]:
     other = survey.against
     if other is None:
         return
@@ -357,7 +357,7 @@ def leaks(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def _near_across(survey: Survey, other: "pyarrow.Table") -> dict[int, int]:
+def _near_across(survey: ScanResult, other: "pyarrow.Table") -> dict[int, int]:
     """Rows here that look like one there, by the first such row there."""
     ours, theirs = np.flatnonzero(distinct(survey.seen)), np.flatnonzero(distinct(other))
     hashes = np.concatenate((survey.column("hash")[ours], other["hash"].to_numpy()[theirs]))
@@ -375,11 +375,11 @@ def _near_across(survey: Survey, other: "pyarrow.Table") -> dict[int, int]:
     return {row: partner[head] for row, head in of_each if head in partner}
 
 
-def sizes(survey: Survey) -> Iterator[Finding]:
+def sizes(survey: ScanResult) -> Iterator[Finding]:
     height, width = survey.column("height"), survey.column("width")
     shorter, longer = np.minimum(height, width), np.maximum(height, width)
     asked = survey.source.config
-    if asked.size != UNSAID and not asked.enlarge:
+    if asked.size != UNSAID and not asked.upscale:
         rows = survey.where((height < asked.size[0]) | (width < asked.size[1]))
         why = f"are smaller than {asked.size[0]} x {asked.size[1]}, and training skips them"
     else:
@@ -406,7 +406,7 @@ def sizes(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def contents(survey: Survey) -> Iterator[Finding]:
+def contents(survey: ScanResult) -> Iterator[Finding]:
     contrast, own, common = (survey.column(name) for name in ("contrast", "own_contrast", "commonest"))
     clear = survey.column("transparent")
     ground = list(survey.source.config.background)
@@ -442,7 +442,7 @@ def contents(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def formats(survey: Survey) -> Iterator[Finding]:
+def formats(survey: ScanResult) -> Iterator[Finding]:
     rows = survey.where(survey.column("animated"))
     yield Finding(
         "animated",
@@ -508,7 +508,7 @@ def _fits(ending: str, kind: str) -> bool:
     return _endings().get(ending, kind) in (kind, {"MPO": "JPEG", "DIB": "BMP"}.get(kind))
 
 
-def _renaming(survey: Survey, row: int, kind: str) -> str:
+def _renaming(survey: ScanResult, row: int, kind: str) -> str:
     """The command that gives a file the ending of its format."""
     usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
     path = survey.source.root / survey.name(row)
@@ -516,7 +516,7 @@ def _renaming(survey: Survey, row: int, kind: str) -> str:
     return f"mv -n {shlex.quote(str(path))} {shlex.quote(str(path.with_suffix(ending)))}"
 
 
-def captions(survey: Survey) -> Iterator[Finding]:
+def captions(survey: ScanResult) -> Iterator[Finding]:
     told = survey.source.table["caption"]
     if told.null_count == len(told):
         return
@@ -537,7 +537,7 @@ def captions(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def classes(survey: Survey) -> Iterator[Finding]:
+def classes(survey: ScanResult) -> Iterator[Finding]:
     names, labels = survey.source.class_names, survey.labels
     if not names:
         return
@@ -599,7 +599,7 @@ def classes(survey: Survey) -> Iterator[Finding]:
     )
 
 
-def names(survey: Survey) -> Iterator[Finding]:
+def names(survey: ScanResult) -> Iterator[Finding]:
     """Names that are one name on Windows and macOS."""
     pc = compute()
     paths = survey.source.table["path"].unique()
@@ -628,7 +628,7 @@ def _another(path: str) -> str:
     return f"{stem}-2{ending}"
 
 
-def others(survey: Survey) -> Iterator[Finding]:
+def others(survey: ScanResult) -> Iterator[Finding]:
     path = shlex.quote(survey.path)
     of = functools.partial(_of_strays, survey)
     archives = [stray.name for stray in survey.strays if stray.kind == "archives"]
@@ -642,13 +642,13 @@ def others(survey: Survey) -> Iterator[Finding]:
     yield from of("other-files", "note", "hold no image: passed over", "nothing needs to be done")
 
 
-def _of_strays(survey: Survey, kind: StrayKind, severity: Severity, what: str, advice: str) -> Iterator[Finding]:
+def _of_strays(survey: ScanResult, kind: StrayKind, severity: Severity, what: str, advice: str) -> Iterator[Finding]:
     found = [_told(stray) for stray in survey.strays if stray.kind == kind]
     things = _files(len(found)).replace("file", "folder" if kind == "empty-folders" else "file")
     yield Finding(kind, severity, f"{things} {what}", (advice,), names=tuple(found))
 
 
-def _told(stray: Stray) -> str:
+def _told(stray: NonSample) -> str:
     return f"{stray.name} ({stray.detail})" if stray.detail else stray.name
 
 
@@ -695,7 +695,7 @@ def droppable(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def decided(found: Sequence[Finding], drop: Sequence[str], count: int) -> tuple[np.ndarray, dict[int, list[str]]]:
+def decisions(found: Sequence[Finding], drop: Sequence[str], count: int) -> tuple[np.ndarray, dict[int, list[str]]]:
     """Which samples are kept, bool [N], and of each sample of which something is said, what.
 
     Of near duplicates whose first one is dropped for another reason, none takes its place.
@@ -711,7 +711,7 @@ def decided(found: Sequence[Finding], drop: Sequence[str], count: int) -> tuple[
     return keep, reasons
 
 
-def kept(survey: Survey, keep: np.ndarray) -> "pyarrow.Table":
+def kept(survey: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
     """The index of the samples that are kept, with what was measured of them. keep: bool [N]"""
     pa = arrow()
     table, digest = survey.source.table, survey.seen["digest"].to_pylist()

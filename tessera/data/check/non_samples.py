@@ -29,13 +29,13 @@ BESIDE |= set(index.TABLES)
 
 
 @dataclass(frozen=True)
-class Stray:
+class NonSample:
     kind: StrayKind
     name: str  # from the root of the data set
     detail: str = ""
 
 
-def strays(source: FilesSource) -> Iterator[Stray]:
+def find_non_samples(source: FilesSource) -> Iterator[NonSample]:
     """Everything below the folders of a data set that gives it no sample, but files that usually lie beside images."""
     taken = _Names(source)
     for told in source.config.paths:
@@ -68,20 +68,20 @@ def _holds(hashes: np.ndarray, name: str) -> bool:
     return bool(place < len(hashes) and hashes[place] == hash(name))
 
 
-def _below(root: Path, source: FilesSource, taken: _Names) -> Iterator[Stray]:
+def _below(root: Path, source: FilesSource, taken: _Names) -> Iterator[NonSample]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=None):
         here = os.path.realpath(folder)
         prefix = os.path.relpath(folder, source.root)
         prefix = "" if prefix == "." else prefix.replace(os.sep, "/") + "/"
         hidden = [name for name in folders if name.startswith(".")]
-        yield from (Stray("hidden-files", f"{prefix}{name}/", "a hidden folder") for name in hidden)
+        yield from (NonSample("hidden-files", f"{prefix}{name}/", "a hidden folder") for name in hidden)
         for name in folders:
             if not os.access(os.path.join(folder, name), os.R_OK | os.X_OK):
-                yield Stray("unreadable", f"{prefix}{name}/", "a folder without permission to read it")
+                yield NonSample("unreadable", f"{prefix}{name}/", "a folder without permission to read it")
         within = [name for name in folders if name not in hidden]
         folders[:] = [name for name in within if not _holds_itself(here, os.path.join(folder, name))]
         if not folders and not names and folder != str(root):
-            yield Stray("empty-folders", prefix)
+            yield NonSample("empty-folders", prefix)
         for name in names:
             path = os.path.join(folder, name)
             if not taken.is_sample(prefix + name) and (stray := _kind(path, prefix + name, taken)) is not None:
@@ -92,24 +92,24 @@ def _holds_itself(here: str, path: str) -> bool:
     return Path(here).is_relative_to(os.path.realpath(path))
 
 
-def _kind(path: str, name: str, taken: _Names) -> Stray | None:
+def _kind(path: str, name: str, taken: _Names) -> NonSample | None:
     """What a file is that is no sample; None for what usually lies beside images."""
     base = os.path.basename(path)
     if not os.path.exists(path):
-        return Stray("broken-link", name, f"a link to {os.readlink(path)}" if os.path.islink(path) else "")
+        return NonSample("broken-link", name, f"a link to {os.readlink(path)}" if os.path.islink(path) else "")
     if not os.path.isfile(path):
-        return Stray("other-files", name, "no regular file")
+        return NonSample("other-files", name, "no regular file")
     if base.startswith(".") or base in ("Thumbs.db", "desktop.ini"):
-        return Stray("hidden-files", name)
+        return NonSample("hidden-files", name)
     ending = os.path.splitext(base)[1].lower()
     if ending in PACKED:
-        return Stray("archives", name)
+        return NonSample("archives", name)
     if ending == ".txt" and taken.told_in_texts and not taken.has_sample(name):
-        return Stray("captions-without-image", name)
+        return NonSample("captions-without-image", name)
     if ending in BESIDE:
         return None
     try:
         with Image.open(path) as image:
-            return Stray("misnamed-images", name, f"a {image.format} image, {image.width} x {image.height}")
+            return NonSample("misnamed-images", name, f"a {image.format} image, {image.width} x {image.height}")
     except Exception:  # whatever a decoder says: it is no image that can be read
-        return Stray("other-files", name)
+        return NonSample("other-files", name)

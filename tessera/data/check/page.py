@@ -10,9 +10,9 @@ from datetime import UTC, datetime
 import numpy as np
 from PIL import Image, ImageOps
 
-from tessera.data.check.findings import Finding, Survey
+from tessera.data.check.findings import Finding, ScanResult
 from tessera.data.files import FilesSource
-from tessera.data.images import Unusable, flatten
+from tessera.data.images import InvalidSample, flatten
 from tessera.reporting import charts
 from tessera.reporting import page as page_html
 
@@ -41,7 +41,7 @@ class Thumbnail:
     about: str
 
 
-def page(survey: Survey, found: Sequence[Finding], keep: np.ndarray, command: str = "") -> str:
+def page(survey: ScanResult, found: Sequence[Finding], keep: np.ndarray, command: str = "") -> str:
     """The whole page. keep: which samples are kept, bool [N]"""
     parts = [
         f"<h1>Check of {html.escape(survey.path)}</h1>",
@@ -54,7 +54,7 @@ def page(survey: Survey, found: Sequence[Finding], keep: np.ndarray, command: st
     return page_html.document(f"Check of {survey.path}", "\n".join(parts), charts.STYLE + STYLE)
 
 
-def summary(survey: Survey, keep: np.ndarray) -> list[tuple[str, str]]:
+def summary(survey: ScanResult, keep: np.ndarray) -> list[tuple[str, str]]:
     """What there is, in a handful of rows. keep: bool [N]"""
     usable, labels = survey.usable, survey.source.class_names
     captions = survey.source.table["caption"]
@@ -75,7 +75,7 @@ def summary(survey: Survey, keep: np.ndarray) -> list[tuple[str, str]]:
     return rows
 
 
-def _bars(survey: Survey) -> Iterator[str]:
+def _bars(survey: ScanResult) -> Iterator[str]:
     usable, names = survey.usable, survey.source.class_names
     if names:
         labels = survey.labels[usable & (survey.labels >= 0)]
@@ -97,7 +97,7 @@ def _chart(title: str, told: Sequence[tuple[str, float]]) -> str:
     return charts.bar_chart(title, told[:BARS], more)
 
 
-def _section(survey: Survey, finding: Finding) -> str:
+def _section(survey: ScanResult, finding: Finding) -> str:
     parts = [
         f'<h2><span class="{finding.severity}">{finding.severity}</span> {html.escape(finding.kind)}</h2>',
         f"<p>{html.escape(finding.what)}.</p>",
@@ -134,7 +134,7 @@ def _shown(thumbnails: Sequence[Thumbnail]) -> str:
     return f'<div class="shown">{"".join(figures)}</div>'
 
 
-def thumbnail(survey: Survey, row: int, about: str = "") -> Thumbnail:
+def thumbnail(survey: ScanResult, row: int, about: str = "") -> Thumbnail:
     return Thumbnail(survey.name(row), small_picture(survey.source, row), about)
 
 
@@ -145,7 +145,7 @@ def small_picture(source: FilesSource, row: int) -> bytes | None:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))
             shown = flatten(ImageOps.exif_transpose(image), source.config).convert("RGB")
-    except Unusable:
+    except InvalidSample:
         return None
     except Exception:  # decoders raise anything on damaged bytes
         return None

@@ -27,10 +27,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessera.data.check import similarity
 from tessera.data.files import FilesSource
-from tessera.data.images import ORIENTATION, ImagesConfig, Unusable, flatten
+from tessera.data.images import ORIENTATION, ImagesConfig, InvalidSample, flatten
 from tessera.data.index import arrow
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, sync
+from tessera.files import PARTIAL, fsync
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,7 +47,7 @@ FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
 @dataclass
-class Seen:
+class SampleStats:
     """What was seen of one sample. Without a fault everything is known; with one only what could be read."""
 
     name: str  # from the root of the data set
@@ -76,16 +76,16 @@ KINDS = {"digest": "binary", "fault": "string", "hash": "uint64", "colours": "bi
 
 def schema() -> "pyarrow.Schema":
     pa = arrow()
-    kinds = {field.name: KINDS.get(field.name) or ARROW[field.type] for field in fields(Seen)}
+    kinds = {field.name: KINDS.get(field.name) or ARROW[field.type] for field in fields(SampleStats)}
     return pa.schema([(name, getattr(pa, kind)()) for name, kind in kinds.items()])
 
 
 # One sample
 
 
-def look(content: Path | bytes, name: str, config: ImagesConfig) -> Seen:
+def measure_sample(content: Path | bytes, name: str, config: ImagesConfig) -> SampleStats:
     """Everything about one encoded image, decoded once; a JPEG at the smallest scale that is enough for its hash."""
-    seen = Seen(name)
+    seen = SampleStats(name)
     try:
         data = content if isinstance(content, bytes) else content.read_bytes()
     except PermissionError:
@@ -116,12 +116,12 @@ def look(content: Path | bytes, name: str, config: ImagesConfig) -> Seen:
     return seen
 
 
-def _failed(seen: Seen, fault: Fault, detail: str) -> Seen:
+def _failed(seen: SampleStats, fault: Fault, detail: str) -> SampleStats:
     seen.fault, seen.detail = fault, detail
     return seen
 
 
-def _measure(seen: Seen, image: Image.Image, data: bytes, config: ImagesConfig) -> None:
+def _measure(seen: SampleStats, image: Image.Image, data: bytes, config: ImagesConfig) -> None:
     seen.format, seen.mode = image.format or "", image.mode
     seen.animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # two views of one photo
     seen.bits = data[24] if image.format == "PNG" else 16 if image.mode.startswith(("I", "F")) else 8
@@ -227,14 +227,14 @@ def ends_early(data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ScanShard:
     """Which of the parts are looked at here: part p where p mod count is index."""
 
     index: int = 0
     count: int = 1
 
 
-WHOLE = Shard()
+WHOLE = ScanShard()
 
 
 def parts(source: FilesSource) -> int:
@@ -267,7 +267,7 @@ def make(
     source: FilesSource,
     folder: Path,
     workers: int = 1,
-    shard: Shard = WHOLE,
+    shard: ScanShard = WHOLE,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Look at every part of a shard that is not in the folder, or whose files have changed since.
@@ -360,14 +360,14 @@ def _make_part(source: FilesSource, folder: Path, part: int, key: str) -> int:
     pa = arrow()
     rows = range(part * PART, min((part + 1) * PART, len(source)))
     seen = [_look_at(source, row) for row in rows]
-    columns = {field.name: [getattr(one, field.name) for one in seen] for field in fields(Seen)}
+    columns = {field.name: [getattr(one, field.name) for one in seen] for field in fields(SampleStats)}
     table = pa.table(columns, schema()).replace_schema_metadata({"key": key})
     target = part_path(folder, part)
     partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")  # two processes may make the same part
     try:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        sync(partial)
+        fsync(partial)
         partial.replace(target)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -375,14 +375,14 @@ def _make_part(source: FilesSource, folder: Path, part: int, key: str) -> int:
     return len(rows)
 
 
-def _look_at(source: FilesSource, row: int) -> Seen:
+def _look_at(source: FilesSource, row: int) -> SampleStats:
     name = short_name(source, row)
     try:
         content = source.content(row)
-    except Unusable as fault:
+    except InvalidSample as fault:
         told = str(fault)
-        return _failed(Seen(name), "empty" if told == "holds no image bytes" else "damaged", told)
-    return look(content, name, source.config)
+        return _failed(SampleStats(name), "empty" if told == "holds no image bytes" else "damaged", told)
+    return measure_sample(content, name, source.config)
 
 
 def short_name(source: FilesSource, row: int) -> str:

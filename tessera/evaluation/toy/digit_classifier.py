@@ -7,11 +7,11 @@ import numpy as np
 from tessera.data import AnyData
 from tessera.data.digits import DigitsConfig, DigitsSource
 from tessera.data.shapes import ShapesConfig
-from tessera.evaluation.intervals import Measured
-from tessera.evaluation.toy.shape_reader import ShapesJudge
+from tessera.evaluation.intervals import Estimate
+from tessera.evaluation.toy.shape_reader import ShapesEvaluator
 
 
-class DigitJudge:
+class DigitClassifier:
     """Reads drawn digits: a support vector classifier fitted on real digits that no model learned from.
 
     `ceiling` is its share on further real digits: no drawing can be expected to be read better.
@@ -36,22 +36,22 @@ class DigitJudge:
         """The share of pictures read as the digit that was asked for."""
         return float(np.mean(self.read(pictures) == np.asarray(asked)))
 
-    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Measured]:
+    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Estimate]:
         """The same share as "as asked", with its interval; nothing where nothing was asked."""
         if asked is None:
             return {}
-        return {"as asked": Measured.share(self.share(pictures, asked) * len(pictures), len(pictures))}
+        return {"as asked": Estimate.proportion(self.share(pictures, asked) * len(pictures), len(pictures))}
 
 
 def _features(pictures: np.ndarray) -> np.ndarray:
     return pictures.reshape(len(pictures), -1) / 255.0
 
 
-def oracle_for(data: AnyData) -> DigitJudge | ShapesJudge | None:
+def oracle_for(data: AnyData) -> DigitClassifier | ShapesEvaluator | None:
     """The judge of a data set; None if its truth is not known."""
     match data:
         case DigitsConfig():
-            return DigitJudge()
+            return DigitClassifier()
         case ShapesConfig():
-            return ShapesJudge()
+            return ShapesEvaluator()
     return None

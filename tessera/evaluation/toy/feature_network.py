@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessera import bundle, randomness
-from tessera.data.images import Source
+from tessera.data.images import Dataset
 from tessera.data.loader import Loader
 from tessera.errors import TesseraError
-from tessera.files import whole_folder
-from tessera.settings import Settings, Size, parse
+from tessera.files import atomic_folder
+from tessera.settings import Settings, Size, validate
 
 HELD_OUT = 10  # one picture of so many is kept from training, to tell the accuracy
 SMALLEST = 4  # side of the last feature map, at least
@@ -106,7 +106,7 @@ def load(folder: Path) -> FeatureNetwork:
         told = json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read {folder / bundle.CONFIG}: {error}") from None
-    network = parse(FeatureConfig, told, str(folder / bundle.CONFIG)).build()
+    network = validate(FeatureConfig, told, str(folder / bundle.CONFIG)).build()
     tensors = bundle.read_tensors(folder / bundle.WEIGHTS)
     bundle.fit(network, tensors, str(folder))
     network.load_state_dict(tensors)
@@ -115,7 +115,7 @@ def load(folder: Path) -> FeatureNetwork:
 
 def save(network: FeatureNetwork, folder: Path) -> None:
     """Raises TesseraError if the folder exists or cannot be written."""
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         told = json.dumps(network.config.model_dump(mode="json"), indent=2)
         (partial / bundle.CONFIG).write_text(told + "\n", encoding="utf-8")
         bundle.write_tensors(network.state_dict(), partial / bundle.WEIGHTS)
@@ -124,7 +124,7 @@ def save(network: FeatureNetwork, folder: Path) -> None:
 class Part:
     """Some of the samples of a source, as a source."""
 
-    def __init__(self, source: Source, chosen: np.ndarray) -> None:
+    def __init__(self, source: Dataset, chosen: np.ndarray) -> None:
         self.source, self.chosen, self.class_names = source, chosen, source.class_names
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class Part:
 
 
 def train(
-    source: Source,
+    source: Dataset,
     size: tuple[int, int],
     channels: Literal[1, 3],
     *,
@@ -167,7 +167,7 @@ def train(
     held_out, learned = Part(source, order[::HELD_OUT]), Part(source, np.delete(order, np.s_[::HELD_OUT]))
     torch.manual_seed(0)
     told = {"size": size, "channels": channels, "classes": len(source.class_names), "width": width}
-    config = parse(FeatureConfig, told, "the feature network")
+    config = validate(FeatureConfig, told, "the feature network")
     network = config.build().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -190,7 +190,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(network: FeatureNetwork, source: Source, device: torch.device | None = None) -> float:
+def accuracy(network: FeatureNetwork, source: Dataset, device: torch.device | None = None) -> float:
     """The share of a source's pictures whose class the network names."""
     loader, right, seen = Loader(source, 100, seed=0), 0, 0
     for start in range(0, len(source), 100):

@@ -15,7 +15,7 @@ import numpy as np
 
 from tessera.data import shapes
 from tessera.data.shapes import COLOURS, GRID, PAD, PHASES, SIZES, WINDOW, Description, Object, ShapesConfig, relation
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 
 # Distances are Euclidean, in levels of RGB. The palest colour is 180 from the background, two colours are 127 apart.
 VISIBLE = 60.0  # from the background: a third of a pixel covered by the palest colour
@@ -146,7 +146,7 @@ def _box_mean(values: np.ndarray) -> np.ndarray:
     return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
 
 
-class ShapesJudge:
+class ShapesEvaluator:
     """Counts how many pictures hold what was asked for, and how many are impossible.
 
     `ceiling` is its share on real pictures of the test split: no drawing can be expected to be read better.
@@ -161,7 +161,7 @@ class ShapesJudge:
         pictures = np.stack([source.pixels(i) for i in range(self.held_out)]).transpose(0, 2, 3, 1)
         return self.judge(pictures, [source.label(i) for i in range(self.held_out)])["as asked"].value
 
-    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Measured]:
+    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Estimate]:
         """pictures uint8 [B, H, W, 3] -> shares: "impossible", and "as asked" of those that hold an object of the class
         asked for and are possible."""
         readings = [read(picture) for picture in pictures]
@@ -174,7 +174,7 @@ class ShapesJudge:
             ]
         return _shares(right | {"impossible": [bool(reading.impossible) for reading in readings]})
 
-    def judge_captions(self, pictures: np.ndarray, captions: Sequence[str]) -> dict[str, Measured]:
+    def judge_captions(self, pictures: np.ndarray, captions: Sequence[str]) -> dict[str, Estimate]:
         """pictures uint8 [B, H, W, 3] -> shares: "impossible", and those right in "shape", "colour" and "size" of every
         object, in "relation" (of the captions that tell one; absent if none does) and in "all".
 
@@ -207,5 +207,5 @@ def _marks(objects: Sequence[Object], asked: Description) -> dict[str, bool]:
     return best
 
 
-def _shares(hits: dict[str, list[bool]]) -> dict[str, Measured]:
-    return {key: Measured.share(sum(row), len(row)) for key, row in hits.items() if row}
+def _shares(hits: dict[str, list[bool]]) -> dict[str, Estimate]:
+    return {key: Estimate.proportion(sum(row), len(row)) for key, row in hits.items() if row}

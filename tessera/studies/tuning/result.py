@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tessera import __version__, bundle
 from tessera.bundle import BundleConfig, Model
-from tessera.evaluation.intervals import Measured
-from tessera.files import write_whole
+from tessera.evaluation.intervals import Estimate
+from tessera.files import atomic_write
 from tessera.interop.readers import read_json
 from tessera.models.network import Network
 from tessera.sampling import SamplingConfig
-from tessera.settings import parse
+from tessera.settings import validate
 from tessera.studies.tuning.trials import Trial, frontier
 from tessera.studies.tuning.tuner import Outcome
 
@@ -60,9 +60,9 @@ def record(folder: Path, sampling: SamplingConfig, said: str, network: Network) 
     told = read_json(path)
     told["sampling"] = sampling.model_dump(mode="json")
     told["origin"] = {**told.get("origin", {}), "sampling": said}
-    config = parse(BundleConfig, told, str(path))
-    write_whole(path, json.dumps(told, indent=2) + "\n")
-    write_whole(folder / bundle.CARD, bundle.card(Model(config, network)))
+    config = validate(BundleConfig, told, str(path))
+    atomic_write(path, json.dumps(told, indent=2) + "\n")
+    atomic_write(folder / bundle.CARD, bundle.card(Model(config, network)))
 
 
 def save(model: Model, folder: Path, sampling: SamplingConfig, said: str) -> None:
@@ -112,7 +112,7 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> list[str]:
     return lines
 
 
-def _shown(measured: Measured) -> str:
+def _shown(measured: Estimate) -> str:
     return f"{measured.value:.4g} ({measured.low:.4g} to {measured.high:.4g})"
 
 
@@ -149,7 +149,7 @@ def plot(outcome: Outcome, path: Path) -> None:
         search.legend(fontsize=8, loc="best")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_whole(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def _panel(axes, kinds: Sequence[str], baseline: Trial, trials: Sequence[Trial]) -> None:

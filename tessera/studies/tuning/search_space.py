@@ -6,10 +6,10 @@ import torch
 
 from tessera.bundle import Model
 from tessera.errors import TesseraError
-from tessera.sampling import SAMPLERS, SPACINGS, AnySampler, AnySpacing, DPMSolver, SamplingConfig, UniPC
+from tessera.sampling import SAMPLERS, SPACINGS, AnySampler, AnyTimestepSpacing, DPMSolver, SamplingConfig, UniPC
 from tessera.sampling.caching import FirstBlock
 from tessera.sampling.guidance import CosineGuidance, LinearGuidance
-from tessera.sampling.timesteps import times
+from tessera.sampling.timesteps import timestep_grid
 
 FIRST_CALLS = 10  # at which solvers and grids are compared
 RATIOS = ((0.2, 1.6), (0.2, 5.0), (0.0, 5.0))  # of noise to data: intervals of guidance (Kynkaanniemi et al. 2024)
@@ -30,12 +30,12 @@ def solvers() -> list[AnySampler]:
     return [*kinds, DPMSolver(order=3), UniPC(order=3)]
 
 
-def grids(model: Model, present: AnySpacing, steps: int) -> list[AnySpacing]:
+def grids(model: Model, present: AnyTimestepSpacing, steps: int) -> list[AnyTimestepSpacing]:
     """The present grid, then one of each kind that visits other times."""
-    found: dict[tuple[float, ...], AnySpacing] = {}
+    found: dict[tuple[float, ...], AnyTimestepSpacing] = {}
     for grid in [present, *(kind() for kind in SPACINGS.values())]:
         try:
-            found.setdefault(tuple(times(grid, steps, model.process).tolist()), grid)
+            found.setdefault(tuple(timestep_grid(grid, steps, model.diffusion).tolist()), grid)
         except TesseraError:  # no grid of this process
             continue
     return list(found.values())
@@ -46,18 +46,18 @@ def solvers_and_grids(model: Model, present: SamplingConfig) -> list[SamplingCon
     found = [
         with_calls(changed(present, sampler=solver, spacing=grid), FIRST_CALLS)
         for solver in solvers()
-        for grid in grids(model, present.spacing, max(1, FIRST_CALLS // solver.calls))
+        for grid in grids(model, present.timestep_spacing, max(1, FIRST_CALLS // solver.calls))
     ]
-    return sorted(found, key=lambda config: config.spacing != present.spacing)
+    return sorted(found, key=lambda config: config.timestep_spacing != present.timestep_spacing)
 
 
 def guidances(model: Model, config: SamplingConfig) -> list[SamplingConfig]:
     """Scales around the present one, and off; guidance in the middle of the noise alone; growing towards the data."""
-    more = config.guidance - 1 or 0.5
-    scales = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0] + [0.0] * (config.guidance != 1)
+    more = config.guidance_scale - 1 or 0.5
+    scales = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0] + [0.0] * (config.guidance_scale != 1)
     found = [changed(config, guidance=round(1 + share * more, 3)) for share in scales]
     for low, high in RATIOS:
-        ends = model.process.time_at(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        ends = model.diffusion.time_from_nsr(torch.tensor([low, high], dtype=torch.float64)).tolist()
         interval = round(ends[0], 3), round(ends[1], 3)
         found += [changed(config, guidance=1 + share * more, guidance_interval=interval) for share in (1.0, 2.0)]
     found += [changed(config, guidance=1 + more, guidance_schedule=kind()) for kind in (LinearGuidance, CosineGuidance)]
@@ -70,5 +70,5 @@ def cachings(config: SamplingConfig) -> list[SamplingConfig]:
         changed(config, caching=FirstBlock(threshold=threshold, order=order), steps=steps)
         for threshold in (0.1, 0.2, 0.3, 0.5)
         for order in (0, 1)
-        for steps in (config.steps, 2 * config.steps)
+        for steps in (config.num_steps, 2 * config.num_steps)
     ]

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from tessera.errors import TesseraError
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Score
 from tessera.files import read_array
 from tessera.sampling import SamplingConfig
-from tessera.settings import parse
+from tessera.settings import validate
 
 FINALISTS = 4
 
@@ -28,7 +28,7 @@ class Trial:
     sampling: SamplingConfig
     stage: str
     count: int
-    fd: Measured
+    fd: Estimate
     calls: float
     seconds: float
     pulls: np.ndarray = field(repr=False)
@@ -36,12 +36,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        return self.sampling.words()
+        return self.sampling.summary()
 
-    def against(self, baseline: "Trial") -> Measured:
+    def against(self, baseline: "Trial") -> Estimate:
         """fd minus the baseline's, of the same seeds, with the interval of that difference: paired, delta method."""
         error = float(np.std(self.pulls - baseline.pulls, ddof=1)) / self.count**0.5
-        return Measured.normal(self.fd.value - baseline.fd.value, error)
+        return Estimate.normal(self.fd.value - baseline.fd.value, error)
 
     def no_worse(self, baseline: "Trial", margin: float) -> bool:
         """Whether chance alone may have put it above the baseline, and by no more than a share `margin` of it.
@@ -86,14 +86,14 @@ def read(path: Path) -> Trial:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return Trial(
-            sampling=parse(SamplingConfig, facts["sampling"], str(path)),
+            sampling=validate(SamplingConfig, facts["sampling"], str(path)),
             stage=facts["stage"],
             count=facts["count"],
-            fd=Measured(**facts["fd"]),
+            fd=Estimate(**facts["fd"]),
             calls=facts["calls"],
             seconds=facts["seconds"],
             pulls=np.array(read_array(path.with_suffix(".npy"))),
-            scores=[parse(Score, score, str(path)) for score in facts["scores"]],
+            scores=[validate(Score, score, str(path)) for score in facts["scores"]],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TesseraError(f"{path} is damaged: {error!r}; remove it to have it made again") from None

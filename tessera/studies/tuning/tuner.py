@@ -34,19 +34,19 @@ from tessera.data import AnyData
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, reference, suite
 from tessera.evaluation.features import Extractor, Progress
-from tessera.evaluation.intervals import Measured
+from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import environment
-from tessera.evaluation.sources import Shard
-from tessera.files import alone, write_array, write_whole
+from tessera.evaluation.sources import ImageShard
+from tessera.files import exclusive_lock, write_array, atomic_write
 from tessera.generation import pipeline
-from tessera.generation.bulk import Asked, Drawn, asked_by_policy
-from tessera.generation.resumable import PLAN, begin
+from tessera.generation.bulk import BulkRequest, BulkSamples, asked_by_policy
+from tessera.generation.resumable import PLAN, begin_work
 from tessera.models.dit import DiT
 from tessera.models.network import Network
-from tessera.monitoring.logger import clock
+from tessera.monitoring.logger import format_duration
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, parse, unknown
+from tessera.settings import Settings, validate, unknown
 from tessera.studies.tuning.search_space import cachings, guidances, solvers_and_grids, with_calls
 from tessera.studies.tuning.trials import Trial, facts, finalists, line, read
 
@@ -101,7 +101,7 @@ class Outcome:
     tuning: Tuning
 
 
-class _Timed(Drawn):
+class _Timed(BulkSamples):
     """Drawn, and how many rows the network saw and how long it took; of what stood there already nothing is known."""
 
     def __init__(self, *args: Any) -> None:
@@ -109,7 +109,7 @@ class _Timed(Drawn):
         self.rows, self.pictures = 0.0, 0
         self.seconds: list[float] = []  # a picture, of each shard
 
-    def shard(self, index: int) -> Shard:
+    def shard(self, index: int) -> ImageShard:
         if self.path(index).exists():
             return super().shard(index)
         with _rows(self.model.network) as seen:
@@ -142,7 +142,7 @@ class Tuner:
         self.say, self.progress = say, progress or (lambda what: None)
         self.present = _begun_with(folder) or model.config.sampling
         if baseline:  # said over what the folder began with, the same words change nothing
-            self.present = pipeline.settings(self._drawing(self.present), overrides=baseline)
+            self.present = pipeline.sampling_config(self._drawing(self.present), overrides=baseline)
         self.weights = bundle.weights_hash(model.network)
         self.kept: dict[str, Trial] = {}  # by key
         self.trials: list[Trial] = []
@@ -152,7 +152,7 @@ class Tuner:
     def run(self) -> Outcome:
         """Search, check and choose. Raises TesseraError if the folder holds other work, or time is too short."""
         self.afford()
-        with alone(self.folder):
+        with exclusive_lock(self.folder):
             self.begin()
             self.say(f"baseline: {line(self.baseline)}")
             self.searching = time.monotonic()
@@ -162,11 +162,11 @@ class Tuner:
     # One trial
 
     def begin(self) -> None:
-        drawn = Drawn(self.model, self._asked(1, 0), self.folder)
+        drawn = BulkSamples(self.model, self._asked(1, 0), self.folder)
         drawn.weights = self.weights
         against = self.against if isinstance(self.against, str) else self.against.model_dump(mode="json")
         how = {"reference": against, "features": self.network.identity, "precision": self.tuning.precision}
-        begin(self.folder, {**drawn.made_by, **how, "baseline": self.present.model_dump(mode="json")})
+        begin_work(self.folder, {**drawn.made_by, **how, "baseline": self.present.model_dump(mode="json")})
 
     def trial(self, sampling: SamplingConfig, stage: str) -> Trial:
         """Draw and score one; kept, it costs nothing. The check takes more seeds, fresh ones, and the usual scores."""
@@ -183,7 +183,7 @@ class Tuner:
         identity = json.dumps([sampling.model_dump(mode="json"), *self._pictures(stage)], sort_keys=True)
         return self.folder / "trials" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
-    def _asked(self, count: int, first_seed: int) -> Asked:
+    def _asked(self, count: int, first_seed: int) -> BulkRequest:
         return asked_by_policy(self.model, count, "balanced", first_seed, precision=self.tuning.precision)
 
     def _drawing(self, sampling: SamplingConfig) -> Model:
@@ -194,9 +194,9 @@ class Tuner:
         work, moments_at = path.with_suffix(".work"), self.folder / STATISTICS
         count, first_seed = self._pictures(stage)
         asked, batch = self._asked(count, first_seed), self.tuning.batch
-        drawn = _Timed(self._drawing(sampling), asked, work / "samples", batch, sampling.words())
+        drawn = _Timed(self._drawing(sampling), asked, work / "samples", batch, sampling.summary())
         drawn.weights = self.weights
-        bar = self.progress(f"{stage}: {sampling.words()}")
+        bar = self.progress(f"{stage}: {sampling.summary()}")
         done = suite.evaluate(
             drawn,
             str(moments_at) if moments_at.exists() and stage != CHECK else self.against,
@@ -219,7 +219,7 @@ class Tuner:
             sampling=sampling,
             stage=stage,
             count=count,
-            fd=Measured(fd.value, fd.low, fd.high),
+            fd=Estimate(fd.value, fd.low, fd.high),
             calls=drawn.rows / drawn.pictures,
             seconds=float(np.median(drawn.seconds)),
             pulls=distances.frechet_pulls(pool, moments, done.reference.moments["pool"]),
@@ -227,7 +227,7 @@ class Tuner:
         )
         write_array(path.with_suffix(".npy"), trial.pulls)
         scores = [score.model_dump(mode="json") for score in trial.scores]
-        write_whole(path, json.dumps({**facts(trial), "scores": scores}, indent=1) + "\n")
+        atomic_write(path, json.dumps({**facts(trial), "scores": scores}, indent=1) + "\n")
         shutil.rmtree(work)
         return trial
 
@@ -244,19 +244,19 @@ class Tuner:
         """Raise TesseraError if drawing the baseline alone, for trials and check, takes longer than the budget."""
         if self._path(self.present, CHECK).exists():
             return
-        asked, steps = self._asked(self.tuning.batch, FRESH), self.present.steps
+        asked, steps = self._asked(self.tuning.batch, FRESH), self.present.num_steps
         began = time.monotonic()
-        for state in pipeline.walk(self._drawing(self.present), asked.classes, asked.seeds, precision=asked.precision):
-            if state.done == 1 and steps > 1:
+        for state in pipeline.generate_steps(self._drawing(self.present), asked.classes, asked.seeds, precision=asked.precision):
+            if state.step == 1 and steps > 1:
                 began = time.monotonic()  # the first step warms up
-            if state.done == 3:
+            if state.step == 3:
                 break
         each = (time.monotonic() - began) / len(asked.seeds) * steps / max(1, min(3, steps) - 1)
         need = (self.tuning.count + self._check_pictures()) * each
         if need > 60 * self.tuning.budget:
             raise TesseraError(
-                f"the baseline alone ({self.present.words()}) takes about {clock(need)} for trials and check, and the "
-                f"budget is {clock(60 * self.tuning.budget)}: give --budget {math.ceil(need / 30)} (minutes), or a "
+                f"the baseline alone ({self.present.summary()}) takes about {format_duration(need)} for trials and check, and the "
+                f"budget is {format_duration(60 * self.tuning.budget)}: give --budget {math.ceil(need / 30)} (minutes), or a "
                 f"lower --count than {self.tuning.count}"
             )
 
@@ -286,20 +286,20 @@ class Tuner:
         if path.with_suffix(SAME).exists():
             return None
         if not path.exists():
-            rows = config.steps * config.sampler.calls * (1 if config.guidance == 1 else 2) * self.tuning.count
+            rows = config.num_steps * config.sampler.calls * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
             if rows * self.baseline.seconds / self.baseline.calls > self.left(stage):
                 self.skipped[stage] += 1
                 return None
             try:
                 self._begins(config)
                 if stage == "caching" and not self.reuses(config):
-                    write_whole(path.with_suffix(SAME), config.words() + "\n")
+                    atomic_write(path.with_suffix(SAME), config.summary() + "\n")
                     return None
                 trial = self.trial(config, stage)
             except TesseraError as error:
-                self.say(f"{stage}: {config.words()} is left out: {error}")
+                self.say(f"{stage}: {config.summary()} is left out: {error}")
                 return None
-            self.say(f"{stage}: {line(trial)}; {clock(max(self.left(stage), 0))} left for this stage")
+            self.say(f"{stage}: {line(trial)}; {format_duration(max(self.left(stage), 0))} left for this stage")
         trial = self.trial(config, stage)
         if trial not in self.trials:
             self.trials.append(trial)
@@ -309,7 +309,7 @@ class Tuner:
     def _begins(self, config: SamplingConfig) -> None:
         """Raise TesseraError if the model cannot draw so: before time is spent on it."""
         asked = self._asked(1, 0)
-        walk = pipeline.walk(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
+        walk = pipeline.generate_steps(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
         next(walk)
         next(walk)
 
@@ -330,7 +330,7 @@ class Tuner:
             contenders = self.contenders() or contenders
         if "steps" in search:
             self.search_steps(contenders)
-        if "guidance" in search and self.model.config.network.classes and self.model.config.network.null_class:
+        if "guidance" in search and self.model.config.network.num_classes and self.model.config.network.learn_null_class:
             self.search_guidance()
         if "caching" in search and isinstance(self.model.network, DiT):
             for start in self.starts():
@@ -365,7 +365,7 @@ class Tuner:
         if not guided:
             return
         best = min(guided, key=lambda trial: trial.fd.value).sampling
-        for calls in reversed([calls for calls in CALLS if calls < best.steps * best.sampler.calls]):
+        for calls in reversed([calls for calls in CALLS if calls < best.num_steps * best.sampler.calls]):
             trial = self.attempt("guidance", with_calls(best, calls))
             if trial is None or not self.no_worse(trial):
                 break
@@ -430,7 +430,7 @@ class Tuner:
             "chosen": None if choice is None else choice.name,
             "notes": list(notes),
         }
-        write_whole(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
+        atomic_write(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _compared(self, trial: Trial, baseline: Trial) -> dict[str, Any]:
         margin = self.tuning.margin
@@ -447,7 +447,7 @@ def _begun_with(folder: Path) -> SamplingConfig | None:
         began = json.loads((folder / PLAN).read_text(encoding="utf-8"))["baseline"]
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing began, or `begin` says what is wrong
-    return parse(SamplingConfig, began, str(folder / PLAN))
+    return validate(SamplingConfig, began, str(folder / PLAN))
 
 
 class _Rows:

@@ -33,35 +33,35 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from tessera import bundle, files
-from tessera.acceleration.compilation import How
+from tessera.acceleration.compilation import CompileMode
 from tessera.errors import TesseraError, listed
 from tessera.models.network import Network
-from tessera.runtime import Ranks
+from tessera.runtime import Distributed
 from tessera.training import parallel
-from tessera.training.ema import Average
+from tessera.training.ema import EMA
 
 STATE, PLACE = "state", "training.json"
 DAMAGED = ".damaged"  # the ending of a checkpoint that is kept, but no longer read
 
 
 @dataclass(frozen=True)
-class Place:
+class TrainerState:
     """Where a run stands: steps done, and samples taken from the data: step times batch, unless the batch changed."""
 
     step: int
     position: int
-    watch: dict[str, Any] = field(default_factory=dict)  # what `stability.Watch` remembers
-    compiled: How = "off"  # how the network was compiled: other ways are as right, but not to the last bit
+    spike_detector: dict[str, Any] = field(default_factory=dict)  # what `stability.Watch` remembers
+    compile_mode: CompileMode = "off"  # how the network was compiled: other ways are as right, but not to the last bit
 
 
-def path_of(run: Path, step: int) -> Path:
+def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:09d}"
 
 
-def place_of(checkpoint: Path) -> Place:
+def read_state(checkpoint: Path) -> TrainerState:
     """Where the run stood, as the checkpoint itself says. Raises TesseraError if it is no training checkpoint."""
     told = _told(checkpoint)
-    return Place(told["step"], told["position"], told.get("watch", {}), told.get("compiled", "off"))
+    return TrainerState(told["step"], told["position"], told.get("watch", {}), told.get("compiled", "off"))
 
 
 def _told(checkpoint: Path) -> dict[str, Any]:
@@ -75,28 +75,28 @@ def _told(checkpoint: Path) -> dict[str, Any]:
 # Writing
 
 
-class Writer:
+class CheckpointWriter:
     """Writes checkpoints while training goes on, one at a time.
 
     `save` copies what is to be written and returns; a thread of each process writes its part, the first one's makes
     it whole. Processes speak of it in a group of their own: messages of training and of writing must not mix.
     """
 
-    def __init__(self, run: Path, ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, run: Path, ranks: Distributed = Distributed()) -> None:  # noqa: B008 (frozen)
         self.run, self.ranks = run, ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tessera-checkpoint")
         self._pending: Future[None] | None = None
         self._group: Any = None
-        if ranks.count > 1:
+        if ranks.world_size > 1:
             self._group = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         _expect_one_process()
 
     def save(
         self,
-        place: Place,
+        place: TrainerState,
         model: bundle.Model,
         network: Network,
-        average: Average,
+        average: EMA,
         optimizer: torch.optim.Optimizer,
         after: Callable[[], None] | None = None,
     ) -> None:
@@ -105,18 +105,18 @@ class Writer:
         model: what describes the average that draws. Raises TesseraError if the one before could not be written.
         """
         self.wait()
-        target = path_of(self.run, place.step)
-        partial = files.start(target) if self.ranks.first else target.with_name(target.name + files.PARTIAL)
-        self.ranks.wait()
-        averages = {decay: parallel.whole(mean) for decay, mean in average.networks.items()}
-        if self.ranks.first:
+        target = checkpoint_path(self.run, place.step)
+        partial = files.begin(target) if self.ranks.is_main else target.with_name(target.name + files.PARTIAL)
+        self.ranks.barrier()
+        averages = {decay: parallel.full_network(mean) for decay, mean in average.networks.items()}
+        if self.ranks.is_main:
             averages = {decay: _on_cpu(mean) for decay, mean in averages.items()}
         try:
             writing = async_save(
                 state_of(network, optimizer),
                 storage_writer=HuggingFaceStorageWriter(str(partial / STATE), save_distributed=True),
                 process_group=self._group,
-                no_dist=self.ranks.count == 1,
+                no_dist=self.ranks.world_size == 1,
             )
         except OSError as error:
             raise self._failed(target, error) from error
@@ -124,7 +124,7 @@ class Writer:
 
         def finish() -> None:
             self._finish(writing, place, model, averages, average.config.decay, partial, target)
-            if after is not None and self.ranks.first:
+            if after is not None and self.ranks.is_main:
                 after()
 
         self._pending = self._thread.submit(finish)
@@ -132,7 +132,7 @@ class Writer:
     def _finish(
         self,
         writing: Future,
-        place: Place,
+        place: TrainerState,
         model: bundle.Model,
         averages: dict[float, Network],
         drawing: float,
@@ -145,7 +145,7 @@ class Writer:
         try:
             writing.result()
             mine = sorted((partial / STATE).glob(f"shard-{self.ranks.rank + 1:05d}-*"))
-            if self.ranks.first:
+            if self.ranks.is_main:
                 described = bundle.Model(model.config, averages.pop(drawing))
                 bundle.write(described, partial, codec_at=f"../../{bundle.CODEC}")
                 mine += [partial / bundle.CONFIG, partial / bundle.WEIGHTS]
@@ -158,24 +158,24 @@ class Writer:
             fault = error
         faults, told = zip(*self._gather((None if fault is None else _reason(fault), sums)))
         worst = next((reason for reason in faults if reason is not None), None)
-        if worst is None and self.ranks.first:
+        if worst is None and self.ranks.is_main:
             try:
                 checksums = {name: value for part in told for name, value in part.items()}
-                text = json.dumps({**asdict(place), "processes": self.ranks.count, "files": checksums})
+                text = json.dumps({**asdict(place), "processes": self.ranks.world_size, "files": checksums})
                 (partial / PLACE).write_text(text, encoding="utf-8")
-                files.finish(partial, target)
+                files.commit(partial, target)
             except OSError as error:
                 worst = _reason(error)
         worst = self._gather(worst)[0]
         if worst is not None:
-            if self.ranks.first:
+            if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self._failed(target, worst)
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
             return [value]
-        gathered: list[Any] = [None] * self.ranks.count
+        gathered: list[Any] = [None] * self.ranks.world_size
         distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 
@@ -252,7 +252,7 @@ def _trained(network: Network, optimizer: torch.optim.Optimizer):
 # Reading
 
 
-def faults(checkpoint: Path, ranks: Ranks = Ranks()) -> list[str]:  # noqa: B008 (frozen)
+def verify(checkpoint: Path, ranks: Distributed = Distributed()) -> list[str]:  # noqa: B008 (frozen)
     """What is damaged in a checkpoint: files whose checksum is another, or that are gone. Every process must ask, and
     reads its share.
     """
@@ -261,7 +261,7 @@ def faults(checkpoint: Path, ranks: Ranks = Ranks()) -> list[str]:  # noqa: B008
         found = []
     except TesseraError as error:
         expected, found = [], [str(error)]
-    for name, checksum in expected[ranks.rank :: ranks.count]:
+    for name, checksum in expected[ranks.rank :: ranks.world_size]:
         try:
             if _checksum(checkpoint / name) != checksum:
                 found.append(f"{name} is not what was written")
@@ -270,17 +270,17 @@ def faults(checkpoint: Path, ranks: Ranks = Ranks()) -> list[str]:  # noqa: B008
     return sorted({fault for part in ranks.gather(found) for fault in part})
 
 
-def newest_whole(
+def latest_valid(
     run: Path,
-    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+    ranks: Distributed = Distributed(),  # noqa: B008 (frozen)
 ) -> tuple[Path | None, dict[Path, list[str]]]:
     """The newest checkpoint that is whole, and what is damaged in those that are newer. Every process must ask.
 
     Raises TesseraError if there are checkpoints and none is whole.
     """
     damaged: dict[Path, list[str]] = {}
-    for checkpoint in ranks.agreed(bundle.checkpoints(run)):
-        if not (found := faults(checkpoint, ranks)):
+    for checkpoint in ranks.broadcast(bundle.checkpoints(run)):
+        if not (found := verify(checkpoint, ranks)):
             return checkpoint, damaged
         damaged[checkpoint] = found
     if damaged:
@@ -292,14 +292,14 @@ def newest_whole(
     return None, damaged
 
 
-def set_aside(checkpoint: Path) -> Path:
+def quarantine(checkpoint: Path) -> Path:
     """Give a damaged checkpoint a name by which nobody reads it; returns that."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
-def restore(checkpoint: Path, network: Network, average: Average, optimizer: torch.optim.Optimizer) -> Place:
+def restore(checkpoint: Path, network: Network, average: EMA, optimizer: torch.optim.Optimizer) -> TrainerState:
     """Put weights, averages and optimizer back as they were; returns the place. TesseraError if something is missing.
 
     What the checkpoint never had begins here: an average it did not keep starts from the weights as they are, and
@@ -347,28 +347,28 @@ def restore(checkpoint: Path, network: Network, average: Average, optimizer: tor
                 for own, live in zip(mean.parameters(), network.parameters()):
                     parallel.local(own).copy_(parallel.local(live))
         else:
-            fill(mean, path)
-    return place_of(checkpoint)
+            load_weights(mean, path)
+    return read_state(checkpoint)
 
 
-def begun_anew(checkpoint: Path, network: Network, average: Average, optimizer: torch.optim.Optimizer) -> list[str]:
+def missing_state(checkpoint: Path, network: Network, average: EMA, optimizer: torch.optim.Optimizer) -> list[str]:
     """What a restored run has that its checkpoint could not tell, for people."""
     trained = [held for _, _, held, _ in _trained(network, optimizer)]
     anew = [held for held in trained if held not in optimizer.state]
     told = []
-    if anew and place_of(checkpoint).step > 0:
+    if anew and read_state(checkpoint).step > 0:
         told = [f"the optimizer's state of {len(anew)} of {len(trained)} tensors"]
     averages = _averages_of(checkpoint, average)
     return told + [f"the average of decay {decay}" for decay, (_, path) in averages.items() if path is None]
 
 
-def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[Network, Path | None]]:
+def _averages_of(checkpoint: Path, average: EMA) -> dict[float, tuple[Network, Path | None]]:
     """Each average with the file that holds it, or None if the checkpoint never kept it.
 
     The first goes on from the one that drew before, if its own decay is new.
     """
     config = bundle.load_config(checkpoint)
-    kept = bundle.averages(checkpoint, config)
+    kept = bundle.ema_weights(checkpoint, config)
     for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("also", ()):
         kept.setdefault(decay, checkpoint / bundle.AVERAGES / f"{decay}.safetensors")  # missing: an error that names it
     first = {average.config.decay: kept.get(average.config.decay, checkpoint / bundle.WEIGHTS)}
@@ -376,7 +376,7 @@ def _averages_of(checkpoint: Path, average: Average) -> dict[float, tuple[Networ
 
 
 @torch.no_grad()
-def fill(network: Network, path: Path) -> None:
+def load_weights(network: Network, path: Path) -> None:
     """Weights from a safetensors file that holds them whole, of which each process takes its parts. TesseraError."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -411,7 +411,7 @@ def prune(run: Path, keep: int, every: int | None = None, best: int | None = Non
             shutil.rmtree(old, ignore_errors=True)
 
 
-def drop_after(run: Path, step: int) -> None:
+def delete_after(run: Path, step: int) -> None:
     """Remove the checkpoints past a step to which the run has gone back."""
     for later in bundle.checkpoints(run):
         if int(later.name.removeprefix("step-")) > step:
