@@ -108,7 +108,10 @@ def main() -> None:
     for name in (options.model, "none"):
         for batch in map(int, options.batches.split(",")):
             classes, seeds = [(7 * i) % 1000 for i in range(batch)], list(range(batch))
-            start, label = next(pipeline.generate_steps(model, classes, seeds, steps=options.steps)).x, torch.tensor(classes)
+            start, label = (
+                next(pipeline.generate_steps(model, classes, seeds, steps=options.steps)).x,
+                torch.tensor(classes),
+            )
 
             def draw(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
                 if name != "none":

@@ -36,7 +36,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     told = parser.parse_args()
     size = 2 * told.grid
-    sizes = {"size": size, "channels": 1, "outputs": 1, "classes": 10, "depth": 6, "width": 192, "heads": 6}
+    sizes = {
+        "input_size": size,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_classes": 10,
+        "depth": 6,
+        "hidden_size": 192,
+        "num_heads": 6,
+    }
     networks = {name: DiTConfig.model_validate({**sizes, "block": block}).build() for name, block in DESIGNS.items()}
     x, t = torch.randn(told.batch, 1, size, size), torch.rand(told.batch) * 1000
     condition = Condition(torch.arange(told.batch) % 10)

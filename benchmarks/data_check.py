@@ -93,7 +93,9 @@ def told(count: int) -> dict[str, float]:
 def tell(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
-    done = check.report_findings(check.CheckRequest(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet")
+    done = check.report_findings(
+        check.CheckRequest(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet"
+    )
     seconds = time.perf_counter() - began
     found = {finding.kind: finding.count for finding in done.findings}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

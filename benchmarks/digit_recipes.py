@@ -30,14 +30,14 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "digits.yaml"
 EACH = 50
 VARIANTS = (
     "",
-    "process.prediction=epsilon",
-    "process.prediction=x0",
-    "process.schedule=linear",
-    "process.schedule=linear process.prediction=epsilon process.variance=learned",
-    "process.variance=learned",
+    "diffusion.prediction=epsilon",
+    "diffusion.prediction=x0",
+    "diffusion.schedule=linear",
+    "diffusion.schedule=linear diffusion.prediction=epsilon diffusion.variance=learned",
+    "diffusion.variance=learned",
     "training.optimizer.learning_rate=0.001",
     "training.ema.decay=0.995",
-    "network.depth=4 network.width=256 network.heads=8",
+    "network.depth=4 network.hidden_size=256 network.num_heads=8",
 )
 
 

@@ -28,16 +28,16 @@ from tessera.data.digits import DigitsConfig, DigitsSource
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = (
-    "network.width=96", "network.depth=4", "network.heads=4", "training.steps=400", "training.log_every=10",
+    "network.hidden_size=96", "network.depth=4", "network.num_heads=4", "training.steps=400", "training.log_every=10",
     "training.health_every=20", "training.sample_every=1000", "training.checkpoint_every=1000",
-    "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup=20", "training.device=cpu",
+    "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup_steps=20", "training.device=cpu",
     "training.ema.decay=0.97",
 )  # fmt: skip
-FOLDER = ("data.kind=folder", "data.size=8", "data.channels=1", "data.flip=false")
+FOLDER = ("data.kind=folder", "data.size=8", "data.channels=1", "data.hflip=false")
 MODERN = (
-    "network.block=modern", "process.kind=flow", "process.times.kind=logit-normal", "process.times.std=0.7",
-    "training.optimizer.kind=muon", "training.optimizer.learning_rate=0.01", "training.optimizer.warmup=20",
-    "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.decay=wsd", "training.optimizer.clip=1.0",
+    "network.block=rope-swiglu", "diffusion.kind=flow", "process.times.kind=logit-normal", "process.times.std=0.7",
+    "training.optimizer.kind=muon", "training.optimizer.learning_rate=0.01", "training.optimizer.warmup_steps=20",
+    "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.lr_schedule=wsd", "training.optimizer.grad_clip_norm=1.0",
 )  # fmt: skip
 SPREAD = 5.0  # of latents left as the autoencoder makes them
 
@@ -101,14 +101,14 @@ def autoencoder(folder: Path, spread: float) -> tuple[str, ...]:
     with contextlib.redirect_stderr(io.StringIO()):
         codec.save_pretrained(folder / "autoencoder")
     told = as_folder(folder, pixels, labels)
-    return (*told, "codec.kind=autoencoder-kl", f"codec.source={folder / 'autoencoder'}", "network.patch=1")
+    return (*told, "codec.kind=autoencoder-kl", f"codec.source={folder / 'autoencoder'}", "network.patch_size=1")
 
 
 CASES = (
     Case("digits", "nothing: recipes/digits.yaml, small", None),
     Case("modern", "nothing: the modern block, flow matching, Muon", None, MODERN),
     Case("paper", "nothing: the paper's process (epsilon, learned variance)", None,
-         ("process.prediction=epsilon", "process.variance=learned", "process.schedule=linear")),
+         ("diffusion.prediction=epsilon", "diffusion.variance=learned", "diffusion.schedule=linear")),
     Case("latents", "nothing: an autoencoder with its scale", None, prepare=lambda folder: autoencoder(folder, 1.0)),
     Case("unscaled", f"latents of standard deviation {SPREAD:g}", "latents not scaled",
          prepare=lambda folder: autoencoder(folder, SPREAD)),
@@ -116,9 +116,9 @@ CASES = (
     Case("rate-modern", "learning rates x30, modern and Muon", "learning rate too high",
          (*MODERN, "training.optimizer.learning_rate=0.3", "training.optimizer.adamw_learning_rate=0.12")),
     Case("warm-up", "learning rate x10, no warm-up", "no warm-up",
-         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup=0")),
+         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=0")),
     Case("quick", "nothing: learning rate x10, with a warm-up", None,
-         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup=50")),
+         ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=50")),
     Case("labels", "labels shuffled", "labels tell nothing", prepare=shuffled_labels),
     Case("ema", "average frozen", "average too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
     Case("constant", "one picture a thousand times", "pictures hardly differ", prepare=one_picture),

@@ -32,7 +32,7 @@ from tessera.training.objective import TrainingObjective
 from tessera.training.optimizers import AdamWConfig, MuonConfig
 from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import EMAConfig
-from tessera.training.step import TrainState, MetricAccumulator, train_step
+from tessera.training.step import MetricAccumulator, TrainState, train_step
 
 DATA_SHEET = 989e12
 
@@ -73,7 +73,12 @@ def train(told: argparse.Namespace, device: torch.device) -> None:
 
 
 def training_rate(
-    network: DiT, told: argparse.Namespace, how: CompileMode, what: CheckpointingMode, micro: int, dtype: torch.dtype | None
+    network: DiT,
+    told: argparse.Namespace,
+    how: CompileMode,
+    what: CheckpointingMode,
+    micro: int,
+    dtype: torch.dtype | None,
 ) -> float:
     """Images a second of whole training steps: forward, backward, optimizer, EMA."""
     device, classes = next(network.parameters()).device, network.config.num_classes

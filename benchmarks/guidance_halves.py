@@ -61,7 +61,11 @@ def main() -> None:
     for width in WIDTHS:
         for side in SIDES:
             torch.manual_seed(0)
-            network = DiT(DiTConfig(input_size=(2 * side, 2 * side), depth=6, hidden_size=width, num_heads=width // 64, num_classes=10))
+            network = DiT(
+                DiTConfig(
+                    input_size=(2 * side, 2 * side), depth=6, hidden_size=width, num_heads=width // 64, num_classes=10
+                )
+            )
             for batch in map(int, asked.batches.split(",")):
                 works = halves(network.eval(), batch)
                 for one, other in zip(works[0](), works[1]()):

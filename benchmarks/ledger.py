@@ -35,28 +35,31 @@ class Setting:
 
 
 GAUSSIAN = (
-    "process=gaussian", "process.schedule=linear", "process.prediction=epsilon", "process.variance=learned",
+    "process=gaussian", "diffusion.schedule=linear", "diffusion.prediction=epsilon", "diffusion.variance=learned",
 )  # fmt: skip
 FLOW = ("process=flow",)
 BLOCK = ("network.block=adaln-zero",)
-MODERN = ("network.block=modern",)
-TIMES = ("process.times=logit-normal", "process.times.std=0.7")  # 0.7 of 0.5, 0.7, 1 and 1.4
+MODERN = ("network.block=rope-swiglu",)
+TIMES = ("diffusion.timestep_sampling=logit-normal", "process.times.std=0.7")  # 0.7 of 0.5, 0.7, 1 and 1.4
 # Rates tried with seed 0 and less than the budget: AdamW 0.001, 0.002, 0.004, 0.008; Muon 0.004, 0.012, 0.024.
 ADAM = ("training.optimizer=adamw", "training.optimizer.learning_rate=0.004")
 MUON = (
     "training.optimizer=muon", "training.optimizer.learning_rate=0.012", "training.optimizer.adamw_learning_rate=0.004",
     "training.optimizer.newton_schulz_steps=3",
 )  # fmt: skip
-STEADY = ("training.optimizer.decay=constant", "training.optimizer.warmup=0")
-FALLING = ("training.optimizer.decay=wsd", "training.optimizer.warmup=0")  # a warm-up of 20 steps only delayed
+STEADY = ("training.optimizer.lr_schedule=constant", "training.optimizer.warmup_steps=0")
+FALLING = (
+    "training.optimizer.lr_schedule=wsd",
+    "training.optimizer.warmup_steps=0",
+)  # a warm-up of 20 steps only delayed
 PAPER = (*GAUSSIAN, *BLOCK, *ADAM, *STEADY)
 MOST = (*FLOW, *TIMES, *MODERN, *MUON)  # all but the falling rate
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "paper": PAPER,
     # one change at a time
-    "paper + min-SNR": (*PAPER, "process.weighting=min-snr"),
-    "paper + v": (*PAPER, "process.prediction=v"),
+    "paper + min-SNR": (*PAPER, "diffusion.weighting=min-snr"),
+    "paper + v": (*PAPER, "diffusion.prediction=v"),
     "paper + adaLN-single": (*GAUSSIAN, "network.block=adaln-single", *ADAM, *STEADY),
     "paper + modern block": (*GAUSSIAN, *MODERN, *ADAM, *STEADY),
     "paper + Muon": (*GAUSSIAN, *BLOCK, *MUON, *STEADY),
@@ -70,8 +73,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern, a quarter": (*MOST, *FALLING),
     "modern, an eighth": (*MOST, *FALLING),
     # what else was tried, and what of the modern block matters: "... + Muon" with one thing changed
-    "x0 prediction": (*MOST, *STEADY, "process.prediction=x0"),
-    "shift by dimension": (*MOST, *STEADY, "process.shift=dimension"),
+    "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
+    "shift by dimension": (*MOST, *STEADY, "diffusion.shift=dimension"),
     "without modern block": (*FLOW, *TIMES, *BLOCK, *MUON, *STEADY),
     "without rotary": (*MOST, *STEADY, "network.block.positions=sincos"),
     "without qk-norm": (*MOST, *STEADY, "network.block.qk_norm=false"),
@@ -84,8 +87,8 @@ SETTINGS = {
     "digits": Setting(
         "digits.yaml",
         (
-            "network.width=96", "network.depth=4", "network.heads=3", "sampling.guidance=1", "sampling.steps=25",
-            "training.optimizer.clip=null", "training.ema.decay=0.995", "evaluation.count=1000",
+            "network.hidden_size=96", "network.depth=4", "network.num_heads=3", "sampling.guidance_scale=1", "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "evaluation.num_samples=1000",
             "evaluation.reference=digits",
         ),
         steps=1500, every=250, seeds=(0, 1, 2),
@@ -93,9 +96,9 @@ SETTINGS = {
     "cifar10": Setting(  # expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (ledger.md)
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch=4", "network.width=128",
-            "network.depth=4", "network.heads=4", "sampling.guidance=1", "sampling.sampler=ddim", "sampling.steps=25",
-            "training.optimizer.clip=null", "training.ema.decay=0.995", "training.batch=64", "evaluation.count=1000",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4", "network.hidden_size=128",
+            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64", "evaluation.num_samples=1000",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
         steps=400, every=200, seeds=(0,),
@@ -103,10 +106,10 @@ SETTINGS = {
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch=2", "network.width=384",
-            "network.depth=8", "network.heads=6", "sampling.guidance=1", "sampling.sampler=ddim", "sampling.steps=25",
-            "training.optimizer.clip=null", "training.ema.decay=0.999", "training.batch=256", "evaluation.count=5000",
-            "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz", "evaluation.batch=500",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=2", "network.hidden_size=384",
+            "network.depth=8", "network.num_heads=6", "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.999", "training.global_batch_size=256", "evaluation.num_samples=5000",
+            "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz", "evaluation.batch_size=500",
         ),
         steps=6000, every=1500, seeds=(0,), rate=0.25,
     ),
@@ -212,7 +215,7 @@ def flops_of_a_step(recipe) -> int:
     optimizer = recipe.training.optimizer.build(network)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    return 6 * recipe.training.batch * network.macs() + counter.get_total_flops()
+    return 6 * recipe.training.global_batch_size * network.macs() + counter.get_total_flops()
 
 
 def report(data: str, out: Path) -> None:

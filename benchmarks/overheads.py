@@ -30,19 +30,21 @@ from tessera.settings import validate
 from tessera.training.checkpoint.checkpoint import TrainerState
 from tessera.training.loop import Training
 from tessera.training.recipe import Recipe, TrainingConfig
-from tessera.training.run import prepare_folder, build_run
+from tessera.training.run import build_run, prepare_folder
 
 
 def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
     told = {
         "output": str(folder),
         "data": {"kind": "digits"},
-        "network": {"patch": 1, "width": width, "depth": depth, "heads": width // 64},
+        "network": {"patch_size": 1, "hidden_size": width, "depth": depth, "num_heads": width // 64},
         "training": {"batch": batch, "device": "cpu", "keep_checkpoints": 1, "tensorboard": True},
     }
     run = build_run(validate(Recipe, told, "the benchmark's recipe"))
     prepare_folder(run)
-    return Training(run, TrainerState(0, 0), MetricLogger(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True))
+    return Training(
+        run, TrainerState(0, 0), MetricLogger(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True)
+    )
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:

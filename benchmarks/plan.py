@@ -33,14 +33,14 @@ from tessera.training.step import train_step
 
 DIGITS: dict[str, Any] = {
     "data": {"kind": "digits"},
-    "network": {"patch": 2, "width": 192, "depth": 6, "heads": 6},
+    "network": {"patch_size": 2, "hidden_size": 192, "depth": 6, "num_heads": 6},
     "process": {"schedule": "cosine", "prediction": "v", "variance": "posterior"},
     "training": {"batch": 64, "optimizer": {"clip": 1.0}, "ema": {"decay": 0.99}, "tensorboard": False},
 }
 # 32 x 32 pixels in colour: as large a step as CIFAR-10's, of pictures that need no file.
 PICTURES: dict[str, Any] = DIGITS | {
     "data": {"kind": "shapes"},
-    "network": {"patch": 4, "width": 256, "depth": 6, "heads": 4},
+    "network": {"patch_size": 4, "hidden_size": 256, "depth": 6, "num_heads": 4},
     "training": DIGITS["training"] | {"batch": 32},
 }
 
@@ -56,9 +56,11 @@ CPU = {
     "digits, batch 256, recompute blocks": changed(DIGITS, batch=256, recompute="blocks"),
     "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch=16),
     "32 px, DiT 256 x 6": PICTURES,
-    "32 px, modern, Muon": changed(PICTURES, {"block": "modern"}, optimizer={"kind": "muon"}),
+    "32 px, modern, Muon": changed(PICTURES, {"block": "rope-swiglu"}, optimizer={"kind": "muon"}),
     "32 px, U-Net": changed(PICTURES, {"kind": "unet", "width": 64}, batch=16),
-    "32 px, DiT 384 x 4, patch 2": changed(PICTURES, {"patch": 2, "width": 384, "depth": 4, "heads": 6}, batch=4),
+    "32 px, DiT 384 x 4, patch 2": changed(
+        PICTURES, {"patch_size": 2, "hidden_size": 384, "depth": 4, "num_heads": 6}, batch=4
+    ),
 }
 LARGE: dict[str, Any] = {
     "data": {"kind": "shapes"},
@@ -71,7 +73,7 @@ CUDA = {
     "B/4, recompute blocks": changed(LARGE, recompute="blocks", batch=256),
     "L/4": changed(LARGE, {"preset": "DiT-L/4"}),
     "XL/4": changed(LARGE, {"preset": "DiT-XL/4"}, batch=64),
-    "B/4, modern": changed(LARGE, {"block": "modern"}),
+    "B/4, modern": changed(LARGE, {"block": "rope-swiglu"}),
 }
 
 

@@ -17,7 +17,7 @@ from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 
-DIGITS = {"size": 8, "channels": 1, "patch": 2, "depth": 6, "width": 192, "heads": 6}
+DIGITS = {"input_size": 8, "in_channels": 1, "patch_size": 2, "depth": 6, "hidden_size": 192, "num_heads": 6}
 STEPS = 20
 
 

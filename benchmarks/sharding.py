@@ -40,7 +40,7 @@ def recipe(shard: int | str, width: int, depth: int, batch: int) -> Recipe:
     told = {
         "output": str(Path(tempfile.gettempdir(), "never-written")),
         "data": {"kind": "digits"},
-        "network": {"patch": 2, "width": width, "depth": depth, "heads": width // 64},
+        "network": {"patch_size": 2, "hidden_size": width, "depth": depth, "num_heads": width // 64},
         "training": {"batch": batch, "shard": shard, "device": "cpu"},
     }
     return validate(Recipe, override(told, []), "the benchmark's recipe")
@@ -87,7 +87,12 @@ def measure(told: Recipe, steps: int) -> dict[str, int]:
         optimizer.register_step_pre_hook(count)
         Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
         for step in range(steps):
-            train_step(run.state, run.loader.read(step * told.training.global_batch_size), run.objective, told.training.global_batch_size)
+            train_step(
+                run.state,
+                run.loader.read(step * told.training.global_batch_size),
+                run.objective,
+                told.training.global_batch_size,
+            )
             run.ema.update(step + 1)
         moments = [value for state in optimizer.state.values() for value in state.values()]
         return {

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
+from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
@@ -29,7 +29,7 @@ PROCESSES: dict[str, DiffusionProcess] = {
     "Gaussian, linear": GaussianDiffusionConfig().build(),
     "Gaussian, cosine": GaussianDiffusionConfig(schedule=CosineBetas()).build(),
     "flow, linear": FlowMatchingConfig().build(),
-    "flow, trigonometric": FlowMatchingConfig(path="trigonometric").build(),
+    "flow, gvp": FlowMatchingConfig(path="gvp").build(),
 }
 MIXTURE, GAUSSIAN = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)], [(1.0, 0.5, 0.6)]  # weight, mean, standard deviation
 SOLVERS: list[tuple[str, Solver, str]] = [
@@ -91,7 +91,9 @@ def inside(process: DiffusionProcess, count: int) -> Tensor:
     """Times even in log SNR from 0.9 to 0.1."""
     ends = torch.tensor([0.9, 0.1], dtype=torch.float64)
     ratio = (process.sigma(ends) / process.alpha(ends)).log()
-    return process.time_from_nsr(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
+    return process.time_from_nsr(
+        torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp()
+    )
 
 
 def spread(solver: Solver, process: DiffusionProcess, grid: Tensor) -> float:

@@ -49,10 +49,19 @@ from tessera.training.objective import TrainingObjective
 from tessera.training.optimizers import AdamWConfig
 from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import EMAConfig
-from tessera.training.step import TrainState, MetricAccumulator, train_step
+from tessera.training.step import MetricAccumulator, TrainState, train_step
 
 RATE, DECAY, DROPPED, STEPS, WARM_UP = 1e-4, 0.9999, 0.1, 1000, 3
-DIGITS = {"size": 8, "channels": 1, "outputs": 2, "classes": 10, "patch": 2, "width": 192, "depth": 6, "heads": 6}
+DIGITS = {
+    "input_size": 8,
+    "in_channels": 1,
+    "out_channels": 2,
+    "num_classes": 10,
+    "patch_size": 2,
+    "hidden_size": 192,
+    "depth": 6,
+    "num_heads": 6,
+}
 
 
 class Latents:
@@ -81,7 +90,10 @@ class Ours:
         forward, reason = compiled(network, "off" if way == "eager" else way)
         if reason:
             sys.exit(f"cannot compile here: {reason}")
-        self.network, self.learner = network, TrainState(network, forward, config.build(network), config, ParallelContext())
+        self.network, self.learner = (
+            network,
+            TrainState(network, forward, config.build(network), config, ParallelContext()),
+        )
         self.tally = MetricAccumulator()
         self.task = TrainingObjective(
             diffusion=GaussianDiffusionConfig(num_timesteps=STEPS).build(), codec=Latents(), hflip=False, label_dropout=DROPPED,

@@ -26,7 +26,7 @@ _PUBLIC = {  # imported when first used: `tessera --help` must not wait for torc
     "walk": "tessera.generation.pipeline",
 }
 
-__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "load", "save", "generate_steps"]
+__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "generate_steps", "load", "save"]
 
 
 def __getattr__(name: str):

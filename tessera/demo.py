@@ -70,7 +70,9 @@ def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
     steps = max(round(seconds / estimate.seconds_per_step), 20)
     recipe = read_recipe(recipes / RECIPE, [*here, f"training.steps={steps}"])
     told = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"
-    print(f"training a DiT of {estimate.parameters:,} parameters for about {format_duration(seconds)}: {told}", flush=True)
+    print(
+        f"training a DiT of {estimate.parameters:,} parameters for about {format_duration(seconds)}: {told}", flush=True
+    )
     return recipe, told
 
 

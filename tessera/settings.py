@@ -122,7 +122,7 @@ def write_yaml(settings: Settings) -> str:
 def override(data: dict[str, Any], assignments: list[str], example: str = "training.steps=1000") -> dict[str, Any]:
     """Apply dotted assignments (`training.steps=1000`) to nested mappings; values are read as YAML.
 
-    Choosing another kind (`process.schedule=cosine`, `data.kind=parquet`) drops the fields of the kind it replaces.
+    Choosing another kind (`diffusion.schedule=cosine`, `data.kind=parquet`) drops the fields of the kind it replaces.
     example: of an assignment, for the error about what is none.
     """
     result: dict[str, Any] = _copied(data)

@@ -28,8 +28,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 SHAPES = {
-    "dit": {"patch": 2, "depth": 2, "width": 32, "heads": 2},
-    "unet": {"width": 8, "multipliers": (1, 2), "depth": 1, "attention": (2,)},
+    "dit": {"patch_size": 2, "depth": 2, "hidden_size": 32, "num_heads": 2},
+    "unet": {"model_channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_levels": (2,)},
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tessera import files
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, remove_partials, atomic_file, atomic_folder, atomic_write
+from tessera.files import PARTIAL, atomic_file, atomic_folder, atomic_write, remove_partials
 
 
 def full_disk(*_args, **_named):

@@ -17,19 +17,20 @@ import tessera
 
 PACKAGE = Path(__file__).parents[1] / "tessera"
 
-FLOORS = [  # the lowest first: errors is the ground, -1, on which settings and files stand
+LAYERS = [  # the lowest first
     ("errors",),
     ("settings", "files"),
-    ("layers", "process", "conditions", "encoders", "runtime", "randomness", "pictures", "pages", "charts"),
+    ("conditioning", "reporting", "runtime", "randomness", "images"),
+    ("diffusion", "layers", "encoders"),
     ("models", "sampling", "codecs"),
-    ("bundle", "adapters", "planning", "data"),
-    ("drawing", "interop"),
-    ("evaluation", "serving"),
+    ("bundle", "acceleration", "adapters", "planning", "data"),
+    ("generation", "interop"),
+    ("evaluation", "monitoring"),
     ("training",),
-    ("studies", "demo"),
+    ("studies", "serving", "demo"),
     ("cli",),
 ]
-FLOOR = {part: number for number, parts in enumerate(FLOORS, start=-1) for part in parts}
+LAYER = {part: number for number, parts in enumerate(LAYERS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "interop"}, "transformers": {"encoders"}, "typer": {"cli"}}
 LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "pyarrow", "datasets", "tensorboard"}
 LAZY |= {"torch.utils.tensorboard"}
@@ -73,8 +74,8 @@ def imports(source: str, file: str) -> list[Import]:
 def faults(source: str, file: str) -> list[str]:
     """What a file imports against the rules."""
     own = Path(file).parts[0].removesuffix(".py")
-    if own not in FLOOR:
-        return [f"{file}: '{own}' stands on no floor; give it one in FLOORS"]
+    if own not in LAYER:
+        return [f"{file}: '{own}' stands on no floor; give it one in LAYERS"]
     found = set()
     for told in imports(source, file):
         root, *rest = told.module.split(".")
@@ -82,14 +83,14 @@ def faults(source: str, file: str) -> list[str]:
         if root == "tessera" and rest != ["__version__"]:
             part = rest[0] if rest else ""
             if not part or part in PUBLIC:  # the package itself: whoever stands above all that it names
-                if FLOOR[own] <= max(FLOOR[named] for named in PUBLIC.values()):
+                if LAYER[own] <= max(LAYER[named] for named in PUBLIC.values()):
                     found.add(f"{at}: {own} may not use tessera's public names: import the part that is meant")
-            elif part not in FLOOR:
+            elif part not in LAYER:
                 found.add(f"{at}: imports 'tessera.{part}', which is no part on a floor")
-            elif part != own and FLOOR[part] > FLOOR[own]:
-                found.add(f"{at}: {own} (floor {FLOOR[own]}) imports {part} from above (floor {FLOOR[part]})")
-            elif part != own and FLOOR[part] == FLOOR[own]:
-                found.add(f"{at}: {own} imports {part}, its neighbour on floor {FLOOR[own]}")
+            elif part != own and LAYER[part] > LAYER[own]:
+                found.add(f"{at}: {own} (floor {LAYER[own]}) imports {part} from above (floor {LAYER[part]})")
+            elif part != own and LAYER[part] == LAYER[own]:
+                found.add(f"{at}: {own} imports {part}, its neighbour on floor {LAYER[own]}")
         if root in ONLY_IN and own not in ONLY_IN[root]:
             found.add(f"{at}: {root} may be imported only in {' and '.join(sorted(ONLY_IN[root]))}")
         if told.eager and any(told.module == lazy or told.module.startswith(lazy + ".") for lazy in LAZY):

@@ -24,7 +24,16 @@ from tessera.training.step import TrainState, train_step
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 CONFIG = DiTConfig.model_validate(
-    {"size": 32, "channels": 3, "outputs": 6, "classes": 10, "width": 128, "depth": 4, "heads": 4, "patch": 4}
+    {
+        "input_size": 32,
+        "in_channels": 3,
+        "out_channels": 6,
+        "num_classes": 10,
+        "hidden_size": 128,
+        "depth": 4,
+        "num_heads": 4,
+        "patch_size": 4,
+    }
 )
 
 
@@ -36,7 +45,9 @@ def model() -> Model:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.03 * torch.randn_like(parameter))
-    return Model(BundleConfig(network=CONFIG, diffusion=GaussianDiffusionConfig(), codec=PixelsConfig(channels=3)), network)
+    return Model(
+        BundleConfig(network=CONFIG, diffusion=GaussianDiffusionConfig(), codec=PixelsConfig(channels=3)), network
+    )
 
 
 def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
@@ -63,7 +74,9 @@ def test_a_step_is_repeatable_on_the_gpu(config):
     def weights() -> list[torch.Tensor]:
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
-        task = TrainingObjective(GaussianDiffusionConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16)
+        task = TrainingObjective(
+            GaussianDiffusionConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16
+        )
         learner = TrainState(network, network, config.build(network), config, ParallelContext())
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
@@ -95,7 +108,7 @@ def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path, optimizer):
         data = {
             "output": str(tmp_path / output),
             "data": {"kind": "folder", "path": str(tmp_path / "data"), "size": 32},
-            "network": {"width": 128, "depth": 4, "heads": 4, "patch": 2},
+            "network": {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 2},
             "sampling": {"steps": 2},
             "training": {"steps": steps, "batch": 16, "tensorboard": False, "device": "cuda", "sample_every": 1000}
             | {"optimizer": optimizer, "ema": {"also": [0.9]}},

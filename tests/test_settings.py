@@ -12,7 +12,7 @@ from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, by_kind, override, validate, read_yaml, unknown, write_yaml
+from tessera.settings import Settings, by_kind, override, read_yaml, unknown, validate, write_yaml
 
 
 class Round(Settings):
@@ -156,7 +156,7 @@ def test_the_kinds_of_the_core():
 def test_a_preset_fills_in_and_gives_way():
     config = validate(DiTConfig, {"preset": "DiT-B/4"}, "")
     assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (12, 768, 12, 4)
-    config = validate(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch": 8, "size": [16, 24]}, "")
+    config = validate(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch_size": 8, "input_size": [16, 24]}, "")
     assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (3, 768, 12, 8)
     assert config.input_size == (16, 24)
     assert "preset" not in config.model_dump()
@@ -210,7 +210,7 @@ def test_every_number_python_prints_is_read_back(number):
 
 def test_another_kind_drops_the_fields_of_the_one_it_replaces():
     data = {"process": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "steps": 100}}
-    for assignment in ("process.schedule.kind=cosine", "process.schedule=cosine"):
+    for assignment in ("process.schedule.kind=cosine", "diffusion.schedule=cosine"):
         process = override(data, [assignment])["process"]
         assert validate(GaussianDiffusionConfig, process, "").schedule.kind == "cosine"
         assert process["steps"] == 100

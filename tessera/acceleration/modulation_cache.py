@@ -50,7 +50,9 @@ class PrecomputedModulation:
         count = 1 if self.labels is None else len(self.labels)
         label = None if self.labels is None else self.labels.repeat(len(self.times))
         told = network.embed_condition(self.times.repeat_interleave(count), Condition(label=label), grid)
-        self.table = {module: told.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)}
+        self.table = {
+            module: told.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)
+        }
         self.told = told
 
     @staticmethod

@@ -162,7 +162,7 @@ def sample(
         if told := sampling.packed(loaded, asked, npz, batch, model):
             print(told)
     else:
-        said = {"model": model, "heads": heads, "codec": codec, **({"as": read_as} if read_as else {})}
+        said = {"model": model, "num_heads": heads, "codec": codec, **({"as": read_as} if read_as else {})}
         said |= {} if ema is None else {"ema": ema}
         print(sampling.pictured(loaded, asked, out, batch, said, extras))
 

@@ -111,7 +111,7 @@ def _to_cache(target: str, overrides: list[str], size: str | None) -> tuple[Any,
     """The settings of data and codec that are asked for, and the data opened."""
     from tessera.codecs import AnyCodec, PixelsConfig
     from tessera.data import AnyData
-    from tessera.data.resolve import resolve_data, open_data
+    from tessera.data.resolve import open_data, resolve_data
     from tessera.settings import Settings, override, validate
     from tessera.training import recipe
 

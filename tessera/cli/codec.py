@@ -48,8 +48,8 @@ def score(
     """Say what a codec leaves of pictures: PSNR, SSIM, and the spread of its latents, which should be near 1."""
     from tessera import images, runtime
     from tessera.codecs.resolve import resolve_codec
-    from tessera.data.resolve import resolve_data as named_data
     from tessera.data.resolve import open_data
+    from tessera.data.resolve import resolve_data as named_data
     from tessera.evaluation.features import extractor
     from tessera.evaluation.reconstruction import reconstruct, sheet
     from tessera.evaluation.sources import chosen

@@ -42,7 +42,7 @@ def check(
     Interrupted? The same command goes on. Over machines: --shard 0/4 to 3/4 anywhere, then once without.
     """
     from tessera import runtime
-    from tessera.data.check import FINDINGS, REPORT, CheckRequest, scan_data, report_findings
+    from tessera.data.check import FINDINGS, REPORT, CheckRequest, report_findings, scan_data
     from tessera.data.check.findings import droppable
     from tessera.data.check.scan import ScanShard
 

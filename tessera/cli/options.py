@@ -117,7 +117,7 @@ def classes_of(text: str | None, model: Any) -> list[int] | None:
     """'3,7', 'cat,dog' or 'all' -> numbers; a model without classes gives None."""
     from tessera.generation import pipeline
 
-    known = model.config.network.classes
+    known = model.config.network.num_classes
     if not known:
         if text is not None:
             raise TesseraError("this model is unconditional: leave --classes out")

@@ -39,7 +39,7 @@ def plan(
     from tessera.planning import scaling_law as laws
     from tessera.planning.op_profiler import OpProfiler
     from tessera.planning.plan import plan as planned
-    from tessera.training.plan_recipe import resolve_target, is_preset, workload
+    from tessera.training.plan_recipe import is_preset, resolve_target, workload
 
     allowed = None if budget is None else budgets.parse(budget)
     known = None if law is None else laws.read(law)
@@ -73,7 +73,7 @@ def plan(
     if not told.fits:
         print(
             f"warning: it does not fit: {_bytes(told.memory_bytes)} of {_bytes(machine.room)} usable; see the choices "
-            "that fit, or lower training.micro_batch",
+            "that fit, or lower training.micro_batch_size",
             file=sys.stderr,
         )
 

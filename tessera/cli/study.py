@@ -12,7 +12,8 @@ from tessera.cli.options import progress
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="a study, such as recipes/studies/scaling.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted settings (set.training.batch=64)")
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="dotted settings (set.training.global_batch_size=64)"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, and end")] = False,
     shard: Annotated[str | None, typer.Option(help="i/n: the members of part i of n, split by planned cost")] = None,

@@ -51,7 +51,9 @@ def tune(
 
     asked = {"count": count, "budget": budget, "choose": choose, "margin": margin, "batch": batch}
     asked |= {"search": [name.strip() for name in search.split(",") if name.strip()], "precision": precision}
-    tuning = validate(study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for")
+    tuning = validate(
+        study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for"
+    )
     path = Path(model).expanduser()
     if path.exists() and not load.is_model(path):
         raise TesseraError(f"{model} is no model that Tessera knows: {load.ACCEPTED}")

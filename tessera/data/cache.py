@@ -52,7 +52,7 @@ from tessera.data.latents import (
     key,
 )
 from tessera.errors import TesseraError, listed
-from tessera.files import remove_partials, atomic_file
+from tessera.files import atomic_file, remove_partials
 
 if TYPE_CHECKING:
     from tessera.data import AnyData

@@ -34,7 +34,7 @@ class DigitsConfig(Settings):
         return 1
 
     @property
-    def flip(self) -> bool:
+    def hflip(self) -> bool:
         return False
 
     def open(self) -> "DigitsSource":

@@ -89,7 +89,7 @@ def read(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None 
     if not config.upscale and (image.height < height or image.width < width):
         raise InvalidSample(
             f"smaller than the size: {image.height} x {image.width}, but the size is {height} x {width} "
-            "(data.enlarge=true scales up)"
+            "(data.upscale=true scales up)"
         )
     pixels = np.asarray(centre_crop(image, size))
     return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))

@@ -25,7 +25,7 @@ from torch import Tensor
 from tessera.codecs import Codec
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesSource
-from tessera.data.images import RESIZING, ImagesConfig, Dataset
+from tessera.data.images import RESIZING, Dataset, ImagesConfig
 from tessera.errors import TesseraError
 from tessera.settings import changes
 

@@ -8,7 +8,7 @@ from tessera.data.files import FilesConfig
 from tessera.data.images import Dataset
 from tessera.data.layouts import HUB
 from tessera.errors import TesseraError
-from tessera.settings import Settings, by_kind, validate, read_yaml
+from tessera.settings import Settings, by_kind, read_yaml, validate
 
 EMBEDDED = ("digits", "shapes")
 

@@ -128,7 +128,7 @@ class ShapesConfig(Settings):
         return 3
 
     @property
-    def flip(self) -> bool:
+    def hflip(self) -> bool:
         return False
 
     def open(self) -> "ShapesSource":

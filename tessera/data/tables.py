@@ -15,7 +15,7 @@ import numpy as np
 from tessera.data.images import InvalidSample
 from tessera.data.index import TABLES, arrow, compute
 from tessera.errors import TesseraError
-from tessera.files import cache_folder, atomic_file
+from tessera.files import atomic_file, cache_folder
 from tessera.settings import unknown
 
 if TYPE_CHECKING:

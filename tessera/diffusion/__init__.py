@@ -19,6 +19,15 @@ def _gaussian_unless_told(value: Any) -> Any:
     return {"kind": "gaussian", **value} if isinstance(value, dict) else value
 
 
-AnyDiffusionConfig = Annotated[GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_unless_told), Field(discriminator="kind")]
+AnyDiffusionConfig = Annotated[
+    GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_unless_told), Field(discriminator="kind")
+]
 
-__all__ = ["AnyDiffusionConfig", "FlowMatching", "FlowMatchingConfig", "GaussianDiffusion", "GaussianDiffusionConfig", "DiffusionProcess"]
+__all__ = [
+    "AnyDiffusionConfig",
+    "DiffusionProcess",
+    "FlowMatching",
+    "FlowMatchingConfig",
+    "GaussianDiffusion",
+    "GaussianDiffusionConfig",
+]

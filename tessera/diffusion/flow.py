@@ -49,12 +49,16 @@ class FlowMatchingConfig(Settings):
     """The defaults are rectified flow with uniform times."""
 
     kind: Literal["flow"] = "flow"
-    path: Literal["linear", "trigonometric"] = Field(
+    path: Literal["linear", "gvp"] = Field(
         default="linear", description="(1 - t) x0 + t eps, or cos and sin of t pi / 2 (SiT's GVP)"
     )
     prediction: Parameterization = Field(default="velocity", description="what the network's output is")
-    loss: Parameterization = Field(default="velocity", description="what the squared error is of, whatever the prediction")
-    timestep_sampling: Annotated[UniformTimesteps | LogitNormalTimesteps, BeforeValidator(by_kind), Field(discriminator="kind")] = UniformTimesteps()
+    loss: Parameterization = Field(
+        default="velocity", description="what the squared error is of, whatever the prediction"
+    )
+    timestep_sampling: Annotated[
+        UniformTimesteps | LogitNormalTimesteps, BeforeValidator(by_kind), Field(discriminator="kind")
+    ] = UniformTimesteps()
     shift: PositiveFloat | Literal["dimension"] = Field(
         default=1.0,
         description="moves training times to the noise (above 1) or to the data (below); dimension: the square root of "

@@ -70,13 +70,17 @@ class GaussianDiffusionConfig(Settings):
 
     kind: Literal["gaussian"] = "gaussian"
     num_timesteps: PositiveInt = 1000
-    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(by_kind), Field(discriminator="kind")] = LinearBetas()
+    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(by_kind), Field(discriminator="kind")] = (
+        LinearBetas()
+    )
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     variance: Literal["learned", "posterior", "beta"] = Field(
         default="learned",
         description="learned between the two others, or fixed to one: posterior (small) or beta (large)",
     )
-    weighting: Annotated[UniformWeighting | MinSNRWeighting, BeforeValidator(by_kind), Field(discriminator="kind")] = UniformWeighting()
+    weighting: Annotated[UniformWeighting | MinSNRWeighting, BeforeValidator(by_kind), Field(discriminator="kind")] = (
+        UniformWeighting()
+    )
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the schedule so that the last step is pure noise (Lin et al. 2024)"
     )

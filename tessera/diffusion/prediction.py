@@ -14,7 +14,9 @@ class Prediction:
 
     x0: Tensor  # [B, ...] the clean picture
     eps: Tensor  # [B, ...] the noise in x
-    var_fraction: Tensor | None = None  # [B, ...] learned log-variance: 0 the posterior's, 1 log beta; None: not learned
+    var_fraction: Tensor | None = (
+        None  # [B, ...] learned log-variance: 0 the posterior's, 1 log beta; None: not learned
+    )
 
 
 @dataclass(frozen=True)

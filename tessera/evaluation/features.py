@@ -28,7 +28,7 @@ from tessera.evaluation.inception import exact
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.sources import ImageShard, SampleSource, shards
 from tessera.evaluation.toy import feature_network
-from tessera.files import read_array, write_array, atomic_write
+from tessera.files import atomic_write, read_array, write_array
 from tessera.generation.bulk import BulkSamples
 from tessera.generation.resumable import begin_work
 from tessera.runtime import Distributed
@@ -122,7 +122,12 @@ class FeatureSet:
 
 
 def extract(
-    subject: SampleSource, network: Extractor, folder: Path, ranks: Distributed, batch: int = 50, progress: Progress = None
+    subject: SampleSource,
+    network: Extractor,
+    folder: Path,
+    ranks: Distributed,
+    batch: int = 50,
+    progress: Progress = None,
 ) -> FeatureSet:
     """Look at every picture of a subject, shard by shard, sharing the shards out among the processes.
 

@@ -20,10 +20,10 @@ from tessera.bundle import Model, weights_hash
 from tessera.codecs import StoredCodec, StoredConfig
 from tessera.codecs.codec import listed_numbers
 from tessera.evaluation.sources import ImageShard, rows, shards
-from tessera.files import read_array, atomic_file, write_array
+from tessera.files import atomic_file, read_array, write_array
 from tessera.generation import pipeline
 from tessera.generation.resumable import begin_work
-from tessera.runtime import Precision, Distributed
+from tessera.runtime import Distributed, Precision
 from tessera.sampling import SamplingConfig
 
 STREAM = 0x636C6173  # of randomness: which classes are drawn

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from tessera import randomness, runtime, sampling
-from tessera.acceleration.first_block_cache import FirstBlockCache, CacheStats, check_caching
+from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache, check_caching
 from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.bundle import Model
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
-from tessera.sampling import FirstBlock, SamplingConfig, SampleState
+from tessera.sampling import FirstBlock, SampleState, SamplingConfig
 from tessera.sampling.denoiser import Denoiser, Forward, GuidanceModel
 from tessera.sampling.editing import EditSource
 from tessera.sampling.timesteps import timestep_grid
-from tessera.settings import override, validate, unknown
+from tessera.settings import override, unknown, validate
 
 STREAM = 0x64726177  # of randomness: apart from every stream of training
 APART = 512  # tokens of a half from which on a CPU is faster with the two halves of guidance one after the other
@@ -185,7 +185,11 @@ def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Forward]
     caching, plain, tell = config.caching, network, None
     labels = 1 if told.label is None else len(told.label.unique())
     # Measured on CPUs alone (benchmarks/precomputed_modulation.md); a look-up waits for the device.
-    if isinstance(network, DiT) and device.type == "cpu" and PrecomputedModulation.size(network, len(how.times), labels) <= TABLE:
+    if (
+        isinstance(network, DiT)
+        and device.type == "cpu"
+        and PrecomputedModulation.size(network, len(how.times), labels) <= TABLE
+    ):
         with runtime.autocast(how.dtype, device):
             plain = PrecomputedModulation(network, how.times, told.label, how.grid)
         tell = plain.embed_condition

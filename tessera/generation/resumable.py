@@ -14,7 +14,11 @@ from tessera.sampling import SamplingConfig
 from tessera.settings import changes
 
 PLAN = "plan.json"
-SETTINGS: dict[str, Any] = {"drawing": SamplingConfig, "network": AnyNetwork, "process": AnyDiffusionConfig}  # in a plan
+SETTINGS: dict[str, Any] = {
+    "drawing": SamplingConfig,
+    "network": AnyNetwork,
+    "process": AnyDiffusionConfig,
+}  # in a plan
 
 
 def begin_work(folder: Path, plan: dict[str, Any], instead: str = "Give another --out, or remove it") -> None:

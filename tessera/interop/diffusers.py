@@ -25,7 +25,7 @@ from tessera.interop.readers import Codec, codec_for, difference, dit_of, read_j
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.sampling import DDIM, Ancestral, SamplingConfig
-from tessera.sampling.timesteps import Uniform, Leading, Trailing
+from tessera.sampling.timesteps import Leading, Trailing, Uniform
 from tessera.settings import S, Settings, validate
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
@@ -88,7 +88,10 @@ def places(depth: int) -> list[FieldMapping]:
     """Every tensor of a network but the position table, which diffusers makes anew."""
 
     def both(ours: str, *theirs: str, how: Literal["one", "parts", "copies"] = "one") -> list[FieldMapping]:
-        return [FieldMapping(f"{ours}.{kind}", how, tuple(f"{name}.{kind}" for name in theirs)) for kind in ("weight", "bias")]
+        return [
+            FieldMapping(f"{ours}.{kind}", how, tuple(f"{name}.{kind}" for name in theirs))
+            for kind in ("weight", "bias")
+        ]
 
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
     told = [f"{block}.norm1.emb" for block in blocks]
@@ -170,10 +173,10 @@ def network_of(config: TransformerConfig, source: str) -> DiTConfig:
             "outputs": config.out_channels or config.in_channels,
             "classes": config.num_embeds_ada_norm,
             "null_class": True,
-            "patch": config.patch_size,
+            "patch_size": config.patch_size,
             "depth": config.num_layers,
             "width": config.num_attention_heads * config.attention_head_dim,
-            "heads": config.num_attention_heads,
+            "num_heads": config.num_attention_heads,
             "time_divisor": TIME_DIVISOR,
             "mlp_norm_eps": config.norm_eps,
         },
@@ -214,7 +217,9 @@ def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> G
     if scheduler.trained_betas is not None:
         betas = torch.tensor(scheduler.trained_betas, dtype=torch.float64)
         first, last = (float(betas[i]) * steps / 1000 for i in (0, -1))
-        candidates = [LinearBetas(), CosineBetas()] + ([LinearBetas(start=first, end=last)] if 0 < first < 1 and 0 < last < 1 else [])
+        candidates = [LinearBetas(), CosineBetas()] + (
+            [LinearBetas(start=first, end=last)] if 0 < first < 1 and 0 < last < 1 else []
+        )
     elif scheduler.beta_schedule == "linear":
         betas = torch.linspace(scheduler.beta_start, scheduler.beta_end, steps, dtype=torch.float64)
         ends = {"start": scheduler.beta_start * steps / 1000, "end": scheduler.beta_end * steps / 1000}

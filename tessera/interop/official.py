@@ -27,7 +27,7 @@ from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import HEADS_OF_WIDTH
 from tessera.sampling import Ancestral, Heun, SamplingConfig
-from tessera.settings import validate, unknown
+from tessera.settings import unknown, validate
 
 SUFFIXES = (".pt", ".pth")
 READABLE = (*SUFFIXES, ".safetensors")  # the same state dict in a safer file
@@ -43,7 +43,7 @@ NEEDED = {  # from which the architecture is read, with their numbers of axes
 DESIGNS = {6: "adaln-zero", 4: "adaln"}  # by the number of vectors that steer a block
 WRITABLE = ("adaln-zero", "adaln", "cross-attention", "in-context")  # the designs of the DiT paper
 FAMILIES = ("dit", "sit", "sit-gvp")  # what weights of these keys may have been trained as: read_as=, --as
-PATHS = {"sit": "linear", "sit-gvp": "trigonometric"}
+PATHS = {"sit": "linear", "sit-gvp": "gvp"}
 SAID_AS = {"Linear": "sit", "GVP": "sit-gvp"}  # path_type in the arguments of SiT's training script
 
 
@@ -173,10 +173,10 @@ def infer(
         "channels": channels,
         "outputs": tensors["final_layer.linear.weight"].shape[0] // patch**2,
         **_classes(tensors.get(TABLE), classes, source),
-        "patch": patch,
+        "patch_size": patch,
         "depth": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
         "width": width,
-        "heads": heads or HEADS_OF_WIDTH[width],
+        "num_heads": heads or HEADS_OF_WIDTH[width],
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         "block": _design(tensors, width, source),
     }
@@ -275,7 +275,7 @@ def _family(told: str | None, args: dict[str, Any], readout: Tensor, network: Di
     if told is None and not used.all() and readout[used].any() and not readout[~used].any():
         raise TesseraError(
             f"half the outputs of {source} are untrained, as SiT leaves them, but weights do not say what they were "
-            "trained as: give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'"
+            "trained as: give read_as='sit' (--as sit, in a recipe training.init_type), or 'dit'"
         )
     return told or "dit"
 
@@ -305,7 +305,9 @@ def _used(readout: Tensor, network: DiTConfig) -> Tensor:
 def _lost(network: DiTConfig, process: AnyDiffusionConfig, implied: DiTConfig, source: str) -> list[str]:
     """Each setting of a model that its bare weights would not bring back."""
     faults = []
-    same = {"mlp_ratio"} | (set() if network.num_classes else {"null_class"})  # the hidden width decides, and it is told
+    same = {"mlp_ratio"} | (
+        set() if network.num_classes else {"null_class"}
+    )  # the hidden width decides, and it is told
     for name in DiTConfig.model_fields.keys() - same:
         if getattr(network, name) != getattr(implied, name):
             faults.append(f"network.{name} is {getattr(network, name)}; it would be read as {getattr(implied, name)}")

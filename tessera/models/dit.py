@@ -69,9 +69,7 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"patch {self.patch_size} does not divide the size {size[0]} x {size[1]}")
 
     def summary(self) -> str:
-        return (
-            f"DiT, {self.block.summary()}, depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
-        )
+        return f"DiT, {self.block.summary()}, depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
 
     def build(self) -> "DiT":
         return DiT(self)
@@ -107,10 +105,16 @@ class DiT(Network):
         super().__init__()
         config.check_size(config.input_size)
         self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-        block = BlockDims(config.hidden_size, config.num_heads, int(config.hidden_size * config.mlp_ratio), config.mlp_norm_eps)
+        block = BlockDims(
+            config.hidden_size, config.num_heads, int(config.hidden_size * config.mlp_ratio), config.mlp_norm_eps
+        )
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_freq_divisor)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.learn_null_class) if config.num_classes else None
+        self.y_embedder = (
+            LabelEmbedder(config.num_classes, config.hidden_size, config.learn_null_class)
+            if config.num_classes
+            else None
+        )
         # Frozen, yet a parameter: official checkpoints hold it and the paper's counts include it.
         table = torch.zeros(1, config.grid[0] * config.grid[1], config.hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False) if config.block.absolute_positions else None
@@ -118,7 +122,9 @@ class DiT(Network):
         blocks = [config.block.build(block) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.appends_tokens = blocks[0].appends_tokens
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels, blocks[0].modulated_head)
+        self.final_layer = FinalLayer(
+            config.hidden_size, config.patch_size**2 * config.out_channels, blocks[0].modulated_head
+        )
         self.reset_parameters()
 
     @torch.no_grad()

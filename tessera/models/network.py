@@ -20,7 +20,9 @@ class NetworkConfig(Settings, ABC):
 
     display_name: ClassVar[str]  # what it is, for people
     kind: str
-    input_size: Size = Field(default=(32, 32), description="height and width of what the network sees (latents or pixels)")
+    input_size: Size = Field(
+        default=(32, 32), description="height and width of what the network sees (latents or pixels)"
+    )
     in_channels: PositiveInt = Field(default=4, description="channels of what the network sees")
     out_channels: PositiveInt = Field(
         default=8, description="raw output channels: twice `channels` where the variance is learned"
@@ -39,7 +41,7 @@ class NetworkConfig(Settings, ABC):
         return self.input_size[0] // self.size_multiple, self.input_size[1] // self.size_multiple
 
     @abstractmethod
-    def check_size(self, input_size: tuple[int, int]) -> None:
+    def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError unless the network can see pictures of a size."""
 
     @abstractmethod

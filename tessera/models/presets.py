@@ -28,13 +28,18 @@ UNET_SIZES = {
 # fmt: on
 
 PRESETS = {
-    f"DiT-{size}/{patch}": {"depth": depth, "width": width, "heads": heads, "patch": patch}
+    f"DiT-{size}/{patch}": {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}
     for size, (depth, width, heads) in SIZES.items()
     for patch in (8, 4, 2)
 }
 
 UNETS: dict[str, dict[str, Any]] = {
-    f"UNet-{name}-{by}": {"width": width, "multipliers": (1, 2, 4), "depth": depth, "attention": (2, 4)}
+    f"UNet-{name}-{by}": {
+        "model_channels": width,
+        "channel_mult": (1, 2, 4),
+        "num_res_blocks": depth,
+        "attention_levels": (2, 4),
+    }
     for name, sizes in UNET_SIZES.items()
     for by, (width, depth) in sizes.items()
 }

@@ -87,7 +87,11 @@ class UNetConfig(NetworkConfig):
             )
 
     def summary(self) -> str:
-        attention = f"attention at 1/{', 1/'.join(map(str, self.attention_levels))}" if self.attention_levels else "no attention"
+        attention = (
+            f"attention at 1/{', 1/'.join(map(str, self.attention_levels))}"
+            if self.attention_levels
+            else "no attention"
+        )
         multipliers = ", ".join(map(str, self.channel_mult))
         return f"U-Net, width {self.model_channels} x ({multipliers}), depth {self.num_res_blocks}, {attention}"
 
@@ -237,7 +241,9 @@ class UNet(Network):
         told, first = 4 * config.model_channels, config.model_channels * config.channel_mult[0]
         self.stem = convolution(config.in_channels, first)
         self.t_embedder = TimestepEmbedder(told)
-        self.y_embedder = LabelEmbedder(config.num_classes, told, config.learn_null_class) if config.num_classes else None
+        self.y_embedder = (
+            LabelEmbedder(config.num_classes, told, config.learn_null_class) if config.num_classes else None
+        )
         self.blocks = nn.ModuleList(blocks(config))
         self.final_layer = FinalLayer(first, config.out_channels)
         self.reset_parameters()

@@ -152,7 +152,7 @@ def unusable_images(history: History) -> Finding | None:
         "wrong" if bad >= MANY_UNUSABLE * seen else "watch",
         "Many images cannot be used; others are shown more often in their place.",
         f"{bad:.0f} of about {seen:.0f} images seen by step {history.step}{example}",
-        f"{history.folder / 'skipped.txt'} names them with the reason; data.enlarge=true takes those too small",
+        f"{history.folder / 'skipped.txt'} names them with the reason; data.upscale=true takes those too small",
     )
 
 
@@ -173,14 +173,16 @@ def learning_rate_too_high(history: History) -> Finding | None:
     loss, guess = history.late_loss, history.guesses.linear
     if thrown and history.step >= BEGUN and loss is not None and loss >= UNLEARNED * guess:
         signs.append(f"mean squared error {loss:.3g} late, where guessing each number by itself has {guess:.3g}")
-    begun = history.step >= BEGUN or history.recipe.training.optimizer.warmup_steps >= WARMUP  # or it may be the lack of one
+    begun = (
+        history.step >= BEGUN or history.recipe.training.optimizer.warmup_steps >= WARMUP
+    )  # or it may be the lack of one
     if not signs and not (begun and len(thrown) >= 2):
         return None
     first = history.passed[0] if history.passed else None
     why = f"; the first batch left out was that of step {first['step']}: {first.get('why')}" if first else ""
-    change = f"{_lower_rate(history)}, with training.optimizer.clip=1"
+    change = f"{_lower_rate(history)}, with training.optimizer.grad_clip_norm=1"
     if history.recipe.training.optimizer.warmup_steps < _warmup(history):
-        change += f" and training.optimizer.warmup={_warmup(history)}"
+        change += f" and training.optimizer.warmup_steps={_warmup(history)}"
     return Finding(
         "learning rate too high",
         "wrong",
@@ -254,7 +256,7 @@ def no_warmup(history: History) -> Finding | None:
         "wrong",
         "The first steps were too long and threw the weights about, before the optimizer knew how large gradients are.",
         f"gradient norm {worst:.3g} by step {step}, {median(late):.3g} late in the run; {overshoot[0]}",
-        f"training.optimizer.warmup={_warmup(history)} (it is {training.optimizer.warmup_steps}), from the start",
+        f"training.optimizer.warmup_steps={_warmup(history)} (it is {training.optimizer.warmup_steps}), from the start",
     )
 
 
@@ -270,7 +272,7 @@ def growing_gradients(history: History) -> Finding | None:
         "watch",
         "Gradients become longer, which often comes before a run diverges.",
         f"gradient norm {median(middle):.3g} in the middle of the run, {median(late):.3g} up to step {history.step}",
-        f"{_lower_rate(history)}, or training.optimizer.clip=1",
+        f"{_lower_rate(history)}, or training.optimizer.grad_clip_norm=1",
     )
 
 
@@ -286,7 +288,7 @@ def always_clipped(history: History) -> Finding | None:
         "watch",
         "Nearly every gradient is longer than the clip, so that the clip, not the gradient, sets how it counts.",
         f"{mean(shares):.0%} of late steps up to step {history.step}, gradient norm {norm:.3g}, clip {clip:g}",
-        f"training.optimizer.clip={2 * norm:.2g}, and a lower learning rate if the loss is uneven",
+        f"training.optimizer.grad_clip_norm={2 * norm:.2g}, and a lower learning rate if the loss is uneven",
     )
 
 
@@ -309,7 +311,7 @@ def attention_logits(history: History) -> Finding | None:
         "Attention becomes one-hot: each token looks at one other, and what it looks at can no longer be learned.",
         f"largest logit {first:.3g} at step {step}, {median(middle):.3g} in the middle of the run, {median(late):.3g} "
         f"late up to step {history.step}",
-        "network.block=modern, in a new run: its qk_norm keeps queries and keys at one length; in this one "
+        "network.block=rope-swiglu, in a new run: its qk_norm keeps queries and keys at one length; in this one "
         f"training.optimizer.learning_rate={rate / 3:.2g}"
         if boundless
         else f"training.optimizer.learning_rate={rate / 3:.2g}",
@@ -328,8 +330,8 @@ def untold_guidance(history: History) -> Finding | None:
         "guidance without label dropout",
         "wrong",
         "Guidance leads away from what the network draws when it is told nothing, but it was never told nothing.",
-        f"training.label_dropout is 0, sampling.guidance is {recipe.sampling.guidance_scale:g}",
-        "training.label_dropout=0.1, or sampling.guidance=1",
+        f"training.label_dropout is 0, sampling.guidance_scale is {recipe.sampling.guidance_scale:g}",
+        "training.label_dropout=0.1, or sampling.guidance_scale=1",
     )
 
 
@@ -460,7 +462,7 @@ def off_at_one_end(history: History) -> Finding | None:
         if mean(values) < EXCESS[0] * guess + EXCESS[1] * nothing:
             continue
         kind = history.recipe.diffusion.kind
-        flow = f"process.times=uniform, or process.shift {'above' if end == 'noise' else 'below'} 1"
+        flow = f"diffusion.timestep_sampling=uniform, or process.shift {'above' if end == 'noise' else 'below'} 1"
         return Finding(
             f"off near the {end}",
             "watch",
@@ -468,7 +470,7 @@ def off_at_one_end(history: History) -> Finding | None:
             "there.",
             f"mean squared error {mean(values):.3g} at times {place / BINS:g} to {(place + 1) / BINS:g}, the guess has "
             f"{guess:.3g} (up to step {history.step})",
-            flow if kind == "flow" else "process.prediction=v, or process.schedule=cosine, in a new run",
+            flow if kind == "flow" else "diffusion.prediction=v, or diffusion.schedule=cosine, in a new run",
         )
     return None
 
@@ -485,8 +487,8 @@ def waiting_for_data(history: History) -> Finding | None:
         "waiting for data",
         "watch",
         "The device waits while images are read and decoded.",
-        f"{mean(shares):.0%} of the time, late up to step {history.step}; training.workers is {workers}",
-        f"training.workers={2 * workers}, if processor cores are left; or store the images at data.size beforehand",
+        f"{mean(shares):.0%} of the time, late up to step {history.step}; training.num_workers is {workers}",
+        f"training.num_workers={2 * workers}, if processor cores are left; or store the images at data.size beforehand",
     )
 
 
@@ -498,9 +500,9 @@ def idle_device(history: History) -> Finding | None:
     changes = [] if config.compile not in (False, "off") else ["training.compile=auto"]
     changes += [] if config.precision != "float32" else ["training.precision=auto"]
     if config.micro_batch_size and config.micro_batch_size < config.global_batch_size:
-        changes.append(f"training.micro_batch={min(2 * config.micro_batch_size, config.global_batch_size)}")
+        changes.append(f"training.micro_batch_size={min(2 * config.micro_batch_size, config.global_batch_size)}")
     else:
-        changes.append(f"training.batch={2 * config.global_batch_size}")
+        changes.append(f"training.global_batch_size={2 * config.global_batch_size}")
     return Finding(
         "GPU hardly busy",
         "watch",

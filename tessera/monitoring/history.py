@@ -20,7 +20,7 @@ from tessera.errors import TesseraError
 from tessera.monitoring.health import BINS
 from tessera.monitoring.logger import HEALTH, read_log
 from tessera.monitoring.spikes import read_skipped_steps
-from tessera.settings import validate, read_yaml
+from tessera.settings import read_yaml, validate
 from tessera.training.recipe import Recipe
 
 Record = dict[str, Any]

@@ -24,7 +24,7 @@ from tessera.monitoring.spikes import SKIPPED_STEPS
 from tessera.reporting import charts
 from tessera.reporting import page as page_html
 from tessera.reporting.charts import Line, StepMarks, heat_map, line_chart, ramp, short
-from tessera.settings import Settings, flat, validate, read_yaml
+from tessera.settings import Settings, flat, read_yaml, validate
 from tessera.training import scores
 from tessera.training.recipe import Recipe
 from tessera.training.run import RECIPE, SAMPLES, SKIPPED

@@ -40,7 +40,9 @@ class StabilityConfig(Settings):
         default=20, description="robust standard deviations above the median; null: only what is not a number"
     )
     window: PositiveInt = Field(default=256, ge=16, description="steps that the median is of")
-    max_consecutive_bad: PositiveInt = Field(default=8, description="bad steps in a row before the run goes back to a checkpoint")
+    max_consecutive_bad: PositiveInt = Field(
+        default=8, description="bad steps in a row before the run goes back to a checkpoint"
+    )
     max_rollbacks: PositiveInt = Field(default=3, description="times to go back before the run ends with a diagnosis")
 
 

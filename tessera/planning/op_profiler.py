@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera import runtime
 from tessera.conditioning import Condition
-from tessera.files import cache_folder, atomic_write
+from tessera.files import atomic_write, cache_folder
 from tessera.models.dit import DiTConfig
 from tessera.planning.trace import Operator, Recorder, Spec, Trace, function
 
@@ -113,7 +113,16 @@ class OpProfiler:
 
     def _overhead(self) -> float:
         """Seconds a call, beside its own: from a network so small that it consists of little else."""
-        config = DiTConfig(input_size=(8, 8), in_channels=1, out_channels=1, num_classes=4, patch_size=4, depth=6, hidden_size=16, num_heads=2)
+        config = DiTConfig(
+            input_size=(8, 8),
+            in_channels=1,
+            out_channels=1,
+            num_classes=4,
+            patch_size=4,
+            depth=6,
+            hidden_size=16,
+            num_heads=2,
+        )
         network = config.build().to(self.device)
         x, t = torch.rand(1, 1, 8, 8, device=self.device), torch.rand(1, device=self.device)
         condition = Condition(torch.zeros(1, dtype=torch.int64, device=self.device))

@@ -19,7 +19,7 @@ from tessera.models.network import DATA_DEPENDENT, NetworkConfig, parameter_coun
 from tessera.models.presets import PRESETS
 from tessera.planning.budget import Budget
 from tessera.planning.hardware import Compiled, Hardware
-from tessera.planning.op_profiler import Progress, OpProfiler
+from tessera.planning.op_profiler import OpProfiler, Progress
 from tessera.planning.trace import Sizes, Step, Trace, outline
 from tessera.settings import validate
 
@@ -344,13 +344,13 @@ def divided(work: Workload, devices: int) -> Split:
     rounds = -(-share // min(work.micro_batch or share, share))
     if work.batch // devices < rounds:
         raise TesseraError(
-            f"training.batch {work.batch} is too small for {devices} devices: some would have nothing to do; choose a "
+            f"training.global_batch_size {work.batch} is too small for {devices} devices: some would have nothing to do; choose a "
             "larger batch or fewer devices"
         )
     shards = devices if work.shard == "all" else 1 if devices == 1 else work.shard
     if devices % shards:
         raise TesseraError(
-            f"training.shard is {work.shard}, but {devices} devices cannot be divided into groups of {shards}: choose "
+            f"training.fsdp is {work.shard}, but {devices} devices cannot be divided into groups of {shards}: choose "
             "a divisor, or all"
         )
     return Split(devices, -(-share // rounds), rounds, shards)
@@ -430,7 +430,9 @@ def _deep(
     return tuple(x + (y - x) / (more - fewer) * (network.depth - fewer) for x, y in zip(one, other))
 
 
-def _sizes(work: Workload, network: NetworkConfig, split: Split, dtype: torch.dtype | None, recompute: Recompute) -> Sizes:
+def _sizes(
+    work: Workload, network: NetworkConfig, split: Split, dtype: torch.dtype | None, recompute: Recompute
+) -> Sizes:
     """Of a step on one device; a second round finds the gradients of the first."""
 
     def told(config: NetworkConfig) -> Sizes:
@@ -439,7 +441,9 @@ def _sizes(work: Workload, network: NetworkConfig, split: Split, dtype: torch.dt
     return Sizes(*map(round, _deep(network, told)))
 
 
-def _step_seconds(work: Workload, split: Split, dtype: torch.dtype | None, recompute: Recompute, clock: _Clock) -> float:
+def _step_seconds(
+    work: Workload, split: Split, dtype: torch.dtype | None, recompute: Recompute, clock: _Clock
+) -> float:
     """Of one step: forward and backward of all rounds, and the update."""
 
     def told(config: NetworkConfig) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion import GaussianDiffusion, DiffusionProcess
+from tessera.diffusion import DiffusionProcess, GaussianDiffusion
 from tessera.diffusion.prediction import expand
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise

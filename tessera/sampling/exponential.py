@@ -83,7 +83,9 @@ def lagrange_weights(h: Tensor, places: list[Tensor]) -> list[Tensor]:
     return list(weights)
 
 
-def linear_combination(of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]) -> Tensor:
+def linear_combination(
+    of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]
+) -> Tensor:
     """of_x x + scale (first x0[0] + the weighted differences of the other x0 from x0[0]). Coefficients [B]."""
     left = scale * first
     for weight in weights:

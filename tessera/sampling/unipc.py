@@ -40,4 +40,6 @@ class UniPC(Solver):
             history = memory.history
             x = exp_integrator_step(memory.x, here, history, ahead=x0, by_length=by_length)
         history = push_history(history, here, x0, self.order)
-        return exp_integrator_step(x, NoiseLevel.at(denoise.process, s), history, by_length=by_length), Predicted(x, history)
+        return exp_integrator_step(x, NoiseLevel.at(denoise.process, s), history, by_length=by_length), Predicted(
+            x, history
+        )

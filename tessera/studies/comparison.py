@@ -57,7 +57,9 @@ def place(point: Point, scale: Scale) -> float:
 
 def score_at(result: Result, metric: str, scale: Scale, x: float) -> Estimate | None:
     """A member's score at x of its training: between scored points straight in log x; None where it was not scored."""
-    points = [(place(point, scale), point.scores[metric]) for point in result.points if is_measured(point.scores, metric)]
+    points = [
+        (place(point, scale), point.scores[metric]) for point in result.points if is_measured(point.scores, metric)
+    ]
     points = [(at, Estimate(score.value, score.low, score.high)) for at, score in points if at > 0]
     for at, score in points:
         if math.isclose(at, x, rel_tol=1e-9):

@@ -24,7 +24,7 @@ from tessera.planning.scaling_law import EvalPoint, fit, frontier, held_out, lar
 from tessera.planning.statistics import Estimate
 from tessera.studies.comparison import SCALES, Scale
 from tessera.studies.results import Result
-from tessera.studies.seed_aggregation import Mean, Setting, after, final_points, equal_steps, active
+from tessera.studies.seed_aggregation import Mean, Setting, active, after, equal_steps, final_points
 from tessera.studies.study import Study
 from tessera.training.scores import HIGHER
 
@@ -360,9 +360,9 @@ def scored(found: Sequence[Setting]) -> list[EvalPoint]:
 def paper_law(out: Sequence[bool]) -> StudyFigure:
     """FID-50K after 400K steps against GMACs for the twelve models, with the law; out: which are held out of it."""
     figure, (axes,) = _figure(1)
-    looks = Looks({"size": published.SIZES, "patch": [str(patch) for patch in published.PATCHES]})
+    looks = Looks({"input_size": published.SIZES, "patch_size": [str(patch) for patch in published.PATCHES]})
     for model in published.MODELS:
-        look = looks.of({"size": model.size, "patch": str(model.patch)})
+        look = looks.of({"input_size": model.size, "patch_size": str(model.patch)})
         axes.plot(model.gmacs, model.fid, **{**look, "linestyle": "none"})
     gmacs, fid = [model.gmacs for model in published.MODELS], [model.fid for model in published.MODELS]
     more, drawn = _law(axes, gmacs, fid, out)
@@ -370,7 +370,7 @@ def paper_law(out: Sequence[bool]) -> StudyFigure:
     _scaled(axes, "x", gmacs)
     _scaled(axes, "y", fid, drawn)
     shown = [
-        Setting(m.name, {"size": m.size, "patch": str(m.patch)}, (0,), True, m.parameters, m.gmacs, [], [])
+        Setting(m.name, {"input_size": m.size, "patch_size": str(m.patch)}, (0,), True, m.parameters, m.gmacs, [], [])
         for m in published.MODELS
     ]
     _legend(figure, [*looks.keys(shown), *more])

@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from tessera.errors import TesseraError
-from tessera.files import InUse, exclusive_lock, atomic_write
+from tessera.files import InUse, atomic_write, exclusive_lock
 from tessera.monitoring.logger import format_duration, read_log
 from tessera.studies import worker as apart
 from tessera.studies.results import Result, read

@@ -132,7 +132,9 @@ def final_points(found: Sequence[Setting], against: Against) -> FinalPoints:
     chosen = [setting for setting in active(found) if setting.points]
     if against == "flops":
         last = [setting.points[-1] for setting in chosen]
-        return FinalPoints("at the end of training", chosen, [point.flops for point in last], [point.score for point in last])
+        return FinalPoints(
+            "at the end of training", chosen, [point.flops for point in last], [point.score for point in last]
+        )
     steps = equal_steps(chosen)
     if not steps:
         return FinalPoints("", [], [], [])

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings, flat, override, validate, read_yaml, unknown
+from tessera.settings import Settings, flat, override, read_yaml, unknown, validate
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of a value: part of a folder's name
 SAID_OTHERWISE = {  # settings that a study decides itself
@@ -143,7 +143,7 @@ def members(study: Study) -> Iterator[Member]:
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> Study:
-    """A study's file with dotted overrides (`budget.steps=500`, `set.training.batch=64`). Raises TesseraError.
+    """A study's file with dotted overrides (`budget.steps=500`, `set.training.global_batch_size=64`). Raises TesseraError.
 
     `output` is runs/<the file's name> where none is given; `recipe` becomes a path from here.
     """

@@ -38,7 +38,7 @@ from tessera.training.run import open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
 # Where a member runs and writes, not what it is.
-WHERE = {"output", "training.device", "training.workers", "training.tensorboard", "evaluation.reference_folder"}
+WHERE = {"output", "training.device", "training.num_workers", "training.tensorboard", "evaluation.reference_folder"}
 
 
 class Planned(Settings):
@@ -159,7 +159,9 @@ def resolved(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
     config = recipe.training
     if config.init_from is not None:
         if config.init_from not in opened:
-            opened[config.init_from] = load.load(config.init_from, "cpu", heads=config.init_num_heads, read_as=config.init_type)
+            opened[config.init_from] = load.load(
+                config.init_from, "cpu", heads=config.init_num_heads, read_as=config.init_type
+            )
         recipe = initialization.inherit_settings(recipe, opened[config.init_from])
     recipe = pixels_like_data(recipe)
     key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()
@@ -293,13 +295,13 @@ def check(study: Study, planned: StudyPlan) -> None:
     if large:
         raise TesseraError(
             f"{table(planned)}\nthese members do not fit in memory: {', '.join(large)}\n"
-            "lower set.training.micro_batch, set training.recompute, or leave them out"
+            "lower set.training.micro_batch_size, set training.activation_checkpointing, or leave them out"
         )
     limit = study.limit_minutes
     if limit is not None and planned.seconds > 60 * limit:
         raise TesseraError(
             f"{table(planned)}\nthe study takes about {format_duration(planned.seconds)} on one machine, and limit_minutes is "
-            f"{limit:g}: lower the budget, the sizes or evaluation.count, or raise limit_minutes"
+            f"{limit:g}: lower the budget, the sizes or evaluation.num_samples, or raise limit_minutes"
         )
 
 

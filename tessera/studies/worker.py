@@ -138,7 +138,9 @@ class _Told:
         now = time.monotonic()
         if now - self.last > PART:
             self.last = now
-            _say(f"  {self.what}: {done} of {total}, {format_duration((now - self.began) / max(done, 1) * (total - done))} left")
+            _say(
+                f"  {self.what}: {done} of {total}, {format_duration((now - self.began) / max(done, 1) * (total - done))} left"
+            )
 
 
 def _say(text: str) -> None:

@@ -32,10 +32,10 @@ from tessera.evaluation.features import Extractor, extractor
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.reconstruction import WINDOW, Reconstruction, reconstruct, sheet
 from tessera.evaluation.toy.feature_network import Part
-from tessera.files import exclusive_lock, remove_partials, atomic_file, atomic_folder, atomic_write
+from tessera.files import atomic_file, atomic_folder, atomic_write, exclusive_lock, remove_partials
 from tessera.monitoring.logger import MetricLogger
 from tessera.runtime import DeviceName, Precision
-from tessera.settings import Settings, changes, override, validate, read_yaml, write_yaml
+from tessera.settings import Settings, changes, override, read_yaml, validate, write_yaml
 from tessera.training.loop import Interrupted, stop_signals
 from tessera.training.objective import POSTERIOR
 from tessera.training.optimizers import AdamWConfig, CosineDecay, Fraction, learning_rate, set_learning_rate
@@ -43,7 +43,14 @@ from tessera.training.optimizers import AdamWConfig, CosineDecay, Fraction, lear
 RECIPE, CHECKPOINT, CODEC, SCORES, SHEET = "recipe.yaml", "checkpoint.pt", "codec", "scores.json", "reconstructions.png"
 HELD_OUT = 0x636F6465  # stream of randomness: which pictures are kept from training
 MEASURED = 1024  # training pictures whose latents tell scale and shift
-FREE = {"output", "features", "training.log_every", "training.checkpoint_every", "training.workers", "training.device"}
+FREE = {
+    "output",
+    "features",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.num_workers",
+    "training.device",
+}
 
 
 class FitConfig(Settings):
@@ -51,7 +58,9 @@ class FitConfig(Settings):
 
     steps: PositiveInt = 2_000
     batch: PositiveInt = 16
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule=CosineDecay(), grad_clip_norm=1.0)
+    optimizer: AdamWConfig = AdamWConfig(
+        learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule=CosineDecay(), grad_clip_norm=1.0
+    )
     kl: float = Field(default=1e-4, ge=0, description="weight of the KL divergence, a mean over latents, beside L1")
     ema: Fraction = Field(default=0.995, description="decay of the average of the weights, which is what is saved")
     held_out: PositiveInt = Field(default=256, description="pictures kept from training, for the scores")
@@ -77,7 +86,9 @@ class CodecRecipe(Settings):
 
 def read(path: Path, overrides: list[str]) -> CodecRecipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
-    return validate(CodecRecipe, override({"output": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}")
+    return validate(
+        CodecRecipe, override({"output": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}"
+    )
 
 
 def train(recipe: CodecRecipe) -> Path:

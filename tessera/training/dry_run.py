@@ -12,9 +12,9 @@ from tessera.generation import pipeline
 from tessera.monitoring.logger import format_duration
 from tessera.training import loop
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import TrainerState, CheckpointWriter
+from tessera.training.checkpoint.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.recipe import Recipe
-from tessera.training.run import TrainingRun, check_agreement, checkpoint_to_resume, build_run
+from tessera.training.run import TrainingRun, build_run, check_agreement, checkpoint_to_resume
 from tessera.training.step import train_step
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tessera.bundle import Model
 from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, listed
-from tessera.layers.patches import resample_patches, resample_head
+from tessera.layers.patches import resample_head, resample_patches
 from tessera.models.dit import DiTConfig
 from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig
 from tessera.models.unet import UNetConfig
@@ -81,10 +81,16 @@ def start_from(network: Network, class_names: tuple[str, ...], source: Model, na
             f"(leave network: out of the recipe to take them from it){listed(strangers)}"
         )
     if isinstance(before, DiTConfig) and isinstance(now, DiTConfig) and before.num_heads != now.num_heads:
-        raise TesseraError(f"cannot start from {name}: it has {before.num_heads} heads, network.heads is {now.num_heads}")
-    if isinstance(before, UNetConfig) and isinstance(now, UNetConfig) and before.num_head_channels != now.num_head_channels:
         raise TesseraError(
-            f"cannot start from {name}: it has heads of {before.num_head_channels} channels, network.head_channels is "
+            f"cannot start from {name}: it has {before.num_heads} heads, network.num_heads is {now.num_heads}"
+        )
+    if (
+        isinstance(before, UNetConfig)
+        and isinstance(now, UNetConfig)
+        and before.num_head_channels != now.num_head_channels
+    ):
+        raise TesseraError(
+            f"cannot start from {name}: it has heads of {before.num_head_channels} channels, network.num_head_channels is "
             f"{now.num_head_channels}"
         )
     for key, target in fresh.items():
@@ -133,7 +139,9 @@ def _labels(target: Tensor, old: Tensor | None, network: Network, class_names: t
         kept = [(row, names.index(name)) for row, name in enumerate(class_names) if name in names]
     else:  # a checkpoint without names: its classes are these if there are as many
         kept = (
-            [(row, row) for row in range(len(class_names))] if len(class_names) == source.config.network.num_classes else []
+            [(row, row) for row in range(len(class_names))]
+            if len(class_names) == source.config.network.num_classes
+            else []
         )
     for row, place in kept:
         target[row] = old[place]

@@ -16,15 +16,15 @@ import tessera
 from tessera import bundle, images, runtime
 from tessera.data import Batch
 from tessera.errors import TesseraError
-from tessera.files import exclusive_lock, atomic_write
+from tessera.files import atomic_write, exclusive_lock
 from tessera.generation import pipeline
 from tessera.monitoring import health
 from tessera.monitoring.logger import MetricLogger
-from tessera.monitoring.spikes import SkippedSteps, StepRecord, SpikeDetector
+from tessera.monitoring.spikes import SkippedSteps, SpikeDetector, StepRecord
 from tessera.runtime import Distributed
 from tessera.training import parallel, scores
 from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import TrainerState, CheckpointWriter
+from tessera.training.checkpoint.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.optimizers import learning_rate, set_learning_rate
 from tessera.training.recipe import Recipe
 from tessera.training.run import (
@@ -32,17 +32,24 @@ from tessera.training.run import (
     SAMPLES,
     SKIPPED,
     TrainingRun,
+    build_run,
     changed,
     check_agreement,
     checkpoint_to_resume,
     prepare_folder,
-    build_run,
 )
 from tessera.training.step import MetricAccumulator, StepMetrics, train_step
 
 COLUMNS = 16  # of a grid of samples, at most
 # Changes after which losses and gradients may be of another size than those before.
-OTHER_LOSSES = ("data.", "codec.", "process.", "training.batch", "training.label_dropout", "training.optimizer.")
+OTHER_LOSSES = (
+    "data.",
+    "codec.",
+    "process.",
+    "training.global_batch_size",
+    "training.label_dropout",
+    "training.optimizer.",
+)
 
 
 class Interrupted(TesseraError):
@@ -159,7 +166,9 @@ class Training:
         """Say where the run starts from."""
         run, say = self.run, self.journal.info
         if self.ranks.world_size > 1:
-            say(f"{self.ranks.world_size} processes: {run.parallel.replicas} copies of the weights, each in {run.parallel.shards}")
+            say(
+                f"{self.ranks.world_size} processes: {run.parallel.replicas} copies of the weights, each in {run.parallel.shards}"
+            )
         if found is not None:
             say(f"going on from step {self.step} ({found})")
             for change in changed(run, found):
@@ -256,7 +265,11 @@ class Training:
         tries = len(before) + 1
         present = self.ranks.broadcast(
             # None that was saved amid the trouble, when the run was asked to stop.
-            [one for one in bundle.checkpoints(run.run_dir) if not checkpoint.read_state(one).spike_detector.get("in_a_row")]
+            [
+                one
+                for one in bundle.checkpoints(run.run_dir)
+                if not checkpoint.read_state(one).spike_detector.get("in_a_row")
+            ]
         )
         if tries > config.max_rollbacks or not present:
             raise TesseraError(self._diagnosis(seen, len(before)))
@@ -272,7 +285,9 @@ class Training:
                 self.passed.add(replace(seen, position=position), run.loader.names(position), rollback)
         self.passed.forget_after(place.step)
         run.loader.skipped_positions = self.passed.positions
-        if self.ranks.is_main:  # in this order: killed in between, the run meets the same trouble and does the same again
+        if (
+            self.ranks.is_main
+        ):  # in this order: killed in between, the run meets the same trouble and does the same again
             checkpoint.delete_after(run.run_dir, place.step)
             self.passed.write()
             if run.scorer is not None:
@@ -293,8 +308,8 @@ class Training:
             f"training diverged at step {seen.step}: {seen.why}, {self.watch.consecutive_bad} steps in a row, and "
             f"going back {tried} times did not help; the last checkpoint is "
             f"{present[0] if present else 'not written yet'}\n"
-            "lower training.optimizer.learning_rate, set training.optimizer.clip=1, or lengthen "
-            f"training.optimizer.warmup; `tessera doctor {self.run.run_dir}` says what it sees"
+            "lower training.optimizer.learning_rate, set training.optimizer.grad_clip_norm=1, or lengthen "
+            f"training.optimizer.warmup_steps; `tessera doctor {self.run.run_dir}` says what it sees"
         )
 
     # What is written down
@@ -374,7 +389,9 @@ class Training:
             if best := scores.best(scored):
                 at, score = best
                 now = scored[step][score.metric].value
-                journal.info(f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept")
+                journal.info(
+                    f"{score.metric} {now:.5g}; the best so far is {score.value:.5g} at step {at}, and is kept"
+                )
             scores.plot(scored, run.run_dir / scores.FOLDER / "curve.png")
             if not self.writer.busy:
                 prune(run)

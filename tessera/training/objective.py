@@ -61,7 +61,9 @@ def prepare_batch(batch: Batch, task: TrainingObjective, device: torch.device) -
     return x0, condition, batch.position
 
 
-def compute_loss(network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective) -> tuple[Losses, Tensor]:
+def compute_loss(
+    network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective
+) -> tuple[Losses, Tensor]:
     """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
 
     x0 [B, C, h, w], position [B]
@@ -70,6 +72,8 @@ def compute_loss(network: Forward, x0: Tensor, condition: Condition, position: T
     noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
     with runtime.autocast(task.dtype, x0.device):
         raw = network(
-            task.diffusion.add_noise(x0, noise, t), task.diffusion.model_time(t).to(x0.device, non_blocking=True), condition
+            task.diffusion.add_noise(x0, noise, t),
+            task.diffusion.model_time(t).to(x0.device, non_blocking=True),
+            condition,
         )
     return task.diffusion.loss(raw.float(), x0, noise, t), t

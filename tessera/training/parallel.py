@@ -32,7 +32,7 @@ class ParallelContext:
             self.shards = 1  # the same recipe on one machine
         if world.world_size % self.shards:
             raise TesseraError(
-                f"training.shard is {shard}, but {world.world_size} processes cannot be divided into groups of {shard}: "
+                f"training.fsdp is {shard}, but {world.world_size} processes cannot be divided into groups of {shard}: "
                 "choose a divisor, or all"
             )
         self.replicas = world.world_size // self.shards
@@ -80,7 +80,7 @@ def local_batch(batch: int, rounds: int, ranks: Distributed) -> slice:
     count, rank = ranks.world_size, ranks.rank
     if batch // count < rounds:
         raise TesseraError(
-            f"training.batch {batch} is too small for {count} processes: some would have nothing to do; choose a "
+            f"training.global_batch_size {batch} is too small for {count} processes: some would have nothing to do; choose a "
             "larger batch or fewer processes"
         )
     return slice(batch * rank // count, batch * (rank + 1) // count)

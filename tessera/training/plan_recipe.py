@@ -24,7 +24,7 @@ from tessera.evaluation import suite
 from tessera.models.network import NetworkConfig
 from tessera.models.presets import PRESETS, UNETS
 from tessera.planning import hardware as machines
-from tessera.planning.plan import SamplingWork, Plan, Workload, plan
+from tessera.planning.plan import Plan, SamplingWork, Workload, plan
 from tessera.planning.trace import Recorder, Sizes, Step, Trace, fake, outline
 from tessera.runtime import autocast
 from tessera.sampling.denoiser import Denoiser
@@ -164,14 +164,16 @@ def _resolved(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[st
         except TesseraError as error:
             notes.append(f"the data could not be opened ({str(error).splitlines()[0]}): classes as network says")
     if recipe.training.init_from is not None:
-        notes.append("training.init is left out: the network is the recipe's own")
+        notes.append("training.init_from is left out: the network is the recipe's own")
     names = source.class_names if source is not None else ("",) * recipe.network.num_classes
     if codec is not None:
         recipe = resolve_recipe(recipe, names, codec)
     else:  # the network as it is said, or of latents an eighth of the pictures' size
         network = recipe.network
         facts: dict[str, Any] = {
-            "outputs": recipe.diffusion.resolved(network.in_channels, network.input_size).build().out_channels(network.in_channels)
+            "outputs": recipe.diffusion.resolved(network.in_channels, network.input_size)
+            .build()
+            .out_channels(network.in_channels)
         }
         if "size" not in network.model_fields_set:
             facts["size"] = tuple(side // 8 for side in recipe.data.size)
@@ -194,7 +196,12 @@ def calls(recipe: Recipe, process: Any) -> int:
 
     told = Condition(torch.zeros(1, dtype=torch.int64) if network.num_classes else None)
     denoise = Denoiser(
-        blank, process, told, config.guidance_scale, interval=config.guidance_interval, schedule=config.guidance_schedule
+        blank,
+        process,
+        told,
+        config.guidance_scale,
+        interval=config.guidance_interval,
+        schedule=config.guidance_schedule,
     )
     visited = timestep_grid(config.timestep_spacing, config.num_steps, process)
     for _ in sampling.sample_loop(config.sampler, denoise, x, visited, lambda: torch.zeros_like(x)):
@@ -215,7 +222,12 @@ class Latents:
 
 
 def traced_step(
-    recipe: Recipe, network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: CheckpointingMode
+    recipe: Recipe,
+    network: NetworkConfig,
+    rows: int,
+    rounds: int,
+    dtype: torch.dtype | None,
+    recompute: CheckpointingMode,
 ) -> Step:
     """One step of a resolved recipe, of another network perhaps: so many rounds of so many rows.
 

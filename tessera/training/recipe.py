@@ -19,7 +19,7 @@ from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.timesteps import timestep_grid
-from tessera.settings import Settings, override, validate, read_yaml
+from tessera.settings import Settings, override, read_yaml, validate
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
 
@@ -87,8 +87,12 @@ class TrainingConfig(Settings):
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
     num_workers: PositiveInt = Field(default=2, description="threads that read data ahead")
-    init_from: str | None = Field(default=None, description="start from this bundle, run, official .pt or diffusers folder")
-    init_num_heads: PositiveInt | None = Field(default=None, description="attention heads of init, where a .pt cannot say")
+    init_from: str | None = Field(
+        default=None, description="start from this bundle, run, official .pt or diffusers folder"
+    )
+    init_num_heads: PositiveInt | None = Field(
+        default=None, description="attention heads of init, where a .pt cannot say"
+    )
     init_type: Literal["dit", "sit", "sit-gvp"] | None = Field(
         default=None, description="what init was trained as, where a .pt cannot say"
     )
@@ -97,7 +101,9 @@ class TrainingConfig(Settings):
     sample_seeds: PositiveInt = Field(default=4, description="rows of the grid")
     checkpoint_every: PositiveInt = 5_000
     keep_last: PositiveInt = Field(default=2, description="the newest so many stay, and the best, if scored")
-    keep_every_n_steps: PositiveInt | None = Field(default=None, description="and for good those of every so many steps")
+    keep_every_n_steps: PositiveInt | None = Field(
+        default=None, description="and for good those of every so many steps"
+    )
     health_every: PositiveInt | None = Field(
         default=100, description="steps between looks inside, for `tessera doctor`; null: never"
     )
@@ -126,7 +132,7 @@ class Recipe(Settings):
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
     data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
-    # The kinds that go without saying, so that process.kind=flow or training.optimizer.kind=muon replaces them.
+    # The kinds that go without saying, so that diffusion.kind=flow or training.optimizer.kind=muon replaces them.
     if isinstance(data.get("network"), dict):
         data["network"] = with_kind(data["network"])
     for place, name, usual in ((data, "process", "gaussian"), (data.get("training"), "optimizer", "adamw")):
@@ -162,11 +168,13 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> 
             raise TesseraError(f"network.{name} is {told} in the recipe, but data, codec and process make it {fact}")
     network = validate(type(network), {**network.model_dump(), **facts}, "network")
     if facts["classes"] and recipe.training.label_dropout and not network.learn_null_class:
-        raise TesseraError("training.label_dropout needs network.null_class=true: labels are withheld by that class")
+        raise TesseraError(
+            "training.label_dropout needs network.learn_null_class=true: labels are withheld by that class"
+        )
     if recipe.sampling.guidance_scale != 1 and not (facts["classes"] and network.learn_null_class):
         raise TesseraError(
-            f"sampling.guidance is {recipe.sampling.guidance_scale:g}, but guidance needs classes and network.null_class; "
-            "set sampling.guidance=1"
+            f"sampling.guidance_scale is {recipe.sampling.guidance_scale:g}, but guidance needs classes and network.learn_null_class; "
+            "set sampling.guidance_scale=1"
         )
     unit, data = codec.factor * network.size_multiple, recipe.data
     if isinstance(data, FilesConfig) and data.buckets is not None and data.buckets.multiple % unit:
@@ -175,7 +183,9 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> 
             f"set data.buckets.multiple={unit * max(1, round(data.buckets.multiple / unit))}"
         )
     check_caching(network, recipe.sampling.caching)
-    timestep_grid(recipe.sampling.timestep_spacing, recipe.sampling.num_steps, process)  # an error now, not at the first grid
+    timestep_grid(
+        recipe.sampling.timestep_spacing, recipe.sampling.num_steps, process
+    )  # an error now, not at the first grid
     return recipe.model_copy(update={"network": network})
 
 

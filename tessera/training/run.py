@@ -19,7 +19,7 @@ from tessera.data.images import Dataset
 from tessera.data.latents import LatentsSource, open_cache
 from tessera.diffusion import AnyDiffusionConfig
 from tessera.errors import TesseraError
-from tessera.files import remove_partials, atomic_folder, atomic_write
+from tessera.files import atomic_folder, atomic_write, remove_partials
 from tessera.interop import load
 from tessera.models.network import Network
 from tessera.runtime import Distributed
@@ -49,7 +49,7 @@ class TrainingRun:
     accumulation_steps: int  # of accumulation in a step
     objective: TrainingObjective
     compile_mode: compilation.CompileMode
-    init_report: str  # what was kept of training.init, for people
+    init_report: str  # what was kept of training.init_from, for people
     scorer: Scorer | None  # where the recipe asks for scores
 
     @property
@@ -88,7 +88,7 @@ def build_run(
 ) -> TrainingRun:
     """Open the data, build the network and all around it. Writes nothing. Raises TesseraError.
 
-    found: the checkpoint that goes on; it stands in for training.init, which may be gone by now.
+    found: the checkpoint that goes on; it stands in for training.init_from, which may be gone by now.
     """
     config = recipe.training
     device = runtime.choose_device(config.device)
@@ -113,7 +113,7 @@ def build_run(
         and not recipe.network.learn_null_class
     ):
         raise TesseraError(
-            f"{(source.labels < 0).sum()} samples have no class, which only network.null_class=true can express: "
+            f"{(source.labels < 0).sum()} samples have no class, which only network.learn_null_class=true can express: "
             "set that, or give them one"
         )
     buckets = sort_into_buckets(recipe, source)
@@ -149,7 +149,9 @@ def build_run(
         dtype=dtype,
     )
     scorer = Scorer(recipe.evaluation, model, recipe.data, Path(recipe.run_dir)) if recipe.evaluation.scores else None
-    team = ParallelContext(ranks, config.fsdp, device.type)  # processes meet: what a recipe has wrong each has told before
+    team = ParallelContext(
+        ranks, config.fsdp, device.type
+    )  # processes meet: what a recipe has wrong each has told before
     checkpoint_activations(network, config.activation_checkpointing)
     forward, compiled = _compiled(recipe, network, task, share // rounds, found, ranks, say)
     team.distribute(network)
@@ -163,7 +165,14 @@ def build_run(
         state=TrainState(network, forward, optimizer, config.optimizer, team),
         ema=average,
         loader=Loader(
-            source, config.global_batch_size, config.seed, config.num_workers, part, device.type == "cuda", buckets, recipe.data.hflip
+            source,
+            config.global_batch_size,
+            config.seed,
+            config.num_workers,
+            part,
+            device.type == "cuda",
+            buckets,
+            recipe.data.hflip,
         ),
         accumulation_steps=rounds,
         objective=task,
@@ -298,7 +307,7 @@ def check_agreement(run: TrainingRun, found: Path) -> None:
         if faults:
             raise TesseraError(
                 f"cannot go on from {found} with another {name}: {'; '.join(faults)}\n"
-                f"undo the change, start afresh with another output=, or fine-tune with training.init={found}"
+                f"undo the change, start afresh with another output=, or fine-tune with training.init_from={found}"
             )
 
 

@@ -50,7 +50,12 @@ class StepMetrics:
 
 
 def train_step(
-    learner: TrainState, batch: Batch, task: TrainingObjective, count: int, rounds: int = 1, limits: Tensor | None = None
+    learner: TrainState,
+    batch: Batch,
+    task: TrainingObjective,
+    count: int,
+    rounds: int = 1,
+    limits: Tensor | None = None,
 ) -> StepMetrics:
     """Gradients of the mean loss over `count` samples, of which this process has `batch`, in so many rounds; an update.
 

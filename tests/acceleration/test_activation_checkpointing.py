@@ -16,7 +16,15 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.models.unet import UNetConfig
 
 DESIGNS = ("in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern")
-SIZES = {"size": 8, "channels": 3, "outputs": 6, "classes": 3, "depth": 3, "width": 32, "heads": 4}
+SIZES = {
+    "input_size": 8,
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_classes": 3,
+    "depth": 3,
+    "hidden_size": 32,
+    "num_heads": 4,
+}
 
 
 @pytest.fixture
@@ -61,7 +69,9 @@ class Storages(TorchDispatchMode):
 @pytest.mark.parametrize("what", ["blocks", "selective"])
 def test_a_unet_keeps_less_and_its_gradients_are_the_same_to_the_bit(what, randomise):
     facts = {name: SIZES[name] for name in ("size", "channels", "outputs", "classes")}
-    network = randomise(UNetConfig(**facts, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,)).build()).train()
+    network = randomise(
+        UNetConfig(**facts, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,)).build()
+    ).train()
     expected = gradients(network)
     kept = {}
     for each in ("none", what):

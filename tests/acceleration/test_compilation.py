@@ -58,7 +58,7 @@ def test_outputs_gradients_and_names_stay(how, count, tiny_model, graphs):
 
 def test_all_blocks_of_a_unet_are_compiled_each_make_once(make_model, graphs):
     """There are more makes than PyTorch compiles of one function if it is not told."""
-    network = make_model({"kind": "unet", "multipliers": (1, 2, 3), "attention": (2, 4)}).network
+    network = make_model({"kind": "unet", "channel_mult": (1, 2, 3), "attention_levels": (2, 4)}).network
     makes = {
         (block.halvings, block.residual.resampling, *(weight.shape for weight in block.parameters()))
         for block in network.blocks

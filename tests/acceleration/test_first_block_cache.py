@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.acceleration.first_block_cache import FirstBlockCache, CacheStats
+from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.models.dit import DiT, DiTConfig
@@ -20,7 +20,15 @@ FLOWING = [kind for kind in SAMPLERS if kind != "ancestral"]
 @pytest.fixture
 def make(randomise):
     def made(block: str = "adaln-zero", depth: int = 3) -> DiT:
-        size = {"size": 8, "channels": 2, "outputs": 2, "classes": 3, "patch": 2, "width": 32, "heads": 2}
+        size = {
+            "input_size": 8,
+            "in_channels": 2,
+            "out_channels": 2,
+            "num_classes": 3,
+            "patch_size": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+        }
         return randomise(DiTConfig.model_validate({**size, "depth": depth, "block": block}).build())
 
     return made

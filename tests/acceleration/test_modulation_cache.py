@@ -15,7 +15,15 @@ TIMES, GRID = torch.tensor([999.0, 500.25, 0.0]), (4, 4)
 @pytest.fixture
 def make(randomise):
     def made(block: str = "adaln-zero", classes: int = 3) -> DiT:
-        size = {"size": 8, "channels": 2, "outputs": 2, "patch": 2, "width": 32, "heads": 2, "depth": 2}
+        size = {
+            "input_size": 8,
+            "in_channels": 2,
+            "out_channels": 2,
+            "patch_size": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "depth": 2,
+        }
         return randomise(DiTConfig.model_validate({**size, "classes": classes, "block": block}).build())
 
     return made

@@ -43,7 +43,10 @@ def named(checked: check.CheckResult) -> dict[str, int]:
 
 
 def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
-    whole, shards = check.CheckRequest(str(data), tmp_path / "whole"), check.CheckRequest(str(data), tmp_path / "shards")
+    whole, shards = (
+        check.CheckRequest(str(data), tmp_path / "whole"),
+        check.CheckRequest(str(data), tmp_path / "shards"),
+    )
     check.scan_data(whole)
     for shard in (2, 0, 1):
         with pytest.raises(TesseraError, match="of 8 parts in .* are missing"):
@@ -64,7 +67,9 @@ def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
     monkeypatch.setattr(scan, "WORTHWHILE", 0)
     check.scan_data(check.CheckRequest(str(data), one), workers=1)
     told = []
-    check.scan_data(check.CheckRequest(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done)))
+    check.scan_data(
+        check.CheckRequest(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done))
+    )
     assert told[-1] == ("looking", 2060, 2060)
     assert sorted(path.name for path in (two / "parts").iterdir()) == [f"part-00000{part}.arrow" for part in range(5)]
     for part in sorted((one / "parts").iterdir()):

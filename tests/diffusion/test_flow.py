@@ -22,7 +22,7 @@ from tessera.sampling.timesteps import Uniform
 from tessera.settings import validate
 from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
 
-PATHS = ["linear", "trigonometric"]
+PATHS = ["linear", "gvp"]
 QUANTITIES = ["velocity", "x0", "epsilon"]
 TIMES = torch.tensor([0.06, 0.3, 0.7, 0.94], dtype=torch.float64)  # where no share is below the floor
 
@@ -195,7 +195,9 @@ def test_shift_multiplies_the_ratio_of_noise_to_data(factor):
     moved = shifted(t, factor)
     torch.testing.assert_close(moved / (1 - moved), factor * t / (1 - t), rtol=1e-12, atol=0)
     torch.testing.assert_close(flow(shift=factor).sample_timesteps(t), moved)
-    both = flow(shift=factor, times="logit-normal").sample_timesteps(t)  # a shift of logit-normal times moves their mean
+    both = flow(shift=factor, times="logit-normal").sample_timesteps(
+        t
+    )  # a shift of logit-normal times moves their mean
     torch.testing.assert_close(
         both, flow(times={"kind": "logit-normal", "mean": math.log(factor)}).sample_timesteps(t), rtol=1e-12, atol=0
     )
@@ -289,9 +291,9 @@ def test_raw_outputs_in_bfloat16_are_weighed_in_float32():
 
 RECIPE = """
 data: {kind: digits}
-network: {patch: 4, width: 16, depth: 1, heads: 2}
-process: PROCESS
-sampling: {steps: 5}
+network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+diffusion: PROCESS
+sampling: {num_steps: 5}
 training:
   {steps: 60, batch: 32, optimizer: {learning_rate: 0.01}, ema: {decay: 0.5}, log_every: 1, sample_every: 1000,
    sample_seeds: 1, checkpoint_every: 1000, tensorboard: false, device: cpu}
@@ -304,12 +306,12 @@ def recipe(tmp_path, process: str, *overrides: str) -> Recipe:
 
 
 @pytest.mark.parametrize("told", ["{kind: gaussian, steps: 20, schedule: cosine}", "{steps: 20, prediction: v}"])
-@pytest.mark.parametrize("chosen", ["process=flow", "process.kind=flow"])
+@pytest.mark.parametrize("chosen", ["process=flow", "diffusion.kind=flow"])
 def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, chosen):
     assert recipe(tmp_path, told, chosen).diffusion == FlowMatchingConfig()
-    assert recipe(tmp_path, told, chosen, "process.path=trigonometric").diffusion == FlowMatchingConfig(path="trigonometric")
-    assert isinstance(recipe(tmp_path, told, "process.kind=gaussian").diffusion.build(), GaussianDiffusion)
-    assert recipe(tmp_path, told, "process.kind=gaussian").diffusion.num_timesteps == 20
+    assert recipe(tmp_path, told, chosen, "diffusion.path=gvp").diffusion == FlowMatchingConfig(path="gvp")
+    assert isinstance(recipe(tmp_path, told, "diffusion.kind=gaussian").diffusion.build(), GaussianDiffusion)
+    assert recipe(tmp_path, told, "diffusion.kind=gaussian").diffusion.num_timesteps == 20
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, ch
         ("{kind: flow, shfit: 2}", "did you mean 'shift'"),
         ("{kind: flow, shift: 0}", "greater than 0"),
         ("{kind: flow, shift: size}", "dimension"),
-        ("{kind: flow, path: straight}", "'linear' or 'trigonometric'"),
+        ("{kind: flow, path: straight}", "'linear' or 'gvp'"),
         ("{kind: flow, prediction: v}", "'velocity', 'x0' or 'epsilon'"),
         ("{kind: flow, times: {kind: logit-normal, std: 0}}", "greater than 0"),
         ("{kind: flow, times: lognormal}", "logit-normal"),
@@ -353,7 +355,7 @@ def test_the_dimension_is_that_of_what_the_network_sees(tmp_path, make_model):
     "process",
     [
         "{kind: flow, shift: dimension, times: logit-normal}",
-        "{kind: flow, path: trigonometric, prediction: x0, loss: velocity}",
+        "{kind: flow, path: gvp, prediction: x0, loss: velocity}",
     ],
 )
 def test_a_run_learns_and_its_bundle_draws(tmp_path, process):

@@ -414,7 +414,9 @@ def test_the_bound_trains_the_variance_alone(kind):
     x0, noise = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
     t = torch.tensor([0.001, 0.5, 1.0])
     raw = normal(3, 4, 4, 4, seed=2)
-    raw[:, :2] = made.training_target(x0, noise, t) + 1e-3 * raw[:, :2]  # nearly right: a hopeless likelihood has no slope
+    raw[:, :2] = (
+        made.training_target(x0, noise, t) + 1e-3 * raw[:, :2]
+    )  # nearly right: a hopeless likelihood has no slope
     raw.requires_grad_()
     losses = made.loss(raw, x0, noise, t)
     torch.testing.assert_close(losses.total, losses.mse + losses.vb)

@@ -240,7 +240,9 @@ def test_how_many_rows_a_reference_keeps_is_part_of_what_needs_rows_alone(scored
 
 def test_what_a_model_draws_is_scored_with_how_it_was_drawn(tiny_model, digits, tmp_path, small_shards):
     asked = asked_by_policy(tiny_model, 50, "balanced", settings={"steps": 2})
-    done = evaluate(BulkSamples(tiny_model, asked, tmp_path / "s", where="tiny"), "digits", digits, tmp_path / "out", ["fd"])
+    done = evaluate(
+        BulkSamples(tiny_model, asked, tmp_path / "s", where="tiny"), "digits", digits, tmp_path / "out", ["fd"]
+    )
     (score,) = done.scores
     assert score.protocol.sampling["steps"] == 2
     assert score.subject["weights"] == BulkSamples(tiny_model, asked, tmp_path / "s").weights

@@ -52,7 +52,9 @@ def test_drawing_goes_on_with_what_is_missing_alone(tiny_model, small_shards, tm
     original = pipeline.generate
     monkeypatch.setattr(pipeline, "generate", lambda *a, **k: asked_for.append(list(a[2])) or original(*a, **k))
     told = []
-    generate_shards(BulkSamples(tiny_model, asked, tmp_path / "part"), Distributed(), lambda done, total: told.append((done, total)))
+    generate_shards(
+        BulkSamples(tiny_model, asked, tmp_path / "part"), Distributed(), lambda done, total: told.append((done, total))
+    )
     assert asked_for == [list(range(20, 40)), list(range(60, 70))]
     assert told[-1] == (4, 4)
     for file in (tmp_path / "whole").glob("*.npy"):
@@ -70,7 +72,8 @@ def test_processes_draw_their_own_shards_and_together_all_of_them(tiny_model, sm
         generate_shards(BulkSamples(tiny_model, asked, tmp_path / "two"), Alone(rank, 2))
         assert len(list((tmp_path / "two").glob("*.npy"))) == 2 * (rank + 1)
     np.testing.assert_array_equal(
-        pictures(BulkSamples(tiny_model, asked, tmp_path / "two")), pictures(BulkSamples(tiny_model, asked, tmp_path / "one"))
+        pictures(BulkSamples(tiny_model, asked, tmp_path / "two")),
+        pictures(BulkSamples(tiny_model, asked, tmp_path / "one")),
     )
 
 
@@ -173,7 +176,8 @@ def test_a_protocol_tells_seeds_and_policy(tiny_model, tmp_path):
     assert (told["seeds"], told["class policy"], told["steps"], told["guidance"]) == ("0-29", "uniform", 4, 2.5)
     assert told["sampler"] == {"kind": "ddim", "eta": 0.0}
     by_hand = [
-        protocol(BulkRequest(seeds, classes)) for seeds, classes in (([4, 2], [0, 1]), ([2, 4], [0, 1]), ([4, 2], [1, 0]))
+        protocol(BulkRequest(seeds, classes))
+        for seeds, classes in (([4, 2], [0, 1]), ([2, 4], [0, 1]), ([4, 2], [1, 0]))
     ]
     assert len({str(each) for each in by_hand}) == 3
 

@@ -217,7 +217,7 @@ def test_classes_for_an_unconditional_model(make_model):
 @pytest.mark.parametrize("network", [{"classes": 0}, {"null_class": False}])
 def test_guidance_for_a_model_that_cannot(make_model, network):
     model = make_model(network)
-    classes = [0] if model.config.network.classes else None
+    classes = [0] if model.config.network.num_classes else None
     assert "cannot be guided" in fault(model, classes, guidance=2.0)
     assert pipeline.generate(model, classes, guidance=1.0, steps=1).shape == (1, 8, 8, 1)
 
@@ -372,7 +372,7 @@ def test_a_guide_stands_in_for_the_untold_half(make_model):
 @pytest.mark.parametrize("network", [{"classes": 0}, {"null_class": False}])
 def test_a_guide_guides_a_model_that_cannot_be_told_nothing(make_model, network):
     model, guide = make_model(network), make_model(network, seed=1)
-    classes = [0] if model.config.network.classes else None
+    classes = [0] if model.config.network.num_classes else None
     led = pipeline.generate(model, classes, guidance=2.0, guide=guide)
     assert (led != pipeline.generate(model, classes)).any()
 

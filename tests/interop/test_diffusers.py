@@ -58,9 +58,9 @@ def transformer(**changes):
 
 def inputs(network, rows: int = 6):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(rows, network.channels, *network.size, generator=generator)
+    x = torch.randn(rows, network.in_channels, *network.input_size, generator=generator)
     t = torch.tensor([0, 1, 20, 333, 980, 999])[:rows]
-    label = torch.randint(network.classes, (rows,), generator=generator)
+    label = torch.randint(network.num_classes, (rows,), generator=generator)
     label[1] = NULL_LABEL
     return x, t, label
 
@@ -133,7 +133,11 @@ def test_the_two_numbers_matter(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mlp_norm_eps": 1e-6, "outputs": 4, "depth": 1}, {"channels": 3, "outputs": 3, "patch": 4, "classes": 7}],
+    [
+        {},
+        {"mlp_norm_eps": 1e-6, "out_channels": 4, "depth": 1},
+        {"in_channels": 3, "out_channels": 3, "patch_size": 4, "num_classes": 7},
+    ],
 )
 def test_an_exported_network_is_the_same_function(make_theirs, tmp_path, changes):
     variance = "learned" if changes.get("outputs", 8) == 8 else "posterior"
@@ -449,7 +453,7 @@ def test_an_autoencoder_of_other_channels_is_refused(exported):
     [
         ({"block": "adaln"}, "its blocks are adaln"),
         ({"block": "adaln-single"}, "its blocks are adaln-single"),
-        ({"block": "modern"}, "its blocks are modern"),
+        ({"block": "rope-swiglu"}, "its blocks are modern"),
         ({"size": (8, 16)}, "8 x 16"),
         ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
         ({"classes": 0}, "unconditional"),

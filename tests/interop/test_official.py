@@ -45,7 +45,7 @@ def same_weights(one, two) -> bool:
 @pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero"])
 @pytest.mark.parametrize("classes", [0, 5])
 def test_the_architecture_is_read_off_the_weights(make_model, tmp_path, block, classes):
-    network = {"block": block, "classes": classes, "depth": 3, "patch": 4, "size": 16, "mlp_ratio": 2.0}
+    network = {"block": block, "num_classes": classes, "depth": 3, "patch_size": 4, "input_size": 16, "mlp_ratio": 2.0}
     model = make_model(network, PAPER)
     read = official.read(saved(state(model), tmp_path / "a.pt"), heads=2)
     assert read.config.network == model.config.network
@@ -309,9 +309,9 @@ def test_nothing_is_overwritten(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("network", "process", "named"),
     [
-        ({"time_divisor": 127}, {}, "network.time_divisor is 127; it would be read as 128"),
+        ({"time_divisor": 127}, {}, "network.timestep_freq_divisor is 127; it would be read as 128"),
         ({"mlp_norm_eps": 1e-5}, {}, "network.mlp_norm_eps is 1e-05"),
-        ({"null_class": False}, {}, "network.null_class is False"),
+        ({"null_class": False}, {}, "network.learn_null_class is False"),
         ({}, {"schedule": "cosine"}, "process.schedule"),
         ({}, {"steps": 100}, "process.steps is 100, not 1000"),
         ({}, {"prediction": "v"}, "process.prediction is 'v', not 'epsilon'"),
@@ -350,7 +350,7 @@ def test_a_released_file_becomes_a_bundle_and_comes_back(make_model, tmp_path):
 
 
 def test_a_state_dict_in_safetensors_is_read_like_the_pt_file(make_model, tmp_path):
-    model = make_model({"width": 384, "heads": 6, "depth": 1}, PAPER)
+    model = make_model({"hidden_size": 384, "num_heads": 6, "depth": 1}, PAPER)
     save_file(state(model), tmp_path / "a.safetensors")
     read = official.read(tmp_path / "a.safetensors")
     assert read.config.network == official.read(saved(state(model), tmp_path / "a.pt")).config.network

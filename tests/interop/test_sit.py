@@ -26,7 +26,14 @@ HEADS, CLASSES = 2, 5
 
 def theirs(randomise, channels=4, outputs=8, size=8, **changes) -> dict[str, torch.Tensor]:
     """A random state dict with SiT's keys and shapes, which are DiT's."""
-    network = {"size": (size, size), "patch": 2, "width": 32, "heads": HEADS, "depth": 2, "classes": CLASSES}
+    network = {
+        "input_size": (size, size),
+        "patch_size": 2,
+        "hidden_size": 32,
+        "num_heads": HEADS,
+        "depth": 2,
+        "num_classes": CLASSES,
+    }
     config = DiTConfig(**{**network, "channels": channels, "outputs": outputs, **changes})
     return randomise(config.build()).state_dict()
 
@@ -110,7 +117,9 @@ def walked(model, label, **changes):
 # One function, one picture
 
 
-@pytest.mark.parametrize("changes", [{}, {"outputs": 4}, {"channels": 3, "outputs": 6, "patch": 4, "size": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"out_channels": 4}, {"in_channels": 3, "out_channels": 6, "patch_size": 4, "input_size": 16}]
+)
 def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
     tensors = theirs(randomise, **changes)
     model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
@@ -145,7 +154,7 @@ def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
     """There DDIM and Euler are two first-order methods for one ODE: they meet as the steps shrink, at that rate."""
     tensors = theirs(randomise)
     model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
-    assert model.config.diffusion.path == "trigonometric"
+    assert model.config.diffusion.path == "gvp"
     label, apart = torch.tensor([3, 0]), []
     for steps in (25, 50, 100):
         noise, ours = walked(model, label, sampler="ddim", steps=steps, guidance=1.0)
@@ -167,7 +176,7 @@ def test_sits_process_and_sampling(randomise, tmp_path):
     assert config.origin["from"] == "SiT checkpoint a.pt (state dict)"
 
 
-@pytest.mark.parametrize(("path_type", "path"), [("Linear", "linear"), ("GVP", "trigonometric")])
+@pytest.mark.parametrize(("path_type", "path"), [("Linear", "linear"), ("GVP", "gvp")])
 def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, path):
     file = saved(training_dict(theirs(randomise), path_type=path_type), tmp_path / "a.pt")
     model = load.load(file, "cpu", heads=HEADS)
@@ -176,7 +185,7 @@ def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, p
     named = {"Linear": "sit", "GVP": "sit-gvp"}
     assert load.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
     for other in ("dit", *named.values()):
-        assert f"says itself that it is sit{'-gvp' if path == 'trigonometric' else ''}, not {other}" in fault(
+        assert f"says itself that it is sit{'-gvp' if path == 'gvp' else ''}, not {other}" in fault(
             file, "cpu", heads=HEADS, read_as=other
         )
 
@@ -205,10 +214,12 @@ def test_a_sit_that_ours_is_not_is_named(randomise, tmp_path, args, said):
 
 def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(randomise, tmp_path):
     tensors = theirs(randomise)
-    assert isinstance(load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.diffusion, GaussianDiffusionConfig)
+    assert isinstance(
+        load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.diffusion, GaussianDiffusionConfig
+    )
     tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
     file = saved(tensors, tmp_path / "b.pt")
-    assert "give read_as='sit' (--as sit, in a recipe training.init_as), or 'dit'" in fault(file, "cpu", heads=HEADS)
+    assert "give read_as='sit' (--as sit, in a recipe training.init_type), or 'dit'" in fault(file, "cpu", heads=HEADS)
     assert load.load(file, "cpu", heads=HEADS, read_as="sit").config.diffusion.kind == "flow"
     assert load.load(file, "cpu", heads=HEADS, read_as="dit").config.diffusion.kind == "gaussian"
     tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step
@@ -232,7 +243,7 @@ def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):
 def test_missing_and_odd_weights_are_named(randomise, tmp_path):
     tensors = theirs(randomise)
     bias = tensors.pop("final_layer.linear.bias")
-    told = {"device": "cpu", "heads": HEADS, "read_as": "sit"}
+    told = {"device": "cpu", "num_heads": HEADS, "read_as": "sit"}
     with pytest.raises(TesseraError, match=r"missing final_layer\.linear\.bias \(16,\)"):
         load.load(saved(tensors, tmp_path / "a.pt"), **told)
     tensors["final_layer.linear.bias"] = bias

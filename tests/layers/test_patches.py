@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from tessera.layers.patches import PatchEmbed, patchify, resample_patches, resample_head, unpatchify
+from tessera.layers.patches import PatchEmbed, patchify, resample_head, resample_patches, unpatchify
 
 sides = st.integers(1, 5)
 

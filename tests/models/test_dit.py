@@ -15,7 +15,15 @@ LATER = ["adaln-single", "modern"]
 
 
 def config(**settings) -> DiTConfig:
-    sizes = {"size": (8, 12), "channels": 3, "outputs": 6, "depth": 3, "width": 32, "heads": 4, "classes": 5}
+    sizes = {
+        "input_size": (8, 12),
+        "in_channels": 3,
+        "out_channels": 6,
+        "depth": 3,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "num_classes": 5,
+    }
     return DiTConfig.model_validate({**sizes, **settings})
 
 
@@ -166,8 +174,8 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"width": 30, "heads": 4}, "width 30 is not divisible by heads 4"),
-        ({"width": 30, "heads": 3}, "width 30 is not divisible by 4"),
+        ({"hidden_size": 30, "num_heads": 4}, "width 30 is not divisible by heads 4"),
+        ({"hidden_size": 30, "num_heads": 3}, "width 30 is not divisible by 4"),
         ({"size": 9}, "patch 2 does not divide the size 9 x 9"),
         ({"preset": "DiT-X/2"}, "did you mean 'DiT-"),
         ({"block": "adaln-one"}, "did you mean 'adaln-"),

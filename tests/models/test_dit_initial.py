@@ -17,7 +17,7 @@ DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
 def fresh(**settings) -> DiT:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"size": (8, 12), "depth": 2, "width": 32, "heads": 4, "classes": 5}
+        sizes = {"input_size": (8, 12), "depth": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 5}
         return DiTConfig.model_validate({**sizes, **settings}).build()
 
 

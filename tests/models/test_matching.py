@@ -30,9 +30,36 @@ def test_the_presets_are_what_the_search_finds():
 @pytest.mark.parametrize(
     "dit",
     [
-        {"size": 8, "channels": 1, "outputs": 1, "classes": 10, "width": 96, "depth": 4, "heads": 4, "patch": 1},
-        {"size": 8, "channels": 1, "outputs": 2, "classes": 10, "width": 48, "depth": 2, "heads": 4, "patch": 2},
-        {"size": (24, 32), "channels": 3, "outputs": 3, "classes": 0, "width": 96, "depth": 9, "heads": 4, "patch": 2},
+        {
+            "input_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_classes": 10,
+            "hidden_size": 96,
+            "depth": 4,
+            "num_heads": 4,
+            "patch_size": 1,
+        },
+        {
+            "input_size": 8,
+            "in_channels": 1,
+            "out_channels": 2,
+            "num_classes": 10,
+            "hidden_size": 48,
+            "depth": 2,
+            "num_heads": 4,
+            "patch_size": 2,
+        },
+        {
+            "input_size": (24, 32),
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_classes": 0,
+            "hidden_size": 96,
+            "depth": 9,
+            "num_heads": 4,
+            "patch_size": 2,
+        },
     ],
 )
 def test_small_networks_are_matched_too(dit, by):
@@ -44,6 +71,8 @@ def test_small_networks_are_matched_too(dit, by):
 
 
 def test_what_is_smaller_than_any_unet_is_refused():
-    dit = DiTConfig.model_validate({"size": 8, "channels": 1, "width": 4, "depth": 1, "heads": 1, "patch": 8})
+    dit = DiTConfig.model_validate(
+        {"input_size": 8, "in_channels": 1, "hidden_size": 4, "depth": 1, "num_heads": 1, "patch_size": 8}
+    )
     with pytest.raises(TesseraError, match=r"no U-Net has as many gmacs as this DiT .*: the nearest, U-Net, width 1 "):
         matched(dit, "gmacs")

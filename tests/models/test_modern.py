@@ -30,7 +30,15 @@ VARIANTS = {
     **{f"zero+{name}": {"kind": "modern", **{key: value for key, value in OFF.items() if key != name}} for name in OFF},
 }
 each_variant = pytest.mark.parametrize("block", VARIANTS.values(), ids=VARIANTS)
-SIZES = {"size": (8, 12), "channels": 3, "outputs": 6, "depth": 3, "width": 32, "heads": 4, "classes": 5}
+SIZES = {
+    "input_size": (8, 12),
+    "in_channels": 3,
+    "out_channels": 6,
+    "depth": 3,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_classes": 5,
+}
 LABEL = [0, 1, 4, -1]
 
 
@@ -100,7 +108,7 @@ def test_rows_do_not_know_each_other_at_any_size(block, randomise):
 
 @each_variant
 def test_multiply_adds_are_what_pytorch_counts(block):
-    for settings in ({}, {"classes": 0, "patch": 4, "mlp_ratio": 3}):
+    for settings in ({}, {"num_classes": 0, "patch_size": 4, "mlp_ratio": 3}):
         with torch.device("meta"):
             network = build(block, **settings)
             x, t = torch.empty(1, 3, 8, 12), torch.empty(1)
@@ -256,19 +264,19 @@ def test_a_bundle_brings_it_back(block, make_model, tmp_path):
 
 
 def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
-    model = make_model(network={"block": {"kind": "modern", "mlp": "gelu", "qk_norm": False}})
+    model = make_model(network={"block": {"kind": "rope-swiglu", "mlp": "gelu", "qk_norm": False}})
     assert describe(model)["network"].startswith("DiT, modern mlp=gelu qk_norm=False, depth 2")
     assert "modern mlp=gelu qk_norm=False" in card(model)
-    assert describe(make_model(network={"block": "modern"}))["network"].startswith("DiT, modern, depth 2")
+    assert describe(make_model(network={"block": "rope-swiglu"}))["network"].startswith("DiT, modern, depth 2")
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"width": 40, "heads": 4, "block": "modern"}, "makes 10 channels a head"),
-        ({"width": 40, "heads": 4, "block": "modern"}, "block.positions=sincos"),
-        ({"block": {"kind": "modern", "qk_nrom": True}}, "did you mean 'qk_norm'?"),
-        ({"block": {"kind": "modern", "mlp": "relu"}}, "'swiglu' or 'gelu'"),
+        ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "makes 10 channels a head"),
+        ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "block.positions=sincos"),
+        ({"block": {"kind": "rope-swiglu", "qk_nrom": True}}, "did you mean 'qk_norm'?"),
+        ({"block": {"kind": "rope-swiglu", "mlp": "relu"}}, "'swiglu' or 'gelu'"),
         ({"block": "modrn"}, "modern"),
     ],
 )

@@ -15,11 +15,19 @@ from tessera.models.presets import UNETS
 from tessera.models.unet import FinalLayer, Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig
 from tessera.settings import validate
 
-SMALL = {"size": 8, "channels": 3, "outputs": 6, "classes": 3, "width": 16, "multipliers": (1, 2, 3), "attention": 2}
+SMALL = {
+    "input_size": 8,
+    "in_channels": 3,
+    "out_channels": 6,
+    "num_classes": 3,
+    "model_channels": 16,
+    "channel_mult": (1, 2, 3),
+    "attention_levels": 2,
+}
 
 
 def make(**settings) -> UNetConfig:
-    return validate(UNetConfig, {**SMALL, "depth": 2, "head_channels": 8, **settings}, "the test's U-Net")
+    return validate(UNetConfig, {**SMALL, "num_res_blocks": 2, "num_head_channels": 8, **settings}, "the test's U-Net")
 
 
 def on_meta(**settings) -> UNet:
@@ -99,7 +107,10 @@ def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.P
 
 @pytest.mark.parametrize(
     ("changes", "size"),
-    [({}, (8, 8)), ({"attention": (1, 4), "depth": 1, "width": 40, "multipliers": (1, 1, 3)}, (4, 12))],
+    [
+        ({}, (8, 8)),
+        ({"attention_levels": (1, 4), "num_res_blocks": 1, "model_channels": 40, "channel_mult": (1, 1, 3)}, (4, 12)),
+    ],
 )
 def test_outputs_and_gradients_are_those_of_diffusers(changes, size, randomise):
     """Structure, weights and arithmetic; in double precision, so that 1e-5 leaves nothing to chance."""
@@ -140,7 +151,12 @@ PUBLISHED = {  # Dhariwal & Nichol 2021: millions of parameters; Peebles & Xie 2
 def test_parameters_and_macs_are_those_that_were_published(name):
     """ADM's networks for 1000 classes and no null class. Its own at 64 pixels has 192 sinusoids of time, not 256."""
     (width, multipliers, depth, attention), millions, gmacs = PUBLISHED[name]
-    shape = {"width": width, "multipliers": multipliers, "depth": depth, "attention": attention}
+    shape = {
+        "model_channels": width,
+        "channel_mult": multipliers,
+        "num_res_blocks": depth,
+        "attention_levels": attention,
+    }
     network = on_meta(size=int(name[3:]), channels=3, outputs=6, classes=1000, null_class=False, **shape)
     assert parameter_count(network) / 1e6 == pytest.approx(millions, abs=0.5)
     if gmacs is not None:
@@ -162,9 +178,15 @@ def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"classes": 7, "width": 24, "multipliers": (1,), "depth": 1, "attention": ()},
-        {"classes": 0, "width": 32, "multipliers": (1, 3), "depth": 2, "attention": 1},
-        {"classes": 7, "width": 40, "multipliers": (2, 2, 4), "depth": 1, "attention": (2, 4)},
+        {"num_classes": 7, "model_channels": 24, "channel_mult": (1,), "num_res_blocks": 1, "attention_levels": ()},
+        {"num_classes": 0, "model_channels": 32, "channel_mult": (1, 3), "num_res_blocks": 2, "attention_levels": 1},
+        {
+            "num_classes": 7,
+            "model_channels": 40,
+            "channel_mult": (2, 2, 4),
+            "num_res_blocks": 1,
+            "attention_levels": (2, 4),
+        },
     ],
 )
 def test_macs_are_what_pytorch_counts(settings):
@@ -262,9 +284,9 @@ def test_under_autocast_residuals_are_summed_in_float32(randomise):
         ({"size": (8, 6)}, r"3 levels needs multiples of 4, and the size is 8 x 6"),
         ({"attention": (2, 8)}, r"factor of 8, but 3 multipliers make levels of 1, 2, 4"),
         ({"attention": 3}, r"factor of 3"),
-        ({"multipliers": ()}, r"multipliers: .*at least 1 item"),
-        ({"multipliers": (1, 0)}, r"multipliers\.1: .*greater than 0"),
-        ({"patch": 2}, r"unknown key 'patch'.*kind: unet"),
+        ({"channel_mult": ()}, r"multipliers: .*at least 1 item"),
+        ({"channel_mult": (1, 0)}, r"multipliers\.1: .*greater than 0"),
+        ({"patch_size": 2}, r"unknown key 'patch'.*kind: unet"),
         ({"preset": "UNet-S/8-gmac"}, r"unknown preset of a U-Net 'UNet-S/8-gmac'; did you mean 'UNet-S/8-gmacs'"),
         ({"preset": "DiT-S/8"}, r"unknown preset of a U-Net 'DiT-S/8'"),
     ],

@@ -20,7 +20,16 @@ from tessera.training.recipe import Recipe
 RECIPE: dict[str, Any] = {
     "output": "run",
     "data": {"kind": "digits"},
-    "network": {"size": 8, "channels": 1, "outputs": 1, "classes": 10, "patch": 2, "width": 32, "depth": 2, "heads": 2},
+    "network": {
+        "input_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_classes": 10,
+        "patch_size": 2,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+    },
     "process": {"kind": "flow"},
     "training": {"steps": 4000, "batch": 64, "optimizer": {"learning_rate": 1e-3, "clip": 1.0, "warmup": 50}},
 }
@@ -108,14 +117,14 @@ def test_a_healthy_run_is_left_in_peace_at_every_age(made, steps):
     [
         ((), says(clipped=lambda step: float(step < 200)), says()),
         ((), says(gradient_norm=lambda step: 0.4 + 20 * math.exp(-step / 20)), says()),
-        (("training.optimizer.warmup=0",), says(gradient_norm=lambda step: 0.4 + 20 * math.exp(-step / 20)), says()),
+        (("training.optimizer.warmup_steps=0",), says(gradient_norm=lambda step: 0.4 + 20 * math.exp(-step / 20)), says()),
         ((), says(kept_out=lambda step: int(step > 900)), says()),
         ((), says(skipped=9), says()),
         (LATENTS, says(), says(data_std=0.8, data_spread=0.7, data_mean=-0.3)),
         ((), says(), says(data_std=0.4, data_mean=0.8, data_spread=0.3)),  # pixels may be of any brightness
-        (("training.label_dropout=0", "sampling.guidance=1"), says(), says()),
+        (("training.label_dropout=0", "sampling.guidance_scale=1"), says(), says()),
         (("training.steps=400000", "training.ema.decay=0.9999"), says(), says(loss_ema=1.8)),  # still catching up
-        (("network.classes=0",), says(), drop("loss_wrong_labels")),
+        (("network.num_classes=0",), says(), drop("loss_wrong_labels")),
         ((), says(), says(loss_wrong_labels=lambda step: look(step)["loss_probe"] * (1.002 + 0.001 * math.sin(step)))),
         ((), says(), drop("gates", "scales")),
         ((), says(), says(attention_logits=[170.0, 60.0])),  # high, but steady
@@ -151,7 +160,7 @@ FAULTS = {
     "latents not scaled": (
         LATENTS, says(), says(data_std=5.0, data_spread=4.5), "wrong", "standard deviation 5", "multiply it by 0.2",
     ),
-    "unusable images": ((), says(skipped=300), says(), "wrong", "300 of about 1000", "data.enlarge"),
+    "unusable images": ((), says(skipped=300), says(), "wrong", "300 of about 1000", "data.upscale"),
     "learning rate too high": (
         (), says(mse=risen), says(), "wrong", "0.9", "training.optimizer.learning_rate=0.0001",
     ),
@@ -159,17 +168,17 @@ FAULTS = {
         (), says(mse=1.9), says(), "wrong", "1.9", "training.optimizer.learning_rate=0.003",
     ),
     "no warm-up": (
-        ("training.optimizer.warmup=0",),
+        ("training.optimizer.warmup_steps=0",),
         says(mse=lambda step: 9.0 if step == 20 else record(step)["mse"],
              gradient_norm=lambda step: 90.0 if step == 20 else 0.4),
-        says(), "wrong", "gradient norm 90 by step 20", "training.optimizer.warmup=80",
+        says(), "wrong", "gradient norm 90 by step 20", "training.optimizer.warmup_steps=80",
     ),
     "attention logits grow": (
         (), says(), says(attention_logits=lambda step: [4.0, step / 20]), "wrong", "5 at step 100",
-        "network.block=modern",
+        "network.block=rope-swiglu",
     ),
     "guidance without label dropout": (
-        ("training.label_dropout=0", "sampling.guidance=1.5"), says(), says(), "wrong", "1.5",
+        ("training.label_dropout=0", "sampling.guidance_scale=1.5"), says(), says(), "wrong", "1.5",
         "training.label_dropout=0.1",
     ),
     "labels tell nothing": (
@@ -184,17 +193,17 @@ FAULTS = {
     ),
     "gradients grow": (
         (), says(gradient_norm=lambda step: 0.1 + 4 * (step / 4000) ** 8), says(), "watch", "0.1",
-        "training.optimizer.clip",
+        "training.optimizer.grad_clip_norm",
     ),
     "every gradient is clipped": (
-        (), says(clipped=0.97, gradient_norm=3.0), says(), "watch", "97%", "training.optimizer.clip=6",
+        (), says(clipped=0.97, gradient_norm=3.0), says(), "watch", "97%", "training.optimizer.grad_clip_norm=6",
     ),
     "off near the noise": (
         (), says(), says(loss_by_time=[0.5] * 9 + [2.0]), "watch", "0.9 to 1", "process.shift above 1",
     ),
     "dead patches": ((), says(), says(dead_patches=0.4), "watch", "0.40", "training.optimizer.learning_rate"),
     "gates never opened": ((), says(), says(gates=[0.2, 0.001]), "watch", "blocks 1", "network.depth=1"),
-    "waiting for data": ((), says(stalled=0.5), says(), "watch", "50%", "training.workers=4"),
+    "waiting for data": ((), says(stalled=0.5), says(), "watch", "50%", "training.num_workers=4"),
 }  # fmt: skip
 
 
@@ -249,7 +258,7 @@ def test_both_rates_of_muon_are_lowered(made):
 
 
 def test_a_block_with_qk_norm_is_not_told_to_have_it(made):
-    found = diagnose(made("network.block=modern", health=says(attention_logits=lambda step: [4.0, step / 20])))
+    found = diagnose(made("network.block=rope-swiglu", health=says(attention_logits=lambda step: [4.0, step / 20])))
     assert [finding.name for finding in found] == ["attention logits grow"]
     assert "qk_norm" not in found[0].change
 
@@ -275,7 +284,7 @@ def test_an_idle_gpu_is_told_by_its_checkpoint(made, make_model):
     bundle.save(bundle.Model(described, model.network), run / "checkpoints/step-000004000")
     found = diagnose(run)
     assert [finding.name for finding in found] == ["GPU hardly busy"]
-    assert "training.batch=128" in found[0].change
+    assert "training.global_batch_size=128" in found[0].change
 
 
 def test_the_cause_stands_first_and_the_grave_before_the_rest(made):
@@ -331,7 +340,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
     "process",
     [
         FlowMatchingConfig(),
-        FlowMatchingConfig(prediction="x0", path="trigonometric", loss="x0", shift=2.0),
+        FlowMatchingConfig(prediction="x0", path="gvp", loss="x0", shift=2.0),
         GaussianDiffusionConfig(),
         GaussianDiffusionConfig(schedule={"kind": "cosine"}, prediction="v"),
     ],

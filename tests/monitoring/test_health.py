@@ -34,7 +34,9 @@ def batch(count: int, start: int = 0, size: int = 8) -> Batch:
 
 def task(**changes) -> TrainingObjective:
     told = {"flip": False, "label_dropout": 0.0, "classes": 3, "seed": 7, "dtype": None}
-    return TrainingObjective(**{"process": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build(), **told, **changes})
+    return TrainingObjective(
+        **{"process": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build(), **told, **changes}
+    )
 
 
 @pytest.fixture
@@ -42,7 +44,16 @@ def make(randomise):
     """A network of two blocks, one number a pixel."""
 
     def build(block: str = "adaln-zero", **changes):
-        told = {"size": 8, "channels": 1, "outputs": 1, "classes": 3, "patch": 2, "depth": 2, "width": 32, "heads": 2}
+        told = {
+            "input_size": 8,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_classes": 3,
+            "patch_size": 2,
+            "depth": 2,
+            "hidden_size": 32,
+            "num_heads": 2,
+        }
         return randomise(DiTConfig.model_validate({**told, "block": block, **changes}).build())
 
     return build

@@ -18,7 +18,14 @@ from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.monitoring import spikes
 from tessera.monitoring.logger import read_log
-from tessera.monitoring.spikes import SKIPPED_STEPS, SkippedSteps, StepRecord, StabilityConfig, SpikeDetector, read_skipped_steps
+from tessera.monitoring.spikes import (
+    SKIPPED_STEPS,
+    SkippedSteps,
+    SpikeDetector,
+    StabilityConfig,
+    StepRecord,
+    read_skipped_steps,
+)
 from tessera.training import loop, step
 from tessera.training.checkpoint import checkpoint
 from tessera.training.checkpoint.checkpoint import read_state
@@ -196,7 +203,9 @@ def test_the_record_names_what_was_kept_out_and_what_is_passed_over(tmp_path):
     passed.add(record(3, 64), ["a", "b"])
     passed.add(record(9, 256, loss=5.0), ["c"], rollback=1)
     passed.write()
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()
+    ]
     assert lines == read_skipped_steps(tmp_path) == passed.records
     assert lines[0] == {
         "step": 3, "position": 64, "outcome": "skipped", "why": "the loss is not a number",
@@ -220,7 +229,7 @@ def test_a_damaged_line_of_the_record_is_left_out(tmp_path):
 
 # Runs
 
-WINDOW = ("training.stability.window=16", "training.stability.patience=4")
+WINDOW = ("training.stability.window=16", "training.stability.max_consecutive_bad=4")
 BATCH = 32
 
 
@@ -274,15 +283,15 @@ def untimed(run: Path) -> list[dict]:
     "changes",
     [
         (),
-        pytest.param(("process.variance=posterior",), marks=pytest.mark.slow),
+        pytest.param(("diffusion.variance=posterior",), marks=pytest.mark.slow),
         pytest.param(("process={kind: flow}",), marks=pytest.mark.slow),
         ("training.optimizer={kind: muon, learning_rate: 0.01, adamw_learning_rate: 0.004}",),
     ],
     ids=["learned-variance", "posterior", "flow", "muon"],
 )
 def test_no_step_of_a_healthy_run_is_kept_out(tiny, changes):
-    run = loop.train(tiny("run", "training.steps=200", "network.width=32", "training.optimizer.learning_rate=0.004",
-                          "training.optimizer.warmup=20", *WINDOW[:1], *changes))  # fmt: skip
+    run = loop.train(tiny("run", "training.steps=200", "network.hidden_size=32", "training.optimizer.learning_rate=0.004",
+                          "training.optimizer.warmup_steps=20", *WINDOW[:1], *changes))  # fmt: skip
     assert [one["kept_out"] for one in read_log(run)] == [0] * 200
     assert not (run / SKIPPED_STEPS).exists()
     kept = read_state(bundle.checkpoints(run)[0]).spike_detector
@@ -292,7 +301,10 @@ def test_no_step_of_a_healthy_run_is_kept_out(tiny, changes):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_batch_that_is_not_a_number_is_as_if_it_had_never_been(tiny, state, monkeypatch, capsys, optimizer):
-    changes = (f"training.optimizer={{kind: {optimizer}, learning_rate: 0.001}}", "training.optimizer.decay=constant")
+    changes = (
+        f"training.optimizer={{kind: {optimizer}, learning_rate: 0.001}}",
+        "training.optimizer.lr_schedule=constant",
+    )
     tell_to_pass_over(Path(tiny("without").output), [2 * BATCH])
     without = loop.train(tiny("without", *changes, "training.steps=5"))
     spoil(monkeypatch, {2 * BATCH: math.nan})
@@ -328,12 +340,12 @@ def test_a_spike_is_kept_out(tiny, state, monkeypatch):
 
 def test_without_the_watch_the_spike_is_learned(tiny, monkeypatch):
     spoil(monkeypatch, {20 * BATCH: 100.0})
-    run = loop.train(tiny("run", *WINDOW, "training.stability.spike=null", "training.steps=24"))
+    run = loop.train(tiny("run", *WINDOW, "training.stability.spike_threshold=null", "training.steps=24"))
     assert read_skipped_steps(run) == []
     assert read_log(run)[20]["loss"] > 50 * read_log(run)[19]["loss"]
 
 
-GOES_BACK = (*WINDOW, "training.steps=40", "training.checkpoint_every=8", "training.keep_checkpoints=9",
+GOES_BACK = (*WINDOW, "training.steps=40", "training.checkpoint_every=8", "training.keep_last=9",
              "training.optimizer.learning_rate=0.004", "training.health_every=4")  # fmt: skip
 EARLY, LATE = 23 * BATCH, 27 * BATCH  # of steps 24, the last that a checkpoint knows of, and 28, between two of them
 
@@ -487,7 +499,7 @@ def counted(left: list[int]) -> bool:
 
 @pytest.mark.parametrize(
     ("change", "anew"),
-    [("training.optimizer.learning_rate=0.002", True), ("training.batch=16", True), ("training.label_dropout=0", True),
+    [("training.optimizer.learning_rate=0.002", True), ("training.global_batch_size=16", True), ("training.label_dropout=0", True),
      ("training.steps=30", False), ("training.seed=1", False)],
 )  # fmt: skip
 def test_going_on_with_other_losses_sets_limits_anew(tiny, change, anew):

@@ -17,7 +17,7 @@ from tessera.training.step import train_step
 TINY = {
     "output": "unused",
     "data": {"kind": "digits"},
-    "network": {"patch": 2, "width": 32, "depth": 2, "heads": 2},
+    "network": {"patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2},
     "sampling": {"steps": 5, "guidance": 2},
     "training": {"steps": 40, "batch": 16, "sample_every": 20, "checkpoint_every": 10, "tensorboard": False},
 }
@@ -37,9 +37,9 @@ def test_the_twelve_presets_are_the_paper_s(published):
 @pytest.mark.parametrize(
     ("network", "changes"),
     [
-        ({}, ("training.ema.also=[0.9,0.5]",)),
-        ({"block": "modern"}, ("training.optimizer.kind=muon",)),
-        ({"kind": "unet", "width": 16, "depth": 1}, ("data.kind=shapes", "training.batch=4")),
+        ({}, ("training.ema.extra_decays=[0.9,0.5]",)),
+        ({"block": "rope-swiglu"}, ("training.optimizer.kind=muon",)),
+        ({"kind": "unet", "width": 16, "depth": 1}, ("data.kind=shapes", "training.global_batch_size=4")),
     ],
     ids=["three averages", "muon", "u-net"],
 )
@@ -63,7 +63,7 @@ def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_
 
 def test_the_numbers_of_a_plan_follow_from_one_another():
     small = hardware.find("h100x2").model_copy(update={"memory": 3 * 2**20, "usable": 1.0})
-    made = plan_recipe.plan_of(tiny("evaluation.at=[10]", "evaluation.count=30"), small, alternatives=True)
+    made = plan_recipe.plan_of(tiny("evaluation.at=[10]", "evaluation.num_samples=30"), small, alternatives=True)
     assert made.flops == 6 * made.gmacs * 1e9 * 16 * 40
     assert made.seconds == 40 * made.step_seconds
     assert made.images_per_second == pytest.approx(16 / made.step_seconds)
@@ -84,14 +84,14 @@ def test_the_numbers_of_a_plan_follow_from_one_another():
     assert made.largest_model is None  # 3 MiB are too few for S/8
     assert made.largest_batch is not None
     most = 2 * made.largest_batch  # on two devices
-    assert plan_recipe.plan_of(tiny(f"training.batch={most}"), small).fits
-    assert not plan_recipe.plan_of(tiny(f"training.batch={most + 4}"), small).fits
+    assert plan_recipe.plan_of(tiny(f"training.global_batch_size={most}"), small).fits
+    assert not plan_recipe.plan_of(tiny(f"training.global_batch_size={most + 4}"), small).fits
     assert made.facts()["memory"]["at_most"] == made.memory_bytes
 
 
 def test_rounds_need_less_memory_for_the_same_batch():
-    whole = plan_recipe.plan_of(tiny("training.batch=64"), "h100")
-    rounds = plan_recipe.plan_of(tiny("training.batch=64", "training.micro_batch=16"), "h100")
+    whole = plan_recipe.plan_of(tiny("training.global_batch_size=64"), "h100")
+    rounds = plan_recipe.plan_of(tiny("training.global_batch_size=64", "training.micro_batch_size=16"), "h100")
     assert rounds.split == Split(1, 16, 4, 1)
     assert rounds.memory_bytes < whole.memory_bytes
     assert rounds.flops == whole.flops
@@ -109,7 +109,9 @@ def test_what_a_budget_buys_by_hand():
     made = plan_recipe.plan_of(tiny(), "h100x2")
     hours = budget.parse("1h")
     assert budget_outcomes(made, hours).steps == int((3600 - made.scoring_seconds) / made.step_seconds)
-    assert budget_outcomes(made, budget.parse("$6")).steps == budget_outcomes(made, hours).steps  # two devices for an hour
+    assert (
+        budget_outcomes(made, budget.parse("$6")).steps == budget_outcomes(made, hours).steps
+    )  # two devices for an hour
     assert budget_outcomes(made, budget.parse("2gpuh")).steps == budget_outcomes(made, hours).steps
     flops = budget_outcomes(made, budget.parse(f"{20.5 * made.flops_per_step:.0f}"))
     assert (flops.steps, flops.samples, flops.enough) == (20, 320, False)
@@ -126,15 +128,15 @@ def test_sharding_divides_what_stays():
 
 
 def test_impossible_work_is_named():
-    work = plan_recipe.workload(tiny("training.shard=3"))
+    work = plan_recipe.workload(tiny("training.fsdp=3"))
     with pytest.raises(TesseraError, match="groups of 3"):
         divided(work, 4)
     with pytest.raises(TesseraError, match="too small for 32 devices"):
         divided(work, 32)
     with pytest.raises(TesseraError, match="not divisible by heads"):
-        plan_recipe.preset("DiT-S/2", ["network.heads=7"])
+        plan_recipe.preset("DiT-S/2", ["network.num_heads=7"])
     with pytest.raises(TesseraError, match="patch 3 does not divide"):
-        plan_recipe.workload(tiny("network.patch=3"))
+        plan_recipe.workload(tiny("network.patch_size=3"))
     with pytest.raises(TesseraError, match="neither a recipe nor a preset"):
         plan_recipe.resolve_target("DiT-M/2", [])
 

@@ -9,7 +9,7 @@ import scipy.stats
 
 from tessera.errors import TesseraError
 from tessera.planning import published, scaling_law
-from tessera.planning.scaling_law import Law, EvalPoint
+from tessera.planning.scaling_law import EvalPoint, Law
 
 X = [0.4, 1.0, 3.0, 8.0, 20.0, 60.0]
 

@@ -15,7 +15,16 @@ ROWS = 3
 
 
 def config(block: str, **changes) -> DiTConfig:
-    sizes = {"size": 8, "channels": 2, "outputs": 4, "classes": 5, "patch": 2, "width": 32, "depth": 2, "heads": 2}
+    sizes = {
+        "input_size": 8,
+        "in_channels": 2,
+        "out_channels": 4,
+        "num_classes": 5,
+        "patch_size": 2,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 2,
+    }
     return DiTConfig.model_validate(sizes | {"block": block} | changes)
 
 

@@ -14,12 +14,12 @@ from tessera import cli
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 data: {kind: digits}
-network: {patch: 4, width: 16, depth: 1, heads: 2}
-process: {steps: 20, schedule: cosine, prediction: v}
-sampling: {steps: 3}
+network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+diffusion: {num_timesteps: 20, schedule: cosine, prediction: v}
+sampling: {num_steps: 3}
 training:
   steps: 4
-  batch: 32
+  global_batch_size: 32
   optimizer: {learning_rate: 0.001}
   log_every: 1
   sample_every: 1000

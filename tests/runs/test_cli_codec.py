@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 RECIPE = """
 data: {kind: shapes, count: 30}
 autoencoder: {channels: [8, 16], latent_channels: 2, groups: 4}
-training: {steps: 2, batch: 4, held_out: 8, device: cpu}
+training: {steps: 2, global_batch_size: 4, held_out: 8, device: cpu}
 """
 
 

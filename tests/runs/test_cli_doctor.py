@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tessera.settings import override, validate, read_yaml, write_yaml
+from tessera.settings import override, read_yaml, validate, write_yaml
 from tessera.training.recipe import Recipe
 
 
@@ -13,7 +13,9 @@ def run(tmp_path, recipe):
     """A run's folder of which only the files that the doctor reads are there."""
     folder = tmp_path / "run"
     folder.mkdir()
-    told = override(read_yaml(recipe), ["training.label_dropout=0", "sampling.guidance=2", "network.classes=10"])
+    told = override(
+        read_yaml(recipe), ["training.label_dropout=0", "sampling.guidance_scale=2", "network.num_classes=10"]
+    )
     (folder / "recipe.yaml").write_text(write_yaml(validate(Recipe, told, "the test's recipe")))
     (folder / "log.jsonl").write_text('{"step": 4, "loss": 0.9, "mse": 0.9, "gradient_norm": 1.0}\n')
     return folder
@@ -23,7 +25,7 @@ def test_findings_in_words(tessera, run):
     done = tessera("doctor", run)
     assert done.code == 0
     assert done.out.startswith("1. wrong: guidance without label dropout\n")
-    assert "change: training.label_dropout=0.1, or sampling.guidance=1" in done.out
+    assert "change: training.label_dropout=0.1, or sampling.guidance_scale=1" in done.out
 
 
 def test_findings_for_programs(tessera, run):

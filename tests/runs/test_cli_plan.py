@@ -14,7 +14,7 @@ def test_a_preset_alone_tells_its_parameters_and_multiply_adds(tessera):
     assert done.code == 0, done.err
     assert "675,129,632" in done.out
     assert "118.62" in done.out
-    told = json.loads(tessera("plan", "DiT-XL/2", "network.size=64", "--json").out)
+    told = json.loads(tessera("plan", "DiT-XL/2", "network.input_size=64", "--json").out)
     assert told["gmacs"] == pytest.approx(524.54, abs=0.01)
     assert told["flops_per_sample"] == 6e9 * told["gmacs"]
 
@@ -39,9 +39,9 @@ def test_a_budget_that_is_too_small_ends_with_the_plan_that_says_why(tessera, re
         (("DiT-S/4", "--hardware", "h1000"), "did you mean 'h100'"),
         (("DiT-S/4", "--hardware", "h100", "--budget=-3h"), "not understood"),
         (("DiT-S/4", "--hardware", "h100", "--measure"), "--measure measures this machine"),
-        (("DiT-S/4", "network.width=100"), "not divisible by heads"),
-        (("DiT-S/8", "network.size=20"), "patch 8 does not divide"),
-        (("DiT-S/4", "training.micro_batch=3"), "not a multiple of micro_batch"),
+        (("DiT-S/4", "network.hidden_size=100"), "not divisible by heads"),
+        (("DiT-S/8", "network.input_size=20"), "patch 8 does not divide"),
+        (("DiT-S/4", "training.micro_batch_size=3"), "not a multiple of micro_batch"),
         (("DiT-S/4", "--law", "nowhere.json"), "there is no law"),
     ],
 )

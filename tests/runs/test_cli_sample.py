@@ -260,7 +260,7 @@ def test_an_unconditional_model(tessera, recipe, tmp_path):
     for number in range(3):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"data/{number}.png")
     data = f"data={{kind: folder, path: {tmp_path / 'data'}, size: 8}}"
-    assert tessera("train", recipe, data, "training.batch=4").code == 0
+    assert tessera("train", recipe, data, "training.global_batch_size=4").code == 0
     done = tessera("sample", tmp_path / "run", "--count", "3", "--out", tmp_path / "s")
     assert done.code == 0, done.err
     names = sorted(path.name for path in (tmp_path / "s").iterdir())

@@ -63,13 +63,17 @@ def test_shards_run_the_study_between_them_and_each_writes_the_report(tessera, s
     assert (again.code, again.out) == (0, first.out)
     assert tessera("doctor", tmp_path / "out/members/S").code == 0  # a run like any other
     assert tessera("info", tmp_path / "out/members/S").code == 0
-    other = tessera("study", study, "set.training.batch=16", *CARD)
+    other = tessera("study", study, "set.training.global_batch_size=16", *CARD)
     assert other.code == 1
-    assert "training.batch was 32, is 16" in other.err
+    assert "training.global_batch_size was 32, is 16" in other.err
 
 
 def test_a_study_some_of_whose_members_fail_has_a_report_and_ends_with_1(tessera, study, tmp_path):
-    words = ("axes.size.L.training.optimizer.learning_rate=1e30", "set.training.stability.tries=1", "budget.steps=40")
+    words = (
+        "axes.size.L.training.optimizer.learning_rate=1e30",
+        "set.training.stability.max_rollbacks=1",
+        "budget.steps=40",
+    )
     done = tessera("study", study, *words, *CARD)
     assert done.code == 1
     assert done.out == f"{tmp_path / 'out/report.md'}\n"
@@ -83,7 +87,7 @@ def test_a_study_some_of_whose_members_fail_has_a_report_and_ends_with_1(tessera
     [
         (("--shard", "3/2"), "--shard 3/2 is not understood"),
         (("limit_minutes=0.001",), "limit_minutes is 0.001"),
-        (("axes.size.S.network.width=17",), "S: recipe"),
+        (("axes.size.S.network.hidden_size=17",), "S: recipe"),
         (("budget.step=3",), "unknown key 'step'; did you mean 'steps'?"),
         (("--hardware", "abacus"), "abacus"),
         (("--report",), "holds no study yet"),

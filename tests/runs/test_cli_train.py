@@ -69,15 +69,15 @@ def test_a_dry_run_prints_an_estimate_and_writes_nothing(tessera, recipe, tmp_pa
         (["training.steps"], "'training.steps' is not an override; write key=value"),
         (["training.steps.more=1"], "training.steps is a value, not a section"),
         (["training.steps=[1"], "cannot read the value of 'training.steps=[1' as YAML"),
-        (["network.patch=3"], "patch 3 does not divide the size 8 x 8"),
-        (["network.heads=5"], "width 16 is not divisible by heads 5"),
-        (["network.classes=7"], "network.classes is 7 in the recipe, but data, codec and process make it 10"),
+        (["network.patch_size=3"], "patch 3 does not divide the size 8 x 8"),
+        (["network.num_heads=5"], "width 16 is not divisible by heads 5"),
+        (["network.num_classes=7"], "network.num_classes is 7 in the recipe, but data, codec and process make it 10"),
         (["data={kind: folder, path: nowhere}"], "data.path nowhere does not exist"),
         (["data={kind: parquet, path: nowhere.parquet}"], "data.path nowhere.parquet holds no parquet file"),
         (["data.kind=directory"], "'directory'"),
-        (["training.init=nowhere"], "nowhere"),
+        (["training.init_from=nowhere"], "nowhere"),
         (["training.device=cuda"], "device 'cuda' is not available here"),
-        (["sampling.steps=21"], "steps is 21; this model was trained with 20"),
+        (["sampling.num_steps=21"], "steps is 21; this model was trained with 20"),
         (["sampling.sampler=dimm"], "dimm"),
         (["codec={kind: pixels, channels: 3}"], "the codec takes 3 channels, but data.channels is 1"),
         (["--resume", "nowhere"], "nothing to resume at nowhere"),
@@ -97,7 +97,7 @@ def test_bad_input_is_one_message_and_exit_code_1(tessera, recipe, tmp_path, wor
 
 
 def test_errors_of_a_process_show_no_traceback(command, recipe):
-    done = command("train", recipe, "network.patch=3")
+    done = command("train", recipe, "network.patch_size=3")
     assert done.code == 1
     assert done.err.startswith("error: network is not valid:")
     assert "Traceback" not in done.err
@@ -207,7 +207,9 @@ def test_a_folder_of_noise_trains_and_its_damage_is_named(tessera, recipe, tmp_p
             pixels = np.random.default_rng(number).integers(0, 256, (20, 16, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"data/{kind}/{number}.jpg")
     (tmp_path / "data/cat/2.jpg").write_bytes((tmp_path / "data/cat/2.jpg").read_bytes()[:200])
-    done = tessera("train", recipe, f"data={{kind: folder, path: {tmp_path / 'data'}, size: 8}}", "training.batch=8")
+    done = tessera(
+        "train", recipe, f"data={{kind: folder, path: {tmp_path / 'data'}, size: 8}}", "training.global_batch_size=8"
+    )
     assert done.code == 0, done.err
     assert f"all are named in {tmp_path / 'run/skipped.txt'}" in done.err
     lines = (tmp_path / "run/skipped.txt").read_text().splitlines()
@@ -223,7 +225,7 @@ def test_tiles_train_as_nested_class_folders(tessera, recipe, tmp_path):
         names = [name for name in tiles.namelist() if name.endswith(".png")]
         tiles.extractall(tmp_path / "tiles", names[::20])
     data = f"data={{kind: folder, path: {tmp_path / 'tiles'}, size: 32, enlarge: true}}"
-    done = tessera("train", recipe, data, "network.patch=8", "training.steps=2")
+    done = tessera("train", recipe, data, "network.patch_size=8", "training.steps=2")
     assert done.code == 0, done.err
     newest = bundle.checkpoints(tmp_path / "run")[0]
     assert set(bundle.load(newest).config.class_names) == {name.split("/")[0] for name in names[::20]}

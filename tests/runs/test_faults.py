@@ -19,8 +19,8 @@ from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 
-CHANGES = ("training.steps=40", "training.checkpoint_every=10", "training.shard=all", "training.ema.also=[0.5]",
-           "training.keep_checkpoints=9")  # fmt: skip
+CHANGES = ("training.steps=40", "training.checkpoint_every=10", "training.fsdp=all", "training.ema.extra_decays=[0.5]",
+           "training.keep_last=9")  # fmt: skip
 
 
 # What runs in the processes
@@ -191,7 +191,13 @@ def test_a_run_that_cannot_be_helped_ends_with_a_diagnosis(tessera, recipe, monk
         return told
 
     monkeypatch.setattr(loop, "train_step", ruined)
-    done = tessera("train", recipe, "training.steps=60", "training.stability.patience=2", "training.stability.tries=2")
+    done = tessera(
+        "train",
+        recipe,
+        "training.steps=60",
+        "training.stability.max_consecutive_bad=2",
+        "training.stability.max_rollbacks=2",
+    )
     assert done.code == 1
     said = (
         "error: training diverged at step 3: the loss is not a number, 2 steps in a row, and going back 2 times did not"

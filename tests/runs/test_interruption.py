@@ -15,7 +15,7 @@ from tessera import bundle
 from tessera.monitoring.logger import read_log
 
 STEPS = 80
-EVERY_STEP = ("training.checkpoint_every=1", "training.sample_every=7", "training.keep_checkpoints=2")
+EVERY_STEP = ("training.checkpoint_every=1", "training.sample_every=7", "training.keep_last=2")
 
 # Forks a life of the command again and again and kills it: what is imported once is not imported again.
 KILLER = """
@@ -98,7 +98,7 @@ def is_whole(run: Path, whole: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(tessera, recipe, tmp_path, environment):
-    words = (f"training.steps={STEPS}", *EVERY_STEP, "training.optimizer=muon", "training.ema.also=[0.9, 0.99]")
+    words = (f"training.steps={STEPS}", *EVERY_STEP, "training.optimizer=muon", "training.ema.extra_decays=[0.9, 0.99]")
     assert tessera("train", recipe, *words, f"output={tmp_path / 'whole'}", "training.checkpoint_every=40").code == 0
     told = killed_and_gone_on(recipe, tmp_path / "run", environment, 8, *words)
     assert told["code"] == 0

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.slow
 def test_torchrun_trains_what_one_process_does_and_any_number_draws_from_it(tessera, recipe, tmp_path, environment):
-    words = ("train", str(recipe), "training.shard=all")
+    words = ("train", str(recipe), "training.fsdp=all")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tessera", *words],
         env=environment, capture_output=True, text=True, check=False,

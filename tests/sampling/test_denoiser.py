@@ -98,7 +98,9 @@ def test_a_real_network_is_guided_away_from_its_null_row(classes, randomise):
 
 
 def test_a_network_without_a_null_row_cannot_be_guided(randomise):
-    config = DiTConfig(input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=3, learn_null_class=False)
+    config = DiTConfig(
+        input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=3, learn_null_class=False
+    )
     network = randomise(config.build())
     with torch.no_grad(), pytest.raises(ValueError, match="null class"):
         Denoiser(network, PROCESS, Condition([0, 1, 2]), 2.0).raw(normal(3, 4, 4, 4), T)
@@ -190,7 +192,10 @@ def test_rescaled_guidance_is_that_of_diffusers(rescale):
 
 def test_rescaled_zeros_of_a_fresh_network_stay_zeros():
     network = DiTConfig(input_size=(4, 4), in_channels=4, num_classes=8, depth=1, hidden_size=16, num_heads=2).build()
-    condition, guide = Condition(torch.tensor([1, 2, 3])), GuidanceModel(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION)
+    condition, guide = (
+        Condition(torch.tensor([1, 2, 3])),
+        GuidanceModel(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION),
+    )
     for away in (None, guide):
         raw = Denoiser(network, PROCESS, condition, 4.0, guide=away, rescale=0.7).raw(normal(3, 4, 4, 4), T)
         assert torch.equal(raw, torch.zeros(3, 8, 4, 4))
@@ -206,7 +211,9 @@ def test_a_row_of_scale_1_is_the_told_half_to_the_bit_whatever_else_is_on():
 
 def test_autoguidance_tells_the_guide_the_same():
     network, guide = Recorder(), Recorder()
-    denoise = Denoiser(network, PROCESS, CONDITION, 2.0, guide=GuidanceModel(lambda *told: 0.5 * guide(*told), CONDITION))
+    denoise = Denoiser(
+        network, PROCESS, CONDITION, 2.0, guide=GuidanceModel(lambda *told: 0.5 * guide(*told), CONDITION)
+    )
     raw = denoise.raw(X, T)
     assert network.asked == guide.asked == [([5, 6, 7], [0, 499, 999])]
     alone = Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), CONDITION)

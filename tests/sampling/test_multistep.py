@@ -8,7 +8,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from tessera.conditioning import Condition
-from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
+from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.denoiser import Denoiser
@@ -139,7 +139,7 @@ def test_a_value_infinitely_far_away_drops_out(places):
 
 ENDS = {
     "flow": FlowMatchingConfig().build(),
-    "trigonometric": FlowMatchingConfig(path="trigonometric").build(),
+    "gvp": FlowMatchingConfig(path="gvp").build(),
     "zero terminal": GaussianDiffusionConfig(prediction="v", zero_terminal_snr=True).build(),
 }
 

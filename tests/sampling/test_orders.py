@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig, DiffusionProcess
+from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
 from tessera.sampling.exponential import History, NoiseLevel
-from tessera.sampling.timesteps import Uniform, Trailing, timestep_grid
+from tessera.sampling.timesteps import Trailing, Uniform, timestep_grid
 from tessera.sampling.unipc import Predicted
 
 PROCESSES = {
     "cosine": GaussianDiffusionConfig(num_timesteps=4096, schedule=CosineBetas()),
     "linear": GaussianDiffusionConfig(num_timesteps=4096),
     "flow": FlowMatchingConfig(),
-    "trigonometric": FlowMatchingConfig(path="trigonometric"),
+    "gvp": FlowMatchingConfig(path="gvp"),
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
 MIXTURE = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)]  # weight, mean, standard deviation
@@ -78,7 +78,9 @@ def inside(process: DiffusionProcess, count: int, t: float = 0.9, s: float = 0.1
     """Times even in log SNR, away from both ends, where nothing but the solver limits the order."""
     ends = torch.tensor([t, s], dtype=torch.float64)
     ratio = (process.sigma(ends) / process.alpha(ends)).log()
-    return process.time_from_nsr(torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp())
+    return process.time_from_nsr(
+        torch.lerp(ratio[0], ratio[1], torch.linspace(0, 1, count + 1, dtype=torch.float64)).exp()
+    )
 
 
 def slope(counts: list[int], errors: list[float]) -> float:
@@ -130,7 +132,9 @@ def test_with_an_exact_history_every_step_is_of_the_full_order(name, solver, ord
             on_path = exact.path(on_path, before, after, 10)
             known.insert(0, (torch.full((9,), after, dtype=torch.float64), on_path))
         (_, got), *older = known
-        history = History(tuple(NoiseLevel.at(exact.process, t) for t, _ in older), tuple(exact(x, t).x0 for t, x in older))
+        history = History(
+            tuple(NoiseLevel.at(exact.process, t) for t, _ in older), tuple(exact(x, t).x0 for t, x in older)
+        )
         memory = Predicted(older[0][1], history) if solver.kind == "unipc" else history
         for t, s in pairwise(grid[3:]):
             got, memory = solver(exact, got, t.expand(9), s.expand(9), memory, silent)

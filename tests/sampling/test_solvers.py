@@ -21,7 +21,7 @@ from tessera.diffusion.prediction import Prediction, expand
 from tessera.errors import TesseraError
 from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import SPACINGS, Uniform, Trailing, timestep_grid
+from tessera.sampling.timesteps import SPACINGS, Trailing, Uniform, timestep_grid
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -66,7 +66,11 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
         x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
     *_, last = loop(
-        DDIM(eta=eta), denoise, start, timestep_grid(SPACINGS[spacing](), 20, denoise.process), noise_from(7, start.shape)
+        DDIM(eta=eta),
+        denoise,
+        start,
+        timestep_grid(SPACINGS[spacing](), 20, denoise.process),
+        noise_from(7, start.shape),
     )
     assert relative(last.x, x) < 1e-4
 
@@ -198,7 +202,9 @@ def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
 def test_walk_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    states = list(loop(step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape)))
+    states = list(
+        loop(step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape))
+    )
     assert [state.done for state in states] == list(range(8))
     assert {state.total for state in states} == {7}
     assert torch.equal(states[0].x, x)
@@ -233,7 +239,11 @@ def test_ddim_without_eta_asks_for_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
     *_, last = loop(
-        DDIM(), denoise, x, timestep_grid(Uniform(), 3, GaussianDiffusionConfig().build()), lambda: pytest.fail("noise was drawn")
+        DDIM(),
+        denoise,
+        x,
+        timestep_grid(Uniform(), 3, GaussianDiffusionConfig().build()),
+        lambda: pytest.fail("noise was drawn"),
     )
     assert torch.isfinite(last.x).all()
 

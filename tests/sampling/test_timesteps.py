@@ -10,7 +10,7 @@ from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.errors import TesseraError
 from tessera.sampling.exponential import NoiseLevel
-from tessera.sampling.timesteps import SPACINGS, Uniform, Karras, LogSNR, Quadratic, Shifted, timestep_grid
+from tessera.sampling.timesteps import SPACINGS, Karras, LogSNR, Quadratic, Shifted, Uniform, timestep_grid
 from tessera.settings import validate
 
 spacings = pytest.mark.parametrize("spacing", ["even", "leading", "trailing"])
@@ -77,7 +77,7 @@ PROCESSES = {
     "cosine": GaussianDiffusionConfig(schedule=CosineBetas()),
     "zero terminal": GaussianDiffusionConfig(prediction="v", zero_terminal_snr=True),
     "flow": FlowMatchingConfig(),
-    "trigonometric": FlowMatchingConfig(path="trigonometric"),
+    "gvp": FlowMatchingConfig(path="gvp"),
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
 

@@ -12,11 +12,11 @@ from tessera.studies.study import Study, read
 
 RECIPE = """
 data: {kind: digits}
-network: {patch: 4, width: 16, depth: 1, heads: 2}
-process: {steps: 20, schedule: cosine, prediction: v}
-sampling: {steps: 3}
+network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+diffusion: {num_timesteps: 20, schedule: cosine, prediction: v}
+sampling: {num_steps: 3}
 training:
-  batch: 32
+  global_batch_size: 32
   optimizer: {learning_rate: 0.001}
   log_every: 2
   sample_every: 1000
@@ -25,7 +25,7 @@ training:
   health_every: null
   tensorboard: false
   device: cpu
-evaluation: {count: 40, batch: 40, metrics: [kid, fd]}
+evaluation: {num_samples: 40, batch_size: 40, metrics: [kid, fd]}
 """
 STUDY = """
 question: Does width help?

@@ -44,7 +44,7 @@ def scaling(**changes: Any) -> Study:
         "output": "runs/scaling",
         "axes": {
             "size": {size: {"network.depth": depth} for depth, size in enumerate(SIZES, start=1)},
-            "patch": {patch: {"network.patch": int(patch)} for patch in PATCHES},
+            "patch_size": {patch: {"network.patch_size": int(patch)} for patch in PATCHES},
         },
         "budget": {"steps": 2000},
         "marks": {"steps": [500]},

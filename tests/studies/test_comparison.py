@@ -111,7 +111,7 @@ def test_members_that_are_not_done_take_no_part(synthetic):
 def test_other_axes_are_held(synthetic):
     study = synthetic.scaling(compare={"axis": "size", "baseline": "S"})
     found = [each for each in compare(study.compare, synthetic.scaled(study), "fd") if each.scale == "steps"]
-    assert [each.alike for each in found] == [{"patch": "4"}, {"patch": "2"}]
+    assert [each.alike for each in found] == [{"patch_size": "4"}, {"patch_size": "2"}]
     assert [len(each.values) for each in found] == [4, 4]
 
 

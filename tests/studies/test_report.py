@@ -10,7 +10,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.planning import scaling_law
 from tessera.studies import report
-from tessera.studies.seed_aggregation import check_alike, final_points, equal_steps, settings
+from tessera.studies.seed_aggregation import check_alike, equal_steps, final_points, settings
 
 FIGURES = {"compute", "gmacs", "steps", "sampling", "pictures"}
 
@@ -84,7 +84,7 @@ def test_a_comparison_says_who_wins(synthetic, tmp_path):
 
 
 def test_a_partial_study_says_what_is_missing(synthetic, tmp_path):
-    study = synthetic.scaling(axes={"size": {size: {} for size in synthetic.SIZES}, "patch": {"2": {}}})
+    study = synthetic.scaling(axes={"input_size": {size: {} for size in synthetic.SIZES}, "patch_size": {"2": {}}})
     results = synthetic.scaled(study)
     results[1] = replace(results[1], state="failed", fault="it ran out of memory\nand more", points=[], drawn=[])
     results[2] = replace(results[2], state="unfinished", points=results[2].points[:1], drawn=[])

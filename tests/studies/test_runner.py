@@ -127,7 +127,7 @@ def test_what_is_done_is_not_done_again(write_study, whole, tmp_path):
 def test_a_member_that_fails_does_not_end_the_others(write_study):
     """One diverges, the process of another is killed."""
     asked = write_study(
-        "axes.size={D: {training.optimizer.learning_rate: 1.0e+30, training.stability.tries: 1}, K: {}, S: {}}",
+        "axes.size={D: {training.optimizer.learning_rate: 1.0e+30, training.stability.max_rollbacks: 1}, K: {}, S: {}}",
         "sampling_steps=[]",
     )
     ended = worker.run_member

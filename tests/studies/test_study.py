@@ -7,27 +7,27 @@ from tessera.studies.study import members, read
 
 
 def test_members_are_every_combination_for_each_seed(write_study):
-    study = write_study("axes.patch.2.network.patch=2", "axes.patch.4.network.patch=4", "seeds=[0,3]")
+    study = write_study("axes.patch.2.network.patch_size=2", "axes.patch.4.network.patch_size=4", "seeds=[0,3]")
     found = list(members(study))
     one = ["S-2", "S-4", "L-2", "L-4"]
     assert [member.name for member in found] == [f"{name}-seed{seed}" for seed in (0, 3) for name in one]
     last = found[-1]
-    assert (last.values, last.seed) == ({"size": "L", "patch": "4"}, 3)
-    assert last.overrides == {"network.width": 32, "network.patch": 4, "training.seed": 3}
+    assert (last.values, last.seed) == ({"input_size": "L", "patch_size": "4"}, 3)
+    assert last.overrides == {"network.width": 32, "network.patch_size": 4, "training.seed": 3}
     assert [member.name for member in members(write_study("seeds=[5]"))] == ["S", "L"]
 
 
 def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tmp_path):
-    study = write_study("set.training.optimizer={learning_rate: 0.01, kind: muon}", "set.training.batch=16")
+    study = write_study("set.training.optimizer={learning_rate: 0.01, kind: muon}", "set.training.global_batch_size=16")
     assert list(study.set.items()) == [
         ("training.optimizer.kind", "muon"),
         ("training.optimizer.learning_rate", 0.01),
-        ("training.batch", 16),
+        ("training.global_batch_size", 16),
     ]
     path = tmp_path / "numbers.yaml"
     axes = "{patch: {2: {network: {patch: 2}}, 4: }}"
     path.write_text(f"question: q\nrecipe: tiny.yaml\naxes: {axes}\nbudget: {{steps: 1}}")
-    assert read(path).axes == {"patch": {"2": {"network.patch": 2}, "4": {}}}
+    assert read(path).axes == {"patch_size": {"2": {"network.patch_size": 2}, "4": {}}}
     assert read(path).output == "runs/numbers"
     assert read(path).recipe == str(tmp_path / "tiny.yaml")
 
@@ -40,7 +40,7 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
         (["budget.flops=1e9"], "say budget.steps or budget.flops, one of the two"),
         (["seeds=[]"], "name at least one, and each once"),
         (["seeds=[1, 1]"], "name at least one, and each once"),
-        (["axes.size.S/2.network.width=16"], "the value 'S/2' is to be part of a folder's name"),
+        (["axes.size.S/2.network.hidden_size=16"], "the value 'S/2' is to be part of a folder's name"),
         (["set.training.steps=5"], "training.steps is not a member's to set: say budget.steps or budget.flops"),
         (["axes.size.S.training.seed=5"], "training.seed is not a member's to set: say seeds"),
         (["compare={axis: sizes, baseline: S}"], "unknown axis 'sizes'; did you mean 'size'?"),

@@ -108,7 +108,10 @@ def test_a_plan_says_what_each_member_takes_and_seeds_cost_alike(write_study, re
 
 
 def test_impossible_members_are_named_before_anything_starts(write_study, tmp_path):
-    asked = write_study("axes.size.M.network.width=33", "axes.size.G={sampling.guidance: 2, network.null_class: false}")
+    asked = write_study(
+        "axes.size.M.network.hidden_size=33",
+        "axes.size.G={sampling.guidance_scale: 2, network.learn_null_class: false}",
+    )
     with pytest.raises(TesseraError) as caught:
         study_plan.prepare(asked)
     told = str(caught.value)
@@ -123,8 +126,8 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["axes.size.G.sampling.guidance=2"], "sampling.guidance is 1.0 and 2.0"),
-        (["axes.size.G.evaluation.count=50"], "evaluation.count is 40 and 50"),
+        (["axes.size.G.sampling.guidance_scale=2"], "sampling.guidance_scale is 1.0 and 2.0"),
+        (["axes.size.G.evaluation.num_samples=50"], "evaluation.num_samples is 40 and 50"),
         (["axes.size.G.data.split=judge"], "evaluation.reference.split is model and judge"),
         (["set.evaluation.metrics=[fd_inf]"], "features needs at least"),
         (["set.evaluation.features=nothing"], "unknown features 'nothing'"),
@@ -159,11 +162,13 @@ def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
     assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == asked
     moved = first.members["S"].model_copy(update={"seconds": 1234.0})
     before = study_plan.StudyPlan(members={**first.members, "S": moved})
-    grown = planned(write_study("axes.size.M.network.width=24", "question=Another?", "limit_minutes=9"), before)
+    grown = planned(write_study("axes.size.M.network.hidden_size=24", "question=Another?", "limit_minutes=9"), before)
     assert grown.members["S"].seconds == 1234  # as planned before it began
     assert list(grown.members) == ["S", "L", "M"]
-    with pytest.raises(TesseraError, match=r"of S training.batch was 32, is 16; .*give the study another output="):
-        planned(write_study("set.training.batch=16"), first)
+    with pytest.raises(
+        TesseraError, match=r"of S training.global_batch_size was 32, is 16; .*give the study another output="
+    ):
+        planned(write_study("set.training.global_batch_size=16"), first)
     with pytest.raises(TesseraError, match=r"L is not in this one, whose members are S"):
         planned(write_study("axes={size: {S: {network.width: 16}}}"), first)
     (tmp_path / "out/plan.json").write_text("{")

@@ -75,15 +75,21 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
 
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
-    scales = {config.guidance_scale for config in search_space.guidances(tiny_model, SamplingConfig(guidance_scale=4.0))}
+    scales = {
+        config.guidance_scale for config in search_space.guidances(tiny_model, SamplingConfig(guidance_scale=4.0))
+    }
     assert {1.0, 2.5, 4.0, 5.5} <= scales
     assert all(config.guidance_scale > 1 for config in search_space.guidances(tiny_model, SamplingConfig()))
 
 
 def test_settings_are_told_in_a_line():
-    config = SamplingConfig(sampler={"kind": "dpm++", "order": 3}, timestep_spacing="karras", num_steps=8, guidance_scale=1.5)  # pyright: ignore
+    config = SamplingConfig(
+        sampler={"kind": "dpm++", "order": 3}, timestep_spacing="karras", num_steps=8, guidance_scale=1.5
+    )  # pyright: ignore
     assert config.summary() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
-    config = SamplingConfig(guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7})  # pyright: ignore
+    config = SamplingConfig(
+        guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7}
+    )  # pyright: ignore
     found = config.summary()
     assert found == "ddim, 50 steps, even, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
 
@@ -141,7 +147,7 @@ def test_one_is_chosen_by_what_fresh_seeds_say(tuner, choose, others, chosen, no
     told.folder.mkdir()
     checked = [told.baseline, *(trial(fd, seconds, steps=steps) for fd, seconds, steps in others)]
     outcome = told.chosen(checked)
-    assert (None if outcome.chosen is None else outcome.chosen.sampling.steps) == chosen
+    assert (None if outcome.chosen is None else outcome.chosen.sampling.num_steps) == chosen
     assert bool(outcome.notes) == noted
     assert json.loads((told.folder / "results.json").read_text())["chosen"] == (
         outcome.chosen.name if outcome.chosen else None

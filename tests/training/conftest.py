@@ -28,7 +28,7 @@ def newest_state(run: Path) -> dict[str, Any]:
 
 TINY: dict[str, Any] = {
     "data": {"kind": "digits"},
-    "network": {"patch": 4, "width": 16, "depth": 1, "heads": 2},
+    "network": {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2},
     "process": {"steps": 20, "schedule": "cosine", "prediction": "v"},
     "sampling": {"steps": 2},
     "training": {

@@ -41,7 +41,7 @@ def data(pictures):
 
 
 def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
-    run = build_run(tiny("run", "training.batch=8", data=data))
+    run = build_run(tiny("run", "training.global_batch_size=8", data=data))
     assert run.loader.buckets is not None
     sizes = set()
     batches = run.loader.batches()
@@ -56,7 +56,12 @@ def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
 
 
 def test_one_and_two_processes_learn_the_same(tiny, data, processes, tmp_path):
-    changes = ("training.batch=8", "training.steps=6", "training.log_every=1", "training.checkpoint_every=100")
+    changes = (
+        "training.global_batch_size=8",
+        "training.steps=6",
+        "training.log_every=1",
+        "training.checkpoint_every=100",
+    )
     processes.together(1, train, tiny("one", *changes, data=data))
     processes.together(2, train, tiny("two", *changes, data=data))
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
@@ -64,7 +69,7 @@ def test_one_and_two_processes_learn_the_same(tiny, data, processes, tmp_path):
 
 
 def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
-    changes = ("training.batch=8", "training.checkpoint_every=3")
+    changes = ("training.global_batch_size=8", "training.checkpoint_every=3")
     train(tiny("whole", *changes, "training.steps=7", data=data))
     train(tiny("parts", *changes, "training.steps=3", data=data))
     train(tiny("parts", *changes, "training.steps=7", data=data))
@@ -73,7 +78,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
 
 
 def test_it_draws_in_any_of_its_sizes(tiny, data, tmp_path):
-    train(tiny("run", "training.batch=8", "training.steps=2", data=data))
+    train(tiny("run", "training.global_batch_size=8", "training.steps=2", data=data))
     model = tessera.load(tmp_path / "run")
     images = pipeline.generate(model, classes=[0], seeds=[0], steps=2, guidance=1.0, size=(20, 12))
     assert images.shape == (1, 20, 12, 3)

@@ -58,7 +58,9 @@ def same(one, two) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(("config", "also"), [(AdamWConfig(), ()), (MuonConfig(), ()), (MuonConfig(), (0.9, 0.25, 1e-5))])
+@pytest.mark.parametrize(
+    ("config", "also"), [(AdamWConfig(), ()), (MuonConfig(), ()), (MuonConfig(), (0.9, 0.25, 1e-5))]
+)
 def test_what_is_saved_is_restored_bit_for_bit(tiny_model, tmp_path, config, also):
     model, network, average, optimizer = used(tiny_model, config, also)
     saved = saved_at(tmp_path, TrainerState(12, 3072), model, network, average, optimizer)

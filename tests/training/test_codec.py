@@ -170,8 +170,8 @@ def test_a_step_is_l1_and_kl_by_adamw(tmp_path, photos):
 
 def test_another_recipe_does_not_go_on(finished, tmp_path):
     with pytest.raises(TesseraError, match=r"training\.batch was 4, is 5"):
-        codec.train(told(finished, "training.batch=5"))
-    assert codec.train(told(finished, "training.workers=1")) == finished / "codec"  # which changes nothing
+        codec.train(told(finished, "training.global_batch_size=5"))
+    assert codec.train(told(finished, "training.num_workers=1")) == finished / "codec"  # which changes nothing
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(TesseraError, match="holds a run of `tessera train`"):
         codec.train(told(tmp_path / "run"))
@@ -203,7 +203,7 @@ def test_a_transformer_learns_from_its_latents_and_draws(finished, tmp_path):
         "output": str(tmp_path / "dit"),
         "data": TINY["data"],
         "codec": {"kind": "autoencoder-kl", "source": str(finished / "codec")},
-        "network": {"patch": 8, "width": 16, "depth": 1, "heads": 2},
+        "network": {"patch_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2},
         "process": {"steps": 20, "schedule": "cosine", "prediction": "v"},
         "sampling": {"steps": 2},
         "training": {"steps": 2, "batch": 4, "sample_seeds": 1, "tensorboard": False, "device": "cpu"},
@@ -225,7 +225,7 @@ def test_a_transformer_learns_from_the_latents_of_a_tiny_autoencoder(tmp_path):
         "output": str(tmp_path / "dit"),
         "data": TINY["data"],
         "codec": {"kind": "autoencoder-tiny", "source": str(weights_folder), "scale": 2.0},
-        "network": {"patch": 2, "width": 16, "depth": 1, "heads": 2},
+        "network": {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2},
         "process": {"steps": 20, "schedule": "cosine", "prediction": "v"},
         "sampling": {"steps": 2},
         "training": {"steps": 2, "batch": 4, "sample_seeds": 1, "tensorboard": False, "device": "cpu"},

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tessera import bundle
 from tessera.errors import TesseraError
-from tessera.layers.patches import resample_patches, resample_head
+from tessera.layers.patches import resample_head, resample_patches
 from tessera.sampling import SamplingConfig
 from tessera.studies.tuning import result
 from tessera.training import loop
@@ -150,7 +150,7 @@ def test_another_variance_makes_the_readout_anew_alone(tiny_model):
         ({"depth": 1}, r"blocks\.1\.\S+ has no place"),
         ({"depth": 3}, r"blocks\.2\.\S+ is missing"),
         ({"mlp_ratio": 2.0}, r"blocks\.0\.mlp\.fc1\.weight is \(128, 32\), expected \(64, 32\)"),
-        ({"heads": 4}, r"it has 2 heads, network\.heads is 4"),
+        ({"num_heads": 4}, r"it has 2 heads, network\.heads is 4"),
     ],
 )
 def test_another_transformer_is_refused_by_the_names_of_its_keys(tiny_model, changes, said):
@@ -178,14 +178,14 @@ def test_another_block_is_refused(make_model, tiny_model):
 )
 def test_another_kind_of_position_is_refused(make_model, old, new, said):
     """No other weight tells rotary positions from a table."""
-    source = make_model(network={"block": {"kind": "modern", **old}})
-    network = make_model(network={"block": {"kind": "modern", **new}}).network
+    source = make_model(network={"block": {"kind": "rope-swiglu", **old}})
+    network = make_model(network={"block": {"kind": "rope-swiglu", **new}}).network
     with pytest.raises(TesseraError, match=said):
         start_from(network, NAMES, source, "m")
 
 
 def test_a_modern_network_starts_from_one_of_another_size(make_model):
-    source, network = (make_model(network={"block": "modern", "size": size}, seed=size) for size in (8, 16))
+    source, network = (make_model(network={"block": "rope-swiglu", "size": size}, seed=size) for size in (8, 16))
     told = start_from(network.network, NAMES, source, "m")
     assert told["resampled"] == told["anew"] == []
     for name, weight in source.network.state_dict().items():
@@ -198,7 +198,13 @@ def test_a_modern_network_starts_from_one_of_another_size(make_model):
 @pytest.fixture
 def trained(tiny):
     """A run on digits: x0 prediction, 30 steps, guidance 1.5."""
-    recipe = tiny("old", "process.prediction=x0", "process.steps=30", "sampling.guidance=1.5", "network.mlp_ratio=2")
+    recipe = tiny(
+        "old",
+        "diffusion.prediction=x0",
+        "diffusion.num_timesteps=30",
+        "sampling.guidance_scale=1.5",
+        "network.mlp_ratio=2",
+    )
     loop.train(recipe)
     return recipe.output
 
@@ -215,7 +221,9 @@ def test_what_the_recipe_leaves_unsaid_is_as_in_the_source(tiny, trained, weight
     if as_bundle:
         bundle.save(bundle.load(bundle.checkpoints(trained)[0]), tmp_path / "saved")
         source = tmp_path / "saved"
-    recipe = tiny("new", f"training.init={source}", "training.optimizer.learning_rate=1e-12", "training.ema.decay=0")
+    recipe = tiny(
+        "new", f"training.init_from={source}", "training.optimizer.learning_rate=1e-12", "training.ema.decay=0"
+    )
     recipe = without(recipe, "network", "process", "sampling")
     run = loop.train(recipe)
     new, old = bundle.load(bundle.checkpoints(run)[0]).config, bundle.load(bundle.checkpoints(trained)[0]).config
@@ -232,7 +240,9 @@ def test_what_the_recipe_leaves_unsaid_is_as_in_the_source(tiny, trained, weight
 
 
 def test_what_the_recipe_says_wins(tiny, trained):
-    recipe = without(tiny("new", f"training.init={trained}", "network={patch: 2}", "sampling.steps=3"), "process")
+    recipe = without(
+        tiny("new", f"training.init_from={trained}", "network={patch: 2}", "sampling.num_steps=3"), "process"
+    )
     run = loop.train(recipe)
     config = bundle.load(bundle.checkpoints(run)[0]).config
     assert (config.network.patch_size, config.network.hidden_size, config.network.mlp_ratio) == (2, 16, 2.0)
@@ -249,7 +259,7 @@ def test_colour_may_start_from_grey(tiny, trained, tmp_path):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / f"data/{name}.png")
     data = {"kind": "folder", "path": str(tmp_path / "data"), "size": 16}
-    recipe = tiny("new", f"training.init={trained}", "training.steps=2", data=data)
+    recipe = tiny("new", f"training.init_from={trained}", "training.steps=2", data=data)
     run = loop.train(without(recipe, "network", "process", "sampling"))
     config = bundle.load(bundle.checkpoints(run)[0]).config
     assert (config.network.in_channels, config.network.input_size, config.class_names) == (3, (16, 16), ("1", "xyz"))
@@ -261,18 +271,18 @@ def test_colour_may_start_from_grey(tiny, trained, tmp_path):
 
 def test_another_width_is_an_error_that_names_keys_and_leaves_nothing(tiny, trained, tmp_path):
     with pytest.raises(TesseraError, match=r"another architecture[\s\S]*x_embedder\.proj\.bias is \(16,\)"):
-        loop.train(tiny("new", f"training.init={trained}", "network.width=32", "network.mlp_ratio=2"))
+        loop.train(tiny("new", f"training.init_from={trained}", "network.hidden_size=32", "network.mlp_ratio=2"))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_source_is_an_error(tiny, tmp_path):
     with pytest.raises(TesseraError, match="gone"):
-        loop.train(tiny("new", f"training.init={tmp_path / 'gone'}"))
+        loop.train(tiny("new", f"training.init_from={tmp_path / 'gone'}"))
 
 
 def test_fine_tuning_goes_on_when_its_source_is_gone(tiny, trained, state):
     def recipe(output, *changes):
-        told = tiny(output, f"training.init={trained}", *changes)
+        told = tiny(output, f"training.init_from={trained}", *changes)
         return without(told, "network", "process", "sampling")
 
     whole = loop.train(recipe("whole", "training.steps=6"))
@@ -286,7 +296,7 @@ def test_a_fine_tuned_run_that_was_tuned_goes_on_with_its_own_settings(tiny, tra
     """Also where it scores itself: one curve, drawn in one way."""
 
     def recipe(*changes):
-        told = tiny("new", f"training.init={trained}", "evaluation.every=2", "evaluation.count=20", *changes)
+        told = tiny("new", f"training.init_from={trained}", "evaluation.every=2", "evaluation.num_samples=20", *changes)
         return without(told, "network", "process", "sampling")
 
     run = loop.train(recipe("training.steps=2"))
@@ -304,7 +314,7 @@ def test_a_shift_by_dimension_follows_the_size_of_the_data(tiny, tmp_path):
     (tmp_path / "data").mkdir()
     Image.new("L", (16, 16), 200).save(tmp_path / "data/a.png")
     data = {"kind": "folder", "path": str(tmp_path / "data"), "size": 16, "channels": 1}
-    new = without(tiny("new", f"training.init={old}", data=data), "network", "process", "sampling")
+    new = without(tiny("new", f"training.init_from={old}", data=data), "network", "process", "sampling")
     run = loop.build_run(new)
     assert bundle.load(bundle.checkpoints(old)[0]).diffusion.shift == 0.125
     assert run.objective.diffusion.shift == run.ema_model.diffusion.shift == 0.25
@@ -313,9 +323,13 @@ def test_a_shift_by_dimension_follows_the_size_of_the_data(tiny, tmp_path):
 @pytest.mark.parametrize(("told", "prediction"), [("sit", "velocity"), (None, None)])
 def test_bare_weights_are_read_as_the_recipe_says(tiny, make_model, tmp_path, told, prediction):
     """SiT's readout has the outputs of a learned variance, half of them unused, as DiT's has."""
-    model = make_model(network={"classes": 10, "patch": 4}, class_names=())
+    model = make_model(network={"num_classes": 10, "patch_size": 4}, class_names=())
     torch.save(model.network.state_dict(), tmp_path / "model.pt")
-    changes = [f"training.init={tmp_path / 'model.pt'}", "training.init_heads=2", f"training.init_as={told or 'null'}"]
+    changes = [
+        f"training.init_from={tmp_path / 'model.pt'}",
+        "training.init_num_heads=2",
+        f"training.init_type={told or 'null'}",
+    ]
     recipe = without(tiny("new", *changes), "network", "process", "sampling")
     run = loop.build_run(recipe)
     assert run.recipe.diffusion.kind == ("flow" if told else "gaussian")

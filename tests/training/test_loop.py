@@ -57,7 +57,7 @@ def test_a_run_leaves_recipe_log_samples_and_checkpoints(tiny):
 
 
 def test_the_log_tells_every_number(tiny):
-    run = loop.train(tiny("run", "training.steps=6", "training.log_every=2", "training.optimizer.warmup=4"))
+    run = loop.train(tiny("run", "training.steps=6", "training.log_every=2", "training.optimizer.warmup_steps=4"))
     records = read_log(run)
     assert [record["step"] for record in records] == [2, 4, 6]
     expected = {"step", "loss", "mse", "vb", "gradient_norm", "learning_rate", "images_per_second", "epoch"}
@@ -77,7 +77,7 @@ def test_logged_losses_are_means_over_the_steps_between(tiny):
 
 
 def test_a_run_learns(tiny):
-    changes = ("training.steps=150", "training.optimizer.learning_rate=0.01", "process.variance=posterior")
+    changes = ("training.steps=150", "training.optimizer.learning_rate=0.01", "diffusion.variance=posterior")
     losses = [record["loss"] for record in read_log(loop.train(tiny("run", *changes)))]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
 
@@ -89,13 +89,13 @@ def test_two_runs_of_one_recipe_are_the_same_bit_for_bit_and_another_seed_is_not
 
 
 def test_the_number_of_workers_changes_nothing(tiny, state):
-    one = loop.train(tiny("one", "training.workers=1"))
-    assert state(one) == state(loop.train(tiny("many", "training.workers=5")))
+    one = loop.train(tiny("one", "training.num_workers=1"))
+    assert state(one) == state(loop.train(tiny("many", "training.num_workers=5")))
 
 
 def test_micro_batches_change_nothing_but_rounding(tiny, weights):
     whole = weights(loop.train(tiny("whole", "training.ema.decay=0")))
-    parts = weights(loop.train(tiny("parts", "training.ema.decay=0", "training.micro_batch=8")))
+    parts = weights(loop.train(tiny("parts", "training.ema.decay=0", "training.micro_batch_size=8")))
     for key, value in whole.items():
         torch.testing.assert_close(parts[key], value, rtol=0, atol=5e-5)
 
@@ -108,7 +108,7 @@ def test_a_saved_recipe_trains_the_same_model(tiny, state, tmp_path):
 
 def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(5)))
-    model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.batch=4", data=data)))[0])
+    model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.global_batch_size=4", data=data)))[0])
     assert model.config.network.num_classes == 0
     assert pipeline.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
 
@@ -120,8 +120,8 @@ def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
 @pytest.mark.parametrize("decay", ["constant", "cosine", "wsd"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypatch, batch, decay, optimizer):
-    changes = (f"training.batch={batch}", f"training.optimizer.kind={optimizer}",
-               f"training.optimizer.decay={decay}", "training.optimizer.warmup=2",
+    changes = (f"training.global_batch_size={batch}", f"training.optimizer.kind={optimizer}",
+               f"training.optimizer.lr_schedule={decay}", "training.optimizer.warmup_steps=2",
                "training.optimizer.learning_rate=0.001", "training.steps=6",
                "training.ema={decay: 0.9, also: [0.5, 0.99], warmup: true}")  # fmt: skip
     whole = loop.train(tiny("whole", *changes))
@@ -144,7 +144,7 @@ def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypat
 
 def test_going_on_with_another_optimizer_and_another_average_is_told(tiny, capsys):
     loop.train(tiny("run"))
-    changes = ("training.steps=6", "training.optimizer=muon", "training.ema.also=[0.5]")
+    changes = ("training.steps=6", "training.optimizer=muon", "training.ema.extra_decays=[0.5]")
     run = loop.train(tiny("run", *changes))
     said = capsys.readouterr().err
     assert "changed since: training.optimizer.kind was adamw, is muon" in said
@@ -163,7 +163,7 @@ def test_going_on_with_another_optimizer_and_another_average_is_told(tiny, capsy
     "damaged", ["ema/0.5.safetensors", "model.safetensors", "config.json", "training.json", "state"]
 )
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny, state, capsys, damaged):
-    changes = ("training.ema.also=[0.5]", "training.checkpoint_every=2", "training.steps=5")
+    changes = ("training.ema.extra_decays=[0.5]", "training.checkpoint_every=2", "training.steps=5")
     whole = state(run := loop.train(tiny("run", *changes)))
     newest = bundle.checkpoints(run)[0]
     file = newest / damaged
@@ -256,12 +256,12 @@ def test_nothing_to_go_on_from(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("network.width=32", r"another network: network\.width was 16, is 32"),
+        ("network.hidden_size=32", r"another network: network\.width was 16, is 32"),
         ("network.depth=2", r"another network: network\.depth was 1, is 2"),
         ("network.block=adaln", r"another network: network\.block was .*adaln-zero.*, is .*'adaln'"),
-        ("network.patch=2", r"another network: network\.patch was 4, is 2"),
-        ("process.prediction=x0", r"another process: process\.prediction was v, is x0"),
-        ("process.steps=30", r"another process: process\.steps was 20, is 30"),
+        ("network.patch_size=2", r"another network: network\.patch was 4, is 2"),
+        ("diffusion.prediction=x0", r"another process: process\.prediction was v, is x0"),
+        ("diffusion.num_timesteps=30", r"another process: process\.steps was 20, is 30"),
     ],
 )
 def test_going_on_with_another_network_or_process_names_the_difference(tiny, state, change, said):
@@ -274,10 +274,10 @@ def test_going_on_with_another_network_or_process_names_the_difference(tiny, sta
 
 def test_going_on_with_other_classes_is_refused(tiny, tmp_path):
     data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png")
-    loop.train(tiny("run", "training.batch=4", data=data))
+    loop.train(tiny("run", "training.global_batch_size=4", data=data))
     (tmp_path / "data/dog").rename(tmp_path / "data/ant")
     with pytest.raises(TesseraError, match="another classes: was cat, dog, is ant, cat"):
-        loop.train(tiny("run", "training.batch=4", "training.steps=8", data=data))
+        loop.train(tiny("run", "training.global_batch_size=4", "training.steps=8", data=data))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -312,7 +312,7 @@ def test_a_second_ctrl_c_is_not_held_back(tiny, monkeypatch, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_the_run_with_a_diagnosis_and_is_never_saved(tiny, tmp_path):
     changes = ("training.steps=20", "training.checkpoint_every=1", "training.log_every=20",
-               "training.keep_checkpoints=20")  # fmt: skip
+               "training.keep_last=20")  # fmt: skip
     loop.train(tiny("run", *changes, "training.steps=2"))
     with pytest.raises(TesseraError) as caught:
         loop.train(tiny("run", *changes, "training.optimizer.learning_rate=1e+30"))
@@ -332,7 +332,7 @@ def test_unusable_images_are_skipped_replaced_and_named(tiny, state, tmp_path, c
     (tmp_path / "data/cat/1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "data/cat/2.png").write_text("no image")
     Image.new("RGB", (5, 20)).save(tmp_path / "data/dog/3.png")
-    changes = ("training.batch=8", "training.steps=6")
+    changes = ("training.global_batch_size=8", "training.steps=6")
     run = loop.train(tiny("run", *changes, data=data))
     lines = dict(line.split("\t") for line in (run / "skipped.txt").read_text().splitlines())
     assert {Path(name).name: reason.split(":")[0] for name, reason in lines.items()} == {
@@ -341,7 +341,7 @@ def test_unusable_images_are_skipped_replaced_and_named(tiny, state, tmp_path, c
         "3.png": "smaller than the size",
     }
     assert capsys.readouterr().err.count("skipping images that cannot be used, for example") == 1
-    again = loop.train(tiny("again", *changes, "training.workers=5", data=data))
+    again = loop.train(tiny("again", *changes, "training.num_workers=5", data=data))
     assert state(again) == state(run)
 
 
@@ -349,14 +349,14 @@ def test_skips_are_named_once_over_all_resumptions(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     (tmp_path / "data/2.png").write_text("no image")
     for steps in (2, 4, 6):
-        run = loop.train(tiny("run", "training.batch=6", f"training.steps={steps}", data=data))
+        run = loop.train(tiny("run", "training.global_batch_size=6", f"training.steps={steps}", data=data))
     assert len((run / "skipped.txt").read_text().splitlines()) == 1
 
 
 def test_no_usable_image_at_all_is_one_error(tiny, tmp_path):
     data = {**pictures(tmp_path / "data", "a.png", "b.png"), "size": 16}
     with pytest.raises(TesseraError, match=r"no usable image among 2 of 2; the last, .*\.png, is smaller than the siz"):
-        loop.train(tiny("run", "training.batch=4", data=data))
+        loop.train(tiny("run", "training.global_batch_size=4", data=data))
 
 
 def test_an_output_below_a_file_cannot_be_written(tiny, tmp_path):
@@ -391,7 +391,7 @@ def autoencoder(tmp_path) -> Path:
 def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, tmp_path, autoencoder):
     data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
     codec = {"kind": "autoencoder-kl", "source": str(autoencoder)}
-    run = loop.train(tiny("run", "training.batch=2", "training.steps=2", data=data, codec=codec))
+    run = loop.train(tiny("run", "training.global_batch_size=2", "training.steps=2", data=data, codec=codec))
     model = bundle.load(bundle.checkpoints(run)[0])
     assert (model.config.network.input_size, model.config.network.in_channels) == ((8, 8), 2)
     before = pipeline.generate(model, [0, 1], [5])
@@ -410,15 +410,17 @@ def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, 
 def test_a_run_on_latents_goes_on_bit_for_bit(tiny, tmp_path, autoencoder, state):
     data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
     sections = {"data": data, "codec": {"kind": "autoencoder-kl", "source": str(autoencoder)}}
-    whole = loop.train(tiny("whole", "training.batch=2", "training.steps=4", **sections))
+    whole = loop.train(tiny("whole", "training.global_batch_size=2", "training.steps=4", **sections))
     for steps in (2, 4):
-        part = loop.train(tiny("part", "training.batch=2", f"training.steps={steps}", **sections))
+        part = loop.train(tiny("part", "training.global_batch_size=2", f"training.steps={steps}", **sections))
     assert state(part) == state(whole)
 
 
 def test_a_codec_copied_by_half_is_copied_again(tiny, tmp_path, autoencoder, monkeypatch):
     data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
-    recipe = tiny("run", "training.batch=2", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)})
+    recipe = tiny(
+        "run", "training.global_batch_size=2", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)}
+    )
     copy = shutil.copyfile
 
     def killed(source, target):
@@ -472,12 +474,12 @@ def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
     data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     for name in ("2.png", "5.png"):
         (tmp_path / "data" / name).write_text("no image")
-    told = dry_run.dry_run(tiny("run", "training.batch=6", data=data))
+    told = dry_run.dry_run(tiny("run", "training.global_batch_size=6", data=data))
     assert (told.images, told.skipped) == (6, 2)
     assert "6 images, 2 skipped so far" in str(told)
 
 
-@pytest.mark.parametrize("changes", [(), ("training.optimizer.kind=muon", "training.ema.also=[0.9, 0.5]")])
+@pytest.mark.parametrize("changes", [(), ("training.optimizer.kind=muon", "training.ema.extra_decays=[0.9, 0.5]")])
 def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny, changes):
     told = dry_run.dry_run(tiny("run", *changes))
     newest = bundle.checkpoints(loop.train(tiny("run", *changes)))[0]
@@ -496,12 +498,12 @@ def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
     ("output", "changes", "resume"),
     [
         ("new", ["data={kind: folder, path: nowhere}"], "auto"),
-        ("new", ["network.patch=3"], "auto"),
-        ("new", ["network.classes=3"], "auto"),
-        ("new", ["sampling.steps=99"], "auto"),
-        ("new", ["training.init=nowhere"], "auto"),
+        ("new", ["network.patch_size=3"], "auto"),
+        ("new", ["network.num_classes=3"], "auto"),
+        ("new", ["sampling.num_steps=99"], "auto"),
+        ("new", ["training.init_from=nowhere"], "auto"),
         ("new", [], "nowhere"),
-        ("old", ["network.width=32", "training.steps=9"], "auto"),
+        ("old", ["network.hidden_size=32", "training.steps=9"], "auto"),
         ("old", [], "never"),
     ],
 )
@@ -530,12 +532,12 @@ def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
 
 
 def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, monkeypatch):
-    loop.train(tiny("run", "training.steps=3", "training.batch=32"))
+    loop.train(tiny("run", "training.steps=3", "training.global_batch_size=32"))
     seen = []
     read = Loader.read
     monkeypatch.setattr(Loader, "read", lambda self, position: seen.append(position) or read(self, position))
-    folder = loop.train(tiny("run", "training.steps=5", "training.batch=16"))
+    folder = loop.train(tiny("run", "training.steps=5", "training.global_batch_size=16"))
     assert sorted(seen)[:2] == [96, 112]
     place = checkpoint.read_state(bundle.checkpoints(folder)[0])
     assert (place.step, place.position) == (5, 128)
-    assert "changed since: training.batch was 32, is 16" in capsys.readouterr().err
+    assert "changed since: training.global_batch_size was 32, is 16" in capsys.readouterr().err

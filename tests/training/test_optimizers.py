@@ -9,8 +9,8 @@ from torch import nn
 from tessera.layers.modulation import Modulation
 from tessera.training.optimizers import (
     AdamWConfig,
-    MuonConfig,
     MuonAndAdamW,
+    MuonConfig,
     WarmupStableDecay,
     hidden_matrices,
     learning_rate,
@@ -138,7 +138,9 @@ def trained(network: nn.Module, seed: int) -> None:
 def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_own(tiny_model, nesterov):
     """To the digits of bfloat16, in which torch's own iterates; all else is AdamW exactly."""
     network = tiny_model.network.requires_grad_(True)
-    config = MuonConfig(learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov)
+    config = MuonConfig(
+        learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov
+    )
     matrices = {network.get_parameter(name): maps for name, maps in hidden_matrices(network).items()}
     before = {weight: weight.detach().clone() for weight in network.parameters()}
     parts = {

@@ -29,11 +29,11 @@ pytest.importorskip("sklearn")
 # All at once: accumulation, parts of unequal size, clipped gradients, several averages, recomputation.
 RICH = (
     "training.steps=6",
-    "training.batch=30",
-    "training.micro_batch=5",
-    "training.optimizer.clip=0.3",
+    "training.global_batch_size=30",
+    "training.micro_batch_size=5",
+    "training.optimizer.grad_clip_norm=0.3",
     "training.ema={decay: 0.9, also: [0.5, 0.99]}",
-    "training.recompute=blocks",
+    "training.activation_checkpointing=blocks",
     "network.depth=2",
 )
 SOON = {((4, 2), "adamw", "adaln-zero"), ((2, "all"), "muon", "modern")}  # the others are proven by `make prove`
@@ -73,7 +73,7 @@ def train(recipe, stop: int | None = None) -> dict[str, Any]:
         positions = batch.position.tolist()
         assert not told["shown"].keys() & set(positions)
         told["shown"] |= dict(zip(positions, (picture.numpy().tobytes() for picture in batch.pixels)))
-        if last and positions[0] // recipe.training.batch + 1 == stop:
+        if last and positions[0] // recipe.training.global_batch_size + 1 == stop:
             os.kill(os.getpid(), signal.SIGINT)
         return step(learner, batch, *rest)
 
@@ -108,7 +108,9 @@ def messages(recipes) -> list[dict[str, int]]:
             batch = run.loader.read(0)
             for _ in range(2):  # the first also finds out the order of things
                 with Messages() as seen:
-                    train_step(run.state, batch, run.objective, recipe.training.batch, run.accumulation_steps)
+                    train_step(
+                        run.state, batch, run.objective, recipe.training.global_batch_size, run.accumulation_steps
+                    )
             found.append({**seen.counts, "rounds": run.accumulation_steps, "groups": len(run.network.blocks) + 1})
     return found
 
@@ -156,7 +158,7 @@ def test_any_number_of_processes_learns_the_same(processes, tiny, tmp_path, alon
         (told,) = processes.together(1, train, tiny("whole", *changes))
         shutil.copytree(tmp_path / "whole", whole)
         np.savez(whole / "saved.npz", **told["saved"])
-    told = processes.together(count, train, tiny("run", *changes, f"training.shard={shard}"))
+    told = processes.together(count, train, tiny("run", *changes, f"training.fsdp={shard}"))
     names = ("loss", "mse", "vb", "gradient_norm", "clipped", "epoch")
     np.testing.assert_allclose(logged(tmp_path / "run", *names), logged(whole, *names), rtol=1e-5)
     assert logged(whole, "clipped").any()
@@ -169,12 +171,17 @@ def test_any_number_of_processes_learns_the_same(processes, tiny, tmp_path, alon
 
 def test_the_number_of_processes_may_change_whenever_a_run_goes_on(processes, tiny, tmp_path):
     """Nothing is lost or learned anew, no sample is left out or shown twice in an epoch, no loss changes."""
-    changes = ("training.batch=240", "training.steps=16", "training.optimizer.kind=muon", "training.ema.also=0.9")
+    changes = (
+        "training.global_batch_size=240",
+        "training.steps=16",
+        "training.optimizer.kind=muon",
+        "training.ema.extra_decays=0.9",
+    )
     legs = [(4, "all", 3), (2, 1, 8), (1, 1, 15), (4, 2, None)]  # processes, shard, the step that is asked to stop
     shown: dict[int, bytes] = {}
     saved: dict[str, np.ndarray] = {}
     for count, shard, stop in legs:
-        told = processes.together(count, train, tiny("run", *changes, f"training.shard={shard}"), stop)
+        told = processes.together(count, train, tiny("run", *changes, f"training.fsdp={shard}"), stop)
         assert all(same(one["restored"], saved) for one in told)  # bit for bit
         assert all(same(one["saved"], told[0]["saved"]) for one in told)
         saved = told[0]["saved"]
@@ -205,7 +212,7 @@ def test_the_number_of_processes_may_change_whenever_a_run_goes_on(processes, ti
 def test_a_run_of_many_processes_that_is_stopped_twice_ends_bit_for_bit(
     processes, tiny, whole_state, tmp_path, count, shard
 ):
-    changes = (*RICH, f"training.shard={shard}", "training.optimizer.kind=muon", "network.block=modern")
+    changes = (*RICH, f"training.fsdp={shard}", "training.optimizer.kind=muon", "network.block=rope-swiglu")
     processes.together(count, train, tiny("whole", *changes))
     for stop in (2, 3, None):
         told = processes.together(count, train, tiny("run", *changes), stop)
@@ -222,7 +229,7 @@ def test_accumulation_makes_no_extra_reduction(processes, tiny):
     """Gradients go from process to process once a step, a message each for every block and for the rest."""
     shards = (1, "all")
     recipes = [
-        tiny("run", *RICH, f"training.micro_batch={micro}", f"training.shard={shard}")
+        tiny("run", *RICH, f"training.micro_batch_size={micro}", f"training.fsdp={shard}")
         for shard in shards
         for micro in (30, 10, 3)
     ]
@@ -244,7 +251,7 @@ def test_accumulation_makes_no_extra_reduction(processes, tiny):
 
 def test_pictures_scores_and_health_are_those_of_one_process(processes, tiny, tmp_path):
     changes = (
-        "training.batch=64",  # so that half of it has as many samples as a probe looks at
+        "training.global_batch_size=64",  # so that half of it has as many samples as a probe looks at
         "training.steps=4",
         "training.sample_every=2",
         "training.health_every=2",
@@ -252,7 +259,7 @@ def test_pictures_scores_and_health_are_those_of_one_process(processes, tiny, tm
         "evaluation={every: 4, count: 20, batch: 10, metrics: [kid, fd], reference: digits:ceiling}",
     )
     processes.together(1, train, tiny("whole", *changes))
-    processes.together(2, train, tiny("run", *changes, "training.shard=all"))
+    processes.together(2, train, tiny("run", *changes, "training.fsdp=all"))
     whole, run = tmp_path / "whole", tmp_path / "run"
     sheets = sorted(path.name for path in (whole / "samples").iterdir())
     assert sheets == sorted(path.name for path in (run / "samples").iterdir())
@@ -277,14 +284,16 @@ def test_pictures_scores_and_health_are_those_of_one_process(processes, tiny, tm
 
 def test_processes_that_cannot_be_divided_are_refused_by_each(processes, tiny):
     assert (
-        processes.together(3, refused, tiny("run", "training.shard=2"))
-        == ["training.shard is 2, but 3 processes cannot be divided into groups of 2: choose a divisor, or all"] * 3
+        processes.together(3, refused, tiny("run", "training.fsdp=2"))
+        == ["training.fsdp is 2, but 3 processes cannot be divided into groups of 2: choose a divisor, or all"] * 3
     )
 
 
 def test_a_batch_smaller_than_the_processes_is_refused_by_each(processes, tiny):
-    for said in processes.together(3, refused, tiny("run", "training.batch=2")):
-        assert said.startswith("training.batch 2 is too small for 3 processes: some would have nothing to do")
+    for said in processes.together(3, refused, tiny("run", "training.global_batch_size=2")):
+        assert said.startswith(
+            "training.global_batch_size 2 is too small for 3 processes: some would have nothing to do"
+        )
         assert "\n" not in said
 
 

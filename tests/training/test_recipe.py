@@ -50,10 +50,10 @@ def test_the_output_is_named_after_the_file_unless_told(tmp_path):
         ("network.witdh=3", r"network: unknown key 'witdh'; did you mean 'width'\?"),
         ("data.split=modell", r"data.*split: .*'model'.*got 'modell'"),
         ("data.kind=foldr", r"data: .*'foldr'.*'folder'"),
-        ("process.schedule=cosin", r"process.*'cosin'.*'cosine'"),
+        ("diffusion.schedule=cosin", r"process.*'cosin'.*'cosine'"),
         ("training.steps=many", r"training\.steps: .*integer.*got 'many'"),
         ("training.steps=0", r"training\.steps: .*greater than 0.*got 0"),
-        ("training.batch=1.5", r"training\.batch: .*integer.*got 1\.5"),
+        ("training.global_batch_size=1.5", r"training\.batch: .*integer.*got 1\.5"),
         ("training.optimizer.learning_rate=-1", r"learning_rate: .*greater than 0.*got -1"),
         ("training.optimizer.betas=[0.9, 1.5]", r"betas.*less than 1.*got 1\.5"),
         ("training.label_dropout=1", r"label_dropout: .*less than 1"),
@@ -61,18 +61,21 @@ def test_the_output_is_named_after_the_file_unless_told(tmp_path):
         ("training.optimizer=mun", r"unknown optimizer 'mun'; did you mean 'muon'\?"),
         ("network.block=modrn", r"network\.block: unknown block 'modrn'; did you mean 'modern'\?"),
         ("process=flwo", r"process: unknown process 'flwo'; did you mean 'flow'\?"),
-        ("sampling.guidance=.inf", r"sampling\.guidance: .*finite number"),
+        ("sampling.guidance_scale=.inf", r"sampling\.guidance: .*finite number"),
         ("process={kind: flow, shift: .inf}", r"shift.*: .*finite number"),
         ("training.optimizer.momentum=0.9", r"optimizer: unknown key 'momentum'.*adamw"),
         ("training.optimizer={kind: muon, momentum: 1.5}", r"training\.optimizer\.momentum: .*less than 1.*got 1\.5"),
-        ("training.optimizer.decay=cosin", r"optimizer.*decay: .*'cosin'.*'cosine'"),
-        ("training.optimizer.decay={kind: wsd, cooldown: 0}", r"optimizer\.decay\.cooldown: .*greater than 0"),
-        ("training.ema.also=[0.9, 1.5]", r"ema\.also\.1: .*less than 1"),
-        ("training.ema.also=[0.9, 0.9]", r"ema: each average needs a decay of its own, got 0\.9999, 0\.9, 0\.9"),
+        ("training.optimizer.lr_schedule=cosin", r"optimizer.*decay: .*'cosin'.*'cosine'"),
+        ("training.optimizer.lr_schedule={kind: wsd, cooldown: 0}", r"optimizer\.decay\.cooldown: .*greater than 0"),
+        ("training.ema.extra_decays=[0.9, 1.5]", r"ema\.also\.1: .*less than 1"),
+        (
+            "training.ema.extra_decays=[0.9, 0.9]",
+            r"ema: each average needs a decay of its own, got 0\.9999, 0\.9, 0\.9",
+        ),
         ("training.ema.decay=2", r"ema\.decay: .*less than 1"),
-        ("training.micro_batch=5", "batch 32 is not a multiple of micro_batch 5"),
+        ("training.micro_batch_size=5", "batch 32 is not a multiple of micro_batch 5"),
         ("training.device=gpu", r"training\.device: .*'cuda'.*got 'gpu'"),
-        ("network.heads=3", "width 16 is not divisible by heads 3"),
+        ("network.num_heads=3", "width 16 is not divisible by heads 3"),
         ("network.preset=DiT-XL/3", r"unknown preset 'DiT-XL/3'; did you mean 'DiT-XL/\d'"),
         ("network.block=adaln-one", r"network\.block: unknown block 'adaln-one'; did you mean 'adaln"),
         ("data=5", r"data: "),
@@ -123,12 +126,18 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_is_chosen_by_its_name(
 
     decay = WarmupStableDecay()
     assert optimizer() == AdamWConfig(learning_rate=0.001, betas=(0.8, 0.9), lr_schedule=decay)
-    assert optimizer("training.optimizer.clip=1") == AdamWConfig(learning_rate=0.001, betas=(0.8, 0.9), lr_schedule=decay, grad_clip_norm=1)
+    assert optimizer("training.optimizer.grad_clip_norm=1") == AdamWConfig(
+        learning_rate=0.001, betas=(0.8, 0.9), lr_schedule=decay, grad_clip_norm=1
+    )
     assert optimizer("training.optimizer=muon") == MuonConfig()  # another kind has fields of its own
     assert optimizer("training.optimizer.kind=muon") == MuonConfig()
-    told = ("training.optimizer.kind=muon", "training.optimizer.learning_rate=1e-3", "training.optimizer.decay=cosine")
+    told = (
+        "training.optimizer.kind=muon",
+        "training.optimizer.learning_rate=1e-3",
+        "training.optimizer.lr_schedule=cosine",
+    )
     assert optimizer(*told) == MuonConfig(learning_rate=0.001, lr_schedule=CosineDecay())
-    cooled = optimizer("training.optimizer.decay.cooldown=0.1")
+    cooled = optimizer("training.optimizer.lr_schedule.cooldown=0.1")
     assert cooled.lr_schedule == WarmupStableDecay(cooldown=0.1)
     path.write_text("data: {kind: digits}")
     assert optimizer() == AdamWConfig()
@@ -140,8 +149,13 @@ def test_an_optimizer_without_a_kind_is_adamw_and_another_is_chosen_by_its_name(
 
 @pytest.mark.parametrize(("variance", "outputs"), [("learned", 2), ("posterior", 1)])
 def test_sizes_follow_from_data_and_process(tiny, variance, outputs):
-    network = resolved(tiny("run", f"process.variance={variance}")).network
-    assert (network.input_size, network.in_channels, network.out_channels, network.num_classes) == ((8, 8), 1, outputs, 10)
+    network = resolved(tiny("run", f"diffusion.variance={variance}")).network
+    assert (network.input_size, network.in_channels, network.out_channels, network.num_classes) == (
+        (8, 8),
+        1,
+        outputs,
+        10,
+    )
     assert (network.patch_size, network.hidden_size, network.num_res_blocks) == (4, 16, 1)
 
 
@@ -156,18 +170,18 @@ def test_a_resolved_recipe_written_and_read_is_the_same(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["network.classes=5"], "network.classes is 5 in the recipe, but data, codec and process make it 10"),
-        (["network.size=16"], r"network\.size is \(16, 16\) in the recipe, .* make it \(8, 8\)"),
-        (["network.outputs=1"], "network.outputs is 1 in the recipe, .* make it 2"),
-        (["network.channels=4"], "network.channels is 4 in the recipe, .* make it 1"),
+        (["network.num_classes=5"], "network.num_classes is 5 in the recipe, but data, codec and process make it 10"),
+        (["network.input_size=16"], r"network\.size is \(16, 16\) in the recipe, .* make it \(8, 8\)"),
+        (["network.out_channels=1"], "network.out_channels is 1 in the recipe, .* make it 2"),
+        (["network.in_channels=4"], "network.in_channels is 4 in the recipe, .* make it 1"),
         (["codec={kind: pixels, channels: 3}"], "the codec takes 3 channels, but data.channels is 1"),
-        (["network.patch=3"], "patch 3 does not divide the size 8 x 8"),
-        (["network.null_class=false"], r"label_dropout needs network\.null_class=true"),
+        (["network.patch_size=3"], "patch 3 does not divide the size 8 x 8"),
+        (["network.learn_null_class=false"], r"label_dropout needs network\.null_class=true"),
         (
-            ["network.null_class=false", "training.label_dropout=0", "sampling.guidance=2"],
+            ["network.learn_null_class=false", "training.label_dropout=0", "sampling.guidance_scale=2"],
             r"sampling\.guidance is 2, but guidance needs classes and network\.null_class",
         ),
-        (["sampling.steps=21"], r"steps is 21; this model was trained with 20"),
+        (["sampling.num_steps=21"], r"steps is 21; this model was trained with 20"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_runs(tiny, changes, said):
@@ -176,7 +190,7 @@ def test_what_does_not_go_together_is_refused_before_anything_runs(tiny, changes
 
 
 def test_agreeing_with_the_data_is_allowed(tiny):
-    recipe = resolved(tiny("run", "network.classes=10", "network.size=8", "network.channels=1"))
+    recipe = resolved(tiny("run", "network.num_classes=10", "network.input_size=8", "network.in_channels=1"))
     assert recipe.network.num_classes == 10
 
 
@@ -186,7 +200,7 @@ def test_the_pixel_codec_follows_the_data_unless_told(tiny):
 
 
 def test_one_more_average_is_a_list_of_one(tiny):
-    assert tiny("run", "training.ema.also=0.9").training.ema.also == (0.9,)
+    assert tiny("run", "training.ema.extra_decays=0.9").training.ema.also == (0.9,)
 
 
 def test_the_defaults_are_those_of_the_paper():

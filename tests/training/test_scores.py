@@ -153,7 +153,7 @@ def test_scoring_changes_nothing_of_what_is_learned(tiny, whole, weights):
 
 
 def test_the_best_checkpoint_is_kept_beyond_the_newest(tiny):
-    changes = (*SCORED, "training.keep_checkpoints=1", "training.optimizer.learning_rate=1e-12")
+    changes = (*SCORED, "training.keep_last=1", "training.optimizer.learning_rate=1e-12")
     run = loop.train(tiny("run", *changes, "training.ema.decay=0"))
     found = scores_of(run)
     expected = min(found, key=lambda step: found[step]["kid"])
@@ -224,7 +224,7 @@ def test_a_run_killed_between_a_checkpoint_and_its_scores_makes_them_when_it_goe
     [
         ("evaluation.metrics=[fd, kidd]", "unknown metric 'kidd'; did you mean 'kid'?"),
         ("evaluation.metrics=[]", "name at least one metric"),
-        ("evaluation.count=1", "evaluation.count"),
+        ("evaluation.num_samples=1", "evaluation.num_samples"),
         ("evaluation.evry=3", "did you mean 'every'?"),
     ],
 )

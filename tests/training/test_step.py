@@ -19,7 +19,7 @@ from tessera.training import parallel, step
 from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
 from tessera.training.optimizers import AdamWConfig, MuonConfig
 from tessera.training.parallel import ParallelContext
-from tessera.training.step import TrainState, MetricAccumulator, StepMetrics, train_step, update
+from tessera.training.step import MetricAccumulator, StepMetrics, TrainState, train_step, update
 
 CPU = torch.device("cpu")
 
@@ -56,12 +56,18 @@ def learner(network, config) -> TrainState:
     return TrainState(network, network, config.build(network), config, ParallelContext())
 
 
-def moved(network, given: Batch, rounds: int, asked: TrainingObjective, clip: float | None = None) -> tuple[dict, StepMetrics]:
+def moved(
+    network, given: Batch, rounds: int, asked: TrainingObjective, clip: float | None = None
+) -> tuple[dict, StepMetrics]:
     """The gradient, as the way the weights go under plain descent with rate 1; and what the step tells."""
     before = {name: value.clone() for name, value in network.state_dict().items()}
     optimizer = torch.optim.SGD(list(parallel.trained(network).items()), lr=1.0)
     told = train_step(
-        TrainState(network, network, optimizer, AdamWConfig(grad_clip_norm=clip), ParallelContext()), given, asked, len(given.position), rounds
+        TrainState(network, network, optimizer, AdamWConfig(grad_clip_norm=clip), ParallelContext()),
+        given,
+        asked,
+        len(given.position),
+        rounds,
     )
     gradient = {name: before[name] - value for name, value in network.state_dict().items()}
     network.load_state_dict(before)
@@ -116,7 +122,9 @@ def test_clipping_shortens_the_gradient_but_not_what_is_told(tiny_model):
 # Steps that are kept out of the weights
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(weight_decay=0.1, grad_clip_norm=1.0), MuonConfig(weight_decay=0.1, grad_clip_norm=1.0)])
+@pytest.mark.parametrize(
+    "config", [AdamWConfig(weight_decay=0.1, grad_clip_norm=1.0), MuonConfig(weight_decay=0.1, grad_clip_norm=1.0)]
+)
 @pytest.mark.parametrize("bad", ["nan", "inf", "loss", "gradient"])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_bad_step_changes_neither_weights_nor_the_optimizers_memory(tiny_model, monkeypatch, config, bad, ahead):

@@ -25,8 +25,8 @@ from tessera.training.optimizers import MuonConfig, hidden_matrices
 from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
-UNET = {"kind": "unet", "width": 8, "multipliers": [1, 2], "depth": 1, "attention": [2]}
-RICH = ("training.micro_batch=16", "training.optimizer.clip=0.3", "training.optimizer.kind=muon")
+UNET = {"kind": "unet", "model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [2]}
+RICH = ("training.micro_batch_size=16", "training.optimizer.grad_clip_norm=0.3", "training.optimizer.kind=muon")
 
 
 def losses(run: Path) -> np.ndarray:
@@ -39,7 +39,7 @@ def losses(run: Path) -> np.ndarray:
 def test_one_word_on_the_command_line_makes_it_a_unet(tmp_path):
     path = tmp_path / "digits.yaml"
     path.write_text("data: digits\nnetwork: {patch: 2, width: 32, depth: 2, heads: 2}\n")
-    network = read_recipe(path, ["network.kind=unet", "network.width=16", "network.attention=2"]).network
+    network = read_recipe(path, ["network.kind=unet", "network.hidden_size=16", "network.attention=2"]).network
     assert network == UNetConfig(model_channels=16, attention_levels=(2,))
     assert read_recipe(path, []).network == DiTConfig(patch_size=2, hidden_size=32, depth=2, num_heads=2)
     with pytest.raises(TesseraError, match=r"network: UNet-S/8-gmacs is a U-Net: say network\.kind=unet, too"):
@@ -51,7 +51,7 @@ def test_one_word_on_the_command_line_makes_it_a_unet(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("network.multipliers=[1, 2, 2, 2, 2]", r"network is not valid:\n.*multiples of 16, and the size is 8 x 8"),
+        ("network.channel_mult=[1, 2, 2, 2, 2]", r"network is not valid:\n.*multiples of 16, and the size is 8 x 8"),
         ("sampling.caching=first-block", r"first-block caching .* this network is a diffusion U-Net: set caching=none"),
     ],
 )
@@ -67,7 +67,7 @@ def test_what_cannot_be_is_told_before_anything_is_done(tiny, tmp_path, change, 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_it_learns(tiny, optimizer):
     changes = ("training.steps=60", f"training.optimizer.kind={optimizer}", "training.optimizer.learning_rate=0.01")
-    found = losses(loop.train(tiny("run", *changes, "process.variance=posterior", network=UNET)))
+    found = losses(loop.train(tiny("run", *changes, "diffusion.variance=posterior", network=UNET)))
     assert found[-10:].mean() < 0.8 * found[:3].mean()
 
 
@@ -93,9 +93,9 @@ def train(recipe) -> None:
 
 
 def test_two_processes_that_divide_the_weights_learn_the_same(processes, tiny, tmp_path, weights):
-    changes = (*RICH, "training.recompute=blocks")
+    changes = (*RICH, "training.activation_checkpointing=blocks")
     loop.train(tiny("alone", *changes, network=UNET))
-    processes.together(2, train, tiny("two", *changes, "training.shard=all", network=UNET))
+    processes.together(2, train, tiny("two", *changes, "training.fsdp=all", network=UNET))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), rtol=1e-5)
     expected = weights(tmp_path / "alone")
     for name, tensor in weights(
@@ -131,7 +131,7 @@ def test_muon_trains_convolutions_as_the_matrices_they_are(make_model):
 
 
 def test_what_is_measured_inside(tiny):
-    run = loop.train(tiny("run", "training.health_every=2", "process.variance=posterior", network=UNET))
+    run = loop.train(tiny("run", "training.health_every=2", "diffusion.variance=posterior", network=UNET))
     record = read_log(run, HEALTH)[-1]
     model = bundle.load(bundle.checkpoints(run)[0])
     attends = [block.attention is not None for block in model.network.blocks]
@@ -151,7 +151,7 @@ def test_what_is_measured_inside(tiny):
 def test_a_unet_starts_from_a_unet_and_not_from_a_dit(tiny, tmp_path, make_model):
     bundle.save(make_model({"kind": "unet"}), tmp_path / "unet")
     bundle.save(make_model(), tmp_path / "dit")
-    start = f"training.init={tmp_path / 'unet'}"
+    start = f"training.init_from={tmp_path / 'unet'}"
     run = loop.train(tiny("on", start, "training.steps=1", "training.optimizer.learning_rate=1e-9", network=UNET))
     before, after = bundle.load(tmp_path / "unet"), bundle.load(bundle.checkpoints(run)[0])
     told = (run / "init.txt").read_text()
@@ -161,7 +161,7 @@ def test_a_unet_starts_from_a_unet_and_not_from_a_dit(tiny, tmp_path, make_model
         if not name.startswith("y_embedder"):
             torch.testing.assert_close(after.network.state_dict()[name], weight, rtol=0, atol=1e-6)
     with pytest.raises(TesseraError, match=r"dit: it is a diffusion transformer, .* network\.kind=dit"):
-        loop.train(tiny("over", f"training.init={tmp_path / 'dit'}", network=UNET))
+        loop.train(tiny("over", f"training.init_from={tmp_path / 'dit'}", network=UNET))
     with pytest.raises(TesseraError, match=r"unet: it is a diffusion U-Net, .* set network\.kind=unet, or leave"):
         loop.train(tiny("back", start))
     with pytest.raises(TesseraError, match=r"another architecture; width, multipliers, depth"):

@@ -20,7 +20,7 @@ from tessera.data.check.scan import WHOLE, ScanShard
 from tessera.data.files import FilesConfig, FilesSource
 from tessera.data.resolve import EMBEDDED, resolve_data
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, exclusive_lock, atomic_file, atomic_write
+from tessera.files import PARTIAL, atomic_file, atomic_write, exclusive_lock
 
 PARTS, AGAINST = "parts", "parts-against"  # folders of what was seen
 DECISIONS, FINDINGS, REPORT = "decisions.jsonl", "findings.json", "report.html"
@@ -62,14 +62,18 @@ def _config(told: str, size: tuple[int, int] | None) -> FilesConfig:
     return config
 
 
-def scan_data(asked: CheckRequest, workers: int = 1, shard: ScanShard = WHOLE, progress: Progress | None = None) -> None:
+def scan_data(
+    asked: CheckRequest, workers: int = 1, shard: ScanShard = WHOLE, progress: Progress | None = None
+) -> None:
     """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
     for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.against}")):
         if source is not None:
             scan.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
 
 
-def report_findings(asked: CheckRequest, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None) -> CheckResult:
+def report_findings(
+    asked: CheckRequest, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None
+) -> CheckResult:
     """Read all parts and write decisions, findings and report into the folder, and an index of what is kept to `apply`.
 
     drop: kinds of findings. Raises TesseraError if parts are missing or something cannot be written.

@@ -391,7 +391,7 @@ def sizes(survey: ScanResult) -> Iterator[Finding]:
         "small",
         "doubtful",
         f"{_images(len(rows))} {why}",
-        (survey.drop("small"), "or data.enlarge=true, which scales them up"),
+        (survey.drop("small"), "or data.upscale=true, which scales them up"),
         rows,
         reasons={row: f"{height[row]} x {width[row]}" for row in rows},
     )

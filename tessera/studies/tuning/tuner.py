@@ -37,7 +37,7 @@ from tessera.evaluation.features import Extractor, Progress
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import environment
 from tessera.evaluation.sources import ImageShard
-from tessera.files import exclusive_lock, write_array, atomic_write
+from tessera.files import atomic_write, exclusive_lock, write_array
 from tessera.generation import pipeline
 from tessera.generation.bulk import BulkRequest, BulkSamples, asked_by_policy
 from tessera.generation.resumable import PLAN, begin_work
@@ -46,7 +46,7 @@ from tessera.models.network import Network
 from tessera.monitoring.logger import format_duration
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, validate, unknown
+from tessera.settings import Settings, unknown, validate
 from tessera.studies.tuning.search_space import cachings, guidances, solvers_and_grids, with_calls
 from tessera.studies.tuning.trials import Trial, facts, finalists, line, read
 
@@ -246,7 +246,9 @@ class Tuner:
             return
         asked, steps = self._asked(self.tuning.batch, FRESH), self.present.num_steps
         began = time.monotonic()
-        for state in pipeline.generate_steps(self._drawing(self.present), asked.classes, asked.seeds, precision=asked.precision):
+        for state in pipeline.generate_steps(
+            self._drawing(self.present), asked.classes, asked.seeds, precision=asked.precision
+        ):
             if state.step == 1 and steps > 1:
                 began = time.monotonic()  # the first step warms up
             if state.step == 3:
@@ -286,7 +288,9 @@ class Tuner:
         if path.with_suffix(SAME).exists():
             return None
         if not path.exists():
-            rows = config.num_steps * config.sampler.calls * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
+            rows = (
+                config.num_steps * config.sampler.calls * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
+            )
             if rows * self.baseline.seconds / self.baseline.calls > self.left(stage):
                 self.skipped[stage] += 1
                 return None
@@ -330,7 +334,11 @@ class Tuner:
             contenders = self.contenders() or contenders
         if "steps" in search:
             self.search_steps(contenders)
-        if "guidance" in search and self.model.config.network.num_classes and self.model.config.network.learn_null_class:
+        if (
+            "guidance" in search
+            and self.model.config.network.num_classes
+            and self.model.config.network.learn_null_class
+        ):
             self.search_guidance()
         if "caching" in search and isinstance(self.model.network, DiT):
             for start in self.starts():
