@@ -25,7 +25,7 @@ from tessera.bundle import BundleConfig, Model
 from tessera.conditioning import Condition
 from tessera.generation import pipeline
 from tessera.interop.diffusers import to_diffusers, transformer_of
-from tessera.sampling import DPMSolver, loop
+from tessera.sampling import DPMSolver, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import Trailing, timestep_grid
 
@@ -119,7 +119,7 @@ def main() -> None:
                     return last.x
                 denoise = Denoiser(silent, model.diffusion, Condition(label=label), GUIDANCE)
                 visited = timestep_grid(Trailing(), options.steps, model.diffusion)
-                *_, last = loop(DPMSolver(), denoise, start, visited, lambda: start)
+                *_, last = sample_loop(DPMSolver(), denoise, start, visited, lambda: start)
                 return last.x
 
             def transformer(x: Tensor, t: Tensor, labels: Tensor, name=name) -> Tensor:

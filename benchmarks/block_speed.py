@@ -18,14 +18,14 @@ from tessera.models.network import parameter_count
 DESIGNS = {
     "adaln-zero": {"kind": "adaln-zero"},
     "adaln-single": {"kind": "adaln-single"},
-    "modern": {"kind": "modern"},
-    "modern, gelu": {"kind": "modern", "mlp": "gelu"},
-    "modern, layer norm": {"kind": "modern", "norm": "layer"},
-    "modern, sincos": {"kind": "modern", "positions": "sincos"},
-    "modern, own modulation": {"kind": "modern", "modulation": "own"},
-    "modern, no qk_norm": {"kind": "modern", "qk_norm": False},
-    "modern, no value_residual": {"kind": "modern", "value_residual": False},
-    "modern, bias": {"kind": "modern", "bias": True},
+    "rope-swiglu": {"kind": "rope-swiglu"},
+    "modern, gelu": {"kind": "rope-swiglu", "mlp": "gelu"},
+    "modern, layer norm": {"kind": "rope-swiglu", "norm": "layer"},
+    "modern, sincos": {"kind": "rope-swiglu", "positions": "sincos"},
+    "modern, own modulation": {"kind": "rope-swiglu", "modulation": "per-block"},
+    "modern, no qk_norm": {"kind": "rope-swiglu", "qk_norm": False},
+    "modern, no value_residual": {"kind": "rope-swiglu", "value_residual": False},
+    "modern, bias": {"kind": "rope-swiglu", "bias": True},
 }
 
 

@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("look", "tell"), help="one of the two measurements")
     asked = parser.parse_args()
-    if asked.tell:
-        tell(asked.tell)
+    if asked.embed_condition:
+        tell(asked.embed_condition)
         return
     if asked.only != "tell":
         look(asked.data)

@@ -106,7 +106,7 @@ def autoencoder(folder: Path, spread: float) -> tuple[str, ...]:
 
 CASES = (
     Case("digits", "nothing: recipes/digits.yaml, small", None),
-    Case("modern", "nothing: the modern block, flow matching, Muon", None, MODERN),
+    Case("rope-swiglu", "nothing: the modern block, flow matching, Muon", None, MODERN),
     Case("paper", "nothing: the paper's process (epsilon, learned variance)", None,
          ("diffusion.prediction=epsilon", "diffusion.variance=learned", "diffusion.schedule=linear")),
     Case("latents", "nothing: an autoencoder with its scale", None, prepare=lambda folder: autoencoder(folder, 1.0)),

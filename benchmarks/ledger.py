@@ -80,7 +80,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "without qk-norm": (*MOST, *STEADY, "network.block.qk_norm=false"),
     "without SwiGLU": (*MOST, *STEADY, "network.block.mlp=gelu"),
     "without value residual": (*MOST, *STEADY, "network.block.value_residual=false"),
-    "without shared modulation": (*MOST, *STEADY, "network.block.modulation=own"),
+    "without shared modulation": (*MOST, *STEADY, "network.block.modulation=per-block"),
 }
 BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; a falling rate falls within them
 SETTINGS = {

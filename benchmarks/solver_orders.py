@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
+from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, sample_loop
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import Karras, Trailing, timestep_grid
 
@@ -108,7 +108,7 @@ def spread(solver: Solver, process: DiffusionProcess, grid: Tensor) -> float:
         one[next(rows)] = 1
         return one
 
-    *_, last = loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
+    *_, last = sample_loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
     mean, *added = last.x.flatten()
     return float(torch.stack([one - mean for one in added]).norm())
 
@@ -124,7 +124,7 @@ def main() -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
 
     def error(solver: Solver, exact: Exact, grid: Tensor, truth: Tensor) -> float:
-        *_, last = loop(solver, exact, x, grid, lambda: torch.zeros_like(x))
+        *_, last = sample_loop(solver, exact, x, grid, lambda: torch.zeros_like(x))
         return float((last.x - truth).abs().max())
 
     print("| process | solver | order | slope | " + " | ".join(f"{calls} calls" for calls in CALLS) + " | 10, karras |")

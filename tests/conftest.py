@@ -84,18 +84,25 @@ def whole_state() -> Callable[[Path], dict[str, bytes]]:
 def make_model() -> Callable[..., Model]:
     """A model of 8 x 8 pixels with random weights; sections of its configuration may be changed."""
 
-    def make(network=None, process=None, codec=None, seed: int = 0, **changes) -> Model:
-        network = {"kind": "dit", "size": 8, "channels": 1, "outputs": 2, "classes": 3, **(network or {})}
+    def make(network=None, diffusion=None, codec=None, seed: int = 0, **changes) -> Model:
+        network = {
+            "kind": "dit",
+            "input_size": 8,
+            "in_channels": 1,
+            "out_channels": 2,
+            "num_classes": 3,
+            **(network or {}),
+        }
         network = SHAPES[network["kind"]] | network
         # x0 prediction keeps the pictures of an untrained network inside the range of pixels.
-        process = {"prediction": "x0", **(process or {})}
+        diffusion = {"prediction": "x0", **(diffusion or {})}
         config = BundleConfig.model_validate(
             {
                 "network": network,
-                "process": process,
-                "codec": codec or {"kind": "pixels", "channels": network["channels"]},
-                "sampling": {"steps": 6},
-                "class_names": ("cat", "dog", "emu")[: network["classes"]],
+                "diffusion": diffusion,
+                "codec": codec or {"kind": "pixels", "channels": network["in_channels"]},
+                "sampling": {"num_steps": 6},
+                "class_names": ("cat", "dog", "emu")[: network["num_classes"]],
                 **changes,
             }
         )

@@ -95,19 +95,19 @@ def test_the_hash_knows_every_weight_and_its_name(make_model):
 @pytest.mark.parametrize(
     ("sampling", "said"),
     [
-        ({}, "ddim, 50 steps, even"),
+        ({}, "ddim, 50 steps, uniform"),
         (
             {"sampler": {"kind": "dpm++", "order": 3}, "steps": 9, "spacing": {"kind": "shifted", "shift": 2}},
             "dpm++, 9 steps, shifted, order 3, shift 2.0",
         ),
         (
             {"guidance": 2, "guidance_interval": [0.2, 0.8], "guidance_schedule": "cosine", "guidance_channels": 3},
-            "ddim, 50 steps, even, guidance 2, guidance channels 3, guidance interval (0.2, 0.8), "
+            "ddim, 50 steps, uniform, guidance 2, guidance channels 3, guidance interval (0.2, 0.8), "
             "guidance schedule cosine",
         ),
         (
             {"guidance_rescale": 0.5, "caching": {"kind": "first-block", "threshold": 0.2}},
-            "ddim, 50 steps, even, guidance rescale 0.5, caching first-block, threshold 0.2",
+            "ddim, 50 steps, uniform, guidance rescale 0.5, caching first-block, threshold 0.2",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_what_it_draws_with_is_told_as_far_as_it_is_not_usual(make_model, sampli
 
 def test_class_names_default_to_numbers(make_model):
     assert make_model(class_names=()).class_names == ["0", "1", "2"]
-    assert make_model({"classes": 0}, class_names=()).class_names == []
+    assert make_model({"num_classes": 0}, class_names=()).class_names == []
 
 
 # Writing

@@ -248,7 +248,7 @@ def _how_made(path: Path) -> str:
     if settings["classes"] is not None:
         words += ["--classes", ",".join(map(str, settings["classes"]))]
     told = []  # what has no flag; everything is said, as the model's own settings may differ
-    for name in ("sampler", "steps", "guidance", "guidance_channels", "spacing"):
+    for name in ("sampler", "num_steps", "guidance_scale", "guidance_channels", "timestep_spacing"):
         value = sampling.pop(name)
         first, *more = assignments(name, value)
         words += [f"--{name.replace('_', '-')}", first.partition("=")[2]]

@@ -68,10 +68,10 @@ def sampler_settings(
     flags = {
         "sampler": sampler if eta is None else "ddim",
         "sampler.eta": eta,
-        "steps": steps,
-        "guidance": guidance,
+        "num_steps": steps,
+        "guidance_scale": guidance,
         "guidance_channels": channels,
-        "spacing": spacing,
+        "timestep_spacing": spacing,
     }
     told = [f"{name}={value}" for name, value in flags.items() if value is not None]
     return {"overrides": [*told, *(changes or [])]}

@@ -84,7 +84,7 @@ class LatentsSource:
     @property
     def flip(self) -> bool:
         """Whether there are latents of mirrored images."""
-        return bool(self.facts["flip"])
+        return bool(self.facts["hflip"])
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -161,8 +161,8 @@ def _differing(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """In what a cache is not what is wanted, in words. How it is stored does not matter; flips may be there unused."""
     was = {name: value for name, value in plan.get("facts", {}).items() if name in wanted}
     told = plan.get("told", {})
-    if was.get("flip"):
-        was["flip"] = wanted["flip"]
+    if was.get("hflip"):
+        was["hflip"] = wanted["hflip"]
     return [
         f"{name} was {_short(old)}" + (f" ({told[name]})" if name in told else "") + f", is {_short(new)}"
         for name, old, new in changes(_said(was), _said(wanted))
@@ -171,7 +171,7 @@ def _differing(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _said(facts: dict[str, Any]) -> dict[str, Any]:
     """With the settings that went unsaid."""
-    usual = ImagesConfig().model_dump(mode="json", exclude={"flip", "cache"})
+    usual = ImagesConfig().model_dump(mode="json", exclude={"hflip", "cache"})
     return {**facts, "images": {**usual, **facts.get("images", {})}}
 
 
@@ -183,9 +183,9 @@ def facts(config: "AnyData", codec: Codec, source: Dataset | None) -> dict[str, 
     """All that raw moments of a data set depend on. Settings as they are by default go unsaid, so that a new one
     leaves old caches good."""
     told = config.model_dump(mode="json", exclude_defaults=True)
-    images = {name: told[name] for name in ImagesConfig.model_fields if name in told and name not in ("flip", "cache")}
+    images = {name: told[name] for name in ImagesConfig.model_fields if name in told and name not in ("hflip", "cache")}
     images |= {"size": list(config.size), "channels": config.channels, "resizing": RESIZING}
-    known = {"codec": codec.fingerprint(), "images": images, "flip": config.hflip}
+    known = {"codec": codec.fingerprint(), "images": images, "hflip": config.hflip}
     return known if source is None else {**known, "data": identity(config, source)}
 
 

@@ -107,7 +107,7 @@ class BulkSamples:
         return {
             "weights": self.weights,
             "network": config.network.model_dump(mode="json"),
-            "process": config.diffusion.model_dump(mode="json"),
+            "diffusion": config.diffusion.model_dump(mode="json"),
             "codec": hashed,
             **told,
         }

@@ -28,7 +28,7 @@ STREAM = 0x64726177  # of randomness: apart from every stream of training
 APART = 512  # tokens of a half from which on a CPU is faster with the two halves of guidance one after the other
 TABLE = 64 * 2**20  # bytes of steering vectors computed ahead, at most
 # The fields of a process that say what a raw output means; the others are of training alone.
-MEANING = {"steps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times", "kind"}
+MEANING = {"num_timesteps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times", "kind"}
 
 
 def sampling_config(model: Model, *, overrides: Sequence[str] = (), **changes: Any) -> SamplingConfig:
@@ -284,7 +284,7 @@ def generate(
 def check_guide(model: Model, guide: Model) -> None:
     """Raise TesseraError unless what two models say of one picture can be mixed."""
     faults = []
-    for what in ("channels", "size", "classes"):
+    for what in ("in_channels", "input_size", "num_classes"):
         one, other = getattr(model.config.network, what), getattr(guide.config.network, what)
         if one != other:
             faults.append(f"{what} {other}, not {one}")

@@ -17,7 +17,7 @@ PLAN = "plan.json"
 SETTINGS: dict[str, Any] = {
     "drawing": SamplingConfig,
     "network": AnyNetwork,
-    "process": AnyDiffusionConfig,
+    "diffusion": AnyDiffusionConfig,
 }  # in a plan
 
 

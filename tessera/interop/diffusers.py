@@ -168,16 +168,16 @@ def network_of(config: TransformerConfig, source: str) -> DiTConfig:
     return validate(
         DiTConfig,
         {
-            "size": (config.sample_size, config.sample_size),
-            "channels": config.in_channels,
-            "outputs": config.out_channels or config.in_channels,
-            "classes": config.num_embeds_ada_norm,
-            "null_class": True,
+            "input_size": (config.sample_size, config.sample_size),
+            "in_channels": config.in_channels,
+            "out_channels": config.out_channels or config.in_channels,
+            "num_classes": config.num_embeds_ada_norm,
+            "learn_null_class": True,
             "patch_size": config.patch_size,
             "depth": config.num_layers,
-            "width": config.num_attention_heads * config.attention_head_dim,
+            "hidden_size": config.num_attention_heads * config.attention_head_dim,
             "num_heads": config.num_attention_heads,
-            "time_divisor": TIME_DIVISOR,
+            "timestep_freq_divisor": TIME_DIVISOR,
             "mlp_norm_eps": config.norm_eps,
         },
         source,
@@ -230,7 +230,7 @@ def process_of(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> G
         if len(betas) == steps and torch.allclose(schedule.betas(steps), betas, rtol=1e-6, atol=1e-8):
             fixed = "beta" if (scheduler.variance_type or "").startswith("fixed_large") else "posterior"
             told = {
-                "steps": steps,
+                "num_timesteps": steps,
                 "schedule": schedule,
                 "prediction": PREDICTIONS[scheduler.prediction_type],
                 "variance": "learned" if network.out_channels == 2 * network.in_channels else fixed,

@@ -53,7 +53,7 @@ def load(
     network = model.config.network
     if heads is not None and not isinstance(network, DiTConfig):
         raise TesseraError(f"{path} holds a {network.display_name}, which has no one number of heads: leave heads out")
-    for what, told, said in (("heads", heads, getattr(network, "heads", None)), ("size", size, network.input_size)):
+    for what, told, said in (("heads", heads, getattr(network, "num_heads", None)), ("size", size, network.input_size)):
         if told is not None and told != said and (told, told) != said:
             raise TesseraError(f"{path} says {what} {said}, not {told}: leave {what} out")
     return model if codec is None else _with_codec(model, codec)

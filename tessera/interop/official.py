@@ -73,7 +73,7 @@ def read(
     if family != "dit":
         process = _flow(family, args, str(path))
         tensors |= _flow_readout(tensors, network, process)
-        network = network.model_copy(update={"outputs": network.in_channels})
+        network = network.model_copy(update={"out_channels": network.in_channels})
     decoder = "mse" if args.get("vae") == "mse" else "ema"
     config = BundleConfig(
         network=network,
@@ -169,13 +169,13 @@ def infer(
             "give heads= (--heads)"
         )
     config = {
-        "size": _size(tensors["pos_embed"], patch, size, source),
-        "channels": channels,
-        "outputs": tensors["final_layer.linear.weight"].shape[0] // patch**2,
+        "input_size": _size(tensors["pos_embed"], patch, size, source),
+        "in_channels": channels,
+        "out_channels": tensors["final_layer.linear.weight"].shape[0] // patch**2,
         **_classes(tensors.get(TABLE), classes, source),
         "patch_size": patch,
         "depth": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
-        "width": width,
+        "hidden_size": width,
         "num_heads": heads or HEADS_OF_WIDTH[width],
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         "block": _design(tensors, width, source),
@@ -211,13 +211,17 @@ def _size(table: Tensor, patch: int, told: int | tuple[int, int] | None, source:
 def _classes(table: Tensor | None, told: int | None, source: str) -> dict[str, Any]:
     """How many classes a label table [rows, D] is for, and whether its last row is the null class."""
     if table is None:
-        return {"classes": 0}
+        return {"num_classes": 0}
     rows = table.shape[0]
     if told is not None and rows not in (told, told + 1):
         raise TesseraError(
             f"{source} has {rows} label vectors, but its args say num_classes={told}: expected {told}, or one more"
         )
-    return {"classes": rows - 1, "null_class": True} if told != rows else {"classes": rows, "null_class": False}
+    return (
+        {"num_classes": rows - 1, "learn_null_class": True}
+        if told != rows
+        else {"num_classes": rows, "learn_null_class": False}
+    )
 
 
 def _ratio(hidden: int, width: int) -> float:
@@ -306,7 +310,7 @@ def _lost(network: DiTConfig, process: AnyDiffusionConfig, implied: DiTConfig, s
     """Each setting of a model that its bare weights would not bring back."""
     faults = []
     same = {"mlp_ratio"} | (
-        set() if network.num_classes else {"null_class"}
+        set() if network.num_classes else {"learn_null_class"}
     )  # the hidden width decides, and it is told
     for name in DiTConfig.model_fields.keys() - same:
         if getattr(network, name) != getattr(implied, name):

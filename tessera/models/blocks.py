@@ -44,7 +44,7 @@ class Context:
 
     def rows(self, chosen: Tensor) -> Self:
         """The chosen rows of the batch."""
-        told = {name: getattr(self, name) for name in ("c", "tokens", "shared", "values")}
+        told = {name: getattr(self, name) for name in ("c", "cond_tokens", "shared_modulation", "v0")}
         return replace(self, **{name: value[chosen] for name, value in told.items() if value is not None})
 
 
@@ -80,9 +80,9 @@ class SharedConditioning(nn.Module):
         """x [B, L, D] the embedded patches"""
         return replace(
             context,
-            shared=None if self.adaLN_modulation is None else context.modulation_params(self.adaLN_modulation),
-            rotary=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
-            values=None if self.values is None else self.values(self.norm(x)),
+            shared_modulation=None if self.adaLN_modulation is None else context.modulation_params(self.adaLN_modulation),
+            rope=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
+            v0=None if self.values is None else self.values(self.norm(x)),
         )
 
     def macs(self, tokens: int) -> int:
@@ -299,11 +299,11 @@ class AdaLNSingle(BlockConfig):
 class RoPESwiGLU(BlockConfig):
     """adaLN-Zero with the parts that later transformers found better, each of which can be switched back alone.
 
-    With `mlp: gelu, norm: layer, positions: sincos, modulation: own, qk_norm: false, value_residual: false, bias: true`
+    With `mlp: gelu, norm: layer, positions: sincos, modulation: per-block, qk_norm: false, value_residual: false, bias: true`
     it is the paper's adaLN-Zero block.
     """
 
-    kind: Literal["modern"] = "modern"
+    kind: Literal["rope-swiglu"] = "rope-swiglu"
     mlp: Literal["swiglu", "gelu"] = Field(
         default="swiglu", description="SwiGLU (two thirds of the hidden width) or GELU"
     )
@@ -311,7 +311,7 @@ class RoPESwiGLU(BlockConfig):
     positions: Literal["rotary", "sincos"] = Field(
         default="rotary", description="queries and keys turned by row and column, or a table added to the patches"
     )
-    modulation: Literal["shared", "own"] = Field(
+    modulation: Literal["shared", "per-block"] = Field(
         default="shared", description="one layer for the steering vectors of all blocks (adaLN-single), or one in each"
     )
     qk_norm: bool = Field(default=True, description="queries and keys of one length, times a learned one for each head")

@@ -56,7 +56,7 @@ class DiTConfig(NetworkConfig):
         if self.hidden_size % 4:
             raise ValueError(f"width {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
         self.block.check(self.hidden_size, self.num_heads)
-        if "size" in self.model_fields_set:
+        if "input_size" in self.model_fields_set:
             self.check_size(self.input_size)
         return self
 

@@ -49,7 +49,9 @@ def matched(dit: DiTConfig, by: By) -> UNetConfig:
             for shape, law in zip(shapes, laws):
                 for step in steps:
                     width = max(1, round(law.width(wanted) / step)) * step
-                    found.append((abs(law.size(width) / wanted - 1), shape.model_copy(update={"width": width})))
+                    found.append(
+                        (abs(law.size(width) / wanted - 1), shape.model_copy(update={"model_channels": width}))
+                    )
                     if found[-1][0] <= WITHIN:
                         return found[-1][1]
     error, best = min(found, key=lambda pair: pair[0])
@@ -75,7 +77,7 @@ class _Law:
 
     @classmethod
     def of(cls, shape: UNetConfig, by: By) -> "_Law":
-        one, two, three = (size_of(shape.model_copy(update={"width": width}), by) for width in (8, 16, 24))
+        one, two, three = (size_of(shape.model_copy(update={"model_channels": width}), by) for width in (8, 16, 24))
         a = (three - 2 * two + one) / (2 * 8**2)
         b = (two - one) / 8 - a * (8 + 16)
         return cls(a, b, one - a * 8**2 - b * 8)
@@ -91,7 +93,7 @@ class _Law:
 def _unet(dit: DiTConfig, multipliers: tuple[int, ...], depth: int) -> UNetConfig:
     factors = [2**level for level in range(len(multipliers))]
     return UNetConfig(
-        **{name: getattr(dit, name) for name in (*DATA_DEPENDENT, "null_class")},
+        **{name: getattr(dit, name) for name in (*DATA_DEPENDENT, "learn_null_class")},
         channel_mult=multipliers,
         num_res_blocks=depth,
         attention_levels=tuple(factor for factor in factors if max(dit.input_size) <= ATTENDS * factor),

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from tessera.conditioning import Condition
 from tessera.settings import Settings, Size
 
-DATA_DEPENDENT = ("size", "channels", "outputs", "classes")  # which follow from data, codec and process
+DATA_DEPENDENT = (
+    "input_size",
+    "in_channels",
+    "out_channels",
+    "num_classes",
+)  # which follow from data, codec and process
 
 
 class NetworkConfig(Settings, ABC):

@@ -71,7 +71,7 @@ class UNetConfig(NetworkConfig):
                     f"attention at a downsampling factor of {factor}, but {len(known)} multipliers make levels of "
                     f"{', '.join(map(str, known))}: choose some of these"
                 )
-        if "size" in self.model_fields_set:
+        if "input_size" in self.model_fields_set:
             self.check_size(self.input_size)
         return self
 

@@ -180,7 +180,7 @@ def _head(run: Path, told: Record, steps: Sequence[Record], log: Sequence[Record
 
 def _times(told: Record, steps: Sequence[Record]) -> tuple[float, float]:
     """Seconds spent in steps, by the images a second that were written down, and those left at the latest speed."""
-    batch = _place(told, "training", "batch") or 0
+    batch = _place(told, "training", "global_batch_size") or 0
     spent, before, latest = 0.0, 0.0, 0.0
     for record in steps:
         if speed := _number(record, "images_per_second"):
@@ -218,7 +218,7 @@ def _curves(told: Record, steps: Sequence[Record], log: Sequence[Record]) -> str
     raw = _line("loss", steps)
     smooth = Line("loss", raw.steps, _smoothed(raw.values))
     behind = [Line("each record", raw.steps, raw.values, look="faint", colour="var(--c0)")]
-    clip = _place(told, "training", "optimizer", "clip")
+    clip = _place(told, "training", "optimizer", "grad_clip_norm")
     levels = [(f"clip {short(clip)}", float(clip))] if isinstance(clip, int | float) else []
     clipped = [_line("clipped", steps, factor=100)] if levels else []
     norm = _line("norm", steps, "gradient_norm")

@@ -508,7 +508,7 @@ def _largest_batch(made: Plan, dtype: torch.dtype | None) -> int:
 def _largest_model(made: Plan, dtype: torch.dtype | None) -> str | None:
     """The preset with the most multiply-adds that fits, seeing what this recipe's network sees."""
     work, network = made.work, made.work.network
-    facts = {name: getattr(network, name) for name in (*DATA_DEPENDENT, "null_class")}
+    facts = {name: getattr(network, name) for name in (*DATA_DEPENDENT, "learn_null_class")}
     if isinstance(network, DiTConfig):
         facts["block"] = network.block.model_dump()
     possible = []

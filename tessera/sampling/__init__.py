@@ -61,11 +61,11 @@ class SamplingConfig(Settings):
         words = [f"{self.sampler.kind}, {self.num_steps} steps, {self.timestep_spacing.kind}"]
         words += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale != 1 else []
         usual = SamplingConfig()
-        for name in (name for name in SamplingConfig.model_fields if name not in ("steps", "guidance")):
+        for name in (name for name in SamplingConfig.model_fields if name not in ("num_steps", "guidance_scale")):
             value = getattr(self, name)
             if isinstance(value, Settings):  # a choice by kind: the kind, and what is not as usual in it
                 of_kind = value.model_dump(mode="json")
-                if name not in ("sampler", "spacing") and of_kind["kind"] != getattr(usual, name).kind:
+                if name not in ("sampler", "timestep_spacing") and of_kind["kind"] != getattr(usual, name).kind:
                     words.append(f"{name} {of_kind['kind']}")
                 plain = type(value)().model_dump(mode="json")
                 words += [f"{key} {value}" for key, value in of_kind.items() if plain[key] != value]

@@ -20,7 +20,7 @@ from tessera.settings import Settings, by_kind
 class Uniform(Settings):
     """Equal strides from the first trained time to the last, as the official code respaces (Nichol & Dhariwal 2021)."""
 
-    kind: Literal["even"] = "even"
+    kind: Literal["uniform"] = "uniform"
 
     def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         if process.steps is None:
@@ -43,7 +43,7 @@ class Leading(Settings):
     def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
         if process.steps is None:
             raise TesseraError(
-                "leading times belong to a process of discrete steps; this one is continuous: use even or shifted"
+                "leading times belong to a process of discrete steps; this one is continuous: use uniform or shifted"
             )
         stride = process.steps // count
         return of_steps([i * stride for i in range(count)], process)
@@ -142,7 +142,7 @@ AnyTimestepSpacing = Annotated[
     Field(discriminator="kind"),
 ]
 SPACINGS = {
-    "even": Uniform, "leading": Leading, "trailing": Trailing,
+    "uniform": Uniform, "leading": Leading, "trailing": Trailing,
     "quadratic": Quadratic, "shifted": Shifted, "karras": Karras, "logsnr": LogSNR,
 }  # fmt: skip
 
@@ -176,5 +176,5 @@ def timestep_grid(spacing: AnyTimestepSpacing, count: int, process: DiffusionPro
     found = spacing(count, process)
     noise = process.sigma(found) - process.alpha(found)  # rises with the time on every path
     if not ((found.diff() < 0) & (noise.diff() < 0)).all():
-        raise TesseraError(f"{spacing.kind} times run together at {count} steps; use fewer steps, or the times even")
+        raise TesseraError(f"{spacing.kind} times run together at {count} steps; use fewer steps, or uniform times")
     return found

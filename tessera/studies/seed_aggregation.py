@@ -176,6 +176,6 @@ def _protocols(results: Iterable[Result]) -> Iterator[tuple[str, str, str, Score
             yield from ((result.name, metric, score.fingerprint, score) for metric, score in point.scores.items())
         for drawn in result.drawn:
             for metric, score in drawn.scores.items():
-                drawing = {key: told for key, told in (score.protocol.sampling or {}).items() if key != "steps"}
+                drawing = {key: told for key, told in (score.protocol.sampling or {}).items() if key != "num_steps"}
                 alike = score.protocol.model_copy(update={"drawing": drawing}).fingerprint
                 yield result.name, f"{metric} of other sampling steps", alike, score

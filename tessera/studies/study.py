@@ -14,7 +14,7 @@ from tessera.settings import Settings, flat, override, read_yaml, unknown, valid
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of a value: part of a folder's name
 SAID_OTHERWISE = {  # settings that a study decides itself
-    "output": "each member has a folder in the study's output",
+    "run_dir": "each member has a folder in the study's output",
     "training.steps": "say budget.steps or budget.flops",
     "training.seed": "say seeds",
     "evaluation.at": "say marks",

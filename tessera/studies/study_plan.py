@@ -38,7 +38,7 @@ from tessera.training.run import open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
 # Where a member runs and writes, not what it is.
-WHERE = {"output", "training.device", "training.num_workers", "training.tensorboard", "evaluation.reference_folder"}
+WHERE = {"run_dir", "training.device", "training.num_workers", "training.tensorboard", "evaluation.reference_folder"}
 
 
 class Planned(Settings):
@@ -228,7 +228,7 @@ def drawing_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[in
     process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
     found = {}
     for steps in sorted({recipe.sampling.num_steps, *numbers}):
-        drawn = recipe.sampling.model_copy(update={"steps": steps})
+        drawn = recipe.sampling.model_copy(update={"num_steps": steps})
         found[steps] = macs * calls(recipe.model_copy(update={"sampling": drawn}), process)
     return found
 

@@ -112,7 +112,7 @@ def score(recipe: Recipe, model: bundle.Model, network: Extractor, steps: int) -
         return
     _say(f"drawing {config.num_samples} pictures with {steps} steps each")
     work = path.with_suffix(".work")
-    asked = asked_by_policy(model, config.num_samples, "balanced", settings={"steps": steps})
+    asked = asked_by_policy(model, config.num_samples, "balanced", settings={"num_steps": steps})
     found = suite.evaluate(
         BulkSamples(model, asked, work / "samples", config.batch_size, f"{steps} steps"),
         config.reference or recipe.data,

@@ -44,7 +44,7 @@ RECIPE, CHECKPOINT, CODEC, SCORES, SHEET = "recipe.yaml", "checkpoint.pt", "code
 HELD_OUT = 0x636F6465  # stream of randomness: which pictures are kept from training
 MEASURED = 1024  # training pictures whose latents tell scale and shift
 FREE = {
-    "output",
+    "run_dir",
     "features",
     "training.log_every",
     "training.checkpoint_every",
@@ -87,7 +87,7 @@ class CodecRecipe(Settings):
 def read(path: Path, overrides: list[str]) -> CodecRecipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
     return validate(
-        CodecRecipe, override({"output": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}"
+        CodecRecipe, override({"run_dir": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}"
     )
 
 

@@ -52,7 +52,7 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
     found = checkpoint_to_resume(Path(recipe.run_dir), resume)
     _writable(Path(recipe.run_dir))
     with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.run_dir).absolute())) as scratch:
-        run = build_run(recipe.model_copy(update={"output": scratch}), found)
+        run = build_run(recipe.model_copy(update={"run_dir": scratch}), found)
         if found is not None:
             check_agreement(run, found)
         config, device = run.recipe.training, run.ema_model.device

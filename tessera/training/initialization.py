@@ -38,7 +38,7 @@ def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
     }
     inherited = {
         name: getattr(old, name)
-        for name in ("process", "codec", "sampling")
+        for name in ("diffusion", "codec", "sampling")
         if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)  # as the data are
     }
     return recipe.model_copy(update={"network": validate(type(old.network), network, "network"), **inherited})

@@ -42,10 +42,10 @@ from tessera.training.step import TrainState, train_step
 # have networks of their own. Others count as Inception.
 JUDGES = {"inception": 5.7e9, "digits": 2e6, "shapes": 3e7}
 PAPER = {  # what a preset is planned as
-    "output": "runs/plan",
-    "data": {"kind": "folder", "path": "imagenet/train", "size": 256, "flip": True},
+    "run_dir": "runs/plan",
+    "data": {"kind": "folder", "path": "imagenet/train", "size": 256, "hflip": True},
     "codec": {"kind": "autoencoder-kl", "source": "stabilityai/sd-vae-ft-ema"},
-    "sampling": {"sampler": "ancestral", "steps": 250},
+    "sampling": {"sampler": "ancestral", "num_steps": 250},
     "training": {"sample_every": 10_000, "checkpoint_every": 10_000},
 }
 
@@ -171,12 +171,12 @@ def _resolved(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[st
     else:  # the network as it is said, or of latents an eighth of the pictures' size
         network = recipe.network
         facts: dict[str, Any] = {
-            "outputs": recipe.diffusion.resolved(network.in_channels, network.input_size)
+            "out_channels": recipe.diffusion.resolved(network.in_channels, network.input_size)
             .build()
             .out_channels(network.in_channels)
         }
-        if "size" not in network.model_fields_set:
-            facts["size"] = tuple(side // 8 for side in recipe.data.size)
+        if "input_size" not in network.model_fields_set:
+            facts["input_size"] = tuple(side // 8 for side in recipe.data.size)
         known = {key: value for key, value in facts.items() if key not in network.model_fields_set}
         recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | known, "network")})
     return recipe, codec, None if source is None else len(source), notes
@@ -235,7 +235,7 @@ def traced_step(
     """
     config, count = recipe.training, rows * rounds
     if network.num_classes:  # whether a label is withheld is asked of the labels' contents where there is no such class
-        network = network.model_copy(update={"null_class": True})
+        network = network.model_copy(update={"learn_null_class": True})
     process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
     built = copy.deepcopy(outline(network))
     average = EMA(built, config.ema)

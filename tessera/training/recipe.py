@@ -131,11 +131,11 @@ class Recipe(Settings):
 
 def read_recipe(path: Path, overrides: list[str]) -> Recipe:
     """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
-    data: dict[str, Any] = {"output": f"runs/{path.stem}", **read_yaml(path)}
+    data: dict[str, Any] = {"run_dir": f"runs/{path.stem}", **read_yaml(path)}
     # The kinds that go without saying, so that diffusion.kind=flow or training.optimizer.kind=muon replaces them.
     if isinstance(data.get("network"), dict):
         data["network"] = with_kind(data["network"])
-    for place, name, usual in ((data, "process", "gaussian"), (data.get("training"), "optimizer", "adamw")):
+    for place, name, usual in ((data, "diffusion", "gaussian"), (data.get("training"), "optimizer", "adamw")):
         if isinstance(place, dict) and isinstance(place.get(name), dict):
             place[name] = {"kind": usual, **place[name]}
     return validate(Recipe, override(data, overrides), f"recipe {path}")
@@ -156,10 +156,10 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> 
     size = (height // codec.factor, width // codec.factor)
     process = recipe.diffusion.resolved(codec.latent_channels, size).build()
     facts = {
-        "size": size,
-        "channels": codec.latent_channels,
-        "outputs": process.out_channels(codec.latent_channels),
-        "classes": len(class_names),
+        "input_size": size,
+        "in_channels": codec.latent_channels,
+        "out_channels": process.out_channels(codec.latent_channels),
+        "num_classes": len(class_names),
     }
     network = recipe.network
     for name, fact in facts.items():
@@ -167,11 +167,11 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec) -> 
         if name in network.model_fields_set and told != fact:
             raise TesseraError(f"network.{name} is {told} in the recipe, but data, codec and process make it {fact}")
     network = validate(type(network), {**network.model_dump(), **facts}, "network")
-    if facts["classes"] and recipe.training.label_dropout and not network.learn_null_class:
+    if facts["num_classes"] and recipe.training.label_dropout and not network.learn_null_class:
         raise TesseraError(
             "training.label_dropout needs network.learn_null_class=true: labels are withheld by that class"
         )
-    if recipe.sampling.guidance_scale != 1 and not (facts["classes"] and network.learn_null_class):
+    if recipe.sampling.guidance_scale != 1 and not (facts["num_classes"] and network.learn_null_class):
         raise TesseraError(
             f"sampling.guidance_scale is {recipe.sampling.guidance_scale:g}, but guidance needs classes and network.learn_null_class; "
             "set sampling.guidance_scale=1"

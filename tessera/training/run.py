@@ -294,7 +294,7 @@ def check_agreement(run: TrainingRun, found: Path) -> None:
     differing: dict[str, list[str]] = {}
     for name, old, new in (
         ("network", saved.network, fresh.network),
-        ("process", _resolved_process(saved), _resolved_process(fresh)),
+        ("diffusion", _resolved_process(saved), _resolved_process(fresh)),
     ):
         before, now = old.model_dump(), new.model_dump()
         differing[name] = [f"{name}.{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key]]
@@ -321,7 +321,7 @@ def changed(run: TrainingRun, found: Path) -> list[str]:
     return [
         f"{name} was {old}, is {new}"
         for name, old, new in changes(before, now)
-        if "absent" not in (old, new) and name != "output"
+        if "absent" not in (old, new) and name != "run_dir"
     ]
 
 

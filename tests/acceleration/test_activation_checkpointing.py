@@ -15,7 +15,7 @@ from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.unet import UNetConfig
 
-DESIGNS = ("in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern")
+DESIGNS = ("in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu")
 SIZES = {
     "input_size": 8,
     "in_channels": 3,

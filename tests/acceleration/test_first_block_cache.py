@@ -8,11 +8,11 @@ from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.models.dit import DiT, DiTConfig
-from tessera.sampling import SAMPLERS, FirstBlock, loop
+from tessera.sampling import SAMPLERS, FirstBlock, sample_loop
 from tessera.sampling.denoiser import Denoiser, GuidanceModel
 from tessera.sampling.timesteps import Uniform, timestep_grid
 
-BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern"]
+BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu"]
 PROCESS = FlowMatchingConfig().build()
 FLOWING = [kind for kind in SAMPLERS if kind != "ancestral"]
 
@@ -47,7 +47,7 @@ def draw(network, rows: slice = slice(0, 4), sampler: str = "ddim", steps: int =
     denoise = Denoiser(network, PROCESS, condition, scale, guide=away, **guidance)
     drawn = iter(range(1, 1000))
     grid = timestep_grid(Uniform(), steps, PROCESS)
-    *_, last = loop(SAMPLERS[sampler](), denoise, x, grid, lambda: normal(4, 2, 8, 8, seed=next(drawn))[rows])
+    *_, last = sample_loop(SAMPLERS[sampler](), denoise, x, grid, lambda: normal(4, 2, 8, 8, seed=next(drawn))[rows])
     return last.x
 
 

@@ -8,7 +8,7 @@ from tessera.conditioning import Condition
 from tessera.layers.modulation import Modulation
 from tessera.models.dit import DiT, DiTConfig
 
-BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "modern"]
+BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu"]
 TIMES, GRID = torch.tensor([999.0, 500.25, 0.0]), (4, 4)
 
 

@@ -101,7 +101,7 @@ def test_it_is_saved_and_read_back(shifted, tmp_path):
 def test_a_bundle_carries_it_wherever_it_goes(make_model, shifted, tmp_path):
     shutil.move(shifted, tmp_path / "pipeline" / "vae")
     codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "pipeline"), "subfolder": "vae"}
-    model = make_model({"channels": 4, "outputs": 8}, codec=codec)
+    model = make_model({"in_channels": 4, "out_channels": 8}, codec=codec)
     picture = pipeline.generate(model, classes=["dog"], seeds=[3])
     assert picture.shape == (1, 16, 16, 3)
     bundle.save(model, tmp_path / "bundle")
@@ -122,7 +122,7 @@ def test_pickled_weights_are_read_and_saved_as_safetensors(make_model, autoencod
     latents = normal(1, 4, 4, 4)
     assert torch.equal(built(tmp_path / "old").decode(latents), codec.decode(latents))
     told = {"kind": "autoencoder-kl", "source": str(tmp_path / "old")}
-    bundle.save(make_model({"channels": 4, "outputs": 8}, codec=told), tmp_path / "bundle")
+    bundle.save(make_model({"in_channels": 4, "out_channels": 8}, codec=told), tmp_path / "bundle")
     assert not list((tmp_path / "bundle").rglob("*.bin"))
     assert torch.equal(bundle.load(tmp_path / "bundle").codec.decode(latents), codec.decode(latents))
 

@@ -122,7 +122,7 @@ def test_it_is_saved_and_read_back(request, layout, tmp_path):
 def test_a_bundle_carries_it_wherever_it_goes(request, layout, make_model, tmp_path):
     folder = request.getfixturevalue(layout)
     told = {"kind": "autoencoder-tiny", "source": str(folder), "scale": [1.0, 2.0, 3.0, 4.0]}
-    model = make_model({"channels": 4, "outputs": 8}, codec=told)
+    model = make_model({"in_channels": 4, "out_channels": 8}, codec=told)
     picture = pipeline.generate(model, classes=["dog"], seeds=[3])
     bundle.save(model, tmp_path / "bundle")
     shutil.rmtree(folder)

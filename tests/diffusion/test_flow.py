@@ -17,7 +17,7 @@ from tessera.diffusion import FlowMatching, FlowMatchingConfig, GaussianDiffusio
 from tessera.diffusion.flow import T_EPS, shifted
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.sampling import DDIM, loop
+from tessera.sampling import DDIM, sample_loop
 from tessera.sampling.timesteps import Uniform
 from tessera.settings import validate
 from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
@@ -148,7 +148,7 @@ def test_drawing_by_epsilon_bears_a_small_error(path):
             return made.predict(eps + error, x, t)
 
         denoise.process = made
-        return list(loop(DDIM(), denoise, start, Uniform()(50, made), lambda: start))[-1].x
+        return list(sample_loop(DDIM(), denoise, start, Uniform()(50, made), lambda: start))[-1].x
 
     assert float(drawn(0).mean()) == pytest.approx(mean, abs=0.05)
     assert float(drawn(0).std()) == pytest.approx(spread, abs=0.02)
@@ -342,7 +342,7 @@ def test_the_dimension_is_that_of_what_the_network_sees(tmp_path, make_model):
     assert resolved.diffusion == FlowMatchingConfig(shift="dimension")
     assert resolved.network.out_channels == 1
     for size, shift in ((8, 0.125), (16, 0.25)):  # the root of 8 x 8 x 1 over 4096
-        model = make_model(network={"outputs": 1, "size": size}, sampling={"sampler": "euler", "steps": 2})
+        model = make_model(network={"out_channels": 1, "input_size": size}, sampling={"sampler": "euler", "steps": 2})
         config = model.config.model_copy(update={"process": FlowMatchingConfig(shift="dimension")})
         bundle.save(bundle.Model(config, model.network), tmp_path / f"{size}")
         read = bundle.load(tmp_path / f"{size}")

@@ -23,7 +23,7 @@ PROTOCOL: dict[str, Any] = {
         "steps": 250,
         "guidance": 1.5,
         "guidance_channels": "all",
-        "spacing": "even",
+        "spacing": "uniform",
         "seeds": "0-49999",
         "class policy": "balanced",
         "precision": "float32",

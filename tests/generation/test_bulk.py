@@ -32,7 +32,7 @@ def test_pictures_are_those_of_their_classes_and_seeds(tiny_model, small_shards,
 
 
 def test_a_model_without_classes_and_another_size(make_model, small_shards, tmp_path):
-    model = make_model({"classes": 0})
+    model = make_model({"num_classes": 0})
     asked = asked_by_policy(model, 25, "uniform", first_seed=7, size=(4, 8))
     assert (asked.classes, asked.policy, list(asked.seeds)) == (None, "without classes", list(range(7, 32)))
     drawn = BulkSamples(model, asked, tmp_path, batch=20)
@@ -157,7 +157,7 @@ def test_balanced_classes_are_as_many_of_each(tiny_model, count):
 
 
 def test_uniform_classes_are_drawn_evenly_and_by_their_seeds(make_model):
-    model = make_model({"classes": 10})
+    model = make_model({"num_classes": 10})
     asked = asked_by_policy(model, 20_000, "uniform")
     counts = np.bincount(asked.classes, minlength=10)
     assert len(counts) == 10
@@ -197,7 +197,7 @@ def test_a_pack_is_what_the_adm_suite_reads(tiny_model, small_shards, tmp_path):
 
 
 def test_a_pack_without_classes_holds_no_labels(make_model, tmp_path):
-    model = make_model({"classes": 0})
+    model = make_model({"num_classes": 0})
     write_npz(BulkSamples(model, asked_by_policy(model, 3, "uniform"), tmp_path / "shards"), tmp_path / "s.npz")
     with np.load(tmp_path / "s.npz") as file:
         assert file.files == ["arr_0"]

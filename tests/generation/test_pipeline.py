@@ -9,7 +9,7 @@ from tessera.conditioning import Condition
 from tessera.diffusion import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, loop
+from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import Uniform, timestep_grid
 
@@ -33,7 +33,7 @@ def close(one: np.ndarray, other: np.ndarray) -> None:
 @NOISY
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 def test_a_picture_is_the_same_alone_and_in_a_batch(make_model, sampler, prediction):
-    model = make_model({"channels": 3, "outputs": 6}, {"prediction": prediction})
+    model = make_model({"in_channels": 3, "out_channels": 6}, {"prediction": prediction})
     seeds, classes = list(range(100, 116)), [i % 3 for i in range(16)]
     asked = {"guidance": 3.0, "sampler": sampler}
     together = pipeline.generate(model, classes, seeds, **asked)
@@ -50,7 +50,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(make_model, sampler, predict
 @NOISY
 def test_an_untrained_epsilon_network_too(make_model, sampler):
     """What it draws is far outside the range of pixels, so the latents are compared."""
-    model = make_model({"channels": 3, "outputs": 6}, {"prediction": "epsilon"})
+    model = make_model({"in_channels": 3, "out_channels": 6}, {"prediction": "epsilon"})
     asked = {"guidance": 3.0, "sampler": sampler}
     *_, together = pipeline.generate_steps(model, [0, 1, 2, 0], [5, 6, 7, 8], **asked)
     for row, (label, seed) in enumerate([(0, 5), (1, 6), (2, 7), (0, 8)]):
@@ -112,7 +112,7 @@ def test_pixels_survive_the_way_in_and_out(tiny_model):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes(make_model, channels):
-    model = make_model({"channels": channels, "outputs": 2 * channels})
+    model = make_model({"in_channels": channels, "out_channels": 2 * channels})
     pictures = pipeline.generate(model, [0, 1], [0, 1], steps=2)
     assert pictures.dtype == np.uint8
     assert pictures.shape == (2, 8, 8, channels)
@@ -124,18 +124,18 @@ def test_other_sizes(tiny_model, size):
 
 
 def test_a_model_trained_on_oblong_pictures(make_model):
-    assert pipeline.generate(make_model({"size": (4, 10)}), [0]).shape == (1, 4, 10, 1)
+    assert pipeline.generate(make_model({"input_size": (4, 10)}), [0]).shape == (1, 4, 10, 1)
 
 
 def test_an_unconditional_model(make_model):
-    model = make_model({"classes": 0})
+    model = make_model({"num_classes": 0})
     pictures = pipeline.generate(model, None, [0, 1, 2], steps=3)
     assert pictures.shape == (3, 8, 8, 1)
     close(pipeline.generate(model, None, [1], steps=3), pictures[1:2])
 
 
 def test_fixed_variance(make_model):
-    model = make_model({"outputs": 1}, {"variance": "posterior"})
+    model = make_model({"out_channels": 1}, {"variance": "posterior"})
     assert pipeline.generate(model, [0], sampler="ancestral").shape == (1, 8, 8, 1)
 
 
@@ -176,7 +176,7 @@ def test_the_models_own_settings_are_the_defaults(make_model):
 
 
 def test_three_guided_channels_draw_another_picture(make_model):
-    model = make_model({"channels": 3, "outputs": 6})
+    model = make_model({"in_channels": 3, "out_channels": 6})
     one, three, every = (pipeline.generate(model, [1], guidance=4.0, guidance_channels=n) for n in (1, 3, "all"))
     assert (three == every).all()
     assert (one != every).any()
@@ -211,10 +211,10 @@ def test_missing_classes(tiny_model):
 
 
 def test_classes_for_an_unconditional_model(make_model):
-    assert fault(make_model({"classes": 0}), [0]) == "this model is unconditional: leave classes out"
+    assert fault(make_model({"num_classes": 0}), [0]) == "this model is unconditional: leave classes out"
 
 
-@pytest.mark.parametrize("network", [{"classes": 0}, {"null_class": False}])
+@pytest.mark.parametrize("network", [{"classes": 0}, {"learn_null_class": False}])
 def test_guidance_for_a_model_that_cannot(make_model, network):
     model = make_model(network)
     classes = [0] if model.config.network.num_classes else None
@@ -294,7 +294,10 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun", "dpm++", "unipc"])
 def test_a_picture_is_the_same_alone_and_in_a_batch_with_all_of_it_switched_on(make_model, sampler):
-    model, guide = make_model({"channels": 3, "outputs": 6}), make_model({"channels": 3, "outputs": 6, "depth": 1})
+    model, guide = (
+        make_model({"in_channels": 3, "out_channels": 6}),
+        make_model({"in_channels": 3, "out_channels": 6, "depth": 1}),
+    )
     image = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
     mask = np.zeros((8, 8), bool)
     mask[:, 2:7] = True
@@ -317,13 +320,15 @@ def test_without_a_table_of_steering_vectors_the_walk_is_the_bare_one_to_the_bit
         *_, last = pipeline.generate_steps(tiny_model, [0, 1], [4, 9], guidance=guidance)
         denoise = Denoiser(tiny_model.network, tiny_model.process, Condition(label), guidance)
         with torch.no_grad():
-            *_, expected = loop(DDIM(), denoise, start, timestep_grid(Uniform(), 6, tiny_model.process), lambda: start)
+            *_, expected = sample_loop(
+                DDIM(), denoise, start, timestep_grid(Uniform(), 6, tiny_model.process), lambda: start
+            )
         assert torch.equal(last.x, expected.x)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ancestral", "heun"])
 def test_a_table_of_steering_vectors_changes_no_more_than_rounding(make_model, monkeypatch, sampler):
-    model, asked = make_model({"channels": 3, "outputs": 6}), {"guidance": 3.0, "sampler": sampler}
+    model, asked = make_model({"in_channels": 3, "out_channels": 6}), {"guidance": 3.0, "sampler": sampler}
     tables, true = [], pipeline.PrecomputedModulation
 
     def made(*told):
@@ -369,7 +374,7 @@ def test_a_guide_stands_in_for_the_untold_half(make_model):
     torch.testing.assert_close(led.x, 2 * one - other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("network", [{"classes": 0}, {"null_class": False}])
+@pytest.mark.parametrize("network", [{"classes": 0}, {"learn_null_class": False}])
 def test_a_guide_guides_a_model_that_cannot_be_told_nothing(make_model, network):
     model, guide = make_model(network), make_model(network, seed=1)
     classes = [0] if model.config.network.num_classes else None
@@ -434,7 +439,7 @@ def half() -> np.ndarray:
 
 @pytest.mark.parametrize(("strength", "begins"), [(0.5, 3), (0.49, 4), (0.9, 1), (1.0, 0), (1 / 6, 5)])
 def test_it_begins_in_the_picture_mixed_with_the_rows_own_noise(make_model, strength, begins):
-    model = make_model(process={"steps": 6})
+    model = make_model(diffusion={"steps": 6})
     grid = timestep_grid(Uniform(), 6, model.process)
     states = list(pipeline.generate_steps(model, [0], [5], image=picture(), strength=strength, steps=6))
     assert [state.t for state in states] == grid[begins:].tolist()
@@ -479,7 +484,7 @@ def test_a_mask_of_everything_and_one_of_nothing(tiny_model):
 
 def test_latents_are_drawn_where_a_pixel_is_and_kept_pixels_are_put_back(make_model, autoencoder_folder):
     codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder)}
-    model = make_model({"channels": 4, "outputs": 8}, codec=codec)
+    model = make_model({"in_channels": 4, "out_channels": 8}, codec=codec)
     mask = np.zeros((16, 16), bool)
     mask[5, 5] = True  # one pixel of the latent at (2, 2)
     image = picture(channels=3, size=(16, 16))

@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
-THEIRS = {"time_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 4, "outputs": 8}
+THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 4, "outputs": 8}
 PAPER = {"prediction": "epsilon"}
 PIXELS = {"kind": "pixels"}
 
@@ -125,7 +125,7 @@ def test_the_two_numbers_matter(tmp_path):
     theirs = transformer()
     theirs.save_pretrained(tmp_path / "dit")
     read = interop.read(tmp_path / "dit")
-    for change, least in (({"time_divisor": 128}, 1e-3), ({"mlp_norm_eps": 1e-6}, 3e-6)):
+    for change, least in (({"timestep_freq_divisor": 128}, 1e-3), ({"mlp_norm_eps": 1e-6}, 3e-6)):
         wrong = read.config.network.model_copy(update=change).build().eval()
         wrong.load_state_dict(read.network.state_dict())
         assert apart(wrong, theirs) > least
@@ -457,7 +457,7 @@ def test_an_autoencoder_of_other_channels_is_refused(exported):
         ({"size": (8, 16)}, "8 x 16"),
         ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
         ({"classes": 0}, "unconditional"),
-        ({"null_class": False}, "no null class"),
+        ({"learn_null_class": False}, "no null class"),
     ],
 )
 def test_what_diffusers_cannot_hold_is_refused_by_name(make_theirs, tmp_path, network, named):
@@ -476,7 +476,7 @@ def test_positions_of_another_make_are_refused(make_theirs, tmp_path):
 
 
 def test_the_official_divisor_is_exported_only_as_an_approximation(make_theirs, tmp_path):
-    model = make_theirs({"time_divisor": 128, "mlp_norm_eps": 1e-6})
+    model = make_theirs({"timestep_freq_divisor": 128, "mlp_norm_eps": 1e-6})
     with pytest.raises(TesseraError, match="approximate=True"):
         interop.write(model, tmp_path / "pipe")
     assert list(tmp_path.iterdir()) == []

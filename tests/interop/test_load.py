@@ -10,7 +10,7 @@ from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.interop import load
 
-THEIRS = {"time_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 3, "outputs": 6}
+THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 3, "outputs": 6}
 PAPER = {"prediction": "epsilon"}
 
 
@@ -99,7 +99,7 @@ def test_heads_and_size_must_agree_with_what_is_said(tiny_model, tmp_path):
 
 def test_another_codec_for_any_source(make_model, tmp_path, autoencoder_folder):
     model = make_model(
-        {**THEIRS, "channels": 4, "outputs": 8}, PAPER, {"kind": "autoencoder-kl", "source": "some/hub-id"}
+        {**THEIRS, "in_channels": 4, "out_channels": 8}, PAPER, {"kind": "autoencoder-kl", "source": "some/hub-id"}
     )
     checkpoint(tmp_path / "run", 5, model)
     told = str(autoencoder_folder)
@@ -167,7 +167,7 @@ def test_every_format_to_every_other(make_model, tmp_path):
 
 def test_a_run_becomes_a_bundle_with_its_autoencoder(make_model, tmp_path, autoencoder_folder):
     codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder)}
-    model = make_model({"channels": 4, "outputs": 8}, codec=codec)
+    model = make_model({"in_channels": 4, "out_channels": 8}, codec=codec)
     run = tmp_path / "run"
     shutil.copytree(autoencoder_folder, run / "codec")
     bundle.save(model, run / "checkpoints" / "step-000000007", codec_at="../../codec")

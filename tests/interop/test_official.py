@@ -75,12 +75,12 @@ def test_every_hidden_width_comes_back():
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4), (2, 12)])
 def test_the_position_table_tells_the_shape_of_the_grid(make_model, tmp_path, size):
-    model = make_model({"size": size}, PAPER)  # 4 x 16 has as many patches as a square
+    model = make_model({"input_size": size}, PAPER)  # 4 x 16 has as many patches as a square
     assert official.read(saved(state(model), tmp_path / "a.pt"), heads=2).config.network.input_size == size
 
 
 def test_other_positions_are_a_square_or_the_size_is_asked_for(make_model, tmp_path):
-    tensors = state(make_model({"size": (4, 16)}, PAPER))
+    tensors = state(make_model({"input_size": (4, 16)}, PAPER))
     tensors["pos_embed"] = torch.randn(tensors["pos_embed"].shape)
     path = saved(tensors, tmp_path / "a.pt")
     assert official.read(path, heads=2).config.network.input_size == (8, 8)
@@ -96,19 +96,19 @@ def test_the_papers_process_and_the_official_sampling(make_model, tmp_path):
     read = official.read(saved(state(make_model(None, PAPER)), tmp_path / "a.pt"), heads=2)
     assert read.config.diffusion == GaussianDiffusionConfig()
     sampling = read.config.sampling
-    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("ancestral", 250, "even")
+    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("ancestral", 250, "uniform")
     assert (sampling.guidance_scale, sampling.guidance_channels) == (4.0, 3)
 
 
 def test_a_plain_output_has_a_fixed_variance_and_no_classes_no_guidance(make_model, tmp_path):
-    model = make_model({"outputs": 1, "classes": 0}, PAPER | {"variance": "beta"})
+    model = make_model({"out_channels": 1, "num_classes": 0}, PAPER | {"variance": "beta"})
     read = official.read(saved(state(model), tmp_path / "a.pt"), heads=2)
     assert read.config.diffusion.variance == "beta"
     assert read.config.sampling.guidance_scale == 1.0
 
 
 def test_odd_outputs_are_refused(make_model, tmp_path):
-    model = make_model({"outputs": 3, "channels": 1})
+    model = make_model({"out_channels": 3, "in_channels": 1})
     assert "3 raw output channels for 1 channels" in fault(saved(state(model), tmp_path / "a.pt"), heads=2)
 
 
@@ -124,19 +124,21 @@ def test_odd_outputs_are_refused(make_model, tmp_path):
     ],
 )
 def test_the_usual_codec(make_model, tmp_path, channels, codec):
-    model = make_model({"channels": channels, "outputs": 2 * channels}, PAPER, {"kind": "pixels"})
+    model = make_model({"in_channels": channels, "out_channels": 2 * channels}, PAPER, {"kind": "pixels"})
     found = official.read(saved(state(model), tmp_path / "a.pt"), heads=2).config.codec
     assert found.model_dump().items() >= codec.items()
 
 
 def test_a_codec_is_asked_for_or_given(make_model, tmp_path, autoencoder_folder):
-    two = make_model({"channels": 2, "outputs": 4}, PAPER, {"kind": "pixels"})
+    two = make_model({"in_channels": 2, "out_channels": 4}, PAPER, {"kind": "pixels"})
     assert "give codec= (--codec)" in fault(saved(state(two), tmp_path / "two.pt"), heads=2)
     assert "pixels have 1 (grey) or 3 (RGB)" in fault(tmp_path / "two.pt", heads=2, codec="pixels")
     assert "sees 2 channels, but" in fault(tmp_path / "two.pt", heads=2, codec=str(autoencoder_folder))
     assert "no codec at ./nowhere" in fault(tmp_path / "two.pt", heads=2, codec="./nowhere")
     assert "holds no AutoencoderKL" in fault(tmp_path / "two.pt", heads=2, codec=str(tmp_path))
-    four = saved(state(make_model({"channels": 4, "outputs": 8}, PAPER, {"kind": "pixels"})), tmp_path / "four.pt")
+    four = saved(
+        state(make_model({"in_channels": 4, "out_channels": 8}, PAPER, {"kind": "pixels"})), tmp_path / "four.pt"
+    )
     read = official.read(four, heads=2, codec=str(autoencoder_folder))
     assert read.codec.latent_channels == 4
     assert official.read(four, heads=2, codec="some/hub-id").config.codec.source == "some/hub-id"
@@ -160,13 +162,13 @@ def test_the_training_scripts_ema_is_taken(make_model, tmp_path):
 
 
 def test_the_args_say_which_autoencoder(make_model, tmp_path):
-    model = make_model({"channels": 4, "outputs": 8}, PAPER, {"kind": "pixels"})
+    model = make_model({"in_channels": 4, "out_channels": 8}, PAPER, {"kind": "pixels"})
     path = saved(training_dict(model, num_classes=3, vae="mse"), tmp_path / "a.pt")
     assert official.read(path, heads=2).config.codec.source == "stabilityai/sd-vae-ft-mse"
 
 
 def test_the_args_say_whether_there_is_a_null_class(make_model, tmp_path):
-    model = make_model({"classes": 4, "null_class": False}, PAPER)
+    model = make_model({"num_classes": 4, "learn_null_class": False}, PAPER)
     read = official.read(saved(training_dict(model, num_classes=4), tmp_path / "a.pt"), heads=2)
     assert (read.config.network.num_classes, read.config.network.learn_null_class) == (4, False)
     assert read.config.sampling.guidance_scale == 1.0
@@ -265,7 +267,7 @@ def test_another_steering_is_named(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero"])
 def test_what_is_written_is_read_back_to_the_bit(make_model, tmp_path, block):
-    model = make_model({"block": block, "size": (4, 8), "mlp_ratio": 2.7}, PAPER)
+    model = make_model({"block": block, "input_size": (4, 8), "mlp_ratio": 2.7}, PAPER)
     said = official.write(model, tmp_path / "deep" / "a.pt")
     assert "heads=2" in said
     assert ("only Tessera reads" in said) == (block != "adaln-zero")
@@ -286,7 +288,7 @@ def test_the_file_is_a_bare_state_dict_of_plain_tensors(make_model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-@pytest.mark.parametrize("block", ["adaln-single", "modern"])
+@pytest.mark.parametrize("block", ["adaln-single", "rope-swiglu"])
 @pytest.mark.parametrize("approximate", [False, True])
 def test_later_blocks_are_refused(make_model, tmp_path, block, approximate):
     model = make_model({"block": block}, PAPER)
@@ -309,9 +311,9 @@ def test_nothing_is_overwritten(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("network", "process", "named"),
     [
-        ({"time_divisor": 127}, {}, "network.timestep_freq_divisor is 127; it would be read as 128"),
+        ({"timestep_freq_divisor": 127}, {}, "network.timestep_freq_divisor is 127; it would be read as 128"),
         ({"mlp_norm_eps": 1e-5}, {}, "network.mlp_norm_eps is 1e-05"),
-        ({"null_class": False}, {}, "network.learn_null_class is False"),
+        ({"learn_null_class": False}, {}, "network.learn_null_class is False"),
         ({}, {"schedule": "cosine"}, "process.schedule"),
         ({}, {"steps": 100}, "process.steps is 100, not 1000"),
         ({}, {"prediction": "v"}, "process.prediction is 'v', not 'epsilon'"),
@@ -329,7 +331,7 @@ def test_what_the_file_cannot_say_is_refused_by_name(make_model, tmp_path, netwo
 
 
 def test_an_approximate_file_says_by_how_much_it_differs(make_model, tmp_path):
-    model = make_model({"time_divisor": 127}, PAPER)
+    model = make_model({"timestep_freq_divisor": 127}, PAPER)
     said = official.write(model, tmp_path / "a.pt", approximate=True)
     told = float(re.search(r"differs by (\S+) \(relative", said)[1])
     read = official.read(tmp_path / "a.pt", heads=2)
@@ -357,7 +359,7 @@ def test_a_state_dict_in_safetensors_is_read_like_the_pt_file(make_model, tmp_pa
     assert same_weights(read, model)
 
 
-@pytest.mark.parametrize("block", ["adaln-single", "modern"])
+@pytest.mark.parametrize("block", ["adaln-single", "rope-swiglu"])
 @pytest.mark.parametrize("approximate", [False, True])
 def test_later_designs_are_refused(make_model, tmp_path, block, approximate):
     with pytest.raises(TesseraError, match=f"knows no {block} blocks.*convert to a bundle"):

@@ -34,7 +34,7 @@ def theirs(randomise, channels=4, outputs=8, size=8, **changes) -> dict[str, tor
         "depth": 2,
         "num_classes": CLASSES,
     }
-    config = DiTConfig(**{**network, "channels": channels, "outputs": outputs, **changes})
+    config = DiTConfig(**{**network, "in_channels": channels, "out_channels": outputs, **changes})
     return randomise(config.build()).state_dict()
 
 
@@ -171,7 +171,7 @@ def test_sits_process_and_sampling(randomise, tmp_path):
     config = load.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
     assert config.diffusion == FlowMatchingConfig(network_times=(1, 0))
     sampling = config.sampling
-    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("heun", 125, "even")
+    assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("heun", 125, "uniform")
     assert (sampling.guidance_scale, sampling.guidance_channels) == (4, 3)
     assert config.origin["from"] == "SiT checkpoint a.pt (state dict)"
 

@@ -61,13 +61,13 @@ def test_modern_attention_is_the_formula(qk_norm, rotary, value_residual, random
     with torch.no_grad():
         if qk_norm:
             norm = torch.nn.RMSNorm(8, eps=1e-6, elementwise_affine=False)
-            q = (norm(heads_of(q)) * attention.sharpness[:, None]).flatten(2)
+            q = (norm(heads_of(q)) * attention.qk_scale[:, None]).flatten(2)
             k = norm(heads_of(k)).flatten(2)
         if rotary:
             table = rotary_grid((2, 3), 8)
             q, k = (rotate(heads_of(part), table).flatten(2) for part in (q, k))
         if value_residual:
-            v = (1 - attention.value_mix) * v + attention.value_mix * values
+            v = (1 - attention.v_residual_lambda) * v + attention.v_residual_lambda * values
         got = attention(x, rotary_grid((2, 3), 8) if rotary else None, values)
     expected = affine(attention.proj, explicit(q.numpy(), k.numpy(), v.numpy(), 3))
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-9)

@@ -59,13 +59,13 @@ def cross_attention(e, x, c, tokens):
 
 
 def adaln(e, x, c, tokens):
-    shift1, scale1, shift2, scale2 = e.steering(c, 4)
+    shift1, scale1, shift2, scale2 = e.modulation_params(c, 4)
     x = x + e.attention(norm(x) * (1 + scale1) + shift1)
     return x + e.mlp(norm(x) * (1 + scale2) + shift2)
 
 
 def adaln_zero(e, x, c, tokens):
-    shift1, scale1, gate1, shift2, scale2, gate2 = e.steering(c, 6)
+    shift1, scale1, gate1, shift2, scale2, gate2 = e.modulation_params(c, 6)
     x = x + gate1 * e.attention(norm(x) * (1 + scale1) + shift1)
     return x + gate2 * e.mlp(norm(x) * (1 + scale2) + shift2)
 
@@ -98,7 +98,7 @@ def test_the_norm_before_the_mlp_may_have_the_eps_of_diffusers(eps, randomise):
         block.attn.proj.bias.zero_()
         got = block(x, Context(c=c, cond_tokens=c, grid=(2, 2)))
     e = Explicit(block)
-    _, _, _, shift, scale, gate = e.steering(c.numpy(), 6)
+    _, _, _, shift, scale, gate = e.modulation_params(c.numpy(), 6)
     expected = x.numpy() + gate * e.mlp(norm(x.numpy(), eps) * (1 + scale) + shift)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
     assert block.norm1.eps == 1e-6

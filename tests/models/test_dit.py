@@ -11,7 +11,7 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.settings import validate
 
 DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
-LATER = ["adaln-single", "modern"]
+LATER = ["adaln-single", "rope-swiglu"]
 
 
 def config(**settings) -> DiTConfig:
@@ -165,7 +165,7 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
     tokens, context = network.embed(x, t, Condition([0, 1, 2, 3]))
     for block in network.blocks:
         tokens = checkpoint(block, tokens, context, use_reentrant=False)
-    network.readout(tokens, context).square().mean().backward()
+    network.head(tokens, context).square().mean().backward()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)

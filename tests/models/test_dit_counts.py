@@ -86,7 +86,7 @@ def test_macs_of_the_full_model_are_what_pytorch_counts(design):
     assert counted(network, (32, 32)) == 2 * network.macs()
 
 
-@pytest.mark.parametrize("design", [*DESIGNS, "adaln-single", "modern"])
+@pytest.mark.parametrize("design", [*DESIGNS, "adaln-single", "rope-swiglu"])
 def test_both_passes_are_three_forward_ones(design):
     """To 1 %: nobody asks the gradient of what the first layers are given."""
     network = on_meta(preset="DiT-S/2", block=design, depth=3)

@@ -18,16 +18,19 @@ OFF = {  # the paper's adaLN-Zero block
     "mlp": "gelu",
     "norm": "layer",
     "positions": "sincos",
-    "modulation": "own",
+    "modulation": "per-block",
     "qk_norm": False,
     "value_residual": False,
     "bias": True,
 }
 VARIANTS = {
     "adaln-single": {"kind": "adaln-single"},
-    "modern": {"kind": "modern"},
-    **{f"modern-{name}": {"kind": "modern", name: value} for name, value in OFF.items()},
-    **{f"zero+{name}": {"kind": "modern", **{key: value for key, value in OFF.items() if key != name}} for name in OFF},
+    "rope-swiglu": {"kind": "rope-swiglu"},
+    **{f"modern-{name}": {"kind": "rope-swiglu", name: value} for name, value in OFF.items()},
+    **{
+        f"zero+{name}": {"kind": "rope-swiglu", **{key: value for key, value in OFF.items() if key != name}}
+        for name in OFF
+    },
 }
 each_variant = pytest.mark.parametrize("block", VARIANTS.values(), ids=VARIANTS)
 SIZES = {
@@ -127,13 +130,13 @@ def test_recomputed_blocks_give_the_same_gradients(block, randomise):
     tokens, context = network.embed(*inputs(), Condition(LABEL))
     for each in network.blocks:
         tokens = checkpoint(each, tokens, context, use_reentrant=False)
-    network.readout(tokens, context).square().mean().backward()
+    network.head(tokens, context).square().mean().backward()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
-@pytest.mark.parametrize("kind", ["adaln-single", "modern"])
+@pytest.mark.parametrize("kind", ["adaln-single", "rope-swiglu"])
 def test_compiled_whole_the_network_is_the_same(kind, randomise):
     """In one graph, forward and backward, another size than configured included."""
     network = randomise(build(kind, depth=2))
@@ -150,7 +153,7 @@ def test_compiled_whole_the_network_is_the_same(kind, randomise):
 
 
 def test_under_autocast_the_residuals_stay_in_float32(randomise):
-    network = randomise(build("modern"))
+    network = randomise(build("rope-swiglu"))
     with torch.no_grad():
         expected = network(*inputs(), Condition(LABEL))
         with torch.autocast("cpu", torch.bfloat16):
@@ -165,14 +168,14 @@ def test_under_autocast_the_residuals_stay_in_float32(randomise):
 
 
 def test_modern_with_everything_off_is_adaln_zero(randomise):
-    modern, zero = build({"kind": "modern", **OFF}), randomise(build("adaln-zero"))
+    modern, zero = build({"kind": "rope-swiglu", **OFF}), randomise(build("adaln-zero"))
     modern.load_state_dict(zero.state_dict())
     with torch.no_grad():
         got, expected = modern(*inputs(), Condition(LABEL)), zero(*inputs(), Condition(LABEL))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("single", ["adaln-single", {"kind": "modern", **OFF, "modulation": "shared"}])
+@pytest.mark.parametrize("single", ["adaln-single", {"kind": "rope-swiglu", **OFF, "modulation": "shared"}])
 def test_shared_modulation_is_adaln_zero_whose_blocks_hold_the_sums(single, randomise):
     """shared(c) + table: in each block a layer of the shared weight, and as bias the shared one plus the table."""
     ours, zero = randomise(build(single)), build("adaln-zero")
@@ -189,10 +192,10 @@ def test_shared_modulation_is_adaln_zero_whose_blocks_hold_the_sums(single, rand
 
 
 def test_no_share_of_the_first_values_is_no_value_residual(randomise):
-    with_values = randomise(build("modern"))
-    without = build({"kind": "modern", "value_residual": False}).eval()
+    with_values = randomise(build("rope-swiglu"))
+    without = build({"kind": "rope-swiglu", "value_residual": False}).eval()
     for block in with_values.blocks:
-        torch.nn.init.zeros_(block.attn.value_mix)
+        torch.nn.init.zeros_(block.attn.v_residual_lambda)
     state = with_values.state_dict()
     without.load_state_dict({k: v for k, v in state.items() if "value" not in k})
     with torch.no_grad():
@@ -210,20 +213,20 @@ def test_parameters():
     zero = parameter_count(build("adaln-zero"))
     single = parameter_count(build("adaln-single"))
     assert zero - single == (depth - 1) * (6 * d * d + 6 * d) - depth * 6 * d
-    modern = parameter_count(build("modern"))
+    modern = parameter_count(build("rope-swiglu"))
     biases = depth * (3 * d + d + 4 * d + d)
     swiglu = depth * (3 * d * 88 - 2 * d * 128)
     assert modern == single - biases - 24 * d + swiglu + depth * (heads + 1) + d * d
 
 
 def test_rotary_needs_no_table():
-    assert "pos_embed" not in build("modern").state_dict()
-    assert "pos_embed" in build({"kind": "modern", "positions": "sincos"}).state_dict()
+    assert "pos_embed" not in build("rope-swiglu").state_dict()
+    assert "pos_embed" in build({"kind": "rope-swiglu", "positions": "sincos"}).state_dict()
 
 
 def test_all_initial_steering_is_zero():
     """Offsets and the shared layer alike: their sum holds the gates."""
-    network = build("modern")
+    network = build("rope-swiglu")
     assert all(not module.table.any() for module in network.modules() if isinstance(module, ScaleShiftTable))
     assert not network.shared.adaLN_modulation.linear.weight.any()
     assert not network.shared.adaLN_modulation.linear.bias.any()
@@ -239,13 +242,13 @@ def test_every_steering_vector_is_asked_of_the_context(block, randomise):
 
     network = randomise(build(block))
     x, t = inputs()
-    real = network.tell
+    real = network.embed_condition
 
     def tell(*told):
         context = real(*told)
         return Deaf(c=context.c, tokens=context.tokens, grid=context.grid)
 
-    network.tell = tell
+    network.embed_condition = tell
     with torch.no_grad():
         got = network(x, t, Condition(LABEL))
         assert torch.equal(got, network(x, t.flip(0), Condition([4, 3, 2, 1])))
@@ -277,7 +280,7 @@ def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
         ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "block.positions=sincos"),
         ({"block": {"kind": "rope-swiglu", "qk_nrom": True}}, "did you mean 'qk_norm'?"),
         ({"block": {"kind": "rope-swiglu", "mlp": "relu"}}, "'swiglu' or 'gelu'"),
-        ({"block": "modrn"}, "modern"),
+        ({"block": "modrn"}, "rope-swiglu"),
     ],
 )
 def test_configurations_that_cannot_be(settings, words):
@@ -287,4 +290,4 @@ def test_configurations_that_cannot_be(settings, words):
 
 
 def test_heads_that_cannot_turn_may_have_a_table():
-    assert build({"kind": "modern", "positions": "sincos"}, width=40, heads=4)
+    assert build({"kind": "rope-swiglu", "positions": "sincos"}, width=40, heads=4)

@@ -94,7 +94,7 @@ def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.P
     for block, residual, attention in zip(ours.blocks, residuals, attentions, strict=True):
         for one, other in (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")):
             both(getattr(block.residual, one), getattr(residual, other))
-        both(block.residual.steering.linear, residual.time_emb_proj)
+        both(block.residual.modulation_params.linear, residual.time_emb_proj)
         if residual.conv_shortcut is not None:
             both(block.residual.skip, residual.conv_shortcut)
         assert (block.attention is None) == (attention is None)
@@ -157,7 +157,7 @@ def test_parameters_and_macs_are_those_that_were_published(name):
         "num_res_blocks": depth,
         "attention_levels": attention,
     }
-    network = on_meta(size=int(name[3:]), channels=3, outputs=6, classes=1000, null_class=False, **shape)
+    network = on_meta(size=int(name[3:]), channels=3, outputs=6, classes=1000, learn_null_class=False, **shape)
     assert parameter_count(network) / 1e6 == pytest.approx(millions, abs=0.5)
     if gmacs is not None:
         assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.5)

@@ -348,7 +348,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 def test_guesses_are_what_least_squares_finds(process):
     """Regress the target on x_t and a constant, at each of some times, on drawn data of mean 0.5 and spread 0.6."""
     built = process.build()
-    t = built.draw_times((torch.arange(40) + 0.5) / 40)
+    t = built.sample_timesteps((torch.arange(40) + 0.5) / 40)
     drawn = torch.Generator().manual_seed(0)
     x0 = 0.5 + 0.6 * torch.randn(40, 20_000, generator=drawn, dtype=torch.float64)
     noise = torch.randn(40, 20_000, generator=drawn, dtype=torch.float64)

@@ -85,7 +85,8 @@ def test_every_step_of_a_process_of_ten_has_a_bin_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("block", "own"), [("adaln-zero", set()), ("modern", {"shared"}), ("cross-attention", set()), ("in-context", set())]
+    ("block", "own"),
+    [("adaln-zero", set()), ("rope-swiglu", {"shared"}), ("cross-attention", set()), ("in-context", set())],
 )
 def test_every_trained_parameter_belongs_to_a_part(make, block, own):
     network = make(block)
@@ -96,7 +97,7 @@ def test_every_trained_parameter_belongs_to_a_part(make, block, own):
 
 
 def test_squared_norms_add_up_by_part(make):
-    network = make("modern")
+    network = make("rope-swiglu")
     parameters = dict(network.named_parameters())
     found, places = groups(parameters)
     sums = torch.zeros(len(found)).index_add(
@@ -149,7 +150,9 @@ def seen(network, given: Batch, asked: TrainingObjective):
     return (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise, t, condition, x0, noise
 
 
-@pytest.mark.parametrize("block", ["adaln-zero", "adaln", "adaln-single", "modern", "cross-attention", "in-context"])
+@pytest.mark.parametrize(
+    "block", ["adaln-zero", "adaln", "adaln-single", "rope-swiglu", "cross-attention", "in-context"]
+)
 @torch.no_grad()
 def test_activations_are_those_of_the_blocks_one_by_one(make, block):
     network, given, asked = make(block), batch(4), task()
@@ -184,7 +187,7 @@ def test_attention_logits_by_hand(make):
 @torch.no_grad()
 def test_attention_logits_by_hand_with_equal_lengths_and_angles(make):
     """Queries of length sharpness, keys of length 1 (in rms), both turned by their places."""
-    network, given, asked = make("modern"), batch(4), task()
+    network, given, asked = make("rope-swiglu"), batch(4), task()
     x, t, condition, _, _ = seen(network, given, asked)
     tokens, context = network.embed(x, 1000 * t, condition)
     block = network.blocks[0]
@@ -192,7 +195,7 @@ def test_attention_logits_by_hand_with_equal_lengths_and_angles(make):
     entering = nn.functional.rms_norm(tokens, (32,), eps=1e-6) * (1 + scale) + shift
     q, k, _ = block.attn.qkv(entering).unflatten(-1, (3, 2, -1)).unbind(2)
     q, k = (nn.functional.rms_norm(each, (16,), eps=1e-6) for each in (q, k))
-    q = q * block.attn.sharpness[:, None]
+    q = q * block.attn.qk_scale[:, None]
     q, k = (rotate(each, rotary_grid((4, 4), 16)) for each in (q, k))
     expected = (torch.einsum("blkh,bmkh->bklm", q, k) / 4).abs().max().item()
     assert probe(network, network, given, asked)["attention_logits"][0] == pytest.approx(expected, rel=1e-4)
@@ -210,7 +213,7 @@ def test_attention_logits_in_parts_are_those_of_the_whole(monkeypatch):
 def test_gates_and_scales_are_those_of_the_steering_vectors(make):
     network, given, asked = make(), batch(4), task()
     _, t, condition, _, _ = seen(network, given, asked)
-    context = network.tell(1000 * t, condition, (4, 4))
+    context = network.embed_condition(1000 * t, condition, (4, 4))
     found = probe(network, network, given, asked)
     for number, block in enumerate(network.blocks):
         _, scale1, gate1, _, scale2, gate2 = block.adaLN_modulation(context.c).chunk(6, dim=-1)
@@ -224,7 +227,7 @@ def test_gates_and_scales_are_those_of_the_steering_vectors(make):
         ("adaln", {"gates"}),
         ("in-context", {"gates", "scales"}),
         ("cross-attention", {"gates", "scales"}),
-        ("modern", set()),
+        ("rope-swiglu", set()),
     ],
 )
 def test_designs_tell_what_they_have(make, block, absent):
@@ -307,7 +310,7 @@ def test_what_is_not_a_number_is_none(make):
 
 def test_a_probe_leaves_nothing_behind(make):
     """No hook, no gradient, no change of the weights; also where the network fails."""
-    network, given = make("modern"), batch(4)
+    network, given = make("rope-swiglu"), batch(4)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     probe(network, network, given, task())
     with pytest.raises(ValueError, match="give Condition"):
@@ -340,7 +343,7 @@ def test_what_is_compiled_stays_so_and_is_looked_into(make):
     assert len(compiled) == count
 
 
-@pytest.mark.parametrize("block", ["adaln-zero", "modern", "cross-attention"])
+@pytest.mark.parametrize("block", ["adaln-zero", "rope-swiglu", "cross-attention"])
 def test_no_device_is_waited_for_before_the_end(make, monkeypatch, block):
     """A device whose tensors hold no numbers cannot answer: whoever asked it for one would fail."""
     assert bin_by_timestep(torch.ones(4, device="meta"), torch.rand(4)).shape == (2, 10)

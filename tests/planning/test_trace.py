@@ -59,7 +59,7 @@ def traced(told: DiTConfig, what="none", dtype=None):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("block", ["adaln-zero", "in-context", "cross-attention", "modern"])
+@pytest.mark.parametrize("block", ["adaln-zero", "in-context", "cross-attention", "rope-swiglu"])
 def test_saved_bytes_are_those_of_a_real_step(block, dtype):
     _, real = loss(config(block).build(), dtype)
     saved, kept, _, _ = traced(config(block), dtype=dtype)
@@ -95,7 +95,7 @@ def test_recomputing_keeps_less_and_computes_more():
 
 def test_every_block_adds_the_same():
     def sizes(depth):
-        _, kept, _, backward = traced(config("modern", depth=depth))
+        _, kept, _, backward = traced(config("rope-swiglu", depth=depth))
         return kept, backward.peak
 
     two, four, nine = sizes(2), sizes(4), sizes(9)

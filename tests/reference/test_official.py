@@ -17,7 +17,7 @@ from torch import Tensor
 from tessera.conditioning import Condition
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
-from tessera.sampling import DDIM, Ancestral, loop
+from tessera.sampling import DDIM, Ancestral, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import Uniform, timestep_grid
 
@@ -107,7 +107,7 @@ def test_noising(official):
 
 def test_losses(official):
     x = official.process.mix(official["x"], official["noise"], official.times)
-    raw = official.network(x, official.process.network_time(official.times), Condition(official["y"]))
+    raw = official.network(x, official.process.model_time(official.times), Condition(official["y"]))
     losses = official.process.loss(raw, official["x"], official["noise"], official.times)
     for got, name in ((losses.total, "train_loss"), (losses.mse, "train_mse"), (losses.vb, "train_vb")):
         torch.testing.assert_close(got, official[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -117,7 +117,7 @@ def test_losses(official):
 def test_respaced_steps(official, count):
     visited = timestep_grid(Uniform(), count, GaussianDiffusionConfig().build())
     assert visited[-1] == 0
-    assert official.process.network_time(visited[:-1]).tolist() == sorted(
+    assert official.process.model_time(visited[:-1]).tolist() == sorted(
         official[f"respace{count}"].tolist(), reverse=True
     )
 
@@ -135,7 +135,7 @@ def test_reverse_distribution(official):
 
 
 def test_ten_steps_of_ddim(official):
-    *_, last = loop(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
+    *_, last = sample_loop(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
     check(last.x, official["ddim10"], 1e-4)
 
 
@@ -145,5 +145,5 @@ def test_ten_ancestral_steps(official):
     def noise() -> Tensor:
         return fill(shape, f"{official.name}/step{next(step)}", 1.0)
 
-    *_, last = loop(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
+    *_, last = sample_loop(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
     check(last.x, official["ancestral10"], 1e-4)

@@ -22,7 +22,7 @@ def test_a_run_is_tuned_and_its_newest_checkpoint_draws_so(tessera, run, tmp_pat
     assert done.code == 0, done.err
     folder = run / "tune" / bundle.checkpoints(run)[0].name
     results = json.loads((folder / "results.json").read_text())
-    assert "baseline: ancestral, 20 steps, even" in done.out
+    assert "baseline: ancestral, 20 steps, uniform" in done.out
     assert (folder / "frontier.png").exists()
     checkpoint = bundle.checkpoints(run)[0]
     config = bundle.load_config(checkpoint)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.conditioning import Condition
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, StochasticDPMSolver, UniPC, loop
+from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, StochasticDPMSolver, UniPC, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.exponential import History, NoiseLevel, lagrange_weights
 from tessera.sampling.timesteps import Uniform, timestep_grid
@@ -69,7 +69,7 @@ solvers = pytest.mark.parametrize(("solver", "scheduler", "told"), SOLVERS, ids=
 
 def compare(solver, process: DiffusionProcess, grid: Tensor, expected: list[Tensor], noise=None) -> None:
     denoise = Denoiser(network if process.steps else mean_channels, process, Condition())
-    states = [state.x for state in loop(solver, denoise, expected[0], grid, noise)]
+    states = [state.x for state in sample_loop(solver, denoise, expected[0], grid, noise)]
     assert len(states) == len(expected)
     if getattr(solver, "variant", "") == "bh1":  # theirs ends in infinity times 0 where sigma is 0
         states.pop(), expected.pop()
@@ -164,7 +164,7 @@ def test_the_ends_are_reached_without_dividing_by_nothing(name, solver, count):
     if isinstance(solver, Ancestral) and process.steps is None:
         pytest.skip("ancestral sampling is of Gaussian processes")
     x, denoise = draws(3, (3, 2, 3, 3))().double(), Smooth(process)
-    *_, before, last = loop(solver, denoise, x, timestep_grid(Uniform(), count, process), draws(4, x.shape))
+    *_, before, last = sample_loop(solver, denoise, x, timestep_grid(Uniform(), count, process), draws(4, x.shape))
     assert last.x.isfinite().all()
     t = torch.full((3,), before.t, dtype=torch.float64)
     if solver.kind != "unipc":  # which corrects x before, but asks first

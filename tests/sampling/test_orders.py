@@ -15,7 +15,7 @@ from torch import Tensor
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, loop
+from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, sample_loop
 from tessera.sampling.exponential import History, NoiseLevel
 from tessera.sampling.timesteps import Trailing, Uniform, timestep_grid
 from tessera.sampling.unipc import Predicted
@@ -114,7 +114,7 @@ def test_every_solver_is_of_its_order(name, data):
     for solver, order in orders.items():
         errors = []
         for count in counts:
-            *_, last = loop(solver, exact, x, inside(exact.process, count), silent)
+            *_, last = sample_loop(solver, exact, x, inside(exact.process, count), silent)
             errors.append(float((last.x - truth).abs().max()))
         assert slope(counts, errors) > order - 0.25, (solver, errors)
         assert slope(counts, errors) < order + 0.5, (solver, errors)
@@ -153,7 +153,7 @@ def test_from_noise_to_data(name, solver, order, worst):
     exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
     truth, counts, errors = exact.path(x, 1.0, 0.0), [80, 160], []
     for count in counts:
-        *_, last = loop(solver, exact, x, timestep_grid(Trailing(), count, exact.process), silent)
+        *_, last = sample_loop(solver, exact, x, timestep_grid(Trailing(), count, exact.process), silent)
         errors.append(float((last.x - truth).abs().max()))
     assert slope(counts, errors) > order - 0.1
     assert errors[0] < worst
@@ -195,7 +195,7 @@ class Counted(Exact):
 def test_calls_of_the_denoiser(solver, calls):
     """Heun's last step is Euler's; the corrector of UniPC costs none."""
     counted = Counted(FlowMatchingConfig().build(), MIXTURE)
-    list(loop(solver, counted, starts(), timestep_grid(Uniform(), 8, counted.process), silent))
+    list(sample_loop(solver, counted, starts(), timestep_grid(Uniform(), 8, counted.process), silent))
     assert counted.calls == calls
 
 
@@ -217,7 +217,7 @@ def law(solver, process: DiffusionProcess, grid: Tensor) -> tuple[float, float]:
         one[next(rows)] = 1
         return one
 
-    *_, last = loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
+    *_, last = sample_loop(solver, Exact(process, GAUSSIAN), x, grid, noise)
     mean, *added = last.x.flatten()
     return float(mean), float(torch.stack([one - mean for one in added]).norm())
 

@@ -19,7 +19,7 @@ from tessera.diffusion import FlowMatchingConfig
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.diffusion.prediction import Prediction, expand
 from tessera.errors import TesseraError
-from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, loop
+from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import SPACINGS, Trailing, Uniform, timestep_grid
 
@@ -65,7 +65,7 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
         raw = network(x, t.expand(3).float(), Condition())[:, :2]
         x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
-    *_, last = loop(
+    *_, last = sample_loop(
         DDIM(eta=eta),
         denoise,
         start,
@@ -93,7 +93,9 @@ def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, t
         x = scheduler.step(raw, t, x, generator=generator).prev_sample
     made = process(prediction="x0", variance=variance, schedule="linear" if schedule == "linear" else "cosine")
     denoise = Denoiser(network, made, Condition())
-    *_, last = loop(Ancestral(), denoise, start, timestep_grid(Uniform(), 1000, made), noise_from(7, start.shape))
+    *_, last = sample_loop(
+        Ancestral(), denoise, start, timestep_grid(Uniform(), 1000, made), noise_from(7, start.shape)
+    )
     assert relative(last.x, x) < 2e-3
 
 
@@ -150,7 +152,7 @@ def test_ddim_is_of_first_order(schedule, mu, s):
     counts, errors = [32, 64, 128, 256, 512], []
     for count in counts:
         grid = timestep_grid(Trailing(), count, exact.process)
-        *_, last = loop(DDIM(), exact, x, grid, None)
+        *_, last = sample_loop(DDIM(), exact, x, grid, None)
         errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
     slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
     assert slope == pytest.approx(-1, abs=0.15)
@@ -171,7 +173,9 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
     def noise():
         return torch.randn(rows, 1, 1, 1, dtype=torch.float64, generator=generator)
 
-    *_, last = loop(step, exact, noise(), timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), noise)
+    *_, last = sample_loop(
+        step, exact, noise(), timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), noise
+    )
     assert float(last.x.mean()) == pytest.approx(mu, abs=5 * s / math.sqrt(rows) + 0.005)
     assert float(last.x.std()) == pytest.approx(s, rel=5 / math.sqrt(2 * rows) + 0.02)
 
@@ -179,7 +183,7 @@ def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, vari
 def test_ddim_ends_in_the_distribution_of_the_data():
     exact = Exact(process(variance="posterior"), 0.5, 0.25)
     x = normal(10_000, 1, 1, 1, dtype=torch.float64)
-    *_, last = loop(DDIM(), exact, x, timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), None)
+    *_, last = sample_loop(DDIM(), exact, x, timestep_grid(Uniform(), 250, GaussianDiffusionConfig().build()), None)
     assert float(last.x.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(last.x.std()) == pytest.approx(0.25, rel=0.05)
 
@@ -203,7 +207,9 @@ def test_walk_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
     states = list(
-        loop(step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape))
+        sample_loop(
+            step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape)
+        )
     )
     assert [state.done for state in states] == list(range(8))
     assert {state.total for state in states} == {7}
@@ -238,7 +244,7 @@ def test_the_last_step_adds_no_noise(step):
 def test_ddim_without_eta_asks_for_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
-    *_, last = loop(
+    *_, last = sample_loop(
         DDIM(),
         denoise,
         x,
@@ -284,7 +290,7 @@ def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
     x, solver = normal(3, 2, 3, 3), SAMPLERS[kind]()
     grid = timestep_grid(Uniform(), 6, process())
     states, step = [], 4
-    drawing = loop(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
+    drawing = sample_loop(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
     with pytest.raises(TesseraError) as error:
         states.extend(state.done for state in drawing)
     said = f"1 of 3 pictures hold numbers that are not finite, for the first time after step {step} of 6 (time 0.401)"
@@ -295,7 +301,7 @@ def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
 def test_noise_that_is_not_finite_is_named():
     with pytest.raises(TesseraError, match="2 of 2 pictures hold .* for the first time in the noise of ddim"):
         list(
-            loop(
+            sample_loop(
                 DDIM(),
                 Denoiser(network, process(), Condition()),
                 torch.full((2, 2, 3, 3), math.nan),

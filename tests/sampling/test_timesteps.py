@@ -13,7 +13,7 @@ from tessera.sampling.exponential import NoiseLevel
 from tessera.sampling.timesteps import SPACINGS, Karras, LogSNR, Quadratic, Shifted, Uniform, timestep_grid
 from tessera.settings import validate
 
-spacings = pytest.mark.parametrize("spacing", ["even", "leading", "trailing"])
+spacings = pytest.mark.parametrize("spacing", ["uniform", "leading", "trailing"])
 
 
 def steps(spacing, count, trained=1000):
@@ -52,17 +52,17 @@ def test_steps_are_those_of_diffusers(spacing, count):
 
 @pytest.mark.parametrize(("count", "rest"), [(2, [0]), (5, [749, 500, 250, 0]), (4, [666, 333, 0])])
 def test_even_steps_run_from_last_to_first(count, rest):
-    assert steps("even", count) == [999, *rest]
+    assert steps("uniform", count) == [999, *rest]
 
 
 @pytest.mark.parametrize(("count", "middle"), [(21, 499), (31, 500), (23, 499)])
 def test_even_steps_round_as_the_official_sum_does(count, middle):
     """The middle lies at exactly 499.5; the official code adds strides up, and its rounding errors decide."""
-    assert steps("even", count)[count // 2] == middle
+    assert steps("uniform", count)[count // 2] == middle
 
 
 def test_one_even_step_starts_in_full_noise():
-    assert steps("even", 1) == [999]
+    assert steps("uniform", 1) == [999]
 
 
 @spacings
@@ -89,7 +89,7 @@ def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     """In time, and in what the solvers divide by: no two times have the same noise."""
     process = PROCESSES[name].build()
     if spacing == "leading" and process.steps is None:
-        with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps.*: use even"):
+        with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps.*: use uniform"):
             timestep_grid(SPACINGS[spacing](), count, process)
         return
     got = timestep_grid(SPACINGS[spacing](), count, process)
@@ -101,7 +101,7 @@ def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     assert (NoiseLevel.at(process, got).half_log_snr.diff() > 0).all()
     if process.steps is not None:  # never beyond the first trained step
         assert float(got[-2]) * process.steps > 1 - 1e-6
-        assert (process.network_time(got[:-1]) > -1e-3).all()
+        assert (process.model_time(got[:-1]) > -1e-3).all()
 
 
 @processes

@@ -119,7 +119,7 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
     assert "M: " in told
     assert "width 33 is not divisible by heads 2" in told
     assert "G: " in told
-    assert "null_class" in told
+    assert "learn_null_class" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -57,7 +57,7 @@ def trial(fd: float, seconds: float = 1.0, pulls=None, steps: int = 10, stage: s
 @pytest.mark.parametrize("process", [{}, {"kind": "flow", "prediction": "velocity"}])
 def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, process):
     outputs = {"outputs": 1} if process else {}
-    model = make_model(network=outputs, process={"variance": "learned"} if not process else None)
+    model = make_model(network=outputs, diffusion={"variance": "learned"} if not process else None)
     if process:
         config = model.config.model_dump() | {"process": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
@@ -71,7 +71,7 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
     grids = [config.timestep_spacing for config in found if config.sampler == DDIM()]
     visited = {tuple(timestep_grid(grid, 10, model.diffusion).tolist()) for grid in grids}
     assert len(visited) == len(grids) >= 4
-    assert {config.timestep_spacing.kind for config in found[: len(search_space.solvers())]} == {"even"}
+    assert {config.timestep_spacing.kind for config in found[: len(search_space.solvers())]} == {"uniform"}
 
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
@@ -91,7 +91,9 @@ def test_settings_are_told_in_a_line():
         guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7}
     )  # pyright: ignore
     found = config.summary()
-    assert found == "ddim, 50 steps, even, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
+    assert (
+        found == "ddim, 50 steps, uniform, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
+    )
 
 
 # What counts as no worse
@@ -194,7 +196,7 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tuner, tmp_path):
     result.plot(after, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
     frontier, check = result.page(after).split("\n\n")
-    assert "baseline: ancestral, 12 steps, even" in frontier
+    assert "baseline: ancestral, 12 steps, uniform" in frontier
     assert len(check.splitlines()) == 2 + len(after.checked)
 
 
@@ -219,7 +221,7 @@ def test_the_same_command_goes_on_when_its_choice_was_written(tuner, make_model)
 
 
 def test_what_cannot_be_guided_is_not(tuner, make_model):
-    model = make_model(network={"classes": 0})
+    model = make_model(network={"num_classes": 0})
     told = tuner(model=model, search=["guidance"])
     assert told.run().trials == []
 
@@ -290,7 +292,7 @@ def test_stages_end_with_their_time(tuner):
 
 
 def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
-    with pytest.raises(TesseraError, match=r"ancestral, 12 steps, even.*give --budget \d+ \(minutes\), or a lower"):
+    with pytest.raises(TesseraError, match=r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\), or a lower"):
         tuner(budget=1e-4).run()
     assert not tuner().folder.exists()
 
@@ -323,5 +325,5 @@ def test_the_note_says_when_by_what_and_both_scores():
     chosen = Trial(SamplingConfig(num_steps=7), "check", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
     told = result.note(tuner_module.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))
-    for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, even): fd 2", "4 s", "100 pictures", "mine"):
+    for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, uniform): fd 2", "4 s", "100 pictures", "mine"):
         assert part in told

@@ -86,8 +86,8 @@ def test_a_source_without_names_is_matched_by_number_where_there_are_as_many(mak
 
 
 def test_without_a_null_class_on_one_side_no_row_is_taken_for_it(make_model):
-    source = make_model(network={"null_class": False})
-    network = source.config.network.model_copy(update={"null_class": True}).build()
+    source = make_model(network={"learn_null_class": False})
+    network = source.config.network.model_copy(update={"learn_null_class": True}).build()
     before = network.state_dict()[TABLE].clone()
     start_from(network, NAMES, source, "m")
     assert torch.equal(network.state_dict()[TABLE][:3], source.network.state_dict()[TABLE])
@@ -95,7 +95,7 @@ def test_without_a_null_class_on_one_side_no_row_is_taken_for_it(make_model):
 
 
 def test_from_and_to_unconditional(make_model, tiny_model):
-    free = make_model(network={"classes": 0}, class_names=())
+    free = make_model(network={"num_classes": 0}, class_names=())
     network = fresh(tiny_model)
     told = start_from(network, NAMES, free, "m")
     assert told["anew"] == [TABLE]
@@ -185,7 +185,7 @@ def test_another_kind_of_position_is_refused(make_model, old, new, said):
 
 
 def test_a_modern_network_starts_from_one_of_another_size(make_model):
-    source, network = (make_model(network={"block": "rope-swiglu", "size": size}, seed=size) for size in (8, 16))
+    source, network = (make_model(network={"block": "rope-swiglu", "input_size": size}, seed=size) for size in (8, 16))
     told = start_from(network.network, NAMES, source, "m")
     assert told["resampled"] == told["anew"] == []
     for name, weight in source.network.state_dict().items():

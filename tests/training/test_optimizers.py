@@ -181,7 +181,7 @@ def test_the_size_of_an_update_is_that_of_adamw(tiny_model):
         assert (weight - old).square().mean().sqrt().item() == pytest.approx(0.002, rel=0.25)
 
 
-@pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero", "modern"])
+@pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero", "rope-swiglu"])
 def test_muon_trains_the_matrices_that_carry_tokens_and_adamw_all_else(make_model, block):
     network = make_model({"block": block}).network
     optimizer = MuonConfig().build(network)

@@ -36,7 +36,7 @@ RICH = (
     "training.activation_checkpointing=blocks",
     "network.depth=2",
 )
-SOON = {((4, 2), "adamw", "adaln-zero"), ((2, "all"), "muon", "modern")}  # the others are proven by `make prove`
+SOON = {((4, 2), "adamw", "adaln-zero"), ((2, "all"), "muon", "rope-swiglu")}  # the others are proven by `make prove`
 LAYOUTS = [(2, 1), (2, "all"), (4, 1), (4, 2), (4, "all")]  # processes, and how many of them hold one copy
 
 
@@ -147,7 +147,7 @@ def logged(run: Path, *names: str) -> np.ndarray:
         )
         for layout in LAYOUTS
         for optimizer in ("adamw", "muon")
-        for block in ("adaln-zero", "modern")
+        for block in ("adaln-zero", "rope-swiglu")
     ],
 )
 def test_any_number_of_processes_learns_the_same(processes, tiny, tmp_path, alone, layout, optimizer, block):

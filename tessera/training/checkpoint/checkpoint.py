@@ -369,7 +369,7 @@ def _averages_of(checkpoint: Path, average: EMA) -> dict[float, tuple[Network, P
     """
     config = bundle.load_config(checkpoint)
     kept = bundle.ema_weights(checkpoint, config)
-    for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("also", ()):
+    for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("extra_decays", ()):
         kept.setdefault(decay, checkpoint / bundle.AVERAGES / f"{decay}.safetensors")  # missing: an error that names it
     first = {average.config.decay: kept.get(average.config.decay, checkpoint / bundle.WEIGHTS)}
     return {decay: (mean, (kept | first).get(decay)) for decay, mean in average.networks.items()}
