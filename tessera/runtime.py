@@ -142,6 +142,9 @@ class Distributed:
         return self.gather(value)[0]
 
 
+SINGLE = Distributed()  # a process on its own
+
+
 @contextmanager
 def distributed_session(device: torch.device | None = None) -> Iterator[Distributed]:
     """Join the processes that torchrun started beside this one, if it did; one process alone needs no group.
@@ -151,7 +154,7 @@ def distributed_session(device: torch.device | None = None) -> Iterator[Distribu
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield Distributed()
+        yield SINGLE
         return
     backend = "gloo"
     if device is not None and device.type == "cuda":
