@@ -8,15 +8,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from tessera.conditioning import NetworkFunction
 from tessera.models.network import Network
-from tessera.sampling.denoiser import Forward
 
 CompileMode = Literal["off", "blocks", "whole"]
 Sizes = Literal["fixed", "changing"]
 SIZES_OF_A_MAKE = 8  # of a batch, for which blocks are compiled
 
 
-def compiled(network: Network, how: CompileMode, sizes: Sizes = "fixed") -> tuple[Forward, str | None]:
+def compiled(network: Network, how: CompileMode, sizes: Sizes = "fixed") -> tuple[NetworkFunction, str | None]:
     """What to call in place of a network; and, where this machine cannot compile, why, in one line.
 
     blocks: in place and one by one; of those of one make (all of a DiT's) the first is compiled, and the others take
@@ -67,7 +67,7 @@ class Trial:
 
 
 def fastest(
-    network: Network, run_once: Callable[[Forward], None], synchronise: Callable[[], None], rounds: int = 5
+    network: Network, run_once: Callable[[NetworkFunction], None], synchronise: Callable[[], None], rounds: int = 5
 ) -> Trial:
     """Time the network as it is, with its blocks compiled, and compiled as a whole.
 
@@ -77,7 +77,7 @@ def fastest(
     over, but for the network as it is.
     """
     failed: dict[CompileMode, str] = {}
-    ways: dict[CompileMode, tuple[Forward, _Calls]] = {}
+    ways: dict[CompileMode, tuple[NetworkFunction, _Calls]] = {}
     for how in get_args(CompileMode):
         forward, reason = compiled(network, how)
         try:

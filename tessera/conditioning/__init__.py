@@ -3,7 +3,7 @@
 Shapes: B rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -50,3 +50,6 @@ class Condition:
         if labels and len(labels) != len(conditions):
             raise ValueError("cannot join conditions with and without labels")
         return Condition(label=torch.cat(labels) if labels else None)
+
+
+NetworkFunction = Callable[[Tensor, Tensor, Condition], Tensor]  # network(x, t, condition) -> raw output

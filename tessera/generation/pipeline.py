@@ -15,14 +15,14 @@ from tessera import randomness, runtime, sampling
 from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache, check_caching
 from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.bundle import Model
-from tessera.conditioning import Condition
+from tessera.conditioning import Condition, NetworkFunction
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT
 from tessera.sampling import FirstBlock, SampleState, SamplingConfig
-from tessera.sampling.denoiser import Denoiser, Forward, GuidanceModel
+from tessera.sampling.denoiser import Denoiser, GuidanceModel
 from tessera.sampling.editing import EditSource
 from tessera.sampling.timesteps import timestep_grid
-from tessera.settings import override, unknown, validate
+from tessera.settings import override, unknown_name, validate
 
 STREAM = 0x64726177  # of randomness: apart from every stream of training
 APART = 512  # tokens of a half from which on a CPU is faster with the two halves of guidance one after the other
@@ -53,7 +53,7 @@ def class_labels(model: Model, classes: Sequence[int | str]) -> list[int]:
         elif isinstance(told, str) and told.lstrip("-").isdigit():
             told = int(told)
         if isinstance(told, str):
-            raise TesseraError(unknown("class", told, names))
+            raise TesseraError(unknown_name("class", told, names))
         if not 0 <= told < count:
             raise TesseraError(f"class {told} is out of range: this model knows {count} classes, 0 to {count - 1}")
         found.append(int(told))
@@ -179,7 +179,7 @@ def _denoiser(model: Model, condition: Condition, scales: Tensor, guide: Model |
     )
 
 
-def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Forward]:
+def _networks(model: Model, told: Condition, how: _How) -> Callable[[], NetworkFunction]:
     """Makes networks for one drawing, each with a cache of its own; told: all that they will be told."""
     network, config, device = model.network, how.config, model.device
     caching, plain, tell = config.caching, network, None
@@ -194,7 +194,7 @@ def _networks(model: Model, told: Condition, how: _How) -> Callable[[], Forward]
             plain = PrecomputedModulation(network, how.times, told.label, how.grid)
         tell = plain.embed_condition
 
-    def make() -> Forward:
+    def make() -> NetworkFunction:
         inner = plain
         if isinstance(caching, FirstBlock) and isinstance(network, DiT):  # no other network is let through
             inner = FirstBlockCache(network, caching, tell=tell, tally=how.tally)

@@ -10,12 +10,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tessera.conditioning import Condition
+from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Prediction
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 
-Forward = Callable[[Tensor, Tensor, Condition], Tensor]
 Noise = Callable[[], Tensor]  # a fresh standard normal tensor shaped like x at every call
 
 
@@ -37,7 +36,7 @@ class GuidanceModel:
     autoguidance (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
     """
 
-    network: Forward
+    network: NetworkFunction
     condition: Condition
 
 
@@ -58,7 +57,7 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Forward,
+        network: NetworkFunction,
         process: DiffusionProcess,
         condition: Condition,
         guidance: float | Tensor = 1.0,

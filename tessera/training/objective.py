@@ -11,12 +11,11 @@ from torch import Tensor
 
 from tessera import randomness, runtime
 from tessera.codecs import Codec
-from tessera.conditioning import Condition
+from tessera.conditioning import Condition, NetworkFunction
 from tessera.data import Batch
 from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Losses
-from tessera.sampling.denoiser import Forward
 
 # Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
 TIME, NOISE, DROP, POSTERIOR = 1, 2, 3, 5  # 4: flips, in data.loader
@@ -62,7 +61,7 @@ def prepare_batch(batch: Batch, task: TrainingObjective, device: torch.device) -
 
 
 def compute_loss(
-    network: Forward, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective
+    network: NetworkFunction, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective
 ) -> tuple[Losses, Tensor]:
     """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
 

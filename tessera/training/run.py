@@ -11,20 +11,19 @@ from tessera import bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.codecs import Codec, StoredConfig
-from tessera.conditioning import Condition
+from tessera.conditioning import Condition, NetworkFunction
 from tessera.data import Loader
 from tessera.data.buckets import Buckets
-from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
-from tessera.data.latents import LatentsSource, open_cache
+from tessera.data.latents import LatentsDataset, open_cache
 from tessera.diffusion import AnyDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.files import atomic_folder, atomic_write, remove_partials
 from tessera.interop import load
 from tessera.models.network import Network
 from tessera.runtime import Distributed
-from tessera.sampling.denoiser import Forward
-from tessera.settings import changes, write_yaml
+from tessera.settings import differences, write_yaml
 from tessera.training import initialization, parallel
 from tessera.training.checkpoint import checkpoint
 from tessera.training.ema import EMA
@@ -70,7 +69,7 @@ class TrainingRun:
         """Multiply-adds of a forward pass of one sample; of samples of many sizes, in the mean."""
         if self.loader.buckets is None:
             return self.network.macs()
-        factor, of = self.ema_model.codec.factor, self.loader.buckets.of
+        factor, of = self.ema_model.codec.factor, self.loader.buckets.bucket_ids
         each = [self.network.macs((height // factor, width // factor)) for height, width in self.loader.buckets.sizes]
         return float(np.asarray(each, dtype=np.float64)[of].mean())
 
@@ -108,7 +107,7 @@ def build_run(
     recipe = resolve_recipe(recipe, source.class_names, codec)
     if (
         source.class_names
-        and isinstance(source, FilesSource)
+        and isinstance(source, FilesDataset)
         and source.labels.min() < 0
         and not recipe.network.learn_null_class
     ):
@@ -181,22 +180,22 @@ def build_run(
     )
 
 
-def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsSource:
+def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsDataset:
     """The data of a recipe, or the latents that were cached of them. Raises TesseraError."""
     data = recipe.data
     cache = data.cache if isinstance(data, FilesConfig) else None
     return data.open() if cache is None else open_cache(Path(cache), data, codec, data.open())
 
 
-def sort_into_buckets(recipe: Recipe, source: Dataset | LatentsSource) -> Buckets | None:
+def sort_into_buckets(recipe: Recipe, source: Dataset | LatentsDataset) -> Buckets | None:
     """The sizes that batches have, where the recipe asks for several; those with less than a batch are not used."""
     data = recipe.data
     if not isinstance(data, FilesConfig) or data.buckets is None:
         return None
-    if isinstance(source, LatentsSource):
+    if isinstance(source, LatentsDataset):
         return source.buckets
-    assert isinstance(source, FilesSource)
-    return Buckets.sort(source.shapes(), data.buckets.sizes(data.size), fewest=recipe.training.global_batch_size)
+    assert isinstance(source, FilesDataset)
+    return Buckets.assign(source.shapes(), data.buckets.sizes(data.size), min_samples=recipe.training.global_batch_size)
 
 
 def _compiled(
@@ -207,7 +206,7 @@ def _compiled(
     found: Path | None,
     ranks: Distributed,
     say: Callable[[str], None],
-) -> tuple[Forward, compilation.CompileMode]:
+) -> tuple[NetworkFunction, compilation.CompileMode]:
     """What is called in place of the network, and which way that is.
 
     auto stays with what the checkpoint found: ways differ in the last bit.
@@ -237,10 +236,10 @@ def _device(network: Network) -> torch.device:
     return next(network.parameters()).device
 
 
-def _passes(recipe: Recipe, task: TrainingObjective, rows: int) -> Callable[[Forward], None]:
+def _passes(recipe: Recipe, task: TrainingObjective, rows: int) -> Callable[[NetworkFunction], None]:
     """A forward and a backward pass of as many samples as a step has at once, which leaves no gradient behind."""
 
-    def run(forward: Forward) -> None:
+    def run(forward: NetworkFunction) -> None:
         config = recipe.network
         device = torch.device(runtime.choose_device(recipe.training.device))
         x = torch.randn(rows, config.in_channels, *config.input_size, device=device)
@@ -320,7 +319,7 @@ def changed(run: TrainingRun, found: Path) -> list[str]:
     before, now = bundle.load_config(found).recipe or {}, run.recipe.model_dump(mode="json")
     return [
         f"{name} was {old}, is {new}"
-        for name, old, new in changes(before, now)
+        for name, old, new in differences(before, now)
         if "absent" not in (old, new) and name != "run_dir"
     ]
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tessera.conditioning import NetworkFunction
 from tessera.data import Batch
 from tessera.models.network import Network
 from tessera.monitoring import health
-from tessera.sampling.denoiser import Forward
 from tessera.training import parallel
 from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
 from tessera.training.optimizers import OptimizerConfig
@@ -25,7 +25,7 @@ class TrainState:
     """What a step changes, and who takes part in it."""
 
     network: Network  # the weights, perhaps divided among processes
-    forward: Forward  # what is called: the network, or what compiling made of it
+    forward: NetworkFunction  # what is called: the network, or what compiling made of it
     optimizer: torch.optim.Optimizer
     config: OptimizerConfig
     parallel: ParallelContext
