@@ -1,16 +1,21 @@
-# Each target sets up all it needs in .venv, pinned by constraints.txt.
+# Every target installs what it needs into .venv, pinned by constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# Whatever build of torch pip is set up to take; on Linux that is the CUDA one unless pip's index says otherwise.
+# On Linux this installs PyTorch's CUDA build unless pip is configured for the CPU build.
 TORCH ?= torch==2.13.0
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test prove check docs clean
+.PHONY: demo test test-fast prove check docs clean
 
 demo: .setup/demo
 	$(BIN)/tessera demo
 
 test: .setup/dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+# Without whole commands, trainings and subprocesses: for daily work.
+test-fast: .setup/dev
+	$(PYTEST) -m "not slow and not run"
 
 prove: .setup/dev
 	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,121 @@
+"""MkDocs hooks: pages that are generated from the code, so that they cannot differ from it.
+
+`<!-- recipe keys -->` becomes a table of every key of a recipe, `<!-- commands -->` the help of every command.
+"""
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the generated parts of a page (called by MkDocs for each page)."""
+    if "<!-- recipe keys -->" in markdown:
+        markdown = markdown.replace("<!-- recipe keys -->", recipe_reference())
+    if "<!-- commands -->" in markdown:
+        markdown = markdown.replace("<!-- commands -->", command_reference())
+    return markdown
+
+
+def recipe_reference() -> str:
+    """Markdown tables of all keys: one section for each settings model, alternatives side by side by `kind`."""
+    from tessera.training.recipe import Recipe
+
+    return "\n".join(_sections("", Recipe))
+
+
+def _sections(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    title = prefix or "Top level"
+    kind = model.model_fields.get("kind")
+    if prefix and kind is not None and kind.default is not PydanticUndefined:
+        title = f"{prefix} (kind: {kind.default})"
+    yield f"{'##' if prefix.count('.') == 0 else '###'} `{title}`\n" if prefix else f"## {title}\n"
+    yield f"{' '.join((model.__doc__ or '').split())}\n"
+    fields = {name: field for name, field in model.model_fields.items() if name != "kind"}
+    if fields:
+        yield "| key | type | default | meaning |\n|---|---|---|---|"
+        for name, field in fields.items():
+            cells = (f"`{name}`", _type(field.annotation), _default(field), field.description or "")
+            yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    yield ""
+    for name, field in fields.items():
+        for part in _models(field.annotation):
+            yield from _sections(f"{prefix}.{name}" if prefix else name, part)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The settings models that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is Annotated:
+        return _models(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [model for part in get_args(annotation) for model in _models(part)]
+    return []
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        kinds = [
+            str(model.model_fields["kind"].default) for model in _models(annotation) if "kind" in model.model_fields
+        ]
+        rest = [_type(part) for part in arguments if not _models(part)]
+        return " or ".join(dict.fromkeys([", ".join(f"`{kind}`" for kind in kinds)] * bool(kinds) + rest))
+    if origin is tuple:
+        return "list of " + " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not Ellipsis))
+    if _models(annotation):
+        return "section"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return f"`{getattr(value, 'kind', '...')}`" if hasattr(value, "kind") else ""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"`{list(value) if isinstance(value, tuple) else value}`"
+
+
+def command_reference() -> str:
+    """The help of every command: arguments, options and what they do."""
+    import typer.main
+
+    from tessera.cli import app
+
+    return "\n".join(_commands(typer.main.get_command(app), "tessera"))
+
+
+def _commands(command: Any, name: str) -> Iterator[str]:
+    parts = getattr(command, "commands", {})
+    if not parts:
+        yield f"## `{name}`\n\n{(command.help or '').strip()}\n\n| argument or option | meaning |\n|---|---|"
+        for parameter in command.params:
+            if getattr(parameter, "hidden", False) or parameter.name == "help":
+                continue
+            words = [word for word in (*parameter.opts, *parameter.secondary_opts) if word.startswith("-")]
+            label = ", ".join(words) if words else (parameter.metavar or parameter.name.upper())
+            text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
+            default = parameter.default
+            shown = "" if default in (None, False, ()) or callable(default) else f" (default `{default}`)"
+            yield f"| `{label}` | {text}{shown} |"
+        yield ""
+    for part, child in sorted(parts.items()):
+        yield from _commands(child, f"{name} {part}")
