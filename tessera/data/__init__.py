@@ -8,12 +8,12 @@ from tessera.data.digits import DigitsConfig
 from tessera.data.files import FilesConfig
 from tessera.data.loader import Batch, Loader
 from tessera.data.shapes import ShapesConfig
-from tessera.settings import by_kind
+from tessera.settings import expand_kind
 
 
 def _kind(value: Any) -> Any:
     """The name of embedded data stands for it, and data of no kind is files."""
-    value = by_kind(value)
+    value = expand_kind(value)
     return {"kind": "files", **value} if isinstance(value, dict) else value
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from tessera import runtime
 from tessera.codecs import AnyCodec, Codec
 from tessera.data.buckets import Buckets
-from tessera.data.files import FilesSource
+from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import (
     CACHE,
@@ -41,17 +41,17 @@ from tessera.data.latents import (
     FORMAT,
     LABELS,
     LATENTS,
-    MIRRORED,
-    NUMBERS,
+    FLIPPED,
+    INDICES,
     PLAN,
     SAMPLES,
     SKIPPED,
-    TOLD,
-    LatentsSource,
-    facts,
-    key,
+    METADATA_KEY,
+    LatentsDataset,
+    cache_spec,
+    cache_key,
 )
-from tessera.errors import TesseraError, listed
+from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_file, remove_partials
 
 if TYPE_CHECKING:
@@ -63,17 +63,17 @@ BLOCK = 64  # latents whose statistics are taken at once
 
 
 @dataclass(frozen=True)
-class Statistics:
+class LatentStatistics:
     """Of `count` numbers of each latent channel, raw: mean [C], scatter [C] (the sum of squared distances from it), and
     spread [C] (the sum of the posterior's variances); float64."""
 
     count: int
     mean: np.ndarray
-    scatter: np.ndarray
-    spread: np.ndarray
+    sum_squares: np.ndarray
+    sum_variances: np.ndarray
 
     @classmethod
-    def of(cls, moments: Tensor, channels: int) -> "Statistics":
+    def from_moments(cls, moments: Tensor, channels: int) -> "LatentStatistics":
         """Of raw moments [B, 2C, h, w], or [B, C, h, w] without deviations, B > 0."""
         values = moments.to(torch.float64).numpy()
         mean, deviation = values[:, :channels], values[:, channels:]
@@ -82,37 +82,37 @@ class Statistics:
         spread = (deviation**2).sum(axis=(0, 2, 3)) if deviation.shape[1] else np.zeros(channels)
         return cls(mean[:, 0].size, middle, scatter, spread)
 
-    def __add__(self, other: "Statistics") -> "Statistics":
+    def __add__(self, other: "LatentStatistics") -> "LatentStatistics":
         """Of both (Chan et al. 1983, equation 2.1)."""
         count, apart = self.count + other.count, other.mean - self.mean
-        return Statistics(
+        return LatentStatistics(
             count,
             self.mean + other.count / count * apart,
-            self.scatter + other.scatter + self.count * other.count / count * apart**2,
-            self.spread + other.spread,
+            self.sum_squares + other.sum_squares + self.count * other.count / count * apart**2,
+            self.sum_variances + other.sum_variances,
         )
 
     @property
-    def of_means(self) -> np.ndarray:
+    def mode_std(self) -> np.ndarray:
         """Standard deviation of the posteriors' means, [C]"""
-        return np.sqrt(self.scatter / self.count)
+        return np.sqrt(self.sum_squares / self.count)
 
     @property
-    def of_draws(self) -> np.ndarray:
+    def sample_std(self) -> np.ndarray:
         """Standard deviation of draws from the posteriors, [C]: their variance is that of the means, and on average the
         posteriors' own."""
-        return np.sqrt((self.scatter + self.spread) / self.count)
+        return np.sqrt((self.sum_squares + self.sum_variances) / self.count)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON holds it, without loss."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
-    def read(cls, told: dict[str, Any]) -> "Statistics":
+    def from_json(cls, told: dict[str, Any]) -> "LatentStatistics":
         return cls(told["count"], *(np.array(told[name], np.float64) for name in ("mean", "scatter", "spread")))
 
 
-class Cache:
+class CacheWriter:
     """What is to be cached, and how far it is. It may be pickled: processes that write shards of it build their codec
     from its settings."""
 
@@ -124,7 +124,7 @@ class Cache:
         codec_config: AnyCodec,
         codec: Codec,
         dtype: str = "float16",
-        samples: int = 512,
+        shard_size: int = 512,
     ) -> None:
         """folder: that of all caches; dtype: float16 or bfloat16; samples: of the data, in a shard.
 
@@ -132,20 +132,20 @@ class Cache:
         """
         _check(config, codec)
         self.config, self.source, self.codec_config, self.codec = config, source, codec_config, codec
-        self.dtype, self.samples = DTYPES[dtype], samples
-        self.facts = facts(config, codec, source) | {"dtype": dtype, "samples": samples, "format": FORMAT}
-        self.key = key(self.facts)
+        self.dtype, self.samples = DTYPES[dtype], shard_size
+        self.spec = cache_spec(config, codec, source) | {"dtype": dtype, "samples": shard_size, "format": FORMAT}
+        self.key = cache_key(self.spec)
         self.folder = folder / self.key
         self.buckets = None
-        if (buckets := getattr(config, "buckets", None)) is not None and isinstance(source, FilesSource):
-            self.buckets = Buckets.sort(source.shapes(), buckets.sizes(config.size))
+        if (buckets := getattr(config, "buckets", None)) is not None and isinstance(source, FilesDataset):
+            self.buckets = Buckets.assign(source.shapes(), buckets.sizes(config.size))
         # One size after the other, each in stretches of so many samples.
-        of = np.zeros(len(source), np.int64) if self.buckets is None else self.buckets.of
+        of = np.zeros(len(source), np.int64) if self.buckets is None else self.buckets.bucket_ids
         self._order = np.argsort(of, kind="stable")
         self._stretches = [
-            (size, start, min(start + samples, last))
+            (size, start, min(start + shard_size, last))
             for size, (first, last) in enumerate(_runs(of[self._order]))
-            for start in range(first, last, samples)
+            for start in range(first, last, shard_size)
         ]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Cache:
         """Height and width of the images of a shard, in pixels."""
         return self.config.size if self.buckets is None else self.buckets.sizes[self._stretches[shard][0]]
 
-    def numbers(self, shard: int) -> np.ndarray:
+    def indices(self, shard: int) -> np.ndarray:
         """Which samples of the data a shard is made of, int64."""
         _, start, stop = self._stretches[shard]
         return self._order[start:stop]
@@ -169,12 +169,12 @@ class Cache:
 
     def begin(self) -> None:
         """Make the folder, and write down what is cached. Raises TesseraError if it cannot be written."""
-        told = {"codec": _named(self.codec_config), "data": self.config.where}
+        told = {"codec": _named(self.codec_config), "data": self.config.description}
         path = self.folder / PLAN
         if not path.exists():
-            _write(path, json.dumps({"facts": self.facts, "told": told}, indent=1).encode())
+            _write(path, json.dumps({"facts": self.spec, "told": told}, indent=1).encode())
 
-    def is_whole(self, shard: int) -> bool:
+    def is_valid(self, shard: int) -> bool:
         """Whether a shard is there, with the bytes it was written with."""
         try:
             told, tensors = _read(self.path(shard))
@@ -185,7 +185,7 @@ class Cache:
     def missing(self, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
         """Each of these shards, and whether it must be written: it is not there, or not whole."""
         with ThreadPoolExecutor(cores()) as pool:  # hashing leaves the interpreter free
-            for shard, whole in zip(shards, _ahead(pool, self.is_whole, shards, 4)):
+            for shard, whole in zip(shards, _ahead(pool, self.is_valid, shards, 4)):
                 yield shard, not whole
 
     def write(
@@ -197,14 +197,14 @@ class Cache:
         """
         if self.codec is None:
             self.codec = self.codec_config.build().to(device)
-        numbers = ((shard, int(number)) for shard in shards for number in [-1, *self.numbers(shard)])
+        numbers = ((shard, int(number)) for shard in shards for number in [-1, *self.indices(shard)])
         with _repeatable(device), ThreadPoolExecutor(readers, thread_name_prefix="tessera-cache") as pool:
-            making: Shard | None = None
+            making: ShardWriter | None = None
             for shard, number, pixels in _ahead(pool, self._pixels, numbers, AHEAD):
                 if pixels is None:  # the first of a shard
                     if making is not None:
                         yield making.finish()
-                    making = Shard(self, shard, device, batch)
+                    making = ShardWriter(self, shard, device, batch)
                 elif making is not None and (done := making.add(number, pixels)):
                     yield done
             if making is not None:
@@ -247,13 +247,13 @@ class Cache:
                 }
             )
             skipped += told["skipped"]
-            statistics += [Statistics.read(told["statistics"])] if count else []
+            statistics += [LatentStatistics.from_json(told["statistics"])] if count else []
             labels.append(tensors[LABELS])
-            numbers.append(tensors[NUMBERS])
+            numbers.append(tensors[INDICES])
         if not statistics:
             reasons = [f"{name}: {reason}" for _, name, reason in skipped]
-            raise TesseraError(f"no image of {self.config.where} could be used:{listed(reasons)}")
-        whole = reduce(Statistics.__add__, statistics)
+            raise TesseraError(f"no image of {self.config.description} could be used:{bullet_list(reasons)}")
+        whole = reduce(LatentStatistics.__add__, statistics)
         told = {
             "count": sum(shard["count"] for shard in shards),
             "skipped": len(skipped),
@@ -261,12 +261,12 @@ class Cache:
             "codec": self.codec_config.model_dump(mode="json"),
             "statistics": {
                 "mean": whole.mean.tolist(),
-                "std of means": whole.of_means.tolist(),
-                "std of draws": whole.of_draws.tolist(),
+                "std of means": whole.mode_std.tolist(),
+                "std of draws": whole.sample_std.tolist(),
             },
             "shards": shards,
         }
-        _write(self.folder / SAMPLES, save({LABELS: torch.cat(labels), NUMBERS: torch.cat(numbers)}))
+        _write(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(numbers)}))
         lines = [
             json.dumps({"number": number, "name": name, "reason": reason}, ensure_ascii=False)
             for number, name, reason in skipped
@@ -277,10 +277,10 @@ class Cache:
         return told
 
 
-class Shard:
+class ShardWriter:
     """A shard in the making."""
 
-    def __init__(self, cache: Cache, shard: int, device: torch.device, batch: int) -> None:
+    def __init__(self, cache: CacheWriter, shard: int, device: torch.device, batch: int) -> None:
         self.cache, self.shard, self.device, self.batch = cache, shard, device, batch
         self.waiting: list[np.ndarray] = []
         self.numbers: list[int] = []
@@ -333,26 +333,30 @@ class Shard:
         }
         tensors = {
             LABELS: torch.tensor([cache.source.label(number) for number in self.numbers], dtype=torch.int32),
-            NUMBERS: torch.tensor(self.numbers, dtype=torch.int64),
+            INDICES: torch.tensor(self.numbers, dtype=torch.int64),
         }
-        for name, encoded in ((LATENTS, self.latents), (MIRRORED, self.mirrored)):
+        for name, encoded in ((LATENTS, self.latents), (FLIPPED, self.mirrored)):
             if encoded:
                 tensors[name] = torch.cat(encoded)
         if self.latents:
             blocks = [block for each in (self.latents, self.mirrored) for block in each]
             parts = (part for block in blocks for part in block.split(BLOCK))
             channels = cache.codec.latent_channels
-            told["statistics"] = reduce(Statistics.__add__, (Statistics.of(part, channels) for part in parts)).told()
+            told["statistics"] = reduce(
+                LatentStatistics.__add__, (LatentStatistics.from_moments(part, channels) for part in parts)
+            ).to_json()
         told["sha256"] = _digest(told, tensors)
         try:
-            _write(cache.path(self.shard), save(tensors, {TOLD: json.dumps(told)}))
+            _write(cache.path(self.shard), save(tensors, {METADATA_KEY: json.dumps(told)}))
         except TesseraError:
-            if not cache.is_whole(self.shard):  # another wrote the same meanwhile, and cleared up
+            if not cache.is_valid(self.shard):  # another wrote the same meanwhile, and cleared up
                 raise
         return done
 
 
-def spread(cache: Cache, shards: Sequence[int], workers: int, batch: int) -> Generator[int, None, None]:
+def write_in_processes(
+    cache: CacheWriter, shards: Sequence[int], workers: int, batch: int
+) -> Generator[int, None, None]:
     """Write shards on the CPU by so many processes; yields every so often how many samples more are done.
 
     Whatever ends this process ends those at once. Raises TesseraError.
@@ -397,7 +401,7 @@ def spread(cache: Cache, shards: Sequence[int], workers: int, batch: int) -> Gen
             process.join()
 
 
-def damaged(source: LatentsSource, progress: Callable[[int, int], None]) -> list[str]:
+def damaged_shards(source: LatentsDataset, progress: Callable[[int, int], None]) -> list[str]:
     """The files of a finished cache that are not as they were written."""
 
     def is_whole(shard: dict[str, Any]) -> bool:
@@ -415,7 +419,7 @@ def damaged(source: LatentsSource, progress: Callable[[int, int], None]) -> list
     return found
 
 
-def normalised(statistics: dict[str, list[float]], codec: Codec) -> tuple[list[float], list[float]]:
+def scaled_statistics(statistics: dict[str, list[float]], codec: Codec) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the latents that a network sees, by channel, from those of raw latents."""
     each = torch.ones(codec.latent_channels, 1, 1, dtype=torch.float64)
     shift, scale = (each * torch.as_tensor(number).cpu() for number in (codec.shift, codec.scale))
@@ -428,7 +432,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _work(pipe: Any, cache: Cache, batch: int) -> None:
+def _work(pipe: Any, cache: CacheWriter, batch: int) -> None:
     """A process that writes the shards it is told, one by one: sends counts of samples, and None after each shard."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     runtime.keep_freed_memory()
@@ -497,7 +501,7 @@ def _ahead(pool: ThreadPoolExecutor, call: Any, items: Iterable[Any], count: int
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a shard says of itself, and its tensors as a memory map. Raises what DAMAGE names."""
     with safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {})[TOLD])
+        told = json.loads((file.metadata() or {})[METADATA_KEY])
         return told, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
 

@@ -9,20 +9,20 @@ from tessera import randomness
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 
-# Apart from each other for good: what a model learns from, what fits its judge, and what tells the judge's ceiling.
+# Disjoint: training data of models, training data of the classifier that scores them, and test data of that classifier.
 SPLITS = {"model": slice(0, 1000), "judge": slice(1000, 1500), "ceiling": slice(1500, 1797), "all": slice(0, 1797)}
 
 
 class DigitsConfig(Settings):
-    """Grey, 8 x 8, ten classes, never mirrored."""
+    """Grey, 8 x 8, ten classes, never flipped."""
 
     kind: Literal["digits"] = "digits"
     split: Literal["model", "judge", "ceiling", "all"] = Field(
-        default="model", description="1000 / 500 / 297 scans, or all"
+        default="model", description="1000, 500 or 297 scans, or all"
     )
 
     @property
-    def where(self) -> str:
+    def description(self) -> str:
         return f"the digits of scikit-learn, split {self.split}"
 
     @property
@@ -37,12 +37,12 @@ class DigitsConfig(Settings):
     def hflip(self) -> bool:
         return False
 
-    def open(self) -> "DigitsSource":
-        return DigitsSource(self)
+    def open(self) -> "DigitsDataset":
+        return DigitsDataset(self)
 
 
-class DigitsSource:
-    """The digits of one split, shuffled once and for all so that writers are mixed."""
+class DigitsDataset:
+    """The digits of one split. A fixed permutation mixes the writers."""
 
     class_names = tuple("0123456789")
 
@@ -52,10 +52,10 @@ class DigitsSource:
         except ImportError:
             raise TesseraError("the embedded digits need scikit-learn: pip install 'tessera[demo]'") from None
         bunch: Any = load_digits()
-        chosen = randomness.permutation(0, 0, 0, len(bunch.target)).numpy()[SPLITS[config.split]]
+        rows = randomness.permutation(0, 0, 0, len(bunch.target)).numpy()[SPLITS[config.split]]
         self.split = config.split
-        self.images = np.round(bunch.images[chosen] * (255 / 16)).astype(np.uint8)[:, None]  # [N, 1, 8, 8]
-        self.labels = bunch.target[chosen]
+        self.images = np.round(bunch.images[rows] * (255 / 16)).astype(np.uint8)[:, None]  # [N, 1, 8, 8]
+        self.labels = bunch.target[rows]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -12,8 +12,8 @@ import numpy as np
 from pydantic import Field
 
 from tessera.data import layouts, tables
-from tessera.data.images import ImagesConfig, InvalidSample, read, shape
-from tessera.data.index import TABLES, facts, labels, numbers
+from tessera.data.images import ImagesConfig, InvalidSample, load_image, image_shape
+from tessera.data.index import TABLE_SUFFIXES, metadata, labels, int_column
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,14 +46,14 @@ class FilesConfig(ImagesConfig):
         return [self.path] if isinstance(self.path, str) else self.path
 
     @property
-    def where(self) -> str:
+    def description(self) -> str:
         return f"{self.kind} {', '.join(self.paths)}"
 
-    def open(self) -> "FilesSource":
-        return FilesSource(self)
+    def open(self) -> "FilesDataset":
+        return FilesDataset(self)
 
 
-class FilesSource:
+class FilesDataset:
     """The samples of an index: encoded files, their labels and captions.
 
     It may be pickled: files are opened where they are read.
@@ -62,17 +62,17 @@ class FilesSource:
     def __init__(self, config: FilesConfig, table: "pyarrow.Table | None" = None) -> None:
         """table: an index to read instead of what is found at the path."""
         self.config = config
-        self.table = layouts.find(config) if table is None else table
+        self.table = layouts.build_index(config) if table is None else table
         self._prepare()
 
     def _prepare(self) -> None:
-        self.root, self.class_names = facts(self.table)
+        self.root, self.class_names = metadata(self.table)
         self.labels = labels(self.table)  # int32 [N], -1 where there is none
         self._path, self._offset, self._length, self._caption = (
             self.table[name] for name in ("path", "offset", "length", "caption")
         )
-        rows = tables.of(self._path)
-        self._tables = dict(zip(rows, tables.images([self.root / path for path in rows], self.config.image)))
+        rows = tables.table_paths(self._path)
+        self._tables = dict(zip(rows, tables.open_images([self.root / path for path in rows], self.config.image)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "table": self.table}
@@ -96,9 +96,9 @@ class FilesSource:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
             return str(path)
-        return f"{path} row {offset}" if path.suffix in TABLES else f"{path} {_member(path, offset)}"
+        return f"{path} row {offset}" if path.suffix in TABLE_SUFFIXES else f"{path} {_member(path, offset)}"
 
-    def content(self, index: int) -> Path | bytes:
+    def encoded(self, index: int) -> Path | bytes:
         """The encoded image: a file, or its bytes out of a larger one. Raises Unusable."""
         path, offset = self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
@@ -109,20 +109,20 @@ class FilesSource:
 
     def pixels(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
         """uint8 [C, H, W], of another size than the configured one if asked for. Raises Unusable."""
-        return read(self.content(index), self.config, size)
+        return load_image(self.encoded(index), self.config, size)
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width as displayed: what the index says, or else the header of the file. Raises Unusable."""
         height, width = self.table["height"][index].as_py(), self.table["width"][index].as_py()
-        return shape(self.content(index)) if height is None or width is None else (height, width)
+        return image_shape(self.encoded(index)) if height is None or width is None else (height, width)
 
     def shapes(self) -> np.ndarray:
         """Height and width of every sample, int32 [N, 2]; 0 x 0 where an image cannot be used."""
-        found = np.stack([numbers(self.table[name], 0) for name in ("height", "width")], axis=1)
+        found = np.stack([int_column(self.table[name], 0) for name in ("height", "width")], axis=1)
 
         def look(place: int) -> None:
             with suppress(InvalidSample):
-                found[place] = shape(self.content(place))
+                found[place] = image_shape(self.encoded(place))
 
         with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # waiting for disks is most of the work
             unknown = np.flatnonzero((found == 0).any(axis=1))

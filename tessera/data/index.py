@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT = 1
-KEY = b"tessera"  # of the metadata
-ROWS = 100_000  # of a group in the file
-TABLES = (".parquet", ".arrow")  # files of rows: `offset` is the number of a row
+METADATA_KEY = b"tessera"  # of the metadata
+ROW_GROUP_SIZE = 100_000  # of a group in the file
+TABLE_SUFFIXES = (".parquet", ".arrow")  # files of rows: `offset` is the number of a row
 
 COLUMNS = {
     "path": "string",  # from the root, with '/' between the parts
@@ -76,7 +76,7 @@ def build(root: Path, class_names: Sequence[str] = (), **columns: Any) -> "pyarr
         pa.nulls(count, field.type) if columns.get(field.name) is None else _column(columns[field.name], field.type)
         for field in fields
     ]
-    return with_facts(pa.Table.from_arrays(made, schema=fields), root, class_names)
+    return with_metadata(pa.Table.from_arrays(made, schema=fields), root, class_names)
 
 
 def _column(values: Any, kind: Any) -> Any:
@@ -86,24 +86,24 @@ def _column(values: Any, kind: Any) -> Any:
     return pa.array(values, kind)
 
 
-def with_facts(table: "pyarrow.Table", root: Path, class_names: Sequence[str]) -> "pyarrow.Table":
+def with_metadata(table: "pyarrow.Table", root: Path, class_names: Sequence[str]) -> "pyarrow.Table":
     """The table with another root and class names."""
     told = {"format": FORMAT, "root": str(root), "class_names": list(class_names)}
-    return table.replace_schema_metadata({KEY: json.dumps(told).encode()})
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(told).encode()})
 
 
-def facts(table: "pyarrow.Table") -> tuple[Path, tuple[str, ...]]:
+def metadata(table: "pyarrow.Table") -> tuple[Path, tuple[str, ...]]:
     """The root from which the paths count, and the class names."""
-    told = json.loads(table.schema.metadata[KEY])
+    told = json.loads(table.schema.metadata[METADATA_KEY])
     return Path(told["root"]), tuple(told["class_names"])
 
 
-def joined(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
+def concat(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
     """One index of several: classes of one name are one class, numbered as they first appear."""
     if len(tables) == 1:
         return tables[0]
     pa, pc = arrow(), compute()
-    roots, names = zip(*map(facts, tables))
+    roots, names = zip(*map(metadata, tables))
     try:
         root = Path(os.path.commonpath(roots))
     except ValueError:  # on several drives of Windows: the paths stay absolute
@@ -118,7 +118,7 @@ def joined(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
             table = table.set_column(table.schema.get_field_index("path"), "path", paths)
         renumbered = pa.array([number[name] for name in own_names], pa.int32()).take(table["label"].combine_chunks())
         parts.append(table.set_column(table.schema.get_field_index("label"), "label", renumbered))
-    return with_facts(pa.concat_tables([part.replace_schema_metadata() for part in parts]), root, every)
+    return with_metadata(pa.concat_tables([part.replace_schema_metadata() for part in parts]), root, every)
 
 
 def write(table: "pyarrow.Table", path: Path) -> None:
@@ -128,14 +128,14 @@ def write(table: "pyarrow.Table", path: Path) -> None:
     """
     from pyarrow import parquet
 
-    root, class_names = facts(table)
+    root, class_names = metadata(table)
     here = path.expanduser().absolute().parent
     if root.is_relative_to(here) or here.is_relative_to(root):
         root = Path(os.path.relpath(root, here))
-    table = with_facts(table, root, class_names)
+    table = with_metadata(table, root, class_names)
     with atomic_file(path) as partial:
         repeated: Any = ["label"]  # a dictionary of paths or captions would cost more than it saves
-        parquet.write_table(table, partial, compression="zstd", use_dictionary=repeated, row_group_size=ROWS)
+        parquet.write_table(table, partial, compression="zstd", use_dictionary=repeated, row_group_size=ROW_GROUP_SIZE)
 
 
 def is_index(path: Path) -> bool:
@@ -143,19 +143,19 @@ def is_index(path: Path) -> bool:
     import pyarrow.parquet as parquet
 
     try:
-        return KEY in (parquet.read_schema(path).metadata or {})
+        return METADATA_KEY in (parquet.read_schema(path).metadata or {})
     except (OSError, ValueError):
         return False
 
 
-def open(path: Path) -> "pyarrow.Table":
+def read(path: Path) -> "pyarrow.Table":
     """Read an index. Raises TesseraError if it is damaged, of a newer format, or its root is gone."""
     pa = arrow()
     import pyarrow.parquet as parquet
 
     try:
         found = parquet.ParquetFile(path).read()
-        told = json.loads(found.schema.metadata[KEY])
+        told = json.loads(found.schema.metadata[METADATA_KEY])
         version, root, class_names = (
             int(told["format"]),
             Path(told["root"]),
@@ -175,10 +175,10 @@ def open(path: Path) -> "pyarrow.Table":
         raise TesseraError(
             f"the index {path} is of files in {root}, which is no folder: move them there, or write the index again"
         )
-    return with_facts(found, root, class_names)
+    return with_metadata(found, root, class_names)
 
 
-def numbers(column: Any, missing: int) -> np.ndarray:
+def int_column(column: Any, missing: int) -> np.ndarray:
     """A column of whole numbers as int32 [N], with a number for those that are missing."""
     if column.null_count == len(column):
         return np.full(len(column), missing, np.int32)
@@ -190,4 +190,4 @@ def numbers(column: Any, missing: int) -> np.ndarray:
 
 def labels(table: "pyarrow.Table") -> np.ndarray:
     """The class of every sample, int32 [N]; -1 where there is none."""
-    return numbers(table["label"], -1)
+    return int_column(table["label"], -1)

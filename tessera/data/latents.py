@@ -24,24 +24,24 @@ from torch import Tensor
 
 from tessera.codecs import Codec
 from tessera.data.buckets import Buckets
-from tessera.data.files import FilesSource
+from tessera.data.files import FilesDataset
 from tessera.data.images import RESIZING, Dataset, ImagesConfig
 from tessera.errors import TesseraError
-from tessera.settings import changes
+from tessera.settings import diff
 
 if TYPE_CHECKING:
     from tessera.data import AnyData
 
 FORMAT = 1
 PLAN, CACHE, SAMPLES, SKIPPED = "plan.json", "cache.json", "samples.safetensors", "skipped.jsonl"
-LATENTS, MIRRORED, LABELS, NUMBERS = "latents", "mirrored", "labels", "numbers"  # tensors of a shard
-TOLD = "tessera"  # the one key of a shard's metadata: of several, safetensors writes the order at random
+LATENTS, FLIPPED, LABELS, INDICES = "latents", "mirrored", "labels", "numbers"  # tensors of a shard
+METADATA_KEY = "tessera"  # the one key of a shard's metadata: of several, safetensors writes the order at random
 KEY_LENGTH = 16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 AGAIN = "run the same `tessera data cache` again, which mends it"
 
 
-class LatentsSource:
+class LatentsDataset:
     """The samples of a finished cache; sample i is the i-th that could be used. It may be pickled.
 
     labels int32 [N], numbers int64 [N]: which sample of the data each one is.
@@ -52,12 +52,12 @@ class LatentsSource:
         self.folder = folder
         plan, told = read_json(folder / PLAN), read_json(folder / CACHE)
         try:
-            self.facts: dict[str, Any] = plan["facts"]
-            self.where: str = plan["told"]["data"]
+            self.spec: dict[str, Any] = plan["facts"]
+            self.description: str = plan["told"]["data"]
             self.class_names: tuple[str, ...] = tuple(told["class_names"])
             self.statistics: dict[str, Any] = told["statistics"]
             self.shards: list[dict[str, Any]] = told["shards"]
-            self.dtype: torch.dtype = DTYPES[self.facts["dtype"]]
+            self.dtype: torch.dtype = DTYPES[self.spec["dtype"]]
             counts = np.array([shard["count"] for shard in self.shards], np.int64)
         except (KeyError, TypeError) as error:
             raise TesseraError(f"{folder / CACHE} is damaged ({error}): {AGAIN}") from None
@@ -66,8 +66,8 @@ class LatentsSource:
             found = path.stat().st_size if path.exists() else None
             if found != shard["bytes"]:
                 raise TesseraError(f"{path} is damaged: {found or 'no'} bytes of {shard['bytes']}; {AGAIN}")
-        samples = mapped(folder / SAMPLES)
-        self.labels, self.numbers = samples[LABELS].numpy(), samples[NUMBERS].numpy()
+        samples = load_tensors(folder / SAMPLES)
+        self.labels, self.indices = samples[LABELS].numpy(), samples[INDICES].numpy()
         self._ends = counts.cumsum()
         self._starts = self._ends - counts
         self._maps: dict[int, tuple[np.ndarray, ...]] = {}  # by shard, opened when first asked for
@@ -82,9 +82,9 @@ class LatentsSource:
         return len(self.labels)
 
     @property
-    def flip(self) -> bool:
+    def hflip(self) -> bool:
         """Whether there are latents of mirrored images."""
-        return bool(self.facts["hflip"])
+        return bool(self.spec["hflip"])
 
     @cached_property
     def buckets(self) -> Buckets:
@@ -97,9 +97,9 @@ class LatentsSource:
         return int(self.labels[index])
 
     def name(self, index: int) -> str:
-        return f"{self.where} sample {self.numbers[index]}"
+        return f"{self.description} sample {self.indices[index]}"
 
-    def gather(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
+    def gather(self, indices: np.ndarray, flip: np.ndarray) -> Tensor:
         """Raw moments of samples of one size, of the image or of its mirror image.
 
         indices int64 [B], mirrored bool [B] -> float16 or bfloat16 [B, 2C, h, w], mean and standard deviation; or
@@ -110,7 +110,7 @@ class LatentsSource:
         shards = np.searchsorted(self._ends, indices, side="right")
         places = indices - self._starts[shards]
         out: np.ndarray | None = None
-        for row, (shard, place, variant) in enumerate(zip(shards.tolist(), places.tolist(), mirrored.tolist())):
+        for row, (shard, place, variant) in enumerate(zip(shards.tolist(), places.tolist(), flip.tolist())):
             moments = self._map(shard)[variant]
             if out is None:
                 out = np.empty((len(indices), *moments.shape[1:]), np.int16)
@@ -124,8 +124,8 @@ class LatentsSource:
     def _map(self, shard: int) -> tuple[np.ndarray, ...]:
         """The latents, and the mirrored ones where there are any, as int16, which stands for every type of 16 bits."""
         if (found := self._maps.get(shard)) is None:
-            tensors = mapped(self.folder / self.shards[shard]["file"])
-            names = (LATENTS, MIRRORED) if self.flip else (LATENTS,)
+            tensors = load_tensors(self.folder / self.shards[shard]["file"])
+            names = (LATENTS, FLIPPED) if self.hflip else (LATENTS,)
             found = self._maps[shard] = tuple(tensors[name].view(torch.int16).numpy() for name in names)
         return found
 
@@ -136,14 +136,14 @@ def open_cache(
     codec: Codec,
     source: Dataset | None,
     command: str = "tessera data cache RECIPE",
-) -> LatentsSource:
+) -> LatentsDataset:
     """The cache below a folder that was made of this data by this codec; no other will do.
 
     source: the opened data; None where the images are not at hand, so that whether they have changed is not known.
     command: what makes the cache, for the message. Raises TesseraError that says which caches there are, and in what
     they differ.
     """
-    wanted = facts(config, codec, source)
+    wanted = cache_spec(config, codec, source)
     found = sorted(folder.glob(f"*/{PLAN}"))
     others = []
     for path in found:
@@ -151,7 +151,7 @@ def open_cache(
         differing = _differing(plan, wanted)
         finished = (path.parent / CACHE).exists()
         if not differing and finished:
-            return LatentsSource(path.parent)
+            return LatentsDataset(path.parent)
         others.append(f"{path.parent.name}: {'; '.join(differing) or 'begun, but not finished'}")
     there = "\n".join(["these are there:", *(f"  {other}" for other in others)]) if others else "there is none"
     raise TesseraError(f"no cache in {folder} is of this codec, preprocessing and data; {there}\nmake it: {command}")
@@ -165,7 +165,7 @@ def _differing(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         was["hflip"] = wanted["hflip"]
     return [
         f"{name} was {_short(old)}" + (f" ({told[name]})" if name in told else "") + f", is {_short(new)}"
-        for name, old, new in changes(_said(was), _said(wanted))
+        for name, old, new in diff(_said(was), _said(wanted))
     ]
 
 
@@ -179,21 +179,21 @@ def _short(value: Any) -> Any:
     return value[:8] if isinstance(value, str) and len(value) == 64 else value
 
 
-def facts(config: "AnyData", codec: Codec, source: Dataset | None) -> dict[str, Any]:
+def cache_spec(config: "AnyData", codec: Codec, source: Dataset | None) -> dict[str, Any]:
     """All that raw moments of a data set depend on. Settings as they are by default go unsaid, so that a new one
     leaves old caches good."""
     told = config.model_dump(mode="json", exclude_defaults=True)
     images = {name: told[name] for name in ImagesConfig.model_fields if name in told and name not in ("hflip", "cache")}
     images |= {"size": list(config.size), "channels": config.channels, "resizing": RESIZING}
     known = {"codec": codec.fingerprint(), "images": images, "hflip": config.hflip}
-    return known if source is None else {**known, "data": identity(config, source)}
+    return known if source is None else {**known, "data": data_fingerprint(config, source)}
 
 
-def identity(config: "AnyData", source: Dataset) -> str:
+def data_fingerprint(config: "AnyData", source: Dataset) -> str:
     """A hash of which samples a data set has: the names, sizes and dates of its files, or the digests that its index
     has of them, and its labels; of an embedded set its settings. Where the files lie does not matter."""
     whole = hashlib.sha256(json.dumps(source.class_names).encode())
-    if not isinstance(source, FilesSource):
+    if not isinstance(source, FilesDataset):
         whole.update(config.model_dump_json().encode())
         return whole.hexdigest()
     table = source.table
@@ -211,7 +211,7 @@ def identity(config: "AnyData", source: Dataset) -> str:
     return whole.hexdigest()
 
 
-def key(told: dict[str, Any]) -> str:
+def cache_key(told: dict[str, Any]) -> str:
     """The name of the cache that has these facts."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
@@ -229,7 +229,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return told
 
 
-def mapped(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, as a memory map. Raises TesseraError."""
     try:
         with safe_open(path, "pt") as file:

@@ -27,14 +27,14 @@ from tessera.files import atomic_file
 if TYPE_CHECKING:
     import pyarrow
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 FILE_NAME = "file_name"  # the column of metadata files that names the image, from the folder they lie in
-TEXT = ("string", "large_string", "list<element: string>", "list<item: string>")  # types of columns of captions
-HUB = "hub:"
-MANY = 1000  # samples in a tar whose places are kept: reading through it takes about 0.1 ms a member
+TEXT_TYPES = ("string", "large_string", "list<element: string>", "list<item: string>")  # types of columns of captions
+HUB_PREFIX = "hub:"
+MIN_CACHED_MEMBERS = 1000  # samples in a tar whose places are kept: reading through it takes about 0.1 ms a member
 
-PIECE = 1024  # text files that are read before the next are thought of: an interruption waits for no more
+CHUNK = 1024  # text files that are read before the next are thought of: an interruption waits for no more
 
 T = TypeVar("T")
 
@@ -50,19 +50,19 @@ class LayoutOptions(tables.ColumnOptions, Protocol):
     def paths(self) -> list[str]: ...
 
 
-def find(asked: LayoutOptions) -> "pyarrow.Table":
+def build_index(asked: LayoutOptions) -> "pyarrow.Table":
     """The index of all that the paths hold. Raises TesseraError if there is nothing, or it is not in good order."""
     if not asked.paths:
         raise TesseraError("data.path is an empty list; expected at least one folder or file")
-    found = index.joined([_found(path, asked) for path in asked.paths])
+    found = index.concat([_found(path, asked) for path in asked.paths])
     where = ", ".join(asked.paths)
     if not len(found):
         raise TesseraError(f"data.path {where} holds no rows")
-    root, class_names = index.facts(found)
+    root, class_names = index.metadata(found)
     if asked.classes == "none" and class_names:
         nothing = arrow().nulls(len(found), arrow().int32())
         found = found.set_column(found.schema.get_field_index("label"), "label", nothing)
-        found, class_names = index.with_facts(found, root, ()), ()
+        found, class_names = index.with_metadata(found, root, ()), ()
     if len(class_names) == 1:
         raise TesseraError(
             f"{where} holds one class only ('{class_names[0]}'), which tells a network nothing: "
@@ -72,17 +72,17 @@ def find(asked: LayoutOptions) -> "pyarrow.Table":
 
 
 def _found(told: str, asked: LayoutOptions) -> "pyarrow.Table":
-    if told.startswith(HUB):
-        return _hub(told.removeprefix(HUB), asked)
+    if told.startswith(HUB_PREFIX):
+        return _hub(told.removeprefix(HUB_PREFIX), asked)
     path = Path(told).expanduser().absolute()
     if path.is_dir():
         return _folder(path, told, asked)
-    if path.is_file() and path.suffix in index.TABLES:
-        return index.open(path) if index.is_index(path) else _rows([path], path.parent, asked)
+    if path.is_file() and path.suffix in index.TABLE_SUFFIXES:
+        return index.read(path) if index.is_index(path) else _rows([path], path.parent, asked)
     if path.is_file() and path.suffix == ".tar":
         return _tars([path], path.parent, asked)
     if not path.exists() and (several := sorted(glob.glob(str(path)))):
-        return index.joined([_found(one, asked) for one in several])
+        return index.concat([_found(one, asked) for one in several])
     if asked.kind == "parquet":
         raise TesseraError(f"data.path {told} holds no parquet file")
     if path.suffix in (".zip", ".tgz", ".gz", ".7z", ".rar") and path.exists():
@@ -137,7 +137,9 @@ def _folder(root: Path, told: str, asked: LayoutOptions) -> "pyarrow.Table":
     if inside.metadata:
         return _metadata(root, inside, asked)
     if not inside.images:
-        raise TesseraError(f"data.path {told} holds no images; looked at every depth for {', '.join(sorted(ENDINGS))}")
+        raise TesseraError(
+            f"data.path {told} holds no images; looked at every depth for {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
     captions = _texts(root, inside) if inside.texts and asked.caption is not None else None
     class_names, labels = _by_folders(inside.images, told, asked)
     return index.build(root, class_names, path=inside.images, label=labels, caption=captions)
@@ -148,11 +150,11 @@ def _look(root: Path) -> _Inside:
     for path in sorted(_below(root), key=lambda path: path.split("/")):
         name = path.rpartition("/")[2]
         ending = os.path.splitext(name)[1].lower()
-        if ending in ENDINGS:
+        if ending in IMAGE_SUFFIXES:
             inside.images.append(path)
-        elif name in METADATA:
+        elif name in METADATA_FILES:
             inside.metadata.append(path)
-        elif ending in index.TABLES:
+        elif ending in index.TABLE_SUFFIXES:
             inside.tables.append(path)
         elif ending == ".tar":
             inside.tars.append(path)
@@ -215,11 +217,11 @@ def _texts(root: Path, inside: _Inside) -> list[str | None]:
         except OSError:
             return None
 
-    starts = range(0, len(inside.images), PIECE)
+    starts = range(0, len(inside.images), CHUNK)
     found: list[str | None] = []
     with ThreadPoolExecutor(8) as pool:
         for start in _shown(starts, len(starts), 20, "reading captions"):
-            found.extend(pool.map(text, inside.images[start : start + PIECE]))
+            found.extend(pool.map(text, inside.images[start : start + CHUNK]))
     return found
 
 
@@ -232,7 +234,7 @@ def _metadata(root: Path, inside: _Inside, asked: LayoutOptions) -> "pyarrow.Tab
     paths, captions, labels = [], [], []
     for file in inside.metadata:
         rows = _metadata_rows(root / file)
-        tables.column(FILE_NAME, (), rows.column_names, root / file, "path")
+        tables.find_column(FILE_NAME, (), rows.column_names, root / file, "path")
         folder = PurePosixPath(file).parent.as_posix()
         named = pc.replace_substring(rows[FILE_NAME].cast(pa.string()), "\\", "/")
         paths.append(named if folder == "." else pc.binary_join_element_wise(folder, named, "/"))
@@ -244,7 +246,7 @@ def _metadata(root: Path, inside: _Inside, asked: LayoutOptions) -> "pyarrow.Tab
     if labels:
         if len(labels) < len(inside.metadata):
             raise TesseraError(f"only {len(labels)} of the {len(inside.metadata)} metadata files in {root} have labels")
-        names, numbers = tables.class_numbers(_joined(labels, root), (), "the metadata")
+        names, numbers = tables.encode_labels(_joined(labels, root), (), "the metadata")
     path = _joined(paths, root)
     if asked.classes == "folders":
         names, numbers = _by_folders(path.to_pylist(), str(root), asked)
@@ -263,7 +265,7 @@ def _metadata_rows(file: Path) -> "pyarrow.Table":
             return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=nothing)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise TesseraError(f"{file} is damaged: {error}") from None
-    return tables.read(file, tables.schema(file).names)
+    return tables.read_columns(file, tables.read_schema(file).names)
 
 
 # Tables
@@ -277,13 +279,13 @@ def _rows(files: Sequence[Path], root: Path, asked: LayoutOptions) -> "pyarrow.T
     paths, offsets, captions, labels, names = [], [], [], [], ()
     label = None
     for number, file in enumerate(files):
-        found = tables.schema(file)
-        tables.image_column(found, asked.image, file)
+        found = tables.read_schema(file)
+        tables.find_image_column(found, asked.image, file)
         caption, label = _caption_and_label(found, asked, file)
         if asked.classes == "none":
             label = None
-        read = tables.read(file, [name for name in (caption, label) if name])
-        count = read.num_rows if caption or label else tables.count(file)
+        read = tables.read_columns(file, [name for name in (caption, label) if name])
+        count = read.num_rows if caption or label else tables.count_rows(file)
         paths.append(_repeated(file.relative_to(root).as_posix(), count))
         offsets.append(np.arange(count))
         captions.append(_captions(read, caption, file) if caption else pa.chunked_array([pa.nulls(count, pa.string())]))
@@ -294,7 +296,7 @@ def _rows(files: Sequence[Path], root: Path, asked: LayoutOptions) -> "pyarrow.T
             raise TesseraError(f"the files in {root} do not hold the same columns: not all have labels")
     class_names, numbers = (), None
     if labels:
-        class_names, numbers = tables.class_numbers(_joined(labels, root), names, f"column '{label}'")
+        class_names, numbers = tables.encode_labels(_joined(labels, root), names, f"column '{label}'")
     return index.build(
         root,
         class_names,
@@ -321,11 +323,11 @@ def _joined(columns: Sequence[Any], root: Path) -> Any:
 
 def _caption_and_label(found: "pyarrow.Schema", asked: LayoutOptions, file: Path) -> tuple[str | None, str | None]:
     """The columns of captions and labels; a caption that is not asked for by name has to be text."""
-    text = [one.name for one in found if str(one.type) in TEXT]
+    text = [one.name for one in found if str(one.type) in TEXT_TYPES]
     known = text if asked.caption == "auto" else found.names
     return (
-        tables.column(asked.caption, tables.CAPTIONS, known, file, "caption"),
-        tables.column(asked.label, tables.LABELS, found.names, file, "label"),
+        tables.find_column(asked.caption, tables.CAPTION_COLUMNS, known, file, "caption"),
+        tables.find_column(asked.label, tables.LABEL_COLUMNS, found.names, file, "label"),
     )
 
 
@@ -363,7 +365,9 @@ def _hub(told: str, asked: LayoutOptions) -> "pyarrow.Table":
     try:
         import datasets
     except ImportError:
-        raise TesseraError(f"reading {HUB}{told} needs Hugging Face's datasets: pip install 'tessera[data]'") from None
+        raise TesseraError(
+            f"reading {HUB_PREFIX}{told} needs Hugging Face's datasets: pip install 'tessera[data]'"
+        ) from None
     name, split = (told, "") if Path(told).exists() else told.partition(":")[::2]
     owner, config = name, None
     if name.count("/") == 2 and not Path(name).exists():
@@ -371,11 +375,13 @@ def _hub(told: str, asked: LayoutOptions) -> "pyarrow.Table":
     try:
         loaded = datasets.load_dataset(owner, config, keep_in_memory=False)
     except Exception as error:  # of many kinds: no network, no such name, a layout it does not know
-        raise TesseraError(f"{HUB}{told} cannot be loaded: {error}") from None
+        raise TesseraError(f"{HUB_PREFIX}{told} cannot be loaded: {error}") from None
     splits = [str(name) for name in loaded]
     split = split or (splits[0] if len(splits) == 1 else "train")
     if split not in splits:
-        raise TesseraError(f"{HUB}{name} has the splits {', '.join(splits)}: write {HUB}{name}:{splits[0]}")
+        raise TesseraError(
+            f"{HUB_PREFIX}{name} has the splits {', '.join(splits)}: write {HUB_PREFIX}{name}:{splits[0]}"
+        )
     files = [Path(each["filename"]) for each in loaded[split].cache_files]
     return _rows(files, Path(os.path.commonpath([file.parent for file in files])), asked)
 
@@ -392,12 +398,12 @@ def _tars(files: Sequence[Path], root: Path, asked: LayoutOptions) -> "pyarrow.T
         found.append(members.append_column("path", _repeated(file.relative_to(root).as_posix(), len(members))))
     everything = pa.concat_tables(found)
     if not len(everything):
-        raise TesseraError(f"the tars in {root} hold no images; looked for {', '.join(sorted(ENDINGS))}")
+        raise TesseraError(f"the tars in {root} hold no images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
     names, numbers, told = (), None, everything["label"]
     if asked.classes == "auto" and told.null_count < len(told):
         if all(word is None or word.isdecimal() for word in told.unique().to_pylist()):
             told = told.cast(pa.int64())
-        names, numbers = tables.class_numbers(told, (), "the tars")
+        names, numbers = tables.encode_labels(told, (), "the tars")
     if asked.classes == "folders":
         raise TesseraError(f"data.classes=folders, but {root} holds tars, where labels stand in .cls or .json files")
     kept = {name: everything[name] for name in ("path", "offset", "length", "caption")}
@@ -408,12 +414,12 @@ def _members(file: Path, asked: LayoutOptions) -> "pyarrow.Table":
     """Offset, length, caption and label, as text, of the images in a tar, looked up once where they are many."""
     import pyarrow.parquet as parquet
 
-    kept = tables.kept(file, "tars", ".parquet", asked.caption, asked.label)
+    kept = tables.cache_path(file, "tars", ".parquet", asked.caption, asked.label)
     if kept.exists():
         with suppress(OSError, ValueError):  # damaged: made again
             return parquet.read_table(kept)
     found = _listed(file, asked)
-    if len(found) >= MANY:
+    if len(found) >= MIN_CACHED_MEMBERS:
         with suppress(TesseraError), atomic_file(kept) as partial:  # no room for it: it is looked up again next time
             parquet.write_table(found, partial)
     return found
@@ -436,9 +442,9 @@ def _listed(file: Path, asked: LayoutOptions) -> "pyarrow.Table":
                 key, place = f"{folder}/{stem}", (member.offset_data, member.size)
                 if not member.isreg() or not stem:
                     continue
-                if f".{ending.lower()}" in ENDINGS:
+                if f".{ending.lower()}" in IMAGE_SUFFIXES:
                     images.setdefault(key, place)
-                elif os.path.splitext(name)[1].lower() in ENDINGS:
+                elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                     others.setdefault(key, place)
                 elif ending in ("txt", "cls", "json"):
                     content = archive.extractfile(member)
@@ -467,7 +473,10 @@ def _note(words: list[str | None], ending: str, content: bytes, asked: LayoutOpt
             except ValueError:
                 return
             if isinstance(told, dict):
-                for place, wanted, usual in ((0, asked.caption, tables.CAPTIONS), (1, asked.label, tables.LABELS)):
+                for place, wanted, usual in (
+                    (0, asked.caption, tables.CAPTION_COLUMNS),
+                    (1, asked.label, tables.LABEL_COLUMNS),
+                ):
                     names = usual if wanted == "auto" else [wanted]
                     value = next((told[name] for name in names if told.get(name) is not None), None)
                     if words[place] is None and isinstance(value, str | int):

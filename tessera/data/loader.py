@@ -1,7 +1,7 @@
-"""Batches in an order that is a pure function of (seed, epoch): a place in the data is one integer.
+"""Batches in an order that is a pure function of (seed, position).
 
-Position p counts samples since the start of training. Any range of positions can be read at any time, by any number of
-workers or ranks, so resuming needs no state but p.
+A position counts samples since the start of training. Any range of positions can be read at any time, by any number of
+threads or ranks, so the position is the only state needed to resume.
 
 Shapes: B batch, C channels, H W height and width.
 """
@@ -19,22 +19,22 @@ from torch import Tensor
 
 from tessera import randomness
 from tessera.data.buckets import Buckets
-from tessera.data.files import FilesSource
+from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
-from tessera.data.latents import LatentsSource
-from tessera.data.sampler import Bucketed, Shuffled
+from tessera.data.latents import LatentsDataset
+from tessera.data.sampler import BucketedOrder, ShuffledOrder
 from tessera.errors import TesseraError
 
-FLIP = 4  # stream of randomness: which positions are mirrored
-KEPT = 2**30  # bytes of pixels that are kept once they were read, if all of a data set fit
-PATIENCE = 200  # unusable images in a row before the data set is called unusable
+FLIP_STREAM = 4  # random stream that decides which positions are flipped
+MEMORY_LIMIT = 2**30  # bytes; a data set whose pixels need no more stays in memory once it was read
+MAX_INVALID = 200  # invalid images in a row that make the data set unusable
 
 
 @dataclass(frozen=True)
 class Batch:
     """pixels uint8 [B, C, H, W], label int64 [B], position int64 [B]
 
-    From a cache of latents, `pixels` are the codec's raw moments of them instead, floating [B, 2 C, H / f, W / f].
+    From a latent cache, `pixels` are the codec's raw moments instead, floating point [B, 2 C, H / f, W / f].
     """
 
     pixels: Tensor
@@ -43,111 +43,118 @@ class Batch:
 
 
 def flip_mask(seed: int, position: Tensor) -> Tensor:
-    """Which positions are mirrored where a recipe flips: bool [B, 1]"""
-    return randomness.uniform(seed, position, FLIP) < 0.5
+    """Which positions are flipped where the recipe sets `data.hflip`: bool [B, 1]"""
+    return randomness.uniform(seed, position, FLIP_STREAM) < 0.5
 
 
 class Loader:
-    """Reads ahead in threads (decoding leaves the interpreter free); every position gets one sample.
+    """Reads batches ahead in threads; decoding releases the GIL.
 
-    An unusable image is replaced by the next usable one of the epoch's order, so that the order stays a function of
-    position; `skipped` says which, and why. `part` is what one of several processes reads of every batch; `passed_over`
-    holds the first positions of batches that are left out. With `buckets` (of images in files), every batch has the
-    size of one of them. A small data set stays in memory as it was read, for later epochs. `flip`: whether latents of
-    mirrored images are asked for; pixels are mirrored later.
+    An invalid image is replaced by the next valid one of the epoch's order, so that the order stays a function of
+    position. A small data set stays in memory once it was read.
+
+    Attributes:
+        invalid_samples: the reason by the name of each sample that could not be used.
+        skipped_positions: first positions of the batches to leave out.
     """
 
     def __init__(
         self,
-        source: Dataset | LatentsSource,
-        batch: int,
+        dataset: Dataset | LatentsDataset,
+        batch_size: int,
         seed: int,
-        workers: int = 2,
-        part: slice | None = None,
-        pinned: bool = False,
+        num_workers: int = 2,
+        rank_slice: slice | None = None,
+        pin_memory: bool = False,
         buckets: Buckets | None = None,
-        flip: bool = False,
+        hflip: bool = False,
     ) -> None:
-        self.source = source
-        self.batch = batch
+        """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
+        size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading)."""
+        self.dataset = dataset
+        self.batch_size = batch_size
         self.seed = seed
-        self.workers = max(workers, 1)
-        self.part = part or slice(0, batch)
-        self.pinned = pinned
+        self.num_workers = max(num_workers, 1)
+        self.rank_slice = rank_slice or slice(0, batch_size)
+        self.pin_memory = pin_memory
         self.buckets = buckets
-        self.flip = flip
-        self.order = Bucketed(buckets.of, batch, seed) if buckets else Shuffled(len(source), batch, seed)
-        self.skipped: dict[str, str] = {}
+        self.hflip = hflip
+        if buckets is None:
+            self.order = ShuffledOrder(len(dataset), batch_size, seed)
+        else:
+            self.order = BucketedOrder(buckets.bucket_ids, batch_size, seed)
+        self.invalid_samples: dict[str, str] = {}
         self.skipped_positions: set[int] = set()
-        self._kept: np.ndarray | None = None  # [N, C, H, W]
+        self._memory: np.ndarray | None = None  # pixels, [N, C, H, W]
+        self._in_memory = np.zeros(len(dataset), bool)
         self._lock = Lock()
-        self._read = np.zeros(len(source), bool)  # whose pixels are kept
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
-        """Endless batches from a position on. Raises TesseraError if no image is usable."""
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="tessera-data")
-        ahead = deque()
+        """Endless batches from a position on. Raises TesseraError if no image is valid."""
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tessera-data")
+        pending = deque()
         try:
             while True:
-                while len(ahead) < self.workers + 1:
-                    position = self.start(position)
-                    ahead.append(pool.submit(self.read, position))
-                    position += self.batch
-                yield ahead.popleft().result()
+                while len(pending) < self.num_workers + 1:
+                    position = self.next_position(position)
+                    pending.append(pool.submit(self.load_batch, position))
+                    position += self.batch_size
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, position: int) -> int:
-        """Where the next batch starts: here, unless it is passed over."""
+    def next_position(self, position: int) -> int:
+        """The first position from here on at which a batch starts that is not skipped."""
         while position in self.skipped_positions:
-            position += self.batch
+            position += self.batch_size
         return position
 
-    def read(self, position: int) -> Batch:
-        """This process's part of the batch that starts at a position."""
-        offsets = range(self.batch)[self.part]
+    def load_batch(self, position: int) -> Batch:
+        """This rank's part of the batch that starts at a position."""
+        offsets = range(self.batch_size)[self.rank_slice]
         positions = torch.tensor([position + offset for offset in offsets])
-        if isinstance(self.source, LatentsSource):
-            samples = self.order.batch(position)[self.part]
-            turned = flip_mask(self.seed, positions)[:, 0].numpy() & self.flip
-            label = torch.from_numpy(self.source.labels[samples].astype(np.int64))
-            batch = self.source.gather(samples, turned), label, positions
-        elif self._kept is not None and self._read[samples := self.order.batch(position)[self.part]].all():
-            label = torch.tensor([self.source.label(index) for index in samples.tolist()])
-            batch = torch.from_numpy(self._kept[samples]), label, positions
+        if isinstance(self.dataset, LatentsDataset):
+            samples = self.order.batch(position)[self.rank_slice]
+            flip = flip_mask(self.seed, positions)[:, 0].numpy() & self.hflip
+            pixels = self.dataset.gather(samples, flip)
+            labels = torch.from_numpy(self.dataset.labels[samples].astype(np.int64))
+        elif self._memory is not None and self._in_memory[samples := self.order.batch(position)[self.rank_slice]].all():
+            pixels = torch.from_numpy(self._memory[samples])
+            labels = torch.tensor([self.dataset.label(index) for index in samples.tolist()])
         else:
-            stacked, labels = zip(*(self._sample(position, offset) for offset in offsets))
-            batch = torch.from_numpy(np.stack(stacked)), torch.tensor(labels), positions
-        # Pinned memory travels to a GPU while it computes.
-        return Batch(*(tensor.pin_memory() for tensor in batch) if self.pinned else batch)
+            images, labels = zip(*(self._sample(position, offset) for offset in offsets))
+            pixels, labels = torch.from_numpy(np.stack(images)), torch.tensor(labels)
+        if self.pin_memory:
+            return Batch(pixels.pin_memory(), labels.pin_memory(), positions.pin_memory())
+        return Batch(pixels, labels, positions)
 
     def names(self, position: int) -> list[str]:
-        """What the samples of the whole batch at a position are called."""
-        return [self.source.name(int(index)) for index in self.order.batch(position)]
+        """The names of all samples of the batch at a position."""
+        return [self.dataset.name(int(index)) for index in self.order.batch(position)]
 
     def _sample(self, start: int, offset: int) -> tuple[np.ndarray, int]:
         tries, name, reason = 0, "", ""
-        for index in islice(self.order.candidates(start, offset), PATIENCE):
+        for index in islice(self.order.candidates(start, offset), MAX_INVALID):
             try:
-                return self._pixels(index, start), self.source.label(index)
-            except InvalidSample as fault:
-                name, reason = self.source.name(index), str(fault)
-                self.skipped[name] = reason
+                return self._pixels(index, start), self.dataset.label(index)
+            except InvalidSample as error:
+                name, reason = self.dataset.name(index), str(error)
+                self.invalid_samples[name] = reason
                 tries += 1
-        raise TesseraError(f"no usable image among {tries} of {len(self.source)}; the last, {name}, is {reason}")
+        raise TesseraError(f"no valid image among {tries} of {len(self.dataset)}; the last, {name}: {reason}")
 
     def _pixels(self, index: int, start: int) -> np.ndarray:
-        if self.buckets is not None and isinstance(self.source, FilesSource):
-            return self.source.pixels(index, self.buckets.sizes[self.order.bucket(start)])
-        assert not isinstance(self.source, LatentsSource)
-        if self._kept is not None and self._read[index]:
-            return self._kept[index]
-        pixels = self.source.pixels(index)
-        if self._kept is None and len(self.source) * pixels.nbytes <= KEPT:
+        if self.buckets is not None and isinstance(self.dataset, FilesDataset):
+            return self.dataset.pixels(index, self.buckets.sizes[self.order.bucket(start)])
+        assert not isinstance(self.dataset, LatentsDataset)
+        if self._memory is not None and self._in_memory[index]:
+            return self._memory[index]
+        pixels = self.dataset.pixels(index)
+        if self._memory is None and len(self.dataset) * pixels.nbytes <= MEMORY_LIMIT:
             with self._lock:
-                if self._kept is None:  # takes memory as it is filled
-                    self._kept = np.zeros((len(self.source), *pixels.shape), np.uint8)
-        if self._kept is not None:
-            self._kept[index] = pixels
-            self._read[index] = True
+                if self._memory is None:  # the system provides the memory only as it is filled
+                    self._memory = np.zeros((len(self.dataset), *pixels.shape), np.uint8)
+        if self._memory is not None:
+            self._memory[index] = pixels
+            self._in_memory[index] = True
         return pixels

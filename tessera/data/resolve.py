@@ -6,9 +6,9 @@ from typing import Any
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
 from tessera.data.images import Dataset
-from tessera.data.layouts import HUB
+from tessera.data.layouts import HUB_PREFIX
 from tessera.errors import TesseraError
-from tessera.settings import Settings, by_kind, read_yaml, validate
+from tessera.settings import Settings, expand_kind, read_yaml, validate
 
 EMBEDDED = ("digits", "shapes")
 
@@ -28,15 +28,15 @@ def resolve_data(text: str, size: tuple[int, int] | None, channels: int = 3) -> 
     if word in EMBEDDED:
         data: dict[str, Any] = {"kind": word} | ({"split": split} if split else {})
     elif path.suffix in (".yaml", ".yml"):
-        data = by_kind(read_yaml(path).get("data") or {})
+        data = expand_kind(read_yaml(path).get("data") or {})
         if not isinstance(data, dict):
             raise TesseraError(
                 f"{path}: its data section is {data!r}; expected a mapping, or the name of embedded data"
             )
-    elif not path.exists() and not text.startswith(HUB):
+    elif not path.exists() and not text.startswith(HUB_PREFIX):
         raise TesseraError(
             f"no data at {text}: expected a folder of images or of .parquet or .tar files, one such file, "
-            f"{HUB}owner/name, a recipe (.yaml), {' or '.join(EMBEDDED)}"
+            f"{HUB_PREFIX}owner/name, a recipe (.yaml), {' or '.join(EMBEDDED)}"
         )
     else:
         data = {"kind": "files", "path": text}

@@ -1,4 +1,4 @@
-"""The drawn data set: 32 x 32 pictures of one or two plain shapes, of which everything is known: what stands where.
+"""The rendered data set: 32 x 32 images of one or two plain shapes, whose content and positions are known exactly.
 
 Shapes: N scenes, P phases in eighths of a pixel, W pixels of the window that holds a mask.
 """
@@ -17,7 +17,7 @@ from tessera.errors import TesseraError
 from tessera.settings import Settings
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = {  # far apart, and no colour near the middle of two others: a mixture is never taken for a colour
+COLOURS = {  # far apart, and none near the middle of two others, so that a mixture is never mistaken for a colour
     "red": (215, 40, 40),
     "green": (30, 155, 60),
     "blue": (40, 70, 220),
@@ -25,24 +25,24 @@ COLOURS = {  # far apart, and no colour near the middle of two others: a mixture
     "purple": (170, 50, 190),
     "cyan": (60, 195, 225),
 }
-SIZES = {"small": 4.0, "large": 6.0}  # from the centre of the area to the farthest side, in pixels
+SIZES = {"small": 4.0, "large": 6.0}  # from the centroid to the farthest side, in pixels
 RELATIONS = ("left of", "right of", "above", "below")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 SIDE = 32
-BORDER, GAP = 1.5, 2.0  # pixels that stay free around the picture and between two objects
-BACKGROUNDS = range(226, 248, 2)  # levels of grey; those of the test split are odd, so no picture is in both
-STREAMS = {"train": 0x73687472, "test": 0x73687465}  # of randomness
+BORDER, GAP = 1.5, 2.0  # free pixels at the edge of the image and between two objects
+BACKGROUNDS = range(226, 248, 2)  # levels of grey; those of the test split are odd, so no image is in both
+STREAMS = {"train": 0x73687472, "test": 0x73687465}  # random streams
 
 GRID = 8  # positions are multiples of 1 / GRID of a pixel
-WINDOW, PHASES = 14, 16  # pixels from -7 to 7 around a whole number, and centres from -1 to 7/8 beside it
+WINDOW, PHASES = 14, 16  # pixels from -7 to 7 around a whole number, and centres from -1 to 7/8 of a pixel from it
 PAD = WINDOW // 2 + 1
 _SAMPLES = 16  # along each side of a pixel
 
 
 @dataclass(frozen=True)
-class Look:
-    """What an object is, wherever it stands."""
+class Appearance:
+    """An object without its position."""
 
     shape: str
     colour: str
@@ -53,8 +53,8 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Object(Look):
-    """x and y are the centre of its area, in pixels from the left and from the top."""
+class Object(Appearance):
+    """x, y: the centroid, in pixels from the left and from the top"""
 
     x: float
     y: float
@@ -62,13 +62,13 @@ class Object(Look):
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: one look, or two and where the first stands from the second."""
+    """The content of a caption: one object, or two and where the first is relative to the second."""
 
-    looks: tuple[Look, ...]
+    appearances: tuple[Appearance, ...]
     relation: str | None = None
 
     def __str__(self) -> str:
-        return f" {self.relation} ".join(map(str, self.looks))
+        return f" {self.relation} ".join(map(str, self.appearances))
 
 
 @dataclass(frozen=True)
@@ -84,40 +84,40 @@ class Scene:
 
 
 def relation(subject: Object, other: Object) -> str:
-    """Where the subject stands from the other, told by the axis along which they are farther apart."""
+    """Where the subject is relative to the other object, along the axis on which they are farther apart."""
     x, y = other.x - subject.x, other.y - subject.y
     if abs(x) > abs(y):
         return "left of" if x > 0 else "right of"
     return "above" if y > 0 else "below"
 
 
-_LOOK = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_CAPTION = re.compile(f"{_LOOK}(?: ({'|'.join(RELATIONS)}) {_LOOK})?")
+_OBJECT = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(f"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?")
 
 
 def parse_caption(caption: str) -> Description:
     """The inverse of str(description). Raises TesseraError."""
-    found = _CAPTION.fullmatch(caption)
-    if found is None:
+    match = _CAPTION.fullmatch(caption)
+    if match is None:
         raise TesseraError(
-            f"'{caption}' is no caption of shapes; write for example 'a large red circle' or "
+            f"'{caption}' is not a caption of shapes; expected for example 'a large red circle' or "
             "'a large red circle left of a small blue square'"
         )
-    size, colour, shape, where, *other = found.groups()
-    first = Look(shape, colour, size)
-    return Description((first,)) if where is None else Description((first, Look(*reversed(other))), where)
+    size, colour, shape, where, *other = match.groups()
+    first = Appearance(shape, colour, size)
+    return Description((first,)) if where is None else Description((first, Appearance(*reversed(other))), where)
 
 
 class ShapesConfig(Settings):
-    """Colour, 32 x 32, a class for each colour and shape, never mirrored: left and right mean something."""
+    """Colour, 32 x 32, one class per colour and shape, never flipped: captions name left and right."""
 
     kind: Literal["shapes"] = "shapes"
-    split: Literal["train", "test"] = Field(default="train", description="no picture is in both")
-    count: PositiveInt = Field(default=50_000, description="pictures; the first ones do not depend on how many follow")
+    split: Literal["train", "test"] = Field(default="train", description="no image is in both")
+    count: PositiveInt = Field(default=50_000, description="number of images; the first ones do not depend on it")
 
     @property
-    def where(self) -> str:
-        return f"drawn shapes, split {self.split}"
+    def description(self) -> str:
+        return f"shapes, split {self.split}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -131,12 +131,12 @@ class ShapesConfig(Settings):
     def hflip(self) -> bool:
         return False
 
-    def open(self) -> "ShapesSource":
-        return ShapesSource(self)
+    def open(self) -> "ShapesDataset":
+        return ShapesDataset(self)
 
 
-class ShapesSource:
-    """Scenes as functions of split and index; pictures are rendered when asked for.
+class ShapesDataset:
+    """Scenes as functions of split and index; images are rendered on demand.
 
     The class of a scene is the colour and shape of its subject; the other object, if any, is of another class.
     """
@@ -145,7 +145,7 @@ class ShapesSource:
 
     def __init__(self, config: ShapesConfig) -> None:
         self.split = config.split
-        self._objects, self._counts, self._backgrounds = _draw(config.split, config.count)
+        self._objects, self._counts, self._backgrounds = _sample_scenes(config.split, config.count)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -172,9 +172,9 @@ def _object(label: int, size: int, x: int, y: int) -> Object:
     return Object(shape, colour, tuple(SIZES)[size], x / GRID, y / GRID)
 
 
-def _draw(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first scenes of a split: class, size, and x and y on the grid of two objects, int16 [N, 2, 4]; how many of
-    the two there are [N]; the background [N]."""
+def _sample_scenes(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first scenes of a split: class, size, and grid position x, y of two objects, int16 [N, 2, 4]; the number of
+    objects used [N]; the background [N]."""
     u = randomness.uniform(0, torch.arange(count), STREAMS[split], 10).numpy().astype(np.float64).T
     pair, horizontal, subject_first = u[:3] < 0.5
     background = np.asarray(BACKGROUNDS)[(u[3] * len(BACKGROUNDS)).astype(int)] + (split == "test")
@@ -185,15 +185,15 @@ def _draw(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     radius = np.asarray(tuple(SIZES.values()))[size]  # [2, N], as are low, high, along and across
     low, high = BORDER + radius, SIDE - BORDER - radius
     alone = _on_grid(low[0] + (high[0] - low[0]) * u[7])
-    # Along the axis of the relation: one behind the other, and what room is left shared out at random.
+    # Along the axis of the relation: one after the other, with the free space divided at random.
     apart = radius.sum(0) + GAP
     room = SIDE - 2 * BORDER - radius.sum(0) - apart
     start = np.where(subject_first, *low)
-    first, second = (_on_grid(start + room * share) for share in np.sort(u[7:9], axis=0))
+    first, second = (_on_grid(start + room * fraction) for fraction in np.sort(u[7:9], axis=0))
     second += apart
     along = np.where(subject_first, (first, second), (second, first))
     along[0] = np.where(pair, along[0], alone)
-    # Across it: at most half as far apart, so that the relation is beyond doubt.
+    # Across it: at most half as far apart, so that the relation is unambiguous.
     subject = _on_grid(low[0] + (high[0] - low[0]) * u[9])
     reach = _on_grid((second - first) / 2)
     least, most = np.maximum(low[1], subject - reach), np.minimum(high[1], subject + reach)
@@ -205,51 +205,55 @@ def _draw(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _on_grid(position: np.ndarray) -> np.ndarray:
-    """Rounded down, which keeps distances that are on the grid already."""
+    """Round down, which keeps distances that are on the grid already."""
     return np.floor(position * GRID) / GRID
 
 
 def render(scene: Scene) -> np.ndarray:
-    """uint8 [3, 32, 32]; objects, whose centres lie in the picture, cover earlier ones and are cut by the border."""
+    """uint8 [3, 32, 32]; objects, whose centroids lie in the image, cover earlier ones and are cut off at the edge."""
     canvas = np.full((3, SIDE + 2 * PAD, SIDE + 2 * PAD), scene.background, np.float32)
-    for one in scene.objects:
-        (row, below), (column, beside) = cell(one.y), cell(one.x)
-        mask = masks()[SHAPES.index(one.shape), tuple(SIZES).index(one.size), below, beside]
+    for item in scene.objects:
+        (row, below), (column, beside) = cell(item.y), cell(item.x)
+        mask = masks()[SHAPES.index(item.shape), tuple(SIZES).index(item.size), below, beside]
         top, left = row + PAD - WINDOW // 2, column + PAD - WINDOW // 2
         patch = canvas[:, top : top + WINDOW, left : left + WINDOW]
-        patch += mask * (np.asarray(COLOURS[one.colour], np.float32)[:, None, None] - patch)
+        patch += mask * (np.asarray(COLOURS[item.colour], np.float32)[:, None, None] - patch)
     return (canvas[:, PAD:-PAD, PAD:-PAD] + 0.5).astype(np.uint8)
 
 
 def cell(position: float) -> tuple[int, int]:
-    """The nearest whole number, and the index among the phases of how far the position is from it."""
+    """The nearest whole number, and the phase index of the position's distance from it."""
     whole, phase = divmod(round(position * GRID) + GRID // 2, GRID)
     return whole, phase + (PHASES - GRID) // 2
 
 
 @cache
 def masks() -> np.ndarray:
-    """How much of each pixel a shape covers, float32 [shapes, sizes, P, P, W, W]: phases and pixels of y, then of x.
+    """The fraction of each pixel that a shape covers, float32 [shapes, sizes, P, P, W, W]: phases of y, of x, pixels.
 
-    Counted from 16 x 16 samples a pixel. Sums over pixels at any phase are differences of one table of running sums.
+    Counted from 16 x 16 samples per pixel. Sums over pixels at any phase are differences of one summed-area table.
     """
     extent = (WINDOW + 2) * _SAMPLES
     phase, pixel = np.arange(PHASES) - PHASES // 2, np.arange(WINDOW)
     start = (pixel + 1) * _SAMPLES - phase[:, None] * (_SAMPLES // GRID)  # [P, W]
     start, stop = start.ravel(), start.ravel() + _SAMPLES
-    at = ((np.arange(extent) + 0.5) / _SAMPLES - (WINDOW + 2) / 2).astype(np.float32)
-    found = np.empty((len(SHAPES), len(SIZES), PHASES, PHASES, WINDOW, WINDOW), np.float32)
+    coordinates = ((np.arange(extent) + 0.5) / _SAMPLES - (WINDOW + 2) / 2).astype(np.float32)
+    coverage = np.empty((len(SHAPES), len(SIZES), PHASES, PHASES, WINDOW, WINDOW), np.float32)
     for i, shape in enumerate(SHAPES):
         for j, radius in enumerate(SIZES.values()):
-            sums = np.pad(inside(shape, at / radius, at[:, None] / radius), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+            sums = (
+                np.pad(inside(shape, coordinates / radius, coordinates[:, None] / radius), ((1, 0), (1, 0)))
+                .cumsum(0)
+                .cumsum(1)
+            )
             rows = sums[stop] - sums[start]
-            covered = (rows[:, stop] - rows[:, start]).reshape(PHASES, WINDOW, PHASES, WINDOW)
-            found[i, j] = covered.swapaxes(1, 2) / _SAMPLES**2
-    return found
+            counts = (rows[:, stop] - rows[:, start]).reshape(PHASES, WINDOW, PHASES, WINDOW)
+            coverage[i, j] = counts.swapaxes(1, 2) / _SAMPLES**2
+    return coverage
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points belong to a shape of radius 1 with the centre of its area at 0; y points down."""
+    """Whether points belong to a shape of radius 1 whose centroid is 0; y points down."""
     near, far = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
     match shape:
         case "circle":

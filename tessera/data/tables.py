@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tessera.data.images import InvalidSample
-from tessera.data.index import TABLES, arrow, compute
+from tessera.data.index import TABLE_SUFFIXES, arrow, compute
 from tessera.errors import TesseraError
 from tessera.files import atomic_file, cache_folder
-from tessera.settings import unknown
+from tessera.settings import unknown_name
 
 if TYPE_CHECKING:
     import pyarrow
 
-MOST_CLASSES = 100_000  # more are identities of rows, not classes
-HELD = 1 << 30  # bytes of images in parquet files that are held in memory; more are unpacked onto the disk
-LABELS, CAPTIONS = ("label", "class"), ("caption", "text")  # columns that `auto` looks for, the first first
-BATCH = 256  # rows that are unpacked at a time
+MAX_CLASSES = 100_000  # more are identities of rows, not classes
+MAX_IN_MEMORY = 1 << 30  # bytes of images in parquet files that are held in memory; more are unpacked onto the disk
+LABEL_COLUMNS, CAPTION_COLUMNS = (
+    ("label", "class"),
+    ("caption", "text"),
+)  # columns that `auto` looks for, the first first
+ROWS_PER_BATCH = 256  # rows that are unpacked at a time
 
 
 class ColumnOptions(Protocol):
@@ -38,14 +41,14 @@ class ColumnOptions(Protocol):
     def caption(self) -> str | None: ...
 
 
-def of(paths: Any) -> list[str]:
+def table_paths(paths: Any) -> list[str]:
     """The tables among paths, an arrow array [N], each once."""
     pc = compute()
-    ends = [pc.ends_with(paths, ending) for ending in TABLES]
+    ends = [pc.ends_with(paths, ending) for ending in TABLE_SUFFIXES]
     return paths.filter(pc.or_(*ends)).unique().to_pylist()
 
 
-def schema(file: Path) -> "pyarrow.Schema":
+def read_schema(file: Path) -> "pyarrow.Schema":
     """The columns of a file. Raises TesseraError if it is damaged."""
     pa = arrow()
     import pyarrow.parquet as parquet
@@ -56,7 +59,7 @@ def schema(file: Path) -> "pyarrow.Schema":
         raise TesseraError(f"{file} is damaged or no {file.suffix[1:]} file: {error}") from None
 
 
-def read(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
+def read_columns(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
     """Columns of a file: of parquet in memory, of arrow memory-mapped. Raises TesseraError if it is damaged."""
     pa = arrow()
     import pyarrow.parquet as parquet
@@ -77,7 +80,9 @@ def _reader(file: Path) -> Any:
     return pa.ipc.open_file(mapped) if magic == b"ARROW1" else pa.ipc.open_stream(mapped)  # `datasets` writes streams
 
 
-def column(asked: str | None, usual: Sequence[str], known: Sequence[str], where: Path | str, field: str) -> str | None:
+def find_column(
+    asked: str | None, usual: Sequence[str], known: Sequence[str], where: Path | str, field: str
+) -> str | None:
     """The column that is meant: the one asked for, for `auto` the first usual one; None if there is none.
 
     Raises TesseraError if the one asked for is missing.
@@ -85,15 +90,15 @@ def column(asked: str | None, usual: Sequence[str], known: Sequence[str], where:
     if asked == "auto":
         return next((name for name in usual if name in known), None)
     if asked is not None and asked not in known:
-        raise TesseraError(f"{where}: {unknown('column', asked, known)} (data.{field})")
+        raise TesseraError(f"{where}: {unknown_name('column', asked, known)} (data.{field})")
     return asked
 
 
-def image_column(found: "pyarrow.Schema", asked: str, file: Path) -> str:
+def find_image_column(found: "pyarrow.Schema", asked: str, file: Path) -> str:
     """The column of images: the one asked for; for `auto` image, or the one declared as such, or the one of bytes."""
     pa = arrow()
     if asked != "auto" or "image" in found.names:
-        return column("image" if asked == "auto" else asked, (), found.names, file, "image") or ""
+        return find_column("image" if asked == "auto" else asked, (), found.names, file, "image") or ""
     declared = [
         name for name, told in _features(found).items() if isinstance(told, dict) and told.get("_type") == "Image"
     ]
@@ -110,7 +115,7 @@ def image_column(found: "pyarrow.Schema", asked: str, file: Path) -> str:
     raise TesseraError(f"{file}: say which column holds the images with data.image; it has {', '.join(found.names)}")
 
 
-def class_numbers(values: Any, names: Sequence[str], what: str) -> tuple[tuple[str, ...], np.ndarray]:
+def encode_labels(values: Any, names: Sequence[str], what: str) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and the class of every row, int32 [N], from labels in words or numbers.
 
     values: an arrow array [N]; names: of numbers, if they are known; what: for messages, "column 'label'".
@@ -138,7 +143,7 @@ def class_numbers(values: Any, names: Sequence[str], what: str) -> tuple[tuple[s
         raise TesseraError(f"{what} holds neither class numbers nor names; set data.label")
     most = pc.max(values).as_py() if count else -1
     if not names:
-        if most >= MOST_CLASSES:
+        if most >= MAX_CLASSES:
             raise TesseraError(f"{what} holds {most}, which is no class number; set data.label")
         names = [str(number) for number in range(most + 1)]
     if most >= len(names):
@@ -163,7 +168,7 @@ def _features(found: "pyarrow.Schema") -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-class Images:
+class ImageColumn:
     """The encoded images of one file, by the number of the row."""
 
     def __init__(self, column: Any, folder: Path) -> None:
@@ -194,22 +199,22 @@ class Images:
         raise InvalidSample("holds no image bytes")
 
 
-def images(files: Sequence[Path], asked: str) -> list[Images]:
+def open_images(files: Sequence[Path], asked: str) -> list[ImageColumn]:
     """The images of files, held in memory if they are small, otherwise memory-mapped.
 
     Parquet has no access to a single row, so large files are unpacked once, into the folder of caches.
     Raises TesseraError if a file is damaged or cannot be unpacked.
     """
-    columns = [image_column(schema(file), asked, file) for file in files]
+    columns = [find_image_column(read_schema(file), asked, file) for file in files]
     packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if file.suffix == ".parquet")
     found = []
     for file, column in zip(files, columns):
-        at_hand = _unpacked(file, column) if packed > HELD and file.suffix == ".parquet" else file
-        found.append(Images(read(at_hand, [column])[column], file.parent))
+        at_hand = _unpacked(file, column) if packed > MAX_IN_MEMORY and file.suffix == ".parquet" else file
+        found.append(ImageColumn(read_columns(at_hand, [column])[column], file.parent))
     return found
 
 
-def kept(file: Path, kind: str, ending: str, *asked: Any) -> Path:
+def cache_path(file: Path, kind: str, ending: str, *asked: Any) -> Path:
     """Where what was made of a file is kept, in the folder of caches: elsewhere once the file changes."""
     state = file.stat()
     key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, *asked))
@@ -235,7 +240,7 @@ def _unpacked(file: Path, column: str) -> Path:
     import pyarrow.parquet as parquet
     from filelock import FileLock
 
-    target = kept(file, "tables", ".arrow", column)
+    target = cache_path(file, "tables", ".arrow", column)
     if target.exists():
         return target
     try:
@@ -251,14 +256,14 @@ def _unpacked(file: Path, column: str) -> Path:
             with atomic_file(target) as partial, pa.OSFile(str(partial), "wb") as sink:
                 kind = pa.schema([source.schema_arrow.field(column)])
                 with pa.ipc.new_file(sink, kind) as writer:
-                    for batch in source.iter_batches(batch_size=BATCH, columns=[column]):
+                    for batch in source.iter_batches(batch_size=ROWS_PER_BATCH, columns=[column]):
                         writer.write_batch(batch.cast(kind))
         except (pa.ArrowException, ValueError) as error:
             raise TesseraError(f"{file} is damaged or no parquet file: {error}") from None
     return target
 
 
-def count(file: Path) -> int:
+def count_rows(file: Path) -> int:
     """How many rows a file has. Raises TesseraError if it is damaged."""
     pa = arrow()
     import pyarrow.parquet as parquet

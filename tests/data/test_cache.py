@@ -15,8 +15,8 @@ from torch.nn import functional
 from tessera.codecs import AutoencoderConfig, Codec, PixelsConfig
 from tessera.data import DigitsConfig, FilesConfig
 from tessera.data.buckets import BucketsConfig
-from tessera.data.cache import Cache, Statistics, damaged, normalised
-from tessera.data.latents import LatentsSource
+from tessera.data.cache import CacheWriter, LatentStatistics, damaged_shards, scaled_statistics
+from tessera.data.latents import LatentsDataset
 from tessera.errors import TesseraError
 
 CPU = torch.device("cpu")
@@ -63,18 +63,18 @@ def images(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def make(out: Path, images: Path, codec: Codec | None = None, dtype="float16", samples=4, **settings) -> Cache:
+def make(out: Path, images: Path, codec: Codec | None = None, dtype="float16", samples=4, **settings) -> CacheWriter:
     config = FilesConfig.model_validate({"path": str(images), "size": 8, **settings})
-    return Cache(out, config, config.open(), CONFIG, codec or Halves(), dtype, samples)
+    return CacheWriter(out, config, config.open(), CONFIG, codec or Halves(), dtype, samples)
 
 
-def written(cache: Cache, batch: int = 3) -> LatentsSource:
+def written(cache: CacheWriter, batch: int = 3) -> LatentsDataset:
     """What a cache reads as, when all that was missing is written."""
     cache.begin()
     missing = [shard for shard, absent in cache.missing(range(len(cache))) if absent]
-    assert sum(cache.write(missing, CPU, batch)) == sum(len(cache.numbers(shard)) for shard in missing)
+    assert sum(cache.write(missing, CPU, batch)) == sum(len(cache.indices(shard)) for shard in missing)
     assert cache.finish() is not None
-    return LatentsSource(cache.folder)
+    return LatentsDataset(cache.folder)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -86,7 +86,7 @@ def test_latents_are_the_moments_of_image_and_mirror_image(images, tmp_path, dty
     cache = make(tmp_path / "out", images, dtype=dtype)
     source = written(cache)
     usable = [number for number in range(11) if cache.source.name(number).rpartition("/")[2] not in ("4.png", "7.png")]
-    assert source.numbers.tolist() == usable
+    assert source.indices.tolist() == usable
     assert source.labels.tolist() == [cache.source.label(number) for number in usable]
     assert source.class_names == ("a", "b")
     pixels = torch.from_numpy(np.stack([cache.source.pixels(number) for number in usable])) / 127.5 - 1
@@ -104,12 +104,12 @@ def test_what_could_not_be_used_is_left_out_and_named(images, tmp_path):
     assert [Path(line["name"]).name for line in lines] == ["4.png", "7.png"]
     assert lines[0]["reason"].startswith("damaged")
     assert "smaller than the size: 5 x 5" in lines[1]["reason"]
-    assert {line["number"] for line in lines} == set(range(11)) - set(source.numbers.tolist())
+    assert {line["number"] for line in lines} == set(range(11)) - set(source.indices.tolist())
     assert (len(source), json.loads((source.folder / "cache.json").read_text())["skipped"]) == (9, 2)
 
 
 def test_without_flip_there_is_one_variant_and_of_a_sure_codec_the_mean_alone(images, tmp_path):
-    cache = make(tmp_path / "out", images, Halves(stochastic=False), flip=False)
+    cache = make(tmp_path / "out", images, Halves(stochastic=False), hflip=False)
     source = written(cache)
     assert source.gather(np.arange(9), np.zeros(9, bool)).shape == (9, 3, 4, 4)
     assert set(load_file(cache.path(0))) == {"latents", "labels", "numbers"}
@@ -123,7 +123,7 @@ def test_embedded_data_has_no_files(tmp_path):
     codec = Halves()
     codec.pixel_channels = codec.latent_channels = 1
     codec.moments = lambda pixels: torch.cat((pixels[:, :, ::2, ::2], pixels[:, :, 1::2, 1::2].abs()), dim=1)
-    source = written(Cache(tmp_path, config, config.open(), CONFIG, codec, samples=100), batch=64)
+    source = written(CacheWriter(tmp_path, config, config.open(), CONFIG, codec, shard_size=100), batch=64)
     assert len(source) == 500
     assert source.labels.tolist() == config.open().labels.tolist()
 
@@ -145,13 +145,13 @@ def test_statistics_are_those_of_all_latents(images, tmp_path):
 def test_scale_and_shift_from_the_statistics_make_latents_of_mean_0_and_deviation_1(images, tmp_path):
     codec = Halves()
     source = written(make(tmp_path / "out", images, codec))
-    mean, deviation = normalised(source.statistics, codec)
+    mean, deviation = scaled_statistics(source.statistics, codec)
     told = source.statistics
     np.testing.assert_allclose(mean, (np.array(told["mean"]) - 0.25) * [2, 1, 0.5], rtol=1e-6)
     np.testing.assert_allclose(deviation, np.array(told["std of draws"]) * [2, 1, 0.5], rtol=1e-6)
     codec.shift = torch.tensor(told["mean"])[:, None, None]
     codec.scale = 1 / torch.tensor(told["std of draws"])[:, None, None]
-    mean, deviation = normalised(told, codec)
+    mean, deviation = scaled_statistics(told, codec)
     np.testing.assert_allclose(mean, 0, atol=1e-6)
     np.testing.assert_allclose(deviation, 1, rtol=1e-6)
 
@@ -161,12 +161,12 @@ def test_merged_statistics_lose_nothing_where_the_mean_is_large(offset):
     parts = torch.randn(7, 5, 4, 3, 3, dtype=torch.float64, generator=torch.manual_seed(0)) * 0.01
     parts[:, :, :2] += offset
     whole = parts.flatten(0, 1)
-    merged = Statistics.of(parts[0, :2], 2) + Statistics.of(parts[0, 2:], 2)
+    merged = LatentStatistics.from_moments(parts[0, :2], 2) + LatentStatistics.from_moments(parts[0, 2:], 2)
     for part in parts[1:]:
-        merged = merged + Statistics.of(part, 2)
+        merged = merged + LatentStatistics.from_moments(part, 2)
     np.testing.assert_allclose(merged.mean, whole[:, :2].mean((0, 2, 3)), rtol=1e-14)
-    np.testing.assert_allclose(merged.of_means, whole[:, :2].std((0, 2, 3), correction=0), rtol=1e-6)
-    assert Statistics.read(json.loads(json.dumps(merged.told()))).told() == merged.told()
+    np.testing.assert_allclose(merged.mode_std, whole[:, :2].std((0, 2, 3), correction=0), rtol=1e-6)
+    assert LatentStatistics.from_json(json.loads(json.dumps(merged.to_json()))).to_json() == merged.to_json()
 
 
 # Shards
@@ -223,10 +223,10 @@ def test_a_damaged_shard_is_found_and_written_again(images, tmp_path, damage):
     cache = make(tmp_path / "out", images)
     source = written(cache)
     whole, told = content(cache.folder), []
-    assert damaged(source, lambda done, total: told.append((done, total))) == []
+    assert damaged_shards(source, lambda done, total: told.append((done, total))) == []
     assert told == [(1, 3), (2, 3), (3, 3)]
     damage(cache.path(1))
-    assert damaged(source, lambda done, total: None) == ["000001.safetensors"]
+    assert damaged_shards(source, lambda done, total: None) == ["000001.safetensors"]
     again = make(tmp_path / "out", images)
     assert [shard for shard, absent in again.missing(range(3)) if absent] == [1]
     written(again)
@@ -250,16 +250,16 @@ def test_buckets_are_shards_of_one_size_each(tmp_path):
         shape = ((8, 16), (16, 8), (12, 12))[number % 3]
         Image.fromarray(draw.integers(0, 256, (*shape, 3), np.uint8)).save(tmp_path / "images" / f"{number}.png")
     buckets = BucketsConfig(multiple=4, aspect=2)
-    cache = make(tmp_path / "out", tmp_path / "images", samples=2, size=[8, 16], buckets=buckets, enlarge=True)
+    cache = make(tmp_path / "out", tmp_path / "images", samples=2, size=[8, 16], buckets=buckets, upscale=True)
     source = written(cache)
-    assert sorted(source.numbers.tolist()) == list(range(9))
-    for index, number in enumerate(source.numbers.tolist()):
-        height, width = source.buckets.sizes[source.buckets.of[index]]
+    assert sorted(source.indices.tolist()) == list(range(9))
+    for index, number in enumerate(source.indices.tolist()):
+        height, width = source.buckets.sizes[source.buckets.bucket_ids[index]]
         pixels = torch.from_numpy(cache.source.pixels(number, (height, width)))[None] / 127.5 - 1
         found = source.gather(np.array([index]), np.array([True]))
         assert torch.equal(found, Halves().moments(pixels.flip(-1)).half())
     assert len(source.buckets.sizes) == 3
-    apart = np.array([np.flatnonzero(source.buckets.of == place)[0] for place in (0, 2)])
+    apart = np.array([np.flatnonzero(source.buckets.bucket_ids == place)[0] for place in (0, 2)])
     with pytest.raises(ValueError, match="one size"):
         source.gather(apart, np.zeros(2, bool))
 
@@ -271,9 +271,9 @@ def test_buckets_are_shards_of_one_size_each(tmp_path):
     "change",
     [
         {"size": 4},
-        {"flip": False},
+        {"hflip": False},
         {"background": (0, 0, 0)},
-        {"enlarge": True},
+        {"upscale": True},
         {"decoding": "fast"},
         {"buckets": BucketsConfig(multiple=4)},
         {"classes": "none"},

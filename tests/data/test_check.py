@@ -80,7 +80,9 @@ def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, 
     asked = check.CheckRequest(str(data), tmp_path / "out")
     looked: list[str] = []
     look = scan.measure_sample
-    monkeypatch.setattr(scan, "look", lambda content, name, config: looked.append(name) or look(content, name, config))
+    monkeypatch.setattr(
+        scan, "measure_sample", lambda content, name, config: looked.append(name) or look(content, name, config)
+    )
     check.scan_data(asked, shard=ScanShard(0, 2))
     assert len(looked) == 32
     scan.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
@@ -116,7 +118,7 @@ def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     asked = check.CheckRequest(str(data), tmp_path / "out")
     check.scan_data(asked)
-    done = check.report_findings(asked, apply=tmp_path / "kept.parquet")
+    done = check.report_findings(asked, write_index=tmp_path / "kept.parquet")
     assert named(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
@@ -125,7 +127,7 @@ def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
     assert source.class_names == ("cat", "dog")
     whole = FilesConfig(path=str(data), size=(16, 16)).open()
     by_name = {whole.name(row): row for row in range(len(whole))}
-    table = index.open(tmp_path / "kept.parquet")
+    table = index.read(tmp_path / "kept.parquet")
     for row in range(len(source)):
         same = by_name[source.name(row)]
         assert source.label(row) == whole.label(same)
@@ -141,9 +143,9 @@ def test_other_kinds_are_dropped_on_demand(data, tmp_path):
     asked = check.CheckRequest(str(data), tmp_path / "out")
     check.scan_data(asked)
     assert check.report_findings(asked).keep.sum() == 61
-    assert check.report_findings(asked, drop=("small",)).keep.sum() == 60
+    assert check.report_findings(asked, exclude=("small",)).keep.sum() == 60
     with pytest.raises(TesseraError, match=r"unknown kind 'smal'; did you mean 'small'\?"):
-        check.report_findings(asked, drop=("smal",))
+        check.report_findings(asked, exclude=("smal",))
 
 
 def test_what_is_smaller_than_the_size_asked_for(data, tmp_path):
@@ -160,7 +162,7 @@ def test_images_of_the_validation_data_are_found(data, tmp_path):
     (other / "same.png").write_bytes(png(4))
     (other / "twice.png").write_bytes(png(7, 64))
     (other / "new.png").write_bytes(png(1000))
-    asked = check.CheckRequest(str(data), tmp_path / "out", against=str(other))
+    asked = check.CheckRequest(str(data), tmp_path / "out", reference=str(other))
     check.scan_data(asked)
     done = check.report_findings(asked)
     assert named(done) == {"leaks": 1, "near-leaks": 1}
@@ -220,12 +222,12 @@ def test_rows_of_parquet(tmp_path):
     parquet.write_table(table, tmp_path / "data.parquet")
     asked = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
     check.scan_data(asked)
-    done = check.report_findings(asked, apply=tmp_path / "kept.parquet")
+    done = check.report_findings(asked, write_index=tmp_path / "kept.parquet")
     rows = {finding.kind: finding.samples for finding in done.findings}
     assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
     kept = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
     assert len(kept) == 46
-    assert kept.content(3) == images[4]
+    assert kept.encoded(3) == images[4]
 
 
 def test_a_file_that_may_not_be_read(data, tmp_path, monkeypatch):
@@ -263,7 +265,7 @@ def test_when_nothing_is_left_no_index_is_written(data, tmp_path):
     asked = check.CheckRequest(str(data), tmp_path / "out")
     check.scan_data(asked)
     with pytest.raises(TesseraError, match="nothing would be kept"):
-        check.report_findings(asked, apply=tmp_path / "kept.parquet")
+        check.report_findings(asked, write_index=tmp_path / "kept.parquet")
     assert not (tmp_path / "kept.parquet").exists()
     assert (tmp_path / "out/report.html").exists()
 

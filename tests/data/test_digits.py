@@ -1,4 +1,4 @@
-"""The embedded digits: three splits, apart from each other for good."""
+"""The embedded digits: three disjoint splits."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ def test_the_splits_are_disjoint_and_make_up_the_whole():
     assert sorted(row for split in splits for row in split) == sorted(rows("all"))
     whole = datasets.load_digits()
     originals = {image.astype(np.uint8).tobytes() for image in whole.images}
-    assert len(originals) == 1797  # no scan twice, so that contents tell scans apart
+    assert len(originals) == 1797  # no scan occurs twice, so contents identify scans
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert not {pixels for _, pixels in splits[one]} & {pixels for _, pixels in splits[other]}
 
 
-def test_every_split_knows_all_ten_digits():
+def test_every_split_has_all_ten_digits():
     for split in ("model", "judge", "ceiling"):
         assert {label for label, _ in rows(split)} == set(range(10))
 
@@ -45,11 +45,11 @@ def test_pixels_span_the_bytes_and_belong_to_their_labels():
 
 
 def test_the_splits_never_change():
-    """Else a judge would have seen what a model of another version learned from."""
+    """Otherwise the classifier of one version could be trained on data of another version's models."""
     source = DigitsConfig().open()
     assert [source.label(i) for i in range(12)] == [2, 4, 0, 4, 8, 6, 4, 9, 6, 1, 2, 1]
 
 
-def test_digits_are_never_mirrored():
+def test_digits_are_never_flipped():
     config = DigitsConfig()
-    assert (config.size, config.channels, config.flip) == ((8, 8), 1, False)
+    assert (config.size, config.channels, config.hflip) == ((8, 8), 1, False)

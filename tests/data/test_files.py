@@ -184,7 +184,7 @@ def test_a_source_travels_to_another_process(tmp_path):
     source = every_layout(tmp_path).open()
     packed = pickle.dumps(source)
     assert told(pickle.loads(packed)) == told(source)
-    content = source.content(2)
+    content = source.encoded(2)
     assert isinstance(content, bytes)
     assert content not in packed  # read again there, instead of being sent
 

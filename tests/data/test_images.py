@@ -1,4 +1,4 @@
-"""One image file to one array: every mode, transparency, orientation, damage, and the ADM crop."""
+"""Decoding of image files: every mode, transparency, orientation, damage, and the ADM crop."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, JpegImagePlugin
 
-from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read, shape
+from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, image_shape, load_image
 
 ORIENTATION = 0x0112
 
@@ -32,29 +32,29 @@ def config(height: int, width: int | None = None, **changes) -> ImagesConfig:
     return ImagesConfig(size=(height, width or height), **changes)
 
 
-# What a file may be
+# Valid files
 
 
 @pytest.mark.parametrize(("kind", "options"), [("png", {}), ("webp", {"lossless": True}), ("bmp", {}), ("tiff", {})])
 def test_a_lossless_file_of_the_right_size_is_read_exactly(kind, options):
     pixels = noise(8, 12)
-    found = read(encoded(Image.fromarray(pixels), kind, **options), config(8, 12))
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    np.testing.assert_array_equal(found, pixels.transpose(2, 0, 1))
+    pixels_read = load_image(encoded(Image.fromarray(pixels), kind, **options), config(8, 12))
+    assert pixels_read.dtype == np.uint8
+    assert pixels_read.flags.c_contiguous
+    np.testing.assert_array_equal(pixels_read, pixels.transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_a_lossy_file_is_read_almost_exactly(kind):
     ramp = np.broadcast_to(np.linspace(0, 255, 16).astype(np.uint8)[:, None, None], (16, 16, 3))
-    found = read(encoded(Image.fromarray(ramp.copy()), kind, quality=95), config(16))
-    assert np.abs(found.astype(int) - ramp.transpose(2, 0, 1)).max() < 12
+    pixels_read = load_image(encoded(Image.fromarray(ramp.copy()), kind, quality=95), config(16))
+    assert np.abs(pixels_read.astype(int) - ramp.transpose(2, 0, 1)).max() < 12
 
 
 def test_a_path_and_its_bytes_read_the_same(tmp_path):
     data = encoded(Image.fromarray(noise(20, 30)))
     (tmp_path / "a.png").write_bytes(data)
-    np.testing.assert_array_equal(read(tmp_path / "a.png", config(8)), read(data, config(8)))
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", config(8)), load_image(data, config(8)))
 
 
 def test_transparency_shows_the_background():
@@ -62,74 +62,74 @@ def test_transparency_shows_the_background():
     pixels[0, 0] = (10, 20, 30, 255)
     pixels[0, 1] = (10, 20, 30, 0)
     pixels[1, 0] = (0, 0, 0, 51)  # a fifth
-    found = read(encoded(Image.fromarray(pixels)), config(2, background=(255, 100, 0)))
-    assert found[:, 0, 0].tolist() == [10, 20, 30]
-    assert found[:, 0, 1].tolist() == [255, 100, 0]
-    assert np.abs(found[:, 1, 0].astype(int) - (204, 80, 0)).max() <= 1
+    pixels_read = load_image(encoded(Image.fromarray(pixels)), config(2, background=(255, 100, 0)))
+    assert pixels_read[:, 0, 0].tolist() == [10, 20, 30]
+    assert pixels_read[:, 0, 1].tolist() == [255, 100, 0]
+    assert np.abs(pixels_read[:, 1, 0].astype(int) - (204, 80, 0)).max() <= 1
 
 
 def test_the_background_is_white_by_default():
-    assert read(encoded(Image.new("RGBA", (4, 4))), config(4)).min() == 255
+    assert load_image(encoded(Image.new("RGBA", (4, 4))), config(4)).min() == 255
 
 
 def test_a_palette_with_one_transparent_colour():
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.putdata([0, 1])
-    found = read(encoded(image, transparency=1), config(1, 2, background=(1, 2, 3)))
-    assert found[:, 0, 0].tolist() == [200, 0, 0]
-    assert found[:, 0, 1].tolist() == [1, 2, 3]
+    pixels_read = load_image(encoded(image, transparency=1), config(1, 2, background=(1, 2, 3)))
+    assert pixels_read[:, 0, 0].tolist() == [200, 0, 0]
+    assert pixels_read[:, 0, 1].tolist() == [1, 2, 3]
 
 
 def test_grey_with_alpha():
     pixels = np.array([[[77, 255], [77, 0]]], np.uint8)
-    found = read(encoded(Image.fromarray(pixels, "LA")), config(1, 2, background=(9, 9, 9)))
-    assert found.tolist() == [[[77, 9]]] * 3
+    pixels_read = load_image(encoded(Image.fromarray(pixels, "LA")), config(1, 2, background=(9, 9, 9)))
+    assert pixels_read.tolist() == [[[77, 9]]] * 3
 
 
 def test_grey_becomes_three_equal_channels():
     pixels = noise(4, 4, 1)[..., 0]
-    found = read(encoded(Image.fromarray(pixels)), config(4))
-    np.testing.assert_array_equal(found, np.stack([pixels] * 3))
+    pixels_read = load_image(encoded(Image.fromarray(pixels)), config(4))
+    np.testing.assert_array_equal(pixels_read, np.stack([pixels] * 3))
 
 
 def test_black_and_white_of_one_bit():
     bits = noise(4, 4, 1)[..., 0] > 127
-    found = read(encoded(Image.fromarray(bits)), config(4, channels=1))
-    np.testing.assert_array_equal(found[0], bits * np.uint8(255))
+    pixels_read = load_image(encoded(Image.fromarray(bits)), config(4, channels=1))
+    np.testing.assert_array_equal(pixels_read[0], bits * np.uint8(255))
 
 
 def test_grey_output_has_one_channel_and_the_luma_of_the_colours():
     pixels = noise(4, 4)
-    found = read(encoded(Image.fromarray(pixels)), config(4, channels=1))
-    assert found.shape == (1, 4, 4)
+    pixels_read = load_image(encoded(Image.fromarray(pixels)), config(4, channels=1))
+    assert pixels_read.shape == (1, 4, 4)
     luma = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R 601-2
-    assert np.abs(found[0] - luma).max() <= 1
+    assert np.abs(pixels_read[0] - luma).max() <= 1
 
 
 def test_grey_output_shows_the_background_too():
-    found = read(encoded(Image.new("RGBA", (4, 4))), config(4, channels=1, background=(50, 50, 50)))
-    assert found.tolist() == np.full((1, 4, 4), 50).tolist()
+    pixels_read = load_image(encoded(Image.new("RGBA", (4, 4))), config(4, channels=1, background=(50, 50, 50)))
+    assert pixels_read.tolist() == np.full((1, 4, 4), 50).tolist()
 
 
 @pytest.mark.parametrize("brightest", [65535, 200])  # the dark one shows whether the range is guessed
 def test_sixteen_bits_of_grey_keep_their_range(brightest):
     values = np.linspace(0, brightest, 16).astype(np.uint16).reshape(4, 4)
-    found = read(encoded(Image.fromarray(values)), config(4, channels=1))
-    assert np.abs(found[0] - values / 257).max() <= 0.5
+    pixels_read = load_image(encoded(Image.fromarray(values)), config(4, channels=1))
+    assert np.abs(pixels_read[0] - values / 257).max() <= 0.5
 
 
 def test_floating_point_tiff():
     values = np.linspace(0, 255, 16, dtype=np.float32).reshape(4, 4)
-    found = read(encoded(Image.fromarray(values), "tiff"), config(4, channels=1))
-    assert np.abs(found[0] - values).max() <= 0.5
+    pixels_read = load_image(encoded(Image.fromarray(values), "tiff"), config(4, channels=1))
+    assert np.abs(pixels_read[0] - values).max() <= 0.5
 
 
 def test_cmyk():
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red
     for kind, options in (("jpeg", {"quality": 100}), ("tiff", {})):
-        found = read(encoded(image, kind, **options), config(8))
-        assert np.abs(found[:, 4, 4].astype(int) - (255, 0, 0)).max() < 8
+        pixels_read = load_image(encoded(image, kind, **options), config(8))
+        assert np.abs(pixels_read[:, 4, 4].astype(int) - (255, 0, 0)).max() < 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -142,76 +142,76 @@ def test_exif_orientation_is_obeyed(orientation):
         4: lambda a: a[::-1],
         5: lambda a: a.transpose(1, 0, 2),
         6: lambda a: np.rot90(a, -1),
-        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),  # mirrored at the other diagonal
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),  # flipped at the other diagonal
         8: lambda a: np.rot90(a, 1),
     }
-    shown = undo[orientation](pixels)
+    upright = undo[orientation](pixels)
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    found = read(encoded(Image.fromarray(pixels), exif=exif), config(*shown.shape[:2]))
-    np.testing.assert_array_equal(found, shown.transpose(2, 0, 1))
+    pixels_read = load_image(encoded(Image.fromarray(pixels), exif=exif), config(*upright.shape[:2]))
+    np.testing.assert_array_equal(pixels_read, upright.transpose(2, 0, 1))
 
 
-# What it may not be
+# Invalid files
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_truncated_file_is_unusable(kind):
+def test_a_truncated_file_is_invalid(kind):
     data = encoded(Image.fromarray(noise(32, 32)), kind)
     with pytest.raises(InvalidSample, match=r"damaged|not an image"):
-        read(data[: len(data) // 2], config(8))
+        load_image(data[: len(data) // 2], config(8))
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_image_is_unusable(data):
+def test_other_content_is_invalid(data):
     with pytest.raises(InvalidSample, match=r"damaged|not an image"):
-        read(data, config(8))
+        load_image(data, config(8))
 
 
-def test_a_missing_file_is_unusable(tmp_path):
+def test_a_missing_file_is_invalid(tmp_path):
     with pytest.raises(InvalidSample):
-        read(tmp_path / "gone.png", config(8))
+        load_image(tmp_path / "gone.png", config(8))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damage_of_any_kind_is_unusable_and_nothing_worse():
+def test_random_damage_raises_nothing_but_invalid_sample():
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     exif[0x010E] = "a description"
     image = Image.fromarray(noise(20, 16))
     files = [encoded(image, kind, exif=exif) for kind in ("jpeg", "png", "webp")]
     files += [encoded(image.quantize(16), "gif"), encoded(image.convert("CMYK"), "jpeg"), encoded(image, "bmp")]
-    draw = random.Random(0)
+    generator = random.Random(0)
     for _ in range(1500):
-        data = bytearray(draw.choice(files))
-        if draw.random() < 0.5:
-            del data[draw.randrange(len(data)) :]
-        for _ in range(draw.randrange(4)):
+        data = bytearray(generator.choice(files))
+        if generator.random() < 0.5:
+            del data[generator.randrange(len(data)) :]
+        for _ in range(generator.randrange(4)):
             if data:
-                data[draw.randrange(min(len(data), draw.choice((64, 200, 10**6))))] = draw.randrange(256)
+                data[generator.randrange(min(len(data), generator.choice((64, 200, 10**6))))] = generator.randrange(256)
         with contextlib.suppress(InvalidSample):
-            assert read(bytes(data), config(8, enlarge=True)).shape == (3, 8, 8)
+            assert load_image(bytes(data), config(8, upscale=True)).shape == (3, 8, 8)
 
 
-def test_an_error_that_pillow_does_not_foresee_is_unusable(monkeypatch):
-    def trips(image, in_place):
+def test_an_unexpected_error_of_pillow_is_invalid(monkeypatch):
+    def fail(image, in_place):
         raise struct.error("required argument is not an integer")
 
-    monkeypatch.setattr("tessera.data.images.ImageOps.exif_transpose", trips)
+    monkeypatch.setattr("tessera.data.images.ImageOps.exif_transpose", fail)
     with pytest.raises(InvalidSample, match="damaged: required argument"):
-        read(encoded(Image.fromarray(noise(8, 8))), config(8))
+        load_image(encoded(Image.fromarray(noise(8, 8))), config(8))
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 20), (20, 7), (7, 7)])
-def test_an_image_smaller_than_the_size_is_unusable_unless_enlarged(height, width):
+def test_an_image_smaller_than_the_size_is_invalid_without_upscale(height, width):
     data = encoded(Image.fromarray(noise(height, width)))
-    with pytest.raises(InvalidSample, match=rf"smaller than the size: {height} x {width}.*data\.enlarge=true"):
-        read(data, config(8))
-    assert read(data, config(8, enlarge=True)).shape == (3, 8, 8)
+    with pytest.raises(InvalidSample, match=rf"smaller than the size: {height} x {width}.*data\.upscale=true"):
+        load_image(data, config(8))
+    assert load_image(data, config(8, upscale=True)).shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("value", [-1, 256])
-def test_a_background_is_made_of_bytes(value):
+def test_background_levels_are_bytes(value):
     with pytest.raises(ValueError, match="background"):
         ImagesConfig(background=(0, 0, value))
 
@@ -247,7 +247,7 @@ def test_any_image_becomes_exactly_the_size(height, width, rows, columns):
 
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), rows=st.integers(1, 30), columns=st.integers(1, 30))
-def test_one_colour_stays_that_colour_to_the_edge(height, width, rows, columns):
+def test_a_constant_image_stays_constant_to_the_edge(height, width, rows, columns):
     cropped = centre_crop(Image.new("RGB", (width, height), (12, 200, 99)), (rows, columns))
     assert (np.asarray(cropped) == (12, 200, 99)).all()
 
@@ -260,14 +260,14 @@ def test_the_crop_is_the_centre():
 
 
 def test_the_configured_size_is_height_then_width():
-    assert read(encoded(Image.fromarray(noise(30, 30))), config(6, 10)).shape == (3, 6, 10)
+    assert load_image(encoded(Image.fromarray(noise(30, 30))), config(6, 10)).shape == (3, 6, 10)
     assert ImagesConfig(size=7).size == (7, 7)
 
 
 def test_reading_does_not_hold_files_open(tmp_path):
     path = Path(tmp_path / "a.png")
     path.write_bytes(encoded(Image.fromarray(noise(8, 8))))
-    read(path, config(8))
+    load_image(path, config(8))
     path.unlink()
     assert not path.exists()
 
@@ -278,7 +278,7 @@ SIDES = [(704, 896), (128, 144), (100, 100), (400, 304)]  # whole blocks: of oth
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("size", [(64, 64), (16, 48)])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_fast_decoding_differs_from_exact_as_little_as_two_ways_to_halve_do(side, size, orientation):
+def test_fast_decoding_differs_little_from_exact(side, size, orientation):
     rows, columns = np.mgrid[: side[0], : side[1]]
     smooth = np.stack([128 + 90 * np.sin(rows / 31 + shift) * np.cos(columns / 23) for shift in (0, 1, 2)], axis=-1)
     exif = Image.Exif()
@@ -286,37 +286,37 @@ def test_fast_decoding_differs_from_exact_as_little_as_two_ways_to_halve_do(side
     file = io.BytesIO()
     Image.fromarray(smooth.astype(np.uint8)).save(file, "JPEG", quality=95, exif=exif)
     exact, fast = (
-        read(file.getvalue(), ImagesConfig(size=size, decoding=how)).astype(float) for how in ("exact", "fast")
+        load_image(file.getvalue(), ImagesConfig(size=size, decoding=how)).astype(float) for how in ("exact", "fast")
     )
     assert exact.shape == fast.shape == (3, *size)
     assert np.sqrt(((exact - fast) ** 2).mean()) < 2
 
 
 def test_fast_decoding_decodes_less(monkeypatch):
-    asked = []
+    calls = []
     draft = JpegImagePlugin.JpegImageFile.draft
     monkeypatch.setattr(
-        JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: asked.append(draft(image, mode, size))
+        JpegImagePlugin.JpegImageFile, "draft", lambda image, mode, size: calls.append(draft(image, mode, size))
     )
     file = io.BytesIO()
     Image.new("RGB", (1000, 800)).save(file, "JPEG")
-    read(file.getvalue(), ImagesConfig(size=(64, 64), decoding="fast"))
-    assert asked[0][1][2:] == (1000 / 8, 800 / 8)
+    load_image(file.getvalue(), ImagesConfig(size=(64, 64), decoding="fast"))
+    assert calls[0][1][2:] == (1000 / 8, 800 / 8)
 
 
-# The shape, by the header
+# The shape from the header
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
-def test_the_shape_is_that_of_the_image_as_it_is_shown(kind, orientation, tmp_path):
+def test_the_shape_is_that_of_the_displayed_image(kind, orientation, tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     content = encoded(Image.fromarray(noise(6, 4)), kind, exif=exif)
     with Image.open(io.BytesIO(content)) as image:
-        shown = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     (tmp_path / "a").write_bytes(content)
-    assert shape(content) == shape(tmp_path / "a") == (shown.height, shown.width)
+    assert image_shape(content) == image_shape(tmp_path / "a") == (upright.height, upright.width)
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:
@@ -328,23 +328,23 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts():
     exif[ORIENTATION] = 6
     plain = encoded(Image.fromarray(noise(6, 4)))
     late = plain[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + plain[-12:]
-    assert shape(plain) == (6, 4)
-    assert shape(late) == (4, 6)
-    assert read(late, config(4, 6)).shape == (3, 4, 6)
+    assert image_shape(plain) == (6, 4)
+    assert image_shape(late) == (4, 6)
+    assert load_image(late, config(4, 6)).shape == (3, 4, 6)
 
 
 def test_a_plain_png_is_not_decoded_for_its_shape(monkeypatch):
     content = encoded(Image.fromarray(noise(6, 4)))
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", None)
-    assert shape(content) == (6, 4)
+    assert image_shape(content) == (6, 4)
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_image_has_no_shape(data, tmp_path):
+def test_other_content_has_no_shape(data, tmp_path):
     with pytest.raises(InvalidSample, match=r"damaged|not an image"):
-        shape(data)
+        image_shape(data)
     with pytest.raises(InvalidSample):
-        shape(tmp_path / "gone.png")
+        image_shape(tmp_path / "gone.png")
 
 
 # Sixteen bits of colour, which Pillow cannot write
@@ -360,13 +360,13 @@ def test_sixteen_bits_of_colour_keep_their_range(channels):
     content = b"\x89PNG\r\n\x1a\n" + b"".join(
         png_chunk(kind, data) for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     )
-    found = read(content, config(5, 4)).transpose(1, 2, 0)
-    assert np.abs(found - values[..., :3] / 257).max() <= 1
+    pixels_read = load_image(content, config(5, 4)).transpose(1, 2, 0)
+    assert np.abs(pixels_read - values[..., :3] / 257).max() <= 1
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 def test_sixteen_bits_of_grey_in_a_tiff_of_either_byte_order(order):
     values = np.random.default_rng(0).integers(0, 65536, (4, 4)).astype(order)
     image = Image.frombytes("I;16" if order == "<u2" else "I;16B", (4, 4), values.tobytes())
-    found = read(encoded(image, "tiff"), config(4, channels=1))
-    assert np.abs(found[0] - values.astype(np.float64) / 257).max() <= 0.5
+    pixels_read = load_image(encoded(image, "tiff"), config(4, channels=1))
+    assert np.abs(pixels_read[0] - values.astype(np.float64) / 257).max() <= 0.5

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tessera.codecs import Codec
 from tessera.data import DigitsConfig
 from tessera.data.files import FilesConfig
-from tessera.data.latents import LatentsSource, facts, key, open_cache
+from tessera.data.latents import LatentsDataset, cache_key, cache_spec, open_cache
 from tessera.errors import TesseraError
 
 
@@ -41,11 +41,11 @@ DATA = DigitsConfig(split="judge")
 
 
 def lay_out(
-    folder: Path, counts=(5, 0, 9, 2), dtype=torch.float16, flip=False, config=DATA, codec=None, finished=True
+    folder: Path, counts=(5, 0, 9, 2), dtype=torch.float16, hflip=False, config=DATA, codec=None, finished=True
 ) -> Path:
     """A cache of random latents [4, 3, 5], laid out by hand."""
-    told = facts(config, codec or Named(), config.open()) | {"flip": flip, "dtype": str(dtype)[6:]}
-    home = folder / key(told)
+    told = cache_spec(config, codec or Named(), config.open()) | {"hflip": flip, "dtype": str(dtype)[6:]}
+    home = folder / cache_key(told)
     home.mkdir(parents=True)
     (home / "plan.json").write_text(json.dumps({"facts": told, "told": {"codec": "autoencoder x", "data": "digits"}}))
     draw, shards, labels, numbers = torch.Generator().manual_seed(0), [], [], []
@@ -67,8 +67,8 @@ def lay_out(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rows_are_those_of_the_shards_in_any_order(tmp_path, dtype):
-    home = lay_out(tmp_path, dtype=dtype, flip=True)
-    source = LatentsSource(home)
+    home = lay_out(tmp_path, dtype=dtype, hflip=True)
+    source = LatentsDataset(home)
     shards = [load_file(path) for path in sorted(home.glob("0*.safetensors"))]
     whole = torch.stack([torch.cat([shard[name] for shard in shards]) for name in ("latents", "mirrored")])
     draw = np.random.default_rng(0)
@@ -88,16 +88,16 @@ def test_rows_are_those_of_the_shards_in_any_order(tmp_path, dtype):
 @pytest.mark.parametrize("wrong", [-1, 16])
 def test_samples_that_are_not_there_are_an_error(tmp_path, wrong):
     with pytest.raises(IndexError):
-        LatentsSource(lay_out(tmp_path)).gather(np.array([3, wrong]), np.zeros(2, bool))
+        LatentsDataset(lay_out(tmp_path)).gather(np.array([3, wrong]), np.zeros(2, bool))
 
 
 def test_mirrored_latents_that_were_not_cached_are_an_error(tmp_path):
     with pytest.raises(IndexError):
-        LatentsSource(lay_out(tmp_path)).gather(np.array([3]), np.ones(1, bool))
+        LatentsDataset(lay_out(tmp_path)).gather(np.array([3]), np.ones(1, bool))
 
 
 def test_a_source_may_be_pickled(tmp_path):
-    source = LatentsSource(lay_out(tmp_path))
+    source = LatentsDataset(lay_out(tmp_path))
     indices, straight = np.array([15, 0, 5]), np.zeros(3, bool)
     before = source.gather(indices, straight)
     pickled = pickle.dumps(source)
@@ -107,7 +107,7 @@ def test_a_source_may_be_pickled(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="this system does not tell which files are open")
 def test_open_shards_hold_no_file_handles(tmp_path):
-    source = LatentsSource(lay_out(tmp_path, counts=(2,) * 200))
+    source = LatentsDataset(lay_out(tmp_path, counts=(2,) * 200))
     before = len(os.listdir("/proc/self/fd"))
     source.gather(np.arange(400), np.zeros(400, bool))
     assert len(source._maps) == 200
@@ -119,10 +119,10 @@ def test_a_shard_that_was_cut_short_is_refused(tmp_path):
     path = home / "000002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(TesseraError, match=r"000002\.safetensors is damaged: \d+ bytes of \d+; run the same"):
-        LatentsSource(home)
+        LatentsDataset(home)
     path.unlink()
     with pytest.raises(TesseraError, match=r"000002\.safetensors is damaged: no bytes"):
-        LatentsSource(home)
+        LatentsDataset(home)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"class_names": [], "statistics": {}, "shards": 3}'])
@@ -130,7 +130,7 @@ def test_a_damaged_cache_json_is_refused(tmp_path, content):
     home = lay_out(tmp_path)
     (home / "cache.json").write_text(content)
     with pytest.raises(TesseraError, match=r"cache\.json is damaged"):
-        LatentsSource(home)
+        LatentsDataset(home)
 
 
 # Which cache
@@ -144,7 +144,7 @@ def test_the_cache_of_this_data_and_codec_is_found_among_others(tmp_path):
 
 
 def test_a_cache_of_mirror_images_serves_without_them_but_not_the_other_way(tmp_path):
-    home = lay_out(tmp_path, flip=True)
+    home = lay_out(tmp_path, hflip=True)
     assert open_cache(tmp_path, DATA, Named(), DATA.open()).folder == home
 
 
@@ -174,7 +174,7 @@ def test_settings_of_images_that_differ_are_named(tmp_path):
     lay_out(tmp_path / "caches", config=config)
     for change, said in (
         ({"size": (4, 4)}, "images.size was [8, 8], is [4, 4]"),
-        ({"flip": True}, "flip was False, is True"),
+        ({"hflip": True}, "flip was False, is True"),
         ({"background": (0, 0, 0)}, "images.background was [255, 255, 255], is [0, 0, 0]"),
     ):
         with pytest.raises(TesseraError) as refused:

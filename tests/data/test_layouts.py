@@ -180,7 +180,7 @@ def test_a_tar_s_content_is_what_tarfile_takes_out(tmp_path):
     source = opened(path)
     with tarfile.open(path) as archive:
         truth = [archive.extractfile(member).read() for member in archive]
-    assert [source.content(i) for i in range(3)] == truth
+    assert [source.encoded(i) for i in range(3)] == truth
 
 
 def test_tars_read_as_the_web_dataset_of_datasets_does(tmp_path, monkeypatch):

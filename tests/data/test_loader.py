@@ -1,4 +1,4 @@
-"""The loader: the order is a pure function of (seed, position), whatever is damaged and however many read."""
+"""The loader: the order is a pure function of (seed, position), with any invalid samples and any number of threads."""
 
 import threading
 from itertools import islice
@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera.data import Loader
-from tessera.data import loader as loading
+from tessera.data import loader as loader_module
 from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 
 
 class Numbers:
-    """Sample i is a 1 x 1 picture of the number i, of class i mod 3."""
+    """Sample i is a 1 x 1 image with value i, of class i mod 3."""
 
     class_names = ("a", "b", "c")
 
-    def __init__(self, length: int, bad: tuple[int, ...] = ()) -> None:
-        self.length, self.bad = length, bad
+    def __init__(self, length: int, invalid: tuple[int, ...] = ()) -> None:
+        self.length, self.invalid = length, invalid
 
     def __len__(self) -> int:
         return self.length
@@ -33,49 +33,52 @@ class Numbers:
         return f"sample {index}"
 
     def pixels(self, index: int) -> np.ndarray:
-        if index in self.bad:
-            raise InvalidSample(f"bad luck {index}")
+        if index in self.invalid:
+            raise InvalidSample(f"unreadable {index}")
         return np.full((1, 1, 1), index, np.uint8)
 
 
-def seen(loader: Loader, count: int, position: int = 0) -> list[int]:
-    """The samples at `count` positions from one on."""
+def read_samples(loader: Loader, count: int, position: int = 0) -> list[int]:
+    """The samples at `count` positions from `position` on."""
     batches = loader.batches(position)
-    found = torch.cat([batch.pixels.flatten() for batch in islice(batches, -(-count // loader.batch))])
+    samples = torch.cat([batch.pixels.flatten() for batch in islice(batches, -(-count // loader.batch_size))])
     batches.close()
-    return found[:count].tolist()
+    return samples[:count].tolist()
 
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 60), batch=st.integers(1, 25), seed=st.integers(0, 2**40))
 def test_every_epoch_is_a_permutation(length, batch, seed):
-    order = seen(Loader(Numbers(length), batch, seed), 3 * length)
+    order = read_samples(Loader(Numbers(length), batch, seed), 3 * length)
     for epoch in range(3):
         assert sorted(order[epoch * length : (epoch + 1) * length]) == list(range(length))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    order = seen(Loader(Numbers(50), 10, seed=0), 100)
+def test_epochs_and_seeds_have_different_orders():
+    order = read_samples(Loader(Numbers(50), 10, seed=0), 100)
     assert order[:50] != order[50:]
     assert order[:50] != list(range(50))
-    assert order[:50] != seen(Loader(Numbers(50), 10, seed=1), 50)
+    assert order[:50] != read_samples(Loader(Numbers(50), 10, seed=1), 50)
 
 
 @settings(max_examples=30, deadline=None)
 @given(length=st.integers(1, 40), batch=st.integers(1, 15), position=st.integers(0, 200))
-def test_batches_from_a_position_are_those_reached_by_reading_from_the_start(length, batch, position):
-    loader = Loader(Numbers(length, bad=(3, 7)), batch, seed=5)
-    assert seen(Loader(Numbers(length, bad=(3, 7)), batch, 5), 60, position) == seen(loader, position + 60)[position:]
+def test_batches_from_a_position_equal_those_reached_from_the_start(length, batch, position):
+    loader = Loader(Numbers(length, invalid=(3, 7)), batch, seed=5)
+    assert (
+        read_samples(Loader(Numbers(length, invalid=(3, 7)), batch, 5), 60, position)
+        == read_samples(loader, position + 60)[position:]
+    )
 
 
-def test_the_order_does_not_depend_on_the_batch_or_the_workers():
-    expected = seen(Loader(Numbers(40), 8, seed=2, workers=1), 120)
+def test_the_order_does_not_depend_on_batch_size_or_workers():
+    expected = read_samples(Loader(Numbers(40), 8, seed=2, num_workers=1), 120)
     assert expected == Loader(Numbers(40), 120, seed=2).order.batch(0).tolist()
     for batch, workers in ((8, 2), (8, 7), (3, 2), (120, 4)):
-        assert seen(Loader(Numbers(40), batch, seed=2, workers=workers), 120) == expected
+        assert read_samples(Loader(Numbers(40), batch, seed=2, num_workers=workers), 120) == expected
 
 
-def test_a_batch_may_straddle_epochs_and_says_its_positions():
+def test_a_batch_may_span_epochs():
     loader = Loader(Numbers(10), 8, seed=0)
     batches = loader.batches(8)
     batch = next(batches)
@@ -89,50 +92,50 @@ def test_a_batch_may_straddle_epochs_and_says_its_positions():
 
 
 def test_a_batch_may_be_larger_than_the_data():
-    assert sorted(seen(Loader(Numbers(3), 10, seed=0), 9)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert sorted(read_samples(Loader(Numbers(3), 10, seed=0), 9)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_an_unusable_sample_is_replaced_by_the_next_usable_one_and_named():
-    bad = (2, 5, 6)
-    loader = Loader(Numbers(10, bad), 5, seed=0)
+def test_an_invalid_sample_is_replaced_by_the_next_valid_one_and_reported():
+    invalid = (2, 5, 6)
+    loader = Loader(Numbers(10, invalid), 5, seed=0)
     order = Loader(Numbers(10), 10, seed=0).order.batch(0).tolist()
     expected = []
-    for place in range(10):
-        while order[place % 10] in bad:
-            place += 1
-        expected.append(order[place % 10])
-    assert seen(loader, 10) == expected
-    assert loader.skipped == {f"sample {index}": f"bad luck {index}" for index in bad}
+    for index in range(10):
+        while order[index % 10] in invalid:
+            index += 1
+        expected.append(order[index % 10])
+    assert read_samples(loader, 10) == expected
+    assert loader.invalid_samples == {f"sample {index}": f"unreadable {index}" for index in invalid}
 
 
 def test_labels_follow_the_replacement():
-    loader = Loader(Numbers(10, bad=(2, 5, 6)), 10, seed=0)
-    batch = loader.read(0)
+    loader = Loader(Numbers(10, invalid=(2, 5, 6)), 10, seed=0)
+    batch = loader.load_batch(0)
     assert batch.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
 
 
 def test_replacements_do_not_depend_on_the_workers():
-    bad = tuple(range(0, 40, 3))
-    expected = seen(Loader(Numbers(40, bad), 8, seed=2, workers=1), 80)
-    assert seen(Loader(Numbers(40, bad), 8, seed=2, workers=5), 80) == expected
+    invalid = tuple(range(0, 40, 3))
+    expected = read_samples(Loader(Numbers(40, invalid), 8, seed=2, num_workers=1), 80)
+    assert read_samples(Loader(Numbers(40, invalid), 8, seed=2, num_workers=5), 80) == expected
 
 
-def test_all_unusable_is_one_error_with_a_reason():
-    batches = Loader(Numbers(10, bad=tuple(range(10))), 4, seed=0).batches()
-    with pytest.raises(TesseraError, match=r"no usable image among 10 of 10; the last, sample \d, is bad luck \d"):
+def test_a_data_set_without_a_valid_image_is_an_error():
+    batches = Loader(Numbers(10, invalid=tuple(range(10))), 4, seed=0).batches()
+    with pytest.raises(TesseraError, match=r"no valid image among 10 of 10; the last, sample \d: unreadable \d"):
         next(batches)
 
 
-def test_a_long_row_of_unusable_samples_ends_the_search():
-    batches = Loader(Numbers(250, bad=tuple(range(250))), 1, seed=0).batches()
-    with pytest.raises(TesseraError, match="no usable image among 200 of 250"):
+def test_the_search_for_a_valid_sample_is_limited():
+    batches = Loader(Numbers(250, invalid=tuple(range(250))), 1, seed=0).batches()
+    with pytest.raises(TesseraError, match="no valid image among 200 of 250"):
         next(batches)
 
 
-def test_an_error_in_a_thread_reaches_the_reader():
+def test_an_error_in_a_thread_is_raised_to_the_caller():
     class Broken(Numbers):
         def pixels(self, index: int) -> np.ndarray:
-            raise ZeroDivisionError("a bug, not a bad image")
+            raise ZeroDivisionError("a bug, not an invalid image")
 
     batches = Loader(Broken(10), 4, seed=0).batches()
     with pytest.raises(ZeroDivisionError):
@@ -141,7 +144,7 @@ def test_an_error_in_a_thread_reaches_the_reader():
 
 def test_closing_ends_the_threads():
     before = threading.active_count()
-    batches = Loader(Numbers(10), 4, seed=0, workers=4).batches()
+    batches = Loader(Numbers(10), 4, seed=0, num_workers=4).batches()
     next(batches)
     assert threading.active_count() > before
     batches.close()
@@ -149,23 +152,23 @@ def test_closing_ends_the_threads():
 
 
 class Counted(Numbers):
-    """Counts how often pixels are asked for."""
+    """Counts the calls of `pixels`."""
 
-    def __init__(self, length: int, bad: tuple[int, ...] = ()) -> None:
-        super().__init__(length, bad)
-        self.asked = 0
+    def __init__(self, length: int, invalid: tuple[int, ...] = ()) -> None:
+        super().__init__(length, invalid)
+        self.calls = 0
 
     def pixels(self, index: int) -> np.ndarray:
-        self.asked += 1
+        self.calls += 1
         return super().pixels(index)
 
 
-@pytest.mark.parametrize("bad", [(), (3, 7)])
-def test_a_small_data_set_is_read_once(monkeypatch, bad):
-    source = Counted(20, bad)
-    kept = seen(Loader(source, 4, seed=0, workers=1), 100)
-    assert 20 <= source.asked <= 20 + (len(bad) and 4 * 5)  # what cannot be used is tried again
-    monkeypatch.setattr(loading, "KEPT", 19)
-    anew = Counted(20, bad)
-    assert kept == seen(Loader(anew, 4, seed=0, workers=1), 100)
-    assert anew.asked >= 100
+@pytest.mark.parametrize("invalid", [(), (3, 7)])
+def test_a_small_data_set_is_read_once(monkeypatch, invalid):
+    source = Counted(20, invalid)
+    expected = read_samples(Loader(source, 4, seed=0, num_workers=1), 100)
+    assert 20 <= source.calls <= 20 + (len(invalid) and 4 * 5)  # invalid samples are tried again
+    monkeypatch.setattr(loader_module, "MEMORY_LIMIT", 19)
+    uncached = Counted(20, invalid)
+    assert expected == read_samples(Loader(uncached, 4, seed=0, num_workers=1), 100)
+    assert uncached.calls >= 100

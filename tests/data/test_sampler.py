@@ -1,4 +1,4 @@
-"""Orders: every sample as often as it should come, whatever the buckets, and no state but the position."""
+"""Sample orders: each sample occurs as often as it should, and the order has no state but the position."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera import randomness
-from tessera.data.sampler import STREAM, Bucketed, Shuffled
+from tessera.data.sampler import SAMPLE_STREAM, BucketedOrder, ShuffledOrder
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -19,71 +19,73 @@ def buckets_of(sizes: list[int]) -> np.ndarray:
 
 
 @given(length=st.integers(1, 50), batch=st.integers(1, 70), start=st.integers(0, 500))
-def test_shuffled_is_sample_p_mod_n_of_epoch_p_over_n(length, batch, start):
-    found = Shuffled(length, batch, seed=3).batch(start)
-    expected = [randomness.permutation(3, STREAM, p // length, length)[p % length] for p in range(start, start + batch)]
-    assert found.tolist() == torch.stack(expected).tolist()
+def test_position_p_holds_sample_p_mod_n_of_epoch_p_over_n(length, batch, start):
+    samples = ShuffledOrder(length, batch, seed=3).batch(start)
+    expected = [
+        randomness.permutation(3, SAMPLE_STREAM, p // length, length)[p % length] for p in range(start, start + batch)
+    ]
+    assert samples.tolist() == torch.stack(expected).tolist()
 
 
 @given(sizes=counts, batch=st.integers(1, 16), seed=st.integers(0, 2**40))
 @settings(deadline=None)
-def test_every_batch_is_of_one_bucket_and_every_sample_comes_once_a_round(sizes, batch, seed):
+def test_a_batch_has_one_bucket_and_a_sample_occurs_once_in_each_permutation(sizes, batch, seed):
     buckets = buckets_of(sizes)
-    order = Bucketed(buckets, batch, seed)
+    order = BucketedOrder(buckets, batch, seed)
     rows: dict[int, list[int]] = {bucket: [] for bucket in range(len(sizes))}
     slots = []
     for number in range(-(-3 * len(buckets) // batch)):
-        found, bucket = order.batch(number * batch), order.bucket(number * batch)
-        assert (buckets[found] == bucket).all()
+        samples, bucket = order.batch(number * batch), order.bucket(number * batch)
+        assert (buckets[samples] == bucket).all()
         slots.append(order._slot(number * batch))
-    # A bucket's batches, in their own order, are an endless row of shuffles.
+    # The batches of a bucket, in order, are an endless sequence of permutations.
     assert len(set(slots)) == len(slots)
     for bucket, size in enumerate(sizes):
         due = max((number for own, number in slots if own == bucket), default=-1) + 1
         for number in range(due):
-            rounds, places = divmod(np.arange(number * batch, (number + 1) * batch), size)
-            rows[bucket] += [int(order._round(bucket, int(r))[p]) for r, p in zip(rounds, places)]
+            rounds, offsets = divmod(np.arange(number * batch, (number + 1) * batch), size)
+            rows[bucket] += [int(order._permutation(bucket, int(r))[o]) for r, o in zip(rounds, offsets)]
         for whole in range(len(rows[bucket]) // size):
             assert sorted(rows[bucket][whole * size : (whole + 1) * size]) == np.flatnonzero(buckets == bucket).tolist()
 
 
 @given(sizes=counts, batch=st.integers(1, 16), epochs=st.integers(1, 6))
 @settings(deadline=None)
-def test_after_whole_epochs_every_bucket_has_had_its_share_to_half_a_batch(sizes, batch, epochs):
-    order = Bucketed(buckets_of(sizes), batch, seed=0)
+def test_after_whole_epochs_each_bucket_is_within_half_a_batch_of_its_proportion(sizes, batch, epochs):
+    order = BucketedOrder(buckets_of(sizes), batch, seed=0)
     due = order._due(epochs)
     assert (abs(due * batch - epochs * np.array(sizes)) <= batch / 2).all()
-    had = Counter(order.bucket(number * batch) for number in range(due.sum()))
-    assert [had[bucket] for bucket in range(len(sizes))] == due.tolist()
+    counts_by_bucket = Counter(order.bucket(number * batch) for number in range(due.sum()))
+    assert [counts_by_bucket[bucket] for bucket in range(len(sizes))] == due.tolist()
 
 
-def test_over_as_many_epochs_as_a_batch_has_samples_every_sample_comes_equally_often():
-    """Then each bucket has had exactly as many batches as it has samples."""
+def test_over_as_many_epochs_as_a_batch_has_samples_each_sample_occurs_equally_often():
+    """Each bucket then had exactly as many batches as it has samples."""
     sizes, batch = [7, 3, 12], 5
-    order = Bucketed(buckets_of(sizes), batch, seed=1)
-    seen = Counter()
+    order = BucketedOrder(buckets_of(sizes), batch, seed=1)
+    occurrences = Counter()
     for number in range(sum(sizes)):
-        seen.update(order.batch(number * batch).tolist())
-    assert len(seen) == sum(sizes)
-    # every due date lies half a batch before the whole number, so none is left over
-    assert set(seen.values()) == {batch}
+        occurrences.update(order.batch(number * batch).tolist())
+    assert len(occurrences) == sum(sizes)
+
+    assert set(occurrences.values()) == {batch}
 
 
-def test_any_place_is_found_without_what_came_before():
+def test_a_batch_does_not_depend_on_the_batches_read_before():
     sizes, batch = [50, 8, 30, 1], 4
     far = 40 * sum(sizes) // batch * batch
-    walked = Bucketed(buckets_of(sizes), batch, seed=9)
+    sequential = BucketedOrder(buckets_of(sizes), batch, seed=9)
     for start in range(0, far, batch):
-        before = walked.batch(start)
-    assert before.tolist() == Bucketed(buckets_of(sizes), batch, seed=9).batch(far - batch).tolist()
+        last = sequential.batch(start)
+    assert last.tolist() == BucketedOrder(buckets_of(sizes), batch, seed=9).batch(far - batch).tolist()
 
 
-def test_stand_ins_are_the_rest_of_the_same_bucket():
+def test_replacements_are_the_rest_of_the_same_bucket():
     buckets = buckets_of([6, 9])
-    order = Bucketed(buckets, 4, seed=0)
+    order = BucketedOrder(buckets, 4, seed=0)
     for start in range(0, 60, 4):
         batch = order.batch(start)
         for offset in range(4):
-            found = list(order.candidates(start, offset))
-            assert found[0] == batch[offset]
-            assert sorted(found) == np.flatnonzero(buckets == order.bucket(start)).tolist()
+            samples = list(order.candidates(start, offset))
+            assert samples[0] == batch[offset]
+            assert sorted(samples) == np.flatnonzero(buckets == order.bucket(start)).tolist()

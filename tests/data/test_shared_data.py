@@ -26,10 +26,10 @@ def test_cifar10_opens_with_ten_classes():
     assert len(source) == 10_000
     assert source.class_names == CIFAR10
     loader = Loader(source, 64, seed=0)
-    batch = loader.read(0)
+    batch = loader.load_batch(0)
     assert batch.pixels.shape == (64, 3, 32, 32)
     assert len(set(batch.label.tolist())) > 5
-    assert not loader.skipped
+    assert not loader.invalid_samples
 
 
 def test_emoji_open_by_the_name_of_their_group():
@@ -59,4 +59,4 @@ def test_tiles_open_as_nested_class_folders_and_all_are_usable(tmp_path):
     loader = Loader(source, 256, seed=0)
     for batch in islice(loader.batches(), 4):
         assert batch.pixels.shape == (256, 3, 32, 32)
-    assert not loader.skipped
+    assert not loader.invalid_samples

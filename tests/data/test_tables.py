@@ -301,12 +301,12 @@ def test_large_files_are_unpacked_once_and_read_alike(tmp_path, monkeypatch, cap
         mapped = opened(path)
         assert said in capfd.readouterr().err if said else not capfd.readouterr().err
         for row in (39, 0, 22, 10, 11):
-            assert mapped.content(row) == held.content(row) == table["image"][row]["bytes"].as_py()
+            assert mapped.encoded(row) == held.encoded(row) == table["image"][row]["bytes"].as_py()
         with pytest.raises(InvalidSample, match="no image bytes"):
-            mapped.content(7)
+            mapped.encoded(7)
     assert len(list((tmp_path / "caches/tables").glob("*.arrow"))) == 1
     parquet.write_table(table.slice(20), path)  # another file of the same name
-    assert opened(path).content(0) == table["image"][20]["bytes"].as_py()
+    assert opened(path).encoded(0) == table["image"][20]["bytes"].as_py()
 
 
 def test_a_row_may_name_a_file_instead(tmp_path):
@@ -314,9 +314,9 @@ def test_a_row_may_name_a_file_instead(tmp_path):
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     images = arrow.array([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}], kind)
     source = opened(put(tmp_path / "a.parquet", image=images))
-    assert source.content(0) == tmp_path / "a.png"
+    assert source.encoded(0) == tmp_path / "a.png"
     with pytest.raises(InvalidSample, match="no image bytes"):
-        source.content(1)
+        source.encoded(1)
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])

@@ -17,7 +17,7 @@ from tessera.data.check import findings, page, scan
 from tessera.data.check.findings import Finding, ScanResult
 from tessera.data.check.non_samples import find_non_samples
 from tessera.data.check.scan import WHOLE, ScanShard
-from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.resolve import EMBEDDED, resolve_data
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, atomic_file, atomic_write, exclusive_lock
@@ -33,17 +33,17 @@ class CheckRequest:
 
     data: str
     folder: Path
-    against: str | None = None
+    reference: str | None = None
     size: tuple[int, int] | None = None
 
     @cached_property
-    def source(self) -> tuple[FilesSource, str]:
+    def source(self) -> tuple[FilesDataset, str]:
         """The data set, and why it could not be opened as it is, if it is not in good order. Raises TesseraError."""
-        return findings.opened(_config(self.data, self.size))
+        return findings.open_any(_config(self.data, self.size))
 
     @cached_property
-    def other(self) -> FilesSource | None:
-        return None if self.against is None else findings.opened(_config(self.against, self.size))[0]
+    def other(self) -> FilesDataset | None:
+        return None if self.reference is None else findings.open_any(_config(self.reference, self.size))[0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class CheckResult:
 
 
 def _config(told: str, size: tuple[int, int] | None) -> FilesConfig:
-    config = resolve_data(told, size or findings.UNSAID)
+    config = resolve_data(told, size or findings.NO_SIZE)
     if not isinstance(config, FilesConfig):
         raise TesseraError(f"{told}: embedded data ({', '.join(EMBEDDED)}) has no files to check; give a path")
     return config
@@ -66,31 +66,31 @@ def scan_data(
     asked: CheckRequest, workers: int = 1, shard: ScanShard = WHOLE, progress: Progress | None = None
 ) -> None:
     """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
-    for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.against}")):
+    for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.reference}")):
         if source is not None:
-            scan.make(source, asked.folder / name, workers, shard, progress(what) if progress else None)
+            scan.scan(source, asked.folder / name, workers, shard, progress(what) if progress else None)
 
 
 def report_findings(
-    asked: CheckRequest, drop: Sequence[str] = findings.DROPPED, command: str = "", apply: Path | None = None
+    asked: CheckRequest, exclude: Sequence[str] = findings.EXCLUDED, command: str = "", write_index: Path | None = None
 ) -> CheckResult:
     """Read all parts and write decisions, findings and report into the folder, and an index of what is kept to `apply`.
 
     drop: kinds of findings. Raises TesseraError if parts are missing or something cannot be written.
     """
     source, disorder = asked.source
-    dropped = findings.droppable(drop)
+    dropped = findings.excluded_kinds(exclude)
     with exclusive_lock(asked.folder):
         for partial in asked.folder.glob(f"parts*/*{PARTIAL}"):  # of processes that were killed
             partial.unlink(missing_ok=True)
         survey = ScanResult(
             source,
-            scan.gathered(source, asked.folder / PARTS),
+            scan.read_parts(source, asked.folder / PARTS),
             sorted(find_non_samples(source), key=lambda stray: (stray.kind, stray.name)),
             asked.data,
             disorder,
-            None if asked.other is None else scan.gathered(asked.other, asked.folder / AGAINST),
-            asked.against or "",
+            None if asked.other is None else scan.read_parts(asked.other, asked.folder / AGAINST),
+            asked.reference or "",
         )
         found = findings.findings(survey)
         keep, reasons = findings.decisions(found, dropped, len(source))
@@ -99,17 +99,17 @@ def report_findings(
             file.writelines(_decisions(survey, keep, reasons))
         atomic_write(asked.folder / FINDINGS, as_json(checked))
         atomic_write(asked.folder / REPORT, page.page(survey, found, keep, command))
-        if apply is not None:
+        if write_index is not None:
             if not keep.any():
                 raise TesseraError(f"nothing would be kept of {asked.data}: see {asked.folder / REPORT}, or drop less")
-            index.write(findings.kept(survey, keep), apply)
+            index.write(findings.index_of(survey, keep), write_index)
     return checked
 
 
 def _decisions(survey: ScanResult, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
     """One line for each sample, then one for each thing that is none."""
     row = 0
-    for chunk in survey.seen["name"].chunks:
+    for chunk in survey.stats["name"].chunks:
         for name in chunk.to_pylist():
             told = {"name": name, "keep": bool(keep[row]), "reasons": reasons.get(row, [])}
             yield json.dumps(told, ensure_ascii=False) + "\n"

@@ -22,10 +22,10 @@ from tessera.data import index
 from tessera.data.check import similarity
 from tessera.data.check.non_samples import NonSample, StrayKind
 from tessera.data.check.scan import CELLS, FAULTS
-from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.index import arrow, compute
 from tessera.errors import TesseraError
-from tessera.settings import unknown
+from tessera.settings import unknown_name
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,13 +38,13 @@ BLANK, FAINT = 2, 16  # of 255: the widest range of a channel
 PLAIN = 0.99  # share of the area that is of one colour
 FEW = 20  # images of a class
 IMBALANCE = 10.0  # the largest class over the smallest
-UNSAID = (1, 1)  # the size of a data set that nobody says what it is to be trained at
+NO_SIZE = (1, 1)  # the size of a data set that nobody says what it is to be trained at
 NAMED = 8  # names in the line of a finding
 
 CORRUPT = tuple(fault.replace(" ", "-") for fault in FAULTS)
-DROPPED = ("corrupt", "duplicates", "leaks")  # unless the command says otherwise
+EXCLUDED = ("corrupt", "duplicates", "leaks")  # unless the command says otherwise
 # What can be said of a single sample, and so be dropped.
-OF_SAMPLES = (
+SAMPLE_KINDS = (
     *("conflicts", "leaks", "duplicates", "near-duplicates", "near-leaks", "loose-images", "small", "extreme-aspect"),
     *("blank", "invisible", "low-information", "missing-captions", "empty-captions", "animated", "transparent"),
     *("sixteen-bit", "cmyk", "rotated", "wrong-endings"),
@@ -57,7 +57,7 @@ class Finding:
 
     kind: str
     severity: Severity
-    what: str
+    message: str
     advice: tuple[str, ...] = ()
     samples: tuple[int, ...] = ()  # rows, in order
     groups: tuple[tuple[int, ...], ...] = ()  # rows that belong together, the one to keep first
@@ -73,22 +73,22 @@ class Finding:
 class ScanResult:
     """Everything that was seen. seen: the table of `seen.gathered`; path: as the user told it."""
 
-    source: FilesSource
-    seen: "pyarrow.Table"
-    strays: Sequence[NonSample] = ()
+    source: FilesDataset
+    stats: "pyarrow.Table"
+    non_samples: Sequence[NonSample] = ()
     path: str = "PATH"
-    disorder: str = ""  # why the data set could not be opened as it is
-    against: "pyarrow.Table | None" = None
-    against_path: str = ""
+    layout_error: str = ""  # why the data set could not be opened as it is
+    reference: "pyarrow.Table | None" = None
+    reference_path: str = ""
 
     def column(self, name: str) -> np.ndarray:
         """A column of what was seen, [N]; texts come as objects."""
-        return self.seen[name].to_numpy()
+        return self.stats[name].to_numpy()
 
     @functools.cached_property
     def usable(self) -> np.ndarray:
         """Which samples are images that can be read, bool [N]."""
-        return usable(self.seen)
+        return usable(self.stats)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -96,7 +96,7 @@ class ScanResult:
         return self.source.labels
 
     def name(self, row: int) -> str:
-        return self.seen["name"][row].as_py()
+        return self.stats["name"][row].as_py()
 
     def where(self, told: np.ndarray) -> tuple[int, ...]:
         """The rows of usable samples of which something is true, bool [N]."""
@@ -105,15 +105,15 @@ class ScanResult:
     @functools.cached_property
     def first_copy(self) -> np.ndarray:
         """The first usable sample of the same bytes, int64 [N]; of one alone, or unusable, itself."""
-        return first_of_same(digests(self.seen), self.usable)
+        return first_of_same(digests(self.stats), self.usable)
 
     @functools.cached_property
     def leader(self) -> np.ndarray:
         """The first sample that looks alike, int64 [N], among different files with contrast."""
-        own = np.arange(len(self.seen))
-        rows = np.flatnonzero(distinct(self.seen) & (self.first_copy == own))
+        own = np.arange(len(self.stats))
+        rows = np.flatnonzero(distinct(self.stats) & (self.first_copy == own))
         found = own.copy()
-        found[rows] = rows[similarity.leaders(self.column("hash")[rows], colours(self.seen)[rows])]
+        found[rows] = rows[similarity.leaders(self.column("hash")[rows], colours(self.stats)[rows])]
         return found
 
     @property
@@ -122,9 +122,9 @@ class ScanResult:
 
     def drop(self, kind: str) -> str:
         """The command that writes an index without samples of a kind."""
-        words = DROPPED if kind in DROPPED else (*DROPPED, kind)
-        told = "" if kind in DROPPED else f" --drop {','.join(words)}"
-        against = f" --against {shlex.quote(self.against_path)}" if self.against_path else ""
+        words = EXCLUDED if kind in EXCLUDED else (*EXCLUDED, kind)
+        told = "" if kind in EXCLUDED else f" --drop {','.join(words)}"
+        against = f" --against {shlex.quote(self.reference_path)}" if self.reference_path else ""
         return f"{self.command}{against}{told} --apply kept.parquet, then data.path=kept.parquet"
 
 
@@ -174,7 +174,7 @@ def groups_of(leader: np.ndarray) -> tuple[tuple[int, ...], ...]:
 # The data set as it lies there
 
 
-def opened(config: FilesConfig) -> tuple[FilesSource, str]:
+def open_any(config: FilesConfig) -> tuple[FilesDataset, str]:
     """The data set however untidy it is, and why it could not be opened as it is.
 
     Loose images beside class folders have no class; a single class folder is a class. Raises TesseraError.
@@ -191,7 +191,7 @@ def opened(config: FilesConfig) -> tuple[FilesSource, str]:
     raise first
 
 
-def _by_folder(source: FilesSource) -> FilesSource:
+def _by_folder(source: FilesDataset) -> FilesDataset:
     """With the first level of folders as classes where there is one, whatever else lies beside it."""
     table = source.table
     if table["offset"].null_count < len(table) or source.config.classes != "none":
@@ -201,7 +201,7 @@ def _by_folder(source: FilesSource) -> FilesSource:
     number: dict[str | None, int | None] = {name: place for place, name in enumerate(names)}
     labels = arrow().array([number.get(name) for name in folders], "int32")
     table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    return FilesSource(source.config, index.with_facts(table, source.root, names))
+    return FilesDataset(source.config, index.with_metadata(table, source.root, names))
 
 
 # Rules
@@ -213,7 +213,7 @@ Rule = Callable[[ScanResult], Iterator[Finding]]
 def findings(survey: ScanResult) -> list[Finding]:
     """All that is true and worth knowing, the grave first."""
     found = [
-        replace(finding, what=_of_one(finding.what)) for rule in RULES for finding in rule(survey) if finding.count
+        replace(finding, what=_of_one(finding.message)) for rule in RULES for finding in rule(survey) if finding.count
     ]
     order = ("wrong", "doubtful", "note")
     return sorted(found, key=lambda finding: order.index(finding.severity))
@@ -232,10 +232,10 @@ FAULT_ADVICE = {
 
 
 def faults(survey: ScanResult) -> Iterator[Finding]:
-    told, detail = survey.column("fault"), survey.seen["detail"]
+    told, detail = survey.column("fault"), survey.stats["detail"]
     for fault in FAULTS:
         rows = tuple(np.flatnonzero(told == fault).tolist())
-        others = [stray for stray in survey.strays if stray.kind == fault.replace(" ", "-")]
+        others = [stray for stray in survey.non_samples if stray.kind == fault.replace(" ", "-")]
         count = len(rows) + len(others)
         if not count:
             continue
@@ -321,18 +321,18 @@ def near_duplicates(survey: ScanResult) -> Iterator[Finding]:
 
 
 def leaks(survey: ScanResult) -> Iterator[Finding]:
-    other = survey.against
+    other = survey.reference
     if other is None:
         return
-    count = len(survey.seen)
-    both = np.concatenate((digests(survey.seen), digests(other)))
+    count = len(survey.stats)
+    both = np.concatenate((digests(survey.stats), digests(other)))
     among = np.concatenate((survey.usable, usable(other)))
     order = np.r_[np.arange(len(other)) + count, np.arange(count)]  # the other set first, so that its rows are found
     place = first_of_same(both[order], among[order])
     exact = place[len(other) :]
     rows = np.flatnonzero(survey.usable & (exact < len(other)))
     names = other["name"]
-    where = survey.against_path
+    where = survey.reference_path
     yield Finding(
         "leaks",
         "wrong",
@@ -359,9 +359,9 @@ def leaks(survey: ScanResult) -> Iterator[Finding]:
 
 def _near_across(survey: ScanResult, other: "pyarrow.Table") -> dict[int, int]:
     """Rows here that look like one there, by the first such row there."""
-    ours, theirs = np.flatnonzero(distinct(survey.seen)), np.flatnonzero(distinct(other))
+    ours, theirs = np.flatnonzero(distinct(survey.stats)), np.flatnonzero(distinct(other))
     hashes = np.concatenate((survey.column("hash")[ours], other["hash"].to_numpy()[theirs]))
-    looks = np.concatenate((colours(survey.seen)[ours], colours(other)[theirs]))
+    looks = np.concatenate((colours(survey.stats)[ours], colours(other)[theirs]))
     # Of the same hash and the same colours one is enough here and there, so that a thousand copies are one pair.
     key = np.concatenate((hashes[:, None], looks.view(np.uint64)), axis=1)
     side = np.arange(len(hashes)) >= len(ours)
@@ -379,7 +379,7 @@ def sizes(survey: ScanResult) -> Iterator[Finding]:
     height, width = survey.column("height"), survey.column("width")
     shorter, longer = np.minimum(height, width), np.maximum(height, width)
     asked = survey.source.config
-    if asked.size != UNSAID and not asked.upscale:
+    if asked.size != NO_SIZE and not asked.upscale:
         rows = survey.where((height < asked.size[0]) | (width < asked.size[1]))
         why = f"are smaller than {asked.size[0]} x {asked.size[1]}, and training skips them"
     else:
@@ -479,7 +479,7 @@ def formats(survey: ScanResult) -> Iterator[Finding]:
     )
     wrong = {}
     if survey.source.table["offset"].null_count:  # files with names of their own
-        told = survey.seen.select(["name", "format"]).filter(survey.seen["fault"].is_null())
+        told = survey.stats.select(["name", "format"]).filter(survey.stats["fault"].is_null())
         rows = iter(survey.where(survey.usable))
         for batch in told.to_batches():
             for name, kind in zip(batch["name"].to_pylist(), batch["format"].to_pylist()):
@@ -631,7 +631,7 @@ def _another(path: str) -> str:
 def others(survey: ScanResult) -> Iterator[Finding]:
     path = shlex.quote(survey.path)
     of = functools.partial(_of_strays, survey)
-    archives = [stray.name for stray in survey.strays if stray.kind == "archives"]
+    archives = [stray.name for stray in survey.non_samples if stray.kind == "archives"]
     yield from of("misnamed-images", "doubtful", "hold an image, which the name does not say: passed over",
                   "give them the ending of their format, such as .png or .jpg")  # fmt: skip
     yield from of("archives", "doubtful", "hold packed content, which is not looked at",
@@ -643,7 +643,7 @@ def others(survey: ScanResult) -> Iterator[Finding]:
 
 
 def _of_strays(survey: ScanResult, kind: StrayKind, severity: Severity, what: str, advice: str) -> Iterator[Finding]:
-    found = [_told(stray) for stray in survey.strays if stray.kind == kind]
+    found = [_told(stray) for stray in survey.non_samples if stray.kind == kind]
     things = _files(len(found)).replace("file", "folder" if kind == "empty-folders" else "file")
     yield Finding(kind, severity, f"{things} {what}", (advice,), names=tuple(found))
 
@@ -682,16 +682,16 @@ def _apart(left: int, right: int) -> str:
 # Decisions
 
 
-def droppable(words: Sequence[str]) -> tuple[str, ...]:
+def excluded_kinds(words: Sequence[str]) -> tuple[str, ...]:
     """Kinds of findings whose samples are dropped; `corrupt` is everything that cannot be read. Raises TesseraError."""
     found: list[str] = []
     for word in words:
         if word == "corrupt":
             found += CORRUPT
-        elif word in OF_SAMPLES or word in CORRUPT:
+        elif word in SAMPLE_KINDS or word in CORRUPT:
             found.append(word)
         else:
-            raise TesseraError(f"--drop: {unknown('kind', word, ['corrupt', *OF_SAMPLES, *CORRUPT])}")
+            raise TesseraError(f"--drop: {unknown_name('kind', word, ['corrupt', *SAMPLE_KINDS, *CORRUPT])}")
     return tuple(found)
 
 
@@ -711,10 +711,10 @@ def decisions(found: Sequence[Finding], drop: Sequence[str], count: int) -> tupl
     return keep, reasons
 
 
-def kept(survey: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
+def index_of(survey: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
     """The index of the samples that are kept, with what was measured of them. keep: bool [N]"""
     pa = arrow()
-    table, digest = survey.source.table, survey.seen["digest"].to_pylist()
+    table, digest = survey.source.table, survey.stats["digest"].to_pylist()
     for name, values in {
         "height": pa.array(survey.column("height"), "int32", mask=~survey.usable),
         "width": pa.array(survey.column("width"), "int32", mask=~survey.usable),

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from tessera.data import index
-from tessera.data.files import FilesSource
+from tessera.data.files import FilesDataset
 
 StrayKind = Literal[
     "hidden-files",
@@ -25,7 +25,7 @@ StrayKind = Literal[
 
 PACKED = {".zip", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".tar", ".zst"}
 BESIDE = {".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".yaml", ".yml", ".cls", ".html", ".xml"}
-BESIDE |= set(index.TABLES)
+BESIDE |= set(index.TABLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class NonSample:
     detail: str = ""
 
 
-def find_non_samples(source: FilesSource) -> Iterator[NonSample]:
+def find_non_samples(source: FilesDataset) -> Iterator[NonSample]:
     """Everything below the folders of a data set that gives it no sample, but files that usually lie beside images."""
     taken = _Names(source)
     for told in source.config.paths:
@@ -47,7 +47,7 @@ def find_non_samples(source: FilesSource) -> Iterator[NonSample]:
 class _Names:
     """Which paths are samples, and which have a sample of their name beside them: by hash, 8 bytes for each."""
 
-    def __init__(self, source: FilesSource) -> None:
+    def __init__(self, source: FilesDataset) -> None:
         paths = source.table["path"].unique().to_pylist()
         self.paths = np.sort(np.fromiter((hash(path) for path in paths), np.int64, len(paths)))
         self.stems = np.sort(np.fromiter((hash(os.path.splitext(path)[0]) for path in paths), np.int64, len(paths)))
@@ -68,7 +68,7 @@ def _holds(hashes: np.ndarray, name: str) -> bool:
     return bool(place < len(hashes) and hashes[place] == hash(name))
 
 
-def _below(root: Path, source: FilesSource, taken: _Names) -> Iterator[NonSample]:
+def _below(root: Path, source: FilesDataset, taken: _Names) -> Iterator[NonSample]:
     for folder, folders, names in os.walk(root, followlinks=True, onerror=None):
         here = os.path.realpath(folder)
         prefix = os.path.relpath(folder, source.root)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from tessera.data.check.findings import Finding, ScanResult
-from tessera.data.files import FilesSource
+from tessera.data.files import FilesDataset
 from tessera.data.images import InvalidSample, flatten
 from tessera.reporting import charts
 from tessera.reporting import page as page_html
@@ -100,7 +100,7 @@ def _chart(title: str, told: Sequence[tuple[str, float]]) -> str:
 def _section(survey: ScanResult, finding: Finding) -> str:
     parts = [
         f'<h2><span class="{finding.severity}">{finding.severity}</span> {html.escape(finding.kind)}</h2>',
-        f"<p>{html.escape(finding.what)}.</p>",
+        f"<p>{html.escape(finding.message)}.</p>",
         "".join(f"<pre>{html.escape(line)}</pre>" for line in finding.advice),
     ]
     if finding.groups:
@@ -138,10 +138,10 @@ def thumbnail(survey: ScanResult, row: int, about: str = "") -> Thumbnail:
     return Thumbnail(survey.name(row), small_picture(survey.source, row), about)
 
 
-def small_picture(source: FilesSource, row: int) -> bytes | None:
+def small_picture(source: FilesDataset, row: int) -> bytes | None:
     """A sample as a PNG of at most SIDE pixels a side, as training sees it; None if it cannot be decoded."""
     try:
-        content = source.content(row)
+        content = source.encoded(row)
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             image.draft("RGB", (2 * SIDE, 2 * SIDE))
             shown = flatten(ImageOps.exif_transpose(image), source.config).convert("RGB")

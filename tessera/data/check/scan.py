@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tessera.data.check import similarity
-from tessera.data.files import FilesSource
-from tessera.data.images import ORIENTATION, ImagesConfig, InvalidSample, flatten
+from tessera.data.files import FilesDataset
+from tessera.data.images import ORIENTATION_TAG, ImagesConfig, InvalidSample, flatten
 from tessera.data.index import arrow
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, fsync
@@ -62,12 +62,12 @@ class SampleStats:
     bits: int = 8  # of a channel in the file
     orientation: int = 1  # of EXIF
     animated: bool = False
-    transparent: float = 0.0  # share of the pixels that are not opaque
+    transparent_fraction: float = 0.0  # share of the pixels that are not opaque
     contrast: int = 0  # of 255: the widest range of a channel, on the background
-    own_contrast: int = 0  # the same of the pixels that can be seen, whatever the background
-    commonest: float = 0.0  # share of the area that is of one colour
+    visible_contrast: int = 0  # the same of the pixels that can be seen, whatever the background
+    max_color_fraction: float = 0.0  # share of the area that is of one colour
     hash: int = 0  # perceptual
-    colours: bytes = b"\0" * (3 * CELLS**2)  # of CELLS x CELLS cells, RGB
+    color_grid: bytes = b"\0" * (3 * CELLS**2)  # of CELLS x CELLS cells, RGB
 
 
 ARROW = {str: "string", int: "int64", bool: "bool_", float: "float32", bytes: "binary"}
@@ -129,27 +129,27 @@ def _measure(seen: SampleStats, image: Image.Image, data: bytes, config: ImagesC
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         image.draft(image.mode, (4 * SMALL_PICTURE, 4 * SMALL_PICTURE))  # every byte is decoded all the same
     image.load()
-    seen.orientation = image.getexif().get(ORIENTATION, 1)
+    seen.orientation = image.getexif().get(ORIENTATION_TAG, 1)
     turned = ImageOps.exif_transpose(image)
     sideways = image.size[0] != image.size[1] and turned.size == image.size[::-1]
     seen.height, seen.width = (width, height) if sideways else (height, width)
 
     flat = flatten(turned, config).convert("RGB")
-    seen.contrast = seen.own_contrast = _contrast(flat)
+    seen.contrast = seen.visible_contrast = _contrast(flat)
     if "A" in turned.mode or "a" in turned.mode or "transparency" in turned.info:
         clear = turned.convert("RGBA")
         alpha = np.asarray(clear.getchannel("A"))
         if not (alpha == 255).all():
-            seen.transparent = float((alpha < 255).mean())
+            seen.transparent_fraction = float((alpha < 255).mean())
             # Against black and against white: what has contrast on neither cannot be seen at all.
-            seen.own_contrast = max(_contrast(_on(clear, level)) for level in (0, 255))
+            seen.visible_contrast = max(_contrast(_on(clear, level)) for level in (0, 255))
     scale = min(1.0, SMALL_PICTURE / max(flat.size))
     smaller = (max(round(flat.width * scale), 1), max(round(flat.height * scale), 1))
-    seen.commonest = _commonest(np.asarray(flat if scale == 1 else flat.resize(smaller, Image.Resampling.BOX)))
+    seen.max_color_fraction = _commonest(np.asarray(flat if scale == 1 else flat.resize(smaller, Image.Resampling.BOX)))
     seen.hash = similarity.perceptual_hash(
         np.asarray(flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX))
     )
-    seen.colours = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+    seen.color_grid = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
 def _on(image: Image.Image, level: int) -> Image.Image:
@@ -237,7 +237,7 @@ class ScanShard:
 WHOLE = ScanShard()
 
 
-def parts(source: FilesSource) -> int:
+def parts(source: FilesDataset) -> int:
     return -(-len(source) // PART)
 
 
@@ -245,7 +245,7 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f"part-{part:06d}.arrow"
 
 
-def part_key(source: FilesSource, part: int) -> str:
+def part_key(source: FilesDataset, part: int) -> str:
     """A hash of which samples a part holds, of their files as they are now, and of what decides how they are seen."""
     rows = source.table.select(["path", "offset", "length"]).slice(part * PART, PART)
     paths = rows["path"].to_pylist()
@@ -263,8 +263,8 @@ def _state(path: Path) -> tuple[int, ...]:
     return told.st_size, told.st_mtime_ns, told.st_mode
 
 
-def make(
-    source: FilesSource,
+def scan(
+    source: FilesDataset,
     folder: Path,
     workers: int = 1,
     shard: ScanShard = WHOLE,
@@ -291,7 +291,7 @@ def make(
 
 
 def _made(
-    source: FilesSource, folder: Path, missing: Sequence[int], keys: dict[int, str], workers: int
+    source: FilesDataset, folder: Path, missing: Sequence[int], keys: dict[int, str], workers: int
 ) -> Iterator[int]:
     """Make parts, and say of each how many samples it has."""
     if not missing:
@@ -342,10 +342,10 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-_here: tuple[FilesSource, Path]  # of a process of the pool
+_here: tuple[FilesDataset, Path]  # of a process of the pool
 
 
-def _begin(source: FilesSource, folder: Path) -> None:
+def _begin(source: FilesDataset, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global _here
     _here = source, folder
@@ -355,7 +355,7 @@ def _make_part_here(part: int, key: str) -> int:
     return _make_part(*_here, part, key)
 
 
-def _make_part(source: FilesSource, folder: Path, part: int, key: str) -> int:
+def _make_part(source: FilesDataset, folder: Path, part: int, key: str) -> int:
     """Look at the samples of a part and write it, whole or not at all; how many there are."""
     pa = arrow()
     rows = range(part * PART, min((part + 1) * PART, len(source)))
@@ -375,17 +375,17 @@ def _make_part(source: FilesSource, folder: Path, part: int, key: str) -> int:
     return len(rows)
 
 
-def _look_at(source: FilesSource, row: int) -> SampleStats:
+def _look_at(source: FilesDataset, row: int) -> SampleStats:
     name = short_name(source, row)
     try:
-        content = source.content(row)
+        content = source.encoded(row)
     except InvalidSample as fault:
         told = str(fault)
         return _failed(SampleStats(name), "empty" if told == "holds no image bytes" else "damaged", told)
     return measure_sample(content, name, source.config)
 
 
-def short_name(source: FilesSource, row: int) -> str:
+def short_name(source: FilesDataset, row: int) -> str:
     """The name of a sample from the root of its data set, in letters that every file can hold."""
     name = source.name(row).removeprefix(str(source.root) + os.sep)
     return name.encode("utf-8", "backslashreplace").decode()
@@ -401,7 +401,7 @@ def _key_of(path: Path) -> str | None:
         return None
 
 
-def gathered(source: FilesSource, folder: Path) -> "pyarrow.Table":
+def read_parts(source: FilesDataset, folder: Path) -> "pyarrow.Table":
     """All parts as one table of what was seen, memory-mapped, in the order of the samples.
 
     Raises TesseraError if parts are missing, or of files that have changed.
