@@ -114,8 +114,8 @@ def _commands(command: Any, name: str) -> Iterator[str]:
             label = ", ".join(words) if words else (parameter.metavar or parameter.name.upper())
             text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
             default = parameter.default
-            shown = "" if default in (None, False, ()) or callable(default) else f" (default `{default}`)"
-            yield f"| `{label}` | {text}{shown} |"
+            suffix = "" if default in (None, False, ()) or callable(default) else f" (default `{default}`)"
+            yield f"| `{label}` | {text}{suffix} |"
         yield ""
     for part, child in sorted(parts.items()):
         yield from _commands(child, f"{name} {part}")
