@@ -1,4 +1,4 @@
-"""Images in files of any usual layout, as one source: what is found is an index, and the index is what is read."""
+"""Images in files of any common layout as one data set. The files are indexed, and samples are read by the index."""
 
 import os
 import tarfile
@@ -12,26 +12,26 @@ import numpy as np
 from pydantic import Field
 
 from tessera.data import layouts, tables
-from tessera.data.images import ImagesConfig, InvalidSample, load_image, image_shape
-from tessera.data.index import TABLE_SUFFIXES, metadata, labels, int_column
+from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
+from tessera.data.index import TABLE_SUFFIXES, int_column, labels, metadata
 
 if TYPE_CHECKING:
     import pyarrow
 
-TAR_HEADER = 512  # bytes right before a content
+TAR_HEADER = 512  # bytes before the content of a member
 
 
 class FilesConfig(ImagesConfig):
     """Folders of images, parquet files, WebDataset tars, data sets of Hugging Face, or an index of any of them."""
 
     kind: Literal["files", "folder", "parquet"] = Field(
-        default="files", description="files: whatever is found; folder: images only; parquet: tables only"
+        default="files", description="files: any layout, detected; folder: images only; parquet: tables only"
     )
     path: str | list[str] = Field(
         description="a folder of images or of .parquet or .tar files, one such file, an index, hub:owner/name; a list"
     )
     classes: Literal["auto", "folders", "none"] = Field(
-        default="auto", description="auto: by labels, or by subfolders, if there are any"
+        default="auto", description="auto: from labels or subfolders, if there are any"
     )
     image: str = Field(default="auto", description="the column of images in tables: bytes, or a struct with them")
     label: str | None = Field(
@@ -54,25 +54,22 @@ class FilesConfig(ImagesConfig):
 
 
 class FilesDataset:
-    """The samples of an index: encoded files, their labels and captions.
-
-    It may be pickled: files are opened where they are read.
-    """
+    """The samples of an index: encoded files, their labels and captions. It can be pickled."""
 
     def __init__(self, config: FilesConfig, table: "pyarrow.Table | None" = None) -> None:
-        """table: an index to read instead of what is found at the path."""
+        """table: an index to read instead of indexing the path."""
         self.config = config
         self.table = layouts.build_index(config) if table is None else table
         self._prepare()
 
     def _prepare(self) -> None:
         self.root, self.class_names = metadata(self.table)
-        self.labels = labels(self.table)  # int32 [N], -1 where there is none
+        self.labels = labels(self.table)  # int32 [N], -1: no label
         self._path, self._offset, self._length, self._caption = (
             self.table[name] for name in ("path", "offset", "length", "caption")
         )
-        rows = tables.table_paths(self._path)
-        self._tables = dict(zip(rows, tables.open_images([self.root / path for path in rows], self.config.image)))
+        paths = tables.table_paths(self._path)
+        self._tables = dict(zip(paths, tables.open_images([self.root / path for path in paths], self.config.image)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "table": self.table}
@@ -85,57 +82,57 @@ class FilesDataset:
         return len(self.table)
 
     def label(self, index: int) -> int:
-        """The class of a sample, -1 where it is told none; 0 where there are no classes."""
+        """The class of a sample, -1 if it has no label; 0 if there are no classes."""
         return int(self.labels[index]) if self.class_names else 0
 
     def caption(self, index: int) -> str | None:
-        found = self._caption[index].as_buffer()
-        return None if found is None else found.to_pybytes().decode("utf-8", errors="replace")
+        text = self._caption[index].as_buffer()
+        return None if text is None else text.to_pybytes().decode("utf-8", errors="replace")
 
     def name(self, index: int) -> str:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
             return str(path)
-        return f"{path} row {offset}" if path.suffix in TABLE_SUFFIXES else f"{path} {_member(path, offset)}"
+        return f"{path} row {offset}" if path.suffix in TABLE_SUFFIXES else f"{path} {_member_name(path, offset)}"
 
     def encoded(self, index: int) -> Path | bytes:
-        """The encoded image: a file, or its bytes out of a larger one. Raises Unusable."""
+        """The encoded image: a file, or its bytes from a larger file. Raises InvalidSample."""
         path, offset = self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
             return self.root / path
         if (table := self._tables.get(path)) is not None:
             return table[offset]
-        return _stretch(self.root / path, offset, self._length[index].as_py())
+        return _read_bytes(self.root / path, offset, self._length[index].as_py())
 
     def pixels(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """uint8 [C, H, W], of another size than the configured one if asked for. Raises Unusable."""
+        """uint8 [C, H, W] of `size` (default: config.size). Raises InvalidSample."""
         return load_image(self.encoded(index), self.config, size)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Height and width as displayed: what the index says, or else the header of the file. Raises Unusable."""
+        """Height and width as displayed, from the index or else the file's header. Raises InvalidSample."""
         height, width = self.table["height"][index].as_py(), self.table["width"][index].as_py()
         return image_shape(self.encoded(index)) if height is None or width is None else (height, width)
 
     def shapes(self) -> np.ndarray:
-        """Height and width of every sample, int32 [N, 2]; 0 x 0 where an image cannot be used."""
-        found = np.stack([int_column(self.table[name], 0) for name in ("height", "width")], axis=1)
+        """Height and width of every sample, int32 [N, 2]; 0 x 0 where an image is invalid."""
+        shapes = np.stack([int_column(self.table[name], 0) for name in ("height", "width")], axis=1)
 
-        def look(place: int) -> None:
+        def read_shape(index: int) -> None:
             with suppress(InvalidSample):
-                found[place] = image_shape(self.encoded(place))
+                shapes[index] = image_shape(self.encoded(index))
 
-        with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # waiting for disks is most of the work
-            unknown = np.flatnonzero((found == 0).any(axis=1))
-            for chunk in np.array_split(unknown, len(unknown) // 1024 + 1):  # an interruption waits for one of them
-                deque(pool.map(look, chunk.tolist()), maxlen=0)
-        return found
+        with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # most of the time is waiting for the disk
+            unknown = np.flatnonzero((shapes == 0).any(axis=1))
+            for chunk in np.array_split(unknown, len(unknown) // 1024 + 1):  # an interrupt waits for one chunk
+                deque(pool.map(read_shape, chunk.tolist()), maxlen=0)
+        return shapes
 
     def files(self) -> list[Path]:
-        """Every file that holds samples, once, in their order."""
+        """Every file that holds samples, once, in order."""
         return [self.root / path for path in self._path.unique().to_pylist()]
 
 
-def _stretch(path: Path, offset: int, length: int) -> bytes:
+def _read_bytes(path: Path, offset: int, length: int) -> bytes:
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -147,10 +144,10 @@ def _stretch(path: Path, offset: int, length: int) -> bytes:
     return content
 
 
-def _member(path: Path, offset: int) -> str:
-    """What a tar calls the member whose content starts at an offset."""
+def _member_name(path: Path, offset: int) -> str:
+    """The name of the tar member whose content starts at an offset."""
     try:
-        header = _stretch(path, offset - TAR_HEADER, TAR_HEADER)
+        header = _read_bytes(path, offset - TAR_HEADER, TAR_HEADER)
         return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
     except (InvalidSample, tarfile.TarError):
         return f"byte {offset}"

@@ -1,8 +1,8 @@
-"""The index: a data set as one table of samples, whatever its files look like.
+"""The index: a data set as one table of samples, independent of the layout of its files.
 
-A sample is a whole file, a stretch of bytes of a tar, or a row of a parquet or arrow file. The table says so with its
-columns `path`, `offset` and `length`, and carries its root, class names and format in its metadata, so that a table
-alone is a data set, in memory and on disk.
+A sample is a whole file, a byte range of a tar, or a row of a parquet or arrow file, given by the columns `path`,
+`offset` and `length`. The root, class names and format are in the table's metadata, so the table alone is a complete
+data set, in memory and on disk.
 
 Shapes: N samples.
 """
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT = 1
-METADATA_KEY = b"tessera"  # of the metadata
-ROW_GROUP_SIZE = 100_000  # of a group in the file
-TABLE_SUFFIXES = (".parquet", ".arrow")  # files of rows: `offset` is the number of a row
+METADATA_KEY = b"tessera"
+ROW_GROUP_SIZE = 100_000
+TABLE_SUFFIXES = (".parquet", ".arrow")  # in these files `offset` is the number of a row
 
 COLUMNS = {
-    "path": "string",  # from the root, with '/' between the parts
-    "offset": "int64",  # first byte in a tar, number of the row in a table; null: the whole file
+    "path": "string",  # relative to the root, with '/'
+    "offset": "int64",  # first byte in a tar, row number in a table; null: the whole file
     "length": "int64",  # bytes in a tar; null elsewhere
-    "height": "int32",  # as displayed, after the EXIF rotation; null: not looked at yet
+    "height": "int32",  # as displayed, after the EXIF rotation; null: not measured
     "width": "int32",
     "label": "int32",  # null: none
     "caption": "string",  # null: none
-    "hash": "uint64",  # perceptual; null: not looked at yet
-    "digest": "string",  # sha256 of the content; null: not looked at yet
+    "hash": "uint64",  # perceptual; null: not measured
+    "digest": "string",  # sha256 of the content; null: not measured
 }
 
 
 def arrow() -> Any:
-    """pyarrow. Raises TesseraError that says what to install."""
+    """The module pyarrow. Raises TesseraError with what to install."""
     try:
         import pyarrow
     except ImportError:
@@ -49,7 +49,7 @@ def arrow() -> Any:
 
 
 def compute() -> Any:
-    """pyarrow's functions of columns, which it makes when it is imported, unknown to type checkers."""
+    """The module pyarrow.compute. It creates its functions at import, so type checkers do not know them."""
     arrow()
     import pyarrow.compute
 
@@ -63,20 +63,20 @@ def schema() -> "pyarrow.Schema":
 
 
 def build(root: Path, class_names: Sequence[str] = (), **columns: Any) -> "pyarrow.Table":
-    """An index of arrays or sequences [N] by column; columns that are not given are null.
+    """An index from arrays or sequences [N] by column name; other columns are null.
 
-    root: an absolute folder, from which the paths count.
+    root: the absolute folder that the paths are relative to.
     """
     pa = arrow()
     if unknown := columns.keys() - COLUMNS.keys():
         raise ValueError(f"an index has no column {sorted(unknown)}")
     count = len(columns["path"])
     fields = schema()
-    made = [
+    arrays = [
         pa.nulls(count, field.type) if columns.get(field.name) is None else _column(columns[field.name], field.type)
         for field in fields
     ]
-    return with_metadata(pa.Table.from_arrays(made, schema=fields), root, class_names)
+    return with_metadata(pa.Table.from_arrays(arrays, schema=fields), root, class_names)
 
 
 def _column(values: Any, kind: Any) -> Any:
@@ -87,44 +87,44 @@ def _column(values: Any, kind: Any) -> Any:
 
 
 def with_metadata(table: "pyarrow.Table", root: Path, class_names: Sequence[str]) -> "pyarrow.Table":
-    """The table with another root and class names."""
-    told = {"format": FORMAT, "root": str(root), "class_names": list(class_names)}
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(told).encode()})
+    """The table with this root and these class names."""
+    values = {"format": FORMAT, "root": str(root), "class_names": list(class_names)}
+    return table.replace_schema_metadata({METADATA_KEY: json.dumps(values).encode()})
 
 
 def metadata(table: "pyarrow.Table") -> tuple[Path, tuple[str, ...]]:
-    """The root from which the paths count, and the class names."""
-    told = json.loads(table.schema.metadata[METADATA_KEY])
-    return Path(told["root"]), tuple(told["class_names"])
+    """The root that the paths are relative to, and the class names."""
+    values = json.loads(table.schema.metadata[METADATA_KEY])
+    return Path(values["root"]), tuple(values["class_names"])
 
 
 def concat(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
-    """One index of several: classes of one name are one class, numbered as they first appear."""
+    """Several indexes as one. Classes with the same name are one class; they are numbered by first appearance."""
     if len(tables) == 1:
         return tables[0]
     pa, pc = arrow(), compute()
     roots, names = zip(*map(metadata, tables))
     try:
         root = Path(os.path.commonpath(roots))
-    except ValueError:  # on several drives of Windows: the paths stay absolute
+    except ValueError:  # on different drives of Windows: the paths stay absolute
         root = Path()
-    every = list(dict.fromkeys(name for some in names for name in some))
-    number = {name: index for index, name in enumerate(every)}
+    all_names = list(dict.fromkeys(name for table_names in names for name in table_names))
+    number = {name: index for index, name in enumerate(all_names)}
     parts = []
-    for table, own_root, own_names in zip(tables, roots, names):
-        above = own_root.relative_to(root).as_posix() if root.is_absolute() else own_root.as_posix()
-        if above != ".":
-            paths = pc.binary_join_element_wise(above, table["path"], "/")
+    for table, table_root, table_names in zip(tables, roots, names):
+        prefix = table_root.relative_to(root).as_posix() if root.is_absolute() else table_root.as_posix()
+        if prefix != ".":
+            paths = pc.binary_join_element_wise(prefix, table["path"], "/")
             table = table.set_column(table.schema.get_field_index("path"), "path", paths)
-        renumbered = pa.array([number[name] for name in own_names], pa.int32()).take(table["label"].combine_chunks())
+        renumbered = pa.array([number[name] for name in table_names], pa.int32()).take(table["label"].combine_chunks())
         parts.append(table.set_column(table.schema.get_field_index("label"), "label", renumbered))
-    return with_metadata(pa.concat_tables([part.replace_schema_metadata() for part in parts]), root, every)
+    return with_metadata(pa.concat_tables([part.replace_schema_metadata() for part in parts]), root, all_names)
 
 
 def write(table: "pyarrow.Table", path: Path) -> None:
-    """Write an index as a parquet file, whole or not at all. Raises TesseraError if it cannot be written.
+    """Write an index as a parquet file, atomically. Raises TesseraError if it cannot be written.
 
-    Where the index lies in its root or above it, the root is written relative to it, so that both may move together.
+    If the index is in its root or above it, the root is saved as a relative path, so that both can be moved together.
     """
     from pyarrow import parquet
 
@@ -134,12 +134,14 @@ def write(table: "pyarrow.Table", path: Path) -> None:
         root = Path(os.path.relpath(root, here))
     table = with_metadata(table, root, class_names)
     with atomic_file(path) as partial:
-        repeated: Any = ["label"]  # a dictionary of paths or captions would cost more than it saves
-        parquet.write_table(table, partial, compression="zstd", use_dictionary=repeated, row_group_size=ROW_GROUP_SIZE)
+        dictionary_columns: Any = ["label"]  # for paths and captions a dictionary costs more than it saves
+        parquet.write_table(
+            table, partial, compression="zstd", use_dictionary=dictionary_columns, row_group_size=ROW_GROUP_SIZE
+        )
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file is an index; False for every other file, damaged ones among them."""
+    """Whether a file is an index; False for any other file, damaged ones included."""
     import pyarrow.parquet as parquet
 
     try:
@@ -149,45 +151,39 @@ def is_index(path: Path) -> bool:
 
 
 def read(path: Path) -> "pyarrow.Table":
-    """Read an index. Raises TesseraError if it is damaged, of a newer format, or its root is gone."""
+    """Read an index. Raises TesseraError if it is damaged, has another format, or its root does not exist."""
     pa = arrow()
     import pyarrow.parquet as parquet
 
     try:
-        found = parquet.ParquetFile(path).read()
-        told = json.loads(found.schema.metadata[METADATA_KEY])
-        version, root, class_names = (
-            int(told["format"]),
-            Path(told["root"]),
-            [str(name) for name in told["class_names"]],
-        )
+        table = parquet.ParquetFile(path).read()
+        values = json.loads(table.schema.metadata[METADATA_KEY])
+        version, root, class_names = int(values["format"]), Path(values["root"]), list(map(str, values["class_names"]))
+        if version == FORMAT:
+            table = table.select(schema().names).cast(schema())
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise TesseraError(f"the index {path} is damaged: {error}; write it again") from None
-    if version > FORMAT:
-        raise TesseraError(f"the index {path} is of format {version}, which is newer than this Tessera: update it")
-    fields = schema()
-    try:
-        found = found.select(fields.names).cast(fields)
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise TesseraError(f"the index {path} has not the columns of an index: {error}; write it again") from None
+    if version != FORMAT:
+        raise TesseraError(f"the index {path} has format {version}; this version of Tessera reads format {FORMAT} only")
     root = Path(os.path.normpath(path.absolute().parent / root))
     if not root.is_dir():
         raise TesseraError(
-            f"the index {path} is of files in {root}, which is no folder: move them there, or write the index again"
+            f"the files of the index {path} are expected in {root}, which is not a folder: "
+            "move them there, or write the index again"
         )
-    return with_metadata(found, root, class_names)
+    return with_metadata(table, root, class_names)
 
 
 def int_column(column: Any, missing: int) -> np.ndarray:
-    """A column of whole numbers as int32 [N], with a number for those that are missing."""
+    """A column of integers as int32 [N], with `missing` in place of null."""
     if column.null_count == len(column):
         return np.full(len(column), missing, np.int32)
     if column.null_count:
         column = column.fill_null(missing)
-    # Not by to_numpy, which imports pandas where it is installed: most of the time of opening a million samples.
+    # Not to_numpy: it imports pandas if that is installed, which takes most of the time of opening a million samples.
     return np.concatenate([np.from_dlpack(chunk) for chunk in column.chunks])
 
 
 def labels(table: "pyarrow.Table") -> np.ndarray:
-    """The class of every sample, int32 [N]; -1 where there is none."""
+    """The class of every sample, int32 [N]; -1: no label"""
     return int_column(table["label"], -1)

@@ -1,4 +1,4 @@
-"""A data set by one word or path, as commands take it."""
+"""A data set from a word or path on the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ class _Section(Settings):
 
 
 def resolve_data(text: str, size: tuple[int, int] | None, channels: int = 3) -> AnyData:
-    """`digits`, `shapes:test`, files of any layout that data.path takes, or a recipe for its `data` section.
+    """The configuration of `digits`, `shapes:test`, a path that data.path accepts, or the `data` section of a recipe.
 
-    size, channels: what files are read as; a recipe and the embedded sets say their own.
-    Raises TesseraError for what is none of these.
+    size, channels: of files; a recipe and the embedded data sets specify their own. Raises TesseraError.
     """
     word, _, split = text.partition(":")
     path = Path(text).expanduser()
@@ -42,21 +41,21 @@ def resolve_data(text: str, size: tuple[int, int] | None, channels: int = 3) -> 
         data = {"kind": "files", "path": text}
     if data.get("kind") in ("files", "folder", "parquet") and "size" not in data:
         if size is None:
-            raise TesseraError(f"say at which size the images of {text} are to be read: --size 256")
+            raise TesseraError(f"the images of {text} need a size: add for example --size 256")
         data = {"size": size, "channels": channels, **data}
     return parse_data(data, f"the data {text}")
 
 
-def parse_data(told: dict[str, Any], where: str = "the data") -> AnyData:
+def parse_data(section: dict[str, Any], where: str = "the data") -> AnyData:
     """The `data` section of a recipe, validated. Raises TesseraError."""
-    return validate(_Section, {"data": told}, where).data
+    return validate(_Section, {"data": section}, where).data
 
 
 def open_data(config: AnyData) -> Dataset:
-    """The data set, with classes where its folders are classes in good order, without them where not."""
+    """Open the data set, without classes where its subfolders are not classes (loose images, or only one folder)."""
     if isinstance(config, FilesConfig) and config.classes == "auto":
         try:
             return config.open()
-        except TesseraError:  # loose images beside folders, or one folder only: raised again below if it is not that
+        except TesseraError:  # any other error is raised again below
             return config.model_copy(update={"classes": "none"}).open()
     return config.open()

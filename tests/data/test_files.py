@@ -1,4 +1,4 @@
-"""Images in files as people have them: folders, and what every layout has in common."""
+"""Images in folders, and the behaviour common to every layout."""
 
 import io
 import pickle
@@ -21,18 +21,18 @@ def put(path, value: int = 0, size: int = 8):
     Image.new("RGB", (size, size), (value, value, value)).save(path)
 
 
-def opened(path, **changes):
+def open_data(path, **changes):
     return FilesConfig(path=str(path), size=8, **changes).open()
 
 
 def test_the_first_level_of_folders_names_the_classes(tmp_path):
     for number, name in enumerate(("dog/z.png", "cat/deep/er/b.jpg", "cat/a.webp", "dog/old/c.PNG", "emu/e.jpeg")):
         put(tmp_path / name, 10 * number)
-    source = opened(tmp_path)
+    source = open_data(tmp_path)
     assert source.class_names == ("cat", "dog", "emu")
     assert len(source) == 5
-    found = {source.name(i).removeprefix(str(tmp_path) + "/"): source.class_names[source.label(i)] for i in range(5)}
-    assert found == {
+    classes = {source.name(i).removeprefix(str(tmp_path) + "/"): source.class_names[source.label(i)] for i in range(5)}
+    assert classes == {
         "cat/a.webp": "cat",
         "cat/deep/er/b.jpg": "cat",
         "dog/old/c.PNG": "dog",
@@ -43,10 +43,10 @@ def test_the_first_level_of_folders_names_the_classes(tmp_path):
     np.testing.assert_array_equal(source.pixels(index), np.full((3, 8, 8), 30))
 
 
-def test_the_order_is_that_of_the_paths(tmp_path):
+def test_samples_are_ordered_by_path(tmp_path):
     for name in ("b/2.png", "a/9.png", "b/10.png", "a/1.png"):
         put(tmp_path / name)
-    source = opened(tmp_path)
+    source = open_data(tmp_path)
     names = [source.name(i) for i in range(4)]
     assert names == [str(tmp_path / name) for name in ("a/1.png", "a/9.png", "b/10.png", "b/2.png")]
 
@@ -54,33 +54,33 @@ def test_the_order_is_that_of_the_paths(tmp_path):
 def test_a_flat_folder_has_no_classes(tmp_path):
     for number in range(3):
         put(tmp_path / f"{number}.png")
-    source = opened(tmp_path)
+    source = open_data(tmp_path)
     assert source.class_names == ()
     assert [source.label(i) for i in range(3)] == [0, 0, 0]
 
 
-def test_hidden_files_and_folders_and_other_files_do_not_count(tmp_path):
+def test_hidden_and_other_files_are_ignored(tmp_path):
     for name in ("cat/a.png", "dog/b.png", ".thumbs/c.png", "cat/._a.png", "dog/.cache/d.png"):
         put(tmp_path / name)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/read.txt").write_text("no image")
     (tmp_path / "cat/labels.csv").write_text("1,2")
-    source = opened(tmp_path)
+    source = open_data(tmp_path)
     assert (len(source), source.class_names) == (2, ("cat", "dog"))
 
 
 def test_a_hidden_folder_may_be_the_root(tmp_path):
     put(tmp_path / ".data/cat/a.png")
     put(tmp_path / ".data/dog/a.png")
-    assert len(opened(tmp_path / ".data")) == 2
+    assert len(open_data(tmp_path / ".data")) == 2
 
 
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+def test_linked_folders_are_followed_without_cycles(tmp_path):
     put(tmp_path / "elsewhere/a.png")
     put(tmp_path / "data/dog/b.png")
     (tmp_path / "data/cat").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "data/dog/around").symlink_to(tmp_path / "data", target_is_directory=True)
-    source = opened(tmp_path / "data")
+    source = open_data(tmp_path / "data")
     assert source.class_names == ("cat", "dog")
     assert len(source) == 2
 
@@ -88,51 +88,51 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
 def test_loose_images_beside_class_folders_are_an_error(tmp_path):
     for name in ("cat/a.png", "dog/b.png", "c.png", "d.png"):
         put(tmp_path / name)
-    with pytest.raises(TesseraError, match=r"2 images beside its class folders.*data\.classes=none"):
-        opened(tmp_path)
-    source = opened(tmp_path, classes="none")
+    with pytest.raises(TesseraError, match=r"2 images in .* beside the class folders.*data\.classes=none"):
+        open_data(tmp_path)
+    source = open_data(tmp_path, classes="none")
     assert (len(source), source.class_names) == (4, ())
 
 
-def test_one_class_only_is_an_error_that_names_the_way_out(tmp_path):
+def test_a_single_class_is_an_error(tmp_path):
     put(tmp_path / "cat/a.png")
     put(tmp_path / "cat/b.png")
-    with pytest.raises(TesseraError, match=r"one class only \('cat'\).*data\.classes=none"):
-        opened(tmp_path)
-    assert len(opened(tmp_path, classes="none")) == 2
+    with pytest.raises(TesseraError, match=r"only one class \('cat'\).*data\.classes=none"):
+        open_data(tmp_path)
+    assert len(open_data(tmp_path, classes="none")) == 2
 
 
-def test_folders_asked_for_but_absent(tmp_path):
+def test_classes_from_folders_that_do_not_exist(tmp_path):
     put(tmp_path / "a.png")
-    with pytest.raises(TesseraError, match=r"data\.classes=folders, but .* holds no class folders"):
-        opened(tmp_path, classes="folders")
+    with pytest.raises(TesseraError, match=r"data\.classes=folders, but .*class folder"):
+        open_data(tmp_path, classes="folders")
 
 
 def test_a_missing_path(tmp_path):
     with pytest.raises(TesseraError, match=re.escape(f"data.path {tmp_path / 'gone'} does not exist")):
-        opened(tmp_path / "gone")
+        open_data(tmp_path / "gone")
 
 
 def test_a_file_instead_of_a_folder(tmp_path):
     put(tmp_path / "a.png")
     with pytest.raises(TesseraError, match=r"a\.png is a file; expected a folder"):
-        opened(tmp_path / "a.png")
+        open_data(tmp_path / "a.png")
 
 
 def test_a_folder_without_images(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/text.txt").write_text("hello")
-    with pytest.raises(TesseraError, match=r"holds no images; looked at every depth for .*\.png"):
-        opened(tmp_path)
+    with pytest.raises(TesseraError, match=r"contains no images at any depth .*\.png"):
+        open_data(tmp_path)
 
 
 def test_the_home_folder_may_be_written_as_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    put(tmp_path / "pictures/a.png")
-    assert len(opened("~/pictures")) == 1
+    put(tmp_path / "photos/a.png")
+    assert len(open_data("~/photos")) == 1
 
 
-# What every layout has in common
+# Behaviour common to every layout
 
 
 def every_layout(tmp_path) -> FilesConfig:
@@ -157,7 +157,7 @@ def every_layout(tmp_path) -> FilesConfig:
     return FilesConfig(path=[str(tmp_path / name) for name in ("folder", "rows.parquet", "a.tar")], size=8)
 
 
-def told(source) -> list[tuple]:
+def rows(source) -> list[tuple]:
     return [
         (int(source.pixels(i)[0, 0, 0]), source.label(i), source.caption(i), source.name(i), source.shape(i))
         for i in range(len(source))
@@ -167,7 +167,7 @@ def told(source) -> list[tuple]:
 def test_names_shapes_labels_and_captions_of_every_layout(tmp_path):
     source = every_layout(tmp_path).open()
     assert source.class_names == ("cat", "dog", "emu")
-    assert told(source) == [
+    assert rows(source) == [
         (1, 0, None, str(tmp_path / "folder/cat/a.png"), (8, 8)),
         (2, 1, "a dog", str(tmp_path / "folder/dog/b.png"), (8, 8)),
         (3, 1, "three", f"{tmp_path / 'rows.parquet'} row 0", (11, 10)),
@@ -175,43 +175,43 @@ def test_names_shapes_labels_and_captions_of_every_layout(tmp_path):
         (5, -1, None, f"{tmp_path / 'a.tar'} 5.png", (13, 10)),
         (6, -1, None, f"{tmp_path / 'a.tar'} 6.png", (14, 10)),
     ]
-    assert source.shapes().tolist() == [list(shape) for *_, shape in told(source)]
+    assert source.shapes().tolist() == [list(shape) for *_, shape in rows(source)]
     names = ("folder/cat/a.png", "folder/dog/b.png", "rows.parquet", "a.tar")
     assert source.files() == [tmp_path / name for name in names]
 
 
-def test_a_source_travels_to_another_process(tmp_path):
+def test_a_data_set_can_be_pickled(tmp_path):
     source = every_layout(tmp_path).open()
     packed = pickle.dumps(source)
-    assert told(pickle.loads(packed)) == told(source)
+    assert rows(pickle.loads(packed)) == rows(source)
     content = source.encoded(2)
     assert isinstance(content, bytes)
-    assert content not in packed  # read again there, instead of being sent
+    assert content not in packed  # read again after unpickling
 
 
-def test_an_index_of_every_layout_is_the_same_source(tmp_path):
+def test_an_index_of_every_layout_is_the_same_data_set(tmp_path):
     source = every_layout(tmp_path).open()
     index.write(source.table, tmp_path / "lists/index.parquet")
-    assert told(FilesConfig(path=str(tmp_path / "lists/index.parquet"), size=8).open()) == told(source)
+    assert rows(FilesConfig(path=str(tmp_path / "lists/index.parquet"), size=8).open()) == rows(source)
     plain = FilesConfig(path=str(tmp_path / "lists/index.parquet"), size=8, classes="none").open()
     assert (plain.class_names, plain.label(1)) == ((), 0)
 
 
-def test_shapes_that_the_index_knows_are_believed(tmp_path):
+def test_shapes_in_the_index_are_used(tmp_path):
     put(tmp_path / "a.png")
     table = index.build(tmp_path, path=["a.png", "a.png"], height=[5, None], width=[6, None])
     index.write(table, tmp_path / "index.parquet")
-    source = opened(tmp_path / "index.parquet")
+    source = open_data(tmp_path / "index.parquet")
     assert [source.shape(0), source.shape(1)] == [(5, 6), (8, 8)]
     assert source.shapes().tolist() == [[5, 6], [8, 8]]
 
 
-def test_files_that_vanish_or_shrink_are_unusable(tmp_path):
+def test_files_that_vanish_or_shrink_are_invalid(tmp_path):
     source = every_layout(tmp_path).open()
     (tmp_path / "folder/cat/a.png").unlink()
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:530])
-    for number, said in ((0, "No such file"), (4, "ends within it"), (5, "ends within it")):
-        with pytest.raises(InvalidSample, match=said):
+    for number, message in ((0, "No such file"), (4, "ends within it"), (5, "ends within it")):
+        with pytest.raises(InvalidSample, match=message):
             source.pixels(number)
     assert source.shapes().tolist() == [[0, 0], [8, 8], [11, 10], [12, 10], [0, 0], [0, 0]]
     assert source.name(5) == f"{tmp_path / 'a.tar'} byte 1536"
@@ -219,11 +219,11 @@ def test_files_that_vanish_or_shrink_are_unusable(tmp_path):
 
 def test_another_size_than_the_configured_one(tmp_path):
     put(tmp_path / "a.png", 7, size=16)
-    assert opened(tmp_path).pixels(0, (12, 10)).shape == (3, 12, 10)
+    assert open_data(tmp_path).pixels(0, (12, 10)).shape == (3, 12, 10)
 
 
 @pytest.mark.parametrize("kind", ["files", "folder", "parquet"])
-def test_a_recipe_s_kind_of_data_may_be_an_old_one(tmp_path, kind):
+def test_every_kind_of_files(tmp_path, kind):
     from pydantic import TypeAdapter
 
     put(tmp_path / "a.png", 9)

@@ -1,4 +1,4 @@
-"""Every layout in which people keep images, found without being told; compared with what wrote them."""
+"""Detection of every layout, compared with the libraries that wrote the files."""
 
 import io
 import json
@@ -17,7 +17,7 @@ parquet = pytest.importorskip("pyarrow.parquet")
 
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
-    """Nothing is written into the caches of whoever runs the tests."""
+    """The tests do not write into the user's cache folder."""
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / ".caches"))
 
 
@@ -44,7 +44,7 @@ def tar(path, *members: tuple[str, bytes | str], format: int = tarfile.PAX_FORMA
     return path
 
 
-def opened(path, **changes):
+def open_data(path, **changes):
     return FilesConfig(
         path=[str(one) for one in path] if isinstance(path, list) else str(path), size=8, **changes
     ).open()
@@ -70,22 +70,22 @@ def test_text_files_beside_images_are_captions(tmp_path):
         put(tmp_path / f"{name}.png", png(number))
     put(tmp_path / "a.txt", "a cat, sleeping\n")
     put(tmp_path / "b.c.txt", "\ufeffein Löwe".encode())
-    put(tmp_path / "readme.txt", "of nobody")
-    assert samples(opened(tmp_path)) == [(0, None, "a cat, sleeping"), (1, None, "ein Löwe"), (2, None, None)]
+    put(tmp_path / "readme.txt", "no image")
+    assert samples(open_data(tmp_path)) == [(0, None, "a cat, sleeping"), (1, None, "ein Löwe"), (2, None, None)]
 
 
-def test_text_files_and_class_folders_go_together(tmp_path):
+def test_text_files_and_class_folders_combine(tmp_path):
     for number, name in enumerate(("cat/a", "dog/b")):
         put(tmp_path / f"{name}.png", png(number))
         put(tmp_path / f"{name}.txt", f"caption {number}")
-    assert samples(opened(tmp_path)) == [(0, "cat", "caption 0"), (1, "dog", "caption 1")]
-    assert samples(opened(tmp_path, caption=None)) == [(0, "cat", None), (1, "dog", None)]
+    assert samples(open_data(tmp_path)) == [(0, "cat", "caption 0"), (1, "dog", "caption 1")]
+    assert samples(open_data(tmp_path, caption=None)) == [(0, "cat", None), (1, "dog", None)]
 
 
-def test_text_that_is_no_text_is_read_as_far_as_it_goes(tmp_path):
+def test_invalid_utf8_in_captions_is_replaced(tmp_path):
     put(tmp_path / "a.png", png())
     put(tmp_path / "a.txt", b"caf\xe9")
-    assert opened(tmp_path).caption(0) == "caf\ufffd"
+    assert open_data(tmp_path).caption(0) == "caf\ufffd"
 
 
 # Metadata files
@@ -95,7 +95,7 @@ def test_text_that_is_no_text_is_read_as_far_as_it_goes(tmp_path):
 @pytest.mark.parametrize("label", ["label", "class"])
 @pytest.mark.parametrize("caption", ["text", "caption"])
 def test_a_metadata_file_names_images_labels_and_captions(tmp_path, kind, label, caption):
-    rows = [("images/b.png", "dog", "two\nlines"), ("images/a.png", "cat", 'says "so", twice')]
+    rows = [("images/b.png", "dog", "two\nlines"), ("images/a.png", "cat", 'with "quotes", twice')]
     for number, (name, _, _) in enumerate(rows):
         put(tmp_path / name, png(number))
     table = arrow.table(dict(zip(("file_name", label, caption), map(list, zip(*rows)))))
@@ -108,11 +108,11 @@ def test_a_metadata_file_names_images_labels_and_captions(tmp_path, kind, label,
             csv.writer(file).writerows([table.column_names, *rows])
     else:
         parquet.write_table(table, tmp_path / "metadata.parquet")
-    assert samples(opened(tmp_path)) == [(0, "dog", "two\nlines"), (1, "cat", 'says "so", twice')]
-    assert samples(opened(tmp_path, classes="none", caption=None)) == [(0, None, None), (1, None, None)]
+    assert samples(open_data(tmp_path)) == [(0, "dog", "two\nlines"), (1, "cat", 'with "quotes", twice')]
+    assert samples(open_data(tmp_path, classes="none", caption=None)) == [(0, None, None), (1, None, None)]
 
 
-def test_metadata_reads_as_the_image_folder_of_datasets_does(tmp_path, monkeypatch):
+def test_metadata_equals_the_imagefolder_of_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".hf"))
     folder = tmp_path / "data"
@@ -123,26 +123,26 @@ def test_metadata_reads_as_the_image_folder_of_datasets_does(tmp_path, monkeypat
     put(folder / "metadata.jsonl", "\n".join(lines))
     theirs = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
     truth = [(np.asarray(row["image"])[0, 0, 0], None, row["text"]) for row in theirs]
-    assert samples(opened(folder)) == truth
+    assert samples(open_data(folder)) == truth
 
 
 def test_every_folder_may_have_its_own_metadata(tmp_path):
     for number, folder in enumerate(("a", "b")):
         put(tmp_path / folder / "x.png", png(number))
         put(tmp_path / folder / "metadata.csv", f"file_name,text,label\nx.png,caption {number},{number}\n")
-    assert samples(opened(tmp_path)) == [(0, "0", "caption 0"), (1, "1", "caption 1")]
+    assert samples(open_data(tmp_path)) == [(0, "0", "caption 0"), (1, "1", "caption 1")]
 
 
-def test_metadata_and_class_folders_if_they_are_asked_for(tmp_path):
+def test_metadata_with_class_folders(tmp_path):
     for number, name in enumerate(("cat/a.png", "dog/b.png")):
         put(tmp_path / name, png(number))
     put(tmp_path / "metadata.csv", "file_name,text\ncat/a.png,one\ndog/b.png,two\n")
-    assert samples(opened(tmp_path)) == [(0, None, "one"), (1, None, "two")]
-    assert samples(opened(tmp_path, classes="folders")) == [(0, "cat", "one"), (1, "dog", "two")]
+    assert samples(open_data(tmp_path)) == [(0, None, "one"), (1, None, "two")]
+    assert samples(open_data(tmp_path, classes="folders")) == [(0, "cat", "one"), (1, "dog", "two")]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("metadata.csv", "filename,text\na.png,x\n", "unknown column 'file_name'; did you mean 'filename'"),
         ("metadata.csv", "file_name,text\na.png\n", "metadata.csv is damaged"),
@@ -152,38 +152,38 @@ def test_metadata_and_class_folders_if_they_are_asked_for(tmp_path):
         ("metadata.jsonl", '{"file_name": "a", "label": "x"}\n{"file_name": "b"}\n', "1 of 2 rows have no label"),
     ],
 )
-def test_metadata_that_is_not_in_order(tmp_path, name, content, said):
+def test_invalid_metadata(tmp_path, name, content, message):
     put(tmp_path / "a.png", png())
     put(tmp_path / name, content)
-    with pytest.raises(TesseraError, match=said):
-        opened(tmp_path)
+    with pytest.raises(TesseraError, match=message):
+        open_data(tmp_path)
 
 
 # Tars
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_hold_images_with_captions_and_labels(tmp_path, format):
+def test_images_captions_and_labels_in_tars(tmp_path, format):
     members = []
     for number in range(6):
         key = f"part/{number:06d}"
         members += [(f"{key}.txt", f"caption {number}\n"), (f"{key}.png", png(number)), (f"{key}.cls", str(number % 3))]
     path = tar(tmp_path / "shard.tar", *members, format=format)
-    source = opened(path)
+    source = open_data(path)
     assert samples(source) == [(number, str(number % 3), f"caption {number}") for number in range(6)]
     assert source.name(4) == f"{path} part/000004.png"
 
 
-def test_a_tar_s_content_is_what_tarfile_takes_out(tmp_path):
-    long = "folder/" * 30  # longer than a header has room for
+def test_the_content_of_tar_members_equals_tarfile(tmp_path):
+    long = "folder/" * 30  # longer than fits into a header
     path = tar(tmp_path / "a.tar", (f"{long}a.png", png(1)), ("b.jpg", b"no image at all"), ("c.webp", b""))
-    source = opened(path)
+    source = open_data(path)
     with tarfile.open(path) as archive:
         truth = [archive.extractfile(member).read() for member in archive]
     assert [source.encoded(i) for i in range(3)] == truth
 
 
-def test_tars_read_as_the_web_dataset_of_datasets_does(tmp_path, monkeypatch):
+def test_tars_equal_the_webdataset_of_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".hf"))
     for shard, numbers in enumerate((range(4), range(4, 9))):
@@ -193,17 +193,21 @@ def test_tars_read_as_the_web_dataset_of_datasets_does(tmp_path, monkeypatch):
         tar(tmp_path / f"train-{shard}.tar", *members)
     theirs = datasets.load_dataset("webdataset", data_files=str(tmp_path / "*.tar"), split="train")
     truth = [(np.asarray(row["png"])[0, 0, 0], None, row["txt"]) for row in theirs]
-    assert samples(opened(tmp_path)) == truth
-    assert samples(opened(tmp_path / "*.tar")) == truth
+    assert samples(open_data(tmp_path)) == truth
+    assert samples(open_data(tmp_path / "*.tar")) == truth
 
 
 def test_json_beside_images_in_tars(tmp_path):
-    told = [{"caption": "one", "label": "dog"}, {"text": "two", "class": "cat"}, {"caption": "three", "label": "cat"}]
+    metadata = [
+        {"caption": "one", "label": "dog"},
+        {"text": "two", "class": "cat"},
+        {"caption": "three", "label": "cat"},
+    ]
     members = [("2.txt", "three, in a file of its own")]
-    for number, fields in enumerate(told):
+    for number, fields in enumerate(metadata):
         members += [(f"{number}.png", png(number)), (f"{number}.json", json.dumps(fields))]
     path = tar(tmp_path / "a.tar", *members)
-    assert samples(opened(path)) == [(0, "dog", "one"), (1, "cat", "two"), (2, "cat", "three, in a file of its own")]
+    assert samples(open_data(path)) == [(0, "dog", "one"), (1, "cat", "two"), (2, "cat", "three, in a file of its own")]
     others = [
         ("0.png", png(0)),
         ("0.json", '{"y": 0, "z": "0!"}'),
@@ -211,20 +215,20 @@ def test_json_beside_images_in_tars(tmp_path):
         ("1.json", '{"y": 1, "z": "1!"}'),
     ]
     tar(tmp_path / "b.tar", *others)
-    assert samples(opened(tmp_path / "b.tar", label="y", caption="z")) == [(0, "0", "0!"), (1, "1", "1!")]
+    assert samples(open_data(tmp_path / "b.tar", label="y", caption="z")) == [(0, "0", "0!"), (1, "1", "1!")]
 
 
 def test_the_key_of_a_member_ends_at_the_first_dot(tmp_path):
     members = [("a.mask.png", png(9)), ("a.png", png(1)), ("a.txt", "a"), ("b.jpg.png", png(2)), ("b.txt", "b")]
-    assert samples(opened(tar(tmp_path / "a.tar", *members))) == [(1, None, "a"), (2, None, "b")]
+    assert samples(open_data(tar(tmp_path / "a.tar", *members))) == [(1, None, "a"), (2, None, "b")]
 
 
-def test_large_tars_are_looked_through_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tessera.data.layouts.MANY", 2)
+def test_large_tars_are_listed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("tessera.data.layouts.MIN_CACHED_MEMBERS", 2)
     path = tar(tmp_path / "a.tar", ("a.png", png(1)), ("a.txt", "one"), ("b.png", png(2)), ("b.txt", "two"))
-    first = samples(opened(path))
+    first = samples(open_data(path))
     monkeypatch.setattr(tarfile, "open", None)
-    assert samples(opened(path)) == first == [(1, None, "one"), (2, None, "two")]
+    assert samples(open_data(path)) == first == [(1, None, "one"), (2, None, "two")]
     monkeypatch.undo()
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / ".caches"))
     tar(
@@ -235,36 +239,36 @@ def test_large_tars_are_looked_through_once(tmp_path, monkeypatch):
         ("b.txt", "and another, longer"),
         ("c.png", png(5)),
     )
-    assert samples(opened(path))[:2] == [(3, None, "another"), (4, None, "and another, longer")]
+    assert samples(open_data(path))[:2] == [(3, None, "another"), (4, None, "and another, longer")]
 
 
-def test_tars_that_are_not_in_order(tmp_path):
+def test_invalid_tars(tmp_path):
     whole = tar(tmp_path / "a.tar", ("a.png", png(size=64)), ("b.png", png(size=64))).read_bytes()
     put(tmp_path / "cut.tar", whole[: len(whole) // 20])
     with pytest.raises(TesseraError, match=r"cut\.tar is damaged"):
-        opened(tmp_path / "cut.tar")
+        open_data(tmp_path / "cut.tar")
     import gzip
 
     put(tmp_path / "packed.tar", gzip.compress(whole))
-    with pytest.raises(TesseraError, match=r"packed\.tar is damaged, or packed and to be unpacked first"):
-        opened(tmp_path / "packed.tar")
-    with pytest.raises(TesseraError, match="hold no images"):
-        opened(tar(tmp_path / "empty.tar", ("a.txt", "no image")))
+    with pytest.raises(TesseraError, match=r"packed\.tar is damaged, or compressed"):
+        open_data(tmp_path / "packed.tar")
+    with pytest.raises(TesseraError, match="contain no images"):
+        open_data(tar(tmp_path / "empty.tar", ("a.txt", "no image")))
     with pytest.raises(TesseraError, match="1 of 2 rows have no label in the tars"):
-        opened(tar(tmp_path / "half.tar", ("a.png", png()), ("a.cls", "1"), ("b.png", png())))
+        open_data(tar(tmp_path / "half.tar", ("a.png", png()), ("a.cls", "1"), ("b.png", png())))
 
 
-def test_a_zip_is_to_be_unpacked(tmp_path):
+def test_a_zip_must_be_unpacked(tmp_path):
     put(tmp_path / "a.zip", b"PK")
-    with pytest.raises(TesseraError, match="is packed.*unpack it first"):
-        opened(tmp_path / "a.zip")
+    with pytest.raises(TesseraError, match="is compressed.*unpack it first"):
+        open_data(tmp_path / "a.zip")
 
 
 # Data sets of Hugging Face
 
 
 @pytest.fixture
-def told():
+def hf_dataset():
     """A small data set of `datasets`, with class names and captions."""
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
@@ -281,40 +285,40 @@ def told():
 SIX = [(i, ("cat", "dog")[i % 2], f"caption {i}") for i in range(6)]
 
 
-def test_a_data_set_saved_by_datasets(tmp_path, told):
-    told.save_to_disk(tmp_path / "saved", num_shards=2)
-    assert samples(opened(tmp_path / "saved")) == SIX
-    chosen = [4, 1, 3]
-    told.select(chosen).save_to_disk(tmp_path / "chosen")
-    assert samples(opened(tmp_path / "chosen")) == [SIX[i] for i in chosen]
+def test_a_data_set_saved_by_datasets(tmp_path, hf_dataset):
+    hf_dataset.save_to_disk(tmp_path / "saved", num_shards=2)
+    assert samples(open_data(tmp_path / "saved")) == SIX
+    rows = [4, 1, 3]
+    hf_dataset.select(rows).save_to_disk(tmp_path / "chosen")
+    assert samples(open_data(tmp_path / "chosen")) == [SIX[i] for i in rows]
 
 
-def test_splits_saved_by_datasets(tmp_path, told):
+def test_splits_saved_by_datasets(tmp_path, hf_dataset):
     import datasets
 
-    datasets.DatasetDict(train=told, test=told.select([0])).save_to_disk(tmp_path / "saved")
-    assert samples(opened(tmp_path / "saved")) == SIX
-    assert samples(opened(tmp_path / "saved/test", classes="none")) == [(0, None, "caption 0")]
-    datasets.DatasetDict(a=told, b=told).save_to_disk(tmp_path / "others")
-    with pytest.raises(TesseraError, match="holds the splits a, b: give one of them"):
-        opened(tmp_path / "others")
+    datasets.DatasetDict(train=hf_dataset, test=hf_dataset.select([0])).save_to_disk(tmp_path / "saved")
+    assert samples(open_data(tmp_path / "saved")) == SIX
+    assert samples(open_data(tmp_path / "saved/test", classes="none")) == [(0, None, "caption 0")]
+    datasets.DatasetDict(a=hf_dataset, b=hf_dataset).save_to_disk(tmp_path / "others")
+    with pytest.raises(TesseraError, match="has the splits a, b: give one of them"):
+        open_data(tmp_path / "others")
 
 
-def test_a_data_set_of_the_hub(tmp_path, told, monkeypatch):
+def test_a_data_set_of_the_hub(tmp_path, hf_dataset, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".hf"))
     (tmp_path / "data").mkdir()
-    told.to_parquet(tmp_path / "data/train.parquet")
-    told.select([5]).to_parquet(tmp_path / "data/test.parquet")
-    assert samples(opened(f"hub:{tmp_path / 'data'}")) == SIX
+    hf_dataset.to_parquet(tmp_path / "data/train.parquet")
+    hf_dataset.select([5]).to_parquet(tmp_path / "data/test.parquet")
+    assert samples(open_data(f"hub:{tmp_path / 'data'}")) == SIX
     monkeypatch.chdir(tmp_path)
-    assert samples(opened("hub:./data:test", classes="none")) == [(5, None, "caption 5")]
+    assert samples(open_data("hub:./data:test", classes="none")) == [(5, None, "caption 5")]
     with pytest.raises(TesseraError, match="has the splits .*train"):
-        opened("hub:./data:gone")
+        open_data("hub:./data:gone")
 
 
-def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
+def test_a_data_set_that_the_hub_does_not_have(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def absent(name, config, **_):
@@ -323,54 +327,54 @@ def test_what_the_hub_does_not_have(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", absent)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TesseraError, match="hub:nobody/nothing cannot be loaded: no nobody/nothing as None"):
-        opened("hub:nobody/nothing")
+        open_data("hub:nobody/nothing")
     with pytest.raises(TesseraError, match="no nobody/nothing as small"):
-        opened("hub:nobody/nothing/small:test")
+        open_data("hub:nobody/nothing/small:test")
 
 
 # Several layouts
 
 
-def test_a_list_merges_classes_by_name_and_keeps_captions(tmp_path, told):
+def test_a_list_merges_classes_by_name_and_keeps_captions(tmp_path, hf_dataset):
     put(tmp_path / "folder/dog/a.png", png(20))
     put(tmp_path / "folder/bird/b.png", png(21))
     put(tmp_path / "folder/bird/b.txt", "a bird")
     put(tmp_path / "loose/c.png", png(22))
     tar(tmp_path / "a.tar", ("d.png", png(23)), ("d.cls", "cat"), ("e.png", png(24)), ("e.cls", "emu"))
-    told.to_parquet(tmp_path / "told.parquet")
-    source = opened([tmp_path / name for name in ("told.parquet", "folder", "loose", "a.tar")])
+    hf_dataset.to_parquet(tmp_path / "train.parquet")
+    source = open_data([tmp_path / name for name in ("train.parquet", "folder", "loose", "a.tar")])
     assert source.class_names == ("cat", "dog", "bird", "emu")
-    assert [source.label(i) for i in range(6, 11)] == [2, 1, -1, 0, 3]  # the loose one is told nothing
-    found = samples(source)
-    assert found[:6] == SIX
-    assert found[6:8] == [(21, "bird", "a bird"), (20, "dog", None)]
-    assert [value for value, _, _ in found[8:]] == [22, 23, 24]
+    assert [source.label(i) for i in range(6, 11)] == [2, 1, -1, 0, 3]  # the loose image has no label
+    rows = samples(source)
+    assert rows[:6] == SIX
+    assert rows[6:8] == [(21, "bird", "a bird"), (20, "dog", None)]
+    assert [value for value, _, _ in rows[8:]] == [22, 23, 24]
 
 
 def test_two_folders_of_one_class_each_are_two_classes(tmp_path):
     put(tmp_path / "a/cat/a.png", png(1))
     put(tmp_path / "b/dog/b.png", png(2))
-    assert samples(opened([tmp_path / "a", tmp_path / "b"])) == [(1, "cat", None), (2, "dog", None)]
+    assert samples(open_data([tmp_path / "a", tmp_path / "b"])) == [(1, "cat", None), (2, "dog", None)]
 
 
 def test_a_folder_of_several_layouts_asks_which_is_meant(tmp_path):
     put(tmp_path / "preview.png", png(1))
     parquet.write_table(arrow.table({"image": [png(2)]}), tmp_path / "a.parquet")
     with pytest.raises(TesseraError, match=r"1 images \(such as preview\.png\) and 1 parquet files"):
-        opened(tmp_path)
-    assert samples(opened(tmp_path, kind="folder")) == [(1, None, None)]
-    assert samples(opened(tmp_path, kind="parquet")) == [(2, None, None)]
+        open_data(tmp_path)
+    assert samples(open_data(tmp_path, kind="folder")) == [(1, None, None)]
+    assert samples(open_data(tmp_path, kind="parquet")) == [(2, None, None)]
 
 
 def test_an_index_beside_the_images_is_no_sample(tmp_path):
     for number in range(3):
         put(tmp_path / f"{number}.png", png(number))
-    source = opened(tmp_path)
+    source = open_data(tmp_path)
     index.write(source.table.slice(1), tmp_path / "checked.parquet")
-    assert [value for value, _, _ in samples(opened(tmp_path))] == [0, 1, 2]
-    assert [value for value, _, _ in samples(opened(tmp_path / "checked.parquet"))] == [1, 2]
+    assert [value for value, _, _ in samples(open_data(tmp_path))] == [0, 1, 2]
+    assert [value for value, _, _ in samples(open_data(tmp_path / "checked.parquet"))] == [1, 2]
 
 
 def test_an_empty_list(tmp_path):
     with pytest.raises(TesseraError, match=r"data\.path is an empty list"):
-        opened([])
+        open_data([])

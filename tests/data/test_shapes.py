@@ -18,8 +18,8 @@ from tessera.data.shapes import (
     SHAPES,
     SIDE,
     SIZES,
-    Description,
     Appearance,
+    Description,
     Object,
     Scene,
     masks,
@@ -36,7 +36,7 @@ COUNT = 6000
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     """The scenes of both splits."""
-ShapesConfig(split=split, count=COUNT).open() for split in SPLITS]
+    datasets = [ShapesConfig(split=split, count=COUNT).open() for split in SPLITS]
     return [dataset.scene(index) for dataset in datasets for index in range(COUNT)]
 
 

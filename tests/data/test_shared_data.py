@@ -1,4 +1,4 @@
-"""Real data of other people: /shared/data, where it is present."""
+"""Public data sets, where they are present."""
 
 import os
 import zipfile
@@ -50,7 +50,7 @@ def test_emoji_open_without_classes_and_with_their_names_as_captions():
     assert source.shape(0) == (64, 64)
 
 
-def test_tiles_open_as_nested_class_folders_and_all_are_usable(tmp_path):
+def test_tiles_open_as_nested_class_folders_and_all_are_valid(tmp_path):
     with zipfile.ZipFile(shared("tiles/tiles.zip")) as archive:
         archive.extractall(tmp_path)
     source = FilesConfig(path=str(tmp_path), size=32, upscale=True).open()

@@ -41,11 +41,11 @@ def test_near_pairs_are_all_pairs_that_are_near(seed):
     hashes = np.concatenate((hashes, *(flipped(hashes[:20], generator, bits) for bits in range(8))))
     apart = np.bitwise_count(hashes[:, None] ^ hashes)
     expected = {(i, j) for i, j in zip(*np.nonzero(apart <= similarity.BITS)) if i < j}
-    found = [pair for chunk in similarity.near_pairs(hashes) for pair in zip(*chunk)]
-    assert set(found) == expected
+    result = [pair for chunk in similarity.near_pairs(hashes) for pair in zip(*chunk)]
+    assert set(result) == expected
 
 
-def test_leaders_follow_nobody_and_whoever_follows_looks_like_its_leader():
+def test_leaders_have_no_leader_and_every_follower_looks_like_its_leader():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 2**64, 300, dtype=np.uint64)
     colours = generator.integers(0, 256, (300, 192), dtype=np.uint8)
@@ -67,8 +67,8 @@ def test_a_chain_of_steps_does_not_join_its_ends():
     assert similarity.leaders(steps, colours).tolist() == [0, 0, 2, 2]
 
 
-def test_whoever_followed_a_picture_that_follows_another_now_is_judged_anew():
-    """1 and 2 are of one hash. 1 looks like 0, so it is no leader any more; 2 looks like 1, but not like 0."""
+def test_followers_of_a_former_leader_are_compared_with_its_leader():
+    """1 and 2 have the same hash. 1 looks like 0, so it is no longer a leader; 2 looks like 1, but not like 0."""
     ramp = np.arange(192.0)
     hashes = np.array([0, 1, 1], np.uint64)
     colours = np.stack((ramp, ramp + 24 * (ramp > 170), ramp + 24 * (ramp > 170) + 24 * (ramp < 20))).astype(np.uint8)
@@ -96,23 +96,23 @@ def test_thousands_of_one_hash_and_different_colours_end_soon():
     ],
     ids=["jpeg", "bmp", "twice", "half, webp"],
 )
-def test_the_same_picture_in_another_file_is_alike_and_others_are_not(change):
-    """Pictures with the spectrum of photos: amplitudes fall as 1 / frequency."""
+def test_the_same_image_in_another_file_is_similar_and_others_are_not(change):
+    """Images with the spectrum of photos: amplitudes fall as 1 / frequency."""
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(192), np.fft.fftfreq(128)))
     frequency[0, 0] = 1
-    seen, changed = [], []
+    originals, changed = [], []
     for seed in range(20):
         noise = np.random.default_rng(seed).standard_normal((3, 128, 192))
         pixels = np.fft.ifft2(np.fft.fft2(noise) / frequency).real
         pixels = 128 + 45 * pixels / pixels.std()
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-        for kept, (made, kind, options) in ((seen, (image, "PNG", {})), (changed, change(image))):
-            held = io.BytesIO()
-            made.save(held, kind, **options)
-            kept.append(measure_sample(held.getvalue(), "", CONFIG))
-    every = seen + changed
-    hashes = np.array([one.hash for one in every], np.uint64)
-    colours = np.stack([np.frombuffer(one.colours, np.uint8) for one in every])
+        for results, (variant, kind, options) in ((originals, (image, "PNG", {})), (changed, change(image))):
+            buffer = io.BytesIO()
+            variant.save(buffer, kind, **options)
+            results.append(measure_sample(buffer.getvalue(), "", CONFIG))
+    both = originals + changed
+    hashes = np.array([one.hash for one in both], np.uint64)
+    colours = np.stack([np.frombuffer(one.color_grid, np.uint8) for one in both])
     assert {tuple(pair) for pair in similarity.pairs(hashes, colours).tolist()} == {
         (row, row + 20) for row in range(20)
     }

@@ -40,7 +40,7 @@ def hub(*names: str, column: str = "label") -> dict:
     return {"info": {"features": {"image": {"_type": "Image"}, column: {"names": list(names), "_type": "ClassLabel"}}}}
 
 
-def opened(path, **changes):
+def open_data(path, **changes):
     return FilesConfig(path=str(path), size=8, **changes).open()
 
 
@@ -49,7 +49,7 @@ def read(source) -> list[tuple[int, int]]:
 
 
 def test_structs_of_bytes_and_path(tmp_path):
-    source = opened(put(tmp_path / "a.parquet", image=struct(png(5), png(6)), label=[1, 0]))
+    source = open_data(put(tmp_path / "a.parquet", image=struct(png(5), png(6)), label=[1, 0]))
     assert source.pixels(0).shape == (3, 8, 8)
     assert read(source) == [(5, 1), (6, 0)]
     assert source.class_names == ("0", "1")
@@ -58,42 +58,42 @@ def test_structs_of_bytes_and_path(tmp_path):
 
 def test_raw_bytes_and_other_columns(tmp_path):
     path = put(tmp_path / "a.parquet", img=[png(5), png(6)], y=[0, 1], more=["a", "b"])
-    source = opened(path, image="img", label="y")
+    source = open_data(path, image="img", label="y")
     assert read(source) == [(5, 0), (6, 1)]
 
 
 def test_labels_in_words_are_classes_in_alphabetical_order(tmp_path):
-    source = opened(put(tmp_path / "a.parquet", image=[png()] * 4, label=["emu", "cat", "dog", "cat"]))
+    source = open_data(put(tmp_path / "a.parquet", image=[png()] * 4, label=["emu", "cat", "dog", "cat"]))
     assert source.class_names == ("cat", "dog", "emu")
     assert [source.label(i) for i in range(4)] == [2, 0, 1, 0]
 
 
 def test_labels_in_a_dictionary_column(tmp_path):
     labels = arrow.array(["dog", "cat"]).dictionary_encode()
-    source = opened(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
+    source = open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
     assert source.class_names == ("cat", "dog")
     assert [source.label(i) for i in range(2)] == [1, 0]
 
 
 def test_class_names_come_from_the_hub_s_metadata(tmp_path):
     path = put(tmp_path / "a.parquet", hub("cat", "dog", "emu"), image=[png(), png()], label=[2, 0])
-    assert opened(path).class_names == ("cat", "dog", "emu")
+    assert open_data(path).class_names == ("cat", "dog", "emu")
 
 
 @pytest.mark.parametrize("metadata", [b"{broken", {}, {"info": None}, {"info": {"features": {"label": {}}}}, [1]])
 def test_other_metadata_gives_numbers_for_names(tmp_path, metadata):
     path = put(tmp_path / "a.parquet", metadata, image=[png(), png()], label=[2, 0])
-    assert opened(path).class_names == ("0", "1", "2")
+    assert open_data(path).class_names == ("0", "1", "2")
 
 
 def test_more_classes_than_names_is_an_error(tmp_path):
     path = put(tmp_path / "a.parquet", hub("cat", "dog"), image=[png(), png()], label=[2, 0])
-    with pytest.raises(TesseraError, match="holds class 2, but the file names 2 classes"):
-        opened(path)
+    with pytest.raises(TesseraError, match="class 2, but the file names 2 classes"):
+        open_data(path)
 
 
 def test_without_labels(tmp_path):
-    source = opened(put(tmp_path / "a.parquet", image=[png(5), png(6)]), label=None)
+    source = open_data(put(tmp_path / "a.parquet", image=[png(5), png(6)]), label=None)
     assert source.class_names == ()
     assert read(source) == [(5, 0), (6, 0)]
 
@@ -103,50 +103,50 @@ def test_a_folder_of_files_is_read_in_the_order_of_their_names(tmp_path):
     put(tmp_path / "train-00001.parquet", image=[png(2), png(3)], label=["b", "a"])
     put(tmp_path / "train-00000.parquet", image=[png(1)], label=["a"])
     put(tmp_path / "deep/x.parquet", image=[png(0)], label=["b"])
-    assert read(opened(tmp_path)) == [(0, 1), (1, 0), (2, 1), (3, 0)]
+    assert read(open_data(tmp_path)) == [(0, 1), (1, 0), (2, 1), (3, 0)]
 
 
-def test_files_that_do_not_go_together(tmp_path):
+def test_files_with_different_columns(tmp_path):
     put(tmp_path / "0.parquet", image=[png()], label=["a"])
     put(tmp_path / "1.parquet", image=[png()], label=[1])
-    with pytest.raises(TesseraError, match="do not hold the same columns"):
-        opened(tmp_path)
+    with pytest.raises(TesseraError, match="different columns"):
+        open_data(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"image": "imag"}, r"unknown column 'imag'; did you mean 'image'\?"),
         ({"label": "lable"}, r"unknown column 'lable'; did you mean 'label'\?"),
         ({"label": "zzz"}, r"unknown column 'zzz'; known: image, label"),
     ],
 )
-def test_a_missing_column_names_the_nearest(tmp_path, changes, said):
+def test_a_missing_column_names_the_nearest(tmp_path, changes, message):
     path = put(tmp_path / "a.parquet", image=[png()], label=[0])
-    with pytest.raises(TesseraError, match=said):
-        opened(path, **changes)
+    with pytest.raises(TesseraError, match=message):
+        open_data(path, **changes)
 
 
 def test_missing_labels_are_counted(tmp_path):
     path = put(tmp_path / "a.parquet", image=[png()] * 3, label=[0, None, None])
     with pytest.raises(TesseraError, match="2 of 3 rows have no label in column 'label'"):
-        opened(path)
+        open_data(path)
 
 
 @pytest.mark.parametrize("labels", [[0.5, 1.5], [-1, 0], [[0], [1]]])
 def test_labels_that_are_neither_numbers_nor_names(tmp_path, labels):
     with pytest.raises(TesseraError, match="neither class numbers nor names"):
-        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
+        open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
 
 
-def test_identities_are_no_class_numbers(tmp_path):
-    with pytest.raises(TesseraError, match=r"column 'label' holds 987654321012, which is no class number"):
-        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=[0, 987654321012]))
+def test_identifiers_are_not_class_numbers(tmp_path):
+    with pytest.raises(TesseraError, match=r"column 'label' contains 987654321012, which is not a class number"):
+        open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=[0, 987654321012]))
 
 
 def test_one_class_only(tmp_path):
-    with pytest.raises(TesseraError, match=r"one class only \('cat'\).*data\.classes=none"):
-        opened(put(tmp_path / "a.parquet", image=[png(), png()], label=["cat", "cat"]))
+    with pytest.raises(TesseraError, match=r"only one class \('cat'\).*data\.classes=none"):
+        open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=["cat", "cat"]))
 
 
 def test_a_truncated_file(tmp_path):
@@ -154,8 +154,8 @@ def test_a_truncated_file(tmp_path):
     whole = path.read_bytes()
     for share in (0.1, 0.5, 0.9, 0.99):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(TesseraError, match=r"a\.parquet is damaged or no parquet file"):
-            opened(path)
+        with pytest.raises(TesseraError, match=r"a\.parquet is damaged or not a valid parquet file"):
+            open_data(path)
 
 
 def test_garbage_in_the_middle(tmp_path):
@@ -163,23 +163,23 @@ def test_garbage_in_the_middle(tmp_path):
     whole = bytearray(path.read_bytes())
     whole[4:400] = b"\xff" * 396
     path.write_bytes(whole)
-    with pytest.raises(TesseraError, match="is damaged or no parquet file"):
-        opened(path)
+    with pytest.raises(TesseraError, match="is damaged or not a valid parquet file"):
+        open_data(path)
 
 
-def test_damage_of_any_kind_is_an_error_of_ours(tmp_path):
+def test_random_damage_raises_nothing_but_tessera_errors(tmp_path):
     whole = put(
         tmp_path / "a.parquet", hub("a", "b", "c"), image=struct(*[png()] * 6), label=[0, 1, 2] * 2
     ).read_bytes()
-    draw = random.Random(0)
+    generator = random.Random(0)
     opens = 0
     for _ in range(300):
         damaged = bytearray(whole)
-        for _ in range(draw.randrange(1, 5)):
-            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        for _ in range(generator.randrange(1, 5)):
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         (tmp_path / "a.parquet").write_bytes(damaged)
         with contextlib.suppress(TesseraError):
-            source = opened(tmp_path / "a.parquet")
+            source = open_data(tmp_path / "a.parquet")
             opens += 1
             for index in range(len(source)):
                 with contextlib.suppress(InvalidSample):
@@ -188,7 +188,7 @@ def test_damage_of_any_kind_is_an_error_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "label"])
-def test_text_that_is_no_text(tmp_path, column):
+def test_invalid_utf8(tmp_path, column):
     broken = arrow.Array.from_buffers(
         arrow.string(), 2, [*arrow.array(["ab", "cd"]).buffers()[:2], arrow.py_buffer(b"\xff\xfecd")]
     )
@@ -196,96 +196,96 @@ def test_text_that_is_no_text(tmp_path, column):
     path = put(tmp_path / "a.parquet", image=images, label=broken if column == "label" else ["a", "b"])
     if column == "label":
         with pytest.raises(TesseraError, match="column 'label' is damaged"):
-            opened(path)
+            open_data(path)
     else:
-        assert [source_pixel for source_pixel, _ in read(opened(path))] == [3, 4]
+        assert [source_pixel for source_pixel, _ in read(open_data(path))] == [3, 4]
 
 
 def test_no_file_at_all(tmp_path):
     for path in (tmp_path, tmp_path / "gone.parquet"):
-        with pytest.raises(TesseraError, match="holds no parquet file"):
-            opened(path, kind="parquet")
+        with pytest.raises(TesseraError, match="contains no parquet file"):
+            open_data(path, kind="parquet")
 
 
 def test_no_rows(tmp_path):
     empty = arrow.array([], arrow.binary())
-    with pytest.raises(TesseraError, match="holds no rows"):
-        opened(put(tmp_path / "a.parquet", image=empty, label=arrow.array([], arrow.int64())))
+    with pytest.raises(TesseraError, match="contains no rows"):
+        open_data(put(tmp_path / "a.parquet", image=empty, label=arrow.array([], arrow.int64())))
 
 
 @pytest.mark.parametrize("image", [None, {"bytes": None, "path": "a.png"}])
-def test_a_row_without_bytes_is_unusable(tmp_path, image):
+def test_a_row_without_bytes_is_invalid(tmp_path, image):
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     images = arrow.array([image, {"bytes": png(3), "path": None}], kind)
-    source = opened(put(tmp_path / "a.parquet", image=images, label=[0, 1]))
+    source = open_data(put(tmp_path / "a.parquet", image=images, label=[0, 1]))
     with pytest.raises(InvalidSample, match="no image bytes"):
         source.pixels(0)
     np.testing.assert_array_equal(source.pixels(1), np.full((3, 8, 8), 3))
 
 
-# Columns that are found without being told
+# Detection of columns
 
 
-def test_the_column_of_images_is_found_by_its_kind(tmp_path):
-    source = opened(put(tmp_path / "a.parquet", img=struct(png(5), png(6)), text=["five", "six"], label=[0, 1]))
+def test_the_column_of_images_is_detected_by_its_type(tmp_path):
+    source = open_data(put(tmp_path / "a.parquet", img=struct(png(5), png(6)), text=["five", "six"], label=[0, 1]))
     assert read(source) == [(5, 0), (6, 1)]
     assert [source.caption(i) for i in range(2)] == ["five", "six"]
 
 
-def test_the_column_of_images_is_found_by_what_datasets_says_of_it(tmp_path):
-    told = {"info": {"features": {"photo": {"_type": "Image"}}}}
-    assert read(opened(put(tmp_path / "a.parquet", told, mask=[png(1)], photo=[png(5)]))) == [(5, 0)]
+def test_the_column_of_images_is_detected_by_the_metadata_of_datasets(tmp_path):
+    features = {"info": {"features": {"photo": {"_type": "Image"}}}}
+    assert read(open_data(put(tmp_path / "a.parquet", features, mask=[png(1)], photo=[png(5)]))) == [(5, 0)]
 
 
-def test_two_columns_of_images_ask_which_is_meant(tmp_path):
+def test_two_columns_of_images_are_an_error(tmp_path):
     path = put(tmp_path / "a.parquet", mask=[png(1)], photo=[png(5)])
-    with pytest.raises(TesseraError, match=r"say which column .* data\.image; it has mask, photo"):
-        opened(path)
-    assert read(opened(path, image="photo")) == [(5, 0)]
+    with pytest.raises(TesseraError, match=r"set data\.image .*columns are mask, photo"):
+        open_data(path)
+    assert read(open_data(path, image="photo")) == [(5, 0)]
 
 
-def test_no_column_of_labels_is_no_classes(tmp_path):
-    source = opened(put(tmp_path / "a.parquet", image=[png(5)], group=["a"]))
+def test_without_a_label_column_there_are_no_classes(tmp_path):
+    source = open_data(put(tmp_path / "a.parquet", image=[png(5)], group=["a"]))
     assert source.class_names == ()
 
 
 def test_captions_by_another_name(tmp_path):
     path = put(tmp_path / "a.parquet", image=[png(5)], text=["no"], title=["yes"], number=[7])
-    assert opened(path, caption="title").caption(0) == "yes"
-    assert opened(path, caption="number").caption(0) == "7"
-    assert opened(path, caption=None).caption(0) is None
+    assert open_data(path, caption="title").caption(0) == "yes"
+    assert open_data(path, caption="number").caption(0) == "7"
+    assert open_data(path, caption=None).caption(0) is None
     with pytest.raises(TesseraError, match=r"unknown column 'tile'; did you mean 'title'\? \(data\.caption\)"):
-        opened(path, caption="tile")
+        open_data(path, caption="tile")
 
 
-def test_of_several_captions_the_first_counts(tmp_path):
-    told = [["one", "uno"], ["two"], [], None]
-    source = opened(put(tmp_path / "a.parquet", image=[png()] * 4, caption=told))
+def test_the_first_of_several_captions_is_read(tmp_path):
+    texts = [["one", "uno"], ["two"], [], None]
+    source = open_data(put(tmp_path / "a.parquet", image=[png()] * 4, caption=texts))
     assert [source.caption(i) for i in range(4)] == ["one", "two", "", None]
 
 
-def test_captions_that_are_no_text(tmp_path):
+def test_captions_that_are_not_text(tmp_path):
     path = put(tmp_path / "a.parquet", image=[png()], text=[{"a": 1}])
-    assert opened(path).caption(0) is None
-    with pytest.raises(TesseraError, match=r"column 'text' holds no text .*; set data\.caption"):
-        opened(path, caption="text")
+    assert open_data(path).caption(0) is None
+    with pytest.raises(TesseraError, match=r"column 'text' is not text .*; set data\.caption"):
+        open_data(path, caption="text")
 
 
-def test_class_folders_are_not_looked_for_in_tables(tmp_path):
-    with pytest.raises(TesseraError, match=r"data\.classes=folders, but .* holds tables"):
-        opened(put(tmp_path / "a.parquet", image=[png()]), classes="folders")
+def test_class_folders_do_not_apply_to_tables(tmp_path):
+    with pytest.raises(TesseraError, match=r"data\.classes=folders, but .* contains tables"):
+        open_data(put(tmp_path / "a.parquet", image=[png()]), classes="folders")
 
 
-def test_folders_that_look_like_columns_are_none(tmp_path):
+def test_hive_style_folder_names_are_not_columns(tmp_path):
     (tmp_path / "label=7").mkdir()
     put(tmp_path / "label=7/a.parquet", image=[png(1), png(2)], label=["x", "y"])
-    assert opened(tmp_path).class_names == ("x", "y")
+    assert open_data(tmp_path).class_names == ("x", "y")
 
 
-# Where the images are held
+# Access to the images
 
 
-def test_large_files_are_unpacked_once_and_read_alike(tmp_path, monkeypatch, capfd):
+def test_large_files_are_unpacked_once(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "caches"))
     images = struct(*(png(value) for value in range(40)))
     images[7] = {"bytes": None, "path": None}
@@ -294,26 +294,26 @@ def test_large_files_are_unpacked_once_and_read_alike(tmp_path, monkeypatch, cap
     (tmp_path / "data").mkdir()
     path = tmp_path / "data/a.parquet"
     parquet.write_table(table, path, row_group_size=11)
-    held = opened(path)
-    monkeypatch.setattr("tessera.data.tables.HELD", 100)
-    monkeypatch.setattr("tessera.data.tables.BATCH", 3)
-    for said in ("unpacking a.parquet once into", ""):
-        mapped = opened(path)
-        assert said in capfd.readouterr().err if said else not capfd.readouterr().err
+    in_memory = open_data(path)
+    monkeypatch.setattr("tessera.data.tables.MAX_IN_MEMORY", 100)
+    monkeypatch.setattr("tessera.data.tables.ROWS_PER_BATCH", 3)
+    for message in ("unpacking a.parquet once into", ""):
+        mapped = open_data(path)
+        assert message in capfd.readouterr().err if message else not capfd.readouterr().err
         for row in (39, 0, 22, 10, 11):
-            assert mapped.encoded(row) == held.encoded(row) == table["image"][row]["bytes"].as_py()
+            assert mapped.encoded(row) == in_memory.encoded(row) == table["image"][row]["bytes"].as_py()
         with pytest.raises(InvalidSample, match="no image bytes"):
             mapped.encoded(7)
     assert len(list((tmp_path / "caches/tables").glob("*.arrow"))) == 1
     parquet.write_table(table.slice(20), path)  # another file of the same name
-    assert opened(path).encoded(0) == table["image"][20]["bytes"].as_py()
+    assert open_data(path).encoded(0) == table["image"][20]["bytes"].as_py()
 
 
 def test_a_row_may_name_a_file_instead(tmp_path):
     (tmp_path / "a.png").write_bytes(png(9))
     kind = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     images = arrow.array([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "b.png"}], kind)
-    source = opened(put(tmp_path / "a.parquet", image=images))
+    source = open_data(put(tmp_path / "a.parquet", image=images))
     assert source.encoded(0) == tmp_path / "a.png"
     with pytest.raises(InvalidSample, match="no image bytes"):
         source.encoded(1)
@@ -325,7 +325,7 @@ def test_arrow_files(tmp_path, kind):
     new = arrow.ipc.new_stream if kind == "stream" else arrow.ipc.new_file
     with new(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
-    assert read(opened(tmp_path / "a.arrow")) == [(5, 1), (6, 0)]
+    assert read(open_data(tmp_path / "a.arrow")) == [(5, 1), (6, 0)]
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:200])
-    with pytest.raises(TesseraError, match=r"a\.arrow is damaged or no arrow file"):
-        opened(tmp_path / "a.arrow")
+    with pytest.raises(TesseraError, match=r"a\.arrow is damaged or not a valid arrow file"):
+        open_data(tmp_path / "a.arrow")
