@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, StochasticDPMSolver, UniPC, sample_loop
+from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, DPMSolverSDE, UniPC, sample_loop
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import Karras, Trailing, timestep_grid
 
@@ -44,7 +44,7 @@ NOISY: list[tuple[str, Solver, str]] = [
     ("ddim eta 1", DDIM(eta=1), "1"),
     ("sde", SDE(), "1"),
     ("sde constant", SDE(diffusion="constant"), "1/2 at the data"),
-    ("dpm++-sde", StochasticDPMSolver(), "2"),
+    ("dpm++-sde", DPMSolverSDE(), "2"),
 ]
 CALLS = (5, 10, 20, 40)
 COUNTS = (40, 80, 160)
@@ -134,7 +134,7 @@ def main() -> None:
         middle, whole = exact.path(x, 0.9, 0.1), exact.path(x, 1.0, 0.0)
         for words, solver, order in SOLVERS:
             measured = slope(COUNTS, [error(solver, exact, inside(process, n), middle) for n in COUNTS])
-            steps = [math.ceil((calls + 1) / 2) if solver.calls == 2 else calls for calls in CALLS]
+            steps = [math.ceil((calls + 1) / 2) if solver.calls_per_step == 2 else calls for calls in CALLS]
             few = [error(solver, exact, timestep_grid(Trailing(), n, process), whole) for n in steps]
             few.append(error(solver, exact, timestep_grid(Karras(), steps[1], process), whole))
             print(f"| {name} | {words} | {order} | {measured:.2f} | " + " | ".join(f"{one:.2g}" for one in few) + " |")

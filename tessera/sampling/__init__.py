@@ -1,35 +1,52 @@
-"""Drawing as pure steps: each solver is `step(denoise, x, t, s, memory, noise) -> (x, memory)`, looped by `walk`."""
+"""Sampling: solvers, timestep grids, guidance and the loop over steps.
 
-from typing import Annotated, Literal
+A solver is `solver(denoise, x, t, s, memory, noise) -> (x, memory)`; `sample_loop` applies it along a grid of times.
+"""
+
+from typing import Annotated, Literal, get_args
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from tessera.sampling.ancestral import Ancestral
-from tessera.sampling.caching import AnyCaching, FirstBlock, NoCaching
+from tessera.sampling.caching import AnyCaching, FirstBlockCaching, NoCaching
 from tessera.sampling.ddim import DDIM
-from tessera.sampling.dpm import DPMSolver, StochasticDPMSolver
+from tessera.sampling.denoiser import Denoiser, GuidanceModel
+from tessera.sampling.dpm import DPMSolver, DPMSolverSDE
+from tessera.sampling.editing import EditSource
 from tessera.sampling.euler import Euler
-from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
+from tessera.sampling.guidance import (
+    AnyGuidanceSchedule,
+    ConstantGuidance,
+    CosineGuidance,
+    LinearGuidance,
+    PoweredCosineGuidance,
+)
 from tessera.sampling.heun import Heun
 from tessera.sampling.loop import SampleState, sample_loop
 from tessera.sampling.sde import SDE
-from tessera.sampling.timesteps import SPACINGS, AnyTimestepSpacing, Uniform
+from tessera.sampling.solver import Solver
+from tessera.sampling.timesteps import (
+    TIMESTEP_SPACINGS,
+    AnyTimestepSpacing,
+    Karras,
+    Leading,
+    LogSNR,
+    Quadratic,
+    Shifted,
+    Trailing,
+    Uniform,
+    timestep_grid,
+)
 from tessera.sampling.unipc import UniPC
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
-SAMPLERS = {
-    "ancestral": Ancestral, "ddim": DDIM, "euler": Euler, "heun": Heun, "dpm++": DPMSolver,
-    "dpm++-sde": StochasticDPMSolver, "unipc": UniPC, "sde": SDE,
-}  # fmt: skip
-AnySampler = Annotated[
-    Ancestral | DDIM | Euler | Heun | DPMSolver | StochasticDPMSolver | UniPC | SDE,
-    BeforeValidator(by_kind),
-    Field(discriminator="kind"),
-]
+_Sampler = Ancestral | DDIM | Euler | Heun | DPMSolver | DPMSolverSDE | UniPC | SDE
+AnySampler = Annotated[_Sampler, BeforeValidator(expand_kind), Field(discriminator="kind")]
+SAMPLERS = {solver.model_fields["kind"].default: solver for solver in get_args(_Sampler)}
 
 
 class SamplingConfig(Settings):
-    """How to draw from a model: kept in its bundle, so that drawing needs no flags."""
+    """How to sample from a model. Saved in its bundle, so that sampling needs no flags."""
 
     sampler: AnySampler = DDIM()
     num_steps: PositiveInt = 50
@@ -39,13 +56,16 @@ class SamplingConfig(Settings):
         default="all", description="3 repeats the official code's rule"
     )
     guidance_interval: tuple[float, float] | None = Field(
-        default=None, description="the lowest and the highest time (0 data, 1 noise) that is guided; null: all are"
+        default=None, description="guide only between these times (0 data, 1 noise); null: at all times"
     )
     guidance_schedule: AnyGuidanceSchedule = Field(
-        default=ConstantGuidance(), description="how the guidance changes over time"
+        default=ConstantGuidance(), description="how the guidance scale changes over time"
     )
     guidance_rescale: float = Field(
-        default=0.0, ge=0, le=1, description="how far a guided output gets the unguided one's standard deviation"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="how far a guided output gets the standard deviation of the conditional output",
     )
     caching: AnyCaching = Field(default=NoCaching(), description="what is reused from one step to the next")
 
@@ -57,39 +77,59 @@ class SamplingConfig(Settings):
         return interval
 
     def summary(self) -> str:
-        """In one line, for people: solver, steps, grid, guidance, and whatever else is not as usual."""
-        words = [f"{self.sampler.kind}, {self.num_steps} steps, {self.timestep_spacing.kind}"]
-        words += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale != 1 else []
-        usual = SamplingConfig()
+        """One line: solver, steps, spacing, guidance, and every setting that differs from its default."""
+        parts = [f"{self.sampler.kind}, {self.num_steps} steps, {self.timestep_spacing.kind}"]
+        parts += [f"guidance {self.guidance_scale:g}"] if self.guidance_scale != 1 else []
+        default = SamplingConfig()
         for name in (name for name in SamplingConfig.model_fields if name not in ("num_steps", "guidance_scale")):
             value = getattr(self, name)
-            if isinstance(value, Settings):  # a choice by kind: the kind, and what is not as usual in it
-                of_kind = value.model_dump(mode="json")
-                if name not in ("sampler", "timestep_spacing") and of_kind["kind"] != getattr(usual, name).kind:
-                    words.append(f"{name} {of_kind['kind']}")
-                plain = type(value)().model_dump(mode="json")
-                words += [f"{key} {value}" for key, value in of_kind.items() if plain[key] != value]
-            elif value != getattr(usual, name):
-                words.append(f"{name} {value}")
-        return ", ".join(word.replace("_", " ") for word in words)
+            if isinstance(
+                value, Settings
+            ):  # a choice by kind: the kind, and its fields that differ from their defaults
+                data = value.model_dump(mode="json")
+                if name not in ("sampler", "timestep_spacing") and data["kind"] != getattr(default, name).kind:
+                    parts.append(f"{name} {data['kind']}")
+                defaults = type(value)().model_dump(mode="json")
+                parts += [f"{key} {field}" for key, field in data.items() if defaults[key] != field]
+            elif value != getattr(default, name):
+                parts.append(f"{name} {value}")
+        return ", ".join(part.replace("_", " ") for part in parts)
 
 
 __all__ = [
     "DDIM",
     "SAMPLERS",
     "SDE",
-    "SPACINGS",
+    "TIMESTEP_SPACINGS",
     "Ancestral",
+    "AnyCaching",
+    "AnyGuidanceSchedule",
     "AnySampler",
     "AnyTimestepSpacing",
+    "ConstantGuidance",
+    "CosineGuidance",
     "DPMSolver",
+    "DPMSolverSDE",
+    "Denoiser",
+    "EditSource",
     "Euler",
-    "FirstBlock",
+    "FirstBlockCaching",
+    "GuidanceModel",
     "Heun",
+    "Karras",
+    "Leading",
+    "LinearGuidance",
+    "LogSNR",
     "NoCaching",
+    "PoweredCosineGuidance",
+    "Quadratic",
     "SampleState",
     "SamplingConfig",
-    "StochasticDPMSolver",
+    "Shifted",
+    "Solver",
+    "Trailing",
     "UniPC",
+    "Uniform",
     "sample_loop",
+    "timestep_grid",
 ]

@@ -1,4 +1,4 @@
-"""Ancestral sampling: draw from the learned reverse process (Ho et al. 2020, algorithm 2)."""
+"""Ancestral sampling from the learned reverse process (Ho et al. 2020, algorithm 2)."""
 
 from typing import Literal
 
@@ -13,25 +13,25 @@ from tessera.sampling.solver import Solver
 
 
 class Ancestral(Solver):
-    """One call of the denoiser and one draw of noise a step, over any subset of the trained times.
+    """One call of the denoiser and one noise tensor per step, over any subset of the trained timesteps.
 
     On a subset the betas are those of the longer steps (Nichol & Dhariwal 2021, section 4).
     """
 
     kind: Literal["ancestral"] = "ancestral"
 
-    def check(self, process: DiffusionProcess) -> None:
-        if not isinstance(process, GaussianDiffusion):
+    def check(self, diffusion: DiffusionProcess) -> None:
+        if not isinstance(diffusion, GaussianDiffusion):
             raise TesseraError(
-                f"ancestral sampling belongs to Gaussian processes, and this one is {process.config.summary()}; "
-                "ddim with eta=1 draws with as much noise"
+                f"ancestral sampling needs a Gaussian diffusion process, but this one is {diffusion.config.summary()}; "
+                "ddim with eta=1 adds as much noise"
             )
 
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the mean."""
-        assert isinstance(denoise.process, GaussianDiffusion)
-        mean, log_variance = denoise.process.p_mean_variance(x, denoise(x, t), t, s)
-        spread = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
-        return mean + spread * noise(), memory
+        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take the mean."""
+        assert isinstance(denoise.diffusion, GaussianDiffusion)
+        mean, log_variance = denoise.diffusion.p_mean_variance(x, denoise(x, t), t, s)
+        std = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
+        return mean + std * noise(), memory

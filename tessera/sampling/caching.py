@@ -1,10 +1,13 @@
-"""What may be reused from one step of a drawing to the next: the settings. `tessera.acceleration.first_block_cache` does it."""
+"""What may be reused from one sampling step to the next: the settings.
+
+The implementation is in `tessera.acceleration.first_block_cache`.
+"""
 
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat
 
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
 
 class NoCaching(Settings):
@@ -13,10 +16,10 @@ class NoCaching(Settings):
     kind: Literal["none"] = "none"
 
 
-class FirstBlock(Settings):
-    """While the first block says nearly what it said when all were computed, the others say what they said then.
+class FirstBlockCaching(Settings):
+    """Reuse the residual of the later blocks while the residual of the first block has changed by less than threshold.
 
-    A picture is the same alone and in any batch: every row is decided on by itself.
+    Each row is decided on its own, so an image does not depend on its batch.
     """
 
     kind: Literal["first-block"] = "first-block"
@@ -24,8 +27,8 @@ class FirstBlock(Settings):
         default=0.1, description="relative change of the first block's residual at which all are computed; 0: always"
     )
     order: Literal[0, 1] = Field(
-        default=1, description="0 repeats the last computed residual, 1 goes on along a line through the last two"
+        default=1, description="0 reuses the last computed residual, 1 extrapolates linearly from the last two"
     )
 
 
-AnyCaching = Annotated[NoCaching | FirstBlock, BeforeValidator(by_kind), Field(discriminator="kind")]
+AnyCaching = Annotated[NoCaching | FirstBlockCaching, BeforeValidator(expand_kind), Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""DDIM: deterministic steps, or any amount of the ancestral noise (Song et al. 2021, equation 12)."""
+"""DDIM: deterministic steps, or steps with a fraction of the ancestral noise (Song et al. 2021, equation 12)."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from tessera.sampling.solver import Solver
 
 
 class DDIM(Solver):
-    """First order; one call of the denoiser a step. eta 0 draws no noise, eta 1 as much as ancestral sampling."""
+    """First order; one call of the denoiser per step. eta 0 adds no noise, eta 1 as much as ancestral sampling."""
 
     kind: Literal["ddim"] = "ddim"
     eta: float = Field(default=0.0, ge=0, le=1)
@@ -21,11 +21,11 @@ class DDIM(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]."""
-        process, predicted = denoise.process, denoise(x, t)
+        diffusion, prediction = denoise.diffusion, denoise(x, t)
         if not self.eta:
-            return ddim_update(process, predicted, s), memory
-        # Equation 16: the standard deviation of the ancestral step, times eta; in a form for any alpha and sigma.
-        sigma = process.sigma(s)
-        kept = process.alpha(t) * sigma / (process.alpha(s) * process.sigma(t))
-        spread = self.eta * sigma * (1 - kept**2).clamp(min=0).sqrt()
-        return ddim_update(process, predicted, s, spread) + expand(spread, x) * noise(), memory
+            return ddim_update(diffusion, prediction, s), memory
+        # Equation 16: eta times the standard deviation of the ancestral step, in a form for any alpha and sigma.
+        sigma = diffusion.sigma(s)
+        noise_ratio = diffusion.alpha(t) * sigma / (diffusion.alpha(s) * diffusion.sigma(t))
+        std = self.eta * sigma * (1 - noise_ratio**2).clamp(min=0).sqrt()
+        return ddim_update(diffusion, prediction, s, std) + expand(std, x) * noise(), memory

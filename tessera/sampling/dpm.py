@@ -1,4 +1,4 @@
-"""DPM-Solver++, multistep: what the denoiser said before stands in for more calls (Lu et al. 2022)."""
+"""DPM-Solver++, multistep: earlier outputs of the denoiser replace further calls (Lu et al. 2022)."""
 
 from typing import Literal
 
@@ -12,40 +12,49 @@ from tessera.sampling.solver import Solver
 
 
 class DPMSolver(Solver):
-    """DPM-Solver++(2M) and (3M); one call of the denoiser a step. The first steps are of the orders below.
+    """DPM-Solver++(2M) and (3M); one call of the denoiser per step. The first steps are of lower order.
 
-    Order 3 weighs the second difference by its exact integral, as UniPC's predictor does. The code published with the
-    paper, and diffusers', take half of it, which leaves a local error of third order instead of fourth.
+    Order 3 weights the second difference by its exact integral, as UniPC's predictor does. The code published with the
+    paper and diffusers use half of it, which leaves a local error of third order instead of fourth.
     """
 
     kind: Literal["dpm++"] = "dpm++"
     order: Literal[2, 3] = 2
 
+    @property
+    def convergence_order(self) -> float:
+        return self.order
+
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
     ) -> tuple[Tensor, History]:
-        """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes x0."""
-        history = push_history(memory, NoiseLevel.at(denoise.process, t), denoise(x, t).x0, self.order)
-        return exp_integrator_step(x, NoiseLevel.at(denoise.process, s), history), history
+        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take x0."""
+        history = push_history(memory, NoiseLevel.at(denoise.diffusion, t), denoise(x, t).x0, self.order)
+        return exp_integrator_step(x, NoiseLevel.at(denoise.diffusion, s), history), history
 
 
-class StochasticDPMSolver(Solver):
-    """SDE-DPM-Solver++(2M): as much noise as ancestral sampling, in far fewer steps; one call a step."""
+class DPMSolverSDE(Solver):
+    """SDE-DPM-Solver++(2M): as much noise as ancestral sampling, in far fewer steps; one call per step."""
 
     kind: Literal["dpm++-sde"] = "dpm++-sde"
 
+    @property
+    def convergence_order(self) -> float:
+        return 1.5  # as measured
+
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
     ) -> tuple[Tensor, History]:
-        """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes x0."""
-        here, there = NoiseLevel.at(denoise.process, t), NoiseLevel.at(denoise.process, s)
-        history = push_history(memory, here, denoise(x, t).x0, 2)
-        kept = here.alpha * there.sigma / (there.alpha * here.sigma)  # exp(-h): 0 at both ends, where h is infinite
-        drawn = 1 - kept**2
+        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take x0."""
+        level_t, level_s = NoiseLevel.at(denoise.diffusion, t), NoiseLevel.at(denoise.diffusion, s)
+        history = push_history(memory, level_t, denoise(x, t).x0, 2)
+        exp_minus_h = level_t.alpha * level_s.sigma / (level_s.alpha * level_t.sigma)  # 0 at both ends: h is infinite
+        noise_variance = 1 - exp_minus_h**2
         weights: list[Tensor] = []
         if len(history.levels) > 1:
-            h = there.half_log_snr - here.half_log_snr
-            change = 0.5 * drawn * h / (history.levels[1].half_log_snr - here.half_log_snr)
-            weights = [torch.where(h.isfinite(), change, 0)]
-        x = linear_combination(there.sigma / here.sigma * kept, x, there.alpha, drawn, weights, list(history.x0))
-        return x + expand(there.sigma * drawn.clamp(min=0).sqrt(), x) * noise(), history
+            h = level_s.half_log_snr - level_t.half_log_snr
+            weight = 0.5 * noise_variance * h / (history.levels[1].half_log_snr - level_t.half_log_snr)
+            weights = [torch.where(h.isfinite(), weight, 0)]
+        x_scale = level_s.sigma / level_t.sigma * exp_minus_h
+        x = linear_combination(x_scale, x, level_s.alpha, noise_variance, weights, list(history.x0))
+        return x + expand(level_s.sigma * noise_variance.clamp(min=0).sqrt(), x) * noise(), history

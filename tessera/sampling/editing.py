@@ -1,8 +1,8 @@
-"""Drawing that begins from a picture: noise is mixed in and taken out again, everywhere or where a mask says.
+"""Sampling that begins from an image: image-to-image and inpainting.
 
-Both are consequences of a process that mixes noise to any time and of steps without hidden state: image to image is a
-walk over the last times of a grid (SDEdit, Meng et al. 2022), inpainting a step that puts back what is kept (Lugmayr et
-al. 2022, "RePaint", without its resampling). Shapes: B batch, C channels, H W height and width.
+Image-to-image adds noise to the image and samples over the last times of a grid (SDEdit, Meng et al. 2022). Inpainting
+puts back the image where the mask is 0 after every step (Lugmayr et al. 2022, "RePaint", without its resampling).
+Shapes: B batch, C channels, H W height and width.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from tessera.sampling.loop import Step
 
 @dataclass(frozen=True)
 class EditSource:
-    """What a drawing begins from. strength: of the noise, 0 to 1; mask: true where to draw, false where x0 stays."""
+    """The latents to begin from. strength: of the noise, 0 to 1; mask: true where to generate, false where x0 stays."""
 
     x0: Tensor  # [B or 1, C, H, W]
     strength: float
@@ -27,44 +27,43 @@ class EditSource:
 
     @property
     def rows(self) -> int:
-        """How many pictures this begins; 1 may stand for all."""
+        """How many images this is for; 1 may stand for all rows."""
         return max(len(self.x0), 1 if self.mask is None else len(self.mask))
 
-    def reached(self, times: Tensor) -> Tensor:
-        """The times of a falling grid [n + 1] from the nearest below strength. Raises TesseraError if none is left."""
-        # 1 is from noise, wherever a grid begins; otherwise to within the rounding of a strength written in decimals
-        reached = times if self.strength == 1 else times[times <= self.strength + 1e-9]
-        if len(reached) < 2:
+    def times_from_strength(self, times: Tensor) -> Tensor:
+        """The times of a decreasing grid [n + 1] that are at most strength. Raises TesseraError if no step is left."""
+        # A strength of 1 begins in noise, wherever the grid begins; 1e-9 allows for decimal rounding of a strength.
+        remaining = times if self.strength == 1 else times[times <= self.strength + 1e-9]
+        if len(remaining) < 2:
             raise TesseraError(
-                f"strength {self.strength:g} leaves no step: of {len(times) - 1} the last begins at "
-                f"{float(times[-2]):.3g}; ask for more strength or more steps"
+                f"strength {self.strength:g} leaves no step: the last of {len(times) - 1} steps begins at time "
+                f"{float(times[-2]):.3g}; use a larger strength or more steps"
             )
-        return reached
+        return remaining
 
-    def start(self, process: DiffusionProcess, noise: Tensor, t: Tensor) -> Tensor:
-        """x at t [] from each row's own noise [B, C, H, W]."""
+    def initial_state(self, diffusion: DiffusionProcess, noise: Tensor, t: Tensor) -> Tensor:
+        """x at time t [], from each row's own noise [B, C, H, W]."""
         if self.strength < 1:
-            return process.add_noise(self.x0.expand_as(noise), noise, t.expand(len(noise)))
-        return self._put_back(process, noise, noise, t.expand(len(noise)))
+            return diffusion.add_noise(self.x0.expand_as(noise), noise, t.expand(len(noise)))
+        return self.put_back(diffusion, noise, noise, t.expand(len(noise)))
 
-    def keeping(self, step: Step, noise: Tensor) -> Step:
-        """The step, after which what is kept is x0 mixed with each row's own noise [B, C, H, W] to the time reached."""
-        if self.mask is None:
-            return step
-        return _MaskedStep(step, self, noise)
+    def masked_step(self, step: Step, noise: Tensor) -> Step:
+        """The step, followed by `put_back` with each row's own noise [B, C, H, W]."""
+        return step if self.mask is None else _MaskedStep(step, self, noise)
 
-    def _put_back(self, process: DiffusionProcess, x: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+    def put_back(self, diffusion: DiffusionProcess, x: Tensor, noise: Tensor, s: Tensor) -> Tensor:
+        """x, replaced by x0 with noise of time s where the mask is false."""
         if self.mask is None:
             return x
-        return torch.where(self.mask, x, process.add_noise(self.x0.expand_as(noise), noise, s))
+        return torch.where(self.mask, x, diffusion.add_noise(self.x0.expand_as(noise), noise, s))
 
 
 @dataclass(frozen=True)
 class _MaskedStep:
-    """A solver's step, and then what is kept put back. What the solver remembers is left as it is."""
+    """A solver's step, after which the image is put back. The solver's memory is not changed."""
 
     step: Step
-    original: EditSource
+    source: EditSource
     noise: Tensor
 
     @property
@@ -75,4 +74,4 @@ class _MaskedStep:
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
     ) -> tuple[Tensor, Any]:
         x, memory = self.step(denoise, x, t, s, memory, noise)
-        return self.original._put_back(denoise.process, x, self.noise, s), memory
+        return self.source.put_back(denoise.diffusion, x, self.noise, s), memory

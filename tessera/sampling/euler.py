@@ -1,4 +1,4 @@
-"""Euler's method: a straight step to where the prediction says x will be."""
+"""Euler's method: a straight step along the prediction."""
 
 from typing import Literal
 
@@ -11,22 +11,24 @@ from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver
 
 
-def ddim_update(process: DiffusionProcess, predicted: Prediction, s: Tensor, spread: Tensor | None = None) -> Tensor:
-    """The predicted picture with the predicted noise of time s: alpha(s) x0 + sigma(s) eps. s [B] -> [B, ...]
+def ddim_update(
+    diffusion: DiffusionProcess, prediction: Prediction, s: Tensor, noise_std: Tensor | None = None
+) -> Tensor:
+    """alpha(s) x0 + sigma(s) eps: the predicted image with the predicted noise at time s. s [B] -> [B, ...]
 
-    spread [B]: the part of sigma(s) that is left out, because as much noise is drawn anew (Song et al. 2021, equation
-    12, without its last term).
+    noise_std [B]: the standard deviation of the new noise that the caller adds. The predicted noise is reduced by as
+    much (Song et al. 2021, equation 12, without its last term).
     """
-    sigma = process.sigma(s)
-    kept = sigma if spread is None else (sigma**2 - spread**2).clamp(min=0).sqrt()
-    x0, eps = predicted.x0, predicted.eps
-    return torch.addcmul(expand(process.alpha(s), x0) * x0, expand(kept, x0), eps)
+    sigma = diffusion.sigma(s)
+    eps_scale = sigma if noise_std is None else (sigma**2 - noise_std**2).clamp(min=0).sqrt()
+    x0, eps = prediction.x0, prediction.eps
+    return torch.addcmul(expand(diffusion.alpha(s), x0) * x0, expand(eps_scale, x0), eps)
 
 
 class Euler(Solver):
-    """First order; one call of the denoiser a step. The same as ddim without noise, for every process.
+    """First order; one call of the denoiser per step. The same as ddim with eta 0, for every diffusion process.
 
-    For flow matching on a linear path it is the classical Euler step along the velocity.
+    For flow matching on a linear path this is the classical Euler step along the velocity.
     """
 
     kind: Literal["euler"] = "euler"
@@ -35,4 +37,4 @@ class Euler(Solver):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
         """One step from t to s. x [B, ...], t and s [B]."""
-        return ddim_update(denoise.process, denoise(x, t), s), memory
+        return ddim_update(denoise.diffusion, denoise(x, t), s), memory

@@ -1,14 +1,14 @@
-"""What the multistep solvers share: the exact solution of the part of the equation that is linear in x.
+"""Exponential integrator shared by the multistep solvers: the part of the ODE that is linear in x is solved exactly.
 
 With lambda = log(alpha / sigma) the path from t to s is (Lu et al. 2022, "DPM-Solver++", equation 8)
 
     x_s = sigma_s / sigma_t x_t + sigma_s * integral of exp(lambda) x0(lambda) from lambda_t to lambda_s
 
-and a solver replaces x0(lambda) by the polynomial through what the denoiser said at t and at times before. Its
-argument is tau = (lambda - lambda_t) / h with h = lambda_s - lambda_t: 0 at t, 1 at s, below 0 before.
+A solver replaces x0(lambda) by the polynomial through the denoiser's outputs at t and at earlier times. The argument of
+the polynomial is tau = (lambda - lambda_t) / h with h = lambda_s - lambda_t: 0 at t, 1 at s, negative at earlier times.
 
-At the noise lambda is minus infinity where alpha is 0, and at the data infinity. A polynomial does not reach there: a
-value said at alpha = 0 drops out of it, and a step to the data takes x0 as it was said last. Shapes: B batch.
+lambda is minus infinity where alpha is 0 (pure noise) and infinity at the data. The polynomial does not extend there:
+an output at alpha = 0 gets weight 0, and a step to the data takes the last x0. Shapes: B batch.
 """
 
 from dataclasses import dataclass
@@ -24,95 +24,95 @@ from tessera.diffusion.prediction import expand
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """How much data and noise there is at a time, float64 [B] each, on the CPU."""
+    """alpha, sigma and lambda at a time: float64 [B] each, on the CPU."""
 
     alpha: Tensor
     sigma: Tensor
     half_log_snr: Tensor  # lambda
 
     @classmethod
-    def at(cls, process: DiffusionProcess, t: Tensor) -> Self:
-        alpha, sigma = process.alpha(t), process.sigma(t)
+    def at(cls, diffusion: DiffusionProcess, t: Tensor) -> Self:
+        alpha, sigma = diffusion.alpha(t), diffusion.sigma(t)
         return cls(alpha, sigma, alpha.log() - sigma.log())
 
 
 @dataclass(frozen=True)
 class History:
-    """What the denoiser said at which levels, the newest first: that of the time which a step starts from."""
+    """The denoiser's outputs and their noise levels, newest first: the first is that of the step's start."""
 
     levels: tuple[NoiseLevel, ...]
     x0: tuple[Tensor, ...]  # [B, ...] each
 
 
-def push_history(history: History | None, level: NoiseLevel, x0: Tensor, most: int) -> History:
-    """The history with one more entry, of which the `most` newest stay."""
+def push_history(history: History | None, level: NoiseLevel, x0: Tensor, max_length: int) -> History:
+    """The history with one more entry, cut to the newest `max_length`."""
     if history is None:
         return History((level,), (x0,))
-    return History((level, *history.levels)[:most], (x0, *history.x0)[:most])
+    return History((level, *history.levels)[:max_length], (x0, *history.x0)[:max_length])
 
 
-def moments(h: Tensor, count: int) -> list[Tensor]:
+def exp_integrals(h: Tensor, count: int) -> list[Tensor]:
     """The integrals over tau from 0 to 1 of h exp(-h (1 - tau)) tau^i, for i below count; [B] each, 1 at infinite h."""
-    found = [-torch.expm1(-h)]
-    for i in range(1, count):  # by parts
-        found.append(1 - i * found[-1] / h)
-    return found
+    integrals = [-torch.expm1(-h)]
+    for i in range(1, count):  # integration by parts
+        integrals.append(1 - i * integrals[-1] / h)
+    return integrals
 
 
-def lagrange_weights(h: Tensor, places: list[Tensor]) -> list[Tensor]:
-    """The weights of f(tau) - f(0), for each of the places [B], in the integral of h exp(-h (1 - tau)) P(tau).
+def lagrange_weights(h: Tensor, nodes: list[Tensor]) -> list[Tensor]:
+    """Weights of f(tau) - f(0), for each node [B], in the integral of h exp(-h (1 - tau)) (P(tau) - f(0)).
 
-    P is the polynomial through 0 and all the places, in Newton's form: of divided differences, so that a last place at
-    infinity gets weight 0 and leaves the others what they would be without it.
+    P is the polynomial through 0 and all nodes, in Newton's form (divided differences): a last node at infinity gets
+    weight 0 and does not change the other weights.
     """
-    count = len(places)
+    count = len(nodes)
     if not count:
         return []
-    integrals = moments(h, count + 1)
-    at = [torch.zeros_like(h), *places]
-    # Divided differences as weights of the f(tau) - f(0): [count, B] each.
+    integrals = exp_integrals(h, count + 1)
+    taus = [torch.zeros_like(h), *nodes]
+    # Divided differences, as weights of f(tau) - f(0): [count, B] each.
     table = [torch.zeros(count, len(h), dtype=h.dtype)]
-    table += [one[:, None].expand(count, len(h)) for one in torch.eye(count, dtype=h.dtype)]
-    product = [torch.ones_like(h)]  # (tau - at[0]) (tau - at[1]) ..., its coefficients from tau^0 up
+    table += [row[:, None].expand(count, len(h)) for row in torch.eye(count, dtype=h.dtype)]
+    product = [torch.ones_like(h)]  # coefficients of (tau - taus[0]) (tau - taus[1]) ..., from tau^0 up
     weights = torch.zeros_like(table[0])
     for level in range(1, count + 1):
-        table = [(right - left) / (at[i + level] - at[i]) for i, (left, right) in enumerate(pairwise(table))]
-        shifted, scaled = [torch.zeros_like(h), *product], [at[level - 1] * of for of in product]
+        table = [(right - left) / (taus[i + level] - taus[i]) for i, (left, right) in enumerate(pairwise(table))]
+        shifted, scaled = [torch.zeros_like(h), *product], [taus[level - 1] * c for c in product]
         product = [up - down for up, down in zip(shifted, [*scaled, torch.zeros_like(h)])]
-        weights = weights + table[0] * sum(of * integral for of, integral in zip(product, integrals))
+        weights = weights + table[0] * sum(c * integral for c, integral in zip(product, integrals))
     return list(weights)
 
 
 def linear_combination(
-    of_x: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]
+    x_scale: Tensor, x: Tensor, scale: Tensor, first: Tensor, weights: list[Tensor], x0: list[Tensor]
 ) -> Tensor:
-    """of_x x + scale (first x0[0] + the weighted differences of the other x0 from x0[0]). Coefficients [B]."""
-    left = scale * first
+    """x_scale x + scale (first x0[0] + sum of weights[i] (x0[i + 1] - x0[0])). Coefficients [B]."""
+    first_scale = scale * first
     for weight in weights:
-        left = left - scale * weight
-    x = torch.addcmul(expand(of_x, x) * x, expand(left, x), x0[0])
+        first_scale = first_scale - scale * weight
+    x = torch.addcmul(expand(x_scale, x) * x, expand(first_scale, x), x0[0])
     for weight, other in zip(weights, x0[1:]):
         x = torch.addcmul(x, expand(scale * weight, x), other)
     return x
 
 
 def exp_integrator_step(
-    x: Tensor, there: NoiseLevel, history: History, *, ahead: Tensor | None = None, by_length: bool = False
+    x: Tensor, level_s: NoiseLevel, history: History, *, x0_next: Tensor | None = None, bh1: bool = False
 ) -> Tensor:
-    """x at another level from x [B, ...] at the newest of a history; of the order of the history's length.
+    """x [B, ...] from the newest noise level of a history to another one, with the order of the history's length.
 
-    ahead: x0 there, where it is known: one order more (Zhao et al. 2023, "UniC"). Two values are weighed by half of
-    their difference, as in "DPM-Solver++", algorithm 2, and "UniPC" with B(h) = exp(h) - 1; by_length is its
-    B(h) = h. Three and more are integrated exactly.
+    x0_next: x0 at the other level, if known: one order more (Zhao et al. 2023, "UniC"). A single difference is weighted
+    by half, as in "DPM-Solver++", algorithm 2, and in "UniPC" with B(h) = exp(h) - 1; bh1 selects B(h) = h. Two or more
+    differences are integrated exactly.
     """
-    here, known = history.levels[0], list(history.x0[1:])
-    h = there.half_log_snr - here.half_log_snr
-    inside, first = h.isfinite(), -torch.expm1(-h)
-    places = [(before.half_log_snr - here.half_log_snr) / h for before in history.levels[1:]]
-    half = 0.5 * (torch.where(inside, h, first) if by_length else first)
-    outside = [torch.zeros_like(h)] * len(places)  # the weights in a step that begins at alpha = 0 or ends in the data
-    if ahead is not None:
-        places, known, outside = [torch.ones_like(h), *places], [ahead, *known], [half, *outside]
-    weights = [half / places[0]] if len(places) == 1 else lagrange_weights(h, places)
-    weights = [torch.where(inside, weight, other) for weight, other in zip(weights, outside)]
-    return linear_combination(there.sigma / here.sigma, x, there.alpha, first, weights, [history.x0[0], *known])
+    level_t, others = history.levels[0], list(history.x0[1:])
+    h = level_s.half_log_snr - level_t.half_log_snr
+    finite, first = h.isfinite(), -torch.expm1(-h)
+    nodes = [(level.half_log_snr - level_t.half_log_snr) / h for level in history.levels[1:]]
+    half = 0.5 * (torch.where(finite, h, first) if bh1 else first)
+    end_weights = [torch.zeros_like(h)] * len(nodes)  # in a step that begins at alpha = 0 or ends at the data
+    if x0_next is not None:
+        nodes, others, end_weights = [torch.ones_like(h), *nodes], [x0_next, *others], [half, *end_weights]
+    weights = [half / nodes[0]] if len(nodes) == 1 else lagrange_weights(h, nodes)
+    weights = [torch.where(finite, weight, end) for weight, end in zip(weights, end_weights)]
+    return linear_combination(level_s.sigma / level_t.sigma, x, level_s.alpha, first, weights, [history.x0[0], *others])

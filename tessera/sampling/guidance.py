@@ -1,8 +1,7 @@
-"""How much of the guidance counts at which time (Wang et al. 2024, "Analysis of Classifier-Free Guidance Weight
-Schedulers").
+"""Guidance schedules (Wang et al. 2024, "Analysis of Classifier-Free Guidance Weight Schedulers").
 
-A schedule is `share(t)`: guidance at t is 1 + (guidance - 1) share, so that a scale of 1 stays 1 at every time. Times
-run from 0 (data) to 1 (noise); all schedules grow towards the data, as the paper found best.
+The guidance scale at time t is 1 + (guidance_scale - 1) weight(t), so a scale of 1 stays 1 at every time. Time runs
+from 0 (data) to 1 (noise). All schedules grow towards the data, as the paper found best.
 """
 
 import math
@@ -12,11 +11,11 @@ import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
 
 class ConstantGuidance(Settings):
-    """The same at every time."""
+    """The same scale at every time."""
 
     kind: Literal["constant"] = "constant"
 
@@ -25,27 +24,27 @@ class ConstantGuidance(Settings):
 
 
 class LinearGuidance(Settings):
-    """From nothing in the noise to twice as much at the data; the mean over all times is the guidance asked for."""
+    """From weight 0 at the noise to 2 at the data; the mean over all times is the guidance scale."""
 
     kind: Literal["linear"] = "linear"
-    least: NonNegativeFloat = Field(default=0.0, description="a share below this counts as this (clamp-linear)")
+    min_weight: NonNegativeFloat = Field(default=0.0, description="lower bound of the weight (clamp-linear)")
 
     def weight(self, t: Tensor) -> Tensor:
-        return (2 * (1 - t)).clamp(min=self.least)
+        return (2 * (1 - t)).clamp(min=self.min_weight)
 
 
 class CosineGuidance(Settings):
-    """As linear, flat at both ends."""
+    """Like linear, but flat at both ends."""
 
     kind: Literal["cosine"] = "cosine"
-    least: NonNegativeFloat = Field(default=0.0, description="a share below this counts as this (clamp-cosine)")
+    min_weight: NonNegativeFloat = Field(default=0.0, description="lower bound of the weight (clamp-cosine)")
 
     def weight(self, t: Tensor) -> Tensor:
-        return (1 + torch.cos(math.pi * t)).clamp(min=self.least)
+        return (1 + torch.cos(math.pi * t)).clamp(min=self.min_weight)
 
 
 class PoweredCosineGuidance(Settings):
-    """From nothing in the noise to all of it at the data, the later the higher the power (the paper's pcs)."""
+    """From weight 0 at the noise to 1 at the data; a higher power rises later (the paper's pcs)."""
 
     kind: Literal["powered-cosine"] = "powered-cosine"
     power: PositiveFloat = 2.0
@@ -56,6 +55,6 @@ class PoweredCosineGuidance(Settings):
 
 AnyGuidanceSchedule = Annotated[
     ConstantGuidance | LinearGuidance | CosineGuidance | PoweredCosineGuidance,
-    BeforeValidator(by_kind),
+    BeforeValidator(expand_kind),
     Field(discriminator="kind"),
 ]

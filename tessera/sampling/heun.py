@@ -1,4 +1,4 @@
-"""Heun's method: an Euler step, and then the mean of the directions at its two ends."""
+"""Heun's method: an Euler step, then a step along the mean of the directions at both of its ends."""
 
 from typing import ClassVar, Literal
 
@@ -12,26 +12,31 @@ from tessera.sampling.solver import Solver
 
 
 class Heun(Solver):
-    """Second order; two calls of the denoiser a step, and one in the step that ends in the data.
+    """Second order; two calls of the denoiser per step, one in the step that ends at the data.
 
-    On any path dx = x0 d(alpha) + eps d(sigma), and the trapezoid rule is taken of both integrals: no rate of alpha or
-    sigma is needed, and nothing is divided by them. On the linear path of flow matching this is the classical method
+    On any path dx = x0 d(alpha) + eps d(sigma). The trapezoid rule is applied to both integrals, so no derivative of
+    alpha or sigma is needed and no division by them. On the linear path of flow matching this is the classical method
     along the velocity (Karras et al. 2022, algorithm 1; Ma et al. 2024, "SiT").
     """
 
     kind: Literal["heun"] = "heun"
-    calls: ClassVar[int] = 2
+    calls_per_step: ClassVar[int] = 2
+
+    @property
+    def convergence_order(self) -> float:
+        return 2
 
     def __call__(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
     ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]; a row at s = 0 takes the Euler step."""
-        process, here = denoise.process, denoise(x, t)
-        x = ddim_update(process, here, s)
+        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take the Euler step."""
+        diffusion, prediction_t = denoise.diffusion, denoise(x, t)
+        x = ddim_update(diffusion, prediction_t, s)
         inside = s > 0
         if not inside.any():
             return x, memory
-        there = denoise(x, torch.where(inside, s, t))  # no network is asked about the data itself
-        of_x0 = 0.5 * inside * (process.alpha(s) - process.alpha(t))
-        of_eps = 0.5 * inside * (process.sigma(s) - process.sigma(t))
-        return x + expand(of_x0, x) * (there.x0 - here.x0) + expand(of_eps, x) * (there.eps - here.eps), memory
+        prediction_s = denoise(x, torch.where(inside, s, t))  # networks are not trained at time 0
+        half_d_alpha = 0.5 * inside * (diffusion.alpha(s) - diffusion.alpha(t))
+        half_d_sigma = 0.5 * inside * (diffusion.sigma(s) - diffusion.sigma(t))
+        x = x + expand(half_d_alpha, x) * (prediction_s.x0 - prediction_t.x0)
+        return x + expand(half_d_sigma, x) * (prediction_s.eps - prediction_t.eps), memory

@@ -1,4 +1,4 @@
-"""The one loop that draws: a step over given times, yielding every state.
+"""The sampling loop: one solver over a grid of times, yielding every state.
 
 Shapes: B batch.
 """
@@ -18,7 +18,7 @@ Step = Callable[[Denoise, Tensor, Tensor, Tensor, Any, Noise], tuple[Tensor, Any
 
 @dataclass(frozen=True)
 class SampleState:
-    """Where a drawing stands: x [B, ...] at time t, after `done` of `total` steps."""
+    """x [B, ...] at time t, after `step` of `num_steps` steps."""
 
     x: Tensor
     t: float
@@ -27,39 +27,35 @@ class SampleState:
 
 
 def sample_loop(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -> Iterator[SampleState]:
-    """Loop a step over falling times [n + 1] from x [B, ...] at times[0]; yields the start and every state after it.
+    """Apply a step along decreasing times [n + 1] from x [B, ...] at times[0]; yields the start and every state.
 
-    Keep the last state for the picture, wrap it in a progress bar, or stream it as a preview. Raises TesseraError in
-    place of the last state if a number in it is not finite.
+    The last state holds the samples. Raises TesseraError instead of yielding it if a number in it is not finite.
     """
-    memory, total = None, len(times) - 1
-    sums = [_sums(x)]
-    yield SampleState(x, float(times[0]), 0, total)
-    for done in range(1, total + 1):
-        t, s = times[done - 1].expand(len(x)), times[done].expand(len(x))
+    memory, num_steps = None, len(times) - 1
+    row_sums = [
+        x.flatten(1).sum(dim=1)
+    ]  # finite where all numbers of a row are; on x's device, which is not waited for
+    yield SampleState(x, float(times[0]), 0, num_steps)
+    for number in range(1, num_steps + 1):
+        t, s = times[number - 1].expand(len(x)), times[number].expand(len(x))
         x, memory = step(denoise, x, t, s, memory, noise)
-        sums.append(_sums(x))
-        if done == total:
-            _check(torch.stack(sums), times, step)
-        yield SampleState(x, float(times[done]), done, total)
+        row_sums.append(x.flatten(1).sum(dim=1))
+        if number == num_steps:
+            _check_finite(torch.stack(row_sums), times, step)
+        yield SampleState(x, float(times[number]), number, num_steps)
 
 
-def _sums(x: Tensor) -> Tensor:
-    """A number for each row that is finite where all of its numbers are; [B] on x's device, which is not waited for."""
-    return x.flatten(1).sum(dim=1)
-
-
-def _check(sums: Tensor, times: Tensor, step: Step) -> None:
-    """Raise TesseraError if rows of the last state are not finite; sums [n + 1, B], looked at once a drawing."""
-    finite = sums.cpu().isfinite()
-    spoilt = ~finite[-1]
-    if not spoilt.any():
+def _check_finite(row_sums: Tensor, times: Tensor, step: Step) -> None:
+    """Raise TesseraError if rows of the last state are not finite. row_sums [n + 1, B], copied from the device once."""
+    finite = row_sums.cpu().isfinite()
+    bad = ~finite[-1]
+    if not bad.any():
         return
-    first = int((~finite[:, spoilt]).any(dim=1).nonzero()[0])
-    name, total = getattr(step, "kind", "the sampler"), len(times) - 1
-    where = f"after step {first} of {total} (time {float(times[max(first - 1, 0)]):.3g})" if first else "in the noise"
+    first = int((~finite[:, bad]).any(dim=1).nonzero()[0])
+    name, num_steps = getattr(step, "kind", "the sampler"), len(times) - 1
+    where = f"after step {first} of {num_steps} (time {float(times[max(first - 1, 0)]):.3g})"
     raise TesseraError(
-        f"{int(spoilt.sum())} of {len(spoilt)} pictures hold numbers that are not finite, for the first time {where} "
-        f"of {name}; try --precision float32, less guidance, ddim or more steps; if it fails without guidance too, the "
-        "model's weights are spoilt: use an earlier checkpoint"
+        f"{int(bad.sum())} of {len(bad)} images contain numbers that are not finite, first "
+        f"{where if first else 'in the noise'} of {name}; try --precision float32, a smaller guidance scale, ddim or "
+        "more steps; if it fails without guidance too, the model's weights are damaged: use an earlier checkpoint"
     )

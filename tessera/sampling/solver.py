@@ -1,4 +1,4 @@
-"""What every solver is: settings with one pure step."""
+"""The base class of all solvers: settings with one pure step."""
 
 from typing import ClassVar
 
@@ -7,12 +7,18 @@ from tessera.settings import Settings
 
 
 class Solver(Settings):
-    """`solver(denoise, x, t, s, memory, noise) -> (x, memory)`: from t to s < t, both per row.
+    """`solver(denoise, x, t, s, memory, noise) -> (x, memory)`: one step from t to s < t, both per row.
 
-    memory is None before the first step and whatever the solver returned after it; noise draws a fresh normal tensor.
+    memory is None before the first step, and what the solver returned after it. noise() returns a new standard normal
+    tensor.
     """
 
-    calls: ClassVar[int] = 1  # of the denoiser, in one step
+    calls_per_step: ClassVar[int] = 1  # calls of the denoiser
 
-    def check(self, process: DiffusionProcess) -> None:
-        """Raise TesseraError if this solver cannot draw from a process."""
+    @property
+    def convergence_order(self) -> float:
+        """The error falls like num_steps ** -order; of stochastic solvers, the error of the distribution."""
+        return 1
+
+    def check(self, diffusion: DiffusionProcess) -> None:
+        """Raise TesseraError if this solver cannot sample from a diffusion process."""

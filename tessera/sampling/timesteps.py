@@ -1,11 +1,11 @@
-"""Which times a drawing visits: a grid is `grid(count, process)`, falling times [count + 1] that end at 0, float64.
+"""Timestep grids: `spacing(num_steps, diffusion)` returns decreasing times [num_steps + 1], float64, that end at 0.
 
-A process trained in discrete steps has that many times; one trained in continuous time has any. Grids that are curves
-may fall between the trained steps, where a network of discrete steps still knows its way, but never beyond the first
-and the last of them.
+A process trained on discrete steps has only so many times; one trained in continuous time has any. Curved grids
+may fall between the trained steps, where a network of discrete steps still works, but never beyond the first and the
+last of them.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
@@ -14,25 +14,25 @@ from torch import Tensor
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.flow import shifted
 from tessera.errors import TesseraError
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
 
 class Uniform(Settings):
-    """Equal strides from the first trained time to the last, as the official code respaces (Nichol & Dhariwal 2021)."""
+    """Equal strides from the first trained step to the last, as the official code respaces (Nichol & Dhariwal 2021)."""
 
     kind: Literal["uniform"] = "uniform"
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        if process.steps is None:
-            return torch.linspace(1, 0, count + 1, dtype=torch.float64)
-        if count == 1:
-            return of_steps([process.steps - 1], process)  # the official code would keep step 0 alone: pure noise
-        stride = (process.steps - 1) / (count - 1)
-        kept, place = [], 0.0
-        for _ in range(count):  # summed as the official code does: a product rounds some steps differently
-            kept.append(round(place))
-            place += stride
-        return of_steps(kept, process)
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        if diffusion.steps is None:
+            return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        if num_steps == 1:  # the official code would use step 0 alone, which is hardly any noise
+            return times_of_steps([diffusion.steps - 1], diffusion)
+        stride = (diffusion.steps - 1) / (num_steps - 1)
+        steps, position = [], 0.0
+        for _ in range(num_steps):  # summed as in the official code: a product rounds some steps differently
+            steps.append(round(position))
+            position += stride
+        return times_of_steps(steps, diffusion)
 
 
 class Leading(Settings):
@@ -40,141 +40,137 @@ class Leading(Settings):
 
     kind: Literal["leading"] = "leading"
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        if process.steps is None:
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        if diffusion.steps is None:
             raise TesseraError(
-                "leading times belong to a process of discrete steps; this one is continuous: use uniform or shifted"
+                "leading needs a process of discrete steps; this one is continuous: use uniform or shifted"
             )
-        stride = process.steps // count
-        return of_steps([i * stride for i in range(count)], process)
+        stride = diffusion.steps // num_steps
+        return times_of_steps([i * stride for i in range(num_steps)], diffusion)
 
 
 class Trailing(Settings):
-    """A stride back from the last step, so that drawing starts in full noise (Lin et al. 2024, table 2)."""
+    """A stride back from the last step, so that sampling starts at the full noise (Lin et al. 2024, table 2)."""
 
     kind: Literal["trailing"] = "trailing"
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        if process.steps is None:
-            return Uniform()(count, process)
-        trained = process.steps
-        return of_steps([max(round(trained - i * trained / count) - 1, 0) for i in range(count)], process)
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        trained = diffusion.steps
+        if trained is None:
+            return Uniform()(num_steps, diffusion)
+        steps = [max(round(trained - i * trained / num_steps) - 1, 0) for i in range(num_steps)]
+        return times_of_steps(steps, diffusion)
 
 
 class Quadratic(Settings):
-    """Squares of an even grid: denser near the data (Song et al. 2021, appendix D.2)."""
+    """Squares of a uniform grid: denser near the data (Song et al. 2021, appendix D.2)."""
 
     kind: Literal["quadratic"] = "quadratic"
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        return within(torch.linspace(1, 0, count + 1, dtype=torch.float64) ** 2, process)
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        return within_trained(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64) ** 2, diffusion)
 
 
 class Shifted(Settings):
-    """An even grid moved towards the noise by shift > 1 (Esser et al. 2024, equation 23)."""
+    """A uniform grid, moved towards the noise by shift > 1 (Esser et al. 2024, equation 23)."""
 
     kind: Literal["shifted"] = "shifted"
     shift: PositiveFloat = 3.0
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        return within(shifted(torch.linspace(1, 0, count + 1, dtype=torch.float64), self.shift), process)
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        return within_trained(shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), self.shift), diffusion)
 
 
-class _ByRatio(Settings):
-    """A grid of noise-to-data ratios sigma / alpha.
+class _NoiseRatioSpacing(Settings):
+    """A grid of noise-to-data ratios sigma / alpha, from sigma_max to sigma_min.
 
-    smallest and largest: the last before the data and the first. A process of discrete steps stays within those it was
-    trained at. Whatever the largest, the first time is 1: drawing begins in noise.
+    A process of discrete steps stays within the ratios it was trained at. The first time is 1 for any sigma_max:
+    sampling begins in noise.
     """
 
-    smallest: PositiveFloat = 0.002
-    largest: PositiveFloat = 80.0
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.smallest >= self.largest:
-            raise ValueError(f"smallest is {self.smallest:g} and largest {self.largest:g}: it must be below it")
+    def _ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} must be below sigma_max {self.sigma_max:g}")
         return self
 
-    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
-        """The ratios at shares of the way from the first to the last."""
+    def interpolate(self, first: Tensor, last: Tensor, fraction: Tensor) -> Tensor:
+        """The ratios at fractions of the way from the first to the last."""
         raise NotImplementedError
 
-    def __call__(self, count: int, process: DiffusionProcess) -> Tensor:
-        first, last = torch.tensor([self.largest, self.smallest], dtype=torch.float64)
-        if process.steps is not None:
-            ends = torch.tensor([1, 1 / process.steps], dtype=torch.float64)
-            ratio = process.sigma(ends) / process.alpha(ends)
-            if self.largest <= ratio[1] or self.smallest >= ratio[0]:
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        first, last = torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64)
+        if diffusion.steps is not None:
+            ends = torch.tensor([1, 1 / diffusion.steps], dtype=torch.float64)
+            trained = diffusion.sigma(ends) / diffusion.alpha(ends)
+            if self.sigma_max <= trained[1] or self.sigma_min >= trained[0]:
                 raise TesseraError(
-                    f"spacing.smallest {self.smallest:g} to spacing.largest {self.largest:g} lies outside of what this "
-                    f"process was trained at: ratios of noise to data from {ratio[1]:.3g} to {ratio[0]:.3g}"
+                    f"timestep_spacing.sigma_min {self.sigma_min:g} to sigma_max {self.sigma_max:g} is outside of the "
+                    f"noise-to-data ratios that this process was trained at, {trained[1]:.3g} to {trained[0]:.3g}"
                 )
-            first, last = first.clamp(max=ratio[0]), last.clamp(min=ratio[1])
-        ratios = self.between(first, last, torch.linspace(0, 1, count, dtype=torch.float64))
-        times = torch.cat((process.time_from_nsr(ratios), torch.zeros(1, dtype=torch.float64)))
+            first, last = first.clamp(max=trained[0]), last.clamp(min=trained[1])
+        ratios = self.interpolate(first, last, torch.linspace(0, 1, num_steps, dtype=torch.float64))
+        times = torch.cat((diffusion.time_from_nsr(ratios), torch.zeros(1, dtype=torch.float64)))
         times[0] = 1
         return times
 
 
-class Karras(_ByRatio):
-    """Noise-to-data ratios whose rho-th roots are even (Karras et al. 2022, equation 5)."""
+class Karras(_NoiseRatioSpacing):
+    """Noise-to-data ratios whose rho-th roots are uniform (Karras et al. 2022, equation 5)."""
 
     kind: Literal["karras"] = "karras"
     rho: PositiveFloat = 7.0
 
-    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
-        return torch.lerp(first ** (1 / self.rho), last ** (1 / self.rho), share) ** self.rho
+    def interpolate(self, first: Tensor, last: Tensor, fraction: Tensor) -> Tensor:
+        return torch.lerp(first ** (1 / self.rho), last ** (1 / self.rho), fraction) ** self.rho
 
 
-class LogSNR(_ByRatio):
-    """Even in the logarithm of the signal-to-noise ratio (Lu et al. 2022, "DPM-Solver", section 3.4)."""
+class LogSNR(_NoiseRatioSpacing):
+    """Uniform in the logarithm of the signal-to-noise ratio (Lu et al. 2022, "DPM-Solver", section 3.4)."""
 
     kind: Literal["logsnr"] = "logsnr"
 
-    def between(self, first: Tensor, last: Tensor, share: Tensor) -> Tensor:
-        return torch.lerp(first.log(), last.log(), share).exp()
+    def interpolate(self, first: Tensor, last: Tensor, fraction: Tensor) -> Tensor:
+        return torch.lerp(first.log(), last.log(), fraction).exp()
 
 
-AnyTimestepSpacing = Annotated[
-    Uniform | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR,
-    BeforeValidator(by_kind),
-    Field(discriminator="kind"),
-]
-SPACINGS = {
-    "uniform": Uniform, "leading": Leading, "trailing": Trailing,
-    "quadratic": Quadratic, "shifted": Shifted, "karras": Karras, "logsnr": LogSNR,
-}  # fmt: skip
+_Spacing = Uniform | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR
+AnyTimestepSpacing = Annotated[_Spacing, BeforeValidator(expand_kind), Field(discriminator="kind")]
+TIMESTEP_SPACINGS = {spacing.model_fields["kind"].default: spacing for spacing in get_args(_Spacing)}
 
 
-def of_steps(steps: list[int], process: DiffusionProcess) -> Tensor:
-    """Trained steps in any order -> falling times with 0 at the end."""
-    assert process.steps is not None
-    falling = [(step + 1) / process.steps for step in sorted(steps, reverse=True)]
-    return torch.tensor([*falling, 0.0], dtype=torch.float64)
+def times_of_steps(steps: list[int], diffusion: DiffusionProcess) -> Tensor:
+    """Trained steps in any order -> decreasing times that end at 0."""
+    assert diffusion.steps is not None
+    return torch.tensor(
+        [*((step + 1) / diffusion.steps for step in sorted(steps, reverse=True)), 0.0], dtype=torch.float64
+    )
 
 
-def within(curve: Tensor, process: DiffusionProcess) -> Tensor:
-    """A curve that falls from 1 to 0; for a process of discrete steps, its inner part ends at the first of them."""
-    if process.steps is None:
-        return curve
-    first = 1 / process.steps
-    return torch.where(curve > 0, first + (1 - first) * curve, 0)
+def within_trained(times: Tensor, diffusion: DiffusionProcess) -> Tensor:
+    """A curve from 1 to 0; for a process of discrete steps, rescaled so that its last time above 0 is step 1."""
+    if diffusion.steps is None:
+        return times
+    first = 1 / diffusion.steps
+    return torch.where(times > 0, first + (1 - first) * times, 0)
 
 
-def timestep_grid(spacing: AnyTimestepSpacing, count: int, process: DiffusionProcess) -> Tensor:
-    """Falling times [count + 1] of a grid, float64: no two alike in their noise.
+def timestep_grid(spacing: AnyTimestepSpacing, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+    """Decreasing times [num_steps + 1], float64, with decreasing noise.
 
-    Raises TesseraError if the process has not so many, or the grid cannot tell them apart.
+    Raises TesseraError if the process has fewer steps, or two times are too close to differ in float64.
     """
-    if process.steps is not None and not 1 <= count <= process.steps:
+    if diffusion.steps is not None and not 1 <= num_steps <= diffusion.steps:
         raise TesseraError(
-            f"steps is {count}; this model was trained with {process.steps}, so give 1 to {process.steps}"
+            f"num_steps is {num_steps}; this model was trained with {diffusion.steps} steps: use 1 to {diffusion.steps}"
         )
-    if count < 1:
-        raise TesseraError(f"steps is {count}; give 1 or more")
-    found = spacing(count, process)
-    noise = process.sigma(found) - process.alpha(found)  # rises with the time on every path
-    if not ((found.diff() < 0) & (noise.diff() < 0)).all():
-        raise TesseraError(f"{spacing.kind} times run together at {count} steps; use fewer steps, or uniform times")
-    return found
+    if num_steps < 1:
+        raise TesseraError(f"num_steps is {num_steps}; use 1 or more")
+    times = spacing(num_steps, diffusion)
+    noise = diffusion.sigma(times) - diffusion.alpha(times)  # increases with time on every path
+    if not ((times.diff() < 0) & (noise.diff() < 0)).all():
+        raise TesseraError(f"{spacing.kind} times coincide at {num_steps} steps; use fewer steps, or uniform spacing")
+    return times

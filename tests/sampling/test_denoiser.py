@@ -19,72 +19,72 @@ def normal(*shape, seed=0):
 
 
 class Recorder:
-    """A network whose output tells what it was asked: label + 10 channel + time, in every pixel."""
+    """A network that records its inputs and returns label + 10 channel + time in every pixel."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[int], list[float]]] = []
+        self.calls: list[tuple[list[int], list[float]]] = []
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        self.asked.append((condition.label.tolist(), t.tolist()))
+        self.calls.append((condition.label.tolist(), t.tolist()))
         channel = torch.arange(2 * x.shape[1]).view(1, -1, 1, 1)
-        told = (condition.label + t).view(-1, 1, 1, 1) + 10.0 * channel
-        return told.expand(-1, -1, *x.shape[2:]).clone()
+        raw = (condition.label + t).view(-1, 1, 1, 1) + 10.0 * channel
+        return raw.expand(-1, -1, *x.shape[2:]).clone()
 
 
 PROCESS = GaussianDiffusionConfig().build()
 X, T = normal(3, 4, 2, 2), torch.tensor([0.001, 0.5, 1.0])
 
 
-def test_scale_1_asks_once_and_is_the_conditional():
+def test_scale_1_calls_the_network_once_with_the_condition():
     network = Recorder()
     for guidance in (1.0, torch.ones(3)):
         raw = Denoiser(network, PROCESS, Condition([5, 6, 7]), guidance).raw(X, T)
         assert torch.equal(raw, Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), Condition([5, 6, 7])))
-    assert network.asked == [([5, 6, 7], [0, 499, 999])] * 2
+    assert network.calls == [([5, 6, 7], [0, 499, 999])] * 2
 
 
-def test_the_other_half_is_told_nothing():
+def test_the_other_half_is_unconditional():
     network = Recorder()
     Denoiser(network, PROCESS, Condition([5, 6, 7]), 2.0).raw(X, T)
-    assert network.asked == [([5, 6, 7, -1, -1, -1], [0, 499, 999, 0, 499, 999])]
+    assert network.calls == [([5, 6, 7, -1, -1, -1], [0, 499, 999, 0, 499, 999])]
 
 
 def test_scale_0_is_the_unconditional_mean():
     raw = Denoiser(Recorder(), PROCESS, Condition([5, 6, 7]), 0.0).raw(X, T)
-    untold = Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), Condition([-1, -1, -1]))
-    torch.testing.assert_close(raw[:, :4], untold[:, :4])
+    uncond = Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), Condition([-1, -1, -1]))
+    torch.testing.assert_close(raw[:, :4], uncond[:, :4])
 
 
 @pytest.mark.parametrize("guidance", [1.5, [4.0, 1.0, 0.0], [1.0, 1.0, 7.5]])
 @pytest.mark.parametrize(("channels", "guided"), [("all", 4), (3, 3), (1, 1), (9, 4)])
 def test_the_formula_row_by_row_and_channel_by_channel(guidance, channels, guided):
     """uncond + scale (cond - uncond) on the guided channels; the rest, and all of the variance, conditional."""
-    told, untold = normal(3, 8, 2, 2, seed=1), normal(3, 8, 2, 2, seed=2)
+    cond, uncond = normal(3, 8, 2, 2, seed=1), normal(3, 8, 2, 2, seed=2)
 
     def network(x, t, condition):
-        return torch.cat((told, untold)) if len(x) == 6 else told
+        return torch.cat((cond, uncond)) if len(x) == 6 else cond
 
     scales = torch.as_tensor(guidance)
     raw = Denoiser(network, PROCESS, Condition([5, 6, 7]), scales, channels).raw(X, T)
     for row, scale in enumerate(scales.expand(3).tolist()):
         for channel in range(8):
-            expected = told[row, channel]
+            expected = cond[row, channel]
             if channel < guided:
-                expected = untold[row, channel] + scale * (told[row, channel] - untold[row, channel])
+                expected = uncond[row, channel] + scale * (cond[row, channel] - uncond[row, channel])
             torch.testing.assert_close(raw[row, channel], expected, rtol=1e-5, atol=1e-5)
         if scale == 1:
-            assert torch.equal(raw[row], told[row])
+            assert torch.equal(raw[row], cond[row])
 
 
-def test_the_answer_is_the_process_reading_of_the_guided_output():
+def test_the_prediction_is_that_of_the_guided_output():
     denoise = Denoiser(Recorder(), PROCESS, Condition([5, 6, 7]), 3.0)
     got, expected = denoise(X, T), PROCESS.predict(denoise.raw(X, T), X, T)
-    for name in ("x0", "eps", "fraction"):
+    for name in ("x0", "eps", "var_fraction"):
         assert torch.equal(getattr(got, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("classes", [1, 3, 10, 1000])
-def test_a_real_network_is_guided_away_from_its_null_row(classes, randomise):
+def test_a_dit_is_guided_away_from_its_null_label(classes, randomise):
     """For any number of classes, the null class is the row after the last: not 1000."""
     config = DiTConfig(input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=classes)
     network = randomise(config.build())
@@ -92,9 +92,9 @@ def test_a_real_network_is_guided_away_from_its_null_row(classes, randomise):
     x, steps = normal(3, 4, 4, 4), torch.tensor([0.0, 499.0, 999.0])
     with torch.no_grad():
         raw = Denoiser(network, PROCESS, Condition(label), scale).raw(x, T)
-        told, untold = network(x, steps, Condition(label)), network(x, steps, Condition(null))
-    torch.testing.assert_close(raw[:, :4], (untold + scale * (told - untold))[:, :4], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(raw[:, 4:], told[:, 4:], rtol=1e-4, atol=1e-5)
+        cond, uncond = network(x, steps, Condition(label)), network(x, steps, Condition(null))
+    torch.testing.assert_close(raw[:, :4], (uncond + scale * (cond - uncond))[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(raw[:, 4:], cond[:, 4:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_without_a_null_row_cannot_be_guided(randomise):
@@ -110,63 +110,65 @@ def test_a_network_without_a_null_row_cannot_be_guided(randomise):
 
 
 class Halves:
-    """A network of two fixed outputs, one for rows that are told and one for those that are not; counts its rows."""
+    """A network of two fixed outputs, one for conditional and one for unconditional rows; records its batch sizes."""
 
     def __init__(self) -> None:
-        self.told, self.untold = normal(3, 8, 2, 2, seed=1), normal(3, 8, 2, 2, seed=2)
+        self.cond, self.uncond = normal(3, 8, 2, 2, seed=1), normal(3, 8, 2, 2, seed=2)
         self.rows: list[int] = []
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.rows.append(len(x))
         halves = condition.label.view(-1, 3)  # three rows each
-        return torch.cat([self.told if int(half[0]) >= 0 else self.untold for half in halves])
+        return torch.cat([self.cond if int(half[0]) >= 0 else self.uncond for half in halves])
 
 
 CONDITION = Condition([5, 6, 7])
 
 
 @pytest.mark.parametrize(("t", "inside"), [(0.1, False), (0.2, True), (0.5, True), (0.8, True), (0.81, False)])
-def test_outside_of_the_interval_the_network_is_asked_once(t, inside):
+def test_outside_of_the_interval_there_is_one_call(t, inside):
     network, times = Halves(), torch.full((3,), t, dtype=torch.float64)
-    raw = Denoiser(network, PROCESS, CONDITION, 3.0, interval=(0.2, 0.8)).raw(X, times)
+    raw = Denoiser(network, PROCESS, CONDITION, 3.0, guidance_interval=(0.2, 0.8)).raw(X, times)
     assert network.rows == [6 if inside else 3]
     expected = Denoiser(Halves(), PROCESS, CONDITION, 3.0 if inside else 1.0).raw(X, times)
     assert torch.equal(raw, expected)
 
 
-def test_rows_at_different_times_are_inside_or_outside_by_themselves():
+def test_the_interval_applies_to_each_row():
     network, times = Halves(), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    raw = Denoiser(network, PROCESS, CONDITION, 3.0, interval=(0.2, 0.8)).raw(X, times)
-    assert torch.equal(raw[0], network.told[0])
-    assert torch.equal(raw[2], network.told[2])
-    torch.testing.assert_close(raw[1, :4], (3 * network.told - 2 * network.untold)[1, :4])
+    raw = Denoiser(network, PROCESS, CONDITION, 3.0, guidance_interval=(0.2, 0.8)).raw(X, times)
+    assert torch.equal(raw[0], network.cond[0])
+    assert torch.equal(raw[2], network.cond[2])
+    torch.testing.assert_close(raw[1, :4], (3 * network.cond - 2 * network.uncond)[1, :4])
 
 
 @pytest.mark.parametrize(
     ("schedule", "formula"),
     [
         (LinearGuidance(), lambda t: 2 * (1 - t)),
-        (LinearGuidance(least=0.5), lambda t: max(0.5, 2 * (1 - t))),
+        (LinearGuidance(min_weight=0.5), lambda t: max(0.5, 2 * (1 - t))),
         (CosineGuidance(), lambda t: math.cos(math.pi * t) + 1),
-        (CosineGuidance(least=1.0), lambda t: max(1.0, math.cos(math.pi * t) + 1)),
+        (CosineGuidance(min_weight=1.0), lambda t: max(1.0, math.cos(math.pi * t) + 1)),
         (PoweredCosineGuidance(power=1), lambda t: (1 - math.cos(math.pi * (1 - t))) / 2),
         (PoweredCosineGuidance(power=4), lambda t: (1 - math.cos(math.pi * (1 - t) ** 4)) / 2),
     ],
 )
 def test_schedules_of_the_paper(schedule, formula):
-    """Its weight w is of told + w (told - untold): our scale - 1 (Wang et al. 2024, table 1)."""
+    """The paper writes cond + w (cond - uncond), where w is our scale - 1 (Wang et al. 2024, table 1)."""
     network, t = Halves(), torch.tensor([0.05, 0.4, 0.9], dtype=torch.float64)
-    raw = Denoiser(network, PROCESS, CONDITION, 4.0, schedule=schedule).raw(X, t)
+    raw = Denoiser(network, PROCESS, CONDITION, 4.0, guidance_schedule=schedule).raw(X, t)
     for row, time in enumerate(t.tolist()):
         weight = 3.0 * formula(time)
-        expected = network.told[row] + weight * (network.told[row] - network.untold[row])
+        expected = network.cond[row] + weight * (network.cond[row] - network.uncond[row])
         torch.testing.assert_close(raw[row, :4], expected[:4], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", [LinearGuidance(), CosineGuidance(), ConstantGuidance()])
-def test_the_mean_over_all_times_is_the_guidance_asked_for(schedule):
+def test_the_mean_over_all_times_is_the_guidance_scale(schedule):
     t = (torch.arange(1000) + 0.5) / 1000
-    assert float(Denoiser(Halves(), PROCESS, CONDITION, 4.0, schedule=schedule).scale(t).mean()) == pytest.approx(4.0)
+    assert float(
+        Denoiser(Halves(), PROCESS, CONDITION, 4.0, guidance_schedule=schedule).scale(t).mean()
+    ) == pytest.approx(4.0)
 
 
 def test_a_constant_schedule_changes_no_bit():
@@ -174,56 +176,58 @@ def test_a_constant_schedule_changes_no_bit():
     assert torch.equal(Denoiser(Halves(), PROCESS, CONDITION, scales).scale(torch.rand(1000)), scales)
 
 
-def test_where_a_schedule_leaves_nothing_the_network_is_asked_once():
+def test_where_the_schedule_is_0_there_is_one_call():
     network = Halves()
-    Denoiser(network, PROCESS, CONDITION, 4.0, schedule=LinearGuidance()).raw(X, torch.ones(3))
+    Denoiser(network, PROCESS, CONDITION, 4.0, guidance_schedule=LinearGuidance()).raw(X, torch.ones(3))
     assert network.rows == [3]
 
 
 @pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
 def test_rescaled_guidance_is_that_of_diffusers(rescale):
     network = Halves()
-    raw = Denoiser(network, PROCESS, CONDITION, 7.5, rescale=rescale).raw(X, T)
-    told, untold = network.told[:, :4], network.untold[:, :4]
-    expected = rescale_noise_cfg(untold + 7.5 * (told - untold), told, guidance_rescale=rescale)
+    raw = Denoiser(network, PROCESS, CONDITION, 7.5, guidance_rescale=rescale).raw(X, T)
+    cond, uncond = network.cond[:, :4], network.uncond[:, :4]
+    expected = rescale_noise_cfg(uncond + 7.5 * (cond - uncond), cond, guidance_rescale=rescale)
     torch.testing.assert_close(raw[:, :4], expected)
-    assert torch.equal(raw[:, 4:], network.told[:, 4:])
+    assert torch.equal(raw[:, 4:], network.cond[:, 4:])
 
 
-def test_rescaled_zeros_of_a_fresh_network_stay_zeros():
+def test_rescaled_zeros_of_a_new_network_stay_zeros():
     network = DiTConfig(input_size=(4, 4), in_channels=4, num_classes=8, depth=1, hidden_size=16, num_heads=2).build()
     condition, guide = (
         Condition(torch.tensor([1, 2, 3])),
         GuidanceModel(lambda x, t, c: torch.zeros(3, 8, 4, 4), CONDITION),
     )
     for away in (None, guide):
-        raw = Denoiser(network, PROCESS, condition, 4.0, guide=away, rescale=0.7).raw(normal(3, 4, 4, 4), T)
+        raw = Denoiser(network, PROCESS, condition, 4.0, guidance_model=away, guidance_rescale=0.7).raw(
+            normal(3, 4, 4, 4), T
+        )
         assert torch.equal(raw, torch.zeros(3, 8, 4, 4))
 
 
-def test_a_row_of_scale_1_is_the_told_half_to_the_bit_whatever_else_is_on():
+def test_a_row_of_scale_1_is_the_conditional_output_bit_for_bit():
     network = Halves()
     scales, schedule = torch.tensor([4.0, 1.0, 0.5]), CosineGuidance()
-    raw = Denoiser(network, PROCESS, CONDITION, scales, 3, rescale=0.37, schedule=schedule).raw(X, T)
-    assert torch.equal(raw[1], network.told[1])
-    assert not torch.equal(raw[0], network.told[0])
+    raw = Denoiser(network, PROCESS, CONDITION, scales, 3, guidance_rescale=0.37, guidance_schedule=schedule).raw(X, T)
+    assert torch.equal(raw[1], network.cond[1])
+    assert not torch.equal(raw[0], network.cond[0])
 
 
-def test_autoguidance_tells_the_guide_the_same():
+def test_autoguidance_passes_the_same_condition_to_both_models():
     network, guide = Recorder(), Recorder()
     denoise = Denoiser(
-        network, PROCESS, CONDITION, 2.0, guide=GuidanceModel(lambda *told: 0.5 * guide(*told), CONDITION)
+        network, PROCESS, CONDITION, 2.0, guidance_model=GuidanceModel(lambda *inputs: 0.5 * guide(*inputs), CONDITION)
     )
     raw = denoise.raw(X, T)
-    assert network.asked == guide.asked == [([5, 6, 7], [0, 499, 999])]
+    assert network.calls == guide.calls == [([5, 6, 7], [0, 499, 999])]
     alone = Recorder()(X, torch.tensor([0.0, 499.0, 999.0]), CONDITION)
     torch.testing.assert_close(raw[:, :4], 1.5 * alone[:, :4])
     assert torch.equal(raw[:, 4:], alone[:, 4:])
 
 
-def test_halves_apart_are_the_halves_together():
+def test_two_calls_equal_one_call_of_both_halves():
     together, apart = Halves(), Halves()
     guide = GuidanceModel(apart, CONDITION.null())
     one = Denoiser(together, PROCESS, CONDITION, 3.0).raw(X, T)
-    assert torch.equal(one, Denoiser(apart, PROCESS, CONDITION, 3.0, guide=guide).raw(X, T))
+    assert torch.equal(one, Denoiser(apart, PROCESS, CONDITION, 3.0, guidance_model=guide).raw(X, T))
     assert (together.rows, apart.rows) == ([6], [3, 3])

@@ -1,4 +1,4 @@
-"""DPM-Solver++ and UniPC against diffusers' schedulers, against quadrature, and at the two ends of a path."""
+"""DPM-Solver++ and UniPC against diffusers' schedulers, against quadrature, and at both ends of a path."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from tessera.conditioning import Condition
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, StochasticDPMSolver, UniPC, sample_loop
+from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, DPMSolverSDE, UniPC, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.exponential import History, NoiseLevel, lagrange_weights
 from tessera.sampling.timesteps import Uniform, timestep_grid
@@ -29,7 +29,7 @@ def mean_channels(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     return network(x, t, condition)[:, :2]
 
 
-def draws(seed: int, shape):
+def noise_from(seed: int, shape):
     generator = torch.Generator().manual_seed(seed)
     return lambda: torch.randn(shape, generator=generator)
 
@@ -38,8 +38,8 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
 
-def theirs(scheduler, start: Tensor, count: int, noise=None) -> list[Tensor]:
-    """Every state of diffusers' loop. Only the last step is of lower order, as ours: theirs knows its number."""
+def diffusers_states(scheduler, start: Tensor, count: int, noise=None) -> list[Tensor]:
+    """Every state of diffusers' loop. Only the last step is of lower order, as in Tessera."""
     scheduler.register_to_config(lower_order_final=False)
     scheduler.set_timesteps(count)
     x, states = start, [start]
@@ -56,22 +56,24 @@ def theirs(scheduler, start: Tensor, count: int, noise=None) -> list[Tensor]:
 
 SOLVERS = [
     (DPMSolver(), DPMSolverMultistepScheduler, {"solver_order": 2}),
-    (StochasticDPMSolver(), DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    # The published 3M takes half of the second difference: UniPC's predictor alone is what it should be.
+    (DPMSolverSDE(), DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    # The published 3M uses half of the second difference; the correct reference is UniPC's predictor alone.
     (DPMSolver(order=3), UniPCMultistepScheduler, {"solver_order": 3, "disable_corrector": list(range(1000))}),
     (UniPC(), UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh2"}),
     (UniPC(order=3), UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh2"}),
     (UniPC(variant="bh1"), UniPCMultistepScheduler, {"solver_order": 2, "solver_type": "bh1"}),
     (UniPC(order=3, variant="bh1"), UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh1"}),
 ]
-solvers = pytest.mark.parametrize(("solver", "scheduler", "told"), SOLVERS, ids=[repr(one[0]) for one in SOLVERS])
+solvers = pytest.mark.parametrize(
+    ("solver", "scheduler", "options"), SOLVERS, ids=[repr(solver) for solver, *_ in SOLVERS]
+)
 
 
 def compare(solver, process: DiffusionProcess, grid: Tensor, expected: list[Tensor], noise=None) -> None:
     denoise = Denoiser(network if process.steps else mean_channels, process, Condition())
     states = [state.x for state in sample_loop(solver, denoise, expected[0], grid, noise)]
     assert len(states) == len(expected)
-    if getattr(solver, "variant", "") == "bh1":  # theirs ends in infinity times 0 where sigma is 0
+    if getattr(solver, "variant", "") == "bh1":  # diffusers computes infinity times 0 where sigma is 0
         states.pop(), expected.pop()
     for got, state in zip(states, expected):
         assert relative(got, state) < 2e-5
@@ -81,61 +83,61 @@ def compare(solver, process: DiffusionProcess, grid: Tensor, expected: list[Tens
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", PREDICTIONS)
 @pytest.mark.parametrize(("spacing", "count"), [("linspace", 20), ("trailing", 6)])
-def test_gaussian_solvers_are_those_of_diffusers(solver, scheduler, told, schedule, kind, spacing, count):
+def test_gaussian_solvers_are_those_of_diffusers(solver, scheduler, options, schedule, kind, spacing, count):
     if schedule == "cosine" and kind == "epsilon":
-        pytest.skip("at the noise x0 is 20 000 epsilons: float32 compares nothing")
+        pytest.skip("at the noise x0 is 20 000 epsilons: float32 is too coarse to compare")
     made = scheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule=SCHEDULES[schedule], prediction_type=PREDICTIONS[kind],
-        timestep_spacing=spacing, **told,
+        timestep_spacing=spacing, **options,
     )  # fmt: skip
-    noisy = isinstance(solver, StochasticDPMSolver)
-    start = draws(0, (3, 2, 3, 3))()
-    expected = theirs(made, start, count, draws(1, start.shape) if noisy else None)
+    stochastic = isinstance(solver, DPMSolverSDE)
+    start = noise_from(0, (3, 2, 3, 3))()
+    expected = diffusers_states(made, start, count, noise_from(1, start.shape) if stochastic else None)
     process = GaussianDiffusionConfig.model_validate({"schedule": schedule, "prediction": kind}).build()
     grid = torch.cat(((made.timesteps.double() + 1) / 1000, torch.zeros(1)))
-    compare(solver, process, grid, expected, draws(1, start.shape))
+    compare(solver, process, grid, expected, noise_from(1, start.shape))
 
 
 @solvers
 @pytest.mark.parametrize("count", [5, 20])
-def test_flow_solvers_are_those_of_diffusers(solver, scheduler, told, count):
-    """At their own times, as theirs cannot begin at 1."""
-    made = scheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, **told)
-    noisy = isinstance(solver, StochasticDPMSolver)
-    start = draws(0, (3, 2, 3, 3))()
-    expected = theirs(made, start, count, draws(1, start.shape) if noisy else None)
-    compare(solver, FlowMatchingConfig().build(), made.sigmas.double(), expected, draws(1, start.shape))
+def test_flow_solvers_are_those_of_diffusers(solver, scheduler, options, count):
+    """At diffusers' times, which cannot begin at 1."""
+    made = scheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, **options)
+    stochastic = isinstance(solver, DPMSolverSDE)
+    start = noise_from(0, (3, 2, 3, 3))()
+    expected = diffusers_states(made, start, count, noise_from(1, start.shape) if stochastic else None)
+    compare(solver, FlowMatchingConfig().build(), made.sigmas.double(), expected, noise_from(1, start.shape))
 
 
 # The integral
 
 
-@pytest.mark.parametrize("places", [[-0.8], [-1.3, -2.0], [1.0, -0.7, -1.9]])
+@pytest.mark.parametrize("nodes", [[-0.8], [-1.3, -2.0], [1.0, -0.7, -1.9]])
 @pytest.mark.parametrize("h", [0.3, 2.0, 15.0])
-def test_polynomials_are_integrated_exactly(places, h):
-    """Through so many places any polynomial of that degree: against a sum of 200 000 rectangles."""
+def test_polynomials_are_integrated_exactly(nodes, h):
+    """Any polynomial of the degree that the nodes determine, against a sum of 200 000 rectangles."""
     tau = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
-    coefficients = [0.4, -1.1, 0.8, 0.3][: len(places) + 1]
+    coefficients = [0.4, -1.1, 0.8, 0.3][: len(nodes) + 1]
 
     def polynomial(x):
-        return sum(of * x**power for power, of in enumerate(coefficients))
+        return sum(c * x**power for power, c in enumerate(coefficients))
 
     expected = float((h * torch.exp(-h * (1 - tau)) * (polynomial(tau) - coefficients[0])).mean())
-    weights = lagrange_weights(torch.tensor([h]).double(), [torch.tensor([place]).double() for place in places])
-    got = sum(float(weight) * (polynomial(place) - coefficients[0]) for weight, place in zip(weights, places))
+    weights = lagrange_weights(torch.tensor([h]).double(), [torch.tensor([node]).double() for node in nodes])
+    got = sum(float(weight) * (polynomial(node) - coefficients[0]) for weight, node in zip(weights, nodes))
     assert got == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("places", [[-0.8], [1.0, -0.7]])
-def test_a_value_infinitely_far_away_drops_out(places):
+@pytest.mark.parametrize("nodes", [[-0.8], [1.0, -0.7]])
+def test_a_node_at_infinity_has_no_weight(nodes):
     h, infinite = torch.tensor([0.7]).double(), torch.tensor([-math.inf]).double()
-    near = [torch.tensor([place]).double() for place in places]
+    near = [torch.tensor([node]).double() for node in nodes]
     *got, last = lagrange_weights(h, [*near, infinite])
     assert float(last) == 0
     assert got == lagrange_weights(h, near)
 
 
-# Both ends, and rows of their own
+# Both ends, and rows at different times
 
 ENDS = {
     "flow": FlowMatchingConfig().build(),
@@ -148,7 +150,7 @@ class Smooth:
     """A denoiser of some curve, float64, exact at alpha = 0 and sigma = 0."""
 
     def __init__(self, process: DiffusionProcess) -> None:
-        self.process = process
+        self.diffusion = process
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         time = expand(t.double(), x)
@@ -156,18 +158,18 @@ class Smooth:
 
 
 @pytest.mark.parametrize("name", ENDS)
-@pytest.mark.parametrize("solver", [made() for made in SAMPLERS.values()] + [s for s, *_ in SOLVERS], ids=repr)
+@pytest.mark.parametrize("solver", [solver() for solver in SAMPLERS.values()] + [s for s, *_ in SOLVERS], ids=repr)
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_the_ends_are_reached_without_dividing_by_nothing(name, solver, count):
-    """alpha is 0 where drawing begins and sigma 0 where it ends; the last step takes x0 as the denoiser says it."""
+def test_the_ends_are_reached_without_division_by_zero(name, solver, count):
+    """alpha is 0 at the start and sigma 0 at the end; the last step returns the denoiser's x0."""
     process = ENDS[name]
     if isinstance(solver, Ancestral) and process.steps is None:
-        pytest.skip("ancestral sampling is of Gaussian processes")
-    x, denoise = draws(3, (3, 2, 3, 3))().double(), Smooth(process)
-    *_, before, last = sample_loop(solver, denoise, x, timestep_grid(Uniform(), count, process), draws(4, x.shape))
+        pytest.skip("ancestral sampling needs a Gaussian process")
+    x, denoise = noise_from(3, (3, 2, 3, 3))().double(), Smooth(process)
+    *_, before, last = sample_loop(solver, denoise, x, timestep_grid(Uniform(), count, process), noise_from(4, x.shape))
     assert last.x.isfinite().all()
     t = torch.full((3,), before.t, dtype=torch.float64)
-    if solver.kind != "unipc":  # which corrects x before, but asks first
+    if solver.kind != "unipc":  # which corrects x first
         torch.testing.assert_close(last.x, denoise(before.x, t).x0)
     else:
         torch.testing.assert_close(last.x, denoise(before.x, t).x0, rtol=1e-12, atol=1e-12)
@@ -175,8 +177,8 @@ def test_the_ends_are_reached_without_dividing_by_nothing(name, solver, count):
 
 @pytest.mark.parametrize("name", ENDS)
 def test_the_first_step_from_pure_noise_takes_x0(name):
-    """alpha x0 + sigma x: of noise alone no solver can know more."""
-    process, x = ENDS[name], draws(3, (3, 2, 3, 3))().double()
+    """alpha x0 + sigma x, for every solver."""
+    process, x = ENDS[name], noise_from(3, (3, 2, 3, 3))().double()
     t, s = torch.ones(3).double(), torch.tensor([0.9, 0.5, 0.0]).double()
     x0 = Smooth(process)(x, t).x0
     assert (NoiseLevel.at(process, t).half_log_snr == -math.inf).all()
@@ -187,24 +189,24 @@ def test_the_first_step_from_pure_noise_takes_x0(name):
 
 
 def rows_of(memory, part: slice):
-    """A memory as it stands for some rows."""
+    """Some rows of a memory."""
     if isinstance(memory, Tensor):
         return memory[part]
     if isinstance(memory, tuple):
-        return tuple(rows_of(one, part) for one in memory)
-    return memory if memory is None else type(memory)(*(rows_of(one, part) for one in vars(memory).values()))
+        return tuple(rows_of(item, part) for item in memory)
+    return memory if memory is None else type(memory)(*(rows_of(item, part) for item in vars(memory).values()))
 
 
 @pytest.mark.parametrize("name", ENDS)
-@pytest.mark.parametrize("solver", [made() for made in SAMPLERS.values()] + [s for s, *_ in SOLVERS], ids=repr)
-def test_rows_at_times_of_their_own_are_the_rows_alone(name, solver):
-    """As many rows as channels, height and width, so that a wrong broadcast gives numbers; some begin and end early."""
+@pytest.mark.parametrize("solver", [solver() for solver in SAMPLERS.values()] + [s for s, *_ in SOLVERS], ids=repr)
+def test_rows_at_different_times_equal_the_rows_alone(name, solver):
+    """As many rows as channels, height and width, so a wrong broadcast would give numbers; some begin and end early."""
     process = ENDS[name]
     if isinstance(solver, Ancestral) and process.steps is None:
-        pytest.skip("ancestral sampling is of Gaussian processes")
-    denoise, x = Smooth(process), draws(3, (3, 3, 3, 3))().double()
+        pytest.skip("ancestral sampling needs a Gaussian process")
+    denoise, x = Smooth(process), noise_from(3, (3, 3, 3, 3))().double()
     grid = torch.tensor([[1.0, 0.8, 0.3, 0.2, 0.1], [0.9, 0.7, 0.5, 0.3, 0.0], [0.6, 0.5, 0.2, 0.1, 0.05]]).double().T
-    noises = [draws(seed, x.shape)().double() for seed in range(4)]
+    noises = [noise_from(seed, x.shape)().double() for seed in range(4)]
 
     def final(part: slice) -> Tensor:
         y, memory = x[part], None
@@ -218,10 +220,10 @@ def test_rows_at_times_of_their_own_are_the_rows_alone(name, solver):
         torch.testing.assert_close(together[row : row + 1], final(slice(row, row + 1)), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [DPMSolver(order=3), StochasticDPMSolver(), UniPC(order=3)], ids=repr)
-def test_a_memory_can_be_cut_into_rows(solver):
-    """Part of a batch goes on by itself: history is tensors of rows, and no number of a step."""
-    denoise, x = Smooth(FlowMatchingConfig().build()), draws(3, (4, 1, 2, 2))().double()
+@pytest.mark.parametrize("solver", [DPMSolver(order=3), DPMSolverSDE(), UniPC(order=3)], ids=repr)
+def test_a_memory_can_be_indexed_by_rows(solver):
+    """Part of a batch continues alone: a history holds tensors with one entry per row, and no step number."""
+    denoise, x = Smooth(FlowMatchingConfig().build()), noise_from(3, (4, 1, 2, 2))().double()
     grid, memory = torch.linspace(1, 0, 6, dtype=torch.float64), None
     zero, part = (lambda: torch.zeros(())), slice(1, 3)
     states = []

@@ -21,7 +21,7 @@ from tessera.diffusion.prediction import Prediction, expand
 from tessera.errors import TesseraError
 from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, sample_loop
 from tessera.sampling.denoiser import Denoiser
-from tessera.sampling.timesteps import SPACINGS, Trailing, Uniform, timestep_grid
+from tessera.sampling.timesteps import TIMESTEP_SPACINGS, Trailing, Uniform, timestep_grid
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -35,7 +35,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Something smooth that mixes channels and knows the time; twice the channels, as with learned variance."""
+    """A smooth function that mixes channels and depends on time; twice the channels, as with learned variance."""
     raw = torch.cat((0.9 * x - 0.2 * x.flip(1), 0.8 * torch.tanh(x)), dim=1)
     return raw * (0.9 + 0.1 * torch.cos(t / 300)).view(-1, 1, 1, 1)
 
@@ -60,16 +60,16 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
     scheduler = DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing=spacing, prediction_type=theirs)
     scheduler.set_timesteps(20)
     x = start = normal(3, 2, 3, 3)
-    draw = noise_from(7, start.shape)
+    noise = noise_from(7, start.shape)
     for t in scheduler.timesteps:
         raw = network(x, t.expand(3).float(), Condition())[:, :2]
-        x = scheduler.step(raw, t, x, eta=eta, variance_noise=draw() if eta else None).prev_sample
+        x = scheduler.step(raw, t, x, eta=eta, variance_noise=noise() if eta else None).prev_sample
     denoise = Denoiser(network, process(prediction=kind), Condition())
     *_, last = sample_loop(
         DDIM(eta=eta),
         denoise,
         start,
-        timestep_grid(SPACINGS[spacing](), 20, denoise.process),
+        timestep_grid(TIMESTEP_SPACINGS[spacing](), 20, denoise.diffusion),
         noise_from(7, start.shape),
     )
     assert relative(last.x, x) < 1e-4
@@ -80,7 +80,7 @@ def test_ddim_is_that_of_diffusers(kind, spacing, eta):
     ("variance", "theirs"), [("posterior", "fixed_small"), ("beta", "fixed_large"), ("learned", "learned_range")]
 )
 def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, theirs):
-    """x0 prediction keeps float32 errors from growing where alpha is small; epsilon is held by the official numbers."""
+    """x0 prediction, as float32 errors grow where alpha is small; tests/reference covers epsilon."""
     scheduler = DDPMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule=schedule, clip_sample=False, variance_type=theirs,
         prediction_type="sample",
@@ -101,10 +101,10 @@ def test_ancestral_over_all_the_steps_is_ddpm_of_diffusers(schedule, variance, t
 
 @pytest.mark.parametrize(("variance", "stride"), [("posterior", 1), ("posterior", 50), ("learned", 1)])
 def test_one_ancestral_step_is_ddpm_of_diffusers(variance, stride):
-    """Epsilon prediction, at steps short and long, with the noise diffusers draws itself.
+    """Epsilon prediction, over short and long steps, with diffusers' noise.
 
-    Not with a learned variance over long steps: theirs takes the upper bound from the short step, which is not the
-    respaced process; the official numbers hold that case.
+    Not with a learned variance over long steps: diffusers uses the upper bound of the short step, which is not the
+    respaced process; tests/reference covers that case.
     """
     theirs = {"posterior": "fixed_small", "learned": "learned_range"}[variance]
     scheduler = DDPMScheduler(**LINEAR, clip_sample=False, variance_type=theirs)
@@ -127,31 +127,31 @@ class Exact:
     """The best denoiser of data N(mu, s^2)."""
 
     def __init__(self, made: GaussianDiffusion, mu: float, s: float) -> None:
-        self.process, self.mu, self.s = made, mu, s
+        self.diffusion, self.mu, self.s = made, mu, s
 
     def spread(self, t: Tensor) -> Tensor:
-        return (self.process.alpha(t) ** 2 * self.s**2 + self.process.sigma(t) ** 2).sqrt()
+        return (self.diffusion.alpha(t) ** 2 * self.s**2 + self.diffusion.sigma(t) ** 2).sqrt()
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        alpha, sigma = expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
+        alpha, sigma = expand(self.diffusion.alpha(t), x), expand(self.diffusion.sigma(t), x)
         eps = sigma * (x - alpha * self.mu) / expand(self.spread(t), x) ** 2
         return Prediction(x0=(x - sigma * eps) / alpha, eps=eps)
 
     def ode(self, x: Tensor, t: float) -> Tensor:
         """Where the exact flow takes x from time t to the data."""
         t = torch.full((len(x),), t)
-        return self.mu + self.s * (x - expand(self.process.alpha(t), x) * self.mu) / expand(self.spread(t), x)
+        return self.mu + self.s * (x - expand(self.diffusion.alpha(t), x) * self.mu) / expand(self.spread(t), x)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize(("mu", "s"), [(0.5, 0.5), (-1.0, 1.5)])
 def test_ddim_is_of_first_order(schedule, mu, s):
-    """The claim of its docstring: the error on the exact path falls like 1 / n."""
-    exact = Exact(process(steps=4096, schedule=schedule, variance="posterior"), mu, s)
+    """The error on the exact path falls like 1 / n."""
+    exact = Exact(process(num_timesteps=4096, schedule=schedule, variance="posterior"), mu, s)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
     counts, errors = [32, 64, 128, 256, 512], []
     for count in counts:
-        grid = timestep_grid(Trailing(), count, exact.process)
+        grid = timestep_grid(Trailing(), count, exact.diffusion)
         *_, last = sample_loop(DDIM(), exact, x, grid, None)
         errors.append(float((last.x - exact.ode(x, float(grid[0]))).abs().max()))
     slope, _ = np.polyfit(np.log(counts), np.log(errors), 1)
@@ -165,7 +165,7 @@ def test_ddim_is_of_first_order(schedule, mu, s):
     [(Ancestral(), "posterior"), (Ancestral(), "beta"), (DDIM(eta=1), "posterior"), (DDIM(eta=0.5), "posterior")],
     ids=lambda value: getattr(value, "kind", value),
 )
-def test_noisy_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, variance):
+def test_stochastic_samplers_end_in_the_distribution_of_the_data(mu_and_s, step, variance):
     mu, s = mu_and_s
     exact = Exact(process(variance=variance), mu, s)
     rows, generator = 10_000, torch.Generator().manual_seed(5)
@@ -203,7 +203,7 @@ def test_eta_1_is_ancestral_sampling_with_the_posterior_variance():
 
 
 @pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.5)], ids=repr)
-def test_walk_yields_the_start_and_every_state(step):
+def test_sample_loop_yields_the_start_and_every_state(step):
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
     states = list(
@@ -211,8 +211,8 @@ def test_walk_yields_the_start_and_every_state(step):
             step, denoise, x, timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()), noise_from(0, x.shape)
         )
     )
-    assert [state.done for state in states] == list(range(8))
-    assert {state.total for state in states} == {7}
+    assert [state.step for state in states] == list(range(8))
+    assert {state.num_steps for state in states} == {7}
     assert torch.equal(states[0].x, x)
     assert [state.t for state in states] == timestep_grid(Uniform(), 7, GaussianDiffusionConfig().build()).tolist()
     assert states[0].t == 1
@@ -221,8 +221,8 @@ def test_walk_yields_the_start_and_every_state(step):
 
 
 @pytest.mark.parametrize("step", [Ancestral(), DDIM(), DDIM(eta=0.7), Euler(), Heun(), SDE()], ids=repr)
-def test_rows_at_different_times_are_the_rows_alone(step):
-    """As many rows as height and width, so that a wrong broadcast gives numbers; one row ends in the data."""
+def test_rows_at_different_times_equal_the_rows_alone(step):
+    """As many rows as height and width, so a wrong broadcast would give numbers; one row ends at the data."""
     denoise = Denoiser(network, process(), Condition())
     x, one = normal(3, 2, 3, 3), normal(3, 2, 3, 3, seed=1)
     t, s = torch.tensor([1.0, 0.4, 0.001]), torch.tensor([0.9, 0.399, 0.0])
@@ -241,7 +241,7 @@ def test_the_last_step_adds_no_noise(step):
     torch.testing.assert_close(got, denoise(x, t).x0, rtol=1e-5, atol=1e-5)
 
 
-def test_ddim_without_eta_asks_for_no_noise():
+def test_ddim_without_eta_uses_no_noise():
     denoise = Denoiser(network, process(), Condition())
     x = normal(2, 2, 3, 3)
     *_, last = sample_loop(
@@ -249,18 +249,18 @@ def test_ddim_without_eta_asks_for_no_noise():
         denoise,
         x,
         timestep_grid(Uniform(), 3, GaussianDiffusionConfig().build()),
-        lambda: pytest.fail("noise was drawn"),
+        lambda: pytest.fail("noise was requested"),
     )
     assert torch.isfinite(last.x).all()
 
 
-def test_samplers_are_known_by_their_kind():
-    assert all(made().kind == kind for kind, made in SAMPLERS.items())
+def test_samplers_are_registered_by_their_kind():
+    assert all(solver().kind == kind for kind, solver in SAMPLERS.items())
     assert {type(SamplingConfig.model_validate({"sampler": kind}).sampler) for kind in SAMPLERS} == {*SAMPLERS.values()}
 
 
 def test_ancestral_sampling_is_refused_where_there_is_no_reverse_process():
-    with pytest.raises(TesseraError, match="belongs to Gaussian processes, and this one is flow"):
+    with pytest.raises(TesseraError, match="needs a Gaussian diffusion process, but this one is flow"):
         Ancestral().check(FlowMatchingConfig().build())
     for solver in SAMPLERS.values():
         solver().check(process())
@@ -269,37 +269,37 @@ def test_ancestral_sampling_is_refused_where_there_is_no_reverse_process():
 # Numbers that are not finite
 
 
-class Spoilt(Denoiser):
-    """Row 1 is spoilt by the call of that number."""
+class NotFinite(Denoiser):
+    """Row 1 is not finite in one call of the denoiser."""
 
     def __init__(self, at: int) -> None:
         super().__init__(network, process(), Condition())
         self.at = at
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        told = super().__call__(x, t)
+        prediction = super().__call__(x, t)
         self.at -= 1
         if self.at == 0:
-            told.x0[1, 0, 0, 0] = math.inf
-            told.eps[1, 0, 0, 0] = math.nan
-        return told
+            prediction.x0[1, 0, 0, 0] = math.inf
+            prediction.eps[1, 0, 0, 0] = math.nan
+        return prediction
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_what_is_not_finite_ends_in_an_error_that_says_where(kind):
+def test_a_value_that_is_not_finite_is_an_error_that_names_the_step(kind):
     x, solver = normal(3, 2, 3, 3), SAMPLERS[kind]()
     grid = timestep_grid(Uniform(), 6, process())
     states, step = [], 4
-    drawing = sample_loop(solver, Spoilt((step - 1) * solver.calls + 1), x, grid, noise_from(0, x.shape))
+    sampling = sample_loop(solver, NotFinite((step - 1) * solver.calls_per_step + 1), x, grid, noise_from(0, x.shape))
     with pytest.raises(TesseraError) as error:
-        states.extend(state.done for state in drawing)
-    said = f"1 of 3 pictures hold numbers that are not finite, for the first time after step {step} of 6 (time 0.401)"
-    assert str(error.value).startswith(f"{said} of {kind}; try --precision float32")
-    assert states == [0, 1, 2, 3, 4, 5]  # looked at once, at the end
+        states.extend(state.step for state in sampling)
+    assert str(error.value).startswith("1 of 3 images")
+    assert f"after step {step} of 6 (time 0.401) of {kind}; try --precision float32" in str(error.value)
+    assert states == [0, 1, 2, 3, 4, 5]  # checked once, at the end
 
 
 def test_noise_that_is_not_finite_is_named():
-    with pytest.raises(TesseraError, match="2 of 2 pictures hold .* for the first time in the noise of ddim"):
+    with pytest.raises(TesseraError, match="2 of 2 images .* in the noise of ddim"):
         list(
             sample_loop(
                 DDIM(),

@@ -1,4 +1,4 @@
-"""Which steps a drawing visits."""
+"""Timestep grids."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.errors import TesseraError
 from tessera.sampling.exponential import NoiseLevel
-from tessera.sampling.timesteps import SPACINGS, Karras, LogSNR, Quadratic, Shifted, Uniform, timestep_grid
+from tessera.sampling.timesteps import TIMESTEP_SPACINGS, Karras, LogSNR, Quadratic, Shifted, Uniform, timestep_grid
 from tessera.settings import validate
 
 spacings = pytest.mark.parametrize("spacing", ["uniform", "leading", "trailing"])
@@ -19,7 +19,9 @@ spacings = pytest.mark.parametrize("spacing", ["uniform", "leading", "trailing"]
 def steps(spacing, count, trained=1000):
     return [
         round(float(t) * trained) - 1
-        for t in timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build())[:-1]
+        for t in timestep_grid(
+            TIMESTEP_SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build()
+        )[:-1]
     ]
 
 
@@ -28,13 +30,13 @@ def steps(spacing, count, trained=1000):
 def test_times_fall_from_the_first_step_to_the_data(spacing, data):
     trained = data.draw(st.integers(1, 2000))
     count = data.draw(st.integers(1, trained))
-    got = timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build())
-    assert got.shape == (count + 1,)
-    assert got[-1] == 0
-    assert (got.diff() < 0).all()
-    assert got[0] <= 1
+    times = timestep_grid(TIMESTEP_SPACINGS[spacing](), count, GaussianDiffusionConfig(num_timesteps=trained).build())
+    assert times.shape == (count + 1,)
+    assert times[-1] == 0
+    assert (times.diff() < 0).all()
+    assert times[0] <= 1
     if spacing != "leading":
-        assert got[0] == 1
+        assert times[0] == 1
 
 
 @spacings
@@ -51,25 +53,25 @@ def test_steps_are_those_of_diffusers(spacing, count):
 
 
 @pytest.mark.parametrize(("count", "rest"), [(2, [0]), (5, [749, 500, 250, 0]), (4, [666, 333, 0])])
-def test_even_steps_run_from_last_to_first(count, rest):
+def test_uniform_steps_run_from_last_to_first(count, rest):
     assert steps("uniform", count) == [999, *rest]
 
 
 @pytest.mark.parametrize(("count", "middle"), [(21, 499), (31, 500), (23, 499)])
-def test_even_steps_round_as_the_official_sum_does(count, middle):
+def test_uniform_steps_round_as_the_official_sum_does(count, middle):
     """The middle lies at exactly 499.5; the official code adds strides up, and its rounding errors decide."""
     assert steps("uniform", count)[count // 2] == middle
 
 
-def test_one_even_step_starts_in_full_noise():
+def test_one_uniform_step_starts_at_full_noise():
     assert steps("uniform", 1) == [999]
 
 
 @spacings
 @pytest.mark.parametrize("count", [0, -1, 1001])
 def test_steps_out_of_range(spacing, count):
-    with pytest.raises(TesseraError, match=f"steps is {count}; .* give 1 to 1000"):
-        timestep_grid(SPACINGS[spacing](), count, GaussianDiffusionConfig().build())
+    with pytest.raises(TesseraError, match=f"num_steps is {count}; .* use 1 to 1000"):
+        timestep_grid(TIMESTEP_SPACINGS[spacing](), count, GaussianDiffusionConfig().build())
 
 
 PROCESSES = {
@@ -83,25 +85,25 @@ processes = pytest.mark.parametrize("name", PROCESSES)
 
 
 @processes
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 @pytest.mark.parametrize("count", [1, 2, 7, 50, 1000])
 def test_every_grid_falls_from_noise_to_data(name, spacing, count):
-    """In time, and in what the solvers divide by: no two times have the same noise."""
+    """In time, and in the values that solvers divide by: no two times have the same noise."""
     process = PROCESSES[name].build()
     if spacing == "leading" and process.steps is None:
-        with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps.*: use uniform"):
-            timestep_grid(SPACINGS[spacing](), count, process)
+        with pytest.raises(TesseraError, match="leading needs a process of discrete steps.*: use uniform"):
+            timestep_grid(TIMESTEP_SPACINGS[spacing](), count, process)
         return
-    got = timestep_grid(SPACINGS[spacing](), count, process)
-    assert (got.dtype, got.shape) == (torch.float64, (count + 1,))
-    assert (got.diff() < 0).all()
-    assert got[-1] == 0
-    assert got[0] == 1 or spacing == "leading"
-    assert (process.sigma(got).diff() < 0).all()
-    assert (NoiseLevel.at(process, got).half_log_snr.diff() > 0).all()
+    times = timestep_grid(TIMESTEP_SPACINGS[spacing](), count, process)
+    assert (times.dtype, times.shape) == (torch.float64, (count + 1,))
+    assert (times.diff() < 0).all()
+    assert times[-1] == 0
+    assert times[0] == 1 or spacing == "leading"
+    assert (process.sigma(times).diff() < 0).all()
+    assert (NoiseLevel.at(process, times).half_log_snr.diff() > 0).all()
     if process.steps is not None:  # never beyond the first trained step
-        assert float(got[-2]) * process.steps > 1 - 1e-6
-        assert (process.model_time(got[:-1]) > -1e-3).all()
+        assert float(times[-2]) * process.steps > 1 - 1e-6
+        assert (process.model_time(times[:-1]) > -1e-3).all()
 
 
 @processes
@@ -116,60 +118,62 @@ def test_curves_fall_at_any_count(name, spacing, count):
 @pytest.mark.parametrize(("schedule", "count"), [("linear", 5), ("linear", 20), ("squaredcos_cap_v2", 5)])
 @pytest.mark.parametrize(("spacing", "theirs"), [(Karras, "use_karras_sigmas"), (LogSNR, "use_exponential_sigmas")])
 def test_ratios_are_the_sigmas_of_diffusers(count, schedule, spacing, theirs):
-    """Theirs begin at the last trained sigma however large it is; ours by default at 80."""
+    """diffusers begins at the last trained sigma however large it is; Tessera by default at 80."""
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule=schedule, **{theirs: True})
     scheduler.set_timesteps(count)
     process = PROCESSES["gaussian" if schedule == "linear" else "cosine"].build()
-    got = timestep_grid(spacing(largest=1e9), count, process)
-    torch.testing.assert_close(process.sigma(got) / process.alpha(got), scheduler.sigmas.double(), rtol=1e-3, atol=1e-9)
+    times = timestep_grid(spacing(sigma_max=1e9), count, process)
+    torch.testing.assert_close(
+        process.sigma(times) / process.alpha(times), scheduler.sigmas.double(), rtol=1e-3, atol=1e-9
+    )
 
 
 def test_karras_of_a_flow_is_the_formula():
     """Karras et al. 2022, equation 5, in t = ratio / (1 + ratio); the first time is the noise itself."""
     n, rho = 9, 5.0
     roots = [80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho)) for i in range(n)]
-    got = timestep_grid(Karras(rho=rho), n, FlowMatchingConfig().build())
-    assert got[1:-1].tolist() == pytest.approx([root**rho / (1 + root**rho) for root in roots[1:]])
-    assert (got[0], got[-1]) == (1, 0)
+    times = timestep_grid(Karras(rho=rho), n, FlowMatchingConfig().build())
+    assert times[1:-1].tolist() == pytest.approx([root**rho / (1 + root**rho) for root in roots[1:]])
+    assert (times[0], times[-1]) == (1, 0)
 
 
 @processes
-def test_log_snr_is_even(name):
+def test_logsnr_is_uniform_in_log_snr(name):
     process = PROCESSES[name].build()
-    steps = NoiseLevel.at(process, timestep_grid(LogSNR(largest=50), 12, process)[1:-1]).half_log_snr.diff()
+    steps = NoiseLevel.at(process, timestep_grid(LogSNR(sigma_max=50), 12, process)[1:-1]).half_log_snr.diff()
     assert steps.tolist() == pytest.approx([float(steps[0])] * 10, rel=1e-6)
 
 
 def test_shifted_times_of_a_flow_are_those_of_diffusers():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.1, 10).tolist())
-    got = timestep_grid(Shifted(), 10, FlowMatchingConfig().build())
-    torch.testing.assert_close(got, scheduler.sigmas.double(), rtol=1e-6, atol=1e-7)
+    times = timestep_grid(Shifted(), 10, FlowMatchingConfig().build())
+    torch.testing.assert_close(times, scheduler.sigmas.double(), rtol=1e-6, atol=1e-7)
 
 
-def test_a_flow_has_any_number_of_times_above_none():
+def test_a_flow_has_any_positive_number_of_times():
     assert len(timestep_grid(Uniform(), 5000, FlowMatchingConfig().build())) == 5001
-    with pytest.raises(TesseraError, match="steps is 0; give 1 or more"):
+    with pytest.raises(TesseraError, match="num_steps is 0; use 1 or more"):
         timestep_grid(Uniform(), 0, FlowMatchingConfig().build())
 
 
-def test_times_that_run_together_are_an_error():
-    with pytest.raises(TesseraError, match="karras times run together at 200 steps; use fewer steps"):
-        timestep_grid(Karras(smallest=1, largest=1 + 1e-14), 200, GaussianDiffusionConfig().build())
-    with pytest.raises(TesseraError, match="shifted times run together"):
+def test_times_that_coincide_are_an_error():
+    with pytest.raises(TesseraError, match="karras times coincide at 200 steps; use fewer steps"):
+        timestep_grid(Karras(sigma_min=1, sigma_max=1 + 1e-14), 200, GaussianDiffusionConfig().build())
+    with pytest.raises(TesseraError, match="shifted times coincide"):
         timestep_grid(Shifted(shift=1e18), 50, FlowMatchingConfig().build())
 
 
-@pytest.mark.parametrize("bounds", [{"smallest": 200, "largest": 300}, {"smallest": 1e-4, "largest": 1e-3}])
+@pytest.mark.parametrize("bounds", [{"sigma_min": 200, "sigma_max": 300}, {"sigma_min": 1e-4, "sigma_max": 1e-3}])
 @pytest.mark.parametrize("spacing", [Karras, LogSNR])
 def test_ratios_outside_of_what_a_process_was_trained_at(spacing, bounds):
     """Of 1000 steps with linear betas: the square root of 1 / alpha_bar - 1, from 0.01 to 157."""
-    said = rf"{bounds['smallest']:g} to spacing\.largest {bounds['largest']:g} lies outside .* from 0\.01 to 157"
-    with pytest.raises(TesseraError, match=said):
+    message = rf"{bounds['sigma_min']:g} to sigma_max {bounds['sigma_max']:g} is outside .* 0\.01 to 157"
+    with pytest.raises(TesseraError, match=message):
         timestep_grid(spacing(**bounds), 10, GaussianDiffusionConfig().build())
     assert len(timestep_grid(spacing(**bounds), 10, FlowMatchingConfig().build())) == 11
 
 
-def test_the_smallest_ratio_is_below_the_largest():
-    with pytest.raises(TesseraError, match="smallest is 9 and largest 3: it must be below it"):
-        validate(Karras, {"smallest": 9, "largest": 3}, "the grid")
+def test_sigma_min_is_below_sigma_max():
+    with pytest.raises(TesseraError, match="sigma_min 9 must be below sigma_max 3"):
+        validate(Karras, {"sigma_min": 9, "sigma_max": 3}, "the grid")

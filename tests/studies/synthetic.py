@@ -28,7 +28,7 @@ def _scored(metric: str, steps: int, features: str) -> Score:
         channels=1,
         sampling={"sampler": {"kind": "ddim"}, "steps": steps, "guidance": 1.0, "seeds": "0-999"},
     )
-    return Score.of(metric, Estimate(1, 1, 1), protocol, {}, "cpu")
+    return Score.from_estimate(metric, Estimate(1, 1, 1), protocol, {}, "cpu")
 
 
 def score(metric: str, value: float, steps: int = 50, features: str = "abcd") -> Score:

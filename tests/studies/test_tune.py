@@ -9,11 +9,11 @@ import torch
 from tessera import bundle
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
-from tessera.evaluation.features import extractor
+from tessera.evaluation.features import load_extractor
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.generation import pipeline
-from tessera.sampling import DDIM, Ancestral, FirstBlock, Heun, SamplingConfig
+from tessera.sampling import DDIM, Ancestral, FirstBlockCaching, Heun, SamplingConfig
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import validate
 from tessera.studies.tuning import result, search_space, trials
@@ -28,7 +28,7 @@ SOON = {"count": 50, "batch": 50, "budget": 60}
 
 @pytest.fixture(scope="session")
 def digits():
-    return extractor("digits", torch.device("cpu"))
+    return load_extractor("digits", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
     present = SamplingConfig(num_steps=6)
     found = search_space.solvers_and_grids(model, present)
-    assert {config.sampler.calls * config.num_steps for config in found} == {10}
+    assert {config.sampler.calls_per_step * config.num_steps for config in found} == {10}
     assert len({config.model_dump_json() for config in found}) == len(found)
     kinds = {config.sampler.kind for config in found}
     assert {"ddim", "heun", "dpm++", "unipc"} <= kinds
@@ -250,7 +250,7 @@ def test_a_search_for_nothing_is_refused():
 
 
 def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
-    plain = SamplingConfig(num_steps=6, caching=FirstBlock(threshold=0))
+    plain = SamplingConfig(num_steps=6, caching=FirstBlockCaching(threshold=0))
     told = tuner()
     told.begin()
     looked = []
@@ -274,7 +274,7 @@ def test_caching_that_reuses_nothing_is_not_tried(tuner):
     told = tuner()
     told.begin()
     plain = SamplingConfig(num_steps=6)
-    never, always = (search_space.changed(plain, caching=FirstBlock(threshold=threshold)) for threshold in (0, 1e9))
+    never, always = (search_space.changed(plain, caching=FirstBlockCaching(threshold=threshold)) for threshold in (0, 1e9))
     assert not told.reuses(never)
     assert told.reuses(always)
     found = told.attempt("caching", always)
@@ -321,7 +321,7 @@ def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
 
 def test_the_note_says_when_by_what_and_both_scores():
     protocol = Protocol(definition={}, features={"name": "mine"}, reference={}, samples=100, size=(8, 8), channels=1)
-    score = Score.of("fd", Estimate(1, 0.9, 1.1), protocol, {}, "cpu")
+    score = Score.from_estimate("fd", Estimate(1, 0.9, 1.1), protocol, {}, "cpu")
     chosen = Trial(SamplingConfig(num_steps=7), "check", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
     told = result.note(tuner_module.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))

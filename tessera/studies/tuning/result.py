@@ -10,8 +10,7 @@ from pathlib import Path
 from tessera import __version__, bundle
 from tessera.bundle import BundleConfig, Model
 from tessera.evaluation.intervals import Estimate
-from tessera.files import atomic_write
-from tessera.interop.readers import read_json
+from tessera.files import atomic_write, read_json
 from tessera.models.network import Network
 from tessera.sampling import SamplingConfig
 from tessera.settings import validate

@@ -6,8 +6,8 @@ import torch
 
 from tessera.bundle import Model
 from tessera.errors import TesseraError
-from tessera.sampling import SAMPLERS, SPACINGS, AnySampler, AnyTimestepSpacing, DPMSolver, SamplingConfig, UniPC
-from tessera.sampling.caching import FirstBlock
+from tessera.sampling import SAMPLERS, TIMESTEP_SPACINGS, AnySampler, AnyTimestepSpacing, DPMSolver, SamplingConfig, UniPC
+from tessera.sampling.caching import FirstBlockCaching
 from tessera.sampling.guidance import CosineGuidance, LinearGuidance
 from tessera.sampling.timesteps import timestep_grid
 
@@ -21,7 +21,7 @@ def changed(config: SamplingConfig, **changes: Any) -> SamplingConfig:
 
 def with_calls(config: SamplingConfig, calls: int) -> SamplingConfig:
     """So many calls of the denoiser, or one step's worth."""
-    return changed(config, steps=max(1, calls // config.sampler.calls))
+    return changed(config, steps=max(1, calls // config.sampler.calls_per_step))
 
 
 def solvers() -> list[AnySampler]:
@@ -33,7 +33,7 @@ def solvers() -> list[AnySampler]:
 def grids(model: Model, present: AnyTimestepSpacing, steps: int) -> list[AnyTimestepSpacing]:
     """The present grid, then one of each kind that visits other times."""
     found: dict[tuple[float, ...], AnyTimestepSpacing] = {}
-    for grid in [present, *(kind() for kind in SPACINGS.values())]:
+    for grid in [present, *(kind() for kind in TIMESTEP_SPACINGS.values())]:
         try:
             found.setdefault(tuple(timestep_grid(grid, steps, model.diffusion).tolist()), grid)
         except TesseraError:  # no grid of this process
@@ -46,7 +46,7 @@ def solvers_and_grids(model: Model, present: SamplingConfig) -> list[SamplingCon
     found = [
         with_calls(changed(present, sampler=solver, spacing=grid), FIRST_CALLS)
         for solver in solvers()
-        for grid in grids(model, present.timestep_spacing, max(1, FIRST_CALLS // solver.calls))
+        for grid in grids(model, present.timestep_spacing, max(1, FIRST_CALLS // solver.calls_per_step))
     ]
     return sorted(found, key=lambda config: config.timestep_spacing != present.timestep_spacing)
 
@@ -67,7 +67,7 @@ def guidances(model: Model, config: SamplingConfig) -> list[SamplingConfig]:
 def cachings(config: SamplingConfig) -> list[SamplingConfig]:
     """More and more reuse from step to step, at as many steps and at twice as many, which have more to reuse."""
     return [
-        changed(config, caching=FirstBlock(threshold=threshold, order=order), steps=steps)
+        changed(config, caching=FirstBlockCaching(threshold=threshold, order=order), steps=steps)
         for threshold in (0.1, 0.2, 0.3, 0.5)
         for order in (0, 1)
         for steps in (config.num_steps, 2 * config.num_steps)

@@ -33,7 +33,7 @@ from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, reference, suite
-from tessera.evaluation.features import Extractor, Progress
+from tessera.evaluation.features import FeatureExtractor, Progress
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import environment
 from tessera.evaluation.sources import ImageShard
@@ -46,7 +46,7 @@ from tessera.models.network import Network
 from tessera.monitoring.logger import format_duration
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, unknown, validate
+from tessera.settings import Settings, unknown_name, validate
 from tessera.studies.tuning.search_space import cachings, guidances, solvers_and_grids, with_calls
 from tessera.studies.tuning.trials import Trial, facts, finalists, line, read
 
@@ -82,7 +82,7 @@ class Tuning(Settings):
             raise ValueError(f"nothing to search: name some of {', '.join(STAGES)}")
         for name in value:
             if name not in STAGES:
-                raise ValueError(unknown("search", name, STAGES))
+                raise ValueError(unknown_name("search", name, STAGES))
         return value
 
 
@@ -115,9 +115,9 @@ class _Timed(BulkSamples):
         with _rows(self.model.network) as seen:
             began = time.monotonic()
             found = super().shard(index)
-            self.seconds.append((time.monotonic() - began) / len(found.pictures))
+            self.seconds.append((time.monotonic() - began) / len(found.images))
         self.rows += seen.rows
-        self.pictures += len(found.pictures)
+        self.pictures += len(found.images)
         return found
 
 
@@ -131,7 +131,7 @@ class Tuner:
         self,
         model: Model,
         against: str | AnyData,
-        network: Extractor,
+        network: FeatureExtractor,
         folder: Path,
         tuning: Tuning,
         baseline: Sequence[str] | None = None,
@@ -208,7 +208,7 @@ class Tuner:
             reference_folder=self.folder,
         )
         if not moments_at.exists():  # a folder of a million pictures is listed once, not for every trial
-            reference.save(done.reference, moments_at, kept=0)
+            reference.save_statistics(done.reference, moments_at, kept=0)
         if not drawn.pictures:  # all were drawn before an interruption
             with _rows(drawn.model.network) as seen:
                 drawn.seconds.append(self._seconds(sampling))
@@ -222,7 +222,7 @@ class Tuner:
             fd=Estimate(fd.value, fd.low, fd.high),
             calls=drawn.rows / drawn.pictures,
             seconds=float(np.median(drawn.seconds)),
-            pulls=distances.frechet_pulls(pool, moments, done.reference.moments["pool"]),
+            pulls=distances.frechet_influences(pool, moments, done.reference.moments["pool"]),
             scores=done.scores,
         )
         write_array(path.with_suffix(".npy"), trial.pulls)
@@ -289,7 +289,7 @@ class Tuner:
             return None
         if not path.exists():
             rows = (
-                config.num_steps * config.sampler.calls * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
+                config.num_steps * config.sampler.calls_per_step * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
             )
             if rows * self.baseline.seconds / self.baseline.calls > self.left(stage):
                 self.skipped[stage] += 1
@@ -373,7 +373,7 @@ class Tuner:
         if not guided:
             return
         best = min(guided, key=lambda trial: trial.fd.value).sampling
-        for calls in reversed([calls for calls in CALLS if calls < best.num_steps * best.sampler.calls]):
+        for calls in reversed([calls for calls in CALLS if calls < best.num_steps * best.sampler.calls_per_step]):
             trial = self.attempt("guidance", with_calls(best, calls))
             if trial is None or not self.no_worse(trial):
                 break
