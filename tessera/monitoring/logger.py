@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
+from tessera.reporting.text import format_duration
 
 LOG, HEALTH = "log.jsonl", "health.jsonl"
 PAUSE = 5.0  # seconds between lines where there is no terminal
@@ -65,7 +66,7 @@ class MetricLogger:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
         if self._screen is not None:
-            self._screen.numbers(step, values)
+            self._screen.set_metrics(step, values)
 
     def health(self, step: int, values: dict[str, Any]) -> None:
         """Write what was measured of the run's health at a step: numbers, lists and dictionaries of numbers."""
@@ -117,7 +118,7 @@ class MetricLogger:
     def info(self, text: str) -> None:
         """A sentence for the person who watches."""
         if self._screen is not None:
-            self._screen.say(text)
+            self._screen.info(text)
 
     def close(self) -> None:
         if self._screen is not None:
@@ -167,7 +168,7 @@ class ProgressDisplay:
     def start(self, step: int) -> None:
         self._started = (time.monotonic(), step)
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
+    def set_metrics(self, step: int, values: dict[str, float]) -> None:
         if "loss" in values:
             self._numbers = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
             if "utilisation" in values:
@@ -185,7 +186,7 @@ class ProgressDisplay:
         left = (now - began) / max(step - first, 1) * (self.steps - step)
         self._print(f"step {step}/{self.steps}  {self._numbers}  {format_duration(left)} left")
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
@@ -197,14 +198,6 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
-    for size, name, smaller_size, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {name} {int(seconds % size // smaller_size)} {smaller}"
-    return f"{int(seconds)} s"
 
 
 def _tensorboard(run: Path, step: int):

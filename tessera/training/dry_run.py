@@ -9,7 +9,7 @@ from pathlib import Path
 from tessera import runtime
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
-from tessera.monitoring.logger import format_duration
+from tessera.reporting.text import format_duration
 from tessera.training import loop
 from tessera.training.checkpoint import checkpoint
 from tessera.training.checkpoint.checkpoint import CheckpointWriter, TrainerState
@@ -81,12 +81,12 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
         return Estimate(
             parameters=sum(parameter.numel() for parameter in run.network.parameters()),
             gmacs=run.macs / 1e9,
-            images=len(run.loader.source),
+            images=len(run.loader.dataset),
             seconds_per_step=seconds,
             seconds=seconds * config.steps + _drawing_seconds(run),
             peak_bytes=runtime.peak_memory(device),
             checkpoint_bytes=size,
-            skipped=len(run.loader.skipped),
+            skipped=len(run.loader.invalid_samples),
         )
 
 
