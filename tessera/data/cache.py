@@ -1,8 +1,8 @@
-"""Latents of a data set computed once: in parallel, shard by shard, by any number of processes and machines.
+"""Writing of cached latents: in parallel, shard by shard, by any number of processes and machines.
 
-A shard holds the samples of a fixed stretch of the data. It is written whole, with its checksum inside. So whoever
-finds a whole shard need not make it, and who makes it a second time writes the same bytes: shards need no locks, and a
-cache that was killed goes on. What stands where: see `latents`.
+A shard contains the samples of a fixed range of the data. It is written atomically, with its checksum. A valid shard is
+not written again, and writing it twice gives the same bytes. So shards need no locks, and the same command resumes a
+cache that was killed. For the files see `latents`.
 
 Shapes: n samples of a shard, B batch, C latent channels, H W pixels, h w latents.
 """
@@ -38,18 +38,18 @@ from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import (
     CACHE,
     DTYPES,
+    FLIPPED,
     FORMAT,
+    INDICES,
     LABELS,
     LATENTS,
-    FLIPPED,
-    INDICES,
+    METADATA_KEY,
     PLAN,
     SAMPLES,
     SKIPPED,
-    METADATA_KEY,
     LatentsDataset,
-    cache_spec,
     cache_key,
+    cache_spec,
 )
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_file, remove_partials
@@ -57,15 +57,17 @@ from tessera.files import atomic_file, remove_partials
 if TYPE_CHECKING:
     from tessera.data import AnyData
 
-AHEAD = 64  # images read before they are needed
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError)  # that reading a shard can meet
-BLOCK = 64  # latents whose statistics are taken at once
+PREFETCH = 64  # images read before they are needed
+READ_ERRORS = (OSError, SafetensorError, ValueError, KeyError, TypeError)  # of a damaged shard
+BLOCK = 64  # latents per block of the statistics
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Of `count` numbers of each latent channel, raw: mean [C], scatter [C] (the sum of squared distances from it), and
-    spread [C] (the sum of the posterior's variances); float64."""
+    """Sums over `count` raw numbers per latent channel, float64.
+
+    mean [C]; sum_squares [C]: of the distances of the posterior means from it; sum_variances [C]: of the posteriors.
+    """
 
     count: int
     mean: np.ndarray
@@ -74,228 +76,221 @@ class LatentStatistics:
 
     @classmethod
     def from_moments(cls, moments: Tensor, channels: int) -> "LatentStatistics":
-        """Of raw moments [B, 2C, h, w], or [B, C, h, w] without deviations, B > 0."""
+        """From raw moments [B, 2C, h, w], or [B, C, h, w] without standard deviations, B > 0."""
         values = moments.to(torch.float64).numpy()
-        mean, deviation = values[:, :channels], values[:, channels:]
-        middle = mean.mean(axis=(0, 2, 3))
-        scatter = ((mean - middle[:, None, None]) ** 2).sum(axis=(0, 2, 3))
-        spread = (deviation**2).sum(axis=(0, 2, 3)) if deviation.shape[1] else np.zeros(channels)
-        return cls(mean[:, 0].size, middle, scatter, spread)
+        modes, std = values[:, :channels], values[:, channels:]
+        mean = modes.mean(axis=(0, 2, 3))
+        sum_squares = ((modes - mean[:, None, None]) ** 2).sum(axis=(0, 2, 3))
+        sum_variances = (std**2).sum(axis=(0, 2, 3)) if std.shape[1] else np.zeros(channels)
+        return cls(modes[:, 0].size, mean, sum_squares, sum_variances)
 
     def __add__(self, other: "LatentStatistics") -> "LatentStatistics":
-        """Of both (Chan et al. 1983, equation 2.1)."""
-        count, apart = self.count + other.count, other.mean - self.mean
+        """The statistics of both (Chan et al. 1983, equation 2.1)."""
+        count, delta = self.count + other.count, other.mean - self.mean
         return LatentStatistics(
             count,
-            self.mean + other.count / count * apart,
-            self.sum_squares + other.sum_squares + self.count * other.count / count * apart**2,
+            self.mean + other.count / count * delta,
+            self.sum_squares + other.sum_squares + self.count * other.count / count * delta**2,
             self.sum_variances + other.sum_variances,
         )
 
     @property
     def mode_std(self) -> np.ndarray:
-        """Standard deviation of the posteriors' means, [C]"""
+        """Standard deviation of the posterior means, [C]"""
         return np.sqrt(self.sum_squares / self.count)
 
     @property
     def sample_std(self) -> np.ndarray:
-        """Standard deviation of draws from the posteriors, [C]: their variance is that of the means, and on average the
-        posteriors' own."""
+        """Standard deviation of samples from the posteriors, [C]: the variance of the means plus the mean variance."""
         return np.sqrt((self.sum_squares + self.sum_variances) / self.count)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON holds it, without loss."""
+        """As JSON values, without loss."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> "LatentStatistics":
-        return cls(told["count"], *(np.array(told[name], np.float64) for name in ("mean", "scatter", "spread")))
+    def from_json(cls, values: dict[str, Any]) -> "LatentStatistics":
+        arrays = (np.array(values[name], np.float64) for name in ("mean", "sum_squares", "sum_variances"))
+        return cls(values["count"], *arrays)
 
 
 class CacheWriter:
-    """What is to be cached, and how far it is. It may be pickled: processes that write shards of it build their codec
-    from its settings."""
+    """Writes the latents of one data set. It can be pickled: a process builds its codec from the settings."""
 
     def __init__(
         self,
         folder: Path,
         config: "AnyData",
-        source: Dataset,
+        dataset: Dataset,
         codec_config: AnyCodec,
         codec: Codec,
         dtype: str = "float16",
         shard_size: int = 512,
     ) -> None:
-        """folder: that of all caches; dtype: float16 or bfloat16; samples: of the data, in a shard.
+        """folder: of all caches; dtype: float16 or bfloat16; shard_size: samples of the data in a shard.
 
-        Raises TesseraError where codec and data do not fit each other.
+        Raises TesseraError if codec and data do not match.
         """
-        _check(config, codec)
-        self.config, self.source, self.codec_config, self.codec = config, source, codec_config, codec
-        self.dtype, self.samples = DTYPES[dtype], shard_size
-        self.spec = cache_spec(config, codec, source) | {"dtype": dtype, "samples": shard_size, "format": FORMAT}
+        _check_sizes(config, codec)
+        self.config, self.dataset, self.codec_config, self.codec = config, dataset, codec_config, codec
+        self.dtype = DTYPES[dtype]
+        self.spec = cache_spec(config, codec, dataset) | {"dtype": dtype, "shard_size": shard_size, "format": FORMAT}
         self.key = cache_key(self.spec)
         self.folder = folder / self.key
         self.buckets = None
-        if (buckets := getattr(config, "buckets", None)) is not None and isinstance(source, FilesDataset):
-            self.buckets = Buckets.assign(source.shapes(), buckets.sizes(config.size))
-        # One size after the other, each in stretches of so many samples.
-        of = np.zeros(len(source), np.int64) if self.buckets is None else self.buckets.bucket_ids
-        self._order = np.argsort(of, kind="stable")
-        self._stretches = [
-            (size, start, min(start + shard_size, last))
-            for size, (first, last) in enumerate(_runs(of[self._order]))
-            for start in range(first, last, shard_size)
+        if (buckets := getattr(config, "buckets", None)) is not None and isinstance(dataset, FilesDataset):
+            self.buckets = Buckets.assign(dataset.shapes(), buckets.sizes(config.size))
+        # The samples of one size after those of another, and within a size ranges of shard_size samples.
+        bucket_ids = np.zeros(len(dataset), np.int64) if self.buckets is None else self.buckets.bucket_ids
+        self._order = np.argsort(bucket_ids, kind="stable")
+        ends = np.bincount(bucket_ids).cumsum().tolist()
+        self._ranges = [
+            (bucket, start, min(start + shard_size, end))
+            for bucket, (first, end) in enumerate(zip([0, *ends], ends))
+            for start in range(first, end, shard_size)
         ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "codec": None}
 
     def __len__(self) -> int:
-        """How many shards."""
-        return len(self._stretches)
+        """The number of shards."""
+        return len(self._ranges)
 
     def size(self, shard: int) -> tuple[int, int]:
         """Height and width of the images of a shard, in pixels."""
-        return self.config.size if self.buckets is None else self.buckets.sizes[self._stretches[shard][0]]
+        return self.config.size if self.buckets is None else self.buckets.sizes[self._ranges[shard][0]]
 
     def indices(self, shard: int) -> np.ndarray:
-        """Which samples of the data a shard is made of, int64."""
-        _, start, stop = self._stretches[shard]
+        """The samples of the data in a shard, int64 [n]"""
+        _, start, stop = self._ranges[shard]
         return self._order[start:stop]
 
     def path(self, shard: int) -> Path:
         return self.folder / f"{shard:06d}.safetensors"
 
     def begin(self) -> None:
-        """Make the folder, and write down what is cached. Raises TesseraError if it cannot be written."""
-        told = {"codec": _named(self.codec_config), "data": self.config.description}
+        """Create the folder and write the plan. Raises TesseraError if it cannot be written."""
         path = self.folder / PLAN
         if not path.exists():
-            _write(path, json.dumps({"facts": self.spec, "told": told}, indent=1).encode())
+            codec_name = f"{self.codec_config.kind} {getattr(self.codec_config, 'source', '')}".strip()
+            names = {"codec": codec_name, "data": self.config.description}
+            _write(path, json.dumps({"spec": self.spec, "names": names}, indent=1).encode())
 
     def is_valid(self, shard: int) -> bool:
-        """Whether a shard is there, with the bytes it was written with."""
+        """Whether a shard exists and its checksum is right."""
         try:
-            told, tensors = _read(self.path(shard))
-            return told["key"] == self.key and told["sha256"] == _digest(told, tensors)
-        except DAMAGE:
+            metadata, tensors = _read_shard(self.path(shard))
+            return metadata["key"] == self.key and metadata["sha256"] == _checksum(metadata, tensors)
+        except READ_ERRORS:
             return False
 
     def missing(self, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
-        """Each of these shards, and whether it must be written: it is not there, or not whole."""
-        with ThreadPoolExecutor(cores()) as pool:  # hashing leaves the interpreter free
-            for shard, whole in zip(shards, _ahead(pool, self.is_valid, shards, 4)):
-                yield shard, not whole
+        """For each shard, whether it must be written because it is absent or damaged."""
+        with ThreadPoolExecutor(runtime.available_cpus()) as pool:  # hashing releases the GIL
+            for shard, valid in zip(shards, _prefetch(pool, self.is_valid, shards, 4)):
+                yield shard, not valid
 
     def write(
-        self, shards: Iterable[int], device: torch.device, batch: int, readers: int = 1
+        self, shards: Iterable[int], device: torch.device, batch_size: int, num_readers: int = 1
     ) -> Generator[int, None, None]:
-        """Write shards, one after the other; yields every so often how many samples more are done.
+        """Write shards one after the other; yields repeatedly how many more samples are done.
 
-        batch: images encoded at once; readers: threads that read ahead. Raises TesseraError.
+        batch_size: images encoded at once; num_readers: threads that read ahead. Raises TesseraError.
         """
         if self.codec is None:
             self.codec = self.codec_config.build().to(device)
-        numbers = ((shard, int(number)) for shard in shards for number in [-1, *self.indices(shard)])
-        with _repeatable(device), ThreadPoolExecutor(readers, thread_name_prefix="tessera-cache") as pool:
-            making: ShardWriter | None = None
-            for shard, number, pixels in _ahead(pool, self._pixels, numbers, AHEAD):
-                if pixels is None:  # the first of a shard
-                    if making is not None:
-                        yield making.finish()
-                    making = ShardWriter(self, shard, device, batch)
-                elif making is not None and (done := making.add(number, pixels)):
+        items = ((shard, int(index)) for shard in shards for index in [-1, *self.indices(shard)])  # -1: a shard starts
+        with _deterministic(device), ThreadPoolExecutor(num_readers, thread_name_prefix="tessera-cache") as pool:
+            writer: ShardWriter | None = None
+            for shard, index, pixels in _prefetch(pool, self._read_pixels, items, PREFETCH):
+                if pixels is None:
+                    if writer is not None:
+                        yield writer.finish()
+                    writer = ShardWriter(self, shard, device, batch_size)
+                elif writer is not None and (done := writer.add(index, pixels)):
                     yield done
-            if making is not None:
-                yield making.finish()
+            if writer is not None:
+                yield writer.finish()
 
-    def _pixels(self, place: tuple[int, int]) -> tuple[int, int, np.ndarray | InvalidSample | None]:
-        """uint8 [C, H, W] of a sample, or why there are none; None in place of a shard's beginning."""
-        shard, number = place
-        if number < 0:
-            return shard, number, None
+    def _read_pixels(self, item: tuple[int, int]) -> tuple[int, int, np.ndarray | InvalidSample | None]:
+        """uint8 [C, H, W] of a sample, or why it is invalid; None for index -1."""
+        shard, index = item
+        if index < 0:
+            return shard, index, None
         try:
             size = () if self.buckets is None else (self.size(shard),)
-            return shard, number, self.source.pixels(number, *size)
-        except InvalidSample as fault:
-            return shard, number, fault
+            return shard, index, self.dataset.pixels(index, *size)
+        except InvalidSample as error:
+            return shard, index, error
 
     def finish(self) -> dict[str, Any] | None:
-        """Once all shards are there: put together what is known of them, and write it last; None if some are missing.
+        """If all shards exist, write and return the summary of the cache; None if some are missing.
 
-        Raises TesseraError if no sample could be used.
+        Raises TesseraError if no sample is valid.
         """
-        shards, skipped, statistics = [], [], []
-        labels, numbers = [], []
+        shards, skipped, statistics, labels, indices = [], [], [], [], []
         for shard in range(len(self)):
             path = self.path(shard)
             if not path.exists():
                 return None
             try:
-                told, tensors = _read(path)
-            except DAMAGE as error:
+                metadata, tensors = _read_shard(path)
+            except READ_ERRORS as error:
                 raise TesseraError(f"{path} is damaged ({error}): run the same command again") from None
             count = len(tensors[LABELS])
-            shards.append(
-                {
-                    "file": path.name,
-                    "count": count,
-                    "size": told["size"],
-                    "bytes": path.stat().st_size,
-                    "sha256": told["sha256"],
-                }
-            )
-            skipped += told["skipped"]
-            statistics += [LatentStatistics.from_json(told["statistics"])] if count else []
+            facts = {"size": metadata["size"], "bytes": path.stat().st_size, "sha256": metadata["sha256"]}
+            shards.append({"file": path.name, "count": count, **facts})
+            skipped += metadata["skipped"]
+            statistics += [LatentStatistics.from_json(metadata["statistics"])] if count else []
             labels.append(tensors[LABELS])
-            numbers.append(tensors[INDICES])
+            indices.append(tensors[INDICES])
         if not statistics:
             reasons = [f"{name}: {reason}" for _, name, reason in skipped]
-            raise TesseraError(f"no image of {self.config.description} could be used:{bullet_list(reasons)}")
-        whole = reduce(LatentStatistics.__add__, statistics)
-        told = {
+            raise TesseraError(f"no image of {self.config.description} is valid:{bullet_list(reasons)}")
+        total = reduce(LatentStatistics.__add__, statistics)
+        summary = {
             "count": sum(shard["count"] for shard in shards),
             "skipped": len(skipped),
-            "class_names": list(self.source.class_names),
+            "class_names": list(self.dataset.class_names),
             "codec": self.codec_config.model_dump(mode="json"),
             "statistics": {
-                "mean": whole.mean.tolist(),
-                "std of means": whole.mode_std.tolist(),
-                "std of draws": whole.sample_std.tolist(),
+                "mean": total.mean.tolist(),
+                "mode_std": total.mode_std.tolist(),
+                "sample_std": total.sample_std.tolist(),
             },
             "shards": shards,
         }
-        _write(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(numbers)}))
+        _write(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(indices)}))
         lines = [
-            json.dumps({"number": number, "name": name, "reason": reason}, ensure_ascii=False)
-            for number, name, reason in skipped
+            json.dumps({"index": index, "name": name, "reason": reason}, ensure_ascii=False) + "\n"
+            for index, name, reason in skipped
         ]
-        _write(self.folder / SKIPPED, "".join(f"{line}\n" for line in lines).encode())
-        _write(self.folder / CACHE, json.dumps(told, indent=1).encode())
-        remove_partials(self.folder)  # of those that were killed
-        return told
+        _write(self.folder / SKIPPED, "".join(lines).encode())
+        _write(self.folder / CACHE, json.dumps(summary, indent=1).encode())
+        remove_partials(self.folder)  # of processes that were killed
+        return summary
 
 
 class ShardWriter:
-    """A shard in the making."""
+    """Encodes the samples of one shard and writes it."""
 
-    def __init__(self, cache: CacheWriter, shard: int, device: torch.device, batch: int) -> None:
-        self.cache, self.shard, self.device, self.batch = cache, shard, device, batch
+    def __init__(self, cache: CacheWriter, shard: int, device: torch.device, batch_size: int) -> None:
+        self.cache, self.shard, self.device, self.batch_size = cache, shard, device, batch_size
         self.waiting: list[np.ndarray] = []
-        self.numbers: list[int] = []
-        self.skipped: list[tuple[int, str, str]] = []
+        self.indices: list[int] = []
+        self.skipped: list[tuple[int, str, str]] = []  # index, name, reason
         self.latents: list[Tensor] = []
-        self.mirrored: list[Tensor] = []
+        self.flipped: list[Tensor] = []
 
-    def add(self, number: int, pixels: np.ndarray | InvalidSample) -> int:
-        """Take one more sample; returns how many are done with it that were not before."""
+    def add(self, index: int, pixels: np.ndarray | InvalidSample) -> int:
+        """Add one sample; returns how many more samples are done."""
         if isinstance(pixels, InvalidSample):
-            self.skipped.append((number, self.cache.source.name(number), str(pixels)))
+            self.skipped.append((index, self.cache.dataset.name(index), str(pixels)))
             return 1
-        self.numbers.append(number)
+        self.indices.append(index)
         self.waiting.append(pixels)
-        return self._encode() if len(self.waiting) == self.batch else 0
+        return self._encode() if len(self.waiting) == self.batch_size else 0
 
     @torch.no_grad()
     def _encode(self) -> int:
@@ -304,7 +299,7 @@ class ShardWriter:
             pixels = torch.from_numpy(np.stack(self.waiting)).to(self.device, torch.float32) / 127.5 - 1
             self.latents.append(self._moments(pixels))
             if self.cache.config.hflip:
-                self.mirrored.append(self._moments(pixels.flip(-1)))
+                self.flipped.append(self._moments(pixels.flip(-1)))
             self.waiting.clear()
         return done
 
@@ -314,64 +309,62 @@ class ShardWriter:
         if not codec.stochastic:
             moments = moments[:, : codec.latent_channels]
         stored = moments.to(dtype).cpu().contiguous()
-        if not (fits := stored.isfinite().flatten(1).all(dim=1)).all():
-            number = self.numbers[len(self.numbers) - len(pixels) + int((~fits).nonzero()[0])]
-            name = self.cache.source.name(number)
+        if not (finite := stored.isfinite().flatten(1).all(dim=1)).all():
+            index = self.indices[len(self.indices) - len(pixels) + int((~finite).nonzero()[0])]
+            name = self.cache.dataset.name(index)
             if moments.isfinite().all():
-                raise TesseraError(f"latents of {name} are too large for {str(dtype)[6:]}: give --dtype bfloat16")
-            raise TesseraError(f"the codec makes latents of {name} that are no numbers (NaN or infinite)")
+                raise TesseraError(f"the latents of {name} are too large for {str(dtype)[6:]}: add --dtype bfloat16")
+            raise TesseraError(f"the codec gives latents of {name} that are NaN or infinite")
         return stored
 
     def finish(self) -> int:
-        """Encode what is left, and write the shard; returns how many samples are done that were not before."""
+        """Encode the remaining samples and write the shard; returns how many more samples are done."""
         done, cache = self._encode(), self.cache
-        told: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "key": cache.key,
             "shard": self.shard,
             "size": list(cache.size(self.shard)),
             "skipped": self.skipped,
         }
         tensors = {
-            LABELS: torch.tensor([cache.source.label(number) for number in self.numbers], dtype=torch.int32),
-            INDICES: torch.tensor(self.numbers, dtype=torch.int64),
+            LABELS: torch.tensor([cache.dataset.label(index) for index in self.indices], dtype=torch.int32),
+            INDICES: torch.tensor(self.indices, dtype=torch.int64),
         }
-        for name, encoded in ((LATENTS, self.latents), (FLIPPED, self.mirrored)):
-            if encoded:
-                tensors[name] = torch.cat(encoded)
+        for name, batches in ((LATENTS, self.latents), (FLIPPED, self.flipped)):
+            if batches:
+                tensors[name] = torch.cat(batches)
         if self.latents:
-            blocks = [block for each in (self.latents, self.mirrored) for block in each]
-            parts = (part for block in blocks for part in block.split(BLOCK))
+            blocks = (block for batch in (*self.latents, *self.flipped) for block in batch.split(BLOCK))
             channels = cache.codec.latent_channels
-            told["statistics"] = reduce(
-                LatentStatistics.__add__, (LatentStatistics.from_moments(part, channels) for part in parts)
-            ).to_json()
-        told["sha256"] = _digest(told, tensors)
+            statistics = (LatentStatistics.from_moments(block, channels) for block in blocks)
+            metadata["statistics"] = reduce(LatentStatistics.__add__, statistics).to_json()
+        metadata["sha256"] = _checksum(metadata, tensors)
         try:
-            _write(cache.path(self.shard), save(tensors, {METADATA_KEY: json.dumps(told)}))
+            _write(cache.path(self.shard), save(tensors, {METADATA_KEY: json.dumps(metadata)}))
         except TesseraError:
-            if not cache.is_valid(self.shard):  # another wrote the same meanwhile, and cleared up
+            if not cache.is_valid(self.shard):  # another process wrote the same shard and removed the partial file
                 raise
         return done
 
 
 def write_in_processes(
-    cache: CacheWriter, shards: Sequence[int], workers: int, batch: int
+    cache: CacheWriter, shards: Sequence[int], workers: int, batch_size: int
 ) -> Generator[int, None, None]:
-    """Write shards on the CPU by so many processes; yields every so often how many samples more are done.
+    """Write shards on the CPU in several processes; yields repeatedly how many more samples are done.
 
-    Whatever ends this process ends those at once. Raises TesseraError.
+    The processes end with this one, however it ends. Raises TesseraError.
     """
     if workers == 1 or len(shards) < 2:
-        yield from cache.write(shards, torch.device("cpu"), batch)
+        yield from cache.write(shards, torch.device("cpu"), batch_size)
         return
     context = multiprocessing.get_context("spawn")
     todo = deque(shards)
     pipes, processes = [], []
     try:
-        with _deaf_to_interrupts():  # Ctrl-C reaches every process of a terminal: this one ends the others
+        with _ignore_interrupts():  # Ctrl-C reaches every process of a terminal; this process ends the others
             for _ in range(min(workers, len(shards))):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, cache, batch), daemon=True)
+                process = context.Process(target=_run_worker, args=(theirs, cache, batch_size), daemon=True)
                 process.start()
                 theirs.close()
                 ours.send(todo.popleft())
@@ -381,16 +374,16 @@ def write_in_processes(
             ready: list[Any] = connection.wait(pipes)
             for pipe in ready:
                 try:
-                    told = pipe.recv()
+                    message = pipe.recv()
                 except EOFError:
                     raise TesseraError(
-                        "a process that encodes ended before its work was done; if this machine is short of memory, "
-                        "give fewer --workers: the same command goes on"
+                        "an encoding process ended before its work was done; if this machine is short of memory, use "
+                        "fewer --workers: the same command resumes"
                     ) from None
-                if isinstance(told, int):
-                    yield told
-                elif told is not None:
-                    raise told
+                if isinstance(message, int):
+                    yield message
+                elif message is not None:
+                    raise message
                 elif todo:
                     pipe.send(todo.popleft())
                 else:
@@ -401,44 +394,40 @@ def write_in_processes(
             process.join()
 
 
-def damaged_shards(source: LatentsDataset, progress: Callable[[int, int], None]) -> list[str]:
-    """The files of a finished cache that are not as they were written."""
+def damaged_shards(dataset: LatentsDataset, progress: Callable[[int, int], None]) -> list[str]:
+    """The files of a finished cache whose checksum is wrong."""
 
-    def is_whole(shard: dict[str, Any]) -> bool:
+    def is_valid(shard: dict[str, Any]) -> bool:
         try:
-            told, tensors = _read(source.folder / shard["file"])
-            return told["sha256"] == shard["sha256"] == _digest(told, tensors)
-        except DAMAGE:
+            metadata, tensors = _read_shard(dataset.folder / shard["file"])
+            return metadata["sha256"] == shard["sha256"] == _checksum(metadata, tensors)
+        except READ_ERRORS:
             return False
 
-    found = []
-    with ThreadPoolExecutor(cores()) as pool:
-        for done, (shard, whole) in enumerate(zip(source.shards, _ahead(pool, is_whole, source.shards, 4)), start=1):
-            found += [] if whole else [shard["file"]]
-            progress(done, len(source.shards))
-    return found
+    damaged = []
+    with ThreadPoolExecutor(runtime.available_cpus()) as pool:
+        results = zip(dataset.shards, _prefetch(pool, is_valid, dataset.shards, 4))
+        for done, (shard, valid) in enumerate(results, start=1):
+            damaged += [] if valid else [shard["file"]]
+            progress(done, len(dataset.shards))
+    return damaged
 
 
 def scaled_statistics(statistics: dict[str, list[float]], codec: Codec) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the latents that a network sees, by channel, from those of raw latents."""
-    each = torch.ones(codec.latent_channels, 1, 1, dtype=torch.float64)
-    shift, scale = (each * torch.as_tensor(number).cpu() for number in (codec.shift, codec.scale))
-    mean, deviation = (torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "std of draws"))
-    return ((mean - shift.flatten()) * scale.flatten()).tolist(), (deviation * scale.flatten()).tolist()
+    """Mean and standard deviation per channel of the scaled latents a network receives, from those of raw latents."""
+    ones = torch.ones(codec.latent_channels, 1, 1, dtype=torch.float64)
+    shift, scale = ((ones * torch.as_tensor(number).cpu()).flatten() for number in (codec.shift, codec.scale))
+    mean, std = (torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "sample_std"))
+    return ((mean - shift) * scale).tolist(), (std * scale).tolist()
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _work(pipe: Any, cache: CacheWriter, batch: int) -> None:
-    """A process that writes the shards it is told, one by one: sends counts of samples, and None after each shard."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _run_worker(pipe: Any, cache: CacheWriter, batch_size: int) -> None:
+    """A process that receives shards one by one; sends counts of samples done, and None after each shard."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     runtime.keep_freed_memory()
     try:
         while True:
-            for done in cache.write([pipe.recv()], torch.device("cpu"), batch):
+            for done in cache.write([pipe.recv()], torch.device("cpu"), batch_size):
                 pipe.send(done)
             pipe.send(None)
     except TesseraError as error:
@@ -447,8 +436,8 @@ def _work(pipe: Any, cache: CacheWriter, batch: int) -> None:
         pass
 
 
-def _end_with_parent() -> None:
-    """A process that was killed cannot end the others itself."""
+def _exit_with_parent() -> None:
+    """A parent that was killed cannot end its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -456,8 +445,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started within ignore Ctrl-C from their first instant."""
+def _ignore_interrupts() -> Iterator[None]:
+    """Processes started in this context ignore Ctrl-C from the beginning."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -469,8 +458,8 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """The same bits from the same pixels, however many processes there are: one thread each, fixed ways on a GPU."""
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """The same pixels give the same bits with any number of processes: one thread each; fixed algorithms on a GPU."""
     if device.type == "cpu":
         before = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -483,36 +472,36 @@ def _repeatable(device: torch.device) -> Iterator[None]:
             yield
 
 
-def _ahead(pool: ThreadPoolExecutor, call: Any, items: Iterable[Any], count: int) -> Iterator[Any]:
-    """`map`, so many results begun before they are asked for."""
-    begun = deque()
+def _prefetch(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], count: int) -> Iterator[Any]:
+    """`map` in a pool that starts at most `count` calls before their results are needed."""
+    pending = deque()
     try:
         for item in items:
-            begun.append(pool.submit(call, item))
-            if len(begun) > count:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) > count:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for one in begun:
-            one.cancel()
+        for future in pending:
+            future.cancel()
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a shard says of itself, and its tensors as a memory map. Raises what DAMAGE names."""
+def _read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata of a shard, and its tensors as a memory map. Raises READ_ERRORS."""
     with safe_open(path, "pt") as file:
-        told = json.loads((file.metadata() or {})[METADATA_KEY])
-        return told, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+        return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
 
 
-def _digest(told: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """A sha256 over all that a shard holds."""
-    said = {name: value for name, value in told.items() if name != "sha256"}
-    whole = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+def _checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """The sha256 of everything in a shard."""
+    facts = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        whole.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -520,28 +509,17 @@ def _write(path: Path, content: bytes) -> None:
         partial.write_bytes(content)
 
 
-def _runs(values: np.ndarray) -> list[tuple[int, int]]:
-    """Where equal numbers begin and end in an array in order, for each number from 0."""
-    ends = np.bincount(values).cumsum().tolist()
-    return list(zip([0, *ends], ends))
-
-
-def _check(config: "AnyData", codec: Codec) -> None:
+def _check_sizes(config: "AnyData", codec: Codec) -> None:
     if codec.factor == 1:
-        raise TesseraError("the codec is that of pixels, so there are no latents to cache: give codec.source=FOLDER")
+        raise TesseraError("the codec is `pixels`, so there are no latents to cache: set codec.source=FOLDER")
     if codec.pixel_channels != config.channels:
         raise TesseraError(
-            f"the codec takes images of {codec.pixel_channels} channels, but data.channels is {config.channels}"
+            f"the codec expects images of {codec.pixel_channels} channels, but data.channels is {config.channels}"
         )
     buckets = getattr(config, "buckets", None)
     for size in [config.size] if buckets is None else buckets.sizes(config.size):
         if size[0] % codec.factor or size[1] % codec.factor:
             raise TesseraError(
-                f"images of {size[0]} x {size[1]} do not divide into squares of {codec.factor} pixels, a latent each: "
-                "change data.size" + ("" if buckets is None else " or data.buckets.multiple")
+                f"images of {size[0]} x {size[1]} cannot be divided into squares of {codec.factor} pixels, one per "
+                "latent: change data.size" + ("" if buckets is None else " or data.buckets.multiple")
             )
-
-
-def _named(config: AnyCodec) -> str:
-    """A codec as people know it."""
-    return f"{config.kind} {getattr(config, 'source', '')}".strip()

@@ -1,12 +1,12 @@
-"""Latents that were computed once (`tessera data cache`), read by memory map.
+"""Reading of cached latents, which `tessera data cache` computes once, by memory map.
 
-    FOLDER/KEY/plan.json              what is cached: codec, preprocessing, data
-    FOLDER/KEY/000000.safetensors     a shard: samples of one size; whole by itself, with its checksum
-    FOLDER/KEY/samples.safetensors    labels and numbers of all samples, in the order of the shards
-    FOLDER/KEY/skipped.jsonl          what was left out, and why
-    FOLDER/KEY/cache.json             counts, checksums, statistics: written last
+    FOLDER/KEY/plan.json              codec, preprocessing and data
+    FOLDER/KEY/000000.safetensors     a shard: samples of one size, with a checksum
+    FOLDER/KEY/samples.safetensors    labels and data indices of all samples, in the order of the shards
+    FOLDER/KEY/skipped.jsonl          the samples left out, and the reasons
+    FOLDER/KEY/cache.json             counts, checksums, statistics; written last
 
-KEY is the beginning of a hash of the facts in plan.json, so that a change of any of them is another cache.
+KEY is the start of a hash of the specification, so any change of it gives another cache.
 
 Shapes: N samples, B batch, C latent channels, h w height and width of the latents.
 """
@@ -23,54 +23,55 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tessera.codecs import Codec
-from tessera.data.buckets import Buckets
+from tessera.data.buckets import Buckets, area_then_height
 from tessera.data.files import FilesDataset
 from tessera.data.images import RESIZING, Dataset, ImagesConfig
 from tessera.errors import TesseraError
+from tessera.files import read_json
 from tessera.settings import diff
 
 if TYPE_CHECKING:
     from tessera.data import AnyData
 
-FORMAT = 1
+FORMAT = 2
 PLAN, CACHE, SAMPLES, SKIPPED = "plan.json", "cache.json", "samples.safetensors", "skipped.jsonl"
-LATENTS, FLIPPED, LABELS, INDICES = "latents", "mirrored", "labels", "numbers"  # tensors of a shard
-METADATA_KEY = "tessera"  # the one key of a shard's metadata: of several, safetensors writes the order at random
+LATENTS, FLIPPED, LABELS, INDICES = "latents", "flipped", "labels", "indices"  # tensors of a shard
+METADATA_KEY = "tessera"  # the only key of a shard's metadata: safetensors writes several in random order
 KEY_LENGTH = 16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-AGAIN = "run the same `tessera data cache` again, which mends it"
+REPAIR = "run the same `tessera data cache` again, which repairs it"
 
 
 class LatentsDataset:
-    """The samples of a finished cache; sample i is the i-th that could be used. It may be pickled.
+    """The samples of a finished cache: all valid samples of the data set. It can be pickled.
 
-    labels int32 [N], numbers int64 [N]: which sample of the data each one is.
+    labels: int32 [N]. indices: the index of each sample in the data set, int64 [N].
     """
 
     def __init__(self, folder: Path) -> None:
-        """folder: that of one cache. Raises TesseraError if it is not finished, or damaged."""
+        """folder: FOLDER/KEY. Raises TesseraError if the cache is not finished, damaged, or of another format."""
         self.folder = folder
-        plan, told = read_json(folder / PLAN), read_json(folder / CACHE)
+        plan, cache = read_plan(folder), read_json(folder / CACHE, REPAIR)
         try:
-            self.spec: dict[str, Any] = plan["facts"]
-            self.description: str = plan["told"]["data"]
-            self.class_names: tuple[str, ...] = tuple(told["class_names"])
-            self.statistics: dict[str, Any] = told["statistics"]
-            self.shards: list[dict[str, Any]] = told["shards"]
+            self.spec: dict[str, Any] = plan["spec"]
+            self.description: str = plan["names"]["data"]
+            self.class_names: tuple[str, ...] = tuple(cache["class_names"])
+            self.statistics: dict[str, Any] = cache["statistics"]
+            self.shards: list[dict[str, Any]] = cache["shards"]
             self.dtype: torch.dtype = DTYPES[self.spec["dtype"]]
             counts = np.array([shard["count"] for shard in self.shards], np.int64)
         except (KeyError, TypeError) as error:
-            raise TesseraError(f"{folder / CACHE} is damaged ({error}): {AGAIN}") from None
+            raise TesseraError(f"{folder / CACHE} is damaged ({error}): {REPAIR}") from None
         for shard in self.shards:
             path = folder / shard["file"]
-            found = path.stat().st_size if path.exists() else None
-            if found != shard["bytes"]:
-                raise TesseraError(f"{path} is damaged: {found or 'no'} bytes of {shard['bytes']}; {AGAIN}")
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                raise TesseraError(f"{path} is damaged: {size or 'no'} bytes of {shard['bytes']}; {REPAIR}")
         samples = load_tensors(folder / SAMPLES)
         self.labels, self.indices = samples[LABELS].numpy(), samples[INDICES].numpy()
         self._ends = counts.cumsum()
         self._starts = self._ends - counts
-        self._maps: dict[int, tuple[np.ndarray, ...]] = {}  # by shard, opened when first asked for
+        self._maps: dict[int, tuple[np.ndarray, ...]] = {}  # by shard, opened on demand
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -83,15 +84,15 @@ class LatentsDataset:
 
     @property
     def hflip(self) -> bool:
-        """Whether there are latents of mirrored images."""
+        """Whether the cache contains latents of flipped images."""
         return bool(self.spec["hflip"])
 
     @cached_property
     def buckets(self) -> Buckets:
-        """The sizes of images in pixels, and which one each sample has."""
-        sizes = sorted({tuple(shard["size"]) for shard in self.shards}, key=lambda one: (one[0] * one[1], one[0]))
-        place = [sizes.index(tuple(shard["size"])) for shard in self.shards]
-        return Buckets(sizes, np.repeat(np.array(place, np.int64), [shard["count"] for shard in self.shards]))
+        """The image sizes in pixels, and the size of each sample."""
+        sizes = sorted({tuple(shard["size"]) for shard in self.shards}, key=area_then_height)
+        bucket_ids = [sizes.index(tuple(shard["size"])) for shard in self.shards]
+        return Buckets(sizes, np.repeat(np.array(bucket_ids, np.int64), [shard["count"] for shard in self.shards]))
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
@@ -100,139 +101,133 @@ class LatentsDataset:
         return f"{self.description} sample {self.indices[index]}"
 
     def gather(self, indices: np.ndarray, flip: np.ndarray) -> Tensor:
-        """Raw moments of samples of one size, of the image or of its mirror image.
+        """Raw moments of samples of one size, each of the image or of its horizontal flip.
 
-        indices int64 [B], mirrored bool [B] -> float16 or bfloat16 [B, 2C, h, w], mean and standard deviation; or
-        [B, C, h, w] of a codec whose latents follow from the pixels.
+        indices int64 [B], flip bool [B] -> float16 or bfloat16 [B, 2C, h, w], mean and standard deviation; [B, C, h, w]
+        from a deterministic codec.
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
         shards = np.searchsorted(self._ends, indices, side="right")
-        places = indices - self._starts[shards]
+        rows = indices - self._starts[shards]
         out: np.ndarray | None = None
-        for row, (shard, place, variant) in enumerate(zip(shards.tolist(), places.tolist(), flip.tolist())):
+        for i, (shard, row, variant) in enumerate(zip(shards.tolist(), rows.tolist(), flip.tolist())):
             moments = self._map(shard)[variant]
             if out is None:
                 out = np.empty((len(indices), *moments.shape[1:]), np.int16)
             elif moments.shape[1:] != out.shape[1:]:
-                raise ValueError("samples that are gathered at once must be of one size: see buckets")
-            out[row] = moments[place]
+                raise ValueError("samples that are gathered together must have one size: see buckets")
+            out[i] = moments[row]
         if out is None:
-            raise IndexError("no samples are asked for")
+            raise IndexError("no indices")
         return torch.from_numpy(out).view(self.dtype)
 
     def _map(self, shard: int) -> tuple[np.ndarray, ...]:
-        """The latents, and the mirrored ones where there are any, as int16, which stands for every type of 16 bits."""
-        if (found := self._maps.get(shard)) is None:
+        """The latents, and those of flipped images if there are any; int16 stands for any 16-bit type."""
+        if (arrays := self._maps.get(shard)) is None:
             tensors = load_tensors(self.folder / self.shards[shard]["file"])
             names = (LATENTS, FLIPPED) if self.hflip else (LATENTS,)
-            found = self._maps[shard] = tuple(tensors[name].view(torch.int16).numpy() for name in names)
-        return found
+            arrays = self._maps[shard] = tuple(tensors[name].view(torch.int16).numpy() for name in names)
+        return arrays
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The plan of a cache. Raises TesseraError if a version of Tessera with another format wrote it."""
+    plan = read_json(folder / PLAN, REPAIR)
+    if (version := plan.get("spec", {}).get("format", 1)) != FORMAT:
+        raise TesseraError(
+            f"the latent cache {folder} has format {version}, of another version of Tessera; this version reads format "
+            f"{FORMAT} only: delete it and run `tessera data cache` again"
+        )
+    return plan
 
 
 def open_cache(
     folder: Path,
     config: "AnyData",
     codec: Codec,
-    source: Dataset | None,
+    dataset: Dataset | None,
     command: str = "tessera data cache RECIPE",
 ) -> LatentsDataset:
-    """The cache below a folder that was made of this data by this codec; no other will do.
+    """The cache in a folder with exactly this data and codec.
 
-    source: the opened data; None where the images are not at hand, so that whether they have changed is not known.
-    command: what makes the cache, for the message. Raises TesseraError that says which caches there are, and in what
-    they differ.
+    dataset: the opened data; None if the images are not available, so that changed images are not detected.
+    command: what writes the cache, for the message. Raises TesseraError with the caches that exist and how they differ.
     """
-    wanted = cache_spec(config, codec, source)
-    found = sorted(folder.glob(f"*/{PLAN}"))
+    spec = cache_spec(config, codec, dataset)
     others = []
-    for path in found:
-        plan = read_json(path)
-        differing = _differing(plan, wanted)
-        finished = (path.parent / CACHE).exists()
-        if not differing and finished:
+    for path in sorted(folder.glob(f"*/{PLAN}")):
+        differences = _differences(read_plan(path.parent), spec)
+        if not differences and (path.parent / CACHE).exists():
             return LatentsDataset(path.parent)
-        others.append(f"{path.parent.name}: {'; '.join(differing) or 'begun, but not finished'}")
-    there = "\n".join(["these are there:", *(f"  {other}" for other in others)]) if others else "there is none"
-    raise TesseraError(f"no cache in {folder} is of this codec, preprocessing and data; {there}\nmake it: {command}")
+        others.append(f"{path.parent.name}: {'; '.join(differences) or 'not finished'}")
+    existing = "\n".join(["existing caches:", *(f"  {other}" for other in others)]) if others else "there is none"
+    raise TesseraError(f"no cache in {folder} has this codec, preprocessing and data; {existing}\ncreate it: {command}")
 
 
-def _differing(plan: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """In what a cache is not what is wanted, in words. How it is stored does not matter; flips may be there unused."""
-    was = {name: value for name, value in plan.get("facts", {}).items() if name in wanted}
-    told = plan.get("told", {})
-    if was.get("hflip"):
-        was["hflip"] = wanted["hflip"]
+def _differences(plan: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+    """How a cache differs from a specification. How it is stored does not matter, nor do unused flips."""
+    before = {name: value for name, value in plan["spec"].items() if name in spec}
+    if before.get("hflip"):
+        before["hflip"] = spec["hflip"]
+    names = plan["names"]
     return [
-        f"{name} was {_short(old)}" + (f" ({told[name]})" if name in told else "") + f", is {_short(new)}"
-        for name, old, new in diff(_said(was), _said(wanted))
+        f"{name} was {_short(old)}" + (f" ({names[name]})" if name in names else "") + f", is {_short(new)}"
+        for name, old, new in diff(_with_defaults(before), _with_defaults(spec))
     ]
 
 
-def _said(facts: dict[str, Any]) -> dict[str, Any]:
-    """With the settings that went unsaid."""
-    usual = ImagesConfig().model_dump(mode="json", exclude={"hflip", "cache"})
-    return {**facts, "images": {**usual, **facts.get("images", {})}}
+def _with_defaults(spec: dict[str, Any]) -> dict[str, Any]:
+    defaults = ImagesConfig().model_dump(mode="json", exclude={"hflip", "cache"})
+    return {**spec, "images": {**defaults, **spec.get("images", {})}}
 
 
 def _short(value: Any) -> Any:
     return value[:8] if isinstance(value, str) and len(value) == 64 else value
 
 
-def cache_spec(config: "AnyData", codec: Codec, source: Dataset | None) -> dict[str, Any]:
-    """All that raw moments of a data set depend on. Settings as they are by default go unsaid, so that a new one
-    leaves old caches good."""
-    told = config.model_dump(mode="json", exclude_defaults=True)
-    images = {name: told[name] for name in ImagesConfig.model_fields if name in told and name not in ("hflip", "cache")}
+def cache_spec(config: "AnyData", codec: Codec, dataset: Dataset | None) -> dict[str, Any]:
+    """Everything that the raw moments of a data set depend on. Settings with default values are left out, so that a new
+    setting does not invalidate existing caches."""
+    settings = config.model_dump(mode="json", exclude_defaults=True)
+    names = ImagesConfig.model_fields.keys() - {"hflip", "cache"}
+    images = {name: value for name, value in settings.items() if name in names}
     images |= {"size": list(config.size), "channels": config.channels, "resizing": RESIZING}
-    known = {"codec": codec.fingerprint(), "images": images, "hflip": config.hflip}
-    return known if source is None else {**known, "data": data_fingerprint(config, source)}
+    spec = {"codec": codec.fingerprint(), "images": images, "hflip": config.hflip}
+    return spec if dataset is None else {**spec, "data": data_fingerprint(config, dataset)}
 
 
-def data_fingerprint(config: "AnyData", source: Dataset) -> str:
-    """A hash of which samples a data set has: the names, sizes and dates of its files, or the digests that its index
-    has of them, and its labels; of an embedded set its settings. Where the files lie does not matter."""
-    whole = hashlib.sha256(json.dumps(source.class_names).encode())
-    if not isinstance(source, FilesDataset):
-        whole.update(config.model_dump_json().encode())
-        return whole.hexdigest()
-    table = source.table
-    digests = not table["digest"].null_count
-    columns = ["path", "offset", "length", "label"] + (["digest"] if digests else [])
-    whole.update(f"column {source.config.image}".encode())
+def data_fingerprint(config: "AnyData", dataset: Dataset) -> str:
+    """A hash of the samples and labels of a data set: of the names, sizes and dates of its files, or the digests in its
+    index; for an embedded data set, of its settings. The location of the files does not matter."""
+    digest = hashlib.sha256(json.dumps(dataset.class_names).encode())
+    if not isinstance(dataset, FilesDataset):
+        digest.update(config.model_dump_json().encode())
+        return digest.hexdigest()
+    table = dataset.table
+    has_digests = not table["digest"].null_count
+    columns = ["path", "offset", "length", "label"] + (["digest"] if has_digests else [])
+    digest.update(f"column {dataset.config.image}".encode())
     for start in range(0, len(table), 65536):
-        whole.update(json.dumps(table.slice(start, 65536).select(columns).to_pydict()).encode())
-    for file in [] if digests else source.files():
+        digest.update(json.dumps(table.slice(start, 65536).select(columns).to_pydict()).encode())
+    for file in [] if has_digests else dataset.files():
         try:
             state = file.stat()
-        except OSError:  # reading it says what is wrong
+        except OSError:  # reported when the file is read
             continue
-        whole.update(f"{state.st_size} {int(state.st_mtime)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{state.st_size} {int(state.st_mtime)}\n".encode())
+    return digest.hexdigest()
 
 
-def cache_key(told: dict[str, Any]) -> str:
-    """The name of the cache that has these facts."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises TesseraError if there is no such file, or it holds something else."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TesseraError(f"{path} is not there: {path.parent} is no finished cache of latents") from None
-    except (OSError, ValueError) as error:
-        raise TesseraError(f"{path} is damaged ({error}): {AGAIN}") from None
-    if not isinstance(told, dict):
-        raise TesseraError(f"{path} is damaged (it holds no mapping): {AGAIN}")
-    return told
+def cache_key(spec: dict[str, Any]) -> str:
+    """The name of the cache with this specification."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, as a memory map. Raises TesseraError."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (OSError, SafetensorError) as error:
-        raise TesseraError(f"{path} is damaged ({error}): {AGAIN}") from None
+        raise TesseraError(f"{path} is damaged ({error}): {REPAIR}") from None
