@@ -1,4 +1,4 @@
-"""Tessera: the diffusion transformer, from a folder of images to a picture."""
+"""Tessera: a toolkit for diffusion transformers. Train, sample, evaluate and convert DiT and U-Net models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -14,22 +14,28 @@ if TYPE_CHECKING:
     from tessera.generation.pipeline import generate as generate
     from tessera.generation.pipeline import generate_steps as generate_steps
     from tessera.interop.load import load as load
+    from tessera.training.api import train as train
 
-_PUBLIC = {  # imported when first used: `tessera --help` must not wait for torch
+_PUBLIC = {  # imported on first use: `tessera --help` must not import torch
     "Condition": "tessera.conditioning",
     "Model": "tessera.bundle",
     "TesseraError": "tessera.errors",
     "decode": "tessera.generation.pipeline",
     "generate": "tessera.generation.pipeline",
+    "generate_steps": "tessera.generation.pipeline",
     "load": "tessera.interop.load",
     "save": "tessera.bundle",
-    "walk": "tessera.generation.pipeline",
+    "train": "tessera.training.api",
 }
 
-__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "generate_steps", "load", "save"]
+__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "generate_steps", "load", "save", "train"]
 
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'tessera' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

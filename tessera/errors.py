@@ -1,14 +1,22 @@
-"""The one kind of error a user is meant to read."""
+"""Errors that are meant for the user."""
 
 
 class TesseraError(Exception):
-    """Something outside the program is not as it must be; the text says what was got, expected and what to do.
+    """Invalid input or environment. The message states the value, what was expected, and the remedy.
 
-    The command line prints the text alone, without a traceback, and exits non-zero.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
 
+    exit_code = 1
 
-def listed(faults: list[str], shown: int = 8) -> str:
-    """Faults one below the other, the first few of many."""
-    more = [f"and {len(faults) - shown} more"] if len(faults) > shown else []
-    return "".join(f"\n  {fault}" for fault in faults[:shown] + more)
+
+class Interrupted(TesseraError):
+    """The user stopped the command. Its work so far is saved."""
+
+    exit_code = 130  # as a shell reports Ctrl-C
+
+
+def bullet_list(items: list[str], limit: int = 8) -> str:
+    """The first items, one per indented line, and the number of the others."""
+    rest = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return "".join(f"\n  {item}" for item in items[:limit] + rest)

@@ -1,43 +1,50 @@
-"""Writing files so that they are whole or absent: nothing is lost to a kill or a full disk in mid-write."""
+"""Atomic writes, folder locks and the cache folder. An interrupted write leaves the old file or none."""
 
+import errno
 import io
+import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import platformdirs
+from filelock import FileLock, Timeout
 
 from tessera.errors import TesseraError
 
-PARTIAL = ".partial"  # the ending of a folder or file that is being written
+LOCK = ".lock"  # the file in a locked folder; it stays when the lock is released
+PARTIAL = ".partial"  # suffix of a file or folder that is being written
+
+
+def _cannot_write(target: Path, error: OSError) -> TesseraError:
+    return TesseraError(f"cannot write {target}: {error.strerror or error}")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill beside the target; it takes the target's name, on disk to the last byte, at the end.
+    """Yield a folder beside the target to fill. At the end it is synced to disk and renamed to the target.
 
-    If anything fails the half-written folder is removed and the target is untouched. Raises TesseraError if the
-    target exists and holds something.
+    If anything fails, the partial folder is removed and the target is unchanged. Raises TesseraError if it cannot be
+    written or if the target exists and is not an empty folder.
     """
     partial = begin(target)
     try:
         partial.mkdir(parents=True)
         yield partial
         commit(partial, target)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(target, error) from error
         raise
 
 
 def begin(target: Path) -> Path:
-    """The place beside a target where it is to be made, with nothing there. TesseraError if the target exists."""
+    """The path of the partial folder of a target, with nothing there. Raises TesseraError if the target exists."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise TesseraError(f"{target} exists already: remove it or give another name")
     partial = target.with_name(target.name + PARTIAL)
@@ -46,7 +53,7 @@ def begin(target: Path) -> Path:
 
 
 def commit(partial: Path, target: Path) -> None:
-    """Push all of a folder to the disk, then give it its name. Raises OSError."""
+    """Sync a partial folder to disk and rename it to the target. Raises OSError."""
     for path in sorted(partial.rglob("*")):
         fsync(path)
     fsync(partial)
@@ -56,10 +63,10 @@ def commit(partial: Path, target: Path) -> None:
 
 @contextmanager
 def atomic_file(target: Path, writer: str = "") -> Iterator[Path]:
-    """Yield the path of a file to write beside the target; it takes the target's name, on disk to the last byte, at the
-    end. If anything fails it is removed and the target is untouched. Raises TesseraError if it cannot be written.
+    """Yield the path of a file beside the target to write. At the end it is synced to disk and renamed to the target.
 
-    writer: a name, where several may write the same target at once.
+    If anything fails, the partial file is removed and the target is unchanged. Raises TesseraError if it cannot be
+    written. writer: a name for each process, where several may write one target at the same time.
     """
     partial = target.with_name(target.name + (f".{writer}" if writer else "") + PARTIAL)
     try:
@@ -71,18 +78,18 @@ def atomic_file(target: Path, writer: str = "") -> Iterator[Path]:
         with suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
-            raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+            raise _cannot_write(target, error) from error
         raise
 
 
 def atomic_write(target: Path, data: bytes | str) -> None:
-    """Write a file under another name, then rename it over the target. Raises TesseraError if that cannot be done."""
+    """Write a file under a temporary name and rename it to the target. Raises TesseraError."""
     with atomic_file(target) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_array(target: Path, array: np.ndarray) -> None:
-    """An .npy file, whole or absent. Raises TesseraError if it cannot be written."""
+    """Write an .npy file atomically. Raises TesseraError."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     atomic_write(target, buffer.getvalue())
@@ -96,61 +103,56 @@ def read_array(path: Path) -> np.ndarray:
         raise TesseraError(f"{path} is damaged: {error}; remove it to have it made again") from None
 
 
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """The content of a JSON file that holds an object. Raises TesseraError, whose message ends with the remedy."""
+    hint = f"; {remedy}" if remedy else ""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TesseraError(f"cannot read {path}: {error}{hint}") from None
+    if not isinstance(data, dict):
+        raise TesseraError(f"{path} holds {type(data).__name__}; expected an object{hint}")
+    return data
+
+
 def remove_partials(folder: Path) -> None:
-    """Clear away what a killed program left half-written in a folder."""
+    """Remove the partial files and folders that a killed process left in a folder."""
     for path in folder.glob("*" + PARTIAL):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 class InUse(TesseraError):
-    """Another process holds a folder."""
+    """Another process has locked the folder."""
 
 
 @contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Make a folder if need be and hold it for one process at a time, where the system can.
+def exclusive_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Create a folder if necessary and lock it for this process. The lock of a killed process does not block.
 
-    Raises TesseraError if it cannot be made, and InUse if another process holds it.
+    on_wait: called once if another process has locked the folder; then this process waits for it. Without on_wait
+    InUse is raised. Raises TesseraError if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TesseraError(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+        lock = FileLock(folder / LOCK, thread_local=False)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InUse(f"{folder} is in use by another process: wait for it, or choose another folder") from None
-        except OSError:  # a file system without locks
-            pass
+            lock.acquire(timeout=0)
+        except Timeout:
+            if on_wait is None:
+                raise InUse(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+            on_wait()
+            lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise _cannot_write(folder, error) from error
+    try:
         yield
     finally:
-        os.close(handle)
-
-
-@contextmanager
-def wait_for_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """As `alone`, after waiting for whoever holds the folder; `waiting` is called once if so."""
-    with ExitStack() as held:
-        for tries in count():
-            try:
-                held.enter_context(exclusive_lock(folder))
-                break
-            except InUse:
-                if not tries:
-                    waiting()
-                time.sleep(1)
-        yield
+        lock.release()
 
 
 def fsync(path: Path) -> None:
-    """Push a file or folder to the disk, where the system can."""
+    """Write a file or folder through to the disk, where the system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # Windows opens no folders
@@ -162,8 +164,6 @@ def fsync(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: TESSERA_CACHE, or the place this system has for it."""
-    if told := os.environ.get("TESSERA_CACHE"):
-        return Path(told).expanduser()
-    usual = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(usual or "~/.cache").expanduser() / "tessera"
+    """The folder for files that can be made again: TESSERA_CACHE, or the system's cache folder of the user."""
+    folder = os.environ.get("TESSERA_CACHE")
+    return Path(folder).expanduser() if folder else platformdirs.user_cache_path("tessera", appauthor=False)

@@ -1,4 +1,4 @@
-"""What the layers above may ask of the machine: a device, its precision, its memory, its fellow processes."""
+"""The machine: devices, precision, memory, and the processes of a distributed session."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -4  # parameters of mallopt in 
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """auto takes CUDA, then Apple's MPS, then the CPU. Raises TesseraError if a named device is absent."""
+    """The torch device of a name. auto: CUDA, else MPS, else the CPU. Raises TesseraError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
@@ -33,15 +33,15 @@ def choose_device(name: str = "auto") -> torch.device:
     if not available.get(kind, False):
         present = ", ".join(kind for kind in available if available[kind])
         raise TesseraError(f"device '{name}' is not available here; this machine has: {present}")
-    if kind == "cuda" and not number and "LOCAL_RANK" in os.environ:  # torchrun: each process takes a card of its own
+    if kind == "cuda" and not number and "LOCAL_RANK" in os.environ:  # torchrun: one GPU for each process
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return torch.device(name)
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The type of matrix products under autocast, or None for plain float32.
+    """The autocast dtype of matrix products, or None for plain float32.
 
-    auto means bfloat16 on GPUs that compute in it, float32 elsewhere: most CPUs emulate bfloat16 many times slower.
+    auto: bfloat16 on GPUs with hardware support, float32 elsewhere. Most CPUs emulate bfloat16, which is much slower.
     """
     if precision == "float32":
         return None
@@ -51,17 +51,17 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
-    """The context in which a network runs."""
+    """The autocast context of a network's forward pass."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def device_name(device: torch.device) -> str:
-    """What people call it: the card's name, or the kind of device."""
+    """The name of the GPU model, or the type of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest: allocated on a GPU, resident for the process elsewhere."""
+    """Peak memory in bytes: allocated on a GPU, resident set of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -72,12 +72,17 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 
 
-def keep_freed_memory() -> bool:
-    """From now on this process keeps memory that it frees, for itself; whether the C library could be told so (glibc).
+def available_cpus() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    A step of training on a processor asks for the same large tensors as the one before. The C library gives such memory
-    back to the system as soon as it is free, and the next step gets it anew, page by page and filled with zeros. The
-    process stays as large as it once was, until it ends: a choice for the command that trains, not for a library.
+
+def keep_freed_memory() -> bool:
+    """Make malloc keep freed memory in this process. Returns whether the C library supports it (glibc does).
+
+    Each training step on a CPU allocates the same large tensors. By default glibc returns large blocks to the system
+    when they are freed, and the next step pays for new pages filled with zeros. With this setting the process never
+    shrinks, so a command may call this, and a library function should not.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -87,7 +92,7 @@ def keep_freed_memory() -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it, so that a clock reads true."""
+    """Wait until the device has finished all queued work, for correct timings."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -96,17 +101,17 @@ def synchronize(device: torch.device) -> None:
 
 @lru_cache(maxsize=4)
 def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a large matrix product, as measured here and now (a fraction of a second, once)."""
+    """FLOP/s of a large matrix product, measured once in a fraction of a second."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(8):
         synchronize(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         torch.mm(a, b)
         synchronize(device)
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
-    if device.type == "cuda":  # as if it had never been
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    if device.type == "cuda":  # leave no trace in the memory statistics
         del a, b
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -115,22 +120,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype = torch.float32) -> floa
 
 @dataclass(frozen=True)
 class Distributed:
-    """The processes that share a task, one of them this one; started by torchrun, or alone."""
+    """This process among the processes of a task, which torchrun started; by default a single process."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks for all."""
+        """Whether this is rank 0, which writes files and prints for all."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Until every process has come this far."""
+        """Wait until every process has reached this call."""
         self.gather(None)
 
     def gather(self, value: Any) -> list[Any]:
-        """What every process brings, in the order of ranks; values travel as pickles between processes of one task."""
+        """The values of all processes, in rank order, exchanged as pickles."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -138,57 +143,57 @@ class Distributed:
         return gathered
 
     def broadcast(self, value: Any) -> Any:
-        """What the first process says, for all."""
+        """The value of rank 0, on every process."""
         return self.gather(value)[0]
 
 
-SINGLE = Distributed()  # a process on its own
+SINGLE = Distributed()  # a single process
 
 
 @contextmanager
 def distributed_session(device: torch.device | None = None) -> Iterator[Distributed]:
-    """Join the processes that torchrun started beside this one, if it did; one process alone needs no group.
+    """Join the process group of torchrun; a single process needs none.
 
-    Small objects of the CPU are exchanged over gloo, whose patience is long: whoever is done first waits as long as the
-    others draw. Tensors on a GPU, where `device` is one, go over NCCL.
+    CPU objects are exchanged over gloo with a long timeout, because a rank that has finished waits for the others.
+    If `device` is a GPU, its tensors are exchanged over NCCL.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
         yield SINGLE
         return
     backend = "gloo"
     if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    rank, patience = int(os.environ["RANK"]), timedelta(days=30 if backend == "gloo" else 1)
-    store, *_ = next(rendezvous("env://", timeout=patience))
+    rank, timeout = int(os.environ["RANK"]), timedelta(days=30 if backend == "gloo" else 1)
+    store, *_ = next(rendezvous("env://", timeout=timeout))
     distributed.init_process_group(
-        backend, timeout=patience, world_size=count, rank=rank, store=_fresh(store, rank, count)
+        backend, timeout=timeout, world_size=world_size, rank=rank, store=_new_store(store, rank, world_size)
     )
     try:
-        yield Distributed(rank, count)
+        yield Distributed(rank, world_size)
     finally:
         distributed.destroy_process_group()
 
 
-def _fresh(store: Store, rank: int, count: int) -> Store:
-    """A part of a store that nobody used before.
+def _new_store(store: Store, rank: int, world_size: int) -> Store:
+    """A part of torchrun's store that no earlier attempt has used.
 
-    torchrun keeps one store over all restarts, so that processes would look for those that died (torch 2.13). Here the
-    first process thinks of a name, and tells whoever asks until all have heard it: the dead cannot answer.
+    torchrun keeps one store over all restarts, so new processes would wait for the keys of processes that died (torch
+    2.13). Rank 0 therefore picks a random name and answers the requests of the other ranks until each has confirmed it.
     """
     name = uuid.uuid4().hex
     if rank:
-        store.set(f"question/{rank}", name)
-        name = store.get(f"answer/{name}").decode()
-        store.set(f"{name}/heard/{rank}", "")
-    away = set(range(1, count)) if rank == 0 else set()
-    while away:
-        for other in sorted(away):
-            if store.check([f"question/{other}"]):
-                question = store.get(f"question/{other}").decode()
-                store.set(f"answer/{question}", name)
-            if store.check([f"{name}/heard/{other}"]):
-                away.remove(other)
+        store.set(f"request/{rank}", name)
+        name = store.get(f"reply/{name}").decode()
+        store.set(f"{name}/confirmed/{rank}", "")
+    missing = set(range(1, world_size)) if rank == 0 else set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"request/{other}"]):
+                request = store.get(f"request/{other}").decode()
+                store.set(f"reply/{request}", name)
+            if store.check([f"{name}/confirmed/{other}"]):
+                missing.remove(other)
         time.sleep(0.01)
     return PrefixStore(name, store)

@@ -1,9 +1,10 @@
-"""Files are whole or absent, whatever happens while they are written."""
+"""Atomic writes and locks of folders."""
 
 import errno
 import os
-import threading
-from contextlib import ExitStack
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -20,7 +21,7 @@ def tree(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path):
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
     target = tmp_path / "deep" / "bundle"
     with atomic_folder(target) as partial:
         (partial / "inner").mkdir()
@@ -36,7 +37,7 @@ def test_every_byte_is_on_disk_before_the_folder_has_its_name(tmp_path, monkeypa
     def recorded(path):
         synced.append((path.relative_to(tmp_path).as_posix(), target.exists()))
 
-    monkeypatch.setattr(files, "sync", recorded)
+    monkeypatch.setattr(files, "fsync", recorded)
     with atomic_folder(target) as partial:
         (partial / "inner").mkdir()
         (partial / "inner" / "a").write_text("a")
@@ -56,21 +57,21 @@ def test_an_empty_folder_is_filled(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_what_exists_is_refused_and_untouched(tmp_path, kind):
+def test_an_existing_target_is_an_error_and_unchanged(tmp_path, kind):
     target = tmp_path / "bundle"
-    mine = target
+    content = target
     if kind == "folder":
         target.mkdir()
-        mine = target / "mine.txt"
-    mine.write_text("precious")
+        content = target / "content.txt"
+    content.write_text("kept")
     with pytest.raises(TesseraError, match="bundle exists already"), atomic_folder(target):
         pytest.fail("the folder must not be opened")
-    assert mine.read_text() == "precious"
+    assert content.read_text() == "kept"
     assert len(tree(tmp_path)) == (2 if kind == "folder" else 1)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), ValueError()])
-def test_a_failure_in_mid_write_leaves_nothing(tmp_path, error):
+def test_a_failure_while_writing_leaves_nothing(tmp_path, error):
     expected = TesseraError if isinstance(error, OSError) else type(error)
 
     def write():
@@ -94,7 +95,7 @@ def test_a_disk_that_fails_while_syncing_leaves_nothing(tmp_path, monkeypatch):
     assert tree(tmp_path) == []
 
 
-def test_remains_of_a_killed_program_do_not_end_up_in_the_folder(tmp_path):
+def test_the_partial_folder_of_a_killed_process_is_discarded(tmp_path):
     remains = tmp_path / ("bundle" + PARTIAL)
     remains.mkdir()
     (remains / "stale").write_text("stale")
@@ -103,7 +104,7 @@ def test_remains_of_a_killed_program_do_not_end_up_in_the_folder(tmp_path):
     assert tree(tmp_path) == ["bundle", "bundle/a"]
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "deep" / "a.txt"
     atomic_write(path, "one")
     atomic_write(path, b"two \xc3\xa9")
@@ -121,7 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert tree(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_that_cannot_be_is_a_readable_error(tmp_path):
+def test_a_target_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TesseraError, match="cannot write"):
         atomic_write(tmp_path / "file" / "a.txt", "a")
@@ -138,34 +139,45 @@ def test_remove_partials(tmp_path):
     assert tree(tmp_path) == ["c"]
 
 
-def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+def test_a_folder_is_locked_by_one_process_at_a_time(tmp_path):
     with files.exclusive_lock(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
-        with pytest.raises(TesseraError, match="in use by another process"), files.exclusive_lock(tmp_path / "run"):
-            pass
+        with pytest.raises(files.InUse, match="run is in use by another process"):
+            files.exclusive_lock(tmp_path / "run").__enter__()
     with files.exclusive_lock(tmp_path / "run"):
         pass
+    assert tree(tmp_path) == ["run", "run/.lock"]
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TesseraError, match="cannot write"), files.exclusive_lock(tmp_path / "file"):
+    with pytest.raises(TesseraError, match="cannot write"):
+        files.exclusive_lock(tmp_path / "file").__enter__()
+
+
+LOCK = """
+import sys, time
+from pathlib import Path
+from tessera.files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", LOCK, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(files.InUse):
+        files.exclusive_lock(tmp_path).__enter__()
+    with files.exclusive_lock(tmp_path, on_wait=process.kill):
+        assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_a_process_that_does_not_have_to_wait_does_not_report_it(tmp_path):
+    with files.exclusive_lock(tmp_path, on_wait=lambda: pytest.fail("nobody holds the lock")):
         pass
 
 
-def test_in_turn_waits_for_whoever_holds_a_folder(tmp_path):
-    waited = threading.Event()
-    with ExitStack() as first:
-        first.enter_context(files.exclusive_lock(tmp_path))
-        release = threading.Thread(target=lambda: waited.wait() and first.pop_all().close())
-        release.start()
-        with files.wait_for_lock(tmp_path, waited.set):
-            assert waited.is_set()
-            with pytest.raises(files.InUse), files.exclusive_lock(tmp_path):
-                pass
-        release.join()
-    with files.wait_for_lock(tmp_path, lambda: pytest.fail("nobody holds it")):
-        pass
-
-
-def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+def test_two_processes_may_write_one_file(tmp_path):
     target = tmp_path / "file"
     with atomic_file(target, "one") as first, atomic_file(target, "other") as second:
         first.write_text("same")

@@ -1,4 +1,4 @@
-"""Grids, PNG files that remember their settings, animations."""
+"""Grids, PNG files with settings, animations."""
 
 import numpy as np
 import pytest
@@ -8,41 +8,41 @@ from tessera.errors import TesseraError
 from tessera.images import grid, read_settings, save_gif, save_png
 
 
-def pictures(count, height, width, channels):
+def random_images(count, height, width, channels):
     return np.random.default_rng(0).integers(0, 255, (count, height, width, channels), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_grid_places_row_by_row_with_white_between(channels):
-    some = pictures(5, 2, 3, channels)
-    sheet = grid(some, columns=2, gap=1, zoom=1)
+def test_a_grid_is_row_by_row_with_white_gaps(channels):
+    images = random_images(5, 2, 3, channels)
+    sheet = grid(images, columns=2, gap=1, zoom=1)
     assert sheet.shape == (3 * 2 + 2, 2 * 3 + 1, channels)
     expected = np.full(sheet.shape, 255, np.uint8)
     for index, (top, left) in enumerate([(0, 0), (0, 4), (3, 0), (3, 4), (6, 0)]):
-        expected[top : top + 2, left : left + 3] = some[index]
+        expected[top : top + 2, left : left + 3] = images[index]
     assert np.array_equal(sheet, expected)
 
 
-def test_grid_zooms_by_repeating_pixels():
-    some = pictures(2, 2, 2, 1)
-    sheet = grid(some, columns=2, gap=0, zoom=3)
-    assert np.array_equal(sheet[::3, ::3], grid(some, columns=2, gap=0))
+def test_zoom_repeats_pixels():
+    images = random_images(2, 2, 2, 1)
+    sheet = grid(images, columns=2, gap=0, zoom=3)
+    assert np.array_equal(sheet[::3, ::3], grid(images, columns=2, gap=0))
     assert np.array_equal(sheet, np.kron(sheet[::3, ::3, 0], np.ones((3, 3), np.uint8))[..., None])
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_png_holds_every_pixel_and_its_settings(tmp_path, channels, mode):
-    (picture,) = pictures(1, 5, 7, channels)
-    settings = {"seed": 3, "class": "émeu", "guidance": 1.5, "sampler": {"kind": "ddim"}}
-    save_png(tmp_path / "deep" / "a.png", picture, settings)
-    with Image.open(tmp_path / "deep" / "a.png") as image:
-        assert image.mode == mode
-        assert np.array_equal(np.asarray(image).reshape(picture.shape), picture)
+def test_a_png_holds_every_pixel_and_its_settings(tmp_path, channels, mode):
+    (image,) = random_images(1, 5, 7, channels)
+    settings = {"seed": 3, "class": "émeu", "guidance_scale": 1.5, "sampler": {"kind": "ddim"}}
+    save_png(tmp_path / "deep" / "a.png", image, settings)
+    with Image.open(tmp_path / "deep" / "a.png") as file:
+        assert file.mode == mode
+        assert np.array_equal(np.asarray(file).reshape(image.shape), image)
     assert read_settings(tmp_path / "deep" / "a.png") == settings
 
 
-def test_a_png_without_settings_says_so(tmp_path):
-    save_png(tmp_path / "a.png", pictures(1, 4, 4, 3)[0])
+def test_an_image_without_settings(tmp_path):
+    save_png(tmp_path / "a.png", random_images(1, 4, 4, 3)[0])
     assert read_settings(tmp_path / "a.png") is None
     Image.new("RGB", (2, 2)).save(tmp_path / "b.jpg")
     assert read_settings(tmp_path / "b.jpg") is None
@@ -62,7 +62,7 @@ def test_gif_loops_and_holds_its_last_frame(tmp_path):
     assert values == [0, 100, 200]
 
 
-def test_a_place_that_cannot_be_written(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TesseraError, match="cannot write"):
-        save_png(tmp_path / "file" / "a.png", pictures(1, 4, 4, 3)[0])
+        save_png(tmp_path / "file" / "a.png", random_images(1, 4, 4, 3)[0])

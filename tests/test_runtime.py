@@ -1,4 +1,4 @@
-"""The machine: devices by name, precision, memory."""
+"""Devices, precision, memory."""
 
 import platform
 import subprocess
@@ -11,13 +11,13 @@ from tessera import runtime
 from tessera.errors import TesseraError
 
 
-def test_the_cpu_is_always_there():
+def test_the_cpu_is_always_available():
     assert runtime.choose_device("cpu") == torch.device("cpu")
     assert runtime.choose_device("auto").type in ("cpu", "cuda", "mps")
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:1", "mps"])
-def test_an_absent_device_is_named_with_the_present_ones(name, monkeypatch):
+def test_an_unavailable_device_is_reported_with_the_available_ones(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(TesseraError, match=f"'{name}' is not available here; this machine has: cpu"):
@@ -46,14 +46,14 @@ def test_precision():
 
 
 def test_peak_memory_counts_bytes():
-    """PyTorch alone takes tens of MB; a wrong unit would be a thousand times off."""
+    """PyTorch alone takes tens of MB. A wrong unit would give a factor of 1000."""
     before = runtime.peak_memory(torch.device("cpu"))
-    held = torch.ones(200_000_000 // 4)
+    tensor = torch.ones(200_000_000 // 4)
     assert 50e6 < before < 100e9
-    assert runtime.peak_memory(torch.device("cpu")) >= held.numel() * 4
+    assert runtime.peak_memory(torch.device("cpu")) >= tensor.numel() * 4
 
 
-# Memory that is freed stays where it is, where the C library is glibc.
+# keep_freed_memory has an effect with glibc.
 PROGRAM = """
 from pathlib import Path
 from tessera.runtime import keep_freed_memory
@@ -62,18 +62,20 @@ def resident():  # MiB
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
-if {kept}:
+if {enabled}:
     assert keep_freed_memory()
 before = resident()
 for _ in range(2):
-    held = [bytearray(64 << 20) for _ in range(3)]  # each written to, as a bytearray is
-    del held
+    blocks = [bytearray(64 << 20) for _ in range(3)]  # a bytearray writes to its memory
+    del blocks
 print(resident() - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-@pytest.mark.parametrize(("kept", "least", "most"), [(False, -10, 20), (True, 180, 215)])
-def test_freed_memory_stays_if_asked(kept, least, most):
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(kept=kept)], capture_output=True, text=True, check=True)
-    assert least < float(done.stdout) < most
+@pytest.mark.parametrize(("enabled", "least", "most"), [(False, -10, 20), (True, 180, 215)])
+def test_freed_memory_is_kept_if_enabled(enabled, least, most):
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(enabled=enabled)], capture_output=True, text=True, check=True
+    )
+    assert least < float(process.stdout) < most

@@ -1,4 +1,4 @@
-"""Configuration: faults named with their place and the nearest right key, overrides, presets, YAML and back."""
+"""Configuration: error messages with path and nearest key, overrides, presets, YAML."""
 
 import math
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, by_kind, override, read_yaml, unknown, validate, write_yaml
+from tessera.settings import Settings, apply_overrides, expand_kind, read_yaml, to_yaml, unknown_name, validate
 
 
 class Round(Settings):
@@ -33,7 +33,7 @@ class Inner(Settings):
 
 class Outer(Settings):
     inner: Inner = Inner()
-    shape: Annotated[Round | Square, BeforeValidator(by_kind), Field(discriminator="kind")] = Round()
+    shape: Annotated[Round | Square, BeforeValidator(expand_kind), Field(discriminator="kind")] = Round()
     sizes: tuple[int, ...] = (1, 2)
     needed: int
 
@@ -44,20 +44,20 @@ def fault(data, kind=Outer) -> str:
     return str(caught.value)
 
 
-# Faults
+# Errors
 
 
-def test_an_unknown_key_names_the_nearest_and_its_place():
+def test_an_unknown_key_is_reported_with_its_path_and_the_nearest_key():
     text = fault({"needed": 1, "inner": {"stpes": 3}})
     assert text.startswith("recipe.yaml is not valid:\n")
     assert "inner: unknown key 'stpes'; did you mean 'steps'?" in text
 
 
-def test_a_key_like_no_other_gets_the_whole_list():
+def test_a_key_without_a_near_match_lists_all_keys():
     assert "unknown key 'zzz'; known: name, rate, steps" in fault({"needed": 1, "inner": {"zzz": 3}})
 
 
-def test_a_wrong_type_says_what_was_got():
+def test_a_wrong_type_is_reported_with_the_value():
     text = fault({"needed": 1, "inner": {"steps": "many"}})
     assert "inner.steps: " in text
     assert "integer" in text
@@ -74,14 +74,14 @@ def test_a_missing_key():
     assert "needed: Field required" in fault({})
 
 
-def test_all_faults_are_listed_at_once():
+def test_all_errors_are_listed_together():
     text = fault({"inner": {"steps": 0, "rate": "fast"}})
-    for place in ("inner.steps", "inner.rate", "needed"):
-        assert place in text
+    for path in ("inner.steps", "inner.rate", "needed"):
+        assert path in text
 
 
 @pytest.mark.parametrize("data", [[1, 2], "text", None, 3])
-def test_what_is_no_mapping_is_a_readable_error(data):
+def test_data_that_is_not_a_mapping_is_an_error(data):
     assert "top level" in fault(data)
 
 
@@ -93,7 +93,7 @@ def test_an_unknown_kind_lists_the_known():
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
         ("rund", "shape: unknown shape 'rund'; did you mean 'round'?"),
         ({"kind": "zzz"}, "shape: unknown shape 'zzz'; known: round, square"),
@@ -102,9 +102,9 @@ def test_an_unknown_kind_lists_the_known():
         (5, "(got 5)"),
     ],
 )
-def test_a_choice_that_is_none_is_told_in_our_words(shape, said):
+def test_an_invalid_choice_does_not_mention_union_tags(shape, message):
     text = fault({"needed": 1, "shape": shape})
-    assert said in text
+    assert message in text
     assert "tag" not in text
 
 
@@ -118,7 +118,7 @@ def test_settings_cannot_be_changed():
         Inner().steps = 3
 
 
-def test_wrong_defaults_do_not_pass():
+def test_defaults_are_validated():
     class Wrong(Settings):
         steps: PositiveInt = 0
 
@@ -127,33 +127,33 @@ def test_wrong_defaults_do_not_pass():
 
 
 @pytest.mark.parametrize(
-    ("got", "expected"),
+    ("name", "expected"),
     [
         ("ddmi", "unknown sampler 'ddmi'; did you mean 'ddim'?"),
         ("xyz", "unknown sampler 'xyz'; known: ancestral, ddim"),
     ],
 )
-def test_unknown(got, expected):
-    assert unknown("sampler", got, ["ddim", "ancestral"]) == expected
+def test_unknown_name(name, expected):
+    assert unknown_name("sampler", name, ["ddim", "ancestral"]) == expected
 
 
 # Choices and presets
 
 
-def test_a_bare_kind_chooses_with_its_own_defaults():
+def test_a_kind_alone_selects_its_defaults():
     assert validate(Outer, {"needed": 1, "shape": "square"}, "").shape == Square()
     assert validate(Outer, {"needed": 1, "shape": {"kind": "square", "side": 3}}, "").shape == Square(side=3)
     assert "unknown key 'radius'" in fault({"needed": 1, "shape": {"kind": "square", "radius": 3}})
 
 
-def test_the_kinds_of_the_core():
+def test_choices_of_the_core_configurations():
     assert validate(GaussianDiffusionConfig, {"schedule": "cosine"}, "").schedule.kind == "cosine"
     assert validate(DiTConfig, {"block": "in-context"}, "").block.kind == "in-context"
     assert validate(SamplingConfig, {"sampler": "ancestral"}, "").sampler.kind == "ancestral"
     assert validate(SamplingConfig, {"sampler": {"kind": "ddim", "eta": 1}}, "").sampler.eta == 1
 
 
-def test_a_preset_fills_in_and_gives_way():
+def test_a_preset_sets_defaults_that_can_be_changed():
     config = validate(DiTConfig, {"preset": "DiT-B/4"}, "")
     assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (12, 768, 12, 4)
     config = validate(DiTConfig, {"preset": "DiT-B/4", "depth": 3, "patch_size": 8, "input_size": [16, 24]}, "")
@@ -162,16 +162,16 @@ def test_a_preset_fills_in_and_gives_way():
     assert "preset" not in config.model_dump()
 
 
-def test_an_unknown_preset_names_the_nearest():
+def test_an_unknown_preset_suggests_the_nearest():
     assert "unknown preset 'DiT-B4'; did you mean 'DiT-B/4'?" in fault({"preset": "DiT-B4"}, DiTConfig)
 
 
 # Overrides
 
 
-def test_overrides_reach_into_sections_and_leave_the_original():
+def test_overrides_change_nested_sections_of_a_copy():
     data = {"training": {"steps": 10, "seed": 0}, "name": "a"}
-    got = override(data, ["training.steps=1000", "name=b", "network.block.kind=adaln"])
+    got = apply_overrides(data, ["training.steps=1000", "name=b", "network.block.kind=adaln"])
     assert got == {"training": {"steps": 1000, "seed": 0}, "name": "b", "network": {"block": {"kind": "adaln"}}}
     assert data == {"training": {"steps": 10, "seed": 0}, "name": "a"}
 
@@ -197,36 +197,38 @@ def test_overrides_reach_into_sections_and_leave_the_original():
         ("", None),
     ],
 )
-def test_values_are_read_as_people_mean_them(text, value):
-    got = override({}, [f"key={text}"])["key"]
-    assert got == value
-    assert type(got) is type(value)
+def test_values_are_read_as_yaml_with_exponents(text, value):
+    result = apply_overrides({}, [f"key={text}"])["key"]
+    assert result == value
+    assert type(result) is type(value)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
-def test_every_number_python_prints_is_read_back(number):
-    assert override({}, [f"key={number!r}"])["key"] == number
+def test_every_float_that_python_prints_is_read_back(number):
+    assert apply_overrides({}, [f"key={number!r}"])["key"] == number
 
 
 def test_another_kind_drops_the_fields_of_the_one_it_replaces():
-    data = {"process": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "steps": 100}}
-    for assignment in ("process.schedule.kind=cosine", "diffusion.schedule=cosine"):
-        process = override(data, [assignment])["process"]
-        assert validate(GaussianDiffusionConfig, process, "").schedule.kind == "cosine"
-        assert process["steps"] == 100
+    data = {"diffusion": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "num_timesteps": 100}}
+    for override in ("diffusion.schedule.kind=cosine", "diffusion.schedule=cosine"):
+        diffusion = apply_overrides(data, [override])["diffusion"]
+        assert validate(GaussianDiffusionConfig, diffusion, "").schedule.kind == "cosine"
+        assert diffusion["num_timesteps"] == 100
 
 
 def test_the_same_kind_keeps_its_fields():
     data = {"schedule": {"kind": "linear", "start": 1e-3}}
-    assert override(data, ["schedule.kind=linear"]) == data
+    assert apply_overrides(data, ["schedule.kind=linear"]) == data
 
 
-def test_a_field_of_a_choice_written_by_its_bare_kind():
-    assert override({"schedule": "cosine"}, ["schedule.offset=0.1"]) == {"schedule": {"kind": "cosine", "offset": 0.1}}
+def test_a_field_of_a_choice_given_by_its_kind_alone():
+    assert apply_overrides({"schedule": "cosine"}, ["schedule.offset=0.1"]) == {
+        "schedule": {"kind": "cosine", "offset": 0.1}
+    }
 
 
 def test_later_overrides_win():
-    assert override({}, ["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+    assert apply_overrides({}, ["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
 
 
 @pytest.mark.parametrize(
@@ -239,9 +241,9 @@ def test_later_overrides_win():
         ({"a": {"b": [1]}}, "a.b.c=1", "a.b is a value, not a section"),
     ],
 )
-def test_overrides_that_cannot_be(data, assignment, words):
+def test_malformed_overrides(data, assignment, words):
     with pytest.raises(TesseraError) as caught:
-        override(data, [assignment])
+        apply_overrides(data, [assignment])
     assert words in str(caught.value)
 
 
@@ -249,10 +251,11 @@ def test_overrides_that_cannot_be(data, assignment, words):
 
 
 def test_settings_survive_yaml(tmp_path):
-    first = Outer(needed=3, inner=Inner(rate=1e-7, name="émeu: #1"), shape=Square(side=math.pi), sizes=())
-    path = tmp_path / "recipe.yaml"
-    path.write_text(write_yaml(first), encoding="utf-8")
-    assert validate(Outer, read_yaml(path), "") == first
+    for name in ("émeu: #1", "1e-4", "12"):
+        settings = Outer(needed=3, inner=Inner(rate=1e-7, name=name), shape=Square(side=math.pi), sizes=())
+        path = tmp_path / "recipe.yaml"
+        path.write_text(to_yaml(settings), encoding="utf-8")
+        assert validate(Outer, read_yaml(path), "") == settings
 
 
 @pytest.mark.parametrize(
@@ -264,9 +267,9 @@ def test_settings_survive_yaml(tmp_path):
     ],
     ids=lambda settings: type(settings).__name__,
 )
-def test_the_settings_of_the_core_survive_yaml(tmp_path, settings):
+def test_core_configurations_survive_yaml(tmp_path, settings):
     path = tmp_path / "recipe.yaml"
-    path.write_text(write_yaml(settings), encoding="utf-8")
+    path.write_text(to_yaml(settings), encoding="utf-8")
     assert validate(type(settings), read_yaml(path), "") == settings
 
 
@@ -279,13 +282,13 @@ def test_the_settings_of_the_core_survive_yaml(tmp_path, settings):
         (b"", "holds NoneType"),
     ],
 )
-def test_recipes_that_cannot_be_read(tmp_path, content, words):
+def test_unreadable_recipes(tmp_path, content, words):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(TesseraError, match=words):
         read_yaml(tmp_path / "recipe.yaml")
 
 
-def test_a_recipe_that_is_not_there(tmp_path):
+def test_a_missing_recipe(tmp_path):
     with pytest.raises(TesseraError, match="no recipe at"):
         read_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(TesseraError, match="not readable"):
