@@ -18,18 +18,18 @@ import numpy as np
 
 from tessera.data import check, index
 from tessera.data.check import scan
-from tessera.data.files import FilesConfig, FilesSource
+from tessera.data.files import FilesConfig, FilesDataset
 
 LOOK = """
 import os, sys, time
 from pathlib import Path
-from tessera.data.check import Asked, look
+from tessera.data.check import CheckRequest, scan_data
 if __name__ == "__main__":
     data, out, workers = sys.argv[1:]
-    asked = Asked(data, Path(out))
-    count = len(asked.source[0])
+    request = CheckRequest(data, Path(out))
+    count = len(request.dataset)
     began, before = time.perf_counter(), sum(os.times()[:4])
-    look(asked, int(workers))
+    scan_data(request, int(workers))
     print(count, time.perf_counter() - began, sum(os.times()[:4]) - before)
 """
 
@@ -59,22 +59,24 @@ def synthetic(count: int, folder: Path) -> check.CheckRequest:
     )
     index.write(table, folder / "index.parquet")
     config = FilesConfig(path=str(folder / "index.parquet"), size=(1, 1))
-    source = FilesSource(config, index.open(folder / "index.parquet"))
+    source = FilesDataset(config, index.read(folder / "index.parquet"))
     (folder / "out/parts").mkdir(parents=True)
     hundredth = count // 100
     hashes = generator.integers(0, 2**64, count, dtype=np.uint64)
     hashes[-hundredth:] = hashes[:hundredth]
     hashes[-2 * hundredth : -hundredth] = hashes[:hundredth] ^ np.uint64(0b11)
-    for part in range(scan.parts(source)):
-        rows = np.arange(part * scan.PART, min((part + 1) * scan.PART, count))
+    for part in range(scan.num_parts(source)):
+        rows = np.arange(part * scan.PART_SIZE, min((part + 1) * scan.PART_SIZE, count))
         same = np.where(rows >= count - hundredth, rows - count + hundredth, rows)
         alike = np.where(rows >= count - 2 * hundredth, (rows - count + 2 * hundredth) % hundredth, rows)
         colours = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
-        plain = scan.SampleStats("", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, own_contrast=255)
+        plain = scan.SampleStats(
+            "", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, visible_contrast=255
+        )
         columns = {name: [value] * len(rows) for name, value in vars(plain).items()}
         columns["name"] = [f"{row % 1000:03d}/{row:08d}.jpg" for row in rows.tolist()]
         columns["digest"] = [int(row).to_bytes(32, "little") for row in same]
-        columns["hash"], columns["colours"] = hashes[rows], colours
+        columns["hash"], columns["colour_grid"] = hashes[rows], colours
         made = pa.table(columns, scan.schema()).replace_schema_metadata({"key": scan.part_key(source, part)})
         path = str(scan.part_path(folder / "out/parts", part))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, made.schema) as writer:
@@ -94,7 +96,7 @@ def tell(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
     done = check.report_findings(
-        check.CheckRequest(str(folder / "index.parquet"), folder / "out"), apply=folder / "kept.parquet"
+        check.CheckRequest(str(folder / "index.parquet"), folder / "out"), write_index=folder / "kept.parquet"
     )
     seconds = time.perf_counter() - began
     found = {finding.kind: finding.count for finding in done.findings}
@@ -107,15 +109,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("TESSERA_SHARED") or "../shared/data"))
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("look", "tell"), help="one of the two measurements")
-    asked = parser.parse_args()
-    if asked.embed_condition:
-        tell(asked.embed_condition)
+    parser.add_argument("--only", choices=("scan", "report"), help="one of the two measurements")
+    options = parser.parse_args()
+    if options.tell:
+        tell(options.tell)
         return
-    if asked.only != "tell":
-        look(asked.data)
-    if asked.only != "look":
-        print(f"telling of {asked.samples:,}: {told(asked.samples)}")
+    if options.only != "report":
+        look(options.data)
+    if options.only != "scan":
+        print(f"telling of {options.samples:,}: {told(options.samples)}")
 
 
 def look(data: Path) -> None:

@@ -368,7 +368,7 @@ def _saved_dataset_files(root: Path) -> list[Path] | None:
 
 
 def _index_hub(text: str, options: LayoutOptions) -> "pyarrow.Table":
-    """A data set that Hugging Face's `datasets` loads: owner/name or owner/name/configuration, optionally with :split."""
+    """A data set that Hugging Face's `datasets` loads: owner/name or owner/name/configuration, with optional :split."""
     try:
         import datasets
     except ImportError:

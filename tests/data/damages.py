@@ -1,5 +1,5 @@
-"""A tidy folder of RGBA tiles in class folders, damaged in ways that real folders are. Every damage says of which file
-which finding must tell; `tests/data/test_check_messy.py` holds that nothing else is said."""
+"""Ways to damage a tidy folder of RGBA tiles in class folders. Each function returns the names that must be found, by
+kind of finding; `tests/data/test_check_messy.py` tests that nothing else is found."""
 
 import io
 import os
@@ -22,7 +22,7 @@ def damage(function: Callable[[Path], Expected]) -> Callable[[Path], Expected]:
 
 
 def damage_all(folder: Path) -> Expected:
-    """Do all of it, and say what must be found."""
+    """Apply every damage; returns what must be found."""
     expected: Expected = defaultdict(set)
     for function in DAMAGES.values():
         for kind, names in function(folder).items():
@@ -30,16 +30,16 @@ def damage_all(folder: Path) -> Expected:
     return dict(expected)
 
 
-def drawing(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
-    """An opaque picture like no other: random patches with edges, 8 x 8 of them (height, width)."""
+def image(number: int, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    """An opaque image of 8 x 8 random patches, different for each number. size: (height, width)"""
     patches = np.random.default_rng(number).integers(40, 216, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(patches).resize(size[::-1], Image.Resampling.NEAREST)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    held = io.BytesIO()
-    image.save(held, kind, **options)
-    return held.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def put(folder: Path, name: str, content: bytes) -> str:
@@ -69,38 +69,38 @@ def a_web_page_instead_of_a_download(folder):
 
 @damage
 def an_archive_named_as_an_image(folder):
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("a.txt", "a")
-    return {"no-image": {put(folder, "item/x-zip.png", held.getvalue())}}
+    return {"no-image": {put(folder, "item/x-zip.png", buffer.getvalue())}}
 
 
 @damage
 def a_png_that_ends_early(folder):
-    content = encoded(drawing(1), "PNG")
+    content = encoded(image(1), "PNG")
     return {"truncated": {put(folder, "mon/x-half.png", content[: len(content) // 2])}}
 
 
 @damage
 def a_png_that_ends_in_its_header(folder):
-    return {"truncated": {put(folder, "mon/x-head.png", encoded(drawing(2), "PNG")[:20])}}
+    return {"truncated": {put(folder, "mon/x-head.png", encoded(image(2), "PNG")[:20])}}
 
 
 @damage
 def a_jpeg_that_ends_early(folder):
-    content = encoded(drawing(3, (256, 256)), "JPEG", quality=95)
+    content = encoded(image(3, (256, 256)), "JPEG", quality=95)
     return {"truncated": {put(folder, "gui/x-half.jpg", content[: len(content) * 2 // 3])}}
 
 
 @damage
 def a_webp_that_ends_early(folder):
-    content = encoded(drawing(4, (128, 128)), "WEBP", quality=95)
+    content = encoded(image(4, (128, 128)), "WEBP", quality=95)
     return {"truncated": {put(folder, "gui/x-half.webp", content[: len(content) // 2])}}
 
 
 @damage
 def a_png_with_wrong_bytes(folder):
-    content = bytearray(encoded(drawing(5), "PNG"))
+    content = bytearray(encoded(image(5), "PNG"))
     middle = content.index(b"IDAT") + 20
     content[middle : middle + 40] = bytes(40)
     return {"damaged": {put(folder, "mon/x-bytes.png", bytes(content))}}
@@ -122,35 +122,35 @@ def a_link_to_nothing(folder):
 
 @damage
 def a_copy_in_the_same_class(folder):
-    put(folder, "mon/x-twice.png", encoded(drawing(10), "PNG"))
+    put(folder, "mon/x-twice.png", encoded(image(10), "PNG"))
     shutil.copy(folder / "mon/x-twice.png", folder / "mon/x-twice2.png")
     return {"duplicates": {"mon/x-twice2.png"}}
 
 
 @damage
 def a_copy_in_another_class(folder):
-    names = {put(folder, f"{kind}/x-torn.png", encoded(drawing(11), "PNG")) for kind in ("gui", "mon")}
+    names = {put(folder, f"{kind}/x-torn.png", encoded(image(11), "PNG")) for kind in ("gui", "mon")}
     return {"duplicates": {max(names)}, "conflicts": names}
 
 
 @damage
-def a_copy_saved_anew_at_twice_the_size(folder):
-    put(folder, "gui/x-alike.png", encoded(drawing(12), "PNG"))
-    twice = drawing(12).resize((64, 64), Image.Resampling.BICUBIC)
+def a_copy_saved_at_twice_the_size(folder):
+    put(folder, "gui/x-alike.png", encoded(image(12), "PNG"))
+    twice = image(12).resize((64, 64), Image.Resampling.BICUBIC)
     return {"near-duplicates": {put(folder, "gui/x-alike2.jpg", encoded(twice, "JPEG", quality=90))}}
 
 
-# Images that show little
+# Images with little information
 
 
 @damage
 def an_image_too_small(folder):
-    return {"small": {put(folder, "gui/x-tiny.png", encoded(drawing(20, (5, 6)), "PNG"))}}
+    return {"small": {put(folder, "gui/x-tiny.png", encoded(image(20, (5, 6)), "PNG"))}}
 
 
 @damage
 def an_image_much_longer_than_wide(folder):
-    return {"extreme-aspect": {put(folder, "gui/x-long.png", encoded(drawing(21, (32, 200)), "PNG"))}}
+    return {"extreme-aspect": {put(folder, "gui/x-long.png", encoded(image(21, (32, 200)), "PNG"))}}
 
 
 @damage
@@ -160,22 +160,22 @@ def an_image_of_one_colour(folder):
 
 @damage
 def white_on_transparency(folder):
-    drawn = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
-    drawn.paste((255, 255, 255, 255), (8, 8, 24, 24))
-    name = put(folder, "gui/x-white.png", encoded(drawn, "PNG"))
+    canvas = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
+    canvas.paste((255, 255, 255, 255), (8, 8, 24, 24))
+    name = put(folder, "gui/x-white.png", encoded(canvas, "PNG"))
     return {"invisible": {name}, "transparent": {name}}
 
 
 @damage
 def an_image_with_a_speck(folder):
-    drawn = Image.new("RGB", (32, 32), (9, 99, 20))
-    drawn.putpixel((30, 30), (255, 0, 0))
-    return {"low-information": {put(folder, "gui/x-speck.png", encoded(drawn, "PNG"))}}
+    canvas = Image.new("RGB", (32, 32), (9, 99, 20))
+    canvas.putpixel((30, 30), (255, 0, 0))
+    return {"low-information": {put(folder, "gui/x-speck.png", encoded(canvas, "PNG"))}}
 
 
 @damage
 def an_image_all_but_black(folder):
-    dark = np.asarray(drawing(22)) // 25
+    dark = np.asarray(image(22)) // 25
     return {"low-information": {put(folder, "gui/x-dark.png", encoded(Image.fromarray(dark), "PNG"))}}
 
 
@@ -184,44 +184,44 @@ def an_image_all_but_black(folder):
 
 @damage
 def a_jpeg_named_png(folder):
-    return {"wrong-endings": {put(folder, "item/x-jpeg.png", encoded(drawing(30), "JPEG"))}}
+    return {"wrong-endings": {put(folder, "item/x-jpeg.png", encoded(image(30), "JPEG"))}}
 
 
 @damage
 def an_animation(folder):
-    frames = {"save_all": True, "append_images": [drawing(32)]}
-    return {"animated": {put(folder, "item/x-moves.gif", encoded(drawing(31), "GIF", **frames))}}
+    frames = {"save_all": True, "append_images": [image(32)]}
+    return {"animated": {put(folder, "item/x-moves.gif", encoded(image(31), "GIF", **frames))}}
 
 
 @damage
 def sixteen_bits(folder):
-    deep = np.asarray(drawing(33).convert("L")).astype(np.uint16) * 257
+    deep = np.asarray(image(33).convert("L")).astype(np.uint16) * 257
     return {"sixteen-bit": {put(folder, "item/x-deep.png", encoded(Image.fromarray(deep), "PNG"))}}
 
 
 @damage
 def the_colours_of_print(folder):
-    return {"cmyk": {put(folder, "item/x-print.jpg", encoded(drawing(34).convert("CMYK"), "JPEG"))}}
+    return {"cmyk": {put(folder, "item/x-print.jpg", encoded(image(34).convert("CMYK"), "JPEG"))}}
 
 
 @damage
 def a_photo_on_its_side(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
-    return {"rotated": {put(folder, "item/x-side.jpg", encoded(drawing(35, (32, 48)), "JPEG", exif=exif))}}
+    return {"rotated": {put(folder, "item/x-side.jpg", encoded(image(35, (32, 48)), "JPEG", exif=exif))}}
 
 
-# What is no sample
+# Files that are not samples
 
 
 @damage
 def a_hidden_file(folder):
-    return {"hidden-files": {put(folder, "item/._x.png", encoded(drawing(40), "PNG"))}}
+    return {"hidden-files": {put(folder, "item/._x.png", encoded(image(40), "PNG"))}}
 
 
 @damage
 def a_hidden_folder(folder):
-    put(folder, ".thumbnails/a.png", encoded(drawing(41), "PNG"))
+    put(folder, ".thumbnails/a.png", encoded(image(41), "PNG"))
     return {"hidden-files": {".thumbnails/"}}
 
 
@@ -232,7 +232,7 @@ def an_archive(folder):
 
 @damage
 def an_image_without_ending(folder):
-    return {"misnamed-images": {put(folder, "item/x-photo", encoded(drawing(42), "PNG"))}}
+    return {"misnamed-images": {put(folder, "item/x-photo", encoded(image(42), "PNG"))}}
 
 
 @damage
@@ -251,25 +251,25 @@ def a_folder_without_files(folder):
 
 @damage
 def an_image_beside_the_classes(folder):
-    return {"loose-images": {put(folder, "x-loose.png", encoded(drawing(50), "PNG"))}}
+    return {"loose-images": {put(folder, "x-loose.png", encoded(image(50), "PNG"))}}
 
 
 @damage
 def one_class_under_two_names_one_of_them_with_a_single_image(folder):
-    put(folder, "Mon/x-one.png", encoded(drawing(51), "PNG"))
+    put(folder, "Mon/x-one.png", encoded(image(51), "PNG"))
     return {"class-names": {"'mon' = 'Mon'"}, "few-images": {"Mon (1)"}}
 
 
 @damage
 def two_names_that_differ_in_case(folder):
     for number, name in enumerate(("item/x-Case.png", "item/x-case.png"), start=52):
-        put(folder, name, encoded(drawing(number), "PNG"))
+        put(folder, name, encoded(image(number), "PNG"))
     return {"case-names": {"item/x-Case.png, item/x-case.png"}}
 
 
 @damage
 def a_file_without_permission(folder):
-    """The tests may run as one who may read everything: then there is nothing to find."""
-    path = folder / put(folder, "mon/x-locked.png", encoded(drawing(54), "PNG"))
+    """The tests may run as a user who can read everything: then nothing is found."""
+    path = folder / put(folder, "mon/x-locked.png", encoded(image(54), "PNG"))
     path.chmod(0)
     return {"unreadable": {"mon/x-locked.png"}} if not os.access(path, os.R_OK) else {}

@@ -1,4 +1,4 @@
-"""Parts of a check, made anywhere by any number of processes; findings that need more than one folder."""
+"""Checks of data sets: parts by any number of processes, and findings that need more than one folder."""
 
 import hashlib
 import io
@@ -17,10 +17,10 @@ from tessera.errors import TesseraError
 
 
 def png(number: int, side: int = 32) -> bytes:
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(held, "PNG")
-    return held.getvalue()
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def data(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(scan, "PART", 8)
+    monkeypatch.setattr(scan, "PART_SIZE", 8)
 
 
-def named(checked: check.CheckResult) -> dict[str, int]:
+def counts(checked: check.CheckResult) -> dict[str, int]:
     return {finding.kind: finding.count for finding in checked.findings}
 
 
-def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
+def test_shards_in_any_order_equal_a_whole_scan(data, tmp_path, small_parts):
     whole, shards = (
         check.CheckRequest(str(data), tmp_path / "whole"),
         check.CheckRequest(str(data), tmp_path / "shards"),
@@ -52,74 +52,74 @@ def test_shards_in_any_order_are_the_whole(data, tmp_path, small_parts):
         with pytest.raises(TesseraError, match="of 8 parts in .* are missing"):
             check.report_findings(shards)
         check.scan_data(shards, shard=ScanShard(shard, 3))
-    assert named(check.report_findings(whole)) == named(check.report_findings(shards)) == {}
+    assert counts(check.report_findings(whole)) == counts(check.report_findings(shards)) == {}
     assert (tmp_path / "whole/decisions.jsonl").read_bytes() == (tmp_path / "shards/decisions.jsonl").read_bytes()
     for part in range(8):
-        kept = [scan.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
-        assert kept[0] == kept[1]
+        contents = [scan.part_path(folder / "parts", part).read_bytes() for folder in (whole.folder, shards.folder)]
+        assert contents[0] == contents[1]
 
 
-def test_processes_make_the_same_parts(data, tmp_path, monkeypatch):
-    """In processes of their own, as macOS and Windows start them; the parts are as large as ever."""
+def test_several_processes_write_the_same_parts(data, tmp_path, monkeypatch):
+    """In spawned processes, with parts of the usual size."""
     for number in range(60, 60 + 2000):  # links cost nothing
         os.link(data / "cat/00.png", data / f"cat/{number}.png")
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setattr(scan, "WORTHWHILE", 0)
+    monkeypatch.setattr(scan, "MIN_SECONDS", 0)
     check.scan_data(check.CheckRequest(str(data), one), workers=1)
-    told = []
+    calls = []
     check.scan_data(
-        check.CheckRequest(str(data), two), workers=2, progress=lambda what: lambda *done: told.append((what, *done))
+        check.CheckRequest(str(data), two), workers=2, progress=lambda what: lambda *done: calls.append((what, *done))
     )
-    assert told[-1] == ("looking", 2060, 2060)
+    assert calls[-1] == ("scanning", 2060, 2060)
     assert sorted(path.name for path in (two / "parts").iterdir()) == [f"part-00000{part}.arrow" for part in range(5)]
     for part in sorted((one / "parts").iterdir()):
         assert part.read_bytes() == (two / "parts" / part.name).read_bytes()
 
 
-def test_what_is_done_is_not_done_again_and_what_has_changed_is(data, tmp_path, small_parts, monkeypatch):
-    asked = check.CheckRequest(str(data), tmp_path / "out")
-    looked: list[str] = []
-    look = scan.measure_sample
+def test_only_new_and_changed_parts_are_scanned(data, tmp_path, small_parts, monkeypatch):
+    request = check.CheckRequest(str(data), tmp_path / "out")
+    scanned: list[str] = []
+    measure = scan.measure_sample
     monkeypatch.setattr(
-        scan, "measure_sample", lambda content, name, config: looked.append(name) or look(content, name, config)
+        scan, "measure_sample", lambda content, name, config: scanned.append(name) or measure(content, name, config)
     )
-    check.scan_data(asked, shard=ScanShard(0, 2))
-    assert len(looked) == 32
-    scan.part_path(asked.folder / "parts", 2).write_bytes(b"cut off")
-    looked.clear()
-    check.scan_data(asked)
-    assert len(looked) == 28 + 8
-    looked.clear()
-    check.scan_data(asked)
-    assert looked == []
+    check.scan_data(request, shard=ScanShard(0, 2))
+    assert len(scanned) == 32
+    scan.part_path(request.folder / "parts", 2).write_bytes(b"cut off")
+    scanned.clear()
+    check.scan_data(request)
+    assert len(scanned) == 28 + 8
+    scanned.clear()
+    check.scan_data(request)
+    assert scanned == []
 
     (data / "dog/59.png").write_bytes(b"")
-    with pytest.raises(TesseraError, match="have changed since"):
-        check.report_findings(asked)
-    check.scan_data(asked)
-    assert looked == [f"dog/{number}.png" for number in (53, 55, 57, 59)]
-    assert named(check.report_findings(asked)) == {"empty": 1}
+    with pytest.raises(TesseraError, match="files have changed"):
+        check.report_findings(request)
+    check.scan_data(request)
+    assert scanned == [f"dog/{number}.png" for number in (53, 55, 57, 59)]
+    assert counts(check.report_findings(request)) == {"empty": 1}
     (data / "dog/59.png").write_bytes(png(59))
-    check.scan_data(asked)
-    assert named(check.report_findings(asked)) == {}
+    check.scan_data(request)
+    assert counts(check.report_findings(request)) == {}
 
 
-def test_a_process_that_dies_is_told(data, tmp_path, small_parts, monkeypatch):
-    monkeypatch.setattr(scan, "WORTHWHILE", 0)
-    monkeypatch.setattr(scan, "_begin", os._exit)  # whatever it is called with, that ends the process
-    with pytest.raises(TesseraError, match=r"a process that looked at images died.*fewer --workers than 2"):
+def test_a_process_that_dies_is_an_error(data, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(scan, "MIN_SECONDS", 0)
+    monkeypatch.setattr(scan, "_init_worker", os._exit)  # called with any arguments, it ends the process
+    with pytest.raises(TesseraError, match=r"a scanning process died.*fewer --workers than 2"):
         check.scan_data(check.CheckRequest(str(data), tmp_path / "out"), workers=2)
 
 
-def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
+def test_the_index_of_kept_samples_opens(data, tmp_path):
     (data / "cat/60.png").write_bytes((data / "cat/00.png").read_bytes())
     (data / "cat/61.png").write_bytes(b"")
     (data / "dog/62.jpg").write_bytes(png(62, 20))
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
-    asked = check.CheckRequest(str(data), tmp_path / "out")
-    check.scan_data(asked)
-    done = check.report_findings(asked, write_index=tmp_path / "kept.parquet")
-    assert named(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
+    request = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(request)
+    done = check.report_findings(request, write_index=tmp_path / "kept.parquet")
+    assert counts(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
     source = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
@@ -138,41 +138,41 @@ def test_what_is_kept_is_an_index_that_trains(data, tmp_path):
     assert table["hash"].null_count == 0
 
 
-def test_other_kinds_are_dropped_on_demand(data, tmp_path):
+def test_other_kinds_can_be_excluded(data, tmp_path):
     (data / "cat/60.png").write_bytes(png(60, 4))
-    asked = check.CheckRequest(str(data), tmp_path / "out")
-    check.scan_data(asked)
-    assert check.report_findings(asked).keep.sum() == 61
-    assert check.report_findings(asked, exclude=("small",)).keep.sum() == 60
+    request = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(request)
+    assert check.report_findings(request).keep.sum() == 61
+    assert check.report_findings(request, exclude=("small",)).keep.sum() == 60
     with pytest.raises(TesseraError, match=r"unknown kind 'smal'; did you mean 'small'\?"):
-        check.report_findings(asked, exclude=("smal",))
+        check.report_findings(request, exclude=("smal",))
 
 
-def test_what_is_smaller_than_the_size_asked_for(data, tmp_path):
+def test_images_smaller_than_the_size(data, tmp_path):
     (data / "cat/60.png").write_bytes(png(60, 24))
     for size, count in (((24, 24), 0), ((25, 25), 1), ((33, 32), 61)):
-        asked = check.CheckRequest(str(data), tmp_path / "out", size=size)
-        check.scan_data(asked)
-        assert named(check.report_findings(asked)).get("small", 0) == count
+        request = check.CheckRequest(str(data), tmp_path / "out", size=size)
+        check.scan_data(request)
+        assert counts(check.report_findings(request)).get("small", 0) == count
 
 
-def test_images_of_the_validation_data_are_found(data, tmp_path):
+def test_leaks_of_the_reference_data(data, tmp_path):
     other = tmp_path / "validation"
     other.mkdir()
     (other / "same.png").write_bytes(png(4))
     (other / "twice.png").write_bytes(png(7, 64))
     (other / "new.png").write_bytes(png(1000))
-    asked = check.CheckRequest(str(data), tmp_path / "out", reference=str(other))
-    check.scan_data(asked)
-    done = check.report_findings(asked)
-    assert named(done) == {"leaks": 1, "near-leaks": 1}
+    request = check.CheckRequest(str(data), tmp_path / "out", reference=str(other))
+    check.scan_data(request)
+    done = check.report_findings(request)
+    assert counts(done) == {"leaks": 1, "near-leaks": 1}
     assert not done.keep[list(done.findings[0].samples)].any()
     assert done.keep.sum() == 59
     decisions = [json.loads(line) for line in (tmp_path / "out/decisions.jsonl").read_text().splitlines()]
-    told = {one["name"]: one["reasons"] for one in decisions if one["reasons"]}
-    assert told == {
+    reasons = {one["name"]: one["reasons"] for one in decisions if one["reasons"]}
+    assert reasons == {
         "cat/04.png": [f"leaks: the same file as same.png in {other}"],
-        "dog/07.png": [f"near-leaks: looks like twice.png in {other} (0 of 64 bits differ)"],
+        "dog/07.png": [f"near-leaks: similar to twice.png in {other} (0 of 64 bits differ)"],
     }
 
 
@@ -181,31 +181,31 @@ def test_captions(tmp_path):
     folder.mkdir()
     for number in range(10):
         (folder / f"{number}.png").write_bytes(png(number))
-        (folder / f"{number}.txt").write_text(f"drawing {number}")
-    asked = check.CheckRequest(str(folder), tmp_path / "out")
-    check.scan_data(asked)
-    assert named(check.report_findings(asked)) == {}
+        (folder / f"{number}.txt").write_text(f"caption {number}")
+    request = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(request)
+    assert counts(check.report_findings(request)) == {}
 
     (folder / "3.txt").unlink()
     (folder / "5.txt").write_text(" \n")
-    (folder / "99.txt").write_text("of nothing")
-    asked = check.CheckRequest(str(folder), tmp_path / "out")
-    check.scan_data(asked)
-    done = check.report_findings(asked)
+    (folder / "99.txt").write_text("without image")
+    request = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(request)
+    done = check.report_findings(request)
     rows = {finding.kind: [*finding.samples, *finding.names] for finding in done.findings}
     assert rows == {"missing-captions": [3], "empty-captions": [5], "captions-without-image": ["99.txt"]}
 
 
-def test_metadata_that_names_a_file_that_is_not_there(tmp_path):
+def test_metadata_of_a_file_that_does_not_exist(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.png").write_bytes(png(number))
-    lines = [json.dumps({"file_name": f"{number}.png", "text": "a drawing"}) for number in (0, 1, 7)]
+    lines = [json.dumps({"file_name": f"{number}.png", "text": "a caption"}) for number in (0, 1, 7)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    asked = check.CheckRequest(str(folder), tmp_path / "out")
-    check.scan_data(asked)
-    done = check.report_findings(asked)
+    request = check.CheckRequest(str(folder), tmp_path / "out")
+    check.scan_data(request)
+    done = check.report_findings(request)
     assert {finding.kind: [*finding.samples, *finding.names] for finding in done.findings} == {
         "missing": [2],
         "misnamed-images": ["2.png (a PNG image, 32 x 32)"],
@@ -220,25 +220,25 @@ def test_rows_of_parquet(tmp_path):
     images[3], images[5], images[7], images[9] = b"", b"text", None, images[8]
     table = pa.table({"image": [{"bytes": one} for one in images], "label": [number % 2 for number in range(50)]})
     parquet.write_table(table, tmp_path / "data.parquet")
-    asked = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
-    check.scan_data(asked)
-    done = check.report_findings(asked, write_index=tmp_path / "kept.parquet")
+    request = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
+    check.scan_data(request)
+    done = check.report_findings(request, write_index=tmp_path / "kept.parquet")
     rows = {finding.kind: finding.samples for finding in done.findings}
     assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
-    kept = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
-    assert len(kept) == 46
-    assert kept.encoded(3) == images[4]
+    dataset = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
+    assert len(dataset) == 46
+    assert dataset.encoded(3) == images[4]
 
 
-def test_a_file_that_may_not_be_read(data, tmp_path, monkeypatch):
-    """Told to the pass itself, as the tests may run as one who may read everything."""
+def test_a_file_without_permission(data, tmp_path, monkeypatch):
+    """With a mock, as the tests may run as a user who can read everything."""
 
     class Locked(type(data)):
         def read_bytes(self):
             raise PermissionError(13, "Permission denied")
 
-    told = scan.measure_sample(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
-    assert (told.fault, told.detail) == ("unreadable", "no permission to read it")
+    stats = scan.measure_sample(Locked(data / "cat/00.png"), "cat/00.png", FilesConfig(path="", size=(8, 8)))
+    assert (stats.fault, stats.detail) == ("unreadable", "no permission to read it")
 
 
 def test_a_single_class_and_no_class_at_all(tmp_path):
@@ -246,12 +246,12 @@ def test_a_single_class_and_no_class_at_all(tmp_path):
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(len(name) + ord(name[2])))
-    asked = check.CheckRequest(str(tmp_path / "data"), tmp_path / "out")
-    check.scan_data(asked)
-    assert named(check.report_findings(asked)) == {"one-class": 1}
-    asked = check.CheckRequest(str(tmp_path / "data/a"), tmp_path / "out2")
-    check.scan_data(asked)
-    assert named(check.report_findings(asked)) == {}
+    request = check.CheckRequest(str(tmp_path / "data"), tmp_path / "out")
+    check.scan_data(request)
+    assert counts(check.report_findings(request)) == {"one-class": 1}
+    request = check.CheckRequest(str(tmp_path / "data/a"), tmp_path / "out2")
+    check.scan_data(request)
+    assert counts(check.report_findings(request)) == {}
 
 
 def test_embedded_data_has_no_files(tmp_path):
@@ -259,24 +259,24 @@ def test_embedded_data_has_no_files(tmp_path):
         check.scan_data(check.CheckRequest("digits", tmp_path))
 
 
-def test_when_nothing_is_left_no_index_is_written(data, tmp_path):
+def test_no_index_is_written_if_nothing_would_be_kept(data, tmp_path):
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
-    asked = check.CheckRequest(str(data), tmp_path / "out")
-    check.scan_data(asked)
-    with pytest.raises(TesseraError, match="nothing would be kept"):
-        check.report_findings(asked, write_index=tmp_path / "kept.parquet")
+    request = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(request)
+    with pytest.raises(TesseraError, match="no sample of .* would be kept"):
+        check.report_findings(request, write_index=tmp_path / "kept.parquet")
     assert not (tmp_path / "kept.parquet").exists()
     assert (tmp_path / "out/report.html").exists()
 
 
-def test_first_of_same_is_that_of_a_dictionary():
+def test_first_equal_equals_a_dictionary():
     generator = np.random.default_rng(0)
     values = generator.integers(0, 6, (500, 2)).astype(np.uint64)
     among = generator.random(500) < 0.7
     first: dict[tuple[int, ...], int] = {}
     expected = [
-        first.setdefault(tuple(row), place) if inside else place
-        for place, (row, inside) in enumerate(zip(values.tolist(), among))
+        first.setdefault(tuple(row), index) if inside else index
+        for index, (row, inside) in enumerate(zip(values.tolist(), among))
     ]
-    assert findings.first_of_same(values, among).tolist() == expected
+    assert findings.first_equal(values, among).tolist() == expected

@@ -1,4 +1,4 @@
-"""Tiles as a user's folder has them, clean and damaged in every way: all is named, and nothing else."""
+"""A folder of tiles, clean and damaged in every way: each damage is names_by_kind, and nothing else."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from tessera.data.check import similarity
 damages = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("damages.py"))))
 SHARED = Path(os.environ.get("TESSERA_SHARED") or Path(__file__).parents[2] / "../shared/data")
 FEW, ALL = 8, 1  # every eighth tile, some 490 with at least 24 of each class; every one
-TRUE_OF_CLEAN = {"near-duplicates", "blank", "invisible", "low-information", "transparent"}
+KINDS_OF_CLEAN = {"near-duplicates", "blank", "invisible", "low-information", "transparent"}
 
 
 def unpacked(folder: Path, every: int) -> Path:
@@ -33,15 +33,15 @@ def unpacked(folder: Path, every: int) -> Path:
 
 
 def checked(data: Path, out: Path, **more) -> tuple[dict[str, set[str]], list[dict]]:
-    """What is named, by kind of finding; decisions."""
-    asked = check.CheckRequest(str(data), out, **more)
-    check.scan_data(asked)
-    found = check.report_findings(asked)
+    """The names by kind of finding; the decisions."""
+    request = check.CheckRequest(str(data), out, **more)
+    check.scan_data(request)
+    result = check.report_findings(request)
     decisions = [json.loads(line) for line in (out / check.DECISIONS).read_text().splitlines()]
     return {
         finding.kind: {decisions[row]["name"] for row in finding.samples}
         | {name.split(" (a ")[0] for name in finding.names}
-        for finding in found.findings
+        for finding in result.findings
     }, decisions
 
 
@@ -56,12 +56,12 @@ def clean(every, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def of_clean(clean, tmp_path_factory):
-    return checked(clean, tmp_path_factory.mktemp("of-clean"))
+def clean_check(clean, tmp_path_factory):
+    return checked(clean, tmp_path_factory.mktemp("clean-check"))
 
 
 def pixels(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """On white as training sees it, float64 [H, W, 3], and alpha [H, W]; by arithmetic instead of Pillow."""
+    """The image on white, float64 [H, W, 3], and alpha [H, W]; by arithmetic instead of Pillow."""
     rgba = np.asarray(Image.open(path)).astype(np.float64)
     alpha = rgba[..., 3:] / 255
     return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)), alpha[..., 0]
@@ -71,14 +71,14 @@ def span(image: np.ndarray) -> float:
     return np.ptp(image.reshape(-1, image.shape[-1]), axis=0).max()
 
 
-def test_of_the_clean_folder_only_what_is_true_is_said(clean, of_clean):
-    found, decisions = of_clean
-    assert set(found) <= TRUE_OF_CLEAN
+def test_findings_of_the_clean_folder_are_true(clean, clean_check):
+    names_by_kind, decisions = clean_check
+    assert set(names_by_kind) <= KINDS_OF_CLEAN
     paths = sorted(path.relative_to(clean).as_posix() for path in clean.rglob("*.png"))
     assert sorted(one["name"] for one in decisions) == paths
     assert all(one["keep"] for one in decisions)
     contents = [hashlib.sha256((clean / path).read_bytes()).digest() for path in paths]
-    assert len(set(contents)) == len(paths)  # so that there are no duplicates is true as well
+    assert len(set(contents)) == len(paths)  # so there are no duplicates either
 
     truth = {"transparent": set(), "blank": set(), "invisible": set(), "low-information": set()}
     for path in paths:
@@ -91,19 +91,19 @@ def test_of_the_clean_folder_only_what_is_true_is_said(clean, of_clean):
             truth["invisible" if span(on_black) > 2 else "blank"].add(path)
         elif span(on_white) <= 16 or max(colours.values()) / alpha.size >= 0.99:
             truth["low-information"].add(path)
-    assert {kind: found.get(kind, set()) for kind in truth} == truth
+    assert {kind: names_by_kind.get(kind, set()) for kind in truth} == truth
 
 
-def test_near_duplicates_are_near_by_another_reckoning(clean, of_clean):
+def test_near_duplicates_agree_with_an_independent_computation(clean, clean_check):
     scipy_fft = pytest.importorskip("scipy.fft")
-    found, decisions = of_clean
+    names_by_kind, decisions = clean_check
     pairs = [
-        (one["name"], reason.removeprefix("near-duplicates: looks like ").rsplit(" (", 1)[0])
+        (one["name"], reason.removeprefix("near-duplicates: similar to ").rsplit(" (", 1)[0])
         for one in decisions
         for reason in one["reasons"]
         if reason.startswith("near-duplicates")
     ]
-    assert {first for first, _ in pairs} == found.get("near-duplicates", set())
+    assert {first for first, _ in pairs} == names_by_kind.get("near-duplicates", set())
     for pair in pairs:
         (first, _), (second, _) = (pixels(clean / name) for name in pair)
         cells = [image.reshape(8, 4, 8, 4, 3).mean((1, 3)) for image in (first, second)]
@@ -117,38 +117,38 @@ def test_near_duplicates_are_near_by_another_reckoning(clean, of_clean):
         assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.7
 
 
-def test_every_damage_is_named_and_nothing_else(every, of_clean, tmp_path):
+def test_every_damage_is_found_and_nothing_else(every, clean_check, tmp_path):
     messy = unpacked(tmp_path / "messy", every)
     expected = damages.damage_all(messy)
-    found, decisions = checked(messy, tmp_path / "out")
-    before, _ = of_clean
-    more = {kind: names - before.get(kind, set()) for kind, names in found.items()}
+    names_by_kind, decisions = checked(messy, tmp_path / "out")
+    before, _ = clean_check
+    more = {kind: names - before.get(kind, set()) for kind, names in names_by_kind.items()}
     more = {kind: names for kind, names in more.items() if names}
     imbalance = more.pop("imbalance")
     assert "Mon (1)" in imbalance
     assert more == expected
     assert len(damages.DAMAGES) >= 30
 
-    gone = {one["name"] for one in decisions if not one["keep"]}
+    excluded = {one["name"] for one in decisions if not one["keep"]}
     unusable = ("empty", "no-image", "truncated", "damaged", "too-large", "unreadable")
-    assert gone == set().union(*(expected.get(kind, set()) for kind in (*unusable, "duplicates")))
+    assert excluded == set().union(*(expected.get(kind, set()) for kind in (*unusable, "duplicates")))
     assert all(one["reasons"] for one in decisions if not one["keep"])
 
 
 @pytest.mark.parametrize("name", list(damages.DAMAGES))
 def test_each_damage_by_itself(name, tmp_path):
-    """Among forty drawings in two classes: no damage hides behind another, and none is found without it."""
+    """Among forty drawings in two classes: no damage hides behind another, and none is names_by_kind without it."""
     folder = tmp_path / "data"
     for number in range(50):
         damages.put(
-            folder, f"{('mon', 'gui')[number % 2]}/{number}.png", damages.encoded(damages.drawing(1000 + number), "PNG")
+            folder, f"{('mon', 'gui')[number % 2]}/{number}.png", damages.encoded(damages.image(1000 + number), "PNG")
         )
     assert not checked(folder, tmp_path / "clean")[0]
     (folder / "item").mkdir()
     expected = damages.DAMAGES[name](folder)
     if not list((folder / "item").iterdir()):
         (folder / "item").rmdir()
-    found, _ = checked(folder, tmp_path / "out")
-    told = {kind for kind in found if kind not in ("few-images", "imbalance")}
-    assert told == set(expected) - {"few-images"}
-    assert all(expected[kind] == found[kind] for kind in told)
+    names_by_kind, _ = checked(folder, tmp_path / "out")
+    kinds = {kind for kind in names_by_kind if kind not in ("few-images", "imbalance")}
+    assert kinds == set(expected) - {"few-images"}
+    assert all(expected[kind] == names_by_kind[kind] for kind in kinds)

@@ -112,7 +112,7 @@ def test_the_same_image_in_another_file_is_similar_and_others_are_not(change):
             results.append(measure_sample(buffer.getvalue(), "", CONFIG))
     both = originals + changed
     hashes = np.array([one.hash for one in both], np.uint64)
-    colours = np.stack([np.frombuffer(one.color_grid, np.uint8) for one in both])
+    colours = np.stack([np.frombuffer(one.colour_grid, np.uint8) for one in both])
     assert {tuple(pair) for pair in similarity.pairs(hashes, colours).tolist()} == {
         (row, row + 20) for row in range(20)
     }

@@ -1,6 +1,6 @@
-"""`tessera data check`: look at every sample, in as many processes and machines as there are; then say what was found.
+"""`tessera data check`: measure every sample in many processes and on many machines, then report what was found.
 
-Looking makes parts, in any order and anywhere; telling reads them all and writes what people and programs read.
+Scanning writes parts, in any order and anywhere. Reporting reads all parts and writes files for people and programs.
 """
 
 import json
@@ -8,28 +8,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from tessera.data import index
-from tessera.data.check import findings, page, scan
-from tessera.data.check.findings import Finding, ScanResult
+from tessera.data.check import page, scan
+from tessera.data.check.decisions import decide, excluded_kinds, kept_index
+from tessera.data.check.findings import EXCLUDED, NO_SIZE, Finding, ScanResult
 from tessera.data.check.non_samples import find_non_samples
-from tessera.data.check.scan import WHOLE, ScanShard
+from tessera.data.check.rules import find_problems
+from tessera.data.check.scan import ALL, ScanShard
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.resolve import EMBEDDED, resolve_data
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, atomic_file, atomic_write, exclusive_lock
 
-PARTS, AGAINST = "parts", "parts-against"  # folders of what was seen
+PARTS, REFERENCE_PARTS = "parts", "parts-reference"  # folders of measurements
 DECISIONS, FINDINGS, REPORT = "decisions.jsonl", "findings.json", "report.html"
 Progress = Callable[[str], Callable[[int, int], None]]
 
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """data, against: a path of any layout, or a recipe. folder: where parts and reports go. size: to be trained at."""
+    """data, reference: a path of any layout, or a recipe. folder: of parts and reports. size: of training."""
 
     data: str
     folder: Path
@@ -37,91 +38,119 @@ class CheckRequest:
     size: tuple[int, int] | None = None
 
     @cached_property
-    def source(self) -> tuple[FilesDataset, str]:
-        """The data set, and why it could not be opened as it is, if it is not in good order. Raises TesseraError."""
-        return findings.open_any(_config(self.data, self.size))
+    def dataset(self) -> FilesDataset:
+        """The data set. Raises TesseraError if it cannot be opened."""
+        return open_any(_files_config(self.data, self.size))
 
     @cached_property
-    def other(self) -> FilesDataset | None:
-        return None if self.reference is None else findings.open_any(_config(self.reference, self.size))[0]
+    def reference_dataset(self) -> FilesDataset | None:
+        return None if self.reference is None else open_any(_files_config(self.reference, self.size))
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What came of a check. summary: what there is, in rows of two; keep: bool [N]"""
+    """keep: which samples are kept, bool [N]; summary: names and values that describe the data set."""
 
     findings: list[Finding]
     keep: np.ndarray
     summary: list[tuple[str, str]]
 
 
-def _config(told: str, size: tuple[int, int] | None) -> FilesConfig:
-    config = resolve_data(told, size or findings.NO_SIZE)
+def _files_config(path: str, size: tuple[int, int] | None) -> FilesConfig:
+    config = resolve_data(path, size or NO_SIZE)
     if not isinstance(config, FilesConfig):
-        raise TesseraError(f"{told}: embedded data ({', '.join(EMBEDDED)}) has no files to check; give a path")
+        raise TesseraError(f"{path}: embedded data ({', '.join(EMBEDDED)}) has no files to check; expected a path")
     return config
 
 
+def open_any(config: FilesConfig) -> FilesDataset:
+    """Open a data set, even if its layout is not valid for training.
+
+    Loose images beside class folders have no class; a single class folder is a class. Raises TesseraError.
+    """
+    first: TesseraError | None = None
+    for change in ({}, {"classes": "none"}, {"kind": "folder"}, {"kind": "folder", "classes": "none"}):
+        try:
+            dataset = config.model_copy(update=change).open()
+        except TesseraError as error:
+            first = first or error
+            continue
+        return _with_folder_classes(dataset) if change else dataset
+    assert first is not None
+    raise first
+
+
+def _with_folder_classes(dataset: FilesDataset) -> FilesDataset:
+    """The data set with the first level of folders as classes, for images in folders."""
+    table = dataset.table
+    if table["offset"].null_count < len(table) or dataset.config.classes != "none":
+        return dataset
+    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"].to_pylist()]
+    names = sorted({name for name in folders if name})
+    number: dict[str | None, int | None] = {name: index for index, name in enumerate(names)}
+    labels = index.arrow().array([number.get(name) for name in folders], "int32")
+    table = table.set_column(table.schema.get_field_index("label"), "label", labels)
+    return FilesDataset(dataset.config, index.with_metadata(table, dataset.root, names))
+
+
 def scan_data(
-    asked: CheckRequest, workers: int = 1, shard: ScanShard = WHOLE, progress: Progress | None = None
+    request: CheckRequest, workers: int = 1, shard: ScanShard = ALL, progress: Progress | None = None
 ) -> None:
-    """Look at all samples of a shard that were not looked at yet. Raises TesseraError."""
-    for source, name, what in ((asked.source[0], PARTS, "looking"), (asked.other, AGAINST, f"at {asked.reference}")):
-        if source is not None:
-            scan.scan(source, asked.folder / name, workers, shard, progress(what) if progress else None)
+    """Measure all samples of a shard that were not measured yet. Raises TesseraError."""
+    for dataset, folder, label in (
+        (request.dataset, PARTS, "scanning"),
+        (request.reference_dataset, REFERENCE_PARTS, f"scanning {request.reference}"),
+    ):
+        if dataset is not None:
+            scan.scan(dataset, request.folder / folder, workers, shard, progress(label) if progress else None)
 
 
 def report_findings(
-    asked: CheckRequest, exclude: Sequence[str] = findings.EXCLUDED, command: str = "", write_index: Path | None = None
+    request: CheckRequest, exclude: Sequence[str] = EXCLUDED, command: str = "", write_index: Path | None = None
 ) -> CheckResult:
-    """Read all parts and write decisions, findings and report into the folder, and an index of what is kept to `apply`.
+    """Read all parts; write decisions, findings and report to the folder, and an index of kept samples to write_index.
 
-    drop: kinds of findings. Raises TesseraError if parts are missing or something cannot be written.
+    exclude: kinds of findings. Raises TesseraError if parts are missing or a file cannot be written.
     """
-    source, disorder = asked.source
-    dropped = findings.excluded_kinds(exclude)
-    with exclusive_lock(asked.folder):
-        for partial in asked.folder.glob(f"parts*/*{PARTIAL}"):  # of processes that were killed
+    dataset, reference = request.dataset, request.reference_dataset
+    kinds = excluded_kinds(exclude)
+    with exclusive_lock(request.folder):
+        for partial in request.folder.glob(f"parts*/*{PARTIAL}"):  # of processes that were killed
             partial.unlink(missing_ok=True)
-        survey = ScanResult(
-            source,
-            scan.read_parts(source, asked.folder / PARTS),
-            sorted(find_non_samples(source), key=lambda stray: (stray.kind, stray.name)),
-            asked.data,
-            disorder,
-            None if asked.other is None else scan.read_parts(asked.other, asked.folder / AGAINST),
-            asked.reference or "",
+        result = ScanResult(
+            dataset,
+            scan.read_parts(dataset, request.folder / PARTS),
+            sorted(find_non_samples(dataset), key=lambda non_sample: (non_sample.kind, non_sample.name)),
+            request.data,
+            None if reference is None else scan.read_parts(reference, request.folder / REFERENCE_PARTS),
+            request.reference or "",
         )
-        found = findings.findings(survey)
-        keep, reasons = findings.decisions(found, dropped, len(source))
-        checked = CheckResult(found, keep, page.summary(survey, keep))
-        with atomic_file(asked.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
-            file.writelines(_decisions(survey, keep, reasons))
-        atomic_write(asked.folder / FINDINGS, as_json(checked))
-        atomic_write(asked.folder / REPORT, page.page(survey, found, keep, command))
+        findings = find_problems(result)
+        keep, reasons = decide(findings, kinds, len(dataset))
+        checked = CheckResult(findings, keep, page.summary(result, keep))
+        with atomic_file(request.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(_decision_lines(result, keep, reasons))
+        atomic_write(request.folder / FINDINGS, to_json(checked))
+        atomic_write(request.folder / REPORT, page.page(result, findings, keep, command))
         if write_index is not None:
             if not keep.any():
-                raise TesseraError(f"nothing would be kept of {asked.data}: see {asked.folder / REPORT}, or drop less")
-            index.write(findings.index_of(survey, keep), write_index)
+                report = request.folder / REPORT
+                raise TesseraError(f"no sample of {request.data} would be kept: see {report}, or exclude fewer kinds")
+            index.write(kept_index(result, keep), write_index)
     return checked
 
 
-def _decisions(survey: ScanResult, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
-    """One line for each sample, then one for each thing that is none."""
+def _decision_lines(result: ScanResult, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
+    """One line of JSON per sample."""
     row = 0
-    for chunk in survey.stats["name"].chunks:
+    for chunk in result.stats["name"].chunks:
         for name in chunk.to_pylist():
-            told = {"name": name, "keep": bool(keep[row]), "reasons": reasons.get(row, [])}
-            yield json.dumps(told, ensure_ascii=False) + "\n"
+            decision = {"name": name, "keep": bool(keep[row]), "reasons": reasons.get(row, [])}
+            yield json.dumps(decision, ensure_ascii=False) + "\n"
             row += 1
 
 
-def as_json(checked: CheckResult) -> str:
-    """The findings for programs: samples are rows of the data set, as in decisions.jsonl."""
-    told: list[dict[str, Any]] = []
-    for finding in checked.findings:
-        one = asdict(finding) | {"count": finding.count}
-        one["reasons"] = {str(row): reason for row, reason in finding.reasons.items()}
-        told.append(one)
-    summary = dict(checked.summary)
-    return json.dumps({"summary": summary, "findings": told}, ensure_ascii=False) + "\n"
+def to_json(checked: CheckResult) -> str:
+    """The findings as JSON; samples are rows of the data set, as in decisions.jsonl."""
+    findings = [asdict(finding) | {"count": finding.count} for finding in checked.findings]
+    return json.dumps({"summary": dict(checked.summary), "findings": findings}, ensure_ascii=False) + "\n"

@@ -1,8 +1,8 @@
-"""What is in every file of a data set, seen once by many processes and kept in parts that may come from many machines.
+"""Measurements of every file of a data set, by many processes, saved in parts that may come from many machines.
 
-A part is the unit of work: so many samples in order, looked at by one process, written whole or not at all under a key
-of the files as they were. So a pass goes on where it was interrupted, parts may be made anywhere in any order, and a
-file that was mended is looked at again.
+A part is the unit of work: 512 consecutive samples, measured by one process and written atomically under a key that
+depends on the state of the files. So an interrupted scan resumes, parts may be made anywhere in any order, and a
+changed file is measured again.
 
 Shapes: N samples, H W height and width.
 """
@@ -29,143 +29,145 @@ from tessera.data.check import similarity
 from tessera.data.files import FilesDataset
 from tessera.data.images import ORIENTATION_TAG, ImagesConfig, InvalidSample, flatten
 from tessera.data.index import arrow
+from tessera.data.tables import NO_BYTES
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, fsync
+from tessera.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
 
-PART = 512  # samples
-WORTHWHILE = 8.0  # seconds of work for which processes are started, as each needs about three to begin
-FORMAT = 1  # of a part; another one is made again
-SMALL_PICTURE = 64  # pixels of the longer side at which colours are counted
-CELLS = 8  # in each direction, whose colours tell recoloured pictures apart
+PART_SIZE = 512  # samples
+MIN_SECONDS = 8.0  # of remaining work for which processes are started; each needs about three to start
+FORMAT = 2  # of a part; a part of another format is made again
+THUMBNAIL_SIDE = 64  # pixels of the longer side at which colours are counted
+CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured images
 
-# Why an image cannot be used.
+# Why an image is invalid.
 Fault = Literal["empty", "no image", "truncated", "damaged", "unreadable", "missing", "broken link", "too large"]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
 @dataclass
 class SampleStats:
-    """What was seen of one sample. Without a fault everything is known; with one only what could be read."""
+    """Measurements of one sample: complete without a fault, with one only what could be read."""
 
-    name: str  # from the root of the data set
+    name: str  # relative to the root of the data set
     fault: Fault | None = None
     detail: str = ""  # of the fault
     length: int = 0  # in bytes
     digest: bytes | None = None  # sha256 of the content
-    format: str = ""  # as Pillow calls it
-    mode: str = ""  # as Pillow calls it, before anything is done
+    format: str = ""  # Pillow's name
+    mode: str = ""  # Pillow's name, as stored
     height: int = 0  # as displayed, after the EXIF rotation
     width: int = 0
-    bits: int = 8  # of a channel in the file
-    orientation: int = 1  # of EXIF
+    bits: int = 8  # per channel, as stored
+    orientation: int = 1  # EXIF value
     animated: bool = False
-    transparent_fraction: float = 0.0  # share of the pixels that are not opaque
-    contrast: int = 0  # of 255: the widest range of a channel, on the background
-    visible_contrast: int = 0  # the same of the pixels that can be seen, whatever the background
-    max_color_fraction: float = 0.0  # share of the area that is of one colour
+    transparent_fraction: float = 0.0  # of the pixels that are not opaque
+    contrast: int = 0  # of 255: the largest range of a channel, on the background
+    visible_contrast: int = 0  # the same on the background that shows most
+    max_colour_fraction: float = 0.0  # of the area, of the most frequent colour
     hash: int = 0  # perceptual
-    color_grid: bytes = b"\0" * (3 * CELLS**2)  # of CELLS x CELLS cells, RGB
+    colour_grid: bytes = b"\0" * (3 * CELLS**2)  # RGB means of CELLS x CELLS cells
 
 
-ARROW = {str: "string", int: "int64", bool: "bool_", float: "float32", bytes: "binary"}
-KINDS = {"digest": "binary", "fault": "string", "hash": "uint64", "colours": "binary", "orientation": "int32"}
+ARROW_TYPES = {str: "string", int: "int64", bool: "bool_", float: "float32", bytes: "binary"}
+FIELD_TYPES = {"digest": "binary", "fault": "string", "hash": "uint64", "colour_grid": "binary", "orientation": "int32"}
 
 
 def schema() -> "pyarrow.Schema":
     pa = arrow()
-    kinds = {field.name: KINDS.get(field.name) or ARROW[field.type] for field in fields(SampleStats)}
-    return pa.schema([(name, getattr(pa, kind)()) for name, kind in kinds.items()])
+    types = {field.name: FIELD_TYPES.get(field.name) or ARROW_TYPES[field.type] for field in fields(SampleStats)}
+    return pa.schema([(name, getattr(pa, type_)()) for name, type_ in types.items()])
 
 
 # One sample
 
 
 def measure_sample(content: Path | bytes, name: str, config: ImagesConfig) -> SampleStats:
-    """Everything about one encoded image, decoded once; a JPEG at the smallest scale that is enough for its hash."""
-    seen = SampleStats(name)
+    """Measure one encoded image. It is decoded once, a JPEG at the smallest scale that is enough for its hash."""
+    stats = SampleStats(name)
     try:
         data = content if isinstance(content, bytes) else content.read_bytes()
     except PermissionError:
-        return _failed(seen, "unreadable", "no permission to read it")
+        return _failed(stats, "unreadable", "no permission to read it")
     except FileNotFoundError:
         linked = isinstance(content, Path) and content.is_symlink()
-        return _failed(seen, "broken link" if linked else "missing", "")
+        return _failed(stats, "broken link" if linked else "missing", "")
     except OSError as error:
-        return _failed(seen, "unreadable", error.strerror or str(error))
-    seen.length = len(data)
+        return _failed(stats, "unreadable", error.strerror or str(error))
+    stats.length = len(data)
     if not data:
-        return _failed(seen, "empty", "0 bytes")
-    seen.digest = hashlib.sha256(data).digest()
+        return _failed(stats, "empty", "0 bytes")
+    stats.digest = hashlib.sha256(data).digest()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow would say of odd files goes unsaid: they are read, or are not
+            warnings.simplefilter("ignore")  # Pillow's warnings about unusual files: they are either read or not
             with Image.open(io.BytesIO(data)) as image:
-                _measure(seen, image, data, config)
+                _measure(stats, image, data, config)
     except Image.DecompressionBombError as error:
-        return _failed(seen, "too large", str(error))
+        return _failed(stats, "too large", str(error))
     except UnidentifiedImageError:
-        kind = what_is(data)
+        kind = describe_content(data)
         if kind.endswith(" image"):
-            return _failed(seen, "truncated" if ends_early(data) else "damaged", f"the start of {kind}")
-        return _failed(seen, "no image", kind)
+            return _failed(stats, "truncated" if is_truncated(data) else "damaged", f"the start of {kind}")
+        return _failed(stats, "no image", kind)
     except Exception as error:  # decoders raise anything on damaged bytes
-        return _failed(seen, "truncated" if ends_early(data) else "damaged", str(error))
-    return seen
+        return _failed(stats, "truncated" if is_truncated(data) else "damaged", str(error))
+    return stats
 
 
-def _failed(seen: SampleStats, fault: Fault, detail: str) -> SampleStats:
-    seen.fault, seen.detail = fault, detail
-    return seen
+def _failed(stats: SampleStats, fault: Fault, detail: str) -> SampleStats:
+    stats.fault, stats.detail = fault, detail
+    return stats
 
 
-def _measure(seen: SampleStats, image: Image.Image, data: bytes, config: ImagesConfig) -> None:
-    seen.format, seen.mode = image.format or "", image.mode
-    seen.animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # two views of one photo
-    seen.bits = data[24] if image.format == "PNG" else 16 if image.mode.startswith(("I", "F")) else 8
+def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: ImagesConfig) -> None:
+    stats.format, stats.mode = image.format or "", image.mode
+    stats.animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"  # two views of one photo
+    stats.bits = data[24] if image.format == "PNG" else 16 if image.mode.startswith(("I", "F")) else 8
     width, height = image.size
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
-        image.draft(image.mode, (4 * SMALL_PICTURE, 4 * SMALL_PICTURE))  # every byte is decoded all the same
+        image.draft(image.mode, (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # every byte is still decoded
     image.load()
-    seen.orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    turned = ImageOps.exif_transpose(image)
-    sideways = image.size[0] != image.size[1] and turned.size == image.size[::-1]
-    seen.height, seen.width = (width, height) if sideways else (height, width)
+    stats.orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    upright = ImageOps.exif_transpose(image)
+    sideways = image.size[0] != image.size[1] and upright.size == image.size[::-1]
+    stats.height, stats.width = (width, height) if sideways else (height, width)
 
-    flat = flatten(turned, config).convert("RGB")
-    seen.contrast = seen.visible_contrast = _contrast(flat)
-    if "A" in turned.mode or "a" in turned.mode or "transparency" in turned.info:
-        clear = turned.convert("RGBA")
-        alpha = np.asarray(clear.getchannel("A"))
+    flat = flatten(upright, config).convert("RGB")
+    stats.contrast = stats.visible_contrast = _contrast(flat)
+    if "A" in upright.mode or "a" in upright.mode or "transparency" in upright.info:
+        rgba = upright.convert("RGBA")
+        alpha = np.asarray(rgba.getchannel("A"))
         if not (alpha == 255).all():
-            seen.transparent_fraction = float((alpha < 255).mean())
-            # Against black and against white: what has contrast on neither cannot be seen at all.
-            seen.visible_contrast = max(_contrast(_on(clear, level)) for level in (0, 255))
-    scale = min(1.0, SMALL_PICTURE / max(flat.size))
-    smaller = (max(round(flat.width * scale), 1), max(round(flat.height * scale), 1))
-    seen.max_color_fraction = _commonest(np.asarray(flat if scale == 1 else flat.resize(smaller, Image.Resampling.BOX)))
-    seen.hash = similarity.perceptual_hash(
+            stats.transparent_fraction = float((alpha < 255).mean())
+            # On black and on white: an image without contrast on either is blank on any background.
+            stats.visible_contrast = max(_contrast(_on_grey(rgba, level)) for level in (0, 255))
+    scale = min(1.0, THUMBNAIL_SIDE / max(flat.size))
+    size = (max(round(flat.width * scale), 1), max(round(flat.height * scale), 1))
+    thumbnail = flat if scale == 1 else flat.resize(size, Image.Resampling.BOX)
+    stats.max_colour_fraction = _max_colour_fraction(np.asarray(thumbnail))
+    stats.hash = similarity.perceptual_hash(
         np.asarray(flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX))
     )
-    seen.color_grid = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+    stats.colour_grid = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
-def _on(image: Image.Image, level: int) -> Image.Image:
-    ground = Image.new("RGBA", image.size, (level, level, level, 255))
-    return Image.alpha_composite(ground, image).convert("RGB")
+def _on_grey(image: Image.Image, level: int) -> Image.Image:
+    background = Image.new("RGBA", image.size, (level, level, level, 255))
+    return Image.alpha_composite(background, image).convert("RGB")
 
 
 def _contrast(image: Image.Image) -> int:
-    """The widest range of a channel, of an RGB image."""
+    """The largest range of a channel of an RGB image."""
     return max(high - low for low, high in image.getextrema())  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
 
 
-def _commonest(pixels: np.ndarray) -> float:
-    """The share of the commonest colour; pixels: uint8 [H, W, 3]"""
-    one = pixels.reshape(-1, 3).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    return float(np.unique(one, return_counts=True)[1].max() / len(one))
+def _max_colour_fraction(pixels: np.ndarray) -> float:
+    """The fraction of the most frequent colour; pixels: uint8 [H, W, 3]"""
+    colours = pixels.reshape(-1, 3).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    return float(np.unique(colours, return_counts=True)[1].max() / len(colours))
 
 
 MAGIC: tuple[tuple[bytes, str], ...] = (
@@ -184,14 +186,14 @@ MAGIC: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def what_is(data: bytes) -> str:
-    """What content is that Pillow cannot open, by how it begins; an image that is damaged ends in " image"."""
-    if found := next((what for magic, what in MAGIC if data.startswith(magic)), ""):
-        return found
+def describe_content(data: bytes) -> str:
+    """The type of content that Pillow cannot open, from its first bytes; that of a damaged image ends in " image"."""
+    if match := next((kind for magic, kind in MAGIC if data.startswith(magic)), ""):
+        return match
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "a WebP image"
     if data[4:8] == b"ftyp":
-        return "a HEIF picture, which Pillow cannot read" if data[8:12] in (b"heic", b"heix", b"mif1") else "a video"
+        return "a HEIF file, which Pillow cannot read" if data[8:12] in (b"heic", b"heix", b"mif1") else "a video"
     if data[257:262] == b"ustar":
         return "a tar archive"
     start = data[:512].lstrip().lower()
@@ -200,16 +202,16 @@ def what_is(data: bytes) -> str:
     if start.startswith((b"<svg", b"<?xml")):
         return "XML or SVG, no pixels"
     if b"\0" in data[:512]:
-        return "bytes of no known kind"
+        return "unknown binary data"
     try:
         data[:512].decode("utf-8")
     except UnicodeDecodeError as error:
-        return "text" if error.start > 500 else "bytes of no known kind"  # a letter cut in two
+        return "text" if error.start > 500 else "unknown binary data"  # a character cut in two
     return "text"
 
 
-def ends_early(data: bytes) -> bool:
-    """Whether a file of a format that says where it ends, ends before."""
+def is_truncated(data: bytes) -> bool:
+    """Whether a file ends early, if its format marks the end."""
     if data.startswith(b"\xff\xd8"):
         return not data.rstrip(b"\0").endswith(b"\xff\xd9")
     if data.startswith(b"\x89PNG"):
@@ -228,101 +230,101 @@ def ends_early(data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class ScanShard:
-    """Which of the parts are looked at here: part p where p mod count is index."""
+    """The parts to scan here: part p where p mod count == index."""
 
     index: int = 0
     count: int = 1
 
 
-WHOLE = ScanShard()
+ALL = ScanShard()
 
 
-def parts(source: FilesDataset) -> int:
-    return -(-len(source) // PART)
+def num_parts(dataset: FilesDataset) -> int:
+    return -(-len(dataset) // PART_SIZE)
 
 
 def part_path(folder: Path, part: int) -> Path:
     return folder / f"part-{part:06d}.arrow"
 
 
-def part_key(source: FilesDataset, part: int) -> str:
-    """A hash of which samples a part holds, of their files as they are now, and of what decides how they are seen."""
-    rows = source.table.select(["path", "offset", "length"]).slice(part * PART, PART)
+def part_key(dataset: FilesDataset, part: int) -> str:
+    """A hash of the samples of a part, the present state of their files, and the settings that affect measurements."""
+    rows = dataset.table.select(["path", "offset", "length"]).slice(part * PART_SIZE, PART_SIZE)
     paths = rows["path"].to_pylist()
-    state = {path: _state(source.root / path) for path in dict.fromkeys(paths)}
-    told = (FORMAT, source.config.background, source.config.channels, paths, list(state.values()))
-    places = (rows["offset"].to_pylist(), rows["length"].to_pylist())
-    return hashlib.sha256(repr((told, places)).encode("utf-8", "surrogateescape")).hexdigest()
+    states = [_file_state(dataset.root / path) for path in dict.fromkeys(paths)]
+    spans = (rows["offset"].to_pylist(), rows["length"].to_pylist())
+    facts = (FORMAT, dataset.config.background, dataset.config.channels, paths, states, spans)
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def _file_state(path: Path) -> tuple[int, ...]:
     try:
-        told = path.stat()
+        state = path.stat()
     except OSError:
         return ()
-    return told.st_size, told.st_mtime_ns, told.st_mode
+    return state.st_size, state.st_mtime_ns, state.st_mode
 
 
 def scan(
-    source: FilesDataset,
+    dataset: FilesDataset,
     folder: Path,
     workers: int = 1,
-    shard: ScanShard = WHOLE,
+    shard: ScanShard = ALL,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Look at every part of a shard that is not in the folder, or whose files have changed since.
+    """Measure every part of a shard that is not in the folder or whose files have changed.
 
-    workers: processes; what takes a few seconds only is looked at in this one.
+    workers: processes; a few seconds of work are done in this process.
     Raises TesseraError if the folder cannot be written or a process dies.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TesseraError(f"cannot write {folder}: {error.strerror or error}") from None
-    own = range(shard.index, parts(source), shard.count)
-    wanted = {part: part_key(source, part) for part in own}
-    missing = [part for part in own if _key_of(part_path(folder, part)) != wanted[part]]
-    total = sum(min(PART, len(source) - part * PART) for part in own)
-    done = total - sum(min(PART, len(source) - part * PART) for part in missing)
-    for count in _made(source, folder, missing, wanted, workers):
+    parts = range(shard.index, num_parts(dataset), shard.count)
+    keys = {part: part_key(dataset, part) for part in parts}
+    missing = [part for part in parts if _read_key(part_path(folder, part)) != keys[part]]
+    total = sum(min(PART_SIZE, len(dataset) - part * PART_SIZE) for part in parts)
+    done = total - sum(min(PART_SIZE, len(dataset) - part * PART_SIZE) for part in missing)
+    for count in _scan_parts(dataset, folder, missing, keys, workers):
         done += count
         if progress is not None:
             progress(done, total)
 
 
-def _made(
-    source: FilesDataset, folder: Path, missing: Sequence[int], keys: dict[int, str], workers: int
+def _scan_parts(
+    dataset: FilesDataset, folder: Path, missing: Sequence[int], keys: dict[int, str], workers: int
 ) -> Iterator[int]:
-    """Make parts, and say of each how many samples it has."""
+    """Scan parts; yields the number of samples of each."""
     if not missing:
         return
-    began = time.perf_counter()
-    yield _make_part(source, folder, missing[0], keys[missing[0]])
-    seconds, missing = time.perf_counter() - began, missing[1:]
-    if workers <= 1 or seconds * len(missing) < WORTHWHILE:
+    start = time.perf_counter()
+    yield _scan_part(dataset, folder, missing[0], keys[missing[0]])
+    seconds, missing = time.perf_counter() - start, missing[1:]
+    if workers <= 1 or seconds * len(missing) < MIN_SECONDS:
         for part in missing:
-            yield _make_part(source, folder, part, keys[part])
+            yield _scan_part(dataset, folder, part, keys[part])
         return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that run here
-    pool = ProcessPoolExecutor(workers, spawn, _begin, (source, folder))
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by threads of this process
+    pool = ProcessPoolExecutor(workers, spawn, _init_worker, (dataset, folder))
     try:
-        with _undisturbed():  # submitting starts the processes
-            futures = [pool.submit(_make_part_here, part, keys[part]) for part in missing]
+        with _defer_interrupts():  # submitting starts the processes
+            futures = [pool.submit(_scan_part_in_worker, part, keys[part]) for part in missing]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise TesseraError(
-            "a process that looked at images died, which lack of memory does: run the same command again with fewer "
-            f"--workers than {workers}; what is done is not done again"
+            "a scanning process died, probably for lack of memory: run the same command again with fewer "
+            f"--workers than {workers}; finished parts are not scanned again"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hold Ctrl-C back until the end: half of a pool cannot be shut down. Processes that are started meanwhile never
-    hear of it: it is the business of the one that waits for them."""
+def _defer_interrupts() -> Iterator[None]:
+    """Handle Ctrl-C after this context, as a half-started pool cannot be shut down. Processes started in it never
+    receive it: only the waiting process handles it."""
     received: list[int] = []
     try:
         before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
@@ -330,7 +332,7 @@ def _undisturbed() -> Iterator[None]:
         yield
         return
     mask = None
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the children, as other threads of this process hear it
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the children, as other threads here still receive it
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -342,57 +344,53 @@ def _undisturbed() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-_here: tuple[FilesDataset, Path]  # of a process of the pool
+_worker_state: tuple[FilesDataset, Path]  # of a process of the pool
 
 
-def _begin(source: FilesDataset, folder: Path) -> None:
+def _init_worker(dataset: FilesDataset, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global _here
-    _here = source, folder
+    global _worker_state
+    _worker_state = dataset, folder
 
 
-def _make_part_here(part: int, key: str) -> int:
-    return _make_part(*_here, part, key)
+def _scan_part_in_worker(part: int, key: str) -> int:
+    return _scan_part(*_worker_state, part, key)
 
 
-def _make_part(source: FilesDataset, folder: Path, part: int, key: str) -> int:
-    """Look at the samples of a part and write it, whole or not at all; how many there are."""
+def _scan_part(dataset: FilesDataset, folder: Path, part: int, key: str) -> int:
+    """Measure the samples of a part and write it atomically; returns their number."""
     pa = arrow()
-    rows = range(part * PART, min((part + 1) * PART, len(source)))
-    seen = [_look_at(source, row) for row in rows]
-    columns = {field.name: [getattr(one, field.name) for one in seen] for field in fields(SampleStats)}
+    rows = range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset)))
+    stats = [_scan_sample(dataset, row) for row in rows]
+    columns = {field.name: [getattr(sample, field.name) for sample in stats] for field in fields(SampleStats)}
     table = pa.table(columns, schema()).replace_schema_metadata({"key": key})
-    target = part_path(folder, part)
-    partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")  # two processes may make the same part
-    try:
-        with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        fsync(partial)
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise TesseraError(f"cannot write {target}: {error.strerror or error}") from error
+    with (
+        atomic_file(part_path(folder, part), str(os.getpid())) as partial,  # two processes may write the same part
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
     return len(rows)
 
 
-def _look_at(source: FilesDataset, row: int) -> SampleStats:
-    name = short_name(source, row)
+def _scan_sample(dataset: FilesDataset, row: int) -> SampleStats:
+    name = short_name(dataset, row)
     try:
-        content = source.encoded(row)
-    except InvalidSample as fault:
-        told = str(fault)
-        return _failed(SampleStats(name), "empty" if told == "holds no image bytes" else "damaged", told)
-    return measure_sample(content, name, source.config)
+        content = dataset.encoded(row)
+    except InvalidSample as error:
+        reason = str(error)
+        return _failed(SampleStats(name), "empty" if reason == NO_BYTES else "damaged", reason)
+    return measure_sample(content, name, dataset.config)
 
 
-def short_name(source: FilesDataset, row: int) -> str:
-    """The name of a sample from the root of its data set, in letters that every file can hold."""
-    name = source.name(row).removeprefix(str(source.root) + os.sep)
+def short_name(dataset: FilesDataset, row: int) -> str:
+    """The name of a sample relative to the root of its data set, as valid UTF-8."""
+    name = dataset.name(row).removeprefix(str(dataset.root) + os.sep)
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _key_of(path: Path) -> str | None:
-    """The key of a part, None if it is not there or damaged."""
+def _read_key(path: Path) -> str | None:
+    """The key of a part; None if it does not exist or is damaged."""
     pa = arrow()
     try:
         with pa.memory_map(str(path)) as file:
@@ -401,18 +399,18 @@ def _key_of(path: Path) -> str | None:
         return None
 
 
-def read_parts(source: FilesDataset, folder: Path) -> "pyarrow.Table":
-    """All parts as one table of what was seen, memory-mapped, in the order of the samples.
+def read_parts(dataset: FilesDataset, folder: Path) -> "pyarrow.Table":
+    """All parts as one memory-mapped table of SampleStats, in the order of the samples.
 
-    Raises TesseraError if parts are missing, or of files that have changed.
+    Raises TesseraError if parts are missing or their files have changed.
     """
     pa = arrow()
-    count = parts(source)
-    missing = [part for part in range(count) if _key_of(part_path(folder, part)) != part_key(source, part)]
+    paths = [part_path(folder, part) for part in range(num_parts(dataset))]
+    missing = [path.name for part, path in enumerate(paths) if _read_key(path) != part_key(dataset, part)]
     if missing:
         raise TesseraError(
-            f"{len(missing)} of {count} parts in {folder} are missing or of files that have changed since (the first: "
-            f"{part_path(folder, missing[0]).name}): run the missing shards, or the command without --shard"
+            f"{len(missing)} of {len(paths)} parts in {folder} are missing or their files have changed (the first: "
+            f"{missing[0]}): run the missing shards, or the command without --shard"
         )
-    read = [pa.ipc.open_file(pa.memory_map(str(part_path(folder, part)))).read_all() for part in range(count)]
-    return pa.concat_tables([table.replace_schema_metadata() for table in read])
+    tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
+    return pa.concat_tables([table.replace_schema_metadata() for table in tables])

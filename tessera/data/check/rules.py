@@ -1,0 +1,460 @@
+"""The rules of a data set check: each looks at a scan and yields findings. Nothing is changed.
+
+Shapes: N samples, K classes.
+"""
+
+import functools
+import os
+import re
+import shlex
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from tessera.data.check import similarity
+from tessera.data.check.findings import (
+    MIN_CONTRAST,
+    NO_SIZE,
+    Finding,
+    ScanResult,
+    Severity,
+    colour_grids,
+    digests,
+    first_equal,
+    has_contrast,
+    is_usable,
+)
+from tessera.data.check.non_samples import NonSampleKind
+from tessera.data.check.scan import CELLS, FAULTS
+from tessera.data.index import compute
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Rule = Callable[[ScanResult], Iterator[Finding]]
+
+MIN_SIDE = 8  # pixels: an image with a shorter side shows nothing; below a quarter of the median it is a mistake
+MAX_ASPECT = 3.0  # the longer side over the shorter; buckets go to 2
+FAINT_CONTRAST = 16  # of 255: largest range of a channel of an image with low information
+PLAIN_FRACTION = 0.99  # of the area with one colour, from which on an image has low information
+FEW_IMAGES = 20  # of a class
+IMBALANCE = 10.0  # the largest class over the smallest
+MAX_COMMANDS = 8  # commands, or names in a command, of one finding
+
+EXCLUDE = "write an index without them, and train with data.path=kept.parquet"
+REVIEW = f"look at them in the report before you decide; to exclude them, {EXCLUDE}"
+NOTHING = "nothing needs to be done"
+
+
+def find_problems(scan: ScanResult) -> list[Finding]:
+    """All findings, ordered by severity."""
+    findings = [finding for rule in RULES for finding in rule(scan) if finding.count]
+    order = ("error", "warning", "note")
+    return sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+# Message and advice by fault; {path} is the data set.
+FAULT_MESSAGES = {
+    "empty": ("files without content", "download the files again"),
+    "no image": ("files with the name of an image and other content", "download the files again, or move them away"),
+    "truncated": ("truncated files", "download the files again"),
+    "damaged": ("damaged files that cannot be decoded", "download the files again, or save them in an image editor"),
+    "unreadable": ("files or folders without permission to read them", "give yourself the permission"),
+    "missing": ("files in the metadata that do not exist", "add the files, or remove their rows from the metadata"),
+    "broken link": ("links whose target does not exist", "fix the links, or put the files there"),
+    "too large": ("images with so many pixels that Pillow treats them as an attack", "scale them down"),
+}
+FAULT_COMMANDS = {"unreadable": "chmod -R u+rX {path}", "broken link": "find {path} -xtype l"}
+
+
+def faults(scan: ScanResult) -> Iterator[Finding]:
+    values, detail = scan.column("fault"), scan.stats["detail"]
+    for fault in FAULTS:
+        kind = fault.replace(" ", "-")
+        rows = tuple(np.flatnonzero(values == fault).tolist())
+        message, advice = FAULT_MESSAGES[fault]
+        command = FAULT_COMMANDS.get(fault, "").format(path=shlex.quote(scan.path))
+        yield Finding(
+            kind,
+            "error",
+            message,
+            f"{advice}; or {EXCLUDE}",
+            (*filter(None, [command]), scan.exclude_command("corrupt")),
+            rows,
+            names=_non_sample_names(scan, kind),
+            reasons={row: detail[row].as_py() for row in rows},
+        )
+
+
+def duplicates(scan: ScanResult) -> Iterator[Finding]:
+    groups = _groups(scan.first_copy)
+    labels = scan.labels
+    yield Finding(
+        "duplicates",
+        "warning",
+        "copies with the same bytes as an earlier file",
+        EXCLUDE,
+        (scan.exclude_command("duplicates"),),
+        tuple(sorted(row for group in groups for row in group[1:])),
+        groups,
+        reasons={row: f"the same file as {scan.name(group[0])}" for group in groups for row in group[1:]},
+    )
+    conflicts = tuple(group for group in groups if len({int(labels[row]) for row in group}) > 1)
+    names = scan.dataset.class_names
+
+    def classes(group: Sequence[int]) -> str:
+        group_labels = sorted({int(labels[row]) for row in group})
+        return " and ".join(f"'{names[label]}'" if label >= 0 else "no class" for label in group_labels)
+
+    yield Finding(
+        "conflicts",
+        "error",
+        "copies of an image in different classes",
+        f"choose one class and delete the other copies; or {EXCLUDE}",
+        (scan.exclude_command("conflicts"),),
+        tuple(sorted(row for group in conflicts for row in group)),
+        conflicts,
+        reasons={row: f"the same file in {classes(group)}" for group in conflicts for row in group},
+    )
+
+
+def near_duplicates(scan: ScanResult) -> Iterator[Finding]:
+    groups = _groups(scan.leader)
+    hashes = scan.column("hash")
+    yield Finding(
+        "near-duplicates",
+        "warning",
+        f"images similar to an earlier one: at most {similarity.BITS} of 64 bits of the perceptual hashes differ, and "
+        f"the colour of no cell of {CELLS} x {CELLS} by more than {similarity.LEVELS} of 255 levels; they may be "
+        "variants that differ in a detail",
+        REVIEW,
+        (scan.exclude_command("near-duplicates"),),
+        tuple(sorted(row for group in groups for row in group[1:])),
+        groups,
+        reasons={
+            row: f"similar to {scan.name(group[0])} ({_bits_differ(hashes[row], hashes[group[0]])})"
+            for group in groups
+            for row in group[1:]
+        },
+    )
+
+
+def _groups(leader: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Rows with the same leader, the leader first, of all leaders with followers. leader: int64 [N]"""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(leader != np.arange(len(leader))).tolist():
+        groups[int(leader[row])].append(row)
+    return tuple((first, *rest) for first, rest in sorted(groups.items()))
+
+
+def leaks(scan: ScanResult) -> Iterator[Finding]:
+    reference = scan.reference
+    if reference is None:
+        return
+    values = np.concatenate((digests(reference), digests(scan.stats)))  # the reference first, so that its rows win
+    usable = np.concatenate((is_usable(reference), scan.usable))
+    match = first_equal(values, usable)[len(reference) :]
+    rows = np.flatnonzero(scan.usable & (match < len(reference)))
+    names = reference["name"]
+    path = scan.reference_path
+    yield Finding(
+        "leaks",
+        "error",
+        f"files that are also in {path}, with the same bytes, so that scores on it would measure memorization",
+        EXCLUDE,
+        (scan.exclude_command("leaks"),),
+        tuple(rows.tolist()),
+        reasons={int(row): f"the same file as {names[int(match[row])].as_py()} in {path}" for row in rows},
+    )
+    near = {row: other for row, other in _near_leaks(scan, reference).items() if match[row] >= len(reference)}
+    hashes, reference_hashes = scan.column("hash"), reference["hash"].to_numpy()
+    yield Finding(
+        "near-leaks",
+        "warning",
+        f"images similar to one in {path}",
+        REVIEW,
+        (scan.exclude_command("near-leaks"),),
+        tuple(sorted(near)),
+        reasons={
+            row: f"similar to {names[other].as_py()} in {path} ({_bits_differ(hashes[row], reference_hashes[other])})"
+            for row, other in near.items()
+        },
+    )
+
+
+def _near_leaks(scan: ScanResult, reference: "pyarrow.Table") -> dict[int, int]:
+    """The first similar row of the reference, by row."""
+    rows, reference_rows = np.flatnonzero(has_contrast(scan.stats)), np.flatnonzero(has_contrast(reference))
+    hashes = np.concatenate((scan.column("hash")[rows], reference["hash"].to_numpy()[reference_rows]))
+    colours = np.concatenate((colour_grids(scan.stats)[rows], colour_grids(reference)[reference_rows]))
+    # One image per hash and colours is compared on each side, so that a thousand copies are one pair.
+    values = np.concatenate((hashes[:, None], colours.view(np.uint64)), axis=1)
+    in_reference = np.arange(len(hashes)) >= len(rows)
+    first = np.where(in_reference, first_equal(values, in_reference), first_equal(values, ~in_reference))
+    heads = np.flatnonzero(first == np.arange(len(first)))
+    pairs = heads[similarity.pairs(hashes[heads], colours[heads])]
+    partner: dict[int, int] = {}
+    for left, right in pairs[(pairs[:, 0] < len(rows)) & (pairs[:, 1] >= len(rows))].tolist():
+        partner.setdefault(left, int(reference_rows[right - len(rows)]))
+    heads_by_row = zip(rows.tolist(), first[: len(rows)].tolist())
+    return {row: partner[head] for row, head in heads_by_row if head in partner}
+
+
+def _bits_differ(left: int, right: int) -> str:
+    return f"{int(np.bitwise_count(np.uint64(left) ^ np.uint64(right)))} of 64 bits differ"
+
+
+def sizes(scan: ScanResult) -> Iterator[Finding]:
+    height, width = scan.column("height"), scan.column("width")
+    shorter, longer = np.minimum(height, width), np.maximum(height, width)
+    config = scan.dataset.config
+    if config.size != NO_SIZE and not config.upscale:
+        rows = scan.rows((height < config.size[0]) | (width < config.size[1]))
+        message = f"images smaller than {config.size[0]} x {config.size[1]}, which training skips"
+    else:
+        median = float(np.median(shorter[scan.usable])) if scan.usable.any() else 0.0
+        least = max(MIN_SIDE, median / 4)
+        rows = scan.rows(shorter < least)
+        message = f"images with a shorter side below {least:.0f} pixels; the median is {median:.0f}"
+    yield Finding(
+        "small",
+        "warning",
+        message,
+        f"data.upscale=true scales them up; or {EXCLUDE}",
+        (scan.exclude_command("small"),),
+        rows,
+        reasons={row: f"{height[row]} x {width[row]}" for row in rows},
+    )
+    rows = scan.rows(longer > MAX_ASPECT * shorter)
+    yield Finding(
+        "extreme-aspect",
+        "warning",
+        f"images more than {MAX_ASPECT:.0f} times as long as wide, of which a crop removes most",
+        f"data.buckets={{aspect: 3}} crops to many shapes; or {EXCLUDE}",
+        (scan.exclude_command("extreme-aspect"),),
+        rows,
+        reasons={row: f"{height[row]} x {width[row]}" for row in rows},
+    )
+
+
+def contents(scan: ScanResult) -> Iterator[Finding]:
+    contrast, visible, fraction = (scan.column(n) for n in ("contrast", "visible_contrast", "max_colour_fraction"))
+    background = list(scan.dataset.config.background)
+    blank = (contrast <= MIN_CONTRAST) & (visible <= MIN_CONTRAST)
+    invisible = (contrast <= MIN_CONTRAST) & (visible > MIN_CONTRAST)
+    yield _excludable(scan, "blank", "warning", "images of one colour", scan.rows(blank))
+    yield Finding(
+        "invisible",
+        "warning",
+        f"transparent images whose content has the colour of the background {background}, so nothing is visible",
+        "set data.background to a colour that none of them has, such as data.background=[0, 0, 0]",
+        samples=scan.rows(invisible),
+    )
+    low = (contrast <= FAINT_CONTRAST) | (fraction >= PLAIN_FRACTION)
+    rows = scan.rows(~blank & ~invisible & low)
+    yield Finding(
+        "low-information",
+        "warning",
+        f"images with little information: {PLAIN_FRACTION:.0%} of the area has one colour, or the colours span at most "
+        f"{FAINT_CONTRAST} of 255 levels",
+        EXCLUDE,
+        (scan.exclude_command("low-information"),),
+        rows,
+        reasons={row: f"{fraction[row]:.1%} of one colour, {contrast[row]} levels" for row in rows},
+    )
+    yield Finding(
+        "transparent",
+        "note",
+        f"images with transparent pixels, where {background} is visible",
+        f"if they were made for another background, set data.background (now {background})",
+        samples=scan.rows(scan.column("transparent_fraction") > 0),
+    )
+
+
+def formats(scan: ScanResult) -> Iterator[Finding]:
+    rows = scan.rows(scan.column("animated"))
+    yield _excludable(scan, "animated", "note", "files with several frames or pages, of which the first is read", rows)
+    message = "images with more than 8 bits per channel, which are read as 8 bits"
+    yield Finding("sixteen-bit", "note", message, NOTHING, samples=scan.rows(scan.column("bits") > 8))
+    yield Finding(
+        "cmyk",
+        "note",
+        "images in print colours (CMYK), which are converted without their profile, so that colours may be inaccurate",
+        f"for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc); or {EXCLUDE}",
+        (scan.exclude_command("cmyk"),),
+        scan.rows(scan.column("mode") == "CMYK"),
+    )
+    message = "images stored rotated or flipped, which are turned upright as EXIF specifies"
+    yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
+    wrong = {}
+    if scan.dataset.table["offset"].null_count:  # samples that are whole files
+        names_and_formats = scan.stats.select(["name", "format"]).filter(scan.stats["fault"].is_null())
+        rows = iter(scan.rows(scan.usable))
+        for batch in names_and_formats.to_batches():
+            for name, format_ in zip(batch["name"].to_pylist(), batch["format"].to_pylist()):
+                row = next(rows)
+                if not _suffix_matches(os.path.splitext(name)[1].lower(), format_):
+                    wrong[row] = format_
+    yield Finding(
+        "wrong-endings",
+        "note",
+        "files whose suffix is of another format; they are read by their content",
+        "rename them, if other programs read them",
+        tuple(_rename_command(scan, row, format_) for row, format_ in list(wrong.items())[:MAX_COMMANDS]),
+        tuple(wrong),
+        reasons={row: f"a {format_} image" for row, format_ in wrong.items()},
+    )
+
+
+@functools.cache
+def _suffix_formats() -> dict[str, str]:
+    """Pillow's format by suffix."""
+    Image.init()
+    return dict(Image.EXTENSION) | {".jfif": "JPEG", ".apng": "PNG"}
+
+
+def _suffix_matches(suffix: str, format_: str) -> bool:
+    """Whether a suffix belongs to a format; an unknown suffix matches every format."""
+    return _suffix_formats().get(suffix, format_) in (format_, {"MPO": "JPEG", "DIB": "BMP"}.get(format_))
+
+
+def _rename_command(scan: ScanResult, row: int, format_: str) -> str:
+    """The command that gives a file the suffix of its format."""
+    path = scan.dataset.root / scan.name(row)
+    suffixes = {known: suffix for suffix, known in reversed(_suffix_formats().items())}
+    suffixes |= {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif"}
+    return _move(path, path.with_suffix(suffixes[format_]))
+
+
+def _move(old: Path, new: Path) -> str:
+    return f"mv -n {shlex.quote(str(old))} {shlex.quote(str(new))}"
+
+
+def captions(scan: ScanResult) -> Iterator[Finding]:
+    texts = scan.dataset.table["caption"]
+    if texts.null_count == len(texts):
+        return
+    missing = texts.is_null().to_numpy()
+    pc = compute()
+    empty = pc.equal(pc.utf8_trim_whitespace(texts.cast("string")), "").fill_null(False).to_numpy()
+    message = "images without a caption, although others have one"
+    yield _excludable(scan, "missing-captions", "warning", message, scan.rows(missing))
+    yield _excludable(scan, "empty-captions", "warning", "images with an empty caption", scan.rows(empty))
+    yield _non_samples(
+        scan,
+        "captions-without-image",
+        "warning",
+        "caption files without an image",
+        "put the images beside them, or give both the same name",
+    )
+
+
+def classes(scan: ScanResult) -> Iterator[Finding]:
+    names, labels = scan.dataset.class_names, scan.labels
+    if not names:
+        return
+    yield Finding(
+        "loose-images",
+        "error",
+        "images beside the class folders, without a class",
+        f"move them into a class folder, or train without classes (data.classes=none); or {EXCLUDE}",
+        (scan.exclude_command("loose-images"),),
+        scan.rows(labels < 0),
+    )
+    counts = np.bincount(labels[(labels >= 0) & scan.usable], minlength=len(names))
+    if len(names) == 1:
+        message, advice = "only one class, so there is nothing to condition on", "set data.classes=none"
+        yield Finding("one-class", "error", message, advice, names=(names[0],))
+        return
+    yield Finding(
+        "few-images",
+        "warning",
+        f"classes with fewer than {FEW_IMAGES} usable images, of {len(names)} classes",
+        "add images, or merge the class with a similar one",
+        names=tuple(f"{name} ({count})" for name, count in zip(names, counts.tolist()) if count < FEW_IMAGES),
+    )
+    if counts.max() > IMBALANCE * max(counts.min(), 1):
+        most, least = int(counts.argmax()), int(counts.argmin())
+        yield Finding(
+            "imbalance",
+            "warning",
+            f"class '{names[most]}' has {counts[most] / max(counts[least], 1):.0f} times as many images as "
+            f"'{names[least]}': {counts[most]} and {counts[least]}",
+            "add images to the small classes, or merge some of them",
+            names=(f"{names[most]} ({counts[most]})", f"{names[least]} ({counts[least]})"),
+        )
+    by_normal_form: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_normal_form[re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())].append(name)
+    size = dict(zip(names, counts.tolist()))
+    groups = [sorted(group, key=lambda name: -size[name]) for group in by_normal_form.values() if len(group) > 1]
+    root = scan.dataset.root
+    yield Finding(
+        "class-names",
+        "error",
+        "classes whose names differ only in case, spaces, '-' or '_'",
+        "merge them: move the files into one folder, or give them one name in the labels",
+        tuple(
+            f"mv -n {shlex.quote(str(root / other))}/* {shlex.quote(str(root / group[0]))}/"
+            for group in groups[:MAX_COMMANDS]
+            for other in group[1:]
+            if (root / other).is_dir()
+        ),
+        names=tuple(" = ".join(f"'{name}'" for name in group) for group in groups),
+    )
+
+
+def names(scan: ScanResult) -> Iterator[Finding]:
+    """Names that are the same on Windows and macOS."""
+    pc = compute()
+    paths = scan.dataset.table["path"].unique()
+    lower = pc.utf8_lower(paths.cast("string"))
+    counts = pc.value_counts(lower)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    groups: dict[str, list[str]] = defaultdict(list)
+    for path in paths.filter(pc.is_in(lower, repeated)).to_pylist() if len(repeated) else ():
+        groups[path.lower()].append(path)
+    last = [scan.dataset.root / group[-1] for group in list(groups.values())[:MAX_COMMANDS]]
+    yield Finding(
+        "case-names",
+        "warning",
+        "names that differ only in case, which are one file on Windows and macOS",
+        "rename one of them",
+        tuple(_move(path, path.with_name(f"{path.stem}-2{path.suffix}")) for path in last),
+        names=tuple(", ".join(group) for group in groups.values()),
+    )
+
+
+NON_SAMPLE_RULES: tuple[tuple[NonSampleKind, Severity, str, str], ...] = (
+    ("misnamed-images", "warning", "images without the suffix of an image, which are ignored", "rename them"),
+    ("archives", "warning", "archives, whose content is ignored", "unpack them"),
+    ("empty-folders", "warning", "folders without files", "delete them, or add the files"),
+    ("hidden-files", "note", "hidden files and files of the system, which are ignored", "rename any that are samples"),
+    ("other-files", "note", "files that are not images, which are ignored", NOTHING),
+)
+
+
+def others(scan: ScanResult) -> Iterator[Finding]:
+    return (_non_samples(scan, *rule) for rule in NON_SAMPLE_RULES)
+
+
+def _non_samples(scan: ScanResult, kind: NonSampleKind, severity: Severity, message: str, advice: str) -> Finding:
+    return Finding(kind, severity, message, advice, names=_non_sample_names(scan, kind))
+
+
+def _non_sample_names(scan: ScanResult, kind: str) -> tuple[str, ...]:
+    return tuple(str(non_sample) for non_sample in scan.non_samples if non_sample.kind == kind)
+
+
+def _excludable(scan: ScanResult, kind: str, severity: Severity, message: str, rows: tuple[int, ...]) -> Finding:
+    return Finding(kind, severity, message, EXCLUDE, (scan.exclude_command(kind),), rows)
+
+
+RULES: tuple[Rule, ...] = (
+    *(faults, duplicates, near_duplicates, leaks, classes, sizes, contents, captions, names, formats, others),
+)
