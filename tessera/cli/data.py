@@ -1,6 +1,5 @@
-"""`tessera data`: look at a data set before training on it."""
+"""`tessera data`: check a data set, and cache its latents."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -8,112 +7,97 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.cache import Interrupted, cache
-from tessera.cli.options import Size, progress, size_of
-from tessera.errors import TesseraError
+from tessera.cli.cache import cache
+from tessera.cli.options import Shard, Size, parse_shard, parse_size, progress
+from tessera.errors import Interrupted, TesseraError
 
-app = typer.Typer(help="Look at a data set before training on it.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@app.callback()
-def root() -> None:
-    """Look at a data set before training on it."""
-
-
+app = typer.Typer(
+    help="Check a data set before training, and cache its latents.", no_args_is_help=True, rich_markup_mode=None
+)
 app.command()(cache)
 
 
 @app.command()
 def check(
     data: Annotated[str, typer.Argument(metavar="PATH", help="images in any layout, or a recipe")],
-    against: Annotated[str | None, typer.Option(help="validation data that must not be in it")] = None,
-    apply: Annotated[Path | None, typer.Option(help="write an index of what is kept: OUT.parquet")] = None,
-    drop: Annotated[
-        str, typer.Option(help="findings whose samples are not kept, by comma")
+    reference: Annotated[str | None, typer.Option(help="validation data that must not be part of it")] = None,
+    write_index: Annotated[Path | None, typer.Option(help="write an index of the accepted samples: .parquet")] = None,
+    exclude: Annotated[
+        str, typer.Option(help="kinds of findings whose samples are rejected, separated by commas")
     ] = "corrupt,duplicates,leaks",
     out: Annotated[Path | None, typer.Option(help="folder for report and decisions (check/NAME)")] = None,
     size: Size = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes (the processor cores)")] = None,
-    shard: Annotated[str | None, typer.Option(help="i/n: look at part i of n only, from 0; any machine")] = None,
-    json: Annotated[bool, typer.Option("--json", help="for programs: the findings")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
+    shard: Shard = None,
+    json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
-    """Find what is wrong with a data set, and say what to do about each. Changes nothing.
+    """Find damaged, duplicate, leaked and unusual samples, and suggest remedies. Changes nothing.
 
-    Interrupted? The same command goes on. Over machines: --shard 0/4 to 3/4 anywhere, then once without.
+    To resume after an interruption, repeat the command. On several machines: run it with --shard 1/4 to 4/4, then once
+    without --shard.
     """
     from tessera import runtime
     from tessera.data.check import FINDINGS, REPORT, CheckRequest, report_findings, scan_data
-    from tessera.data.check.findings import droppable
+    from tessera.data.check.decisions import excluded_kinds
     from tessera.data.check.scan import ScanShard
 
-    words = [word.strip() for word in drop.split(",") if word.strip()]
-    droppable(words)
-    if apply is not None and apply.suffix != ".parquet":
-        raise TesseraError(f"--apply {apply} must end in .parquet")
+    kinds = [word.strip() for word in exclude.split(",") if word.strip()]
+    excluded_kinds(kinds)
+    index, count = parse_shard(shard)
+    if write_index is not None and write_index.suffix != ".parquet":
+        raise TesseraError(f"--write-index {write_index} must end in .parquet")
     folder = out or Path("check") / (Path(data).stem or "data")
-    asked = CheckRequest(data, folder, against, size_of(size))
-    checked = None
-    with runtime.distributed_session() as ranks, progress() as begin:
+    request = CheckRequest(data, folder, reference, parse_size(size))
+    result = None
+    with runtime.distributed_session() as ranks, progress() as start:
         if shard is not None and ranks.world_size > 1:
-            raise TesseraError("the processes of torchrun are the shards: leave out --shard")
-        part = ScanShard(ranks.rank, ranks.world_size) if shard is None else ScanShard(*_shard(shard))
+            raise TesseraError("the processes of torchrun are the shards: leave --shard out")
+        part = ScanShard(ranks.rank, ranks.world_size) if shard is None else ScanShard(index, count)
+        workers = workers or runtime.available_cpus() // ranks.world_size or 1
         try:
-            scan_data(asked, workers or cores() // ranks.world_size or 1, part, begin if ranks.is_main else None)
+            scan_data(request, workers, part, start if ranks.is_main else None)
             ranks.barrier()
             if shard is None and ranks.is_main:
-                checked = report_findings(asked, words, shlex.join(["tessera", *sys.argv[1:]]), apply)
+                result = report_findings(request, kinds, shlex.join(["tessera", *sys.argv[1:]]), write_index)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped, with what was seen kept in {folder}: run the same command to go on") from None
+            raise Interrupted(
+                f"interrupted; measurements so far are in {folder}: repeat the command to resume"
+            ) from None
     if shard is not None:
-        print(
-            f"shard {shard} of {data} is looked at; after all of them the command without --shard tells what was found"
-        )
-    if checked is None:
+        print(f"shard {shard} of {data} is done; when all are done, run the command without --shard for the report")
+    if result is None:
         return
     if json:
         print((folder / FINDINGS).read_text(encoding="utf-8"), end="")
         return
-    _print(checked)
-    print(f"{checked.keep.sum():,} of {len(checked.keep):,} samples are kept; report in {folder / REPORT}")
-    if apply is not None:
-        print(f"to train on what is kept: data.path={apply}")
-    elif not checked.keep.all():
-        print("nothing was changed; --apply kept.parquet writes an index of what is kept")
+    _print_findings(result)
+    print(f"{result.keep.sum():,} of {len(result.keep):,} samples accepted; report in {folder / REPORT}")
+    if write_index is not None:
+        print(f"to train on the accepted samples: data.path={write_index}")
+    elif not result.keep.all():
+        print("nothing was changed; --write-index accepted.parquet writes an index of the accepted samples")
 
 
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """'0/4' -> the first of four."""
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise TesseraError(f"--shard {text} is not understood; write 0/4 to 3/4 for four shards")
-    return int(index), int(count)
-
-
-def _print(checked: Any) -> None:
-    """The findings as a table."""
+def _print_findings(result: Any) -> None:
+    """Print the findings as a table."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console()
-    for name, value in checked.summary:
+    for name, value in result.summary:
         console.print(f"{name:<16}{value}", highlight=False, markup=False)
-    if not checked.findings:
-        print("nothing was found")
+    if not result.findings:
+        print("no findings")
         return
-    table = Table("", "finding", "count", "what")
-    colours = {"wrong": "red", "doubtful": "yellow", "note": "dim"}
-    for finding in checked.findings:
-        severity = Text(finding.severity, style=colours[finding.severity])
-        table.add_row(severity, Text(finding.kind), f"{finding.count:,}", Text(finding.what))
+    table = Table("", "finding", "count", "description")
+    colors = {"error": "red", "warning": "yellow", "note": "dim"}
+    for finding in result.findings:
+        severity = Text(finding.severity, style=colors[finding.severity])
+        table.add_row(severity, Text(finding.kind), f"{finding.count:,}", Text(finding.message))
     console.print(table)
-    print("what to do:")  # outside the table, so that lines may be copied
-    for finding in checked.findings:
+    print("what to do:")  # outside the table, so that commands can be copied
+    for finding in result.findings:
         print(f"  {finding.kind}")
-        for line in finding.advice:
+        for line in (finding.advice, *finding.commands):
             print(f"    {line}")

@@ -1,6 +1,7 @@
-"""`tessera evaluate`: pictures to numbers that say how they were made."""
+"""`tessera evaluate`: scores with intervals and the protocol they depend on."""
 
 import shlex
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,31 +12,26 @@ from typer.core import TyperGroup
 
 from tessera.cli.options import (
     EMA,
-    MOST,
-    Changes,
+    MAX_SAMPLES,
+    CheckpointType,
     ClassPolicy,
     Codec,
+    DataPath,
     Device,
-    Eta,
-    Guidance,
-    GuidanceChannels,
-    Heads,
+    Features,
+    NumHeads,
     Precision,
-    ReadAs,
-    Sampler,
+    SamplingOverrides,
     Size,
-    Spacing,
-    Steps,
-    checked,
+    parse_size,
+    print_error,
     progress,
-    sampler_settings,
-    size_of,
 )
 from tessera.errors import TesseraError
 
 
-class Verbs(TyperGroup):
-    """`tessera evaluate TARGET` is `tessera evaluate score TARGET`: scoring is what the word means."""
+class DefaultToScore(TyperGroup):
+    """`tessera evaluate TARGET` is short for `tessera evaluate score TARGET`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -44,178 +40,169 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(
-    cls=Verbs,
-    help="Score a model, a folder or an .npz of samples: tessera evaluate TARGET [options as for score].",
+    cls=DefaultToScore,
+    help="Score a model, a folder or an .npz of samples: tessera evaluate TARGET [options of score].",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-DRAWING = (  # flags that mean something for a model only
-    *("class_policy", "seed", "sampler", "steps", "guidance", "guidance_channels", "spacing", "eta", "changes"),
-    *("precision", "ema", "read_as", "heads", "codec"),
+MODEL_PARAMETERS = (  # that have no effect on existing samples
+    *("overrides", "class_policy", "seed", "precision", "ema", "checkpoint_type", "num_heads", "codec"),
 )
-Features = Annotated[
-    str | None,
-    typer.Option(help="inception, digits, shapes, a folder of features, or a Hugging Face vision model (by the data)"),
-]
-DataWord = Annotated[str, typer.Argument(help="a folder, .parquet, recipe, digits or shapes (as in digits:ceiling)")]
 
 
 @app.command()
 def score(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(help="a model, a folder or .npz of samples, or data")],
-    reference: Annotated[str | None, typer.Option(help="data or statistics (what the model was trained on)")] = None,
+    overrides: SamplingOverrides = None,
+    reference: Annotated[str | None, typer.Option(help="data or statistics (the training data of the model)")] = None,
     metrics: Annotated[
         str | None, typer.Option(help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle (those that apply)")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=2, max=MOST, help="samples: 50000 of a model, all that a folder holds")
+    num_samples: Annotated[
+        int | None, typer.Option(min=2, max=MAX_SAMPLES, help="50000 of a model, all of a folder")
     ] = None,
     features: Features = None,
     class_policy: ClassPolicy = "uniform",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; the others follow")] = 0,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    guidance_channels: GuidanceChannels = None,
-    spacing: Spacing = None,
-    eta: Eta = None,
-    changes: Changes = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; the others count up")] = 0,
     size: Size = None,
-    batch: Annotated[int, typer.Option(min=1, help="pictures drawn or looked at at once")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
     precision: Precision = "float32",
     device: Device = "auto",
     ema: EMA = None,
-    read_as: ReadAs = None,
-    heads: Heads = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
     codec: Codec = None,
-    out: Annotated[Path | None, typer.Option(help="folder for everything (evaluation/NAME)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
 ) -> None:
-    """Compute scores with intervals and a fingerprint of how they were made; write scores.json and a report.
+    """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
 
-    Interrupted? The same command goes on. With torchrun, many processes share the work.
+    To resume after an interruption, repeat the command. With torchrun, the processes share the work.
     """
     from tessera import runtime
     from tessera.evaluation import report, suite
-    from tessera.evaluation.features import extractor
-    from tessera.evaluation.reference import check_word
+    from tessera.evaluation.features import load_extractor
+    from tessera.evaluation.reference import check_reference
     from tessera.files import exclusive_lock
-    from tessera.generation.bulk import BulkSamples, asked_by_policy
+    from tessera.generation.bulk import BulkSamples, bulk_request
     from tessera.interop import load
 
-    settings = sampler_settings(sampler, eta, steps, guidance, guidance_channels, spacing, changes)
-    checked(guidance, precision, class_policy)
-    names = suite.wanted(metrics)
-    folder = out or Path("evaluation") / suite.name_of(target)
+    names = suite.parse_metrics(metrics)
+    folder = out or Path("evaluation") / suite.evaluation_name(target)
     suite.check_target(target)
-    with runtime.distributed_session() as ranks, progress() as begin:
-        chosen = runtime.choose_device(device)
+    with runtime.distributed_session() as ranks, progress() as start:
+        torch_device = runtime.choose_device(device)
         if load.is_model(target):
-            model = load.load(target, device=chosen, ema=ema, read_as=read_as, heads=heads, codec=codec)
-            more = {"settings": settings, "precision": precision, "size": size_of(size)}
-            asked = asked_by_policy(model, count or 50_000, class_policy, seed, **more)  # pyright: ignore[reportArgumentType]
-            subject = BulkSamples(model, asked, folder / "samples", batch, target)
-            compared_with = reference or suite.trained_on(model)
-        else:
-            told = [name for name in DRAWING if _is_told(ctx, name)]
-            if told:
-                flags = ", ".join(param.opts[0] for param in ctx.command.params if param.name in told)
-                raise TesseraError(f"{target} is no model: leave out what is of drawing ({flags})")
-            subject, compared_with = suite.found(target, size_of(size), count), reference
-            if compared_with is None:
-                raise TesseraError(f"say what {target} is to be compared with: --reference DATA or statistics (.npz)")
-        if isinstance(compared_with, str):
-            check_word(compared_with)  # before features are loaded, which may mean to fetch them
-        network = extractor(features or suite.usual_features(compared_with), chosen)
-        with exclusive_lock(folder) if ranks.is_main else nullcontext():
-            done = suite.evaluate(
-                subject, compared_with, network, folder, names, ranks, batch, begin if ranks.is_main else None
+            model = load.load(
+                target,
+                device=torch_device,
+                ema=ema,
+                checkpoint_type=checkpoint_type,
+                num_heads=num_heads,
+                codec=codec,
             )
+            request = bulk_request(
+                model,
+                num_samples or 50_000,
+                class_policy,
+                seed,
+                settings={"overrides": overrides or []},
+                precision=precision,
+                size=parse_size(size),
+            )
+            samples = BulkSamples(model, request, folder / "samples", batch_size, target)
+            data = reference or suite.training_data(model)
+        else:
+            if given := _parameters_given(ctx, MODEL_PARAMETERS):
+                raise TesseraError(f"{target} is not a model, so sampling options do not apply: remove {given}")
+            samples, data = suite.open_samples(target, parse_size(size), num_samples), reference
+            if data is None:
+                raise TesseraError(f"{target} needs something to compare with: --reference DATA or statistics (.npz)")
+        if isinstance(data, str):
+            check_reference(data)  # before features are loaded, which may download them
+        extractor = load_extractor(features or suite.default_features(data), torch_device)
+        with exclusive_lock(folder) if ranks.is_main else nullcontext():
+            start = start if ranks.is_main else None
+            result = suite.evaluate(samples, data, extractor, folder, names, ranks, batch_size, start)
             if not ranks.is_main:
                 return
-            report.write(done, folder, shlex.join(["tessera", *sys.argv[1:]]))
-    for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+            report.write(result, folder, shlex.join(["tessera", *sys.argv[1:]]))
+    for note in result.notes:
+        print_error(f"note: {note}")
     print(f"{'metric':<18}{'value':<12}{'95 % interval':<26}fingerprint")
-    for made in done.scores:
-        print(made)
-    print(f"{done.samples.count} samples against {done.reference.where}; report in {folder / 'report.html'}")
+    for line in result.scores:
+        print(line)
+    print(f"{result.samples.count} samples against {result.reference.description}; report in {folder / 'report.html'}")
 
 
 @app.command()
 def stats(
-    data: DataWord,
+    data: DataPath,
     out: Annotated[Path, typer.Option(help="the .npz to write")],
     features: Features = None,
     size: Size = None,
-    count: Annotated[int | None, typer.Option(min=2, help="pictures (all)")] = None,
-    keep: Annotated[int, typer.Option(min=0, max=10_000, help="rows of features kept, for kid and prdc")] = 10_000,
-    batch: Annotated[int, typer.Option(min=1, help="pictures looked at at once")] = 50,
+    num_samples: Annotated[int | None, typer.Option(min=2, help="images (all)")] = None,
+    num_rows: Annotated[int, typer.Option(min=0, max=10_000, help="feature rows to store, for kid and prdc")] = 10_000,
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
     device: Device = "auto",
 ) -> None:
-    """Save the statistics of a data set, to compare samples with; pytorch-fid, clean-fid and ADM read them too."""
-    import shutil
-
+    """Save the statistics of a data set as a reference, in the format of pytorch-fid, clean-fid and ADM."""
     from tessera import runtime
     from tessera.evaluation import reference, suite
-    from tessera.evaluation.features import extract, extractor
+    from tessera.evaluation.features import extract, load_extractor
 
     if out.suffix != ".npz":
         raise TesseraError(f"--out {out} must end in .npz")
-    if out.exists():
-        raise TesseraError(f"{out} exists already: remove it or give another name")
-    work = out.with_name(out.name + ".work")
-    with runtime.distributed_session() as ranks, progress() as begin:
-        chosen = runtime.choose_device(device)
-        network = extractor(features or suite.usual_features(data), chosen)
-        subject = suite.found(data, size_of(size), count)
-        told = begin("looking") if ranks.is_main else None
-        found = extract(subject, network, work, ranks, batch, told)
+    _check_new(out)
+    folder = out.with_name(out.name + ".work")
+    with runtime.distributed_session() as ranks, progress() as start:
+        extractor = load_extractor(features or suite.default_features(data), runtime.choose_device(device))
+        source = suite.open_samples(data, parse_size(size), num_samples)
+        report = start("extracting features") if ranks.is_main else None
+        result = extract(source, extractor, folder, ranks, batch_size, report)
         if ranks.is_main:
-            reference.save(found, out, keep)
-            shutil.rmtree(work, ignore_errors=True)
-            print(f"{found.count} pictures ({found.unusable} could not be used), features {network.name}: {out}")
+            reference.save_statistics(result, out, num_rows)
+            shutil.rmtree(folder, ignore_errors=True)
+            print(f"{result.count} images ({result.num_invalid} invalid), features {extractor.name}: {out}")
 
 
 @app.command()
 def train_features(
-    data: DataWord,
+    data: DataPath,
     out: Annotated[Path, typer.Option(help="a new folder for the network")],
     size: Size = None,
-    grey: Annotated[bool, typer.Option("--grey", help="look at grey pictures")] = False,
-    flip: Annotated[bool, typer.Option(help="mirror at random while learning")] = True,
+    grayscale: Annotated[bool, typer.Option("--grayscale", help="convert images to grayscale")] = False,
+    hflip: Annotated[bool, typer.Option(help="augment by random horizontal flips")] = True,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
-    batch: Annotated[int, typer.Option(min=2)] = 128,
-    width: Annotated[int, typer.Option(min=8, help="a multiple of 8; features are up to four times as many")] = 24,
+    batch_size: Annotated[int, typer.Option(min=2)] = 128,
+    width: Annotated[int, typer.Option(min=8, help="a multiple of 8; up to four times as many features")] = 24,
     device: Device = "auto",
 ) -> None:
-    """Fit a small feature network to labelled data, for pictures that no pretrained one fits. Needs no download."""
+    """Train a small feature network on labelled data, where no pretrained network fits. Needs no download."""
     from tessera import runtime
     from tessera.data.resolve import resolve_data
     from tessera.evaluation.toy import feature_network
 
-    config = resolve_data(data, size_of(size), 1 if grey else 3)
-    chosen = runtime.choose_device(device)
-    if out.exists():
-        raise TesseraError(f"{out} exists already: remove it or give another name")
-    with progress() as begin:
+    config = resolve_data(data, parse_size(size), 1 if grayscale else 3)
+    torch_device = runtime.choose_device(device)
+    _check_new(out)
+    with progress() as start:
         network = feature_network.train(
             config.open(),
             config.size,
             config.channels,
-            flip=flip and config.hflip,
-            where=config.where,
+            hflip=hflip and config.hflip,
+            description=config.description,
             width=width,
             steps=steps,
-            batch=batch,
-            device=chosen,
-            progress=begin("learning features"),
+            batch_size=batch_size,
+            device=torch_device,
+            progress=start("training"),
         )
     feature_network.save(network, out)
-    print(
-        f"tells {network.config.origin['held-out accuracy']:.1%} of unseen pictures right; use it with --features {out}"
-    )
+    accuracy = network.config.origin["held_out_accuracy"]
+    print(f"accuracy on held-out images {accuracy:.1%}; use it with --features {out}")
 
 
 @app.command()
@@ -223,13 +210,20 @@ def compare(
     first: Annotated[Path, typer.Argument(help="a scores.json, or the folder of an evaluation")],
     second: Annotated[Path, typer.Argument(help="another")],
 ) -> None:
-    """Set two evaluations side by side, and say in what their protocols differ."""
+    """Compare two evaluations, and list the differences of their protocols."""
     from tessera.evaluation import protocol
 
-    print(protocol.compared(protocol.load(first), protocol.load(second)))
+    print(protocol.compare(protocol.load(first), protocol.load(second)))
 
 
-def _is_told(ctx: typer.Context, name: str) -> bool:
-    """Whether a flag stands on the command line, not its default."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise TesseraError(f"{path} exists already: remove it or give another name")
+
+
+def _parameters_given(ctx: typer.Context, names: tuple[str, ...]) -> str:
+    """Those of the parameters that are on the command line, not defaults, as a user writes them."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    words = {param.name: "key=value" if param.name == "overrides" else param.opts[0] for param in ctx.command.params}
+    return ", ".join(words[name] for name in names if name in given)

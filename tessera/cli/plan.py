@@ -1,13 +1,12 @@
-"""`tessera plan`: what a run takes, before it begins."""
+"""`tessera plan`: the cost of a run before it starts."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tessera.cli.options import progress
+from tessera.cli.options import Overrides, print_error, progress
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
@@ -18,63 +17,64 @@ if TYPE_CHECKING:
 
 def plan(
     target: Annotated[str, typer.Argument(metavar="RECIPE|PRESET", help="a recipe, or a preset such as DiT-XL/2")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="dotted settings")] = None,
+    overrides: Overrides = None,
     hardware: Annotated[
         str | None, typer.Option(help="h100, h100x8 (any number), a100x8, rtx4090, cpu or cuda (this machine)")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="8h, 90m, 2d, $200, 64gpuh or 1e18 (FLOPs): what it buys; exit 1 if too little")
+        str | None, typer.Option(help="8h, 90m, 2d, $200, 64gpuh or 1e18 (FLOPs); exit code 1 if it is too small")
     ] = None,
-    price: Annotated[float | None, typer.Option(help="dollars for a device and an hour (the table's)")] = None,
-    law: Annotated[Path | None, typer.Option(help="a study's law.json: the best size for this compute")] = None,
+    price: Annotated[float | None, typer.Option(help="dollars per device hour (of the built-in table)")] = None,
+    law: Annotated[
+        Path | None, typer.Option(help="law.json of a study: report the best model size for this compute")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="measure this machine again")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Parameters, compute, memory, time, disk and money of a run before it begins. Nothing is trained or downloaded.
+    """Estimate parameters, compute, memory, time, disk and money of a run. Nothing is trained or downloaded.
 
-    A preset alone tells its parameters and multiply-adds; with --hardware it is planned as the paper trained it.
+    For a preset alone, parameters and multiply-adds are printed; with --hardware it is planned as the paper trained it.
     """
     from tessera.planning import budget as budgets
     from tessera.planning import hardware as machines
-    from tessera.planning import scaling_law as laws
+    from tessera.planning import scaling_law
     from tessera.planning.op_profiler import OpProfiler
-    from tessera.planning.plan import plan as planned
+    from tessera.planning.plan import plan as make_plan
     from tessera.training.plan_recipe import is_preset, resolve_target, workload
 
-    allowed = None if budget is None else budgets.parse(budget)
-    known = None if law is None else laws.read(law)
+    parsed_budget = None if budget is None else budgets.parse(budget)
+    fitted_law = None if law is None else scaling_law.read(law)
     recipe = resolve_target(target, overrides or [])
-    if is_preset(target) and hardware is None and allowed is None and law is None and not measure:
+    if is_preset(target) and hardware is None and budget is None and law is None and not measure:
         print(_short(target, recipe, as_json))
         return
     machine = machines.find(hardware, price)
-    if allowed is not None:
-        allowed.seconds(machine.devices, machine.price)  # a price that is missing, before anything is measured
-    stopwatch = None
+    if parsed_budget is not None:
+        parsed_budget.seconds(machine.devices, machine.price)  # raises for a missing price before anything is measured
+    profiler = None
     if machine.here:
         from tessera.runtime import choose_device, keep_freed_memory
 
         keep_freed_memory()  # as training does
-        stopwatch = OpProfiler(choose_device(machine.device), afresh=measure)
+        profiler = OpProfiler(choose_device(machine.device), afresh=measure)
     elif measure:
         raise TesseraError("--measure measures this machine: give --hardware cpu or cuda, or leave --hardware out")
     work = workload(recipe, target)
-    with progress() as begin:
-        bar = begin("measuring operators") if machine.here else None
-        told = planned(work, machine, budget=allowed, stopwatch=stopwatch, progress=bar)
-    print(json.dumps(told.facts(), indent=1) if as_json else page(told, known))
-    if told.budget is not None and not told.budget.enough:
+    with progress() as start:
+        report = start("measuring operators") if machine.here else None
+        result = make_plan(work, machine, budget=parsed_budget, stopwatch=profiler, progress=report)
+    print(json.dumps(result.facts(), indent=1) if as_json else format_plan(result, fitted_law))
+    if result.budget is not None and not result.budget.enough:
         raise TesseraError(
-            f"the budget of {budget} is too small: it buys {told.budget.steps:,} of {work.steps:,} steps; set "
-            f"training.steps={told.budget.steps} or give more"
-            if told.budget.steps
-            else f"the budget of {budget} is too small for one step beside drawing and scoring"
+            f"the budget of {budget} is too small: it pays for {result.budget.steps:,} of {work.steps:,} steps; "
+            f"set training.steps={result.budget.steps} or a larger budget"
+            if result.budget.steps
+            else f"the budget of {budget} is too small for one step beside sampling and evaluation"
         )
-    if not told.fits:
-        print(
-            f"warning: it does not fit: {_bytes(told.memory_bytes)} of {_bytes(machine.room)} usable; see the choices "
-            "that fit, or lower training.micro_batch_size",
-            file=sys.stderr,
+    if not result.fits:
+        print_error(
+            f"warning: the run does not fit: it needs {_bytes(result.memory_bytes)} of {_bytes(machine.room)} usable; "
+            "see the alternatives that fit, or lower training.micro_batch_size"
         )
 
 
@@ -83,78 +83,84 @@ def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
 
     macs, parameters = counts(recipe.network)
     if as_json:
-        told = {"name": name, "parameters": parameters, "gmacs": macs / 1e9, "flops_per_sample": FLOPS_PER_MAC * macs}
-        return json.dumps(told | {"network": recipe.network.model_dump(mode="json")}, indent=1)
+        facts = {"name": name, "parameters": parameters, "gmacs": macs / 1e9, "flops_per_sample": FLOPS_PER_MAC * macs}
+        return json.dumps(facts | {"network": recipe.network.model_dump(mode="json")}, indent=1)
     height, width = recipe.network.input_size
     return "\n".join(
         (
             f"{name}: {recipe.network.summary()}",
             f"parameters  {parameters:,}",
-            f"GMACs       {macs / 1e9:.2f} a forward pass of {height} x {width} x {recipe.network.in_channels} (the "
+            f"GMACs       {macs / 1e9:.2f} per forward pass of {height} x {width} x {recipe.network.in_channels} (the "
             'paper\'s "Gflops")',
-            f"training    {FLOPS_PER_MAC * macs:.4g} FLOPs a sample",
+            f"training    {FLOPS_PER_MAC * macs:.4g} FLOPs per sample",
         )
     )
 
 
-def page(plan: "Plan", law: "Law | None" = None) -> str:
-    """The plan, for people."""
-    from tessera.monitoring.logger import format_duration
+def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
+    """The plan as text."""
+    from tessera.reporting.text import format_duration
 
     work, hardware, memory, split = plan.work, plan.hardware, plan.memory, plan.split
-    rows = f"{split.rows} at once" + (f", {split.rounds} rounds" if split.rounds > 1 else "")
+    micro_batches = f", {split.rounds} micro-batches" if split.rounds > 1 else ""
     lines = [
         work.name,
         f"network      {work.network.summary()}",
-        f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs a forward pass",
-        f"training     {work.steps:,} steps of {work.batch} ({rows}): {plan.flops_per_step / work.batch:.4g} FLOPs a "
-        f"sample, {plan.flops:.4g} in all",
+        f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs per forward pass",
+        f"training     {work.steps:,} steps of {work.batch} ({split.rows} per device{micro_batches}): "
+        f"{plan.flops_per_step / work.batch:.4g} FLOPs per sample, {plan.flops:.4g} in total",
         f"hardware     {hardware.title}: {hardware.source}",
         "",
-        f"memory       {_bytes(plan.memory_bytes)} a device at the highest, of {_bytes(hardware.room)} usable: "
+        f"memory       peak {_bytes(plan.memory_bytes)} per device of {_bytes(hardware.room)} usable: "
         + ("fits" if plan.fits else "DOES NOT FIT"),
-        f"             weights {_bytes(memory.weights)}, averages {_bytes(memory.averages)}, optimizer "
+        f"             weights {_bytes(memory.weights)}, EMA {_bytes(memory.averages)}, optimizer "
         f"{_bytes(memory.moments)}, gradients {_bytes(memory.gradients)}, activations {_bytes(memory.activations)}",
     ]
     if plan.choices:
-        lines += [*_choices(plan), ""]
+        lines += [*_alternatives(plan), ""]
     if plan.largest_batch is not None:
-        model = plan.largest_model or "no preset"
-        lines.append(f"fits         at most {plan.largest_batch:,} samples at once; {model} at this size and batch")
+        model = plan.largest_model or "none"
+        lines.append(
+            f"fits         largest micro-batch {plan.largest_batch:,}; largest preset at this size and batch: {model}"
+        )
     basis = "measured operator by operator" if hardware.here else "estimated"
     lines += [
-        f"speed        {plan.images_per_second:,.4g} images/s, {plan.step_seconds:.4g} s a step, "
-        f"{plan.utilisation:.0%} of the matrix rate ({basis}"
-        + ("; compiling is not counted" if hardware.here and work.compiled != "off" else "")
+        f"speed        {plan.images_per_second:,.4g} images/s, {plan.step_seconds:.4g} s per step, "
+        f"{plan.utilisation:.0%} of the peak matrix rate ({basis}"
+        + ("; without the gain of compilation" if hardware.here and work.compiled != "off" else "")
         + ")",
         f"time         {format_duration(plan.seconds)} training"
-        + (f" (of it {format_duration(plan.encode_seconds * work.steps)} encoding)" if plan.encode_seconds else "")
-        + f", {format_duration(plan.scoring_seconds)} for {work.drawing.grids:,} pictures in grids and {work.drawing.scored:,} "
-        f"in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} in all",
+        + (
+            f" (including {format_duration(plan.encode_seconds * work.steps)} of encoding)"
+            if plan.encode_seconds
+            else ""
+        )
+        + f", {format_duration(plan.scoring_seconds)} for {work.drawing.grids:,} images in grids and "
+        f"{work.drawing.scored:,} in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} in total",
         f"cost         {plan.device_hours:.4g} device hours"
-        + (f", ${plan.cost:,.2f} at ${hardware.price:g} an hour" if hardware.price else ""),
+        + (f", ${plan.cost:,.2f} at ${hardware.price:g} per hour" if hardware.price else ""),
         f"disk         {_bytes(plan.disk_bytes)} for {work.checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"
         + _data(plan),
     ]
     if plan.budget is not None:
-        bought = plan.budget
+        outcome = plan.budget
         lines.append(
-            f"budget       {bought.text} buys {bought.steps:,} steps: {bought.samples:,} samples, {bought.flops:.4g} "
-            "FLOPs" + ("" if bought.enough else f"; the run asks for {work.steps:,}")
+            f"budget       {outcome.text} pays for {outcome.steps:,} steps: {outcome.samples:,} samples, "
+            f"{outcome.flops:.4g} FLOPs" + ("" if outcome.enough else f"; the run has {work.steps:,} steps")
         )
     lines += _optimal(plan, law)
     lines += [f"note         {note}" for note in plan.notes]
     return "\n".join(lines)
 
 
-def _choices(plan: "Plan") -> list[str]:
-    lines = ["", "             precision  recompute  shards  activations   at most  fits   images/s"]
+def _alternatives(plan: "Plan") -> list[str]:
+    lines = ["", "             precision  checkpointing  shards  activations      peak  fits   images/s"]
     for choice in plan.choices:
         rate = "" if choice.step_seconds is None else f"{plan.work.batch / choice.step_seconds:,.4g}"
-        own = (plan.precision, plan.work.recompute, plan.split.shards)
-        mark = ">" if (choice.precision, choice.recompute, choice.shards) == own else " "
+        current = (plan.precision, plan.work.recompute, plan.split.shards)
+        mark = ">" if (choice.precision, choice.recompute, choice.shards) == current else " "
         lines.append(
-            f"           {mark} {choice.precision:<9}  {choice.recompute:<9}  {choice.shards:>6}  "
+            f"           {mark} {choice.precision:<9}  {choice.recompute:<13}  {choice.shards:>6}  "
             f"{_bytes(choice.memory.activations):>11}  {_bytes(choice.memory.at_most):>8}  "
             f"{'yes' if choice.fits else 'no':<4}  {rate:>9}".rstrip()
         )
@@ -164,22 +170,22 @@ def _choices(plan: "Plan") -> list[str]:
 def _data(plan: "Plan") -> str:
     work = plan.work
     if work.images is None:
-        each = f"{_bytes(work.latent_bytes)} of latents an image" if work.latent_bytes else ""
-        return f"; data not counted{', ' + each if each else ''}"
-    told = f"; {work.images:,} images, {_bytes(work.images * work.image_bytes)} as pixels"
-    return told + (f", {_bytes(plan.latents_bytes or 0)} as cached latents" if work.latent_bytes else "")
+        latents = f", {_bytes(work.latent_bytes)} of latents per image" if work.latent_bytes else ""
+        return f"; without data{latents}"
+    pixels = f"; {work.images:,} images, {_bytes(work.images * work.image_bytes)} as pixels"
+    return pixels + (f", {_bytes(plan.latents_bytes or 0)} as cached latents" if work.latent_bytes else "")
 
 
 def _optimal(plan: "Plan", law: "Law | None") -> list[str]:
-    """What a law says of this compute: of what the budget buys, or of the whole run."""
+    """The optimal model size at the compute of the budget, or of the whole run, by a scaling law."""
     flops = plan.flops if plan.budget is None else plan.budget.flops
     if flops <= 0:
         return []
     if law is not None:
         best = law.optimal(flops)
-        far = f", {best.beyond:.3g} times beyond what was measured" if best.beyond > 1 else ""
+        far = f"; extrapolated by a factor of {best.beyond:.3g}" if best.beyond > 1 else ""
         return [
-            f"optimal      by {law.source}: at {flops:.3g} FLOPs {best.gmacs:.3g} GMACs and {best.samples:,.0f} "
+            f"optimal      {law.source}: at {flops:.3g} FLOPs {best.gmacs:.3g} GMACs and {best.samples:,.0f} "
             f"samples ({best.samples / plan.work.batch:,.0f} steps of {plan.work.batch}); expected {law.metric} "
             f"{best.metric.value:.4g} ({best.metric.low:.4g} to {best.metric.high:.4g}){far}"
         ]

@@ -1,70 +1,62 @@
-"""`tessera study`: a grid of runs planned, run or gone on with, scored alike, and told in one report."""
+"""`tessera study`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import progress
+from tessera.cli.options import Overrides, Shard, parse_shard, print_error, progress
 
 
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="a study, such as recipes/studies/scaling.yaml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[key=value]...", help="dotted settings (set.training.global_batch_size=64)"),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, and end")] = False,
-    shard: Annotated[str | None, typer.Option(help="i/n: the members of part i of n, split by planned cost")] = None,
-    retry: Annotated[bool, typer.Option("--retry", help="try members again that failed")] = False,
-    report: Annotated[bool, typer.Option("--report", help="write the report of what is there, and end")] = False,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and exit")] = False,
+    shard: Shard = None,
+    retry: Annotated[bool, typer.Option("--retry", help="run failed members again")] = False,
+    report: Annotated[bool, typer.Option("--report", help="write the report of the results so far and exit")] = False,
     hardware: Annotated[str | None, typer.Option(help="plan for this, as in `tessera plan` (this machine)")] = None,
 ) -> None:
-    """Run a grid of recipes, score all members alike, and write one report: does it scale, which is better?
+    """Train a grid of recipes, score all members alike, and report scaling laws or comparisons.
 
-    It plans first, and refuses what does not fit. Interrupted? The same command goes on.
+    A study that does not fit its budget is refused before it starts. To resume, repeat the command.
     """
     from tessera.studies import runner, study_plan
     from tessera.studies import study as studies
 
-    asked = studies.read(file, overrides or [])
-    part = study_plan.shard_of(shard or "1/1")
-    folder = Path(asked.output)
+    config = studies.read(file, overrides or [])
+    part = parse_shard(shard)
     if report:
-        _report(asked)
+        _report(config)
         return
-    prepared, before = study_plan.prepare(asked), None if dry_run else study_plan.kept(folder)
-    with progress() as begin:
-        planned = study_plan.planned(asked, prepared, before, hardware, begin("planning"))
-    names = study_plan.share(planned, part)
-    study_plan.check(asked, planned)
+    prepared = study_plan.prepare(config)
+    previous = None if dry_run else study_plan.kept(Path(config.output))
+    with progress() as start:
+        plan = study_plan.planned(config, prepared, previous, hardware, start("planning"))
+    names = study_plan.share(plan, part)
+    study_plan.check(config, plan)
     if dry_run:
-        print(study_plan.table(planned))
+        print(study_plan.table(plan))
         if shard is not None:
-            print(f"part {shard}: {', '.join(names) or 'nothing, there are fewer members'}")
+            print(f"shard {shard}: {', '.join(names) or 'empty, as there are fewer members'}")
         return
-    if before is None:
-        _say(study_plan.table(planned))
-    study_plan.begin(asked, planned)
+    if previous is None:
+        print_error(study_plan.table(plan))
+    study_plan.begin(config, plan)
     try:
-        runner.run_study(asked, planned, names, retry, _say)
+        runner.run_study(config, plan, names, retry, print_error)
     except runner.Failed:
-        _report(asked)
+        _report(config)
         raise
-    _report(asked)
+    _report(config)
 
 
-def _report(asked: Any) -> None:
-    """Write the report of what a study's folder holds, and say where it is."""
-    from tessera.files import wait_for_lock
+def _report(config: Any) -> None:
+    """Write the report of a study's results and print its path."""
+    from tessera.files import exclusive_lock
     from tessera.studies import report, results
 
-    folder = Path(asked.output)
-    results.read(asked, folder)  # raises where nothing was begun: nothing is made there
-    with wait_for_lock(folder):  # shards may end at once
-        print(report.write(asked, results.read(asked, folder), folder))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    folder = Path(config.output)
+    results.read(config, folder)  # raises before the folder is created
+    with exclusive_lock(folder, on_wait=lambda: None):  # several shards may finish at the same time
+        print(report.write(config, results.read(config, folder), folder))

@@ -1,98 +1,111 @@
-"""`tessera tune`: settings that draw as well in less time, found by measuring and written into the model."""
+"""`tessera tune`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tessera.cli.options import Codec, Device, Heads, ModelPath, Precision, ReadAs, progress
+from tessera.cli.options import (
+    CheckpointType,
+    Codec,
+    Device,
+    Features,
+    ModelPath,
+    NumHeads,
+    Precision,
+    print_error,
+    progress,
+)
 from tessera.errors import TesseraError
 
 
 def tune(
     model: ModelPath,
-    reference: Annotated[str | None, typer.Option(help="data or statistics (what the model was trained on)")] = None,
-    features: Annotated[str | None, typer.Option(help="as in `tessera evaluate` (by the data)")] = None,
-    count: Annotated[int, typer.Option(help="pictures of a trial; the check on fresh seeds takes twice as many")] = 500,
-    budget: Annotated[float, typer.Option(help="minutes, about")] = 15,
-    choose: Annotated[
-        str, typer.Option(help="fastest-equal (fastest that is no worse), best (lowest fd) or none (write nothing)")
-    ] = "fastest-equal",
-    margin: Annotated[float, typer.Option(help="no worse: within chance, and at most this share above")] = 0.05,
-    search: Annotated[str, typer.Option(help="what may change")] = "solver,steps,guidance,caching",
     baseline: Annotated[
-        str | None, typer.Option(help="as in 'sampler=ancestral steps=250' (the model's own settings)")
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...",
+            help="sampling settings of the baseline, instead of the model's own: num_steps=250",
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="pictures drawn at once")] = 50,
+    reference: Annotated[str | None, typer.Option(help="data or statistics (the training data of the model)")] = None,
+    features: Features = None,
+    num_samples: Annotated[int, typer.Option(help="samples per trial; twice as many in the final comparison")] = 500,
+    budget: Annotated[float, typer.Option(help="minutes, approximately")] = 15,
+    select: Annotated[
+        str, typer.Option(help="fastest-equal (fastest that is not worse), best (lowest fd) or none (write nothing)")
+    ] = "fastest-equal",
+    tolerance: Annotated[
+        float, typer.Option(help="not worse: no significant difference, and fd at most this fraction higher")
+    ] = 0.05,
+    search: Annotated[str, typer.Option(help="what may change")] = "solver,steps,guidance,caching",
+    batch_size: Annotated[int, typer.Option(min=1)] = 50,
     precision: Precision = "float32",
     device: Device = "auto",
-    read_as: ReadAs = None,
-    heads: Heads = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
     codec: Codec = None,
     out: Annotated[
-        Path | None, typer.Option(help="folder for everything (RUN/tune/CHECKPOINT, or tune-NAME beside it)")
+        Path | None, typer.Option(help="folder for all results (RUN/tune/CHECKPOINT, or tune-NAME beside the model)")
     ] = None,
-    save_to: Annotated[Path | None, typer.Option(help="a new bundle for the settings, instead of the model")] = None,
+    save_to: Annotated[Path | None, typer.Option(help="write a new bundle instead of changing the model")] = None,
 ) -> None:
-    """Search solver, grid, steps, guidance and caching; keep what is fastest at equal quality as the model's own.
+    """Search solver, timestep grid, steps, guidance and caching, and write the best settings into the model.
 
-    Trials are compared with the model's present settings by fd, on the same seeds; finalists again on fresh ones.
-    Interrupted, or out of time? The same command goes on.
+    Each trial is compared with the baseline by fd on the same seeds, the finalists again on new seeds. To resume after
+    an interruption or to spend more time, repeat the command.
     """
     from tessera import runtime
     from tessera.evaluation import suite
-    from tessera.evaluation.features import extractor
-    from tessera.evaluation.reference import check_word
+    from tessera.evaluation.features import load_extractor
+    from tessera.evaluation.reference import check_reference
     from tessera.interop import load
     from tessera.settings import validate
-    from tessera.studies.tuning import result
-    from tessera.studies.tuning import tuner as study
+    from tessera.studies.tuning import result, tuner
 
-    asked = {"count": count, "budget": budget, "choose": choose, "margin": margin, "batch": batch}
-    asked |= {"search": [name.strip() for name in search.split(",") if name.strip()], "precision": precision}
-    tuning = validate(
-        study.Tuning, asked, "what --count, --budget, --choose, --margin, --search or --precision asks for"
-    )
+    settings = {
+        "num_samples": num_samples,
+        "budget": budget,
+        "select": select,
+        "tolerance": tolerance,
+        "search": [name.strip() for name in search.split(",") if name.strip()],
+        "batch_size": batch_size,
+        "precision": precision,
+    }
+    tuning = validate(tuner.Tuning, settings, "the command line")
     path = Path(model).expanduser()
     if path.exists() and not load.is_model(path):
-        raise TesseraError(f"{model} is no model that Tessera knows: {load.ACCEPTED}")
+        raise TesseraError(f"{model} is not a model that Tessera can read: {load.ACCEPTED}")
     home = result.home(path)
     if save_to is not None and save_to.exists():
         raise TesseraError(f"--save-to {save_to} exists already: remove it or give another name")
-    writes = choose != "none"
-    if path.exists() and home is None and save_to is None and writes:
+    if path.exists() and home is None and save_to is None and select != "none":
         raise TesseraError(
-            f"{model} is no bundle and no run, so settings cannot be written into it: give --save-to FOLDER for a "
-            "bundle that has them, or --choose none"
+            f"{model} is neither a bundle nor a run, so it cannot hold settings: give --save-to FOLDER for a new "
+            "bundle, or --select none"
         )
-    loaded = load.load(home or path, device=device, read_as=read_as, heads=heads, codec=codec)
-    compared_with = reference or suite.trained_on(loaded)
-    if isinstance(compared_with, str):
-        check_word(compared_with)
-    network = extractor(features or suite.usual_features(compared_with), runtime.choose_device(device))
+    loaded = load.load(home or path, device=device, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    data = reference or suite.training_data(loaded)
+    if isinstance(data, str):
+        check_reference(data)
+    extractor = load_extractor(features or suite.default_features(data), runtime.choose_device(device))
     folder = out or result.folder_for(path)
-    with progress() as begin:
-        told = study.Tuner(loaded, compared_with, network, folder, tuning, (baseline or "").split(), _say, begin)
-        done = told.run()
-    result.plot(done, folder / result.PLOT)
-    print(result.page(done))
-    for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
-    print(f"all trials in {folder / study.RESULTS}, plotted in {folder / result.PLOT}")
-    if done.chosen is None:
+    with progress() as start:
+        outcome = tuner.Tuner(loaded, data, extractor, folder, tuning, baseline, print_error, start).run()
+    result.plot(outcome, folder / result.PLOT)
+    print(result.page(outcome))
+    for note in outcome.notes:
+        print_error(f"note: {note}")
+    print(f"all trials in {folder / tuner.RESULTS}, plotted in {folder / result.PLOT}")
+    if outcome.chosen is None:
         return
-    said = result.note(done)
+    provenance = result.note(outcome)
     if save_to is not None:
-        result.save(loaded, save_to, done.chosen.sampling, said)
-        print(f"wrote {save_to}: it draws with {done.chosen.name}")
+        result.save(loaded, save_to, outcome.chosen.sampling, provenance)
+        print(f"wrote {save_to} with {outcome.chosen.name}")
         return
     assert home is not None
-    result.record(home, done.chosen.sampling, said, loaded.network)
-    print(f"wrote into {home}: it draws with {done.chosen.name}")
+    result.record(home, outcome.chosen.sampling, provenance, loaded.network)
+    print(f"wrote {outcome.chosen.name} into {home}")
     if home != path:
-        print("later checkpoints of this run begin with the recipe's settings: set `sampling` there, or tune again")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        print("later checkpoints of this run use the recipe's settings: change `sampling` there, or tune again")

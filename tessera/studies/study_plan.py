@@ -15,25 +15,25 @@ from typing import Any, Literal
 import torch
 
 from tessera.data.images import Dataset
-from tessera.data.latents import LatentsSource
-from tessera.errors import TesseraError, listed
+from tessera.data.latents import LatentsDataset
+from tessera.errors import TesseraError, bullet_list
 from tessera.evaluation import suite
-from tessera.evaluation.features import FeatureSet, Progress, extractor
-from tessera.evaluation.reference import find_reference
-from tessera.evaluation.sources import Data
+from tessera.evaluation.features import FeatureSet, Progress, load_extractor
+from tessera.evaluation.reference import resolve_reference
+from tessera.evaluation.sources import DatasetSource
 from tessera.files import atomic_file
 from tessera.interop import load
 from tessera.models.network import parameter_count
-from tessera.monitoring.logger import format_duration
 from tessera.planning import hardware as machines
 from tessera.planning.hardware import Hardware
+from tessera.reporting.text import format_duration
 from tessera.runtime import choose_device
 from tessera.sampling.timesteps import timestep_grid
-from tessera.settings import Settings, changes, validate, write_yaml
+from tessera.settings import Settings, diff, to_yaml, validate
 from tessera.studies.study import Budget, Marks, Member, Study, members
 from tessera.training import initialization
-from tessera.training.plan_recipe import calls, plan_of
-from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
+from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
+from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
 from tessera.training.run import open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
@@ -120,7 +120,7 @@ def prepare(study: Study) -> list[Prepared]:
         except TesseraError as error:
             faults.append(f"{member.name}: {error}")
     if faults:
-        raise TesseraError(f"{len(faults)} of the study's members cannot be:{listed(faults)}")
+        raise TesseraError(f"{len(faults)} of the study's members cannot be:{bullet_list(faults)}")
     names = [prepared.member.name for prepared in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise TesseraError(f"two members would be called {twice[0]}: give the values of the axes other names")
@@ -160,14 +160,14 @@ def resolved(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
     if config.init_from is not None:
         if config.init_from not in opened:
             opened[config.init_from] = load.load(
-                config.init_from, "cpu", heads=config.init_num_heads, read_as=config.init_type
+                config.init_from, "cpu", num_heads=config.init_num_heads, checkpoint_type=config.init_type
             )
         recipe = initialization.inherit_settings(recipe, opened[config.init_from])
-    recipe = pixels_like_data(recipe)
+    recipe = infer_pixel_channels(recipe)
     key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()
     if key not in opened:
         codec = recipe.codec.build()
-        source: Dataset | LatentsSource = open_data(recipe, codec)
+        source: Dataset | LatentsDataset = open_data(recipe, codec)
         opened[key] = codec, source.class_names
     codec, class_names = opened[key]
     return resolve_recipe(recipe, class_names, codec)
@@ -205,7 +205,7 @@ def _check_scoring(study: Study, found: Sequence[Prepared]) -> None:
     """Raise TesseraError unless all members are scored alike, and can be."""
     first, *others = found
     for other in others:
-        if differing := changes(protocol(first.recipe), protocol(other.recipe)):
+        if differing := diff(protocol(first.recipe), protocol(other.recipe)):
             told = "; ".join(f"{name} is {old} and {new}" for name, old, new in differing)
             raise TesseraError(
                 f"members {first.member.name} and {other.member.name} would be scored in two ways: {told}\n"
@@ -214,8 +214,8 @@ def _check_scoring(study: Study, found: Sequence[Prepared]) -> None:
             )
     recipe = first.recipe
     evaluation, told = recipe.evaluation, recipe.evaluation.reference or recipe.data
-    network = extractor(evaluation.features or suite.usual_features(told), choose_device(recipe.training.device))
-    reference = find_reference(told, Data(recipe.data), network)
+    network = load_extractor(evaluation.features or suite.default_features(told), choose_device(recipe.training.device))
+    reference = resolve_reference(told, DatasetSource(recipe.data), network)
     suite.check_metrics(
         evaluation.metrics, evaluation.num_samples, network, reference if isinstance(reference, FeatureSet) else None
     )
@@ -229,7 +229,7 @@ def drawing_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[in
     found = {}
     for steps in sorted({recipe.sampling.num_steps, *numbers}):
         drawn = recipe.sampling.model_copy(update={"num_steps": steps})
-        found[steps] = macs * calls(recipe.model_copy(update={"sampling": drawn}), process)
+        found[steps] = macs * count_function_evaluations(recipe.model_copy(update={"sampling": drawn}), process)
     return found
 
 
@@ -272,7 +272,7 @@ def planned(
 
 def _planned(study: Study, prepared: Prepared, hardware: Hardware) -> Planned:
     recipe, macs = prepared.recipe, prepared.macs
-    made, drawing = plan_of(recipe, hardware), drawing_macs(recipe, macs, study.sampling_steps)
+    made, drawing = plan_for_recipe(recipe, hardware), drawing_macs(recipe, macs, study.sampling_steps)
     others = [drawing[steps] for steps in study.sampling_steps if steps != recipe.sampling.num_steps]
     drawn = made.call_seconds * sum(others) / macs + made.look_seconds * len(others)  # of one picture each
     return Planned(
@@ -342,7 +342,7 @@ def begin(study: Study, planned: StudyPlan) -> None:
     """Write the study and its plan down. Raises TesseraError if that cannot be done."""
     folder, writer = Path(study.output), f"{platform.node()}-{os.getpid()}"
     told = json.dumps(planned.model_dump(mode="json"), indent=1) + "\n"
-    for path, text in ((folder / STUDY, write_yaml(study)), (folder / PLAN, told)):
+    for path, text in ((folder / STUDY, to_yaml(study)), (folder / PLAN, told)):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             with atomic_file(path, writer) as partial:
                 partial.write_text(text, encoding="utf-8")
@@ -358,7 +358,7 @@ def check_same(folder: Path, before: StudyPlan, recipes: dict[str, Recipe]) -> N
         )
     for name, member in before.members.items():
         one, other = (recipe.model_dump(mode="json") for recipe in (member.recipe, recipes[name]))
-        differing = [f"{place} was {old}, is {new}" for place, old, new in changes(one, other) if place not in WHERE]
+        differing = [f"{place} was {old}, is {new}" for place, old, new in diff(one, other) if place not in WHERE]
         if differing:
             raise TesseraError(f"{folder} holds another study: of {name} {'; '.join(differing)}; {instead}")
 
@@ -367,22 +367,14 @@ def check_same(folder: Path, before: StudyPlan, recipes: dict[str, Recipe]) -> N
 
 
 def share(planned: StudyPlan, shard: tuple[int, int]) -> list[str]:
-    """The members of shard i of n, i from 1: the costliest first, each to the shard that has least so far.
+    """The members of shard (index from 0, count): the most expensive first, each to the shard with the least so far.
 
     By FLOPs, not by seconds: every machine must come to the same split.
     """
-    number, count = shard
+    index, count = shard
     loads, shards = [0.0] * count, [set[str]() for _ in range(count)]
     for name in sorted(planned.members, key=lambda name: -planned.members[name].all_flops):
         least = loads.index(min(loads))
         loads[least] += planned.members[name].all_flops
         shards[least].add(name)
-    return [name for name in planned.members if name in shards[number - 1]]
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """'2/4' -> (2, 4). Raises TesseraError."""
-    number, found, count = text.partition("/")
-    if not (found and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise TesseraError(f"--shard {text} is not understood; write i/n with i from 1 to n, for example 1/4")
-    return int(number), int(count)
+    return [name for name in planned.members if name in shards[index]]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tessera import bundle
+from tessera.cli.options import parse_shard
 from tessera.evaluation import protocol
 from tessera.files import exclusive_lock
 from tessera.monitoring.logger import read_log
@@ -41,7 +42,7 @@ def run(asked, retry: bool = False, shard: str = "1/1") -> list[str]:
     said: list[str] = []
     found = study_plan.planned(asked, study_plan.prepare(asked), study_plan.kept(Path(asked.output)), "h100")
     study_plan.begin(asked, found)
-    runner.run_study(asked, found, study_plan.share(found, study_plan.shard_of(shard)), retry, said.append)
+    runner.run_study(asked, found, study_plan.share(found, parse_shard(shard)), retry, said.append)
     return said
 
 
@@ -201,7 +202,7 @@ def life(asked) -> None:
     if found is None:
         taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
         taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-        study_plan.plan_of = lambda recipe, hardware: taken
+        study_plan.plan_for_recipe = lambda recipe, hardware: taken
         found = study_plan.planned(asked, study_plan.prepare(asked), None, "h100")
         study_plan.begin(asked, found)
     runner.run_study(asked, found, list(found.members), False, lambda text: None)

@@ -1,0 +1,37 @@
+"""`tessera convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumHeads
+
+
+def convert(
+    source: ModelPath,
+    target: Annotated[Path, typer.Argument(help="a new folder, or a .pt file for official")],
+    to: Annotated[str, typer.Option("--to", help="bundle, official or diffusers")],
+    approximate: Annotated[
+        bool, typer.Option(help="also write what the format cannot hold exactly, and report the difference")
+    ] = False,
+    ema: EMA = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
+    codec: Codec = None,
+) -> None:
+    """Convert a model to another format. The weights stay bit-identical."""
+    from tessera.interop import load
+
+    print(
+        load.convert(
+            source,
+            target,
+            to,
+            approximate=approximate,
+            ema=ema,
+            checkpoint_type=checkpoint_type,
+            num_heads=num_heads,
+            codec=codec,
+        )
+    )

@@ -1,0 +1,256 @@
+"""Generated images as files, for `tessera sample`: PNGs with a grid, or one .npz."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tessera import __version__, images, runtime
+from tessera.acceleration import compilation
+from tessera.acceleration.first_block_cache import CacheStats
+from tessera.bundle import Model, weights_hash
+from tessera.cli.options import MAX_SAMPLES, print_error, progress
+from tessera.data.images import centre_crop
+from tessera.errors import TesseraError
+from tessera.generation import bulk, pipeline
+from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request
+from tessera.interop import load
+
+MAX_COLUMNS, MAX_ROWS = 16, 32  # of the grid
+
+
+def bulk_request(
+    model: Model,
+    classes: str | None,
+    per_class: int | None,
+    seeds: str | None,
+    num_samples: int | None,
+    policy: bulk.ClassPolicy,
+    **settings: Any,
+) -> BulkRequest:
+    """The request of the options: `num_samples` by a class policy, or every class with every seed."""
+    if num_samples is not None:
+        return bulk_request(model, num_samples, policy, **settings)
+    seed_list, labels = parse_seeds(seeds, per_class), parse_classes(classes, model)
+    if labels is None:
+        return BulkRequest(seed_list, None, "without classes", **settings)
+    return BulkRequest(seed_list * len(labels), [label for label in labels for _ in seed_list], **settings)
+
+
+def parse_seeds(text: str | None, count: int | None) -> list[int]:
+    """'0-15' or '1,5,9' -> seeds; None -> 0 .. count - 1. Raises TesseraError."""
+    if text is None:
+        return list(range(count or 1))
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2**63):
+            raise TesseraError(f"--seeds {text} is not valid: write 0-15 or 1,5,9 (below 2^63)")
+        if int(last) - int(first) >= MAX_SAMPLES:
+            raise TesseraError(f"--seeds {text} is more than {MAX_SAMPLES:,} images: use several commands")
+        seeds += range(int(first), int(last) + 1)
+    if count is not None and count != len(seeds):
+        raise TesseraError(f"--seeds has {len(seeds)} seeds, but --per-class is {count}: leave one of the two out")
+    return seeds
+
+
+def parse_classes(text: str | None, model: Model) -> list[int] | None:
+    """'3,7', 'cat,dog' or 'all' -> labels; None for an unconditional model. Raises TesseraError."""
+    num_classes = model.config.network.num_classes
+    if not num_classes:
+        if text is not None:
+            raise TesseraError("this model is unconditional: leave --classes out")
+        return None
+    if text is None and num_classes > 16:
+        raise TesseraError(f"this model has {num_classes} classes: give --classes, for example 0,1,2 or all")
+    if text is None or text == "all":
+        return list(range(num_classes))
+    return pipeline.class_labels(model, [part.strip() for part in text.split(",")])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files that generation starts from beside the model."""
+
+    guidance_model: Model | None = None
+    init_image: np.ndarray | None = None
+    strength: float | None = None
+    mask: np.ndarray | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # the options of the command line
+    hashes: dict[str, str] = field(default_factory=dict)  # of the content
+
+
+def read_inputs(
+    model: Model,
+    guidance_model: str | None,
+    init_image: str | None,
+    strength: float | None,
+    mask: str | None,
+    size: tuple[int, int] | None,
+) -> Inputs:
+    """Read --guidance-model, --init-image and --mask. Raises TesseraError for what does not fit the model.
+
+    Image and mask are cropped as training images are, to --size or to the size the model was trained at.
+    """
+    guide, pixels, mask_pixels, hashes = None, None, None, {}
+    if guidance_model is not None:
+        try:
+            guide = load.load(guidance_model, device=str(model.device))
+        except TesseraError as error:
+            hint = " (convert a .pt of unusual type to a bundle first)" if Path(guidance_model).is_file() else ""
+            raise TesseraError(f"--guidance-model: {error}{hint}") from None
+        pipeline.check_guidance_model(model, guide)
+        hashes["guidance_model_weights"] = weights_hash(guide.network)
+    if init_image is None and (strength is not None or mask is not None):
+        raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
+    if init_image is not None:
+        original = _read_image("--init-image", init_image, model.codec.pixel_channels)
+        height, width = model.config.network.input_size
+        size = size or (height * model.codec.factor, width * model.codec.factor)
+        pixels = _crop(original, size)
+        hashes["init_image_hash"] = _hash(pixels)
+        if mask is not None:
+            mask_image = _read_image("--mask", mask, 1)
+            if mask_image.shape[:2] != original.shape[:2]:
+                raise TesseraError(
+                    f"--mask {mask} has {mask_image.shape[0]} x {mask_image.shape[1]} pixels (height x width), but "
+                    f"--init-image {init_image} has {original.shape[0]} x {original.shape[1]}: both need the same size"
+                )
+            mask_pixels = _crop(mask_image, size)[..., 0] >= 128
+            hashes["mask_hash"] = _hash(mask_pixels)
+    options = {"guidance-model": guidance_model, "init-image": init_image, "strength": strength, "mask": mask}
+    options = {name: value for name, value in options.items() if value is not None}
+    return Inputs(guide, pixels, strength, mask_pixels, options, hashes)
+
+
+def _read_image(option: str, path: str, channels: int) -> np.ndarray:
+    """uint8 [H, W, C] of an image file. Raises TesseraError if colour or transparency would be lost."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            modes = {"L", "1", "P", "RGB"} if channels == 3 or option == "--mask" else {"L", "1"}
+            transparent = "transparency" in image.info
+            if image.mode not in modes or transparent:
+                raise TesseraError(
+                    f"{option} {path} has the mode {image.mode}{' with transparency' if transparent else ''}; expected "
+                    f"{'RGB or grayscale' if 'RGB' in modes else 'grayscale, as this model generates'}: convert it"
+                )
+            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        raise TesseraError(f"cannot read {option} {path}: {error}") from None
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [H, W, C] scaled and cropped to a size; unchanged if it has that size."""
+    if pixels.shape[:2] == size:
+        return pixels
+    cropped = np.asarray(centre_crop(images.to_pil(pixels), size))
+    return cropped if cropped.ndim == 3 else cropped[..., None]
+
+
+def _hash(pixels: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
+
+
+def compile_network(model: Model) -> None:
+    """Compile the network of a model. If that fails, print the reason and continue without."""
+    _, reason = compilation.compiled(model.network, "blocks", sizes="changing")
+    if reason is not None:
+        print_error(f"continuing without compilation: {reason}")
+
+
+def write_npz(model: Model, request: BulkRequest, target: Path, batch_size: int, description: str) -> None:
+    """Generate shards beside the target, shared by all processes, and join them into one .npz."""
+    if target.suffix != ".npz":
+        raise TesseraError(f"--npz {target} must end in .npz")
+    if target.exists():
+        raise TesseraError(f"{target} exists already: remove it or give another name")
+    folder = target.with_name(target.name + ".shards")
+    with runtime.distributed_session() as ranks, progress() as start:
+        samples = BulkSamples(model, request, folder, batch_size, description)
+        bulk.generate_shards(samples, ranks, start(f"generating {samples.count}") if ranks.is_main else None)
+        if ranks.is_main:
+            bulk.write_npz(samples, target)
+            shutil.rmtree(folder, ignore_errors=True)
+    if ranks.is_main:
+        print(f"{samples.count} images in {target}")
+
+
+def write_images(
+    model: Model, request: BulkRequest, inputs: Inputs, out: Path, batch_size: int, settings: dict[str, Any]
+) -> None:
+    """Write a PNG of each image and a grid into a folder, or the grid alone into a .png file.
+
+    An existing PNG with the same settings is not generated again. settings: stored in every PNG.
+    """
+    sampling = pipeline.sampling_config(model, **request.settings).model_dump(mode="json")
+    settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
+    settings |= inputs.hashes
+    grid_only, count = out.suffix.lower() == ".png", len(request.seeds)
+    if grid_only and count > MAX_COLUMNS * MAX_ROWS:
+        raise TesseraError(
+            f"a grid holds at most {MAX_COLUMNS * MAX_ROWS} images, not {count}: give a folder for --out"
+        )
+    stats, sheet = CacheStats(), []
+    with progress() as start:
+        report = start(f"generating {count}")
+        for first in range(0, count, batch_size):
+            rows = range(first, min(first + batch_size, count))
+            batch = _generate(model, request, inputs, rows, None if grid_only else out, settings, stats)
+            sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
+            report(rows.stop, count)
+    seeds = list(dict.fromkeys(request.seeds))
+    classes = None if request.classes is None else list(dict.fromkeys(request.classes))
+    row_per_class = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= MAX_COLUMNS
+    columns = len(seeds) if row_per_class else min(count, 8)
+    grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // len(sheet[0])))
+    images.save_png(out if grid_only else out / "grid.png", grid, {**settings, "classes": classes, "seeds": seeds})
+    caching = f"; caching computed {stats.computed / stats.asked:.0%} of the blocks" if stats.asked else ""
+    print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
+
+
+def _generate(
+    model: Model,
+    request: BulkRequest,
+    inputs: Inputs,
+    rows: range,
+    out: Path | None,
+    settings: dict[str, Any],
+    stats: CacheStats,
+) -> list[np.ndarray]:
+    """The images of some rows of a request: read from the folder where they exist, else generated and written."""
+    done: dict[int, np.ndarray] = {}
+    files = {}
+    for row in rows:
+        label, seed = None if request.classes is None else request.classes[row], request.seeds[row]
+        name = f"seed-{seed}.png" if label is None else f"class-{label}-seed-{seed}.png"
+        files[row] = name, {**settings, "classes": label if label is None else [label], "seeds": [seed]}
+        if out is not None and (image := images.load_png(out / name, files[row][1])) is not None:
+            done[row] = image
+    missing = [row for row in rows if row not in done]
+    if missing:
+        generated = pipeline.generate(
+            model,
+            None if request.classes is None else [request.classes[row] for row in missing],
+            [request.seeds[row] for row in missing],
+            size=request.size,
+            guidance_model=inputs.guidance_model,
+            init_image=inputs.init_image,
+            strength=inputs.strength,
+            mask=inputs.mask,
+            precision=request.precision,
+            batch_size=len(missing),
+            cache_stats=stats,
+            **request.settings,
+        )
+        for row, image in zip(missing, generated):
+            done[row] = image
+            if out is not None:
+                images.save_png(out / files[row][0], image, files[row][1])
+    return [done[row] for row in rows]

@@ -1,0 +1,67 @@
+"""`tessera info`: facts of a model, or the command that reproduces an image."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tessera.cli.options import EMA, CheckpointType, Codec, NumHeads
+from tessera.errors import TesseraError
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="a model, or a PNG written by `tessera sample`")],
+    ema: EMA = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
+    codec: Codec = None,
+) -> None:
+    """Print the facts of a model and its training, or the command that reproduces an image."""
+    if Path(model).suffix.lower() == ".png":
+        print(_command(Path(model)))
+        return
+    from tessera.bundle import weights_hash
+    from tessera.interop.load import ema_decays, load
+    from tessera.model_card import describe
+
+    loaded = load(model, device="cpu", ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    class_names = loaded.config.class_names
+    names = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
+    facts = {**describe(loaded), "classes": names or "without names", "weights": weights_hash(loaded.network)}
+    facts |= loaded.config.provenance.facts()
+    if decays := ema_decays(model):
+        facts["EMA decays"] = f"{', '.join(map(str, decays))} (select one with --ema)"
+    width = max(map(len, facts)) + 2
+    for name, value in facts.items():
+        print(f"{name:<{width}}{value}")
+
+
+def _command(path: Path) -> str:
+    """The `tessera sample` command that reproduces an image. It states every sampling setting, because the settings of
+    the model may change."""
+    from tessera.images import read_settings
+
+    try:
+        settings = read_settings(path)
+    except OSError as error:
+        raise TesseraError(f"cannot read {path}: {error}") from None
+    if settings is None or "sampling" not in settings:
+        raise TesseraError(f"{path} holds no settings: it was not written by `tessera sample`")
+    words = ["tessera", "sample", settings["model"]]
+    words += [word for name, value in settings["sampling"].items() for word in _overrides(name, value)]
+    for option, value in settings["options"].items():
+        words += [f"--{option}", str(value)]
+    for option in ("classes", "seeds"):
+        if settings[option] is not None:
+            words += [f"--{option}", ",".join(map(str, settings[option]))]
+    return f"{shlex.join(words)}\n# weights {settings['weights']}; compare with `tessera info` of the model"
+
+
+def _overrides(name: str, value: Any) -> list[str]:
+    """A setting as override words. The kind of a choice comes first, because it drops the previous fields."""
+    if not isinstance(value, dict):
+        return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    words = [f"{name}={value['kind']}"] if "kind" in value else []
+    return words + [word for key in value if key != "kind" for word in _overrides(f"{name}.{key}", value[key])]

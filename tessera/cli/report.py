@@ -1,0 +1,16 @@
+"""`tessera report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    out: Annotated[Path | None, typer.Option(help="the HTML file (RUN/report.html)")] = None,
+) -> None:
+    """Write an HTML report of a run: curves, samples, diagnostics, settings. Works during training, too."""
+    from tessera.monitoring import report
+
+    print(report.write(run, out))

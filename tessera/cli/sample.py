@@ -1,0 +1,98 @@
+"""`tessera sample`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera.cli.options import (
+    EMA,
+    MAX_SAMPLES,
+    CheckpointType,
+    ClassPolicy,
+    Codec,
+    Device,
+    ModelPath,
+    NumHeads,
+    Precision,
+    SamplingOverrides,
+    Size,
+    parse_size,
+)
+from tessera.errors import TesseraError
+
+
+def sample(
+    model: ModelPath,
+    overrides: SamplingOverrides = None,
+    classes: Annotated[str | None, typer.Option(help="numbers or names, as in 3,7, or all")] = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="images of each class (1)")] = None,
+    seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; the seed determines the image")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, max=MAX_SAMPLES, help="total; classes are chosen by --class-policy")
+    ] = None,
+    class_policy: ClassPolicy = "uniform",
+    size: Size = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    precision: Precision = "float32",
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="a folder, or a .png for the grid alone")] = Path("samples"),
+    npz: Annotated[Path | None, typer.Option(help="write one .npz in the format of the ADM suite instead")] = None,
+    guidance_model: Annotated[
+        str | None, typer.Option(help="autoguidance: a weaker model of the same kind, such as an early checkpoint")
+    ] = None,
+    init_image: Annotated[str | None, typer.Option(help="start from this image, cropped to --size")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="how much --init-image may change, 0 to 1 (0.6, or 1 with --mask)")
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="inpainting: an image that is white where --init-image is replaced")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="compile the network first; for many images")] = False,
+    ema: EMA = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
+    codec: Codec = None,
+) -> None:
+    """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
+
+    To resume after an interruption, repeat the command. With torchrun and --npz, the processes share the work.
+    """
+    from tessera.cli import image_files
+    from tessera.interop import load
+
+    if num_samples is not None and (classes or per_class or seeds):
+        raise TesseraError("--num-samples sets classes and seeds: leave out --classes, --per-class and --seeds")
+    loaded = load.load(model, device=device, ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    request = image_files.bulk_request(
+        loaded,
+        classes,
+        per_class,
+        seeds,
+        num_samples,
+        class_policy,
+        settings={"overrides": overrides or []},
+        precision=precision,
+        size=parse_size(size),
+    )
+    inputs = image_files.read_inputs(loaded, guidance_model, init_image, strength, mask, request.size)
+    if compile:
+        image_files.compile_network(loaded)
+    if npz is not None:
+        if inputs.options:
+            raise TesseraError(
+                "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength and --mask"
+            )
+        image_files.write_npz(loaded, request, npz, batch_size, model)
+        return
+    options = {
+        "ema": ema,
+        "checkpoint-type": checkpoint_type,
+        "num-heads": num_heads,
+        "codec": codec,
+        "precision": None if precision == "float32" else precision,
+        "size": None if request.size is None else "x".join(map(str, request.size)),
+        **inputs.options,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    image_files.write_images(loaded, request, inputs, out, batch_size, {"model": model, "options": options})

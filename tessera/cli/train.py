@@ -1,0 +1,35 @@
+"""`tessera train`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera.cli.options import Overrides
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as recipes/modern.yaml")],
+    overrides: Overrides = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and estimate time and memory")] = False,
+) -> None:
+    """Train a model from a recipe. To resume an interrupted run, repeat the command.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
+    """
+    from tessera.runtime import choose_device, keep_freed_memory
+    from tessera.training import loop
+    from tessera.training.dry_run import dry_run as estimate_run
+    from tessera.training.recipe import read_recipe
+
+    config = read_recipe(recipe, overrides or [])
+    if dry_run:
+        print(estimate_run(config, resume))
+        return
+    if choose_device(config.training.device).type == "cpu":
+        keep_freed_memory()
+    folder = loop.train(config, resume)
+    if os.environ.get("RANK", "0") == "0":
+        print(folder)
