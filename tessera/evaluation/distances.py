@@ -1,9 +1,9 @@
-"""Features of samples and of a reference to numbers: how far apart they are, how many are shared, which are copied.
+"""Metrics on features: how far samples are from a reference, how much they overlap with it, which ones are copies.
 
-Features are numpy [N, D] (logits [N, K]), float32 or float64, memory maps included; float64 blocks of them do the
-work, on the CPU and as many threads as torch has. Every interval is at 95 %, and says in its function what it is of;
-benchmarks/evaluation_distances.md holds how often simulated truths were inside. All functions raise TesseraError
-where an array is not [N, D], has too few rows, another width than its partner, or NaN.
+Features are numpy [N, D] (logits [N, K]), float32 or float64, memory maps included. Computation is in float64 blocks on
+the CPU, on all threads that torch uses. Every interval is a 95 % interval; each function states what it covers, and
+benchmarks/evaluation_distances.md reports how often simulated truths were inside. All functions raise TesseraError
+if an array is not [N, D], has too few rows, another width than the other array, or holds NaN.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ from torch import Tensor
 from tessera import randomness
 from tessera.errors import TesseraError
 from tessera.evaluation.intervals import Estimate
-from tessera.evaluation.moments import Moments, finite
+from tessera.evaluation.moments import Moments, check_finite
 
-STREAM = 0x64697374  # of randomness: which rows are taken, and which are taken together
-GROUPS, SPLITS = 20, 3  # of frechet_infinity: groups left out in turn, and times that they are split into halves
-PAIRS = 2**23  # pairs of rows looked at together: 64 MiB
-ROWS = 4096  # rows looked at together where there are no pairs
+STREAM = 0x64697374  # random stream: which rows are used, and which are grouped
+GROUPS, SPLITS = 20, 3  # of frechet_infinity: groups left out one at a time, and random splits into halves
+PAIRS = 2**23  # pairs of rows computed together: 64 MiB
+ROWS = 4096  # rows computed together, where there are no pairs
 
 
 # Fréchet distance
@@ -29,92 +29,100 @@ ROWS = 4096  # rows looked at together where there are no pairs
 def frechet_distance(mu1: np.ndarray, cov1: np.ndarray, mu2: np.ndarray, cov2: np.ndarray) -> float:
     """|mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [D], covariances [D, D] (Heusel et al. 2017, eq. 6).
 
-    Of any rank. Raises TesseraError for other shapes, numbers that are not finite, covariances that are not symmetric.
+    The covariances may have any rank. Raises TesseraError for other shapes, values that are not finite, or covariances
+    that are not symmetric.
     """
     first, second = _gaussian(mu1, cov1), _gaussian(mu2, cov2)
     return _frechet(first, second, _root(second[1]))
 
 
 def frechet(features: np.ndarray, moments: Moments, reference: Moments) -> Estimate:
-    """Fréchet distance of n samples to a reference. features [n, D], at least 2; moments are theirs.
+    """Fréchet distance of n samples to a reference. features [n, D], n >= 2; moments are those of the features.
 
-    It falls with n, so compare at equal n only. The interval is of what n samples of the same model give on average,
-    the reference taken as exact: the delta method. It serves for n < D too; it is too wide (98 %) where samples are of
-    the reference's own distribution, and too narrow (83 to 92 %) for few samples (16) with heavy tails.
+    It decreases with n, so compare at equal n only. The interval covers the expected distance of n samples of the same
+    model, with the reference taken as exact (delta method). It is valid for n < D too. It is too wide (98 %) if samples
+    have the reference's own distribution, and too narrow (83 to 92 %) for few samples (16) with heavy tails.
     """
-    _rows(features, 2, "the Fréchet distance")
-    _same_width(features.shape[1], len(moments.mean))
-    first, second = _gaussian(moments.mean, moments.cov), _gaussian(reference.mean, reference.cov)
-    root = _root(second[1])
+    first, second, root = _frechet_terms(features, moments, reference)
     return Estimate.normal(_frechet(first, second, root), _frechet_error(features, first, second, root))
 
 
-def frechet_pulls(features: np.ndarray, moments: Moments, reference: Moments) -> np.ndarray:
-    """How much each of n samples pulls at their Fréchet distance to a reference, float64 [n]; moments are theirs.
+def frechet_influences(features: np.ndarray, moments: Moments, reference: Moments) -> np.ndarray:
+    """The influence of each of n samples on their Fréchet distance to a reference, float64 [n].
 
-    std(pulls) / sqrt(n) is the standard error of `frechet`. Of two models that drew from the same seeds,
-    std(pulls - others) / sqrt(n) is that of the difference: less, the more alike their pictures are.
+    std(influences) / sqrt(n) is the standard error of `frechet`. For two models sampled with the same seeds,
+    std(influences - others) / sqrt(n) is the standard error of the difference. It is smaller the more similar their
+    images are.
     """
-    _rows(features, 2, "the Fréchet distance")
-    _same_width(features.shape[1], len(moments.mean))
-    first, second = _gaussian(moments.mean, moments.cov), _gaussian(reference.mean, reference.cov)
-    return _pulls(features, first, second, _root(second[1])).numpy()
+    return _influences(features, *_frechet_terms(features, moments, reference)).numpy()
 
 
 def frechet_infinity(features: np.ndarray, reference: Moments, seed: int = 0) -> Estimate:
-    """Fréchet distance that infinitely many samples would have. features [n, D], at least 4 D and 80.
+    """Fréchet distance extrapolated to infinitely many samples. features [n, D], n >= max(4 D, 80).
 
-    Chong & Forsyth (2020) lay a straight line in 1 / n through ever smaller samples. The bend that it misses is, in
-    many dimensions, larger than the noise; so this is a parabola, through three sizes near n: all samples, all but
-    one of 20 groups (each in turn), and halves (three times two). At each size every sample counts alike.
+    Chong & Forsyth (2020) fit a straight line in 1 / n to ever smaller sample counts. In many dimensions the curvature
+    that a line misses is larger than the noise. So this fits a parabola to three counts near n: all samples, all but
+    one of 20 groups (each in turn), and halves (three times two). At each count every sample has the same weight.
 
-    The interval is of the true distance, the reference taken as exact; the error is that of `frechet`. Values may be
-    below 0 where the truth is near it. The parabola too misses some: at worst (features alike in all directions) 1 %
-    of the plain distance for n = 4 D, 0.2 % for 10 D. Where the truth is near 0 that can be more than the interval.
+    The interval covers the true distance, with the reference taken as exact; its error is that of `frechet`. Values may
+    be below 0 if the truth is near it. The parabola is biased, too: at worst (features alike in all directions) by 1 %
+    of the plain distance for n = 4 D, 0.2 % for 10 D. If the truth is near 0, that can exceed the interval.
     """
-    _rows(features, max(4 * features.shape[-1], 80), "the Fréchet distance at infinitely many samples")
+    _check_rows(features, max(4 * features.shape[-1], 80), "the Fréchet distance at infinitely many samples")
     order = randomness.permutation(seed, STREAM, 0, len(features)).numpy()
-    groups = [Moments.of(features[np.sort(rows)]) for rows in np.array_split(order, GROUPS)]
-    whole = _merged(groups)
+    groups = [Moments.from_rows(features[np.sort(rows)]) for rows in np.array_split(order, GROUPS)]
+    full = _merge(groups)
     second = _gaussian(reference.mean, reference.cov)
     root = _root(second[1])
 
-    def at(parts: Iterable[Moments]) -> np.ndarray:
-        """(size as a share of all, inverted; distance), averaged"""
-        found = [(whole.count / part.count, _frechet(_gaussian(part.mean, part.cov), second, root)) for part in parts]
-        return np.mean(found, axis=0)
+    def mean_point(subsets: Iterable[Moments]) -> np.ndarray:
+        """(n / size of the subset, distance), averaged over subsets."""
+        points = [(full.count / part.count, _frechet(_gaussian(part.mean, part.cov), second, root)) for part in subsets]
+        return np.mean(points, axis=0)
 
     halves = []
     for split in range(SPLITS):
-        half = _merged([groups[i] for i in randomness.permutation(seed, STREAM, 1 + split, GROUPS)[: GROUPS // 2]])
-        halves += [half, whole.without(half)]
-    points = np.stack((at([whole]), at(whole.without(group) for group in groups), at(halves)))
+        half = _merge([groups[i] for i in randomness.permutation(seed, STREAM, 1 + split, GROUPS)[: GROUPS // 2]])
+        halves += [half, full.without(half)]
+    leave_one_out = (full.without(group) for group in groups)
+    points = np.stack((mean_point([full]), mean_point(leave_one_out), mean_point(halves)))
     value = float(np.polyfit(points[:, 0], points[:, 1], 2)[-1])
-    return Estimate.normal(value, _frechet_error(features, _gaussian(whole.mean, whole.cov), second, root))
+    return Estimate.normal(value, _frechet_error(features, _gaussian(full.mean, full.cov), second, root))
 
 
-def _gaussian(mean: np.ndarray, cov: np.ndarray) -> tuple[Tensor, Tensor]:
-    """float64 mean [D] and covariance [D, D], or TesseraError."""
+Gaussian = tuple[Tensor, Tensor]  # mean [D], covariance [D, D]
+
+
+def _gaussian(mean: np.ndarray, cov: np.ndarray) -> Gaussian:
+    """Float64 tensors. Raises TesseraError for arrays that are not a mean and a covariance."""
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise TesseraError(
             f"a mean of {list(mean.shape)} and a covariance of {list(cov.shape)}; expected [D] and [D, D]"
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise TesseraError("a mean or covariance holds NaN or infinity; look at the features that it is of")
+        raise TesseraError("a mean or covariance holds NaN or infinity; check the features that it was computed from")
     if np.abs(cov - cov.T).max(initial=0) > 1e-8 * np.abs(cov).max(initial=0):
-        raise TesseraError("a covariance is not symmetric; is it of other data, or damaged?")
+        raise TesseraError("a covariance is not symmetric; was it made from other data, or is it damaged?")
     return _tensor(mean), _tensor(cov)
 
 
-def _merged(parts: list[Moments]) -> Moments:
+def _frechet_terms(features: np.ndarray, moments: Moments, reference: Moments) -> tuple[Gaussian, Gaussian, Tensor]:
+    """Both Gaussians, and a root of the reference's covariance."""
+    _check_rows(features, 2, "the Fréchet distance")
+    _check_same_width(features.shape[1], len(moments.mean))
+    second = _gaussian(reference.mean, reference.cov)
+    return _gaussian(moments.mean, moments.cov), second, _root(second[1])
+
+
+def _merge(parts: list[Moments]) -> Moments:
     merged = Moments()
     for part in parts:
         merged.merge(part)
     return merged
 
 
-def _floor(values: Tensor) -> Tensor:
-    """What rounding leaves of an eigenvalue that is zero: below it they are, as the root would make much of them."""
+def _tolerance(values: Tensor) -> Tensor:
+    """The rounding error of eigenvalues. Smaller values count as zero, because their square root would be large."""
     return len(values) * torch.finfo(values.dtype).eps * values.amax() if len(values) else values.sum()
 
 
@@ -122,67 +130,68 @@ def _root(cov: Tensor) -> Tensor:
     """A [D, rank] with A A^T = cov."""
     root, failed = torch.linalg.cholesky_ex(cov)
     pivots = root.diagonal().square()
-    if not failed and (pivots > _floor(pivots)).all():
+    if not failed and (pivots > _tolerance(pivots)).all():
         return root
     values, vectors = torch.linalg.eigh(cov)
-    kept = values > _floor(values)
-    return vectors[:, kept] * values[kept].sqrt()
+    nonzero = values > _tolerance(values)
+    return vectors[:, nonzero] * values[nonzero].sqrt()
 
 
-def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: Tensor) -> float:
-    """root A is of the second: A^T cov1 A has the eigenvalues of cov1 cov2, and is symmetric."""
+def _frechet(first: Gaussian, second: Gaussian, root: Tensor) -> float:
+    """With A = root of the second: A^T cov1 A has the eigenvalues of cov1 cov2, and is symmetric."""
     (mu1, cov1), (mu2, cov2) = first, second
-    _same_width(len(mu1), len(mu2))
+    _check_same_width(len(mu1), len(mu2))
     values = torch.linalg.eigvalsh(root.T @ cov1 @ root)
-    shared = values[values > _floor(values)].sqrt().sum()
-    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * shared)
+    trace_of_root = values[values > _tolerance(values)].sqrt().sum()
+    return float((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root)
 
 
-def _frechet_error(
-    features: np.ndarray, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: Tensor
-) -> float:
+def _frechet_error(features: np.ndarray, first: Gaussian, second: Gaussian, root: Tensor) -> float:
     """Standard error of the distance."""
-    return float(_pulls(features, first, second, root).std()) / len(features) ** 0.5
+    return float(_influences(features, first, second, root).std()) / len(features) ** 0.5
 
 
-def _pulls(features: np.ndarray, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], root: Tensor) -> Tensor:
-    """How much each sample pulls at the distance, float64 [n]: its influence function, up to a constant.
+def _influences(features: np.ndarray, first: Gaussian, second: Gaussian, root: Tensor) -> Tensor:
+    """The influence function of the distance at each sample, up to a constant, float64 [n].
 
     At x: 2 (mu1 - mu2).(x - mu1) + (x - mu1)^T (1 - T) (x - mu1), with T = A (A^T cov1 A)^(-1/2) A^T the optimal
-    transport from the first Gaussian to the second.
+    transport map from the first Gaussian to the second.
     """
     (mu1, cov1), mu2 = first, second[0]
     values, vectors = torch.linalg.eigh(root.T @ cov1 @ root)
-    kept = values > _floor(values)
-    transport = root @ vectors[:, kept] * values[kept] ** -0.25  # its square is T
-    pulls = []
+    nonzero = values > _tolerance(values)
+    transport = root @ vectors[:, nonzero] * values[nonzero] ** -0.25  # transport @ transport.T is T
+    influences = []
     for start in range(0, len(features), ROWS):
-        centred = _tensor(features[start : start + ROWS]) - mu1
-        curved = centred.square().sum(dim=1) - (centred @ transport).square().sum(dim=1)
-        pulls.append(2 * centred @ (mu1 - mu2) + curved)
-    return torch.cat(pulls)
+        centered = _tensor(features[start : start + ROWS]) - mu1
+        quadratic = centered.square().sum(dim=1) - (centered @ transport).square().sum(dim=1)
+        influences.append(2 * centered @ (mu1 - mu2) + quadratic)
+    return torch.cat(influences)
 
 
 # Kernel distance
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray, most: int = 10_000, seed: int = 0) -> Estimate:
-    """KID: the squared maximum mean discrepancy of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), unbiased.
+def kernel_distance(features: np.ndarray, reference: np.ndarray, max_rows: int = 10_000, seed: int = 0) -> Estimate:
+    """KID: the unbiased squared maximum mean discrepancy of the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    features [N, D], reference [M, D]; of each at most `most` rows, and at least 2. Over all pairs, not over subsets as
-    peers do, so there is no noise of the choice. Values may be below 0 where the distributions agree.
+    features [N, D], reference [M, D], N, M >= 2; at most `max_rows` rows of each are used. It is the mean over all
+    pairs, not over random subsets as in other packages, so it has no subset noise. Values may be below 0 if the
+    distributions agree.
 
-    The interval is of the true discrepancy, both sides taken as samples: from the variance of each row's mean kernel
-    (the first-order terms of the U-statistic). For equal distributions those vanish, and what noise leaves of them is
-    twice the variance: the interval is then too wide (98 %). It is a little narrow (91 %) for some tens of rows.
+    The interval covers the true discrepancy, with both sides taken as samples. It uses the variance of each row's mean
+    kernel (the first-order terms of the U-statistic). These terms vanish for equal distributions: the noise in them is
+    twice the variance, and the interval is too wide (98 %). It is slightly narrow (91 %) for some tens of rows.
     """
-    x, y = _pair(_chosen(features, most, seed), _chosen(reference, most, seed), 2, "the kernel distance")
+    x, y = _pair(
+        _random_rows(features, max_rows, seed), _random_rows(reference, max_rows, seed), 2, "the kernel distance"
+    )
     n, m = len(x), len(y)
     over_y, over_x = _kernel_sums(x, y)
-    pull_x = (_kernel_sums(x, x)[0] - _own_kernel(x)) / (n - 1) - over_y / m
-    pull_y = (_kernel_sums(y, y)[0] - _own_kernel(y)) / (m - 1) - over_x / n
-    error = 2 * (pull_x.var() / n + pull_y.var() / m).sqrt()
-    return Estimate.normal(float(pull_x.mean() + pull_y.mean()), float(error))
+    influence_x = (_kernel_sums(x, x)[0] - _self_kernel(x)) / (n - 1) - over_y / m
+    influence_y = (_kernel_sums(y, y)[0] - _self_kernel(y)) / (m - 1) - over_x / n
+    error = 2 * (influence_x.var() / n + influence_y.var() / m).sqrt()
+    return Estimate.normal(float(influence_x.mean() + influence_y.mean()), float(error))
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +204,8 @@ def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(over_y), over_x
 
 
-def _own_kernel(x: Tensor) -> Tensor:
+def _self_kernel(x: Tensor) -> Tensor:
+    """The kernel of each row with itself [N]."""
     return (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
 
 
@@ -203,23 +213,23 @@ def _own_kernel(x: Tensor) -> Tensor:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 0) -> Estimate:
-    """exp of the mean KL divergence of p(class | picture) from p(class), averaged over splits (Salimans et al. 2016).
+    """exp of the mean KL divergence of p(class | image) from p(class), averaged over splits (Salimans et al. 2016).
 
-    logits [N, K] of a classifier, at least 2 rows a split. They are shuffled first, so that samples in the order of
-    their classes are no special case. The interval is of what as many other samples would give on average: to first
-    order a sample pulls at its split's score by its own divergence. Fewer samples a split give a lower score.
+    logits [N, K] of a classifier, at least 2 rows per split. They are shuffled first, so the order of the samples does
+    not matter. The interval covers the expected score of as many other samples: to first order, a sample's influence on
+    its split's score is its own divergence. Fewer samples per split give a lower score.
     """
-    _rows(logits, 2 * splits, f"the Inception score of {splits} splits")
+    _check_rows(logits, 2 * splits, f"the Inception score of {splits} splits")
     order = randomness.permutation(seed, STREAM, 0, len(logits)).numpy()
-    scores, pulls = [], []
+    scores, influences = [], []
     for rows in np.array_split(order, splits):
         part = logits[np.sort(rows)]
-        average = torch.stack([told.exp().sum(dim=0) for told in _log_probabilities(part)]).sum(dim=0) / len(part)
-        divergence = torch.cat([_divergence(told, average) for told in _log_probabilities(part)])
+        marginal = torch.stack([log_p.exp().sum(dim=0) for log_p in _log_probabilities(part)]).sum(dim=0) / len(part)
+        divergence = torch.cat([_divergence(log_p, marginal) for log_p in _log_probabilities(part)])
         score = divergence.mean().exp()
         scores.append(float(score))
-        pulls.append(score * (divergence - divergence.mean()))
-    return Estimate.normal(float(np.mean(scores)), float(torch.cat(pulls).std()) / len(logits) ** 0.5)
+        influences.append(score * (divergence - divergence.mean()))
+    return Estimate.normal(float(np.mean(scores)), float(torch.cat(influences).std()) / len(logits) ** 0.5)
 
 
 def _log_probabilities(logits: np.ndarray) -> Iterator[Tensor]:
@@ -227,99 +237,101 @@ def _log_probabilities(logits: np.ndarray) -> Iterator[Tensor]:
         yield _tensor(logits[start : start + ROWS]).log_softmax(dim=1)
 
 
-def _divergence(told: Tensor, average: Tensor) -> Tensor:
-    """KL(told || average) [N] of log-probabilities [N, K] and probabilities [K]."""
-    p = told.exp()
-    return (p * told - torch.xlogy(p, average)).sum(dim=1)  # xlogy: a class that is never told has the logarithm of 0
+def _divergence(log_p: Tensor, marginal: Tensor) -> Tensor:
+    """KL(p || marginal) [N] of log-probabilities [N, K] and probabilities [K]."""
+    p = log_p.exp()
+    return (p * log_p - torch.xlogy(p, marginal)).sum(dim=1)  # xlogy(0, 0) is 0: a class that no image has
 
 
-# Neighbours
+# Nearest neighbors
 
 
 def precision_recall(features: np.ndarray, reference: np.ndarray, k: int = 3) -> dict[str, Estimate]:
-    """precision: the share of samples inside a ball around a reference row that reaches to its k-th nearest fellow;
-    recall: the share of reference rows inside such a ball around a sample (Kynkäänniemi et al. 2019, k = 3 as there).
+    """precision: the fraction of samples inside a ball around a reference row, whose radius is the distance to that
+    row's k-th nearest neighbor; recall: the fraction of reference rows inside such a ball around a sample (Kynkäänniemi
+    et al. 2019, who use k = 3).
 
-    features [N, D], reference [M, D], each at least k + 1; compare at equal N and M only. A ball holds its border, as
-    in the paper (the package prdc leaves it out), so one of radius 0, where k fellows are equal, holds equal rows. The
-    intervals are Wilson's, of these shares among infinitely many rows inside the same balls: that other rows would
-    make other balls they do not cover.
+    features [N, D], reference [M, D], N, M >= k + 1; compare at equal N and M only. A ball includes its border, as in
+    the paper (the package prdc excludes it), so a ball of radius 0, where k neighbors are equal, contains equal rows.
+    The intervals are Wilson intervals of these fractions among infinitely many rows inside the same balls. They do not
+    cover the randomness of the balls.
     """
     x, y = _pair(features, reference, k + 1, f"precision and recall with k = {k}")
-    x_reach, y_reach = _reach(x, k), _reach(y, k)
+    x_radius, y_radius = _kth_distance(x, k), _kth_distance(y, k)
     inside, covered = 0, torch.zeros(len(y), dtype=torch.bool)
-    for rows, squared in _squared(x, y):
-        inside += int((squared <= y_reach).any(dim=1).sum())
-        covered |= (squared <= x_reach[rows, None]).any(dim=0)
+    for rows, squared in _squared_distances(x, y):
+        inside += int((squared <= y_radius).any(dim=1).sum())
+        covered |= (squared <= x_radius[rows, None]).any(dim=0)
     return {"precision": Estimate.proportion(inside, len(x)), "recall": Estimate.proportion(int(covered.sum()), len(y))}
 
 
 def density_coverage(features: np.ndarray, reference: np.ndarray, k: int = 5) -> dict[str, Estimate]:
-    """density: in how many balls around reference rows a sample is, over k; coverage: the share of these balls that
-    hold a sample (Naeem et al. 2020, k = 5 as there).
+    """density: the number of balls around reference rows that contain a sample, divided by k; coverage: the fraction of
+    these balls that contain a sample (Naeem et al. 2020, who use k = 5).
 
-    features [N, D], at least 2; reference [M, D], at least k + 1. Balls as in `precision_recall`. The intervals take
-    the balls as exact: normal for the density, of the mean of other samples; for coverage Wilson's, of the share among
-    infinitely many reference rows.
+    features [N, D], N >= 2; reference [M, D], M >= k + 1. The balls are those of `precision_recall`. The intervals take
+    the balls as exact. For density they are normal and cover the mean of other samples; for coverage they are Wilson
+    intervals of the fraction among infinitely many reference rows.
     """
     x, y = _pair(features, reference, 2, f"density and coverage with k = {k}", k + 1)
-    reach = _reach(y, k)
-    around, closest = [], torch.full((len(y),), torch.inf, dtype=y.dtype)
-    for _, squared in _squared(x, y):
-        around.append((squared <= reach).sum(dim=1))
+    radius = _kth_distance(y, k)
+    counts, closest = [], torch.full((len(y),), torch.inf, dtype=y.dtype)
+    for _, squared in _squared_distances(x, y):
+        counts.append((squared <= radius).sum(dim=1))
         closest = torch.minimum(closest, squared.amin(dim=0))
-    density = torch.cat(around).to(x.dtype) / k
+    density = torch.cat(counts).to(x.dtype) / k
     return {
         "density": Estimate.normal(float(density.mean()), float(density.std()) / len(x) ** 0.5),
-        "coverage": Estimate.proportion(int((closest <= reach).sum()), len(y)),
+        "coverage": Estimate.proportion(int((closest <= radius).sum()), len(y)),
     }
 
 
-def nearest(features: np.ndarray, reference: np.ndarray, count: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Distances to the nearest reference rows, float64 [N], and their numbers, int64 [N]; [N, count] where count > 1.
+def nearest_neighbors(features: np.ndarray, reference: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Distances to the k nearest reference rows, float64 [N], and their indices, int64 [N]; [N, k] if k > 1.
 
-    features [N, D], at least 1; reference [M, D], at least count.
+    features [N, D], N >= 1; reference [M, D], M >= k.
     """
-    x, y = _pair(features, reference, 1, f"the {count} nearest", count)
-    squared, index = _nearest(x, y, count)
-    shape = (len(x), count) if count > 1 else (len(x),)
+    x, y = _pair(features, reference, 1, f"the {k} nearest", k)
+    squared, index = _nearest(x, y, k)
+    shape = (len(x), k) if k > 1 else (len(x),)
     return squared.sqrt().reshape(shape).numpy(), index.reshape(shape).numpy()
 
 
 def authenticity(features: np.ndarray, reference: np.ndarray) -> Estimate:
-    """The share of samples farther from their nearest reference row than that row is from its nearest fellow (Alaa et
-    al. 2022): copies are not. Pictures held out of the reference reach no 100 % either: compare with theirs.
+    """The fraction of samples that are farther from their nearest reference row than that row is from its own nearest
+    neighbor (Alaa et al. 2022); copies are not. Images held out of the reference do not reach 100 % either, so compare
+    with their value.
 
-    features [N, D], at least 1; reference [M, D], at least 2. A sample equal to a reference row is a copy, also where
-    that row has an equal fellow. Wilson's interval, of the share among infinitely many samples, the reference fixed.
+    features [N, D], N >= 1; reference [M, D], M >= 2. A sample equal to a reference row is a copy, even if the row has
+    an equal neighbor. Wilson interval of the fraction among infinitely many samples, with the reference fixed.
     """
     x, y = _pair(features, reference, 1, "authenticity", 2)
     squared, index = _nearest(x, y, 1)
-    return Estimate.proportion(int((squared > _reach(y, 1)[index]).sum()), len(x))
+    return Estimate.proportion(int((squared > _kth_distance(y, 1)[index]).sum()), len(x))
 
 
-def _nearest(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Squared distances, ascending, and numbers of the nearest y, [N, count]."""
-    found = [squared.topk(count, largest=False) for _, squared in _squared(x, y)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+def _nearest(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared distances, ascending, and indices of the nearest rows of y, [N, k]."""
+    nearest = [squared.topk(k, largest=False) for _, squared in _squared_distances(x, y)]
+    return torch.cat([block.values for block in nearest]), torch.cat([block.indices for block in nearest])
 
 
-def _reach(x: Tensor, k: int) -> Tensor:
-    """Squared distance of every row to the k-th nearest other [N]."""
-    found = []
-    for rows, squared in _squared(x, x):
+def _kth_distance(x: Tensor, k: int) -> Tensor:
+    """Squared distance of every row to the k-th nearest other row [N]."""
+    distances = []
+    for rows, squared in _squared_distances(x, x):
         squared[:, rows].fill_diagonal_(torch.inf)
-        found.append(squared.topk(k, largest=False).values[:, -1])
-    return torch.cat(found)
+        distances.append(squared.topk(k, largest=False).values[:, -1])
+    return torch.cat(distances)
 
 
-def _squared(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Squared distances of some rows of x to all of y, [rows, M], until all rows had their turn."""
+def _squared_distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Squared distances of all rows of x to all of y, in blocks [rows, M]."""
     x_norm, y_norm = x.square().sum(dim=1), y.square().sum(dim=1)
     for rows in _blocks(x, y):
         norms = x_norm[rows, None] + y_norm
         squared = torch.addmm(norms, x[rows], y.T, alpha=-2)
-        # Rounding leaves a little of the distance of equal rows; float32 features tell nothing below this apart.
+        # Rounding leaves a small distance between equal rows; float32 features do not resolve anything below this.
         yield rows, squared.masked_fill_(squared < 1e-13 * norms, 0)
 
 
@@ -328,36 +340,36 @@ def _blocks(x: Tensor, y: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + step, len(x))) for start in range(0, len(x), step))
 
 
-# What is asked of arrays
+# Checks of arrays
 
 
-def _rows(rows: np.ndarray, least: int, what: str) -> None:
-    finite(rows)
-    if len(rows) < least:
+def _check_rows(rows: np.ndarray, minimum: int, what: str) -> None:
+    check_finite(rows)
+    if len(rows) < minimum:
         width = rows.shape[1]
-        raise TesseraError(f"{what} (width {width}) needs at least {least} rows, not {len(rows)}; take more pictures")
+        raise TesseraError(f"{what} (width {width}) needs at least {minimum} rows, not {len(rows)}; use more images")
 
 
 def _pair(
-    features: np.ndarray, reference: np.ndarray, least: int, what: str, least_reference: int | None = None
+    features: np.ndarray, reference: np.ndarray, minimum: int, what: str, minimum_reference: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both as float64."""
-    _rows(features, least, what)
-    _rows(reference, least if least_reference is None else least_reference, f"{what}, in the reference")
-    _same_width(features.shape[1], reference.shape[1])
+    _check_rows(features, minimum, what)
+    _check_rows(reference, minimum if minimum_reference is None else minimum_reference, f"{what}, in the reference")
+    _check_same_width(features.shape[1], reference.shape[1])
     return _tensor(features), _tensor(reference)
 
 
-def _same_width(one: int, other: int) -> None:
-    if one != other:
-        raise TesseraError(f"features of different widths: {one} and {other}; take both from the same network")
+def _check_same_width(first: int, second: int) -> None:
+    if first != second:
+        raise TesseraError(f"features of different widths: {first} and {second}; use the same network for both")
 
 
-def _chosen(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
-    """At most so many rows, in order."""
-    if len(rows) <= most:
+def _random_rows(rows: np.ndarray, max_rows: int, seed: int) -> np.ndarray:
+    """At most `max_rows` rows, in their order."""
+    if len(rows) <= max_rows:
         return rows
-    return rows[np.sort(randomness.permutation(seed, STREAM, 0, len(rows))[:most].numpy())]
+    return rows[np.sort(randomness.permutation(seed, STREAM, 0, len(rows))[:max_rows].numpy())]
 
 
 def _tensor(rows: np.ndarray) -> Tensor:

@@ -1,9 +1,10 @@
 """The Inception-v3 of the Fréchet Inception Distance: the TensorFlow graph of 2015-12-05, with its resize.
 
-Names of modules are torchvision's, so that the weights of pytorch-fid (github.com/mseitzer/pytorch-fid) fit. It differs
-from Inception-v3 as published (Szegedy et al. 2016) in its pools, in 1008 classes, and in having no auxiliary head.
+The module names are those of torchvision, so the weights of pytorch-fid (github.com/mseitzer/pytorch-fid) fit. It
+differs from the published Inception-v3 (Szegedy et al. 2016) in its pools, its 1008 classes, and the missing auxiliary
+head.
 
-Shapes: B pictures, C channels, H W height and width.
+Shapes: B images, C channels, H W height and width.
 """
 
 import hashlib
@@ -17,31 +18,31 @@ from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from tessera.bundle import fit
+from tessera.bundle import check_state_dict
+from tessera.checkpoint_files import read_pickle
 from tessera.errors import TesseraError
-from tessera.interop.readers import read_pickle
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
-SHA256 = "6726825d"  # how the hash of the file begins
+SHA256 = "6726825d"  # first digits of the file's hash
 
-SIZE = 299  # pixels a side
+SIZE = 299  # pixels per side
 ROW, COLUMN = (1, 7), (7, 1)  # kernels
 
 Kernel = int | tuple[int, int]
-Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels, and a kernel; or two beside each other, at a top
+Layer = tuple[int, Kernel] | tuple[int, Kernel, Kernel]  # channels and a kernel; a last layer may have two
 
 
 class Inception(nn.Module):
-    """Features of pictures, for FID, sFID, the Inception Score and their kin. In float32 whatever the settings are.
+    """Features for FID, sFID, the Inception Score and similar metrics. Always computed in full float32.
 
-    parts: the width of each kind of feature.
-    name, weights, resize: what numbers made with it depend on; weights is the hash of the file they came from.
+    widths: of each kind of feature.
+    name, weights, resize: what scores depend on; weights is the hash of the weights' file.
     """
 
     name = "inception-2015-12-05"
     resize = f"bilinear as in TensorFlow 1, to {SIZE} x {SIZE}"
-    parts = {"pool": 2048, "spatial": 7 * 17 * 17, "logits": 1008}
+    widths = {"pool": 2048, "spatial": 7 * 17 * 17, "logits": 1008}
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,23 +79,23 @@ class Inception(nn.Module):
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """pictures uint8 [B, C, H, W], C 1 (grey) or 3 (RGB), any size -> float32:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images uint8 [B, C, H, W], C 1 (gray) or 3 (RGB), any size -> float32:
 
-        pool     [B, 2048]  the average of the last maps: what FID, KID, precision and recall compare
-        spatial  [B, 2023]  seven maps of 17 x 17 from the middle, flat in the order H, W, C as the sFID statistics of
-                            guided diffusion (Dhariwal & Nichol 2021) are
-        logits   [B, 1008]  without the bias, as the Inception Score takes them since Salimans et al. 2016
+        pool     [B, 2048]  the mean of the last maps, for FID, KID, precision and recall
+        spatial  [B, 2023]  seven 17 x 17 maps of a middle layer, flattened in the order H, W, C like the sFID
+                            statistics of guided diffusion (Dhariwal & Nichol 2021)
+        logits   [B, 1008]  without the bias, as in the Inception Score (Salimans et al. 2016)
 
-        Raises TesseraError for pictures of another type or shape.
+        Raises TesseraError for images of another type or shape.
         """
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise TesseraError(
-                f"Inception was given {pictures.dtype} {list(pictures.shape)}; expected torch.uint8 [B, C, H, W] "
-                "with C 1 (grey) or 3 (RGB)"
+                f"Inception received {images.dtype} {list(images.shape)}; expected torch.uint8 [B, C, H, W] with C 1 "
+                "(gray) or 3 (RGB)"
             )
-        with exact(pictures.device):
-            x = resize_like_tensorflow(pictures.float(), (SIZE, SIZE)).expand(-1, 3, -1, -1)
+        with full_float32(images.device):
+            x = resize_like_tensorflow(images.float(), (SIZE, SIZE)).expand(-1, 3, -1, -1)
             x = ((x - 128) / 128).contiguous(memory_format=torch.channels_last)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = max_pool2d(x, 3, stride=2)
@@ -108,7 +109,7 @@ class Inception(nn.Module):
             return {"pool": pool, "spatial": spatial, "logits": pool @ self.fc.weight.T}
 
     def fused(self) -> "Inception":
-        """Fold every batch norm into the convolution before it, here and for good: faster, equal to rounding."""
+        """Fold every batch norm into the convolution before it, in place: faster, and equal up to rounding."""
         for layer in self.modules():
             if isinstance(layer, Convolution):
                 layer.fuse()
@@ -132,24 +133,25 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.ModuleDict):
-    """Towers of convolutions beside each other on one input, and a pool; their outputs joined along the channels.
+    """Parallel towers of convolutions and a pool on one input; their outputs are concatenated along the channels.
 
-    towers: for each name its layers, the top one last.
+    towers: the layers of each tower by name, in order.
     pooled: the channels of a 1 x 1 convolution after the pool, or 0 for none.
-    stride: of the pool and of the top of every tower; what has stride 1 keeps the size.
+    stride: of the pool and of the last layer of every tower; layers with stride 1 keep the size.
     """
 
     def __init__(self, channels: int, pool: nn.Module, pooled: int = 0, stride: int = 1, **towers: list[Layer]) -> None:
         super().__init__()
-        self.towers: list[list[list[str]]] = []  # of each tower the steps, of each step the names of its layers
+        self.towers: list[list[list[str]]] = []  # for each tower its steps, for each step the names of its layers
         for tower, layers in towers.items():
             steps, width = [], channels
             for number, (outputs, *kernels) in enumerate(layers, 1):
                 name = f"{tower}_{number}" if len(layers) > 1 else tower
                 steps.append([name] if len(kernels) == 1 else [name + "a", name + "b"])
-                keeps = stride == 1 or number < len(layers)
+                same_size = stride == 1 or number < len(layers)
                 for layer, kernel in zip(steps[-1], kernels):
-                    self[layer] = Convolution(width, outputs, kernel, 1 if keeps else stride, "same" if keeps else 0)
+                    padding = "same" if same_size else 0
+                    self[layer] = Convolution(width, outputs, kernel, 1 if same_size else stride, padding)
                 width = outputs
             self.towers.append(steps)
         self["pool"] = pool
@@ -159,16 +161,16 @@ class Mixed(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
-        for *below, top in self.towers:
+        for *first, last in self.towers:
             y = x
-            for (layer,) in below:
+            for (layer,) in first:
                 y = self[layer](y)
-            outputs += [self[layer](y) for layer in top]
+            outputs += [self[layer](y) for layer in last]
         return torch.cat(outputs, 1)
 
 
 def _average() -> nn.Module:
-    """Over what lies inside the picture alone, as TensorFlow averages."""
+    """The mean over the pixels inside the image only, as in TensorFlow."""
     return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -209,79 +211,78 @@ def _coarse(channels: int, pool: nn.Module) -> Mixed:
 
 
 def resize_like_tensorflow(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """x float32 [B, C, H, W] -> [B, C, *size] by bilinear interpolation, as tf.image.resize_bilinear of TensorFlow 1.
+    """x float32 [B, C, H, W] -> [B, C, *size], bilinear, like tf.image.resize_bilinear of TensorFlow 1.
 
-    Output i lies at i * (input / output) of the input, corner on corner and not centre on centre, between the two
-    pixels about that place, however much smaller it is: what is made smaller aliases, and so do published numbers.
+    Output i is interpolated between the two pixels around position i * (input / output): corners are aligned, not
+    centers, and there is no antialiasing. Published numbers include the aliasing of downscaled images.
     """
     for axis, length in ((3, size[1]), (2, size[0])):
-        given = x.shape[axis]
-        scale = torch.tensor(given / length, dtype=torch.float32)  # in single precision, as the graph computes
-        place = torch.arange(length, dtype=torch.float32) * scale
-        low = place.long()
-        share = (place - low).unflatten(0, (-1,) + (1,) * (3 - axis)).to(x.device)
-        left, right = (x.index_select(axis, at.to(x.device)) for at in (low, (low + 1).clamp(max=given - 1)))
-        x = left + (right - left) * share
+        input_length = x.shape[axis]
+        scale = torch.tensor(input_length / length, dtype=torch.float32)  # single precision, as in the graph
+        position = torch.arange(length, dtype=torch.float32) * scale
+        low = position.long()
+        weight = (position - low).unflatten(0, (-1,) + (1,) * (3 - axis)).to(x.device)
+        indices = (low, (low + 1).clamp(max=input_length - 1))
+        left, right = (x.index_select(axis, index.to(x.device)) for index in indices)
+        x = left + (right - left) * weight
     return x
 
 
 @contextmanager
-def exact(device: torch.device) -> Iterator[None]:
-    """Products of whole float32 numbers: TF32, which is the default of convolutions on a GPU, moves an FID."""
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Disable TF32, which is the default for convolutions on a GPU and changes an FID, and autocast."""
     backends: Any = torch.backends
-    products = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [product.fp32_precision for product in products]
+    operators = (backends.cudnn.conv, backends.cuda.matmul, backends.mkldnn.conv, backends.mkldnn.matmul)
+    before = [operator.fp32_precision for operator in operators]
     try:
-        for product in products:
-            product.fp32_precision = "ieee"
+        for operator in operators:
+            operator.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for product, precision in zip(products, before):
-            product.fp32_precision = precision
+        for operator, precision in zip(operators, before):
+            operator.fp32_precision = precision
 
 
 def load(path: Path | None = None, sha256: str = SHA256) -> Inception:
     """The network with its weights, fused, on the CPU.
 
-    path: the file of pytorch-fid's weights; by default torch hub's cache, where it is downloaded to if it is missing.
-    sha256: how the hash of the file must begin; all published numbers are of one file.
-    Raises TesseraError if the file cannot be had, is another, or is damaged.
+    path: the file of pytorch-fid's weights; by default in torch hub's cache, downloaded if it is missing.
+    sha256: the first digits of the file's hash; all published numbers use the same file.
+    Raises TesseraError if the file is not available, is another one, or is damaged.
     """
-    path = _downloaded() if path is None else Path(path)
-    found = _hash(path)
-    if not found.startswith(sha256):
+    path = _download() if path is None else Path(path)
+    digest = _hash(path)
+    if not digest.startswith(sha256):
         raise TesseraError(
-            f"{path} has the sha256 {found[:16]}…, expected {sha256}…: other weights give other numbers; remove it and "
+            f"{path} has the sha256 {digest[:16]}…, expected {sha256}…: other weights give other scores; remove it and "
             f"download {URL}"
         )
     tensors = read_pickle(path)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise TesseraError(f"{path} holds no state dict; expected the file {URL}")
-    with torch.device("meta"):  # no time spent on initial weights that are replaced at once
+        raise TesseraError(f"{path} does not hold a state dict; expected the file {URL}")
+    with torch.device("meta"):  # skips initial weights, which are replaced anyway
         network = Inception()
     counters = [name for name in network.state_dict() if name.endswith(".num_batches_tracked")]
-    tensors = {
-        name: torch.zeros(()) for name in counters
-    } | tensors  # some files leave them out, and nothing reads them
-    fit(network, tensors, str(path))
+    tensors = {name: torch.zeros(()) for name in counters} | tensors  # unused, and missing in some files
+    check_state_dict(network, tensors, str(path))
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
-    network.weights = found[:16]
+    network.weights = digest[:16]
     return network.fused().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing overload)
 
 
-def _downloaded() -> Path:
-    """Where torch hub keeps the weights, after fetching them if they are not there."""
+def _download() -> Path:
+    """The weights' file in torch hub's cache, downloaded if it is missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), SHA256)
-        except (OSError, RuntimeError) as error:  # no network; or a proxy's page in place of the file
+        except (OSError, RuntimeError) as error:  # no network, or the error page of a proxy
             raise TesseraError(
                 f"cannot download the weights of Inception: {error}\n"
-                f"bring {URL}\nfrom a machine that can to {path}, or give its path by --features; "
-                "or fit a small network to your own classes: tessera evaluate train-features"
+                f"copy {URL}\nto {path}, or give its path with --features; or train a small network on your own "
+                "classes: tessera evaluate train-features"
             ) from None
     return path
 

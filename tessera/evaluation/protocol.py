@@ -1,4 +1,4 @@
-"""What a score must say of itself: a number without its protocol cannot be compared with another."""
+"""Scores with their protocol: two scores can be compared only if they were computed in the same way."""
 
 import hashlib
 import json
@@ -15,59 +15,61 @@ from tessera import __version__
 from tessera.errors import TesseraError
 from tessera.evaluation.intervals import Estimate
 from tessera.files import atomic_write
-from tessera.settings import Settings, changes, validate
+from tessera.settings import Settings, diff, validate
 
-PACKAGES = ("torch", "numpy", "pillow", "transformers")  # those that a score may depend on
+FORMAT = 2
+PACKAGES = ("torch", "numpy", "pillow", "transformers")  # those that can change a score
 
 
 class Protocol(Settings):
-    """How a score was made, whatever was scored: two scores of one protocol can be compared."""
+    """How a score was computed, apart from the model. Scores with the same protocol can be compared."""
 
     definition: dict[str, Any] = Field(description="the metric and its constants")
     features: dict[str, str] = Field(description="name, hash of the weights, resize")
-    reference: dict[str, Any] = Field(description="hash of its pictures, their number")
+    reference: dict[str, Any] = Field(description="hash and number of its images")
     samples: int
-    size: tuple[int, int] = Field(description="height and width of the pictures in pixels")
+    size: tuple[int, int] = Field(description="height and width of the images in pixels")
     channels: int
     sampling: dict[str, Any] | None = Field(
         default=None,
-        description="sampler, steps, guidance and its channels, seeds, class policy, precision; null: found",
+        description="sampler, steps, guidance and its channels, seeds, class policy, precision; null: existing images",
     )
 
     @property
     def fingerprint(self) -> str:
-        """Eight letters that stand for all of it."""
-        facts = self.model_dump(mode="json")
-        facts["features"].pop("name", None)  # for people: the same network goes by many paths
-        told = json.dumps(facts, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:8]
+        """Eight hexadecimal digits of a hash of the protocol."""
+        contents = self.model_dump(mode="json")
+        contents["features"].pop("name", None)  # for display only: one network can have several paths
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Score(Settings):
-    """One number, its 95 % interval, and everything needed to make it again."""
+    """One metric value, its 95 % interval, and everything needed to compute it again."""
 
-    model_config = ConfigDict(allow_inf_nan=True)  # a number is told as it was measured
+    model_config = ConfigDict(allow_inf_nan=True)  # values are saved as they were measured
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     metric: str
     value: float
     low: float
     high: float
     fingerprint: str
     protocol: Protocol
-    subject: dict[str, Any] = Field(description="what was scored: where it was, hash of its pictures, of its weights")
+    source: dict[str, Any] = Field(description="what was scored: its description, hash of its images, of its weights")
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, metric: str, measured: Estimate, protocol: Protocol, subject: dict[str, Any], device: str) -> "Score":
+    def from_estimate(
+        cls, metric: str, estimate: Estimate, protocol: Protocol, source: dict[str, Any], device: str
+    ) -> "Score":
         return cls(
             metric=metric,
-            value=measured.value,
-            low=measured.low,
-            high=measured.high,
+            value=estimate.value,
+            low=estimate.low,
+            high=estimate.high,
             fingerprint=protocol.fingerprint,
             protocol=protocol,
-            subject=subject,
+            source=source,
             environment=environment(device),
         )
 
@@ -76,16 +78,16 @@ class Score(Settings):
 
 
 def environment(device: str) -> dict[str, str]:
-    """Versions and machine: they are told, but two scores that differ in them alone can be compared."""
-    told = {"tessera": __version__, "python": platform.python_version(), "device": device}
+    """Versions and hardware. They are recorded, but scores that differ only in them can be compared."""
+    versions = {"tessera": __version__, "python": platform.python_version(), "device": device}
     for package in PACKAGES:
         try:
-            told[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
     if device.startswith("cuda"):
-        told["card"] = torch.cuda.get_device_name(device)
-    return told
+        versions["gpu"] = torch.cuda.get_device_name(device)
+    return versions
 
 
 def save(scores: Sequence[Score], path: Path) -> None:
@@ -96,36 +98,45 @@ def load(path: Path) -> list[Score]:
     """The scores of a file, or of the folder of an evaluation. Raises TesseraError."""
     path = path / "scores.json" if path.is_dir() else path
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read scores from {path}: {error}") from None
-    if not isinstance(told, list):
-        raise TesseraError(f"{path} holds no list of scores: expected what `tessera evaluate` writes")
-    return [validate(Score, score, str(path)) for score in told]
+    if not isinstance(contents, list):
+        raise TesseraError(f"{path} does not hold a list of scores: expected what `tessera evaluate` writes")
+    for score in contents:
+        if isinstance(score, dict) and score.get("format", FORMAT) != FORMAT:
+            writer = dict(score.get("environment") or {}).get("tessera", "of unknown version")
+            raise TesseraError(
+                f"{path} was written by Tessera {writer} in format {score['format']}; this version reads format "
+                f"{FORMAT}, and its protocols differ: run `tessera evaluate` again"
+            )
+    return [validate(Score, score, str(path)) for score in contents]
 
 
-def differences(one: Score, other: Score) -> list[str]:
-    """In what two scores' protocols differ, in words; empty if they can be compared."""
-    before, after = (score.protocol.model_dump(mode="json") for score in (one, other))
-    return [f"{name}: {old} and {new}" for name, old, new in changes(before, after)]
+def protocol_differences(first: Score, second: Score) -> list[str]:
+    """How the protocols of two scores differ, for display; empty if the scores can be compared."""
+    before, after = (score.protocol.model_dump(mode="json") for score in (first, second))
+    return [f"{name}: {old} and {new}" for name, old, new in diff(before, after)]
 
 
-def compared(one: Sequence[Score], other: Sequence[Score]) -> str:
-    """A table of the scores that both have, with a warning where their protocols differ."""
-    left, right = ({score.metric: score for score in scores} for scores in (one, other))
+def compare(first: Sequence[Score], second: Sequence[Score]) -> str:
+    """A table of the metrics that both have, with a warning if their protocols differ."""
+    left, right = ({score.metric: score for score in scores} for scores in (first, second))
     common = [metric for metric in left if metric in right]
     if not common:
-        raise TesseraError(f"nothing to compare: one has {', '.join(left)}, the other {', '.join(right)}")
+        raise TesseraError(f"nothing to compare: the first has {', '.join(left)}, the second {', '.join(right)}")
     lines = [f"{'metric':<18}{'first':<12}{'second':<12}difference"]
     warnings: dict[tuple[str, ...], list[str]] = {}
     for metric in common:
         a, b = left[metric], right[metric]
-        apart = "intervals exclude each other" if a.high < b.low or b.high < a.low else "intervals overlap"
-        lines.append(f"{metric:<18}{a.value:<12.5g}{b.value:<12.5g}{b.value - a.value:+.5g}, {apart}")
-        if found := differences(a, b):
-            warnings.setdefault(tuple(found), []).append(metric)
-    for found, metrics in warnings.items():
-        prints = " and ".join(side[metrics[0]].fingerprint for side in (left, right))
-        lines.append(f"warning: {', '.join(metrics)}: the numbers were not made alike:\n  {prints}, which differ in")
-        lines += [f"  - {difference}" for difference in found]
+        overlap = "intervals do not overlap" if a.high < b.low or b.high < a.low else "intervals overlap"
+        lines.append(f"{metric:<18}{a.value:<12.5g}{b.value:<12.5g}{b.value - a.value:+.5g}, {overlap}")
+        if differences := protocol_differences(a, b):
+            warnings.setdefault(tuple(differences), []).append(metric)
+    for differences, metrics in warnings.items():
+        fingerprints = " and ".join(side[metrics[0]].fingerprint for side in (left, right))
+        lines.append(
+            f"warning: {', '.join(metrics)}: the protocols differ, so the values cannot be compared:\n  {fingerprints}"
+        )
+        lines += [f"  - {difference}" for difference in differences]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How much of a picture is left after a codec: PSNR, SSIM, and how far apart originals and reconstructions are.
+"""Reconstruction quality of a codec: PSNR, SSIM, and the Fréchet distance of originals and reconstructions.
 
 Shapes: B batch, C channels, H W height and width.
 """
@@ -16,54 +16,54 @@ from tessera.codecs import Codec
 from tessera.data.images import Dataset, InvalidSample
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
-from tessera.evaluation.features import Extractor, Progress
+from tessera.evaluation.features import FeatureExtractor, Progress
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.moments import Moments
 
 PEAK = 255.0  # of 8-bit pixels
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels (Wang et al. 2004, section III.B)
 K1, K2 = 0.01, 0.03
-SHOWN = 16  # pictures on a sheet
+GRID_IMAGES = 16  # images in a comparison grid
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """psnr in dB and ssim: means over pictures; fd: of originals and reconstructions, None if no features were given.
+    """psnr in dB and ssim: means over images; fd: of originals and reconstructions, None without a feature network.
 
-    mean, std: of all numbers of the latents. originals and reconstructions: some of each, uint8 [n, H, W, C].
+    latent_mean, latent_std: of all latents. originals and reconstructions: some of each, uint8 [B, H, W, C].
     """
 
     psnr: Estimate
     ssim: Estimate
     fd: Estimate | None
     count: int
-    mean: float
-    std: float
+    latent_mean: float
+    latent_std: float
     originals: np.ndarray
     reconstructions: np.ndarray
 
 
 def psnr(pixels: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, pixels in 0 .. 255: [B, C, H, W] twice -> [B]; inf if equal."""
+    """Peak signal-to-noise ratio in dB of each image, pixels in 0 .. 255: [B, C, H, W] twice -> [B]; inf if equal."""
     error = (pixels.double() - others.double()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(PEAK**2 / error)
 
 
 def ssim(pixels: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004, equation 13) of each picture, pixels in 0 .. 255: [B, C, H, W] twice ->
-    [B], the mean over channels and over places where the window lies inside the picture.
+    """Structural similarity (Wang et al. 2004, equation 13) of each image, pixels in 0 .. 255: [B, C, H, W] twice ->
+    [B], the mean over channels and over the positions where the window lies inside the image.
 
-    Raises TesseraError for pictures smaller than the window of 11 pixels.
+    Raises TesseraError for images smaller than the window of 11 pixels.
     """
     channels, height, width = pixels.shape[1:]
     if min(height, width) < WINDOW:
-        raise TesseraError(f"SSIM needs pictures of at least {WINDOW} pixels a side, not {height} x {width}")
-    places = torch.arange(WINDOW, dtype=torch.float64, device=pixels.device) - WINDOW // 2
-    line = torch.exp(-(places**2) / (2 * SIGMA**2))
-    line = line / line.sum()
+        raise TesseraError(f"SSIM needs images of at least {WINDOW} pixels per side, not {height} x {width}")
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=pixels.device) - WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    window = window / window.sum()
 
     def average(values: Tensor) -> Tensor:
-        for kernel in (line[:, None], line[None, :]):  # the Gaussian window is separable
+        for kernel in (window[:, None], window[None, :]):  # the Gaussian window is separable
             values = functional.conv2d(values, kernel.expand(channels, 1, -1, -1), groups=channels)
         return values
 
@@ -72,101 +72,101 @@ def ssim(pixels: Tensor, others: Tensor) -> Tensor:
     var_x, var_y = average(x * x) - mean_x**2, average(y * y) - mean_y**2
     covariance = average(x * y) - mean_x * mean_y
     c1, c2 = (K1 * PEAK) ** 2, (K2 * PEAK) ** 2
-    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return (similar / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean(dim=(1, 2, 3))
 
 
 def reconstruct(
     codec: Codec,
-    source: Dataset,
-    chosen: Sequence[int],
+    dataset: Dataset,
+    indices: Sequence[int],
     device: torch.device,
-    network: Extractor | None = None,
-    batch: int = 16,
+    extractor: FeatureExtractor | None = None,
+    batch_size: int = 16,
     progress: Progress = None,
 ) -> Reconstruction:
-    """Send the chosen pictures of a source through a codec, the posterior's mean, and compare.
+    """Encode images of a data set to the mean of the posterior, decode them, and compare.
 
-    Unusable pictures are left out. network: whose features tell the Fréchet distance; a network of one size sees
-    pictures reduced to it. Raises TesseraError if no picture is left, or they do not fit the codec.
+    Invalid images are skipped. extractor: the feature network of the Fréchet distance; images are reduced to its size
+    if it has a fixed one. Raises TesseraError if no image is valid, or if the images do not fit the codec.
     """
-    ratios, similarities, latents = [], [], []
-    looks: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    psnrs, ssims, latents = [], [], []
+    features: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     originals, reconstructions = [], []
-    for pixels in _batches(source, chosen, batch):
+    for pixels in _batches(dataset, indices, batch_size):
         height, width = pixels.shape[-2:]
         if pixels.shape[1] != codec.pixel_channels or height % codec.factor or width % codec.factor:
             raise TesseraError(
-                f"pictures of {pixels.shape[1]} channels, {height} x {width}, do not fit the codec: it takes "
-                f"{codec.pixel_channels} channels, sides that are multiples of {codec.factor}"
+                f"images of {pixels.shape[1]} channels, {height} x {width}, do not fit the codec: it takes "
+                f"{codec.pixel_channels} channels and sides that are multiples of {codec.factor}"
             )
         encoded = codec.encode(pixels.to(device).float() / 127.5 - 1)
-        again = ((codec.decode(encoded) + 1) * 127.5).round().clamp(0, PEAK).to(torch.uint8).cpu()
-        ratios.append(psnr(pixels, again))
-        similarities.append(ssim(pixels, again))
+        decoded = ((codec.decode(encoded) + 1) * 127.5).round().clamp(0, PEAK).to(torch.uint8).cpu()
+        psnrs.append(psnr(pixels, decoded))
+        ssims.append(ssim(pixels, decoded))
         latents.append(encoded.double().flatten())
-        if network is not None:
-            for found, seen in zip(looks, (pixels, again)):
-                found.append(network(_reduced(seen, network.size), batch)["pool"])
-        if len(originals) * batch < SHOWN:
+        if extractor is not None:
+            for rows, images in zip(features, (pixels, decoded)):
+                rows.append(extractor(_reduce(images, extractor.size), batch_size)["pool"])
+        if len(originals) * batch_size < GRID_IMAGES:
             originals.append(pixels.permute(0, 2, 3, 1).numpy())
-            reconstructions.append(again.permute(0, 2, 3, 1).numpy())
+            reconstructions.append(decoded.permute(0, 2, 3, 1).numpy())
         if progress is not None:
-            progress(sum(map(len, ratios)), len(chosen))
-    if not ratios:
-        raise TesseraError(f"none of {len(chosen)} pictures can be used")
-    numbers = torch.cat(latents)
+            progress(sum(map(len, psnrs)), len(indices))
+    if not psnrs:
+        raise TesseraError(f"none of {len(indices)} images can be used")
+    all_latents = torch.cat(latents)
     return Reconstruction(
-        psnr=_mean(torch.cat(ratios)),
-        ssim=_mean(torch.cat(similarities)),
-        fd=_distance(*map(np.concatenate, looks)) if network is not None else None,
-        count=sum(map(len, ratios)),
-        mean=float(numbers.mean()),
-        std=float(numbers.std()),
-        originals=np.concatenate(originals)[:SHOWN],
-        reconstructions=np.concatenate(reconstructions)[:SHOWN],
+        psnr=_mean(torch.cat(psnrs)),
+        ssim=_mean(torch.cat(ssims)),
+        fd=_frechet(*map(np.concatenate, features)) if extractor is not None else None,
+        count=sum(map(len, psnrs)),
+        latent_mean=float(all_latents.mean()),
+        latent_std=float(all_latents.std()),
+        originals=np.concatenate(originals)[:GRID_IMAGES],
+        reconstructions=np.concatenate(reconstructions)[:GRID_IMAGES],
     )
 
 
-def sheet(found: Reconstruction, columns: int = 8) -> np.ndarray:
-    """Pictures for `pictures.grid`, so many a row: a row of originals, the row of what became of them, and so on."""
+def comparison_rows(result: Reconstruction, columns: int = 8) -> np.ndarray:
+    """Images for `images.grid`: a row of originals, the row of their reconstructions, and so on."""
     rows = []
-    for start in range(0, len(found.originals), columns):
-        for pictures in (found.originals, found.reconstructions):
-            row = pictures[start : start + columns]
+    for start in range(0, len(result.originals), columns):
+        for images in (result.originals, result.reconstructions):
+            row = images[start : start + columns]
             blank = np.full((columns - len(row), *row.shape[1:]), 255, np.uint8)
             rows.append(np.concatenate((row, blank)))
     return np.concatenate(rows)
 
 
-def _batches(source: Dataset, chosen: Sequence[int], batch: int) -> Iterator[Tensor]:
-    """uint8 [B, C, H, W], of usable pictures."""
-    for start in range(0, len(chosen), batch):
-        usable = []
-        for index in chosen[start : start + batch]:
+def _batches(dataset: Dataset, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+    """uint8 [B, C, H, W], of valid images."""
+    for start in range(0, len(indices), batch_size):
+        images = []
+        for index in indices[start : start + batch_size]:
             try:
-                usable.append(source.pixels(int(index)))
+                images.append(dataset.pixels(int(index)))
             except InvalidSample:
                 continue
-        if usable:
-            yield torch.from_numpy(np.stack(usable))
+        if images:
+            yield torch.from_numpy(np.stack(images))
 
 
-def _reduced(pixels: Tensor, size: tuple[int, int] | None) -> np.ndarray:
-    """uint8 [B, C, H, W] -> [B, h, w, C], each pixel the mean of those it stands for."""
+def _reduce(pixels: Tensor, size: tuple[int, int] | None) -> np.ndarray:
+    """uint8 [B, C, H, W] -> [B, h, w, C] by average pooling."""
     if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
         pixels = functional.adaptive_avg_pool2d(pixels.float(), size).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy()
 
 
-def _distance(originals: np.ndarray, reconstructions: np.ndarray) -> Estimate | None:
+def _frechet(originals: np.ndarray, reconstructions: np.ndarray) -> Estimate | None:
     if len(originals) < 2:
         return None
-    return distances.frechet(reconstructions, Moments.of(reconstructions), Moments.of(originals))
+    return distances.frechet(reconstructions, Moments.from_rows(reconstructions), Moments.from_rows(originals))
 
 
 def _mean(values: Tensor) -> Estimate:
-    """Of pictures, with the interval that their spread gives."""
+    """The mean over images, with the interval that follows from their spread."""
     if len(values) < 2:
         return Estimate(float(values[0]), -math.inf, math.inf)
     return Estimate.normal(float(values.mean()), float(values.std()) / math.sqrt(len(values)))

@@ -1,8 +1,8 @@
-"""What samples are compared with: a data set, or statistics that were saved of one.
+"""What samples are compared with: a data set, or statistics saved of one.
 
-Our file is an .npz that other programs read too: `mu`, `sigma` (pytorch-fid, clean-fid, ADM) and `mu_s`, `sigma_s`
-(ADM); beside them stand `features` and `number` (some thousand rows, for the distances that need rows), and `tessera`,
-which says what they are of.
+A file of statistics is an .npz that other programs can read: `mu`, `sigma` (pytorch-fid, clean-fid, ADM) and `mu_s`,
+`sigma_s` (ADM). Tessera adds `features` and `indices` (some thousand rows, for the metrics that compare rows) and
+`tessera`, which describes the images and the feature network.
 """
 
 import hashlib
@@ -17,186 +17,198 @@ import numpy as np
 from tessera.data import AnyData
 from tessera.data.resolve import resolve_data
 from tessera.errors import TesseraError
-from tessera.evaluation.features import Extractor, FeatureSet, Progress, extract, place
+from tessera.evaluation.features import FeatureExtractor, FeatureSet, Progress, extract, features_path
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.sources import Data, Npz, SampleSource, chosen
+from tessera.evaluation.sources import DatasetSource, NpzSource, SampleSource, subset_indices
 from tessera.files import atomic_write
 from tessera.runtime import Distributed
 
-MOST = 10_000  # rows that metrics of pairs look at: their cost grows with the square; a file of statistics keeps them
+MAX_ROWS = 10_000  # rows that pairwise metrics use, and that statistics keep: the cost of pairs grows with the square
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+FORMAT = 2
 
 
-def features_of(path: Path) -> str | None:
-    """The name of the features that statistics are of, where they say it."""
-    name = (load(path).features or {}).get("name") if is_statistics(path) else None
+def statistics_features(path: Path) -> str | None:
+    """The name of the feature network of a statistics file, if it records one."""
+    name = (load_statistics(path).features or {}).get("name") if is_statistics(path) else None
     return None if name is None else name.removeprefix("tessera/")
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether an .npz holds statistics, not pictures. ADM's reference batches hold both, and count as statistics."""
+    """Whether an .npz holds statistics, not images. ADM's reference batches hold both, and count as statistics."""
     try:
         with zipfile.ZipFile(path) as archive:
             return "mu.npy" in archive.namelist()
     except (OSError, zipfile.BadZipFile) as error:
-        raise TesseraError(f"{path} is truncated or no .npz file: {error}") from None
+        raise TesseraError(f"{path} is truncated or not an .npz file: {error}") from None
 
 
-def save(features: FeatureSet, path: Path, kept: int = MOST) -> None:
-    """Write statistics, with `kept` rows chosen at random, at most MOST. TesseraError if it cannot be written."""
+def save_statistics(features: FeatureSet, path: Path, num_rows: int = MAX_ROWS) -> None:
+    """Write statistics and `num_rows` random rows, at most MAX_ROWS. Raises TesseraError if writing fails."""
     arrays: dict[str, Any] = {}
-    for part, moments in features.moments.items():
-        mean, covariance = MOMENTS[part]
+    for kind, moments in features.moments.items():
+        mean, covariance = MOMENTS[kind]
         arrays |= {mean: moments.mean, covariance: moments.cov}
-    pool, number = features.rows.get("pool"), features.number
-    if pool is not None and number is not None and kept:
-        keep = chosen(len(pool), min(kept, MOST))  # the very rows that `suite.few` takes of all
-        arrays |= {"features": np.asarray(pool[keep]), "number": number[keep]}
-        if features.label is not None:
-            arrays["label"] = features.label[keep]
-    told = {
-        "format": 1,
-        "where": features.where,
+    pool, indices = features.rows.get("pool"), features.indices
+    if pool is not None and indices is not None and num_rows:
+        subset = subset_indices(len(pool), min(num_rows, MAX_ROWS))  # the same rows as `suite.row_subset`
+        arrays |= {"features": np.asarray(pool[subset]), "indices": indices[subset]}
+        if features.labels is not None:
+            arrays["labels"] = features.labels[subset]
+    metadata = {
+        "format": FORMAT,
+        "description": features.description,
         "hash": features.hash,
         "count": features.count,
         "size": features.size,
         "channels": features.channels,
         "features": features.features,
         "class_names": features.class_names,
-        "unusable": features.unusable,
+        "num_invalid": features.num_invalid,
     }
     buffer = io.BytesIO()
-    np.savez(buffer, tessera=np.array(json.dumps(told)), **arrays)
+    np.savez(buffer, tessera=np.array(json.dumps(metadata)), **arrays)
     atomic_write(path, buffer.getvalue())
 
 
-def load(path: Path) -> FeatureSet:
-    """Statistics of our own, of pytorch-fid, clean-fid or ADM. Raises TesseraError if the file is damaged."""
+def load_statistics(path: Path) -> FeatureSet:
+    """Read statistics of Tessera, pytorch-fid, clean-fid or ADM. Raises TesseraError if the file is damaged."""
     arrays: dict[str, np.ndarray] = {}
-    wanted = {name for pair in MOMENTS.values() for name in pair} | {"features", "number", "label", "tessera"}
+    names = {name for pair in MOMENTS.values() for name in pair} | {"features", "indices", "labels", "tessera"}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in wanted}
-    except Exception as error:  # readers raise anything on damaged bytes
+            arrays = {name: file[name] for name in file.files if name in names}
+    except Exception as error:  # readers raise any exception on damaged bytes
         raise TesseraError(f"{path} is truncated or damaged: {error}") from None
     try:
-        told = dict(json.loads(str(arrays["tessera"]))) if "tessera" in arrays else {}
+        metadata = dict(json.loads(str(arrays["tessera"]))) if "tessera" in arrays else {}
     except (ValueError, TypeError):
-        raise TesseraError(f"{path}: what it says of itself cannot be read") from None
-    count = told.get("count")
+        raise TesseraError(f"{path}: its array `tessera` (metadata) cannot be read") from None
+    if metadata.get("format", FORMAT) != FORMAT:
+        raise TesseraError(
+            f"{path} has format {metadata['format']}, expected {FORMAT}: another version of Tessera wrote it. Write it "
+            "again with `tessera evaluate stats`"
+        )
+    count = metadata.get("count")
     moments = {}
-    for part, (mean, covariance) in MOMENTS.items():
+    for kind, (mean, covariance) in MOMENTS.items():
         if mean in arrays:
             if covariance not in arrays:
                 raise TesseraError(f"{path} holds {mean}, but no {covariance}")
-            moments[part] = _moments(path, mean, arrays[mean], arrays[covariance], count)
+            moments[kind] = _check_moments(path, mean, arrays[mean], arrays[covariance], count)
     if not moments:
         raise TesseraError(f"{path} holds no statistics: expected mu and sigma")
     rows = arrays.get("features")
     if rows is not None and (rows.ndim != 2 or "pool" not in moments or rows.shape[1] != len(moments["pool"].mean)):
-        raise TesseraError(f"{path}: features are {list(rows.shape)}; expected as many a row as mu has")
+        raise TesseraError(f"{path}: features are {list(rows.shape)}; expected the width of mu")
     digest = hashlib.sha256(b"".join(m.mean.tobytes() + m.cov.tobytes() for m in moments.values())).hexdigest()[:16]
+    size = metadata.get("size")
     return FeatureSet(
-        where=f"{path.name} ({told['where']})" if "where" in told else str(path),
-        hash=told.get("hash", digest),
+        description=f"{path.name} ({metadata['description']})" if "description" in metadata else str(path),
+        hash=metadata.get("hash", digest),
         count=count,
-        size=None if told.get("size") is None else (told["size"][0], told["size"][1]),
-        channels=told.get("channels"),
-        features=told.get("features"),
+        size=None if size is None else (size[0], size[1]),
+        channels=metadata.get("channels"),
+        features=metadata.get("features"),
         moments=moments,
         rows={} if rows is None else {"pool": rows},
-        number=arrays.get("number"),
-        label=arrays.get("label"),
-        class_names=tuple(told.get("class_names", ())),
-        unusable=told.get("unusable", 0),
+        indices=arrays.get("indices"),
+        labels=arrays.get("labels"),
+        class_names=tuple(metadata.get("class_names", ())),
+        num_invalid=metadata.get("num_invalid", 0),
     )
 
 
 def open_reference(
-    told: str | AnyData,
-    like: SampleSource,
-    network: Extractor,
+    reference: str | AnyData,
+    samples: SampleSource,
+    extractor: FeatureExtractor,
     folder: Path,
-    ranks: Distributed,
-    batch: int = 50,
+    distributed: Distributed,
+    batch_size: int = 50,
     progress: Progress = None,
 ) -> tuple[FeatureSet, SampleSource | None]:
-    """The reference that a command names, and its pictures where they are at hand.
+    """The features of a reference, and its images if they are available.
 
-    told: data, also as a word as in `named`; an .npz of pictures or of statistics. like: what will be compared with it,
-    at whose size data are read. folder: for the features of pictures. TesseraError where they do not go together.
+    reference: data, or its name (see `resolve_data`); or an .npz of images or statistics. samples: what will be
+    compared with it; data are read at the same size. folder: for the features. Raises TesseraError if the two do not
+    match.
     """
-    opened = find_reference(told, like, network)
-    if isinstance(opened, FeatureSet):
-        return opened, None
-    return extract(opened, network, place(folder, "reference", opened, network), ranks, batch, progress), opened
+    resolved = resolve_reference(reference, samples, extractor)
+    if isinstance(resolved, FeatureSet):
+        return resolved, None
+    path = features_path(folder, "reference", resolved, extractor)
+    return extract(resolved, extractor, path, distributed, batch_size, progress), resolved
 
 
-def check_word(told: str) -> None:
-    """Raise TesseraError for a word or path that names no reference, without opening it."""
-    if Path(told).suffix != ".npz" or not Path(told).expanduser().exists():
-        resolve_data(told, (1, 1))
+def check_reference(reference: str) -> None:
+    """Raise TesseraError for a name or path that is not a reference, without opening it."""
+    if Path(reference).suffix != ".npz" or not Path(reference).expanduser().exists():
+        resolve_data(reference, (1, 1))
 
 
-def find_reference(told: str | AnyData, like: SampleSource, network: Extractor) -> FeatureSet | SampleSource:
-    """The statistics that a command names, or the pictures, not looked at yet. Raises as `open_reference`."""
-    path = Path(told).expanduser() if isinstance(told, str) else Path()
+def resolve_reference(
+    reference: str | AnyData, samples: SampleSource, extractor: FeatureExtractor
+) -> FeatureSet | SampleSource:
+    """The statistics, or the images without their features. Raises like `open_reference`."""
+    path = Path(reference).expanduser() if isinstance(reference, str) else Path()
     if path.suffix == ".npz" and path.exists() and is_statistics(path):
-        found = load(path)
-        check(found, like, network)
-        return found
-    config = resolve_data(told, like.size, like.channels) if isinstance(told, str) and path.suffix != ".npz" else told
-    subject = Npz(path) if isinstance(config, str) else Data(config)
-    _same("size", tuple(subject.size), tuple(like.size), subject.where, like.where)
-    _same("channels", subject.channels, like.channels, subject.where, like.where)
-    return subject
+        statistics = load_statistics(path)
+        check_compatible(statistics, samples, extractor)
+        return statistics
+    if isinstance(reference, str) and path.suffix == ".npz":
+        source = NpzSource(path)
+    else:
+        is_name = isinstance(reference, str)
+        source = DatasetSource(resolve_data(reference, samples.size, samples.channels) if is_name else reference)
+    _check_equal("size", tuple(source.size), tuple(samples.size), source.description, samples.description)
+    _check_equal("channels", source.channels, samples.channels, source.description, samples.description)
+    return source
 
 
-def check(reference: FeatureSet, like: SampleSource, network: Extractor) -> None:
-    """Raise TesseraError if a reference is of other pictures or other features than what is to be compared with it."""
-    known = reference.features
-    if known is not None and any(known.get(fact) != network.identity[fact] for fact in ("weights", "resize")):
+def check_compatible(reference: FeatureSet, samples: SampleSource, extractor: FeatureExtractor) -> None:
+    """Raise TesseraError if a reference has other features, another size or other channels than the samples."""
+    features = reference.features
+    if features is not None and any(features.get(key) != extractor.identity[key] for key in ("weights", "resize")):
         theirs, ours = (
-            f"{told['name']} (weights {told['weights']}, resize {told['resize']})" for told in (known, network.identity)
+            f"{identity['name']} (weights {identity['weights']}, resize {identity['resize']})"
+            for identity in (features, extractor.identity)
         )
-        raise TesseraError(f"the reference {reference.where} is of the features {theirs}; asked for are {ours}")
+        raise TesseraError(f"the reference {reference.description} has the features {theirs}; requested are {ours}")
     if reference.size is not None:
-        _same("size", reference.size, tuple(like.size), reference.where, like.where)
+        _check_equal("size", reference.size, tuple(samples.size), reference.description, samples.description)
     if reference.channels is not None:
-        _same("channels", reference.channels, like.channels, reference.where, like.where)
+        _check_equal("channels", reference.channels, samples.channels, reference.description, samples.description)
 
 
 def check_widths(reference: FeatureSet, samples: FeatureSet) -> None:
-    """Raise TesseraError if two sets hold features of different widths: files of others do not say what they are of."""
-    for part, moments in reference.moments.items():
-        if part in samples.moments and len(moments.mean) != len(samples.moments[part].mean):
+    """Raise TesseraError if features differ in width: files of other programs do not record their network."""
+    for kind, moments in reference.moments.items():
+        if kind in samples.moments and len(moments.mean) != len(samples.moments[kind].mean):
             network = (samples.features or {}).get("name")
             raise TesseraError(
-                f"the reference {reference.where} has {len(moments.mean)} {part} features a picture, {network} gives "
-                f"{len(samples.moments[part].mean)}: it is of other features, or of pictures of another size"
+                f"the reference {reference.description} has {len(moments.mean)} {kind} features per image, {network} "
+                f"has {len(samples.moments[kind].mean)}: it was made with other features, or from another image size"
             )
 
 
-def _same(what: str, theirs: Any, ours: Any, reference: str, subject: str) -> None:
+def _check_equal(what: str, theirs: Any, ours: Any, reference: str, samples: str) -> None:
     if theirs != ours:
+        theirs, ours = (" x ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (theirs, ours))
         raise TesseraError(
-            f"{what} differ: {reference} has {_shown(theirs)}, {subject} has {_shown(ours)}; "
-            "pictures are compared as they are: give a reference of the same kind, or --size to crop and scale folders"
+            f"{what} differ: {reference} has {theirs}, {samples} has {ours}; images are compared as they are: give a "
+            "reference of the same size and channels, or --size to crop and scale folders"
         )
 
 
-def _shown(value: Any) -> str:
-    return " x ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _moments(path: Path, name: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Moments:
+def _check_moments(path: Path, name: str, mean: np.ndarray, covariance: np.ndarray, count: int | None) -> Moments:
     if any(array.dtype.kind not in "fiu" for array in (mean, covariance)):
-        raise TesseraError(f"{path}: {name} is no array of numbers, or its covariance is none")
+        raise TesseraError(f"{path}: {name} or its covariance is not an array of numbers")
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise TesseraError(
             f"{path}: {name} is {list(mean.shape)} and its covariance {list(covariance.shape)}; expected [D] and [D, D]"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise TesseraError(f"{path}: {name} or its covariance holds numbers that are not finite")
+        raise TesseraError(f"{path}: {name} or its covariance holds values that are not finite")
     return Moments(count or 0, mean, covariance)

@@ -1,156 +1,117 @@
-"""An evaluation as a page: scores with their protocol, pictures, the nearest reference pictures, class by class.
+"""The report of an evaluation: scores with their protocol, sample images, nearest reference images, scores by class.
 
-Written as Markdown with the pictures beside it, and as one self-contained HTML file.
+Written as Markdown with its images beside it and as one self-contained HTML page.
 """
 
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tessera import images
 from tessera.evaluation import distances, protocol
-from tessera.evaluation.reference import chosen
-from tessera.evaluation.sources import SHARD, SampleSource, shards
-from tessera.evaluation.suite import Evaluation, few
-from tessera.files import atomic_write
-from tessera.reporting import page as page_html
-from tessera.settings import flat
+from tessera.evaluation.reference import subset_indices
+from tessera.evaluation.sources import SampleSource
+from tessera.evaluation.suite import Evaluation, row_subset
+from tessera.generation import shards
+from tessera.reporting.document import Block, Code, Document, Figure, Heading, Paragraph, Table
+from tessera.settings import flatten
 
-GRID, NEIGHBOURS = "grid.png", "neighbours.png"
-SHOWN = 64  # pictures of the grid
-SUSPECTS = 8  # samples nearest to the reference, and as many at random
+GRID, NEIGHBORS = "grid.png", "neighbors.png"
+MAX_IMAGES = 64  # of the grid
+MAX_NEIGHBORS = 8  # samples nearest to the reference, and as many spread over all samples
+MIN_SIDE = 64  # pixels: smaller images are enlarged
 
 MEANING = {
     "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
-    "fd_inf": "the same, extrapolated to infinitely many samples",
+    "fd_inf": "Fréchet distance extrapolated to infinitely many samples; lower is better",
     "sfid": "Fréchet distance of spatial features: layout rather than content; lower is better",
     "kid": "kernel distance, unbiased at any number of samples; lower is better, 0 is equal",
-    "is": "Inception score: sharp and varied by the classifier's own classes; higher is better",
-    "precision": "share of samples among the real ones (fidelity)",
-    "recall": "share of real pictures among the samples (variety)",
-    "density": "how densely samples stand among real ones; 1 for real ones",
-    "coverage": "share of real pictures with a sample near",
-    "authenticity": "share of samples not nearer to a reference picture than its nearest fellow is; copies lower it",
-    "as asked": "share of pictures that show what was asked for, by the oracle",
-    "impossible": "share of pictures that cannot be, by the oracle",
+    "is": "Inception score: how sharp and varied images are by the classes of the classifier; higher is better",
+    "precision": "fraction of samples among the reference images (fidelity); higher is better",
+    "recall": "fraction of reference images among the samples (diversity); higher is better",
+    "density": "how densely samples lie around reference images; 1 for reference images themselves",
+    "coverage": "fraction of reference images with a sample near; higher is better",
+    "authenticity": "fraction of samples no nearer to their reference image than its own neighbor; copies lower it",
+    "accuracy": "fraction of images that show their class, by the oracle",
+    "invalid": "fraction of images that cannot be from the data set, by the oracle",
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    file: str
-    pixels: np.ndarray
-    about: str
-
-
-Part = str | Table | Picture
-
-
 def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:
-    """scores.json, report.md, report.html and the pictures, into a folder. TesseraError if they cannot be written."""
-    protocol.save(evaluation.scores, folder / "scores.json")  # first: what follows may take a while
-    parts = _parts(evaluation, command)
-    for part in parts:
-        if isinstance(part, Picture):
-            images.save_png(folder / part.file, part.pixels)
-    atomic_write(folder / "report.md", "\n\n".join(map(_markdown, parts)) + "\n")
-    body = "\n".join(map(_html, parts))
-    atomic_write(folder / "report.html", page_html.document(evaluation.source.where, body))
+    """Write scores.json, report.md, report.html and the images. Raises TesseraError if they cannot be written.
+
+    command: the command line that made the scores, for the report.
+    """
+    protocol.save(evaluation.scores, folder / "scores.json")  # first: the rest may take a while
+    build_report(evaluation, command).save(folder)
 
 
-def _parts(evaluation: Evaluation, command: str) -> list[Part]:
-    scores, subject, reference = evaluation.scores, evaluation.source, evaluation.reference
-    told: list[Part] = [f"# Scores of {subject.where}", f"Against {reference.where}."]
+def build_report(evaluation: Evaluation, command: str = "") -> Document:
+    blocks: list[Block] = [Paragraph(f"Reference: {evaluation.reference.description}.")]
     if command:
-        told.append(f"    {command}")
+        blocks.append(Code(command))
     rows = [
-        (score.metric, f"{score.value:.5g}", f"{score.low:.5g} to {score.high:.5g}", score.fingerprint, meaning)
-        for score in scores
-        for meaning in [MEANING.get(score.metric, "")]
+        (s.metric, f"{s.value:.5g}", f"{s.low:.5g} to {s.high:.5g}", s.fingerprint, MEANING.get(s.metric, ""))
+        for s in evaluation.scores
     ]
-    told.append(Table(("metric", "value", "95 % interval", "fingerprint", ""), rows))
-    told += [f"Note: {note}." for note in evaluation.notes]
-    told += ["## Pictures", Picture(GRID, _grid(subject), "the first samples, unpicked")]
-    told += _neighbours(evaluation)
-    if evaluation.classes:
-        by_class = sorted(evaluation.classes.items(), key=lambda item: -item[1].value)
+    blocks.append(Table(rows, ("metric", "value", "95 % interval", "fingerprint", "meaning")))
+    blocks += [Paragraph(f"Note: {note}.") for note in evaluation.notes]
+    blocks += [Heading("Samples"), _sample_grid(evaluation.source), *_neighbors(evaluation)]
+    if evaluation.kid_by_class:
+        by_class = sorted(evaluation.kid_by_class.items(), key=lambda item: -item[1].value)
         rows = [(name, f"{kid.value:.4g}", f"{kid.low:.4g} to {kid.high:.4g}") for name, kid in by_class]
-        told += ["## Class by class", "The worst first.", Table(("class", "kid", "95 % interval"), rows)]
-    if scores:
-        score = scores[0]
-        facts = flat(score.protocol.model_dump(mode="json", exclude={"definition"}))
-        facts |= {f"subject.{name}": value for name, value in score.subject.items() if not isinstance(value, dict)}
+        blocks += [Heading("KID by class"), Paragraph("The worst class first.")]
+        blocks.append(Table(rows, ("class", "kid", "95 % interval")))
+    if evaluation.scores:
+        score = evaluation.scores[0]
+        facts = flatten(score.protocol.model_dump(mode="json", exclude={"definition"}))
+        facts |= {f"source.{name}": value for name, value in score.source.items() if not isinstance(value, dict)}
         facts |= {f"environment.{name}": value for name, value in score.environment.items()}
-        told += ["## Protocol", "Scores compare where their fingerprints agree (`tessera evaluate compare`)."]
-        told.append(Table(("", ""), [(name, str(value)) for name, value in facts.items()]))
-    return told
+        comparable = (
+            "Scores can be compared if their fingerprints are equal. tessera evaluate compare lists differences."
+        )
+        rows = [(name, str(value)) for name, value in facts.items()]
+        blocks += [Heading("Protocol"), Paragraph(comparable), Table(rows)]
+    return Document(f"Scores of {evaluation.source.description}", blocks)
 
 
-def _grid(subject: SampleSource) -> np.ndarray:
-    each = (subject.shard(index).pictures for index in range(shards(subject)))
-    shown = next(found for found in each if len(found))[:SHOWN]
-    return images.grid(shown, min(8, len(shown)), zoom=max(1, 64 // shown.shape[1]))
+def _sample_grid(source: SampleSource) -> Figure:
+    parts = (source.shard(index).images for index in range(shards.num_shards(source.count)))
+    first = next(part for part in parts if len(part))[:MAX_IMAGES]
+    grid = images.grid(first, min(8, len(first)), zoom=max(1, MIN_SIDE // first.shape[1]))
+    return Figure(images.to_png(grid), f"the first {len(first)} samples, not selected", file=GRID)
 
 
-def _neighbours(evaluation: Evaluation) -> list[Part]:
-    """The samples nearest to a reference picture, and random ones, each above the picture it is nearest to."""
-    reference, samples, source = evaluation.reference, evaluation.samples, evaluation.reference_pictures
-    if source is None or "pool" not in reference.rows or samples.number is None or reference.number is None:
-        return []
-    ours, theirs = few(samples), few(reference)
-    distance, index = distances.nearest(ours, theirs)
-    count = min(SUSPECTS, len(ours))
-    suspects = np.argsort(distance, kind="stable")[:count]
-    others = np.arange(len(ours))[:: max(1, len(ours) // count)][:count]
-    our_number = samples.number[chosen(len(samples.rows["pool"]), len(ours))]
-    their_number = reference.number[chosen(len(reference.rows["pool"]), len(theirs))]
-
-    above, below = np.r_[suspects, others], np.r_[index[suspects], index[others]]
-    shown = _pictures(evaluation.source, our_number[above])
-    theirs_shown = _pictures(source, their_number[below])
-    sheet = shown[:count] + theirs_shown[:count] + shown[count:] + theirs_shown[count:]
-    about = (
-        "rows 1 and 2: the samples nearest to a reference picture, and that picture; "
-        "rows 3 and 4: samples not chosen so, and the picture each is nearest to. "
-        f"Mean distance to the nearest reference picture, in features: {distance.mean():.4g}"
+def _neighbors(evaluation: Evaluation) -> Iterator[Block]:
+    """The samples nearest to a reference image, and others, each above its nearest reference image."""
+    reference, samples, source = evaluation.reference, evaluation.samples, evaluation.reference_images
+    if source is None or "pool" not in reference.rows or samples.indices is None or reference.indices is None:
+        return
+    features, reference_features = row_subset(samples), row_subset(reference)
+    distance, nearest = distances.nearest_neighbors(features, reference_features)
+    count = min(MAX_NEIGHBORS, len(features))
+    closest = np.argsort(distance, kind="stable")[:count]
+    others = np.arange(len(features))[:: max(1, len(features) // count)][:count]
+    rows = np.r_[closest, others]
+    indices = samples.indices[subset_indices(len(samples.rows["pool"]), len(features))]
+    reference_indices = reference.indices[subset_indices(len(reference.rows["pool"]), len(reference_features))]
+    above = _images(evaluation.source, indices[rows])
+    below = _images(source, reference_indices[nearest[rows]])
+    sheet = np.stack(above[:count] + below[:count] + above[count:] + below[count:])
+    caption = (
+        "rows 1 and 2: the samples nearest to a reference image, and that image; rows 3 and 4: other samples, and the "
+        f"reference image nearest to each. Mean distance to the nearest one, in features: {distance.mean():.4g}"
     )
-    drawn = images.grid(np.stack(sheet), count, gap=2, zoom=max(1, 64 // sheet[0].shape[0]))
-    return ["## Is it copying?", Picture(NEIGHBOURS, drawn, about)]
+    grid = images.grid(sheet, count, gap=2, zoom=max(1, MIN_SIDE // sheet.shape[1]))
+    yield Heading("Nearest reference images")
+    yield Figure(images.to_png(grid), caption, file=NEIGHBORS)
 
 
-def _pictures(subject: SampleSource, numbers: np.ndarray) -> list[np.ndarray]:
-    """Pictures of a subject by their numbers, uint8 [H, W, C]; each shard is read once."""
-    found: dict[int, np.ndarray] = {}
-    for index in sorted({int(number) // SHARD for number in numbers}):
-        shard = subject.shard(index)
-        found |= {int(row): picture for row, picture in zip(shard.row, shard.pictures) if row in numbers}
-    return [found[int(number)] for number in numbers]
-
-
-def _markdown(part: Part) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Picture):
-        return f"![{part.about}]({part.file})\n\n{part.about}"
-    lines = [part.head, ["---"] * len(part.head), *part.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _html(part: Part) -> str:
-    if isinstance(part, Picture):
-        return page_html.picture(images.to_png(part.pixels), part.about)
-    if isinstance(part, Table):
-        return page_html.table(part.head, part.rows)
-    for mark, tag in (("## ", "h2"), ("# ", "h1"), ("    ", "pre")):
-        if part.startswith(mark):
-            return f"<{tag}>{html.escape(part.removeprefix(mark))}</{tag}>"
-    return f"<p>{html.escape(part)}</p>"
+def _images(source: SampleSource, indices: np.ndarray) -> list[np.ndarray]:
+    """Images of a source by index, uint8 [H, W, C]. Each shard is read once."""
+    by_index: dict[int, np.ndarray] = {}
+    for number in sorted({int(index) // shards.SHARD_SIZE for index in indices}):
+        shard = source.shard(number)
+        by_index |= {int(index): image for index, image in zip(shard.indices, shard.images) if index in indices}
+    return [by_index[int(index)] for index in indices]

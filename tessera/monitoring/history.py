@@ -1,8 +1,8 @@
-"""What a run has written down, and what its losses are held against.
+"""The files of a run, and baselines for its losses.
 
-Two answers need no network, so that a run can be judged without having seen another: zero, which is what a fresh
-network says, and the best guess of each number by itself, from the noisy number alone. A network that knows pictures
-is below both.
+Two predictions need no network, so a run can be judged by itself: zero, which is the output of a newly initialized
+network, and the best linear prediction of each value from its noisy value alone. A network that has learned something
+about images is better than both.
 """
 
 import math
@@ -15,28 +15,27 @@ from typing import Any
 
 import torch
 
-from tessera.diffusion import DiffusionProcess
+from tessera.diffusion import AnyDiffusionConfig, DiffusionProcess
 from tessera.errors import TesseraError
 from tessera.monitoring.health import BINS
 from tessera.monitoring.logger import HEALTH, read_log
 from tessera.monitoring.spikes import read_skipped_steps
-from tessera.settings import read_yaml, validate
-from tessera.training.recipe import Recipe
+from tessera.settings import Settings, read_yaml, validate
 
 Record = dict[str, Any]
-LATE = 1 / 3  # of the steps so far: "late", where a run shows what it has come to
+LATE = 1 / 3  # "late" is the last third of the steps so far
 
 
 @dataclass(frozen=True)
 class History:
-    """All that `tessera doctor` looks at. Series are (step, value) pairs, oldest first, of what is finite."""
+    """Everything that `tessera doctor` reads. Series are (step, value) pairs of the finite values, oldest first."""
 
-    folder: Path
-    recipe: Recipe
-    log: list[Record]  # of the steps, without scores
+    run_dir: Path
+    recipe: "Section"
+    log: list[Record]  # of steps, without scores
     health: list[Record]
-    passed: list[Record]
-    unusable: list[str]  # images, with the reason
+    skipped_steps: list[Record]
+    invalid_samples: list[str]  # "name<TAB>reason"
 
     @property
     def step(self) -> int:
@@ -44,8 +43,8 @@ class History:
 
     def last(self, name: str) -> float:
         """The last value in the log; 0 if there is none."""
-        found = series(self.log, name)
-        return found[-1][1] if found else 0.0
+        values = series(self.log, name)
+        return values[-1][1] if values else 0.0
 
     def late(self, records: Sequence[Record], name: str) -> list[float]:
         """The values of the last third of the steps so far."""
@@ -58,85 +57,99 @@ class History:
 
     @cached_property
     def late_loss(self) -> float | None:
-        found = self.late(self.log, "mse")
-        return mean(found) if found else None
+        values = self.late(self.log, "mse")
+        return mean(values) if values else None
 
     @cached_property
-    def process(self) -> DiffusionProcess:
+    def diffusion(self) -> DiffusionProcess:
+        config = validate(_DiffusionSection, {"diffusion": self.recipe["diffusion"]}, str(self.run_dir / "recipe.yaml"))
         network = self.recipe.network
-        return self.recipe.diffusion.resolved(network.in_channels, network.input_size).build()
+        return config.diffusion.resolved(network.in_channels, tuple(network.input_size)).build()
 
     @cached_property
-    def guesses(self) -> "Guesses":
-        """For data like those of the probes; of mean 0 and variance 1 where there were none."""
+    def baselines(self) -> "Baselines":
+        """For data with the statistics of the probes; without probes, of mean 0 and variance 1."""
 
-        def typical(name: str, otherwise: float) -> float:
-            found = [value for _, value in series(self.health, name)]
-            return median(found) if found else otherwise
+        def typical(name: str, default: float) -> float:
+            values = [value for _, value in series(self.health, name)]
+            return median(values) if values else default
 
-        return Guesses.of(self.process, typical("data_mean", 0), typical("data_std", 1), typical("data_spread", 1))
+        return Baselines.compute(
+            self.diffusion, typical("data_mean", 0), typical("data_std", 1), typical("data_spread", 1)
+        )
 
 
 @dataclass(frozen=True)
-class Guesses:
-    """Mean squared errors of answers that need no network, over the times of training and in each part of time."""
+class Baselines:
+    """Mean squared errors of predictions without a network, over the timesteps of training and by timestep bin."""
 
-    nothing: float  # of zero
-    linear: float  # of each number by itself: the best linear guess from the noisy number, its mean being known
-    nothing_by_time: list[float | None]
-    linear_by_time: list[float | None]
+    zero: float
+    linear: float  # the best linear prediction of each value from its noisy value, with its mean known
+    zero_by_timestep: list[float | None]
+    linear_by_timestep: list[float | None]
 
     @staticmethod
-    def of(process: DiffusionProcess, average: float, std: float, spread: float) -> "Guesses":
-        """For data of such a mean and standard deviation in all, and such a one between samples.
+    def compute(diffusion: DiffusionProcess, data_mean: float, data_std: float, spread: float) -> "Baselines":
+        """For data of this mean and standard deviation, and this standard deviation between samples.
 
-        With x = alpha x0 + sigma eps and the target a x0 + b eps, the linear guess has the error
+        With x = alpha x0 + sigma eps and the target a x0 + b eps, the linear prediction has the error
         spread^2 (a sigma - b alpha)^2 / (alpha^2 spread^2 + sigma^2).
         """
-        t = process.sample_timesteps((torch.arange(10_000) + 0.5) / 10_000)
+        t = diffusion.sample_timesteps((torch.arange(10_000) + 0.5) / 10_000)
         one = torch.ones(len(t), 1, dtype=torch.float64)
-        a, b = process.training_target(one, 0 * one, t)[:, 0], process.training_target(0 * one, one, t)[:, 0]
-        alpha, sigma = process.alpha(t), process.sigma(t)
-        nothing = a**2 * (average**2 + std**2) + b**2
+        a, b = diffusion.training_target(one, 0 * one, t)[:, 0], diffusion.training_target(0 * one, one, t)[:, 0]
+        alpha, sigma = diffusion.alpha(t), diffusion.sigma(t)
+        zero = a**2 * (data_mean**2 + data_std**2) + b**2
         linear = spread**2 * (a * sigma - b * alpha) ** 2 / (alpha**2 * spread**2 + sigma**2).clamp(min=1e-12)
-        parts = [(t * BINS).long().clamp(max=BINS - 1) == part for part in range(BINS)]
+        bins = [(t * BINS).long().clamp(max=BINS - 1) == index for index in range(BINS)]
 
-        def by_time(values: torch.Tensor) -> list[float | None]:
-            return [values[part].mean().item() if part.any() else None for part in parts]
+        def by_timestep(values: torch.Tensor) -> list[float | None]:
+            return [values[members].mean().item() if members.any() else None for members in bins]
 
-        return Guesses(nothing.mean().item(), linear.mean().item(), by_time(nothing), by_time(linear))
+        return Baselines(zero.mean().item(), linear.mean().item(), by_timestep(zero), by_timestep(linear))
 
 
-def read(run: Path) -> History:
-    """The files of a run. Raises TesseraError if the folder holds none."""
+class Section(dict[str, Any]):
+    """A section of a run's recipe.yaml, which holds every setting, with attribute access."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise TesseraError(f"recipe.yaml of the run has no setting {name}: another version of Tessera wrote it")
+        return Section(self[name]) if isinstance(self[name], dict) else self[name]
+
+
+class _DiffusionSection(Settings):
+    diffusion: AnyDiffusionConfig
+
+
+def read_history(run: Path) -> History:
+    """Read the files of a run. Raises TesseraError if the folder is not a run."""
     if not (run / "recipe.yaml").exists():
-        raise TesseraError(
-            f"{run} holds no run: there is no recipe.yaml in it. Give the folder that `tessera train` made"
-        )
-    skipped = run / "skipped.txt"
+        raise TesseraError(f"{run} is not a run: it has no recipe.yaml. Give the folder that `tessera train` writes")
+    skipped = run / "skipped_samples.txt"
     return History(
-        folder=run,
-        recipe=validate(Recipe, read_yaml(run / "recipe.yaml"), str(run / "recipe.yaml")),
-        log=[record for record in _dated(read_log(run)) if "mse" in record or "loss" in record],
-        health=_dated(read_log(run, HEALTH)),
-        passed=_dated(read_skipped_steps(run)),
-        unusable=skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else [],
+        run_dir=run,
+        recipe=Section(read_yaml(run / "recipe.yaml")),
+        log=[record for record in _with_step(read_log(run)) if "mse" in record or "loss" in record],
+        health=_with_step(read_log(run, HEALTH)),
+        skipped_steps=_with_step(read_skipped_steps(run)),
+        invalid_samples=skipped.read_text(encoding="utf-8").splitlines() if skipped.exists() else [],
     )
 
 
-def _dated(records: Iterable[Any]) -> list[Record]:
-    """The records that say of which step they are: a damaged file may hold others."""
+def _with_step(records: Iterable[Any]) -> list[Record]:
+    """The records that have a step: a damaged file may hold others."""
     return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 def series(records: Iterable[Record], name: str) -> list[tuple[int, float]]:
-    """The finite values of a number in records, with their steps."""
-    found = ((record["step"], record.get(name)) for record in records)
-    return [(int(step), value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+    """The finite values of a metric, with their steps."""
+    pairs = ((record["step"], record.get(name)) for record in records)
+    return [(int(step), value) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def largest(records: Iterable[Record], name: str) -> list[tuple[int, float]]:
-    """As `series`, of a list of numbers: the largest of each record."""
+def series_max(records: Iterable[Record], name: str) -> list[tuple[int, float]]:
+    """Like `series`, for a metric that is a list: the largest value of each record."""
     pairs = ((record["step"], finite(record.get(name))) for record in records)
     return [(int(step), max(values)) for step, values in pairs if values]
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: log.jsonl, TensorBoard, and a line on the screen."""
+"""Logging of a run: log.jsonl, TensorBoard, and a progress line on the terminal."""
 
 import json
 import sys
@@ -16,12 +16,12 @@ from tessera.files import atomic_write
 from tessera.reporting.text import format_duration
 
 LOG, HEALTH = "log.jsonl", "health.jsonl"
-PAUSE = 5.0  # seconds between lines where there is no terminal
-PART = 20.0  # and between lines of work beside the steps
+LINE_INTERVAL = 5.0  # seconds between progress lines without a terminal
+TASK_INTERVAL = 20.0  # seconds between lines about work other than steps
 
 
 def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
-    """The records of a run, oldest first; a line cut short by a kill is left out."""
+    """The records of a run, oldest first. A line that is incomplete because the run was killed is ignored."""
     records = []
     path = run / name
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -33,48 +33,48 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
 
 
 class MetricLogger:
-    """Writes one record at a time. On resuming, records past the resumed step are dropped: they will be made again.
+    """Writes one record at a time. On resuming, records after the resumed step are removed, since they are repeated.
 
-    Of several processes one speaks; the journals of the others are `silent`.
+    Only one rank writes and prints; the loggers of the others are `silent`.
     """
 
     def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, silent: bool = False) -> None:
         self.run, self.steps, self.silent = run, steps, silent
-        self._tensorboard = tensorboard and not silent
+        self._use_tensorboard = tensorboard and not silent
         self._files: dict[str, TextIO] = {}
-        self._board = None
-        self._screen = None if silent else ProgressDisplay(step, steps)
-        self._told = time.monotonic()
+        self._tensorboard = None
+        self._display = None if silent else ProgressDisplay(step, steps)
+        self._last_task_line = time.monotonic()
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """Go on from a step: what was recorded past it is dropped."""
-        if self.silent or self._screen is None:
+        """Continue from a step: remove the records after it."""
+        if self._display is None:
             return
         self._close_files()
         for name in (LOG, HEALTH):
-            kept = [record for record in read_log(self.run, name) if record["step"] <= step]
-            if kept or name == LOG or (self.run / name).exists():
-                atomic_write(self.run / name, "".join(json.dumps(record) + "\n" for record in kept))
-        self._board = _tensorboard(self.run, step) if self._tensorboard else None
-        self._screen.start(step)
+            records = [record for record in read_log(self.run, name) if record["step"] <= step]
+            if records or name == LOG or (self.run / name).exists():
+                atomic_write(self.run / name, "".join(json.dumps(record) + "\n" for record in records))
+        self._tensorboard = _open_tensorboard(self.run, step) if self._use_tensorboard else None
+        self._display.start(step)
 
     def record(self, step: int, **values: float) -> None:
-        """Write numbers at a step."""
+        """Write metrics of a step."""
         self._write(LOG, {"step": step, **values})
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-        if self._screen is not None:
-            self._screen.set_metrics(step, values)
+                self._tensorboard.add_scalar(name, value, step)
+        if self._display is not None:
+            self._display.set_metrics(values)
 
     def health(self, step: int, values: dict[str, Any]) -> None:
-        """Write what was measured of the run's health at a step: numbers, lists and dictionaries of numbers."""
+        """Write health metrics of a step: numbers, lists and dictionaries of numbers."""
         self._write(HEALTH, {"step": step, **values})
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in values.items():
-                for place, number in _numbers(f"health/{name}", value):
-                    self._board.add_scalar(place, number, step)
+                for tag, number in _scalars(f"health/{name}", value):
+                    self._tensorboard.add_scalar(tag, number, step)
 
     def _write(self, name: str, record: dict[str, Any]) -> None:
         if self.silent:
@@ -85,106 +85,103 @@ class MetricLogger:
             self._files[name].write(json.dumps(record) + "\n")
         except OSError as error:
             raise TesseraError(
-                f"cannot write {self.run / name}: {error.strerror or error}; mend that and run the same command again "
-                "to go on"
+                f"cannot write {self.run / name}: {error.strerror or error}; fix the cause and run the same command "
+                "again to resume"
             ) from error
 
-    def image(self, step: int, sheet) -> None:
-        """A grid of samples, uint8 [H, W, C], for TensorBoard."""
-        if self._board is not None:
-            self._board.add_image("samples", sheet, step, dataformats="HWC")
+    def image(self, step: int, grid) -> None:
+        """Write a grid of samples, uint8 [H, W, C], to TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
 
     def start(self, step: int) -> None:
-        """The steps begin now: what came before does not count towards the time left."""
-        if self._screen is not None:
-            self._screen.start(step)
+        """Start the clock of the remaining time, just before the first step."""
+        if self._display is not None:
+            self._display.start(step)
 
     def advance(self, step: int) -> None:
-        """A step is done."""
-        if self._screen is not None:
-            self._screen.advance(step)
+        """Show that a step is done."""
+        if self._display is not None:
+            self._display.advance(step)
 
-    def progress(self, what: str) -> Callable[[int, int], None]:
-        """Work beside the steps, of which (done, total) is told now and then."""
+    def progress(self, task: str) -> Callable[[int, int], None]:
+        """A callback (done, total) for work other than steps; it prints a line every TASK_INTERVAL seconds."""
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             now = time.monotonic()
-            if now - self._told > PART:
-                self._told = now
-                self.info(f"  {what}: {done} of {total}")
+            if now - self._last_task_line > TASK_INTERVAL:
+                self._last_task_line = now
+                self.info(f"  {task}: {done} of {total}")
 
-        return told
+        return report
 
     def info(self, text: str) -> None:
-        """A sentence for the person who watches."""
-        if self._screen is not None:
-            self._screen.info(text)
+        """Print a message."""
+        if self._display is not None:
+            self._display.info(text)
 
     def close(self) -> None:
-        if self._screen is not None:
-            self._screen.close()
+        if self._display is not None:
+            self._display.close()
         self._close_files()
 
     def _close_files(self) -> None:
         for file in self._files.values():
-            with suppress(OSError):  # of what could not be written, and was told
+            with suppress(OSError):  # a failed write was already reported
                 file.close()
         self._files = {}
-        if self._board is not None:
-            self._board.close()
-        self._board = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._tensorboard = None
 
 
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The single numbers in what was measured, each with a name."""
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers in a nested value, each with its own name."""
     if isinstance(value, int | float):
         yield name, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _numbers(f"{name}/{key}", part)
-    elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _numbers(f"{name}/{place}", part)
+    elif isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _scalars(f"{name}/{key}", part)
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal; elsewhere a plain line now and then."""
+    """A progress bar on a terminal; otherwise a line every LINE_INTERVAL seconds."""
 
     def __init__(self, step: int, steps: int) -> None:
-        self.steps, self._numbers, self._last, self._started = steps, "", 0.0, (time.monotonic(), step)
+        self.steps, self._metrics, self._last, self._started = steps, "", 0.0, (time.monotonic(), step)
         self._bar = None
         if sys.stderr.isatty():
             columns = (
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[metrics]}"),
                 TimeRemainingColumn(),
                 TextColumn("left"),
             )
             self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=steps, completed=step, numbers="")
+            self._task = self._bar.add_task("", total=steps, completed=step, metrics="")
             self._bar.start()
 
     def start(self, step: int) -> None:
         self._started = (time.monotonic(), step)
 
-    def set_metrics(self, step: int, values: dict[str, float]) -> None:
+    def set_metrics(self, values: dict[str, float]) -> None:
         if "loss" in values:
-            self._numbers = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
-            if "utilisation" in values:
-                self._numbers += f", {values['utilisation']:.0%} of the peak"
+            self._metrics = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
+            if "mfu" in values:
+                self._metrics += f", {values['mfu']:.0%} MFU"
 
     def advance(self, step: int) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=self._numbers)
+            self._bar.update(self._task, completed=step, metrics=self._metrics)
             return
         now = time.monotonic()
-        if now - self._last < PAUSE and step < self.steps:
+        if now - self._last < LINE_INTERVAL and step < self.steps:
             return
         self._last = now
-        began, first = self._started
-        left = (now - began) / max(step - first, 1) * (self.steps - step)
-        self._print(f"step {step}/{self.steps}  {self._numbers}  {format_duration(left)} left")
+        start_time, first = self._started
+        left = (now - start_time) / max(step - first, 1) * (self.steps - step)
+        self._print(f"step {step}/{self.steps}  {self._metrics}  {format_duration(left)} left")
 
     def info(self, text: str) -> None:
         if self._bar is not None:
@@ -200,7 +197,7 @@ class ProgressDisplay:
             self._bar.stop()
 
 
-def _tensorboard(run: Path, step: int):
+def _open_tensorboard(run: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

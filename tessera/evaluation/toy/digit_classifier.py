@@ -1,54 +1,54 @@
-"""Judges for data whose truth is known."""
+"""Oracles: evaluators for data with a known ground truth."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from tessera.data import AnyData
-from tessera.data.digits import DigitsConfig, DigitsSource
+from tessera.data.digits import DigitsConfig, DigitsDataset
 from tessera.data.shapes import ShapesConfig
 from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.toy.shape_reader import ShapesEvaluator
 
 
 class DigitClassifier:
-    """Reads drawn digits: a support vector classifier fitted on real digits that no model learned from.
+    """Classifies generated digits with a support vector classifier fitted on real digits that no model was trained on.
 
-    `ceiling` is its share on further real digits: no drawing can be expected to be read better.
+    `real_accuracy` is its accuracy on further real digits: generated ones cannot be expected to do better.
     """
 
-    reads = "the digit asked for, by a support vector classifier fitted on other scans"
+    description = "the requested digit, with a support vector classifier fitted on other scans"
 
     def __init__(self) -> None:
         from sklearn.svm import SVC
 
-        fitted_on, held_out = DigitsSource(DigitsConfig(split="judge")), DigitsSource(DigitsConfig(split="ceiling"))
-        self._classifier = SVC(gamma=0.02, C=10.0)  # pyright: ignore[reportArgumentType] (stub says str); on pixels in 0 .. 1
-        self._classifier.fit(_features(fitted_on.images), fitted_on.labels)
-        self.ceiling = float(np.mean(self.read(held_out.images.transpose(0, 2, 3, 1)) == held_out.labels))
-        self.held_out = len(held_out)
+        fitted_on, held_out = DigitsDataset(DigitsConfig(split="judge")), DigitsDataset(DigitsConfig(split="ceiling"))
+        self._classifier = SVC(gamma=0.02, C=10.0)  # pyright: ignore[reportArgumentType] (the stub has str)
+        self._classifier.fit(_to_rows(fitted_on.images), fitted_on.labels)
+        self.real_accuracy = float(np.mean(self.predict(held_out.images.transpose(0, 2, 3, 1)) == held_out.labels))
+        self.num_real = len(held_out)
 
-    def read(self, pictures: np.ndarray) -> np.ndarray:
-        """pictures uint8 [B, 8, 8, 1] -> the digit seen in each, int [B]"""
-        return self._classifier.predict(_features(pictures))
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """images uint8 [B, 8, 8, 1] -> class labels, int [B]"""
+        return self._classifier.predict(_to_rows(images))
 
-    def share(self, pictures: np.ndarray, asked: Sequence[int]) -> float:
-        """The share of pictures read as the digit that was asked for."""
-        return float(np.mean(self.read(pictures) == np.asarray(asked)))
+    def accuracy(self, images: np.ndarray, labels: Sequence[int]) -> float:
+        """The fraction of images classified as their labels."""
+        return float(np.mean(self.predict(images) == np.asarray(labels)))
 
-    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Estimate]:
-        """The same share as "as asked", with its interval; nothing where nothing was asked."""
-        if asked is None:
+    def score(self, images: np.ndarray, labels: Sequence[int] | None) -> dict[str, Estimate]:
+        """{"accuracy": with its interval}; empty without labels."""
+        if labels is None:
             return {}
-        return {"as asked": Estimate.proportion(self.share(pictures, asked) * len(pictures), len(pictures))}
+        return {"accuracy": Estimate.proportion(self.accuracy(images, labels) * len(images), len(images))}
 
 
-def _features(pictures: np.ndarray) -> np.ndarray:
-    return pictures.reshape(len(pictures), -1) / 255.0
+def _to_rows(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) / 255.0
 
 
-def oracle_for(data: AnyData) -> DigitClassifier | ShapesEvaluator | None:
-    """The judge of a data set; None if its truth is not known."""
+def load_oracle(data: AnyData) -> DigitClassifier | ShapesEvaluator | None:
+    """The oracle of a data set; None if its ground truth is not known."""
     match data:
         case DigitsConfig():
             return DigitClassifier()

@@ -1,8 +1,8 @@
-"""A small feature network of our own: for data that no pretrained network fits, and where none can be downloaded.
+"""A small feature network: for data that no pretrained network fits, and where none can be downloaded.
 
-Two come with the package, for the embedded data sets; `tessera evaluate train-features` fits one to any labelled data.
+Two come with the package, for the embedded data sets; `tessera evaluate train-features` trains one on labeled data.
 
-Shapes: B pictures, C channels, H W height and width, D features, K classes.
+Shapes: B images, C channels, H W height and width, D features, K classes.
 """
 
 import json
@@ -17,27 +17,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tessera import bundle, randomness
+from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.data.images import Dataset
 from tessera.data.loader import Loader
 from tessera.errors import TesseraError
 from tessera.files import atomic_folder
 from tessera.settings import Settings, Size, validate
 
-HELD_OUT = 10  # one picture of so many is kept from training, to tell the accuracy
-SMALLEST = 4  # side of the last feature map, at least
-LARGEST = 32  # side of the first feature map, at most: larger pictures are halved on entering
-STREAM = 0x66656174  # of randomness: what is held out; how pictures are shifted and mirrored
+FORMAT = "tessera-features-2"
+HELD_OUT = 10  # one image in this many is held out, to measure the accuracy
+MIN_SIDE = 4  # of the last feature map
+MAX_SIDE = 32  # of the first feature map: the stem halves larger images
+STREAM = 0x66656174  # random stream: which images are held out; how images are shifted and flipped
 
 
 class FeatureConfig(Settings):
-    """What config.json of a feature network says."""
+    """config.json of a feature network."""
 
-    format: Literal["tessera-features-1"] = "tessera-features-1"
+    format: Literal["tessera-features-2"] = FORMAT
     size: Size
     channels: Literal[1, 3]
-    classes: PositiveInt
+    num_classes: PositiveInt
     width: PositiveInt = Field(
-        default=24, multiple_of=8, description="channels of the first map; they double up to four times that"
+        default=24, multiple_of=8, description="channels of the first map; they double, up to four times this"
     )
     origin: dict[str, Any] = Field(default_factory=dict, description="how it was trained")
 
@@ -46,35 +48,35 @@ class FeatureConfig(Settings):
 
 
 class FeatureNetwork(nn.Module):
-    """Convolutions that halve the picture until it is 4 wide, then a mean over places and a linear classifier."""
+    """Convolutions that halve the image until it is 4 wide, a mean over positions, and a linear classifier."""
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.config = config
-        side, width, widest = min(config.size), config.width, 4 * config.width
+        side, width, max_width = min(config.size), config.width, 4 * config.width
         stride = 1
-        while side // stride > LARGEST:
+        while side // stride > MAX_SIDE:
             stride *= 2
         self.stem = nn.Conv2d(config.channels, width, max(3, 2 * stride - 1), stride, padding=max(1, stride - 1))
         side //= stride
         stages: list[nn.Module] = []
-        while side // 2 >= SMALLEST:
-            wider = min(2 * width, widest)
-            stages.append(nn.Sequential(nn.Conv2d(width, wider, 3, 2, padding=1), Residual(wider)))
-            width, side = wider, side // 2
+        while side // 2 >= MIN_SIDE:
+            out_width = min(2 * width, max_width)
+            stages.append(nn.Sequential(nn.Conv2d(width, out_width, 3, 2, padding=1), Residual(out_width)))
+            width, side = out_width, side // 2
         self.stages = nn.ModuleList(stages or [Residual(width)])
         self.norm = nn.GroupNorm(8, width)
-        self.classify = nn.Linear(width, config.classes)
+        self.classify = nn.Linear(width, config.num_classes)
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 [B, C, H, W] -> pool [B, D], spatial (7 channels of the first stage, flat) and logits [B, K]"""
-        x = self.stem(pictures.float() / 127.5 - 1)
+        x = self.stem(images.float() / 127.5 - 1)
         spatial = None
         for stage in self.stages:
             x = stage(x)
             if spatial is None:
                 spatial = functional.relu(x)[:, :7].flatten(1)
-        assert spatial is not None  # there is a stage
+        assert spatial is not None  # there is at least one stage
         pool = functional.relu(self.norm(x)).mean(dim=(2, 3))
         return {"pool": pool, "spatial": spatial, "logits": self.classify(pool)}
 
@@ -95,7 +97,8 @@ class Residual(nn.Module):
 def is_saved_at(folder: Path) -> bool:
     """Whether a folder holds a network of this kind."""
     try:
-        return json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8")).get("format") == "tessera-features-1"
+        config = json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8"))
+        return str(config.get("format")).startswith("tessera-features-")
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -103,12 +106,12 @@ def is_saved_at(folder: Path) -> bool:
 def load(folder: Path) -> FeatureNetwork:
     """Raises TesseraError if the folder is incomplete or damaged."""
     try:
-        told = json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read {folder / bundle.CONFIG}: {error}") from None
-    network = validate(FeatureConfig, told, str(folder / bundle.CONFIG)).build()
-    tensors = bundle.read_tensors(folder / bundle.WEIGHTS)
-    bundle.fit(network, tensors, str(folder))
+    network = validate(FeatureConfig, config, str(folder / bundle.CONFIG)).build()
+    tensors = read_tensors(folder / bundle.WEIGHTS)
+    bundle.check_state_dict(network, tensors, str(folder))
     network.load_state_dict(tensors)
     return network.eval()
 
@@ -116,66 +119,66 @@ def load(folder: Path) -> FeatureNetwork:
 def save(network: FeatureNetwork, folder: Path) -> None:
     """Raises TesseraError if the folder exists or cannot be written."""
     with atomic_folder(folder) as partial:
-        told = json.dumps(network.config.model_dump(mode="json"), indent=2)
-        (partial / bundle.CONFIG).write_text(told + "\n", encoding="utf-8")
-        bundle.write_tensors(network.state_dict(), partial / bundle.WEIGHTS)
+        config = json.dumps(network.config.model_dump(mode="json"), indent=2)
+        (partial / bundle.CONFIG).write_text(config + "\n", encoding="utf-8")
+        write_tensors(network.state_dict(), partial / bundle.WEIGHTS)
 
 
-class Part:
-    """Some of the samples of a source, as a source."""
+class Subset:
+    """Some samples of a data set, as a data set."""
 
-    def __init__(self, source: Dataset, chosen: np.ndarray) -> None:
-        self.source, self.chosen, self.class_names = source, chosen, source.class_names
+    def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
+        self.dataset, self.indices, self.class_names = dataset, indices, dataset.class_names
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
     def label(self, index: int) -> int:
-        return self.source.label(int(self.chosen[index]))
+        return self.dataset.label(int(self.indices[index]))
 
     def name(self, index: int) -> str:
-        return self.source.name(int(self.chosen[index]))
+        return self.dataset.name(int(self.indices[index]))
 
     def pixels(self, index: int) -> np.ndarray:
-        return self.source.pixels(int(self.chosen[index]))
+        return self.dataset.pixels(int(self.indices[index]))
 
 
 def train(
-    source: Dataset,
+    dataset: Dataset,
     size: tuple[int, int],
     channels: Literal[1, 3],
     *,
-    flip: bool,
-    where: str,
+    hflip: bool,
+    description: str,
     width: int = 24,
     steps: int = 2000,
-    batch: int = 128,
+    batch_size: int = 128,
     learning_rate: float = 3e-3,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureNetwork:
-    """Fit a network to tell the classes of a data set apart; a tenth is held out, and its accuracy kept in `origin`.
+    """Train a network to classify a data set. A tenth is held out; the accuracy on it is saved in `config.origin`.
 
-    Pictures are shifted by up to an eighth and, if flip, mirrored. AdamW, one cycle of the learning rate (Smith 2018).
-    Raises TesseraError without classes or with too few pictures.
+    Images are shifted by up to an eighth of their side and, with hflip, flipped. AdamW, one cycle of the learning rate
+    (Smith 2018). Raises TesseraError without classes or with too few images.
     """
-    if not source.class_names:
-        raise TesseraError(f"{where} has no classes: features are learned by telling classes apart")
-    if len(source) < 10 * HELD_OUT:
-        raise TesseraError(f"{where} holds {len(source)} pictures; features need at least {10 * HELD_OUT}")
-    order = randomness.permutation(0, STREAM, 0, len(source)).numpy()
-    held_out, learned = Part(source, order[::HELD_OUT]), Part(source, np.delete(order, np.s_[::HELD_OUT]))
+    if not dataset.class_names:
+        raise TesseraError(f"{description} has no classes: features are trained by classification")
+    if len(dataset) < 10 * HELD_OUT:
+        raise TesseraError(f"{description} holds {len(dataset)} images; features need at least {10 * HELD_OUT}")
+    order = randomness.permutation(0, STREAM, 0, len(dataset)).numpy()
+    held_out, training = Subset(dataset, order[::HELD_OUT]), Subset(dataset, np.delete(order, np.s_[::HELD_OUT]))
     torch.manual_seed(0)
-    told = {"size": size, "channels": channels, "classes": len(source.class_names), "width": width}
-    config = validate(FeatureConfig, told, "the feature network")
+    settings = {"size": size, "channels": channels, "num_classes": len(dataset.class_names), "width": width}
+    config = validate(FeatureConfig, settings, "the feature network")
     network = config.build().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
-    batches = Loader(learned, batch, seed=0).batches()
+    batches = Loader(training, batch_size, seed=0).batches()
     for step in range(steps):
-        told = next(batches)
-        pictures = shifted(told.pixels, told.position, flip).to(device)
-        loss = functional.cross_entropy(network(pictures)["logits"], told.label.to(device), label_smoothing=0.1)
+        batch = next(batches)
+        images = random_shift(batch.pixels, batch.position, hflip).to(device)
+        loss = functional.cross_entropy(network(images)["logits"], batch.label.to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -183,35 +186,39 @@ def train(
         if progress is not None:
             progress(step + 1, steps)
     batches.close()
-    right = accuracy(network.eval(), held_out, device)
-    origin = {"trained on": where, "pictures": len(learned), "steps": steps, "held-out accuracy": round(right, 4)}
+    network.eval()
+    origin = {
+        "trained_on": description,
+        "images": len(training),
+        "steps": steps,
+        "held_out_accuracy": round(accuracy(network, held_out, device), 4),
+    }
     network.config = config.model_copy(update={"origin": origin})
     return network
 
 
 @torch.no_grad()
-def accuracy(network: FeatureNetwork, source: Dataset, device: torch.device | None = None) -> float:
-    """The share of a source's pictures whose class the network names."""
-    loader, right, seen = Loader(source, 100, seed=0), 0, 0
-    for start in range(0, len(source), 100):
-        told = loader.read(start)
-        said = network(told.pixels.to(device))["logits"].argmax(1).cpu()
-        count = min(100, len(source) - start)
-        right, seen = right + int((said == told.label)[:count].sum()), seen + count
-    return right / seen
+def accuracy(network: FeatureNetwork, dataset: Dataset, device: torch.device | None = None) -> float:
+    """The fraction of a data set that the network classifies correctly."""
+    loader, correct = Loader(dataset, 100, seed=0), 0
+    for start in range(0, len(dataset), 100):
+        batch = loader.load_batch(start)
+        predictions = network(batch.pixels.to(device))["logits"].argmax(1).cpu()
+        correct += int((predictions == batch.label)[: len(dataset) - start].sum())
+    return correct / len(dataset)
 
 
-def shifted(pixels: Tensor, position: Tensor, flip: bool) -> Tensor:
-    """Each picture [B, C, H, W] moved by up to an eighth of its side, edges repeated, and mirrored at random."""
+def random_shift(pixels: Tensor, position: Tensor, hflip: bool) -> Tensor:
+    """Shift each image [B, C, H, W] by up to an eighth of its side, repeating its edges, and flip it at random."""
     height, width = pixels.shape[2:]
     reach = max(1, min(height, width) // 8)
-    drawn = randomness.uniform(0, position, STREAM, 3)
-    down, right = ((drawn[:, :2] * (2 * reach + 1)).long().clamp(max=2 * reach)).unbind(1)
+    uniform = randomness.uniform(0, position, STREAM, 3)
+    down, right = ((uniform[:, :2] * (2 * reach + 1)).long().clamp(max=2 * reach)).unbind(1)
     padded = functional.pad(pixels.float(), (reach,) * 4, mode="replicate").to(pixels.dtype)
     rows = (down[:, None] + torch.arange(height))[:, None, :, None]
     columns = right[:, None] + torch.arange(width)
-    if flip:
-        columns = torch.where(drawn[:, 2:] < 0.5, columns, columns.flip(1))
-    each = torch.arange(len(pixels))[:, None, None, None]
+    if hflip:
+        columns = torch.where(uniform[:, 2:] < 0.5, columns, columns.flip(1))
+    sample = torch.arange(len(pixels))[:, None, None, None]
     channel = torch.arange(pixels.shape[1])[None, :, None, None]
-    return padded[each, channel, rows, columns[:, None, None, :]]
+    return padded[sample, channel, rows, columns[:, None, None, :]]

@@ -1,9 +1,9 @@
-"""The judge of drawn shapes: reads what stands in a picture by comparing it with exact masks; nothing is learned.
+"""The oracle of the shapes data set: detects the objects of an image by comparison with exact masks, without training.
 
-A mask explains pixels up to a colour, so shape, size and position are found by least squares before the colour is
-known. What is left unexplained makes a picture impossible.
+A mask explains pixels up to a color. So shape, size and position are found by least squares before the color is known.
+Pixels that remain unexplained make an image invalid.
 
-Shapes: B pictures, H W height and width, K masks, W pixels of their window.
+Shapes: B images, H W height and width, K masks, W pixels of their window.
 """
 
 from collections.abc import Sequence
@@ -17,119 +17,119 @@ from tessera.data import shapes
 from tessera.data.shapes import COLOURS, GRID, PAD, PHASES, SIZES, WINDOW, Description, Object, ShapesConfig, relation
 from tessera.evaluation.intervals import Estimate
 
-# Distances are Euclidean, in levels of RGB. The palest colour is 180 from the background, two colours are 127 apart.
-VISIBLE = 60.0  # from the background: a third of a pixel covered by the palest colour
-OFF_COLOUR = 50.0  # from a colour of the palette: half-way to another is refused
-# Means over 3 x 3 pixels: there noise and soft edges average out, and what is missing or too much does not.
+# Distances are Euclidean, in levels of RGB. The palest color is 180 from the background, two colors are 127 apart.
+VISIBLE = 60.0  # from the background: a third of a pixel covered by the palest color
+OFF_COLOR = 50.0  # from a color of the palette: less than half the distance to another color
+# Means over 3 x 3 pixels, where noise and soft edges average out, but missing and extra parts do not.
 STAIN = 35.0  # from the background
-UNEXPLAINED = 0.3  # left by the mask, of the contrast; a mask of another shape leaves 0.35 (small circle, square: 0.29)
-PALEST, UNEVEN = 200, 24.0  # the darkest level of a background, and how far its typical pixel may be from its middle
-SEARCHED = 2  # phases to each side of the measured centre
+UNEXPLAINED = 0.3  # residual over contrast; the mask of another shape leaves 0.35 (small circle as square: 0.29)
+MIN_LEVEL, UNEVEN = 200, 24.0  # the darkest level of a background; distance of its median pixel from its median color
+SEARCH_RADIUS = 2  # phases to each side of the measured center
 
 
 @dataclass(frozen=True)
-class Reading:
-    """The objects found, or why the picture cannot be of this data: then there are none."""
+class Detection:
+    """The objects of an image, or the reason why the image cannot be from this data set (then there are no objects)."""
 
     objects: tuple[Object, ...] = ()
-    impossible: str = ""
+    invalid_reason: str = ""
 
 
-class _Impossible(Exception):
-    """The text says why."""
+class _Invalid(Exception):
+    """Raised with the reason."""
 
 
-def read(picture: np.ndarray) -> Reading:
-    """What stands in a picture uint8 [H, W, 3], whatever was asked for."""
+def detect(image: np.ndarray) -> Detection:
+    """The objects in an image uint8 [H, W, 3]."""
     try:
-        return Reading(_objects(picture.astype(np.float32)))
-    except _Impossible as reason:
-        return Reading(impossible=str(reason))
+        return Detection(_detect_objects(image.astype(np.float32)))
+    except _Invalid as reason:
+        return Detection(invalid_reason=str(reason))
 
 
-def _objects(picture: np.ndarray) -> tuple[Object, ...]:
-    background = _background(picture)
-    delta = picture - background
+def _detect_objects(image: np.ndarray) -> tuple[Object, ...]:
+    background = _background(image)
+    delta = image - background
     visible = np.linalg.norm(delta, axis=-1) > VISIBLE
-    parts = [part for part in _components(visible) if part.sum() > 3]  # what is smaller may only be a stain
+    parts = [part for part in _components(visible) if part.sum() > 3]  # smaller ones may be stains
     if not parts:
-        raise _Impossible("no object")
+        raise _Invalid("no object")
     if len(parts) > 2:
-        raise _Impossible(f"{len(parts)} objects")
-    if _rim(visible).any():
-        raise _Impossible("object cut by the border")
-    parts = [_grown(part) for part in parts]  # with the soft edge around it
-    rest = np.where(np.any(parts, axis=0)[..., None], 0, delta)
-    if np.linalg.norm(_box_mean(rest), axis=-1).max() > STAIN:
-        raise _Impossible("stain on the background")
-    return tuple(_object(delta * part[..., None], background) for part in parts)
+        raise _Invalid(f"{len(parts)} objects")
+    if _border(visible).any():
+        raise _Invalid("object cut by the border")
+    parts = [_dilate(part) for part in parts]  # with their soft edges
+    residual = np.where(np.any(parts, axis=0)[..., None], 0, delta)
+    if np.linalg.norm(_box_mean(residual), axis=-1).max() > STAIN:
+        raise _Invalid("stain on the background")
+    return tuple(_fit_object(delta * part[..., None], background) for part in parts)
 
 
-def _background(picture: np.ndarray) -> np.ndarray:
-    """The middle colour of the rim, float [3]."""
-    rim = _rim(picture)
-    middle = np.median(rim, axis=0)
-    if np.median(np.linalg.norm(rim - middle, axis=-1)) > UNEVEN:
-        raise _Impossible("background not plain")
-    if middle.min() < PALEST or np.ptp(middle) > OFF_COLOUR:
-        raise _Impossible("background not pale grey")
-    return middle
+def _background(image: np.ndarray) -> np.ndarray:
+    """The median color of the border, float [3]."""
+    border = _border(image)
+    median = np.median(border, axis=0)
+    if np.median(np.linalg.norm(border - median, axis=-1)) > UNEVEN:
+        raise _Invalid("background not plain")
+    if median.min() < MIN_LEVEL or np.ptp(median) > OFF_COLOR:
+        raise _Invalid("background not pale gray")
+    return median
 
 
-def _object(delta: np.ndarray, background: np.ndarray) -> Object:
-    """The object whose mask explains most; delta [H, W, 3] is what differs from the background, elsewhere 0."""
+def _fit_object(delta: np.ndarray, background: np.ndarray) -> Object:
+    """The object whose mask explains most; delta [H, W, 3] is the difference from the background, 0 elsewhere."""
     weight = np.linalg.norm(delta, axis=-1)
-    y, x = (float(np.average(at + 0.5, weights=weight)) for at in np.indices(weight.shape))
-    (row, below), (column, beside) = shapes.cell(y), shapes.cell(x)
-    rest = np.pad(delta, ((PAD, PAD), (PAD, PAD), (0, 0)))
+    y, x = (float(np.average(position + 0.5, weights=weight)) for position in np.indices(weight.shape))
+    (row, phase_y), (column, phase_x) = shapes.cell(y), shapes.cell(x)
+    residual = np.pad(delta, ((PAD, PAD), (PAD, PAD), (0, 0)))
     top, left = row + PAD - WINDOW // 2, column + PAD - WINDOW // 2
-    window = rest[top : top + WINDOW, left : left + WINDOW]  # a view
-    below, beside = below - SEARCHED, beside - SEARCHED
-    masks = shapes.masks()[:, :, below : below + 2 * SEARCHED + 1, beside : beside + 2 * SEARCHED + 1]
-    kinds, masks = masks.shape[:4], masks.reshape(-1, WINDOW**2)  # [K, W * W]
+    window = residual[top : top + WINDOW, left : left + WINDOW]  # a view
+    phase_y, phase_x = phase_y - SEARCH_RADIUS, phase_x - SEARCH_RADIUS
+    count = 2 * SEARCH_RADIUS + 1
+    masks = shapes.masks()[:, :, phase_y : phase_y + count, phase_x : phase_x + count]
+    layout, masks = masks.shape[:4], masks.reshape(-1, WINDOW**2)  # [K, W * W]
 
     matched, energy = masks @ window.reshape(-1, 3), (masks**2).sum(1)  # [K, 3], [K]
     best = ((matched**2).sum(1) / energy).argmax()
     contrast = matched[best] / energy[best]
     window -= masks[best].reshape(WINDOW, WINDOW, 1) * contrast
-    if np.linalg.norm(_box_mean(rest), axis=-1).max() > UNEXPLAINED * np.linalg.norm(contrast):
-        raise _Impossible("no known shape")
-    # The colour from sums, which soft edges leave as they are.
-    colour = _colour(background + delta.sum((0, 1)) / masks[best].sum())
-    shape, size, down, right = (int(index) for index in np.unravel_index(best, kinds))
-    y, x = row + (below + down - PHASES // 2) / GRID, column + (beside + right - PHASES // 2) / GRID
-    return Object(shapes.SHAPES[shape], colour, tuple(SIZES)[size], x, y)
+    if np.linalg.norm(_box_mean(residual), axis=-1).max() > UNEXPLAINED * np.linalg.norm(contrast):
+        raise _Invalid("no known shape")
+    color = _nearest_color(background + delta.sum((0, 1)) / masks[best].sum())  # soft edges do not change sums
+    shape, size, down, right = (int(index) for index in np.unravel_index(best, layout))
+    y, x = row + (phase_y + down - PHASES // 2) / GRID, column + (phase_x + right - PHASES // 2) / GRID
+    return Object(shapes.SHAPES[shape], color, tuple(SIZES)[size], x, y)
 
 
-def _colour(found: np.ndarray) -> str:
-    """The name of the nearest colour; found [3]."""
-    distance = {name: float(np.linalg.norm(found - colour)) for name, colour in COLOURS.items()}
+def _nearest_color(color: np.ndarray) -> str:
+    """The name of the palette's nearest color; color [3]."""
+    distance = {name: float(np.linalg.norm(color - rgb)) for name, rgb in COLOURS.items()}
     nearest = min(distance, key=distance.__getitem__)
-    if distance[nearest] > OFF_COLOUR:
-        raise _Impossible(f"no known colour, nearest {nearest}")
+    if distance[nearest] > OFF_COLOR:
+        raise _Invalid(f"no known color, nearest {nearest}")
     return nearest
 
 
-def _rim(array: np.ndarray) -> np.ndarray:
+def _border(array: np.ndarray) -> np.ndarray:
     """The outermost pixels, [2 (H + W), ...]."""
     return np.concatenate((array[0], array[-1], array[:, 0], array[:, -1]))
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """The connected parts of a mask [H, W], corners included."""
-    found = []
+    """The connected components of a mask [H, W], including diagonal neighbors."""
+    components = []
     while mask.any():
         part, larger = np.zeros_like(mask), np.zeros_like(mask)
         larger.flat[mask.argmax()] = True
         while (larger != part).any():
-            part, larger = larger, _grown(larger) & mask
-        found.append(part)
+            part, larger = larger, _dilate(larger) & mask
+        components.append(part)
         mask = mask & ~part
-    return found
+    return components
 
 
-def _grown(mask: np.ndarray) -> np.ndarray:
-    """A mask and the pixels around it."""
+def _dilate(mask: np.ndarray) -> np.ndarray:
+    """The mask and the pixels around it."""
     tall = mask.copy()
     tall[1:] |= mask[:-1]
     tall[:-1] |= mask[1:]
@@ -147,65 +147,67 @@ def _box_mean(values: np.ndarray) -> np.ndarray:
 
 
 class ShapesEvaluator:
-    """Counts how many pictures hold what was asked for, and how many are impossible.
+    """Measures the fraction of images that show the requested object, and the fraction that is invalid.
 
-    `ceiling` is its share on real pictures of the test split: no drawing can be expected to be read better.
+    `real_accuracy` is its accuracy on real images of the test split: generated ones cannot be expected to do better.
     """
 
-    reads = "an object of the asked colour and shape, by comparison with exact masks"
-    held_out = 1000
+    description = "an object of the requested color and shape, by comparison with exact masks"
+    num_real = 1000
 
     @cached_property
-    def ceiling(self) -> float:
-        source = ShapesConfig(split="test", count=self.held_out).open()
-        pictures = np.stack([source.pixels(i) for i in range(self.held_out)]).transpose(0, 2, 3, 1)
-        return self.judge(pictures, [source.label(i) for i in range(self.held_out)])["as asked"].value
+    def real_accuracy(self) -> float:
+        dataset = ShapesConfig(split="test", count=self.num_real).open()
+        images = np.stack([dataset.pixels(i) for i in range(self.num_real)]).transpose(0, 2, 3, 1)
+        return self.score(images, [dataset.label(i) for i in range(self.num_real)])["accuracy"].value
 
-    def judge(self, pictures: np.ndarray, asked: Sequence[int] | None) -> dict[str, Estimate]:
-        """pictures uint8 [B, H, W, 3] -> shares: "impossible", and "as asked" of those that hold an object of the class
-        asked for and are possible."""
-        readings = [read(picture) for picture in pictures]
-        right = {}
-        if asked is not None:
-            classes = [shapes.CLASSES[label] for label in asked]
-            right["as asked"] = [
-                any(f"{one.colour} {one.shape}" == name for one in reading.objects)
-                for reading, name in zip(readings, classes, strict=True)
-            ]
-        return _shares(right | {"impossible": [bool(reading.impossible) for reading in readings]})
-
-    def judge_captions(self, pictures: np.ndarray, captions: Sequence[str]) -> dict[str, Estimate]:
-        """pictures uint8 [B, H, W, 3] -> shares: "impossible", and those right in "shape", "colour" and "size" of every
-        object, in "relation" (of the captions that tell one; absent if none does) and in "all".
-
-        In a picture with another number of objects than asked for nothing is right.
+    def score(self, images: np.ndarray, labels: Sequence[int] | None) -> dict[str, Estimate]:
+        """images uint8 [B, H, W, 3] -> fractions: "invalid", and with labels "accuracy", the valid images that show an
+        object of their class.
         """
-        readings = [read(picture) for picture in pictures]
-        asked = [shapes.parse_caption(caption) for caption in captions]
-        marks = [_marks(reading.objects, told) for reading, told in zip(readings, asked, strict=True)]
-        right = {key: [mark[key] for mark in marks if key in mark] for key in ("shape", "colour", "size", "relation")}
-        right["all"] = [all(mark.values()) for mark in marks]
-        return _shares(right | {"impossible": [bool(reading.impossible) for reading in readings]})
+        detections = [detect(image) for image in images]
+        hits = {}
+        if labels is not None:
+            hits["accuracy"] = [
+                any(f"{item.colour} {item.shape}" == shapes.CLASSES[label] for item in detection.objects)
+                for detection, label in zip(detections, labels, strict=True)
+            ]
+        return _fractions(hits | {"invalid": [bool(detection.invalid_reason) for detection in detections]})
+
+    def score_captions(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Estimate]:
+        """images uint8 [B, H, W, 3] -> fractions: "invalid"; correct "shape", "colour" and "size" of every object;
+        correct "relation" (of the captions that have one; absent if none has); and "all" of these.
+
+        An image with the wrong number of objects has nothing correct.
+        """
+        detections = [detect(image) for image in images]
+        descriptions = [shapes.parse_caption(caption) for caption in captions]
+        results = [_matches(d.objects, expected) for d, expected in zip(detections, descriptions, strict=True)]
+        keys = ("shape", "colour", "size", "relation")
+        hits = {key: [result[key] for result in results if key in result] for key in keys}
+        hits["all"] = [all(result.values()) for result in results]
+        return _fractions(hits | {"invalid": [bool(detection.invalid_reason) for detection in detections]})
 
 
-def _marks(objects: Sequence[Object], asked: Description) -> dict[str, bool]:
-    """What is right, each object taken for the one asked for that it resembles most."""
-    told = ("shape", "colour", "size", *(("relation",) if asked.relation else ()))
-    if len(objects) != len(asked.looks):
-        return dict.fromkeys(told, False)
-    best, most = {}, (-1, False)
+def _matches(objects: Sequence[Object], expected: Description) -> dict[str, bool]:
+    """Which attributes are correct, with objects assigned to the expected ones so that most are."""
+    attributes = ("shape", "colour", "size")
+    if len(objects) != len(expected.appearances):
+        return dict.fromkeys((*attributes, "relation") if expected.relation else attributes, False)
+    best, best_rank = {}, (-1, False)
     for order in permutations(objects):
-        right = {
-            key: [getattr(one, key) == getattr(look, key) for one, look in zip(order, asked.looks)] for key in told[:3]
+        equal = {
+            key: [getattr(item, key) == getattr(other, key) for item, other in zip(order, expected.appearances)]
+            for key in attributes
         }
-        marks = {key: all(hits) for key, hits in right.items()}
-        if asked.relation:
-            marks["relation"] = relation(*order) == asked.relation
-        resemblance = sum(map(sum, right.values())), marks.get("relation", True)
-        if resemblance > most:
-            best, most = marks, resemblance
+        result = {key: all(values) for key, values in equal.items()}
+        if expected.relation:
+            result["relation"] = relation(*order) == expected.relation
+        rank = sum(map(sum, equal.values())), result.get("relation", True)
+        if rank > best_rank:
+            best, best_rank = result, rank
     return best
 
 
-def _shares(hits: dict[str, list[bool]]) -> dict[str, Estimate]:
-    return {key: Estimate.proportion(sum(row), len(row)) for key, row in hits.items() if row}
+def _fractions(hits: dict[str, list[bool]]) -> dict[str, Estimate]:
+    return {key: Estimate.proportion(sum(values), len(values)) for key, values in hits.items() if values}
