@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from tessera.conditioning import Condition
-from tessera.interop.diffusers import to_diffusers, transformer_of
+from tessera.interop.diffusers import to_diffusers, transformer_config
 from tessera.models.dit import DiT, DiTConfig
 
 
@@ -29,12 +29,12 @@ def pair(settings: dict[str, Any]) -> tuple[DiT, nn.Module]:
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     torch.manual_seed(0)
-    ours = DiT(DiTConfig.model_validate({**settings, "time_divisor": 127, "mlp_norm_eps": 1e-5}))
+    ours = DiT(DiTConfig.model_validate({**settings, "timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5}))
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    theirs = DiTTransformer2DModel(**transformer_of(ours.config).model_dump(exclude={"class_name"}))
+    theirs = DiTTransformer2DModel(**transformer_config(ours.config).model_dump(exclude={"class_name"}))
     theirs.load_state_dict(to_diffusers(ours.state_dict(), ours.config))
     return ours, theirs
 

@@ -21,10 +21,10 @@ from diffusers import DPMSolverMultistepScheduler
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from tessera import generation
 from tessera.bundle import BundleConfig, Model
 from tessera.conditioning import Condition
-from tessera.generation import pipeline
-from tessera.interop.diffusers import to_diffusers, transformer_of
+from tessera.interop.diffusers import to_diffusers, transformer_config
 from tessera.sampling import DPMSolver, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import Trailing, timestep_grid
@@ -37,10 +37,10 @@ def pair(preset: str) -> tuple[Model, nn.Module]:
     torch.manual_seed(0)
     config = BundleConfig.model_validate(
         {
-            "network": {"preset": preset, "time_divisor": 127, "mlp_norm_eps": 1e-5},
-            "process": {},
+            "network": {"preset": preset, "timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5},
+            "diffusion": {},
             "codec": {"kind": "autoencoder-kl", "source": "not loaded"},
-            "sampling": {"sampler": "dpm++", "spacing": "trailing", "guidance": GUIDANCE},
+            "sampling": {"sampler": "dpm++", "timestep_spacing": "trailing", "guidance_scale": GUIDANCE},
         }
     )
     network = config.network.build()
@@ -48,7 +48,7 @@ def pair(preset: str) -> tuple[Model, nn.Module]:
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    theirs = DiTTransformer2DModel(**transformer_of(network.config).model_dump(exclude={"class_name"}))
+    theirs = DiTTransformer2DModel(**transformer_config(network.config).model_dump(exclude={"class_name"}))
     theirs.load_state_dict(to_diffusers(network.state_dict(), network.config))
     return Model(config, network.eval()), theirs.eval()
 
@@ -109,13 +109,13 @@ def main() -> None:
         for batch in map(int, options.batches.split(",")):
             classes, seeds = [(7 * i) % 1000 for i in range(batch)], list(range(batch))
             start, label = (
-                next(pipeline.generate_steps(model, classes, seeds, steps=options.steps)).x,
+                next(generation.generate_steps(model, classes, seeds, num_steps=options.steps)).x,
                 torch.tensor(classes),
             )
 
             def draw(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
                 if name != "none":
-                    *_, last = pipeline.generate_steps(model, classes, seeds, steps=options.steps)
+                    *_, last = generation.generate_steps(model, classes, seeds, num_steps=options.steps)
                     return last.x
                 denoise = Denoiser(silent, model.diffusion, Condition(label=label), GUIDANCE)
                 visited = timestep_grid(Trailing(), options.steps, model.diffusion)

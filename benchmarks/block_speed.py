@@ -34,8 +34,8 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=8, help="tokens along a side")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
-    told = parser.parse_args()
-    size = 2 * told.grid
+    options = parser.parse_args()
+    size = 2 * options.grid
     sizes = {
         "input_size": size,
         "in_channels": 1,
@@ -46,17 +46,17 @@ def main() -> None:
         "num_heads": 6,
     }
     networks = {name: DiTConfig.model_validate({**sizes, "block": block}).build() for name, block in DESIGNS.items()}
-    x, t = torch.randn(told.batch, 1, size, size), torch.rand(told.batch) * 1000
-    condition = Condition(torch.arange(told.batch) % 10)
+    x, t = torch.randn(options.batch, 1, size, size), torch.rand(options.batch) * 1000
+    condition = Condition(torch.arange(options.batch) % 10)
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(told.rounds + 1):  # the first warms up
+    for _ in range(options.rounds + 1):  # the first warms up
         for name, network in networks.items():
             network.zero_grad(set_to_none=True)
             start = time.process_time()
             network(x, t, condition).square().mean().backward()
             seconds[name].append(time.process_time() - start)
     base = statistics.median(seconds["adaln-zero"][1:])
-    print(f"| {told.grid**2} tokens, batch {told.batch} | ms | of adaln-zero | parameters | MMACs |")
+    print(f"| {options.grid**2} tokens, batch {options.batch} | ms | of adaln-zero | parameters | MMACs |")
     print("|---|---|---|---|---|")
     for name, network in networks.items():
         median = statistics.median(seconds[name][1:])

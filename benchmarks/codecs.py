@@ -16,9 +16,9 @@ from PIL import Image
 from tessera import randomness
 from tessera.codecs.resolve import resolve_codec
 from tessera.data.resolve import resolve_data as named_data
-from tessera.evaluation.features import extractor
+from tessera.evaluation.features import load_extractor
 from tessera.evaluation.reconstruction import Reconstruction, reconstruct
-from tessera.training.codec import HELD_OUT, FitConfig
+from tessera.training.codec import HELD_OUT, CodecTrainingConfig
 
 CPU = torch.device("cpu")
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji" / "train.parquet"
@@ -59,7 +59,14 @@ def photographs(folder: Path | None) -> dict[str, np.ndarray]:
 
 def row(name: str, size: str, found: Reconstruction) -> str:
     fd = "" if found.fd is None else f"{found.fd.value:.3g} ({found.fd.low:.2g} to {found.fd.high:.2g})"
-    cells = [name, size, f"{found.psnr.value:.2f}", f"{found.ssim.value:.4f}", fd, f"{found.mean:.3f}, {found.std:.3f}"]
+    cells = [
+        name,
+        size,
+        f"{found.psnr.value:.2f}",
+        f"{found.ssim.value:.4f}",
+        fd,
+        f"{found.latent_mean:.3f}, {found.latent_std:.3f}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -68,18 +75,18 @@ def main() -> None:
     parser.add_argument("what", choices=("photos", "emoji"))
     parser.add_argument("codec")
     parser.add_argument("folder", type=Path, nargs="?")
-    asked = parser.parse_args()
-    codec = resolve_codec(asked.codec).build()
+    options = parser.parse_args()
+    codec = resolve_codec(options.codec).build()
     print("| pictures | size | PSNR, dB | SSIM | FD (shapes, at 32 x 32) | latents: mean, standard deviation |")
     print("|---|---|---|---|---|---|")
-    if asked.what == "emoji":
+    if options.what == "emoji":
         source = named_data(str(EMOJI), (64, 64)).open()
-        count = FitConfig().held_out
+        count = CodecTrainingConfig().held_out
         chosen = np.sort(randomness.permutation(0, HELD_OUT, 0, len(source)).numpy()[:count])
-        found = reconstruct(codec, source, chosen.tolist(), CPU, extractor("shapes", CPU))
+        found = reconstruct(codec, source, chosen.tolist(), CPU, load_extractor("shapes", CPU))
         print(row(f"{found.count} emoji", "64 x 64", found))
         return
-    photos = Photographs(photographs(asked.folder), codec.factor)
+    photos = Photographs(photographs(options.folder), codec.factor)
     ratios = []
     for index, name in enumerate(photos.names):
         height, width = photos.pixels(index).shape[1:]

@@ -15,9 +15,10 @@ Prints one table.
 import argparse
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from tessera.data import FilesConfig, index
-from tessera.data.sampler import Shuffled
+from tessera.data.sampler import ShuffledOrder
 
 BATCH, CLASSES = 256, 1000
 HEAD = "| | seconds | of the processor | MiB |\n|---|---|---|---|"
@@ -71,7 +72,7 @@ def measure(path: Path, epochs: int) -> None:
     base = resident()
     with row("open", base):
         source = FilesConfig(path=str(path), size=256).open()
-    order = Shuffled(len(source), BATCH, seed=0)
+    order = ShuffledOrder(len(source), BATCH, seed=0)
     batches = len(source) // BATCH
     for epoch in range(epochs):
         first = -(-epoch * len(source) // BATCH) * BATCH
@@ -96,7 +97,7 @@ def read_at_random(path: Path, way: str) -> None:
 
     base = resident()
     file = parquet.ParquetFile(path)
-    column = tables.image_column(file.schema_arrow, "auto", path)
+    column = tables.find_image_column(file.schema_arrow, "auto", path)
     order = np.random.default_rng(0).permutation(file.metadata.num_rows)
     if way == "row groups":
         starts = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
@@ -108,12 +109,18 @@ def read_at_random(path: Path, way: str) -> None:
                 _ = group(number)[int(place - starts[number])].as_py()
         return
     if way != "held":
-        tables.HELD = 0
+        tables.MAX_IN_MEMORY = 0
     with row(f"{way}: open", base):
-        images = tables.images([path], "auto")[0]
+        images = tables.open_images([path], "auto")[0]
     with row(f"{way}: {len(order):,} rows", base):
         for place in order:
             _ = images[int(place)]
+
+
+def apart(call: Callable[..., None], *arguments: object) -> None:
+    """In a process of its own, so that the memory of one does not count for another."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(call, *arguments).result()
 
 
 def main() -> None:
@@ -121,25 +128,19 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--table", type=Path)
-    asked = parser.parse_args()
-    spawned = multiprocessing.get_context("spawn").Process
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if asked.table is not None:
+        if options.table is not None:
             os.environ["TESSERA_CACHE"] = folder
             print(HEAD)
             for way in ("row groups", "held", "unpacked and mapped", "mapped again"):
-                process = spawned(target=read_at_random, args=(asked.table, way))
-                process.start()
-                process.join()
+                apart(read_at_random, options.table, way)
             return
         start = time.perf_counter()
-        path = written(Path(folder), asked.samples)
+        path = written(Path(folder), options.samples)
         took, size = time.perf_counter() - start, path.stat().st_size / 2**20
         print(f"made and written in {took:.1f} s, {size:.0f} MiB\n\n{HEAD}", flush=True)
-        process = spawned(target=measure, args=(path, asked.epochs))
-        process.start()
-        process.join()
-        sys.exit(process.exitcode)
+        apart(measure, path, options.epochs)
 
 
 if __name__ == "__main__":

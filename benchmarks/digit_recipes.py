@@ -17,17 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tessera import bundle
-from tessera.data.digits import DigitsConfig, DigitsSource
+from tessera import bundle, generation
+from tessera.data.digits import DigitsConfig, DigitsDataset
 from tessera.demo import spread
 from tessera.evaluation.toy.digit_classifier import DigitClassifier
-from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
 from tessera.training.recipe import read_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "digits.yaml"
-EACH = 50
 VARIANTS = (
     "",
     "diffusion.prediction=epsilon",
@@ -44,19 +42,22 @@ VARIANTS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--each", type=int, default=50, help="generated images per digit")
     parser.add_argument("variants", nargs="*", default=VARIANTS)
     options = parser.parse_args()
-    judge, real = DigitClassifier(), DigitsSource(DigitsConfig())
+    judge, real = DigitClassifier(), DigitsDataset(DigitsConfig())
     each_real = [real.images[real.labels == digit] for digit in range(10)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
-    print(f"judge on unseen real digits {judge.ceiling:.1%}; spread of real digits {mean_spread(each_real):.2f}\n")
+    print(
+        f"judge on unseen real digits {judge.real_accuracy:.1%}; spread of real digits {mean_spread(each_real):.2f}\n"
+    )
     print("| overrides of digits.yaml | seconds | loss | read as asked: guidance 1 / 1.5 / 2 | spread: 1 / 1.5 / 2 |")
     print("|---|---|---|---|---|")
-    asked = [digit for digit in range(10) for _ in range(EACH)]
+    asked = [digit for digit in range(10) for _ in range(options.each)]
     for variant in options.variants:
         with tempfile.TemporaryDirectory() as scratch:
             every = 10 * options.steps
-            settings = [f"output={scratch}/run", f"training.steps={options.steps}", "training.tensorboard=false"]
+            settings = [f"run_dir={scratch}/run", f"training.steps={options.steps}", "training.tensorboard=false"]
             settings += [f"training.sample_every={every}", f"training.checkpoint_every={every}", *variant.split()]
             began = time.monotonic()
             with contextlib.redirect_stderr(io.StringIO()):
@@ -66,8 +67,10 @@ def main() -> None:
             loss = read_log(folder)[-1]["loss"]
             shares, spreads = [], []
             for guidance in (1.0, 1.5, 2.0):
-                drawn = pipeline.generate(model, asked, list(range(EACH)) * 10, guidance=guidance, batch=100)
-                shares.append(f"{judge.share(drawn, asked):.1%}")
+                drawn = generation.generate(
+                    model, asked, list(range(options.each)) * 10, guidance_scale=guidance, batch_size=100
+                )
+                shares.append(f"{judge.accuracy(drawn, asked):.1%}")
                 spreads.append(f"{mean_spread(np.split(drawn, 10)):.2f}")
             found = (variant or "(none)", f"{seconds:.0f}", f"{loss:.4f}", " / ".join(shares), " / ".join(spreads))
             print("|", " | ".join(found), "|", flush=True)

@@ -24,18 +24,18 @@ import torch
 from PIL import Image
 
 from tessera import randomness
-from tessera.data.digits import DigitsConfig, DigitsSource
+from tessera.data.digits import DigitsConfig, DigitsDataset
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = (
-    "network.hidden_size=96", "network.depth=4", "network.num_heads=4", "training.steps=400", "training.log_every=10",
+    "network.hidden_size=96", "network.depth=4", "network.num_heads=4", "training.log_every=10",
     "training.health_every=20", "training.sample_every=1000", "training.checkpoint_every=1000",
     "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup_steps=20", "training.device=cpu",
     "training.ema.decay=0.97",
 )  # fmt: skip
 FOLDER = ("data.kind=folder", "data.size=8", "data.channels=1", "data.hflip=false")
 MODERN = (
-    "network.block=rope-swiglu", "diffusion.kind=flow", "process.times.kind=logit-normal", "process.times.std=0.7",
+    "network.block=rope-swiglu", "diffusion.kind=flow", "diffusion.timestep_sampling.kind=logit-normal", "diffusion.timestep_sampling.std=0.7",
     "training.optimizer.kind=muon", "training.optimizer.learning_rate=0.01", "training.optimizer.warmup_steps=20",
     "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.lr_schedule=wsd", "training.optimizer.grad_clip_norm=1.0",
 )  # fmt: skip
@@ -56,7 +56,7 @@ class Case:
 
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 [N, 8, 8] and labels [N]"""
-    source = DigitsSource(DigitsConfig())
+    source = DigitsDataset(DigitsConfig())
     return source.images[:, 0], source.labels
 
 
@@ -142,6 +142,7 @@ def findings(run: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/doctor"))
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("names", nargs="*", help=", ".join(case.name for case in CASES))
     options = parser.parse_args()
     cases = [case for case in CASES if not options.names or case.name in options.names]
@@ -152,7 +153,13 @@ def main() -> None:
         folder = options.out / case.name
         if not (folder / "run").exists():
             folder.mkdir(parents=True)
-            overrides = [*SMALL, *case.changes, *case.prepare(folder), f"output={folder / 'run'}"]
+            overrides = [
+                *SMALL,
+                f"training.steps={options.steps}",
+                *case.changes,
+                *case.prepare(folder),
+                f"run_dir={folder / 'run'}",
+            ]
             began = time.monotonic()
             ended = train(RECIPES / case.recipe, overrides)
             (folder / "made.json").write_text(json.dumps({"seconds": time.monotonic() - began, "ended": ended}))

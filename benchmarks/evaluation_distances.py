@@ -94,7 +94,7 @@ def simulate(width: int, count: int, data: str, apart: tuple[float, float], repe
     for seed in range(repeats):
         numbers = np.random.default_rng(seed)
         rows = mean + DATA[data](numbers, count, width) @ turn.T
-        whole = Moments.of(rows)
+        whole = Moments.from_rows(rows)
         own = distances.frechet(rows, whole, reference)
         error = (own.high - own.value) / Z95
         parts = np.array_split(rows, 20)
@@ -102,10 +102,10 @@ def simulate(width: int, count: int, data: str, apart: tuple[float, float], repe
         def distance(part: Moments) -> float:
             return distances._frechet(torch_moments(part), goal, root)
 
-        left = np.array([distance(whole.without(Moments.of(part))) for part in parts if count >= 20])
+        left = np.array([distance(whole.without(Moments.from_rows(part))) for part in parts if count >= 20])
         halves = np.array_split(rows, 2)
         cross = [
-            distances._frechet_error(one, torch_moments(Moments.of(other)), goal, root) / 2
+            distances._frechet_error(one, torch_moments(Moments.from_rows(other)), goal, root) / 2
             for one, other in (halves, halves[::-1])
         ]
         append(fd, "FD: delta*", own)
@@ -115,7 +115,9 @@ def simulate(width: int, count: int, data: str, apart: tuple[float, float], repe
         if count >= max(4 * width, 80):
             append(fd_inf, "FD∞: parabola*", distances.frechet_infinity(rows, reference, seed))
             append(fd_inf, "line, jackknife", Estimate.normal(20 * own.value - 19 * left.mean(), error))
-            line = [np.mean([distance(Moments.of(part)) for part in np.array_split(rows, n)]) for n in (1, 2, 3, 4)]
+            line = [
+                np.mean([distance(Moments.from_rows(part)) for part in np.array_split(rows, n)]) for n in (1, 2, 3, 4)
+            ]
             append(fd_inf, "line, n to n/4", Estimate.normal(float(np.polyfit((1, 2, 3, 4), line, 1)[1]), error))
         real = DATA[data](numbers, count, width) @ np.linalg.cholesky(reference.cov).T
         kid.append(distances.kernel_distance(rows[:500], real[:500]))
@@ -160,8 +162,8 @@ def frechet(widths: list[int], repeats: int) -> None:
     for width, count in [(width, 4 * width) for width in widths] + [(max(widths), max(widths) // 2)]:
         numbers = np.random.default_rng(0)
         spread = np.exp(np.linspace(1, -3, width))  # as of features: many directions of little variance
-        one = Moments.of(numbers.normal(size=(count, width)) * spread + 0.1)
-        two = Moments.of(numbers.normal(size=(4 * width, width)) * spread[::-1])
+        one = Moments.from_rows(numbers.normal(size=(count, width)) * spread + 0.1)
+        two = Moments.from_rows(numbers.normal(size=(4 * width, width)) * spread[::-1])
 
         def ours(one: Moments = one, two: Moments = two) -> float:
             return distances.frechet_distance(one.mean, one.cov, two.mean, two.cov)
@@ -208,7 +210,7 @@ def measure(name: str, folder: Path) -> tuple[str, str]:
     known = Moments(0, np.zeros(width), np.eye(width))
     own = Moments(len(samples), np.zeros(width), np.eye(width) * 1.01) if name == "frechet" else Moments()
     runs: dict[str, Callable[[], object]] = {
-        "moments": lambda: Moments.of(samples),
+        "moments": lambda: Moments.from_rows(samples),
         "frechet": lambda: distances.frechet(samples, own, known),
         "frechet_infinity": lambda: distances.frechet_infinity(samples, known),
         "inception_score": lambda: distances.inception_score(samples),

@@ -18,16 +18,16 @@ from PIL import Image, ImageFilter
 
 from tessera.data import FilesConfig
 from tessera.evaluation import suite
-from tessera.evaluation.features import Extractor, FeatureSet, extract, extractor, moments_of
+from tessera.evaluation.features import FeatureExtractor, FeatureSet, compute_moments, extract, load_extractor
 from tessera.evaluation.intervals import Estimate
-from tessera.evaluation.sources import Data, ImageShard
+from tessera.evaluation.sources import DatasetSource, ImageShard
 from tessera.runtime import Distributed
 
-COUNT = 9000  # of each copy: the test set without one class holds no more
+COUNTS = (100, 250, 500, 1000, 2500, 5000, 10000)
 MISSING = 3  # the class that is left out: cats
 
 
-class Changed(Data):
+class Changed(DatasetSource):
     """A data set whose pictures are changed one by one."""
 
     def __init__(self, config: FilesConfig, name: str, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
@@ -40,8 +40,8 @@ class Changed(Data):
 
     def shard(self, index: int) -> ImageShard:
         shard = super().shard(index)
-        changed = [self.change(picture, int(row)) for picture, row in zip(shard.pictures, shard.row)]
-        return ImageShard(np.stack(changed), shard.row, shard.label)
+        changed = [self.change(picture, int(row)) for picture, row in zip(shard.images, shard.indices)]
+        return ImageShard(np.stack(changed), shard.indices, shard.labels)
 
 
 def blurred(radius: float) -> Callable[[np.ndarray, int], np.ndarray]:
@@ -60,13 +60,13 @@ def rows(features: FeatureSet, chosen: np.ndarray) -> FeatureSet:
     """Some rows of a feature set, as a set of their own."""
     kept = {part: np.asarray(values[chosen]) for part, values in features.rows.items()}
     return FeatureSet(
-        where=features.where,
+        description=features.description,
         hash=features.hash,
         count=len(chosen),
         size=features.size,
         channels=features.channels,
         features=features.features,
-        moments={part: moments_of(kept[part]) for part in features.moments},
+        moments={part: compute_moments(kept[part]) for part in features.moments},
         rows=kept,
     )
 
@@ -79,21 +79,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--features", default="cifar-features")
+    parser.add_argument(
+        "--count", type=int, default=9000, help="images of each copy: all that the test set has without one class"
+    )
     parser.add_argument("--work", type=Path, help="folder for the features, to go on after an interruption")
-    asked = parser.parse_args()
-    network: Extractor = extractor(asked.features, torch.device("cpu"))
-    work = asked.work or Path(tempfile.mkdtemp())
+    options = parser.parse_args()
+    network: FeatureExtractor = load_extractor(options.features, torch.device("cpu"))
+    work = options.work or Path(tempfile.mkdtemp())
 
     def config(split: str) -> FilesConfig:
-        return FilesConfig(path=str(asked.data / f"{split}.parquet"), size=(32, 32))
+        return FilesConfig(path=str(options.data / f"{split}.parquet"), size=(32, 32))
 
-    def look(subject: Data, name: str) -> FeatureSet:
-        return extract(subject, network, work / name, Distributed(), batch=250)
+    def look(subject: DatasetSource, name: str) -> FeatureSet:
+        return extract(subject, network, work / name, Distributed(), batch_size=250)
 
-    train, test = look(Data(config("train")), "train"), look(Data(config("test")), "test")
-    assert test.label is not None
+    train, test = look(DatasetSource(config("train")), "train"), look(DatasetSource(config("test")), "test")
+    assert test.labels is not None
     order = np.random.default_rng(0).permutation(test.count or 0)
-    without = order[test.label[order] != MISSING][:COUNT]
+    without = order[test.labels[order] != MISSING][: options.count]
     changes = {
         "noise of 8 levels": noised(8),
         "blurred, 0.5 px": blurred(0.5),
@@ -101,15 +104,15 @@ def main() -> None:
         "noise of 24 levels": noised(24),
         "blurred, 1 px": blurred(1.0),
     }
-    copies = {"test set": rows(test, order[:COUNT]), "without cats": rows(test, without)}
+    copies = {"test set": rows(test, order[: options.count]), "without cats": rows(test, without)}
     for name, change in changes.items():
-        copies[name] = rows(look(Changed(config("test"), name, change), name), order[:COUNT])
+        copies[name] = rows(look(Changed(config("test"), name, change), name), order[: options.count])
     names = ["fd", "fd_inf", "kid", "prdc"]
     found = {
         name: {key: value for metric in names for key, value in suite.METRICS[metric].measure(copy, train).items()}
         for name, copy in copies.items()
     }
-    print(f"features {network.name}, weights {network.weights}; {COUNT} pictures each against {train.count}\n")
+    print(f"features {network.name}, weights {network.weights}; {options.count} pictures each against {train.count}\n")
     print("| pictures | fd | fd_inf | 1000 kid | precision | recall | density | coverage |")
     print("|---|---|---|---|---|---|---|---|")
     for name, scores in found.items():
@@ -120,7 +123,7 @@ def main() -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
     print("\n| samples of the test set | fd | fd_inf | 1000 kid |\n|---|---|---|---|")
-    for count in (100, 250, 500, 1000, 2500, 5000, 10000):
+    for count in (each for each in COUNTS if each <= len(order)):
         few = rows(test, order[:count])
         kid = suite.METRICS["kid"].measure(few, train)["kid"]
         cells = [shown(suite.METRICS["fd"].measure(few, train)["fd"])]

@@ -8,6 +8,7 @@ Weights of Inception and DINOv2 are random here: they cost the same as trained o
 """
 
 import argparse
+import math
 import multiprocessing
 import resource
 import shutil
@@ -15,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +26,9 @@ from torch import nn
 
 from tessera.evaluation import features
 from tessera.evaluation.distances import frechet_distance
-from tessera.evaluation.features import Extractor, extract
+from tessera.evaluation.features import FeatureExtractor, extract
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.sources import Npz
+from tessera.evaluation.sources import NpzSource
 from tessera.evaluation.toy import feature_network
 from tessera.runtime import Distributed
 
@@ -34,15 +36,15 @@ CPU = torch.device("cpu")
 BATCH = 50
 
 
-def inception(device: torch.device) -> Extractor:
+def inception(device: torch.device) -> FeatureExtractor:
     from tessera.evaluation.inception import Inception
 
     torch.manual_seed(0)
     network = Inception().eval().fused().to(device, memory_format=torch.channels_last)  # pyright: ignore
-    return Extractor("inception", "random", "", network, device)
+    return FeatureExtractor("inception", "random", "", network, device)
 
 
-def dinov2(width: int, depth: int, heads: int, device: torch.device) -> Extractor:
+def dinov2(width: int, depth: int, heads: int, device: torch.device) -> FeatureExtractor:
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     from tessera.encoders import vision
@@ -58,10 +60,10 @@ def dinov2(width: int, depth: int, heads: int, device: torch.device) -> Extracto
         size={"shortest_edge": 256}, crop_size=crop, image_mean=mean, image_std=deviation
     ).save_pretrained(folder)
     network = vision.load(folder).to(device)
-    return Extractor(f"DINOv2 {width} wide", "random", network.resize, network, device)
+    return FeatureExtractor(f"DINOv2 {width} wide", "random", network.resize, network, device)
 
 
-def rate(work: Callable[[], object], count: int, rounds: int = 5) -> float:
+def rate(work: Callable[[], object], count: int, rounds: int) -> float:
     """Pictures a second: the median of some rounds, after one to warm up."""
     work()
     seconds = []
@@ -76,31 +78,31 @@ def pictures(count: int, side: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
 
 
-def extractors(device: torch.device) -> None:
-    many = 1 if device.type == "cpu" else 40  # times as many pictures
-    own = feature_network.FeatureConfig(size=(32, 32), channels=3, classes=10).build().eval().to(device)
+def extractors(device: torch.device, scale: float, rounds: int) -> None:
+    many = scale * (1 if device.type == "cpu" else 40)
+    own = feature_network.FeatureConfig(size=(32, 32), channels=3, num_classes=10).build().eval().to(device)
     chosen = [
-        (features.extractor("digits", device), pictures(500 * many, 8, 1)),
-        (Extractor("own, 32 px", "random", "", own, device), pictures(500 * many, 32)),
-        (inception(device), pictures(32 * many, 32)),
-        (inception(device), pictures(32 * many, 256)),
-        (dinov2(384, 12, 6, device), pictures(16 * many, 256)),
-        (dinov2(768, 12, 12, device), pictures(16 * many, 256)),
+        (features.load_extractor("digits", device), pictures(math.ceil(500 * many), 8, 1)),
+        (FeatureExtractor("own, 32 px", "random", "", own, device), pictures(math.ceil(500 * many), 32)),
+        (inception(device), pictures(math.ceil(32 * many), 32)),
+        (inception(device), pictures(math.ceil(32 * many), 256)),
+        (dinov2(384, 12, 6, device), pictures(math.ceil(16 * many), 256)),
+        (dinov2(768, 12, 12, device), pictures(math.ceil(16 * many), 256)),
     ]
     print("| features | pictures | width | images/s, network alone | images/s, from .npz to features on disk |")
     print("|---|---|---|---|---|")
     for network, shown in chosen:
-        alone = rate(partial(network, shown, BATCH), len(shown))
+        alone = rate(partial(network, shown, BATCH), len(shown), rounds)
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder) / "samples.npz", shown)
-            subject = Npz(Path(folder) / "samples.npz")
-            whole = rate(partial(_anew, subject, network, Path(folder) / "features"), len(shown))
+            subject = NpzSource(Path(folder) / "samples.npz")
+            whole = rate(partial(_anew, subject, network, Path(folder) / "features"), len(shown), rounds)
         width = network(shown[:1], 1)["pool"].shape[1]
         size = f"{shown.shape[1]} x {shown.shape[2]} x {shown.shape[3]}"
         print(f"| {network.name} | {size} | {width} | {alone:.4g} | {whole:.4g} |", flush=True)
 
 
-def _anew(subject: Npz, network: Extractor, folder: Path) -> None:
+def _anew(subject: NpzSource, network: FeatureExtractor, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     extract(subject, network, folder, Distributed())
 
@@ -121,18 +123,18 @@ class Fast(nn.Module):
         return {"pool": self(pictures)}
 
 
-def _score(path: str, folder: str, count: int, told) -> None:
+def _score(path: str, folder: str, count: int) -> tuple[int, float]:
     """In a process of its own: its memory before and at most while scoring."""
-    network = Extractor("fast", "random", "", Fast().parts, CPU)
+    network = FeatureExtractor("fast", "random", "", Fast().parts, CPU)
     network(pictures(50, 64), 50)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    found = extract(Npz(Path(path), count), network, Path(folder), Distributed())
+    found = extract(NpzSource(Path(path), count), network, Path(folder), Distributed())
     frechet_distance(
         found.moments["pool"].mean, found.moments["pool"].cov, found.moments["pool"].mean, found.moments["pool"].cov
     )
     seconds = time.perf_counter() - start
-    told.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds
 
 
 def memory(samples: list[int]) -> None:
@@ -142,19 +144,16 @@ def memory(samples: list[int]) -> None:
         most = max(samples)
         np.savez(Path(folder) / "samples.npz", pictures(most, 64))
         for count in samples:
-            queue = multiprocessing.get_context("spawn").Queue()
-            work = (str(Path(folder) / "samples.npz"), f"{folder}/{count}", count, queue)
-            process = multiprocessing.get_context("spawn").Process(target=_score, args=work)
-            process.start()
-            used, seconds = queue.get()
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                work = pool.submit(_score, str(Path(folder) / "samples.npz"), f"{folder}/{count}", count)
+                used, seconds = work.result()
             images, rows = count * 64 * 64 * 3 / 2**20, count * 2048 * 4 / 2**20
             print(
                 f"| {count:,} | {images:.0f} MiB | {rows:.0f} MiB | {used / 1024:.0f} MiB | {seconds:.1f} |", flush=True
             )
 
 
-def torchmetrics(count: int = 4000, rounds: int = 5) -> None:
+def torchmetrics(count: int, rounds: int) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     network = Fast().eval()
@@ -199,9 +198,14 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["extractors", "memory", "torchmetrics"])
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 50_000])
+    parser.add_argument("--scale", type=float, default=1, help="of the numbers of images")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of the extractors")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    {"extractors": lambda: extractors(device), "memory": lambda: memory(asked.samples), "torchmetrics": torchmetrics}[
-        asked.what
-    ]()
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.what == "extractors":
+        extractors(device, options.scale, options.rounds)
+    elif options.what == "memory":
+        memory(options.samples)
+    else:
+        torchmetrics(math.ceil(4000 * options.scale), options.rounds)

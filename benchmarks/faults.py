@@ -35,8 +35,8 @@ RECIPE = (
     f"training.checkpoint_every={EVERY}", "training.keep_last=3", "training.log_every=1",
     "training.sample_every=1000", "training.sample_seeds=1", "training.tensorboard=false", "training.device=cpu",
     "training.health_every=20", "training.optimizer.lr_schedule=constant", "training.optimizer.warmup_steps=0",
-    "training.ema={decay: 0.99, also: [0.9]}", "training.stability.window=16", "training.stability.max_consecutive_bad=4",
-    "training.fsdp=all",
+    "training.ema={decay: 0.99, extra_decays: [0.9]}", "training.stability.window=16", "training.stability.max_consecutive_bad=4",
+    "training.fsdp=full",
 )  # fmt: skip
 BAD = 34  # the step that meets the fault of the data, between two checkpoints
 ENOUGH = 300.0  # seconds after which a run is said to hang
@@ -69,7 +69,7 @@ def inject(fault: str) -> None:
         if start == bad or (name == "ruin" and start > bad):
             with torch.no_grad():
                 for weight in learner.network.parameters():
-                    parallel.local(weight).mul_(30)
+                    parallel.local_tensor(weight).mul_(30)
         return told
 
     def limited(learner, batch, *rest):
@@ -103,7 +103,14 @@ class Life:
     ) -> None:
         self.run, self.count, count = run, bench.count, bench.count
         what = [str(HERE), "inject", fault] if fault else ["-m", "tessera"]
-        words = [*what, "train", str(ROOT / "recipes/digits.yaml"), *RECIPE, f"training.steps={steps}", f"output={run}"]
+        words = [
+            *what,
+            "train",
+            str(ROOT / "recipes/digits.yaml"),
+            *RECIPE,
+            f"training.steps={steps}",
+            f"run_dir={run}",
+        ]
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         launcher += ["--max-restarts", str(restarts)] if restarts else []
         command = [sys.executable, *(launcher if count > 1 else []), *words]
@@ -474,13 +481,13 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--processes", type=int, choices=(1, 2))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print("| fault | processes | what the run does | last step kept | gone on: as if nothing had been? |", flush=True)
     print("|---|---|---|---|---|", flush=True)
     for count in (1, 2):
-        bench = Bench(asked.out.resolve(), count)
+        bench = Bench(options.out.resolve(), count)
         for name, (counts, what, done) in CASES.items():
-            if count in counts and (not asked.names or name in asked.names) and asked.processes in (None, count):
+            if count in counts and (not options.names or name in options.names) and options.processes in (None, count):
                 if name == "full" and os.geteuid():
                     continue
                 row = done(bench, name, what)

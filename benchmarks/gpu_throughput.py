@@ -18,14 +18,13 @@ import time
 
 import torch
 
-from tessera import runtime
+from tessera import generation, runtime
 from tessera.acceleration.activation_checkpointing import CheckpointingMode, checkpoint_activations
 from tessera.acceleration.compilation import CompileMode, compiled
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
 from tessera.diffusion.gaussian import GaussianDiffusionConfig
-from tessera.generation import pipeline
 from tessera.models.dit import DiT, DiTConfig
 from tessera.training.ema import EMA
 from tessera.training.objective import TrainingObjective
@@ -128,9 +127,9 @@ def sample(model: str, batch: int, device: torch.device) -> None:
             for precision, chosen in (("float32", eager), ("bfloat16", eager), ("bfloat16", whole)):
                 if steps == 250 and precision == "float32":
                     continue  # known from the others; it would not fit the nine minutes
-                settings = {"sampler": sampler, "guidance": guidance, "precision": precision}
-                drawing_seconds(chosen, batch, {**settings, "steps": 3})  # warms up, and compiles
-                rate = batch / drawing_seconds(chosen, batch, {**settings, "steps": steps})
+                settings = {"sampler": sampler, "guidance_scale": guidance, "precision": precision}
+                drawing_seconds(chosen, batch, {**settings, "num_steps": 3})  # warms up, and compiles
+                rate = batch / drawing_seconds(chosen, batch, {**settings, "num_steps": steps})
                 print(
                     f"| {model} | {batch} | {sampler} {steps} | {guidance:g} | {precision} | "
                     f"{'no' if chosen is eager else 'yes'} | {rate:.4g} |",
@@ -142,7 +141,7 @@ def drawing_seconds(model: Model, batch: int, settings: dict) -> float:
     """Seconds to draw one batch of latents."""
     began = time.perf_counter()
     classes = [row % model.config.network.num_classes for row in range(batch)]
-    for _ in pipeline.generate_steps(model, classes, list(range(batch)), **settings):
+    for _ in generation.generate_steps(model, classes, list(range(batch)), **settings):
         pass
     runtime.synchronize(model.device)
     return time.perf_counter() - began

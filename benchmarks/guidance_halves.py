@@ -16,8 +16,6 @@ import torch
 from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 
-WIDTHS, SIDES = (192, 384), (4, 8, 16)  # of the network; of the token grid: 16, 64 and 256 tokens
-
 
 def halves(network: DiT, batch: int) -> tuple[Callable, Callable]:
     """The two ways to the same numbers, as functions without arguments."""
@@ -55,22 +53,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batches", default="1,4,16")
     parser.add_argument("--seconds", type=float, default=3)
-    asked = parser.parse_args()
+    parser.add_argument("--widths", default="192,384")
+    parser.add_argument("--sides", default="4,8,16", help="of the token grid")
+    options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| width | tokens | batch | one batch ms | apart ms | ratio |\n|---|---|---|---|---|---|")
-    for width in WIDTHS:
-        for side in SIDES:
+    for width in map(int, options.widths.split(",")):
+        for side in map(int, options.sides.split(",")):
             torch.manual_seed(0)
             network = DiT(
                 DiTConfig(
-                    input_size=(2 * side, 2 * side), depth=6, hidden_size=width, num_heads=width // 64, num_classes=10
+                    input_size=(2 * side, 2 * side),
+                    depth=6,
+                    hidden_size=width,
+                    num_heads=max(1, width // 64),
+                    num_classes=10,
                 )
             )
-            for batch in map(int, asked.batches.split(",")):
+            for batch in map(int, options.batches.split(",")):
                 works = halves(network.eval(), batch)
                 for one, other in zip(works[0](), works[1]()):
                     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-                together, apart = medians(works, asked.seconds)
+                together, apart = medians(works, options.seconds)
                 print(f"| {width} | {side**2} | {batch} | {together:.1f} | {apart:.1f} | {apart / together:.3f} |")
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +33,9 @@ from PIL import Image
 
 from tessera.codecs import AutoencoderConfig, Codec
 from tessera.data import FilesConfig
-from tessera.data.cache import Cache
+from tessera.data.cache import CacheWriter
 from tessera.data.images import Dataset
-from tessera.data.latents import LatentsSource
+from tessera.data.latents import LatentsDataset
 
 BATCH = 256
 
@@ -97,7 +97,7 @@ def write(out: Path, count: int, side: int, channels: int, flip: bool) -> None:
     began = time.perf_counter()
     config = FilesConfig(path="synthetic", size=(2 * side, 2 * side), hflip=flip)
     source = Noise(count, 2 * side)
-    cache = Cache(out, config, source, AutoencoderConfig(source="synthetic"), Pooling(channels))
+    cache = CacheWriter(out, config, source, AutoencoderConfig(source="synthetic"), Pooling(channels))
     cache.begin()
     for _ in cache.write(range(len(cache)), torch.device("cpu"), BATCH):
         pass
@@ -107,22 +107,19 @@ def write(out: Path, count: int, side: int, channels: int, flip: bool) -> None:
 
 def apart(call: Callable[..., None], *arguments: object) -> None:
     """In a process of its own, so that the memory of one does not count for another."""
-    process = multiprocessing.get_context("spawn").Process(target=call, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit(process.exitcode)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(call, *arguments).result()
 
 
 def home(out: Path) -> Path:
     return next(path.parent for path in out.glob("*/cache.json"))
 
 
-def read_through(source: LatentsSource, threads: int, most: int | None = None) -> float:
+def read_through(source: LatentsDataset, threads: int, most: int | None = None) -> float:
     """Seconds for every sample once, in random order."""
     draw = np.random.default_rng(1)
     order = draw.permutation(len(source))[:most]
-    mirrored = draw.random(len(order)) < 0.5 if source.flip else np.zeros(len(order), bool)
+    mirrored = draw.random(len(order)) < 0.5 if source.hflip else np.zeros(len(order), bool)
     starts = range(0, len(order), BATCH)
     began = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -136,7 +133,7 @@ def read_through(source: LatentsSource, threads: int, most: int | None = None) -
 def measure_reading(count: int, threads: list[int], rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         apart(write, Path(folder), count, 32, 4, True)
-        source = LatentsSource(home(Path(folder)))
+        source = LatentsDataset(home(Path(folder)))
         read_through(source, 1)  # into the page cache
         print(f"\n| threads | latents/s, median of {rounds} | slowest | fastest |\n|---|---|---|---|")
         for number in threads:
@@ -146,7 +143,7 @@ def measure_reading(count: int, threads: list[int], rounds: int) -> None:
 
 def measure_memory(out: Path, count: int) -> None:
     before, began = memory(), time.perf_counter()
-    source = LatentsSource(home(out))
+    source = LatentsDataset(home(out))
     opened, seconds = memory(), time.perf_counter() - began
     read = read_through(source, 1)
     after = memory()
@@ -212,14 +209,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="of the autoencoder's first layers (SD: 128)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=8, help="in a file of the cache")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}")
-    if asked.what == "read":
-        measure_reading(asked.count or 20_480, asked.threads, asked.rounds)
-    elif asked.what == "million":
-        measure_millions(asked.counts)
+    if options.what == "read":
+        measure_reading(options.count or 20_480, options.threads, options.rounds)
+    elif options.what == "million":
+        measure_millions(options.counts)
     else:
-        measure_encoding(asked.count or 192, asked.size, asked.workers, asked.width, asked.device, asked.samples)
+        measure_encoding(
+            options.count or 192, options.size, options.workers, options.width, options.device, options.samples
+        )
 
 
 if __name__ == "__main__":

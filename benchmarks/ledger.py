@@ -35,12 +35,15 @@ class Setting:
 
 
 GAUSSIAN = (
-    "process=gaussian", "diffusion.schedule=linear", "diffusion.prediction=epsilon", "diffusion.variance=learned",
+    "diffusion=gaussian", "diffusion.schedule=linear", "diffusion.prediction=epsilon", "diffusion.variance=learned",
 )  # fmt: skip
-FLOW = ("process=flow",)
+FLOW = ("diffusion=flow",)
 BLOCK = ("network.block=adaln-zero",)
 MODERN = ("network.block=rope-swiglu",)
-TIMES = ("diffusion.timestep_sampling=logit-normal", "process.times.std=0.7")  # 0.7 of 0.5, 0.7, 1 and 1.4
+TIMES = (
+    "diffusion.timestep_sampling=logit-normal",
+    "diffusion.timestep_sampling.std=0.7",
+)  # 0.7 of 0.5, 0.7, 1 and 1.4
 # Rates tried with seed 0 and less than the budget: AdamW 0.001, 0.002, 0.004, 0.008; Muon 0.004, 0.012, 0.024.
 ADAM = ("training.optimizer=adamw", "training.optimizer.learning_rate=0.004")
 MUON = (
@@ -119,10 +122,10 @@ SETTINGS = {
 def overrides(data: str, member: str, seed: int, out: Path) -> list[str]:
     """All of a run's settings, with the steps that spend the budget."""
     setting = SETTINGS[data]
-    told = [*setting.common, *MEMBERS[member], f"training.seed={seed}", f"output={out / folder(data, member, seed)}"]
+    told = [*setting.common, *MEMBERS[member], f"training.seed={seed}", f"run_dir={out / folder(data, member, seed)}"]
     told += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
     # Optimizer settings that belong to every kind follow the kind that a member chooses.
-    told.sort(key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "process=")))
+    told.sort(key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "diffusion=")))
     told = [_scaled(line, setting.rate) for line in told]
     share = flops_of_a_step(recipe_of(data, told)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
     every = round(setting.every / share)
@@ -138,10 +141,10 @@ def _scaled(line: str, rate: float) -> str:
 
 def recipe_of(data: str, told: list[str]):
     """The recipe with overrides, its sizes filled in."""
-    from tessera.training.recipe import pixels_like_data, read_recipe, resolve_recipe
+    from tessera.training.recipe import infer_pixel_channels, read_recipe, resolve_recipe
 
-    settings = [line for line in told if not line.startswith("output")]
-    recipe = pixels_like_data(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
+    settings = [line for line in told if not line.startswith("run_dir")]
+    recipe = infer_pixel_channels(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
     return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
@@ -150,15 +153,20 @@ def folder(data: str, member: str, seed: int) -> str:
     return f"{data}/{'-'.join(words)}-seed-{seed}"
 
 
-def run(data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int]) -> None:
+def run(
+    data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int], steps: int | None = None
+) -> None:
     from tessera.training import loop
     from tessera.training.recipe import read_recipe
 
     jobs = [(seed, member) for seed in seeds for member in members]  # all members of a seed before the next seed
     for number, (seed, member) in enumerate(jobs):
-        if number % shard[1] == shard[0]:
+        if number % shard[1] == shard[0] - 1:
             print(f"--- {member}, seed {seed}", flush=True)
-            loop.train(read_recipe(RECIPES / SETTINGS[data].recipe, overrides(data, member, seed, out)))
+            settings = overrides(data, member, seed, out)
+            if steps is not None:
+                settings += [f"training.steps={steps}", f"evaluation.every={steps}", "evaluation.num_samples=50"]
+            loop.train(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
 
 
 @dataclass(frozen=True)
@@ -278,7 +286,8 @@ def main() -> None:
     parser.add_argument("--data", choices=SETTINGS, default="digits")
     parser.add_argument("--out", type=Path, default=Path("runs/ledger"))
     parser.add_argument("--seeds", default=None, help="as in 0,1,2")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th run")
+    parser.add_argument("--shard", default="1/1", help="i/n: part i of n, from 1")
+    parser.add_argument("--steps", type=int, help="of the paper's network (the setting's)")
     parser.add_argument("members", nargs="*", default=[], help="some of the members (all)")
     options = parser.parse_intermixed_args()
     if options.verb == "report":
@@ -286,7 +295,7 @@ def main() -> None:
     seeds = SETTINGS[options.data].seeds if options.seeds is None else [int(seed) for seed in options.seeds.split(",")]
     index, count = map(int, options.shard.split("/"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run(options.data, options.out, list(seeds), options.members or list(MEMBERS), (index, count))
+    return run(options.data, options.out, list(seeds), options.members or list(MEMBERS), (index, count), options.steps)
 
 
 if __name__ == "__main__":

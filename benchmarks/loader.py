@@ -14,6 +14,7 @@ photos   400 made-up JPEGs of about 600 x 500 in a folder, to 256 x 256
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -84,9 +85,9 @@ def plain(path: Path, size: int, workers: int) -> Iterator[dict[str, torch.Tenso
 
 def ours(path: Path, size: int, workers: int, kept: bool, decoding: str) -> Iterator[Any]:
     config = FilesConfig.model_validate({"path": str(path), "size": (size, size), "decoding": decoding})
-    loading.KEPT = 2**30 if kept else 0
+    loading.MEMORY_LIMIT = 2**30 if kept else 0
     source = config.open()
-    loader = Loader(source, BATCH, seed=0, workers=workers)
+    loader = Loader(source, BATCH, seed=0, num_workers=workers)
     batches = loader.batches()
     for _ in range(-(-len(source) // BATCH) if kept else 1):
         next(batches)
@@ -120,34 +121,35 @@ def idle(seconds: float = 0.3) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TESSERA_SHARED") or "../shared/data"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--photos", type=int, default=400, help="photographs that are made up")
     parser.add_argument("--only", nargs="+", default=["cifar", "emoji", "photos"])
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         sets = {
-            "cifar": (asked.data / "cifar10/train.parquet", 32),
-            "emoji": (asked.data / "emoji/train.parquet", 64),
-            "photos": (made_up_photos(Path(place, "photos"), 400, 600), 256),
+            "cifar": (options.data / "cifar10/train.parquet", 32),
+            "emoji": (options.data / "emoji/train.parquet", 64),
+            "photos": (made_up_photos(Path(place, "photos"), options.photos, 600), 256),
         }
         print("| data | ours | datasets + DataLoader, samples/s | tessera, samples/s | ratio | lowest, highest |")
         print("|---|---|---|---|---|---|")
-        for name in asked.only:
+        for name in options.only:
             path, size = sets[name]
-            other = plain(path, size, asked.workers)
+            other = plain(path, size, options.workers)
             ways = {
-                "as it is": ours(path, size, asked.workers, True, "exact"),
-                "anew": ours(path, size, asked.workers, False, "exact"),
+                "as it is": ours(path, size, options.workers, True, "exact"),
+                "anew": ours(path, size, options.workers, False, "exact"),
             }
             if name == "photos":
-                ways["anew, decoding: fast"] = ours(path, size, asked.workers, False, "fast")
+                ways["anew, decoding: fast"] = ours(path, size, options.workers, False, "fast")
             rates: dict[str, list[float]] = {way: [] for way in ("plain", *ways)}
-            for _ in range(asked.rounds):
+            for _ in range(options.rounds):
                 for way, batches in {"plain": other, **ways}.items():
-                    rates[way].append(rate(batches, asked.seconds))
+                    rates[way].append(rate(batches, options.seconds))
             for way in ways:
                 ratios = [b / a for a, b in zip(rates["plain"], rates[way])]
                 first, second = statistics.median(rates["plain"]), statistics.median(rates[way])

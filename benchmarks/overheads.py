@@ -35,10 +35,10 @@ from tessera.training.run import build_run, prepare_folder
 
 def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
     told = {
-        "output": str(folder),
+        "run_dir": str(folder),
         "data": {"kind": "digits"},
         "network": {"patch_size": 1, "hidden_size": width, "depth": depth, "num_heads": width // 64},
-        "training": {"batch": batch, "device": "cpu", "keep_checkpoints": 1, "tensorboard": True},
+        "training": {"global_batch_size": batch, "device": "cpu", "keep_last": 1, "tensorboard": True},
     }
     run = build_run(validate(Recipe, told, "the benchmark's recipe"))
     prepare_folder(run)
@@ -60,12 +60,12 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     runtime.peak_flops(torch.device("cpu"))
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("step", "held", "written", "health", "log")}
     with tempfile.TemporaryDirectory() as place:
-        training = begin(Path(place, "run"), asked.width, asked.depth, asked.batch)
+        training = begin(Path(place, "run"), options.width, options.depth, options.batch)
         batches = training.run.loader.batches()
         batch = next(batches)
         told = training._one_step(batch)
@@ -76,7 +76,7 @@ def main() -> None:
             told = training._one_step(batch)
             training._heed(training.watch.read(), last=False)
 
-        for number in range(asked.rounds + 1):  # the first warms up
+        for number in range(options.rounds + 1):  # the first warms up
             before = [timed(step) for _ in range(2)]
             held = timed(training._save)
             meanwhile = []
@@ -108,7 +108,7 @@ def main() -> None:
     medians = {name: [statistics.median(values) for values in zip(*spent)] for name, spent in found.items()}
     wall, cpu = medians["step"]
     print(f"{parameter_count(training.run.network):,} parameters, a checkpoint of {size / 1e6:.0f} MB; ", end="")
-    print(f"a step of {asked.batch}: {wall:.2f} s wall, {cpu:.2f} s CPU (medians of {asked.rounds} rounds)\n")
+    print(f"a step of {options.batch}: {wall:.2f} s wall, {cpu:.2f} s CPU (medians of {options.rounds} rounds)\n")
     print("| what | every so many steps | wall, ms | CPU, ms | of the steps, wall | of the steps, CPU |")
     print("|---|---|---|---|---|---|")
     for name, interval in intervals.items():

@@ -5,6 +5,7 @@
 Prints the tables of paper_law.md and draws docs/figures/paper-law.png and .svg.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ def told(estimate: Estimate, digits: int = 3) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FIGURES, help="folder for the figure")
+    options = parser.parse_args()
     models = published.MODELS
     gmacs, fid = [model.gmacs for model in models], [model.fid for model in models]
     print("| over the twelve models | value (95 % interval) |\n|---|---|")
@@ -59,7 +63,7 @@ def main() -> None:
     for model in published.LONGER:
         print(f"| {model.steps:,} steps | {model.flops:.3g} | {model.fid} |")
     drawing = figures.paper_law(out)
-    drawing.save(FIGURES)
+    drawing.save(options.out)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,19 @@ from tessera.training.step import train_step
 DIGITS: dict[str, Any] = {
     "data": {"kind": "digits"},
     "network": {"patch_size": 2, "hidden_size": 192, "depth": 6, "num_heads": 6},
-    "process": {"schedule": "cosine", "prediction": "v", "variance": "posterior"},
-    "training": {"batch": 64, "optimizer": {"clip": 1.0}, "ema": {"decay": 0.99}, "tensorboard": False},
+    "diffusion": {"schedule": "cosine", "prediction": "v", "variance": "posterior"},
+    "training": {
+        "global_batch_size": 64,
+        "optimizer": {"grad_clip_norm": 1.0},
+        "ema": {"decay": 0.99},
+        "tensorboard": False,
+    },
 }
 # 32 x 32 pixels in colour: as large a step as CIFAR-10's, of pictures that need no file.
 PICTURES: dict[str, Any] = DIGITS | {
     "data": {"kind": "shapes"},
     "network": {"patch_size": 4, "hidden_size": 256, "depth": 6, "num_heads": 4},
-    "training": DIGITS["training"] | {"batch": 32},
+    "training": DIGITS["training"] | {"global_batch_size": 32},
 }
 
 
@@ -65,7 +70,7 @@ CPU = {
 LARGE: dict[str, Any] = {
     "data": {"kind": "shapes"},
     "network": {"preset": "DiT-B/4"},
-    "training": {"batch": 128, "tensorboard": False, "precision": "bfloat16"},
+    "training": {"global_batch_size": 128, "tensorboard": False, "precision": "bfloat16"},
 }
 CUDA = {
     "B/4, 32 px, batch 128": LARGE,
@@ -84,28 +89,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps measured")
     parser.add_argument("--only", help="configurations, by the beginnings of their names, separated by ;")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
-    told = parser.parse_args()
-    if told.clock == "process":
+    options = parser.parse_args()
+    if options.clock == "process":
         time.perf_counter = time.process_time
     runtime.keep_freed_memory()
-    chosen = CPU if told.device == "cpu" else CUDA
-    wanted = [name.strip() for name in told.only.split(";")] if told.only else [""]
-    for threads in [int(number) for number in told.threads.split(",")] if told.device == "cpu" else [0]:
+    chosen = CPU if options.device == "cpu" else CUDA
+    wanted = [name.strip() for name in options.only.split(";")] if options.only else [""]
+    for threads in [int(number) for number in options.threads.split(",")] if options.device == "cpu" else [0]:
         if threads:
             torch.set_num_threads(threads)
-        device = torch.device(told.device)
+        device = torch.device(options.device)
         what = f"{threads} thread{'s' * (threads > 1)}, " if threads else ""
-        print(f"\n{runtime.device_name(device)}, {what}torch {torch.__version__}, {told.clock} clock\n")
+        print(f"\n{runtime.device_name(device)}, {what}torch {torch.__version__}, {options.clock} clock\n")
         print("| configuration | ms planned | measured | ratio | of both plans | MiB planned | measured | ratio |")
         print("|---|---|---|---|---|---|---|---|")
         for name, settings in chosen.items():
             if any(name.startswith(start) for start in wanted):
-                print(row(name, settings, device, told.rounds), flush=True)
+                print(row(name, settings, device, options.rounds), flush=True)
 
 
 def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        data = settings | {"output": f"{folder}/run"}
+        data = settings | {"run_dir": f"{folder}/run"}
         data["training"] = data["training"] | {"device": device.type, "steps": 1000}
         recipe = validate(Recipe, data, name)
         before = planning(recipe, device, Path(folder) / "before")
@@ -125,7 +130,7 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
 
 def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
     """Measured afresh."""
-    return plan_recipe.plan_of(recipe, device.type, stopwatch=OpProfiler(device, folder))
+    return plan_recipe.plan_for_recipe(recipe, device.type, stopwatch=OpProfiler(device, folder))
 
 
 def measured(run: TrainingRun, device: torch.device, rounds: int) -> tuple[float, int]:

@@ -23,8 +23,8 @@ STEPS = 20
 
 def network_of(name: str) -> DiT:
     torch.manual_seed(0)
-    shape = DIGITS if name == "digits" else {"preset": name, "size": 32, "channels": 4}
-    return DiTConfig.model_validate({**shape, "outputs": shape["channels"], "classes": 10}).build().eval()
+    shape = DIGITS if name == "digits" else {"preset": name, "input_size": 32, "in_channels": 4}
+    return DiTConfig.model_validate({**shape, "out_channels": shape["in_channels"], "num_classes": 10}).build().eval()
 
 
 @torch.no_grad()
@@ -52,14 +52,14 @@ def main() -> None:
     parser.add_argument("--models", default="digits,DiT-S/4")
     parser.add_argument("--batches", default="1,2,4,32")
     parser.add_argument("--seconds", type=float, default=9)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| model | batch | table MiB | table ms | with ms | without ms | ratio | calls |\n" + "|---" * 8 + "|")
-    for name in asked.models.split(","):
+    for name in options.models.split(","):
         network = network_of(name)
-        for rows in map(int, asked.batches.split(",")):
+        for rows in map(int, options.batches.split(",")):
             size = PrecomputedModulation.size(network, STEPS, min(rows, 3)) / 2**20
-            made, (looked_up, plain), calls = compared(network, rows, asked.seconds)
+            made, (looked_up, plain), calls = compared(network, rows, options.seconds)
             facts = f"{size:.1f} | {made:.1f} | {looked_up:.2f} | {plain:.2f} | {plain / looked_up:.3f} | {calls}"
             print(f"| {name} | {rows} | {facts} |", flush=True)
 

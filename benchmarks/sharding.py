@@ -18,7 +18,8 @@ import os
 import re
 import socket
 import tempfile
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tessera import runtime
-from tessera.settings import override, validate
+from tessera.settings import apply_overrides, validate
 from tessera.training import parallel
 from tessera.training.recipe import Recipe
 from tessera.training.run import build_run
@@ -38,17 +39,17 @@ LAYOUTS = [(1, 1), (2, 1), (2, "all"), (4, 1), (4, 2), (4, "all")]  # processes,
 
 def recipe(shard: int | str, width: int, depth: int, batch: int) -> Recipe:
     told = {
-        "output": str(Path(tempfile.gettempdir(), "never-written")),
+        "run_dir": str(Path(tempfile.gettempdir(), "never-written")),
         "data": {"kind": "digits"},
         "network": {"patch_size": 2, "hidden_size": width, "depth": depth, "num_heads": width // 64},
-        "training": {"batch": batch, "shard": shard, "device": "cpu"},
+        "training": {"global_batch_size": batch, "fsdp": shard, "device": "cpu"},
     }
-    return validate(Recipe, override(told, []), "the benchmark's recipe")
+    return validate(Recipe, apply_overrides(told, []), "the benchmark's recipe")
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
     """Bytes of what this process has of tensors, by where they lie."""
-    found = (parallel.local(tensor).untyped_storage() for tensor in tensors)
+    found = (parallel.local_tensor(tensor).untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
@@ -65,7 +66,7 @@ def resident() -> int:
 def measure(told: Recipe, steps: int) -> dict[str, int]:
     """Bytes that this process holds, by what they are."""
     with runtime.distributed_session() as ranks:
-        run = build_run(told, ranks=ranks)
+        run = build_run(told, world=ranks)
         network, optimizer = run.network, run.state.optimizer
         parameters = list(network.parameters())
         seen = {"parameters": sum(parameter.numel() for parameter in parameters), "gathered": 0}
@@ -89,7 +90,7 @@ def measure(told: Recipe, steps: int) -> dict[str, int]:
         for step in range(steps):
             train_step(
                 run.state,
-                run.loader.read(step * told.training.global_batch_size),
+                run.loader.load_batch(step * told.training.global_batch_size),
                 run.objective,
                 told.training.global_batch_size,
             )
@@ -104,11 +105,11 @@ def measure(told: Recipe, steps: int) -> dict[str, int]:
         }
 
 
-def work(rank: int, count: int, port: int, told: Recipe, steps: int, pipe: Connection) -> None:
+def work(rank: int, count: int, port: int, told: Recipe, steps: int) -> dict[str, int]:
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in place.items()})
-    pipe.send(measure(told, steps))
+    return measure(told, steps)
 
 
 def together(count: int, told: Recipe, steps: int) -> dict[str, int]:
@@ -118,13 +119,9 @@ def together(count: int, told: Recipe, steps: int) -> dict[str, int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pipes = []
-    for rank in range(count):
-        ours, theirs = context.Pipe(duplex=False)
-        context.Process(target=work, args=(rank, count, port, told, steps, theirs), daemon=True).start()
-        pipes.append(ours)
-    found = [pipe.recv() for pipe in pipes]
-    return {name: max(one[name] for one in found) for name in found[0]}
+    with ProcessPoolExecutor(count, context) as pool:  # raises what a process raises
+        sizes = list(pool.map(work, range(count), repeat(count), repeat(port), repeat(told), repeat(steps)))
+    return {name: max(size[name] for size in sizes) for name in sizes[0]}
 
 
 def main() -> None:
@@ -133,11 +130,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8, help="samples a step over all processes")
     parser.add_argument("--steps", type=int, default=3)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     parts = ("weights", "gradients", "optimizer", "average")
     for count, shard in LAYOUTS:
-        found = together(count, recipe(shard, asked.width, asked.depth, asked.batch), asked.steps)
-        small = together(count, recipe(shard, 64, 1, asked.batch), asked.steps)
+        found = together(count, recipe(shard, options.width, options.depth, options.batch), options.steps)
+        small = together(count, recipe(shard, 64, 1, options.batch), options.steps)
         if count == 1:
             print(f"\n{found['parameters']:,} parameters, MB a process\n")
             print(f"| processes | shard | {' | '.join(parts)} | held | plan | held / plan | gathered | resident |")

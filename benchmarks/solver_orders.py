@@ -21,7 +21,7 @@ from torch import Tensor
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.diffusion.prediction import Prediction, expand
-from tessera.sampling import DDIM, SDE, DPMSolver, Euler, Heun, DPMSolverSDE, UniPC, sample_loop
+from tessera.sampling import DDIM, SDE, DPMSolver, DPMSolverSDE, Euler, Heun, UniPC, sample_loop
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import Karras, Trailing, timestep_grid
 
@@ -54,7 +54,7 @@ class Exact:
     """The best denoiser of a mixture of Gaussians, at any alpha and sigma."""
 
     def __init__(self, process: DiffusionProcess, mixture: list[tuple[float, float, float]]) -> None:
-        self.process = process
+        self.diffusion = process
         self.weight, self.mean, self.std = torch.tensor(mixture, dtype=torch.float64).T
 
     def at(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -65,12 +65,12 @@ class Exact:
         return Prediction((share * x0).sum(-1), (share * sigma * away / variance).sum(-1))
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        return self.at(x, expand(self.process.alpha(t), x), expand(self.process.sigma(t), x))
+        return self.at(x, expand(self.diffusion.alpha(t), x), expand(self.diffusion.sigma(t), x))
 
     def path(self, x: Tensor, t: float, s: float, steps: int = 2000) -> Tensor:
         """Where the exact flow takes x [B, ...] from time t to time s."""
         ends = torch.tensor([t, s], dtype=torch.float64)
-        alpha, sigma = self.process.alpha(ends), self.process.sigma(ends)
+        alpha, sigma = self.diffusion.alpha(ends), self.diffusion.sigma(ends)
         angle, size = torch.atan2(sigma, alpha), torch.hypot(sigma, alpha)
         grid, z = torch.lerp(angle[0], angle[1], torch.linspace(0, 1, steps + 1, dtype=torch.float64)), x / size[0]
 
@@ -119,7 +119,11 @@ def slope(counts: tuple[int, ...], errors: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=COUNTS, help="steps between which the slope is measured"
+    )
+    parser.add_argument("--noise-counts", type=int, nargs="+", default=(125, 250, 500), help="the same with noise")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
 
@@ -133,7 +137,7 @@ def main() -> None:
         exact = Exact(process, MIXTURE)
         middle, whole = exact.path(x, 0.9, 0.1), exact.path(x, 1.0, 0.0)
         for words, solver, order in SOLVERS:
-            measured = slope(COUNTS, [error(solver, exact, inside(process, n), middle) for n in COUNTS])
+            measured = slope(options.counts, [error(solver, exact, inside(process, n), middle) for n in options.counts])
             steps = [math.ceil((calls + 1) / 2) if solver.calls_per_step == 2 else calls for calls in CALLS]
             few = [error(solver, exact, timestep_grid(Trailing(), n, process), whole) for n in steps]
             few.append(error(solver, exact, timestep_grid(Karras(), steps[1], process), whole))
@@ -142,13 +146,12 @@ def main() -> None:
     print("|---|---|---|---|" + "---|" * len(CALLS))
     for name, process in PROCESSES.items():
         for words, solver, order in NOISY:
-            counts = (125, 250, 500)
             far, few = (
                 [abs(spread(solver, process, timestep_grid(Trailing(), n, process)) / GAUSSIAN[0][2] - 1) for n in some]
-                for some in (counts, CALLS)
+                for some in (options.noise_counts, CALLS)
             )
             shown = " | ".join(f"{one:.1%}" for one in few)
-            print(f"| {name} | {words} | {order} | {slope(counts, far):.2f} | {shown} |")
+            print(f"| {name} | {words} | {order} | {slope(options.noise_counts, far):.2f} | {shown} |")
 
 
 if __name__ == "__main__":

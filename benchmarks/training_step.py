@@ -26,6 +26,7 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
@@ -66,6 +67,8 @@ DIGITS = {
 
 class Latents:
     """A codec that takes bytes as latents: the autoencoder is no part of a step."""
+
+    stochastic = False
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         return pixels
@@ -196,14 +199,22 @@ def plain_of(model: str, embedders: str) -> Plain:
 def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     """The random numbers of our step, as the plain loop takes them."""
     place, process = batch.position, GaussianDiffusionConfig(num_timesteps=STEPS).build()
-    t = process.sample_timesteps(randomness.uniform(0, place, objective.TIME)[:, 0])
-    noise = randomness.normal(0, place, objective.NOISE, tuple(shape[1:]))
-    dropped = randomness.uniform(0, place, objective.DROP)[:, 0] < DROPPED
+    t = process.sample_timesteps(randomness.uniform(0, place, objective.TIMESTEP_STREAM)[:, 0])
+    noise = randomness.normal(0, place, objective.NOISE_STREAM, tuple(shape[1:]))
+    dropped = randomness.uniform(0, place, objective.LABEL_DROPOUT_STREAM)[:, 0] < DROPPED
     return process.model_time(t).long(), noise, dropped
 
 
 def work(told: argparse.Namespace, way: str, pipe: Connection) -> None:
-    """A process that holds one way: takes the steps it is asked for, and tells what each cost."""
+    """A process that holds one way. A failure is sent to the parent, which ends with it."""
+    try:
+        take_steps(told, way, pipe)
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def take_steps(told: argparse.Namespace, way: str, pipe: Connection) -> None:
+    """Take the steps that the parent requests and send the cost of each."""
     if way == "plain":
         one = plain_of(told.model, told.embedders)
         config = one.config
@@ -233,10 +244,17 @@ def measure(told: argparse.Namespace) -> None:
     for way in ways:
         pipes[way], end = context.Pipe()
         context.Process(target=work, args=(told, way, end), daemon=True).start()
+        end.close()  # so that the end of the process ends `recv`
 
     def step(way: str, number: int, same_numbers: bool = False) -> tuple[float, float, float, float]:
-        pipes[way].send((number, same_numbers))
-        return pipes[way].recv()
+        try:
+            pipes[way].send((number, same_numbers))
+            cost = pipes[way].recv()
+        except (EOFError, OSError):
+            sys.exit(f"the process of '{way}' has ended")
+        if isinstance(cost, str):
+            sys.exit(f"the process of '{way}' failed:\n{cost}")
+        return cost
 
     for number in range(WARM_UP):  # compiles, too
         losses = {way: step(way, number, same_numbers=True)[0] for way in ways}

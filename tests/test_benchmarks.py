@@ -1,0 +1,96 @@
+"""Every script in benchmarks/ runs, at sizes so small that it takes seconds. Its numbers mean nothing then."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+SMALL = {  # arguments that make a script fast; {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
+    "against_diffusers": ["--models DiT-S/8 --batches 1 --rounds 1"],
+    "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
+    "block_speed": ["--grid 2 --batch 2 --rounds 1"],
+    "codecs": ["photos {codec} {images}"],
+    "data_check": ["--only report --samples 2000"],
+    "data_index": ["--samples 2000 --epochs 1"],
+    "digit_recipes": ["--steps 2 --each 1 training.seed=1"],
+    "doctor": ["--steps 10 --out {tmp} digits"],
+    "evaluation_distances": [
+        "frechet --widths 16 --repeats 1",
+        "coverage --widths 16 --repeats 2",
+        "cost --rows 100 --width 16",
+    ],
+    "evaluation_real": ["--data {parquet} --features shapes --count 200"],
+    "evaluation_speed": ["memory --samples 64", "torchmetrics --scale 0.25 --rounds 1"],
+    "faults": ["--processes 1 --out {tmp} nan"],
+    "gpu_throughput": ["--train --model DiT-S/8 --micro 1 --seconds 0.1", "--sample --model DiT-S/8 --batch 1"],
+    "guidance_halves": ["--batches 1 --seconds 0.1 --widths 64 --sides 2"],
+    "latent_cache": [
+        "read --count 64 --threads 1 --rounds 1",
+        "million --counts 64",
+        "encode --count 4 --size 32 --workers 1",
+    ],
+    "ledger": ["run --out {tmp} --steps 2 --seeds 0 paper"],
+    "loader": ["--only photos --photos 70 --rounds 1 --seconds 0.1 --workers 1"],
+    "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
+    "paper_law": ["--out {tmp}"],
+    "plan": ["--threads 1 --rounds 1 --only digits"],
+    "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
+    "sharding": ["--width 32 --depth 1 --batch 4 --steps 1"],
+    "solver_orders": ["--counts 4 8 --noise-counts 4 8"],
+    "training_step": ["--model digits --batch 2 --ways eager --seconds 10"],
+}
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """Folders that scripts read."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    pa = pytest.importorskip("pyarrow")
+    import io
+
+    import pyarrow.parquet
+
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("benchmarks")
+    (folder / "images").mkdir()
+    Image.fromarray(random.integers(0, 256, (32, 48, 3), np.uint8)).save(folder / "images/noise.png")
+    torch.manual_seed(0)
+    codec = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    codec.save_pretrained(folder / "codec")
+    (folder / "parquet").mkdir()
+    for split in ("train", "test"):
+        cells = []
+        for _ in range(400):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
+            cells.append({"bytes": buffer.getvalue(), "path": None})
+        table = pa.table({"image": cells, "label": [row % 10 for row in range(400)]})
+        pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
+    return {"images": folder / "images", "codec": folder / "codec", "parquet": folder / "parquet"}
+
+
+def test_every_script_is_in_the_table():
+    assert sorted(SMALL) == SCRIPTS
+
+
+@pytest.mark.run
+@pytest.mark.parametrize(("script", "words"), [(name, words) for name, calls in SMALL.items() for words in calls])
+def test_a_script_runs(script, words, places, tmp_path):
+    arguments = words.format(tmp=tmp_path, **places).split()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()
