@@ -1,13 +1,16 @@
 """What every test may use: small networks with random weights, and models that draw in milliseconds."""
 
+import base64
 import json
 import os
 import runpy
 import signal
 import warnings
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -134,3 +137,52 @@ def autoencoder_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("autoencoder")
     autoencoder.save_pretrained(folder)
     return folder
+
+
+class Page(HTMLParser):
+    """An HTML page as a browser has it: tags, links, alt texts, text by section, text of code blocks."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.links, self.alts, self.codes = [], [], [], []
+        self.text, self.sections, self._section, self._inside = "", {"": ""}, "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.alts += [value for name, value in attrs if name == "alt"]
+        self.codes += [""] if tag == "code" else []
+        self._inside = tag if tag in ("h2", "code", "style") else self._inside
+
+    def handle_endtag(self, tag):
+        self._inside = "" if tag == self._inside else self._inside
+
+    def handle_data(self, data):
+        if self._inside == "h2":
+            self._section = data
+        if self._inside == "code":
+            self.codes[-1] += data
+        if self._inside != "style":
+            self.text += data
+            self.sections[self._section] = self.sections.get(self._section, "") + data
+
+    def images(self, start: str = "") -> list[bytes]:
+        """The embedded images whose alt text begins so."""
+        pairs = zip(self.links, self.alts)
+        return [base64.b64decode(link.partition(",")[2]) for link, alt in pairs if alt.startswith(start)]
+
+
+@pytest.fixture
+def read_page() -> type[Page]:
+    return Page
+
+
+@pytest.fixture
+def svg_text() -> Callable[[bytes], list[str]]:
+    """The texts in an SVG image, which must be valid XML."""
+
+    def read(image: bytes) -> list[str]:
+        return ["".join(node.itertext()) for node in ElementTree.fromstring(image).iter() if node.tag.endswith("}text")]
+
+    return read

@@ -1,5 +1,7 @@
 """Numbers as text."""
 
+import math
+
 
 def format_duration(seconds: float) -> str:
     """Seconds in two units: 42 s, 3 min 20 s, 5 h 10 min, 2 d 3 h."""
@@ -7,3 +9,13 @@ def format_duration(seconds: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {name} {int(seconds % size // smaller_size)} {smaller}"
     return f"{int(seconds)} s"
+
+
+def format_number(value: float) -> str:
+    """Three significant digits: 0.0123, 4.56, 12.3k, 3e-05."""
+    if not math.isfinite(value):
+        return str(value)
+    for size, divisor, letter in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{value / divisor:.3g}{letter}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

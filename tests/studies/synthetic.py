@@ -26,7 +26,7 @@ def _scored(metric: str, steps: int, features: str) -> Score:
         samples=1000,
         size=(8, 8),
         channels=1,
-        sampling={"sampler": {"kind": "ddim"}, "steps": steps, "guidance": 1.0, "seeds": "0-999"},
+        sampling={"sampler": {"kind": "ddim"}, "num_steps": steps, "guidance_scale": 1.0, "seeds": "0-999"},
     )
     return Score.from_estimate(metric, Estimate(1, 1, 1), protocol, {}, "cpu")
 
@@ -60,7 +60,7 @@ def scaled(
     """fd = (2 GMACs^-exponent) (steps / 2000)^-0.3, with noise in its logarithm."""
     random, found = np.random.default_rng(seed), []
     for number, member in enumerate(members(study)):
-        macs = SIZES[member.values["size"]] * PATCHES[member.values["patch"]] * 1e9
+        macs = SIZES[member.values["size"]] * PATCHES[member.values["patch_size"]] * 1e9
 
         def fd(steps: int, macs: float = macs) -> float:
             away = float(np.exp(noise * random.standard_normal()))
