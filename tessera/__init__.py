@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.6.0"
 
 if TYPE_CHECKING:
-    from tessera.bundle import Model as Model
     from tessera.bundle import save as save
     from tessera.conditioning import Condition as Condition
     from tessera.errors import TesseraError as TesseraError
-    from tessera.generation.pipeline import decode as decode
-    from tessera.generation.pipeline import generate as generate
-    from tessera.generation.pipeline import generate_steps as generate_steps
+    from tessera.generation import decode as decode
+    from tessera.generation import generate as generate
+    from tessera.generation import generate_steps as generate_steps
     from tessera.interop.load import load as load
+    from tessera.model import Model as Model
     from tessera.training.api import train as train
 
 _PUBLIC = {  # imported on first use: `tessera --help` must not import torch
     "Condition": "tessera.conditioning",
-    "Model": "tessera.bundle",
+    "Model": "tessera.model",
     "TesseraError": "tessera.errors",
-    "decode": "tessera.generation.pipeline",
-    "generate": "tessera.generation.pipeline",
-    "generate_steps": "tessera.generation.pipeline",
+    "decode": "tessera.generation",
+    "generate": "tessera.generation",
+    "generate_steps": "tessera.generation",
     "load": "tessera.interop.load",
     "save": "tessera.bundle",
     "train": "tessera.training.api",

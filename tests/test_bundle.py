@@ -1,4 +1,4 @@
-"""A model on disk: the same bits back, whole or absent, and every damage a sentence that names it."""
+"""Bundles: read back bit for bit, written whole or not at all, and a clear error for every kind of damage."""
 
 import errno
 import json
@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tessera import bundle
+from tessera import __version__, bundle, checkpoint_files, model_card
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
+from tessera.generation import generate
 
 
 @pytest.fixture
@@ -20,27 +20,27 @@ def saved(tiny_model, tmp_path):
     return tmp_path / "cats"
 
 
-def fault(folder) -> str:
+def load_error(folder) -> str:
     with pytest.raises(TesseraError) as caught:
         bundle.load(folder)
     return str(caught.value)
 
 
 def edit(folder, change):
-    """config.json with something changed."""
+    """Apply a change to config.json."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     change(config)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-# There and back
+# Round trips
 
 
 @pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero"])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_a_model_comes_back_to_the_bit(make_model, tmp_path, block, classes):
-    network = {"block": block, "classes": classes, "size": (4, 8)}
-    model = make_model(network, {"schedule": "cosine", "prediction": "v"}, origin={"steps": 7})
+def test_a_model_is_read_back_bit_for_bit(make_model, tmp_path, block, classes):
+    network = {"block": block, "num_classes": classes, "input_size": (4, 8)}
+    model = make_model(network, {"schedule": "cosine", "prediction": "v"}, provenance={"steps": 7})
     bundle.save(model, tmp_path / "deep" / "cats")
     loaded = bundle.load(tmp_path / "deep" / "cats")
     assert loaded.config == model.config
@@ -50,20 +50,20 @@ def test_a_model_comes_back_to_the_bit(make_model, tmp_path, block, classes):
         assert torch.equal(tensor, after[name])
         assert after[name].dtype == torch.float32
     assert not loaded.network.training
-    trained = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
-    assert {name: parameter.requires_grad for name, parameter in loaded.network.named_parameters()} == trained
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.network.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.network.named_parameters()} == requires_grad
     assert bundle.weights_hash(loaded.network) == bundle.weights_hash(model.network)
 
 
-def test_a_loaded_model_draws_the_same_pictures(tiny_model, saved):
-    asked = {"classes": ["dog", "emu"], "seeds": [1, 2], "guidance": 2.0}
-    assert (pipeline.generate(bundle.load(saved), **asked) == pipeline.generate(tiny_model, **asked)).all()
+def test_a_loaded_model_generates_the_same_images(tiny_model, saved):
+    request = {"classes": ["dog", "emu"], "seeds": [1, 2], "guidance_scale": 2.0}
+    assert (generate(bundle.load(saved), **request) == generate(tiny_model, **request)).all()
 
 
 def test_the_files_of_a_bundle(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
-    assert config["format"] == 1
+    assert (config["format"], config["tessera_version"]) == (2, __version__)
     assert config["class_names"] == ["cat", "dog", "emu"]
     card = (saved / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n")  # the header that hubs read
@@ -80,7 +80,7 @@ def test_weights_in_half_precision_are_read_as_float32(tiny_model, saved):
         assert torch.equal(loaded[name], tensor.bfloat16().float())
 
 
-def test_the_hash_knows_every_weight_and_its_name(make_model):
+def test_the_hash_depends_on_every_weight_and_its_name(make_model):
     before = bundle.weights_hash(make_model().network)
     assert bundle.weights_hash(make_model().network) == before
     changed = make_model().network
@@ -93,15 +93,15 @@ def test_the_hash_knows_every_weight_and_its_name(make_model):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "said"),
+    ("sampling", "summary"),
     [
         ({}, "ddim, 50 steps, uniform"),
         (
-            {"sampler": {"kind": "dpm++", "order": 3}, "steps": 9, "spacing": {"kind": "shifted", "shift": 2}},
+            {"sampler": {"kind": "dpm++", "order": 3}, "num_steps": 9, "timestep_spacing": {"kind": "shifted", "shift": 2}},
             "dpm++, 9 steps, shifted, order 3, shift 2.0",
         ),
         (
-            {"guidance": 2, "guidance_interval": [0.2, 0.8], "guidance_schedule": "cosine", "guidance_channels": 3},
+            {"guidance_scale": 2, "guidance_interval": [0.2, 0.8], "guidance_schedule": "cosine", "guidance_channels": 3},
             "ddim, 50 steps, uniform, guidance 2, guidance channels 3, guidance interval (0.2, 0.8), "
             "guidance schedule cosine",
         ),
@@ -111,10 +111,10 @@ def test_the_hash_knows_every_weight_and_its_name(make_model):
         ),
     ],
 )
-def test_what_it_draws_with_is_told_as_far_as_it_is_not_usual(make_model, sampling, said):
+def test_the_sampling_summary_names_settings_that_are_not_defaults(make_model, sampling, summary):
     model = make_model(sampling=sampling)
-    assert bundle.describe(model)["draws with"] == model.config.sampling.words() == said
-    assert f"| draws with | {said} |" in bundle.card(model)
+    assert model_card.describe(model)["sampling"] == model.config.sampling.summary() == summary
+    assert f"| sampling | {summary} |" in model_card.render(model)
 
 
 def test_class_names_default_to_numbers(make_model):
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_nothing(tiny_model, tmp_path, monkeypatch, error):
         path.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(bundle, "save_file", half_written)
+    monkeypatch.setattr(checkpoint_files, "save_file", half_written)
     with pytest.raises(TesseraError, match=r"cannot write .*cats: .*No space left on device"):
         bundle.save(tiny_model, tmp_path / "cats")
     assert list(tmp_path.iterdir()) == []
@@ -155,7 +155,7 @@ def test_a_disk_that_fills_with_the_last_file_leaves_nothing(tiny_model, tmp_pat
         assert (tmp_path / "cats.partial" / "model.safetensors").exists()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bundle, "card", full)
+    monkeypatch.setattr(model_card, "render", full)
     with pytest.raises(TesseraError, match="No space left on device"):
         bundle.save(tiny_model, tmp_path / "cats")
     assert list(tmp_path.iterdir()) == []
@@ -165,76 +165,80 @@ def test_a_disk_that_fills_with_the_last_file_leaves_nothing(tiny_model, tmp_pat
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert "config.json" in fault(tmp_path / "nowhere")
+    assert "config.json" in load_error(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["{", "", "\x00"])
 def test_invalid_json(saved, content):
     (saved / "config.json").write_text(content)
-    assert "cannot read" in fault(saved)
-    assert "config.json" in fault(saved)
+    assert "cannot read" in load_error(saved)
+    assert "config.json" in load_error(saved)
 
 
-def test_json_that_is_no_mapping(saved):
+def test_json_that_is_not_an_object(saved):
     (saved / "config.json").write_text("[]")
-    assert "config.json is not valid" in fault(saved)
+    assert "config.json holds list; expected an object" in load_error(saved)
 
 
 def test_another_format(saved):
-    edit(saved, lambda config: config.update(format=2))
-    assert "has bundle format 2; this Tessera reads format 1" in fault(saved)
+    edit(saved, lambda config: (config.update(format=1), config.pop("tessera_version")))
+    message = load_error(saved)
+    assert "has bundle format 1, written by Tessera 0.6.0 or earlier" in message
+    assert "reads format 2: train it again, or let that version convert it" in message
+    edit(saved, lambda config: config.update(format=3, tessera_version="9.1.0"))
+    assert load_error(saved).endswith("install Tessera 9.1.0")
 
 
-def test_a_key_misspelt(saved):
-    edit(saved, lambda config: config["network"].update(widht=32))
-    assert "network: unknown key 'widht'; did you mean 'width'?" in fault(saved)
+def test_a_misspelt_key(saved):
+    edit(saved, lambda config: config["network"].update(hiden_size=32))
+    assert "network: unknown key 'hiden_size'; did you mean 'hidden_size'?" in load_error(saved)
 
 
-def test_a_section_missing(saved):
-    edit(saved, lambda config: config.pop("process"))
-    assert "process: Field required" in fault(saved)
+def test_a_missing_section(saved):
+    edit(saved, lambda config: config.pop("diffusion"))
+    assert "diffusion: Field required" in load_error(saved)
 
 
 def test_weights_missing(saved):
     (saved / "model.safetensors").unlink()
-    assert fault(saved).endswith("model.safetensors is missing")
+    assert load_error(saved).endswith("model.safetensors is missing")
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1, -1000])
-def test_weights_truncated(saved, kept):
+@pytest.mark.parametrize("length", [0, 4, 100, -1, -1000])
+def test_weights_truncated(saved, length):
     path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    assert "model.safetensors is damaged" in fault(saved)
+    path.write_bytes(path.read_bytes()[:length])
+    assert "model.safetensors is damaged" in load_error(saved)
 
 
-def test_weights_that_are_none(saved):
+def test_weights_that_are_not_safetensors(saved):
     (saved / "model.safetensors").write_text("not a safetensors file, but long enough to look like one")
-    assert "model.safetensors is damaged" in fault(saved)
+    assert "model.safetensors is damaged" in load_error(saved)
 
 
-def test_a_weight_missing_too_much_or_of_another_shape(saved):
+def test_missing_unexpected_and_misshapen_weights_are_listed(saved):
     tensors = load_file(saved / "model.safetensors")
     missing = tensors.pop("blocks.1.attn.qkv.bias")
     tensors["extra.weight"] = missing
     tensors["final_layer.linear.bias"] = torch.zeros(5)
     save_file(tensors, saved / "model.safetensors")
-    text = fault(saved)
-    assert "cats holds another architecture" in text
-    assert "missing blocks.1.attn.qkv.bias (96,)" in text
-    assert "unexpected extra.weight (96,)" in text
-    assert "final_layer.linear.bias is (5,), expected (8,)" in text
+    message = load_error(saved)
+    assert "cats holds another architecture" in message
+    assert "missing blocks.1.attn.qkv.bias (96,)" in message
+    assert "unexpected extra.weight (96,)" in message
+    assert "final_layer.linear.bias is (5,), expected (8,)" in message
 
 
-def test_another_depth_names_some_of_many(saved):
+def test_a_long_list_of_differences_is_cut(saved):
     edit(saved, lambda config: config["network"].update(depth=4))
-    text = fault(saved)
-    assert "missing blocks.2." in text
-    assert "more" in text
-    assert len(text.splitlines()) < 12
+    message = load_error(saved)
+    assert "missing blocks.2." in message
+    assert "more" in message
+    assert len(message.splitlines()) < 12
 
 
 def test_a_network_can_be_built_after_loading_one_like_it(saved):
-    """Loading builds without memory; what that leaves behind must not reach the next network."""
+    """Loading builds the network on the meta device, which must not affect the next network."""
     config = bundle.load(saved).config.network
     assert torch.isfinite(config.build().pos_embed).all()
 
@@ -245,5 +249,5 @@ def test_a_network_can_be_built_after_loading_one_like_it(saved):
 def test_checkpoints_newest_first(tmp_path):
     for name in ("step-000000010", "step-000000200", "step-000000003", "step-000000300.partial", "best"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    found = [path.name for path in bundle.checkpoints(tmp_path)]
-    assert found == ["step-000000200", "step-000000010", "step-000000003"]
+    names = [path.name for path in bundle.checkpoints(tmp_path)]
+    assert names == ["step-000000200", "step-000000010", "step-000000003"]

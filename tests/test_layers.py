@@ -20,10 +20,12 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 LAYERS = [  # the lowest first
     ("errors",),
     ("settings", "files"),
-    ("conditioning", "reporting", "runtime", "randomness", "images"),
+    ("conditioning", "reporting", "runtime", "randomness", "images", "checkpoint_files"),
     ("diffusion", "layers", "encoders"),
     ("models", "sampling", "codecs"),
-    ("bundle", "acceleration", "adapters", "planning", "data"),
+    ("model", "acceleration", "adapters", "planning", "data"),
+    ("model_card",),
+    ("bundle",),
     ("generation", "interop"),
     ("evaluation", "monitoring"),
     ("training",),
@@ -140,7 +142,7 @@ def test_the_rules_find_a_fault(file, source):
         ("codecs/autoencoder.py", "if TYPE_CHECKING:\n    from diffusers import AutoencoderKL"),
         ("cli.py", "import typer\ndef f():\n    from tessera.training import loop"),
         ("bundle.py", "from tessera import __version__"),
-        ("training/loop.py", "import tessera\nfrom tessera import generate"),
+        ("studies/worker.py", "import tessera\nfrom tessera import generate"),
     ],
 )
 def test_the_rules_allow_what_is_right(file, source):

@@ -1,4 +1,4 @@
-"""Pixels to latents and back. A codec's scale and shift stand in the codec and nowhere else."""
+"""Codecs: pixels to latents and back. Scale and shift of the latents belong to the codec alone."""
 
 from typing import Annotated
 
@@ -8,10 +8,10 @@ from tessera.codecs.autoencoder import AutoencoderConfig
 from tessera.codecs.codec import Codec, StoredCodec, StoredConfig
 from tessera.codecs.pixels import PixelsConfig
 from tessera.codecs.tiny import TinyConfig
-from tessera.settings import by_kind
+from tessera.settings import expand_kind
 
 AnyCodec = Annotated[
-    PixelsConfig | AutoencoderConfig | TinyConfig, BeforeValidator(by_kind), Field(discriminator="kind")
+    PixelsConfig | AutoencoderConfig | TinyConfig, BeforeValidator(expand_kind), Field(discriminator="kind")
 ]
 
 __all__ = ["AnyCodec", "AutoencoderConfig", "Codec", "PixelsConfig", "StoredCodec", "StoredConfig", "TinyConfig"]

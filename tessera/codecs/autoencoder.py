@@ -14,35 +14,37 @@ from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, digest, lis
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 
-# What of a folder's configuration raw moments depend on.
+# The keys of a folder's configuration that raw moments depend on.
 ENCODER = ("in_channels", "down_block_types", "block_out_channels", "layers_per_block", "act_fn", "latent_channels")
 ENCODER += ("norm_num_groups", "use_quant_conv", "mid_block_add_attention")
 
 
 class AutoencoderConfig(StoredConfig):
-    """A folder that diffusers saved, or a hub id; scale and shift come from its own configuration, if not from here."""
+    """A folder that diffusers saved, or a hub id. Scale and shift default to those in its configuration."""
 
     kind: Literal["autoencoder-kl"] = "autoencoder-kl"
-    tile_above: int = Field(default=1024, ge=64, description="work in tiles of so many pixels a side, if one has more")
+    tile_above: int = Field(
+        default=1024, ge=64, description="larger images are processed in tiles of this many pixels a side"
+    )
 
     def build(self) -> "Autoencoder":
         return Autoencoder(self)
 
 
 class Autoencoder(StoredCodec):
-    """Through diffusers' network; the posterior is normal, each number of the latents for itself."""
+    """diffusers' AutoencoderKL. The posterior is a normal distribution, independent for each latent."""
 
     stochastic = True
 
     def __init__(self, config: AutoencoderConfig) -> None:
         self.config = config
-        self.network = self.vae = pretrained(_network(), config).eval().requires_grad_(False)
+        self.network = self.vae = pretrained(_autoencoder_kl(), config).eval().requires_grad_(False)
         self.pixel_channels = int(self.vae.config.in_channels)
         self.latent_channels = int(self.vae.config.latent_channels)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self._normalise(config, *_scale_and_shift(self.vae.config))
-        # Tiles as large as what is worked on whole, not as small as its training pictures (256 for most): group norms
-        # take their statistics tile by tile, so that small tiles differ in colour and contrast.
+        self._set_normalization(config, *_scale_and_shift(self.vae.config))
+        # Tiles are as large as the largest image processed whole, not as the images it was trained on (256 for most):
+        # group norms compute statistics per tile, so small tiles would differ in colour and contrast.
         self.vae.tile_latent_min_size = config.tile_above // self.factor
         self.vae.tile_sample_min_size = self.vae.tile_latent_min_size * self.factor
         self.vae.enable_tiling()
@@ -59,22 +61,24 @@ class Autoencoder(StoredCodec):
         return self.vae.decode(latents / self.scale + self.shift).sample
 
     def fingerprint(self) -> str:
-        """A hash of the encoder, its configuration, and the size of tiles."""
+        """A hash of the encoder, its configuration and the tile size."""
         facts = {name: self.vae.config.get(name) for name in ENCODER}
         facts |= {"kind": self.config.kind, "tile_above": self.config.tile_above}
         encoder = [pair for pair in self.vae.state_dict().items() if pair[0].startswith(("encoder.", "quant_conv."))]
         return digest(facts, encoder)
 
     def save(self, folder: Path) -> None:
-        """Write the autoencoder as a diffusers folder, which `AutoencoderConfig(source=folder)` reads."""
+        """Write the autoencoder as a diffusers folder, for `AutoencoderConfig(source=folder)`."""
         write(self.vae, folder, self.scale, self.shift)
 
 
 class AutoencoderShape(Settings):
-    """A KL autoencoder that is yet to be trained."""
+    """The architecture of a KL autoencoder to train."""
 
     channels: tuple[PositiveInt, ...] = Field(
-        default=(16, 32, 64), min_length=1, description="of the layers at each resolution, each half the one before"
+        default=(16, 32, 64),
+        min_length=1,
+        description="of the layers at each resolution; each resolution is half the one before",
     )
     latent_channels: PositiveInt = 4
     layers: PositiveInt = Field(default=1, description="residual blocks at each resolution; the decoder has one more")
@@ -82,9 +86,9 @@ class AutoencoderShape(Settings):
     attention: Literal["none", "middle"] = Field(default="none", description="middle: at the lowest resolution")
 
     @model_validator(mode="after")
-    def _divides(self) -> "AutoencoderShape":
-        if odd := [width for width in self.channels if width % self.groups]:
-            raise ValueError(f"channels {odd[0]} is not a multiple of groups {self.groups}")
+    def _divisible(self) -> "AutoencoderShape":
+        if indivisible := [width for width in self.channels if width % self.groups]:
+            raise ValueError(f"channels {indivisible[0]} is not a multiple of groups {self.groups}")
         return self
 
     @property
@@ -93,8 +97,8 @@ class AutoencoderShape(Settings):
         return 2 ** (len(self.channels) - 1)
 
     def build(self, pixel_channels: int) -> Any:
-        """diffusers' AutoencoderKL with initial weights, drawn by torch's own generator. Raises TesseraError."""
-        return _network()(
+        """diffusers' AutoencoderKL, with initial weights from torch's global generator. Raises TesseraError."""
+        return _autoencoder_kl()(
             in_channels=pixel_channels,
             out_channels=pixel_channels,
             down_block_types=("DownEncoderBlock2D",) * len(self.channels),
@@ -108,35 +112,34 @@ class AutoencoderShape(Settings):
 
 
 def write(network: Any, folder: Path, scale: float | Tensor, shift: float | Tensor) -> None:
-    """diffusers' AutoencoderKL as a folder, with the scale and shift of its latents (numbers, or [C, 1, 1])."""
-    network.register_to_config(**_as_diffusers(scale, shift, network.config.latent_channels))
+    """Write diffusers' AutoencoderKL as a folder, with the scale and shift of its latents (numbers, or [C, 1, 1])."""
+    network.register_to_config(**_diffusers_config(scale, shift, network.config.latent_channels))
     network.save_pretrained(folder, safe_serialization=True)
 
 
 def _scale_and_shift(config: Any) -> tuple[Numbers, Numbers]:
-    """As diffusers reads its own configurations: statistics per channel, where there are any, beside the factor."""
+    """From diffusers' configuration: statistics per channel, where there are any, and the factor."""
     scale, shift = float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
-    mean, deviation = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or deviation is None:
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
         return scale, shift
-    return tuple(scale / float(number) for number in deviation), tuple(float(number) for number in mean)
+    return tuple(scale / float(number) for number in std), tuple(float(number) for number in mean)
 
 
-def _as_diffusers(scale: float | Tensor, shift: float | Tensor, channels: int) -> dict[str, Any]:
-    """What a configuration of diffusers calls a scale and a shift."""
+def _diffusers_config(scale: float | Tensor, shift: float | Tensor, channels: int) -> dict[str, Any]:
+    """A scale and a shift, as diffusers' configuration stores them."""
     if isinstance(scale, float) and isinstance(shift, float):
         return {"scaling_factor": scale, "shift_factor": shift or None, "latents_mean": None, "latents_std": None}
-    each = torch.ones(channels, 1, 1, dtype=torch.float64)
+    ones = torch.ones(channels, 1, 1, dtype=torch.float64)
     return {
         "scaling_factor": 1.0,
         "shift_factor": None,
-        "latents_mean": listed_numbers((each * 0 + shift).cpu()),
-        "latents_std": listed_numbers((each / scale).cpu()),
+        "latents_mean": listed_numbers((ones * 0 + shift).cpu()),
+        "latents_std": listed_numbers((ones / scale).cpu()),
     }
 
 
-def _network() -> Any:
-    """diffusers' class."""
+def _autoencoder_kl() -> Any:
     try:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     except ImportError:

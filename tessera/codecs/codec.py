@@ -1,6 +1,6 @@
-"""What every codec has: raw moments of a picture, and latents of about unit variance made of them.
+"""Base classes of all codecs: raw moments of an image, and latents of about unit variance computed from them.
 
-Raw moments know nothing of scale and shift, so that what was stored of them outlives a change of either.
+Raw moments do not depend on scale and shift, so stored moments stay valid when either changes.
 
 Shapes: B batch, C latent channels, H W height and width of the pixels, h w those of the latents: H = h f, W = w f.
 """
@@ -17,65 +17,67 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings
+from tessera.settings import Settings, as_tuple
 
 Numbers = float | tuple[float, ...]  # one for all channels, or one for each
 
 
 class StoredConfig(Settings):
-    """A codec whose weights lie in a folder or on a hub: latents = (raw - shift) * scale."""
+    """A codec whose weights are in a folder or on a hub: latents = (raw - shift) * scale."""
 
     source: str = Field(description="a folder, or a hub id such as stabilityai/sd-vae-ft-ema")
     subfolder: str | None = None
     revision: str | None = None
     scale: Numbers | None = Field(
-        default=None, description="of the latents: a number, or one per channel; null: what the source says"
+        default=None, description="of the latents: a number, or one per channel; null: as in the source"
     )
     shift: Numbers | None = Field(
-        default=None, description="taken off before scaling: a number, or one per channel; null: what the source says"
+        default=None, description="subtracted before scaling: a number, or one per channel; null: as in the source"
     )
 
     def build(self) -> "StoredCodec":
-        """The codec, its weights read. Raises TesseraError."""
+        """Load the codec with its weights. Raises TesseraError."""
         raise NotImplementedError
 
     @field_validator("scale")
     @classmethod
     def _positive(cls, scale: Numbers | None) -> Numbers | None:
-        if scale is not None and not all(number > 0 for number in _several(scale)):
-            raise ValueError("a scale is greater than 0")
+        if scale is not None and not all(number > 0 for number in as_tuple(scale)):
+            raise ValueError("a scale must be greater than 0")
         return scale
 
     @property
     def folder(self) -> Path | None:
-        """Where the weights lie on this machine; None: on a hub."""
+        """The local folder of the weights; None if they are on a hub."""
         folder = Path(self.source).expanduser() / (self.subfolder or "")
         return folder if folder.is_dir() else None
 
 
 class Codec(ABC):
-    """Pixels in -1 .. 1 to latents of about unit variance, and back. Nothing of it is trained."""
+    """Pixels in -1 .. 1 to latents of about unit variance, and back. A codec is not trained with the network."""
 
     pixel_channels: int
     latent_channels: int
     factor: int  # pixels per latent, along each axis
-    stochastic: bool = False  # whether the moments have a deviation, so that training draws from a posterior
+    stochastic: bool = False  # whether the moments have a deviation, so that training samples from a posterior
     scale: float | Tensor = 1.0  # a number, or [C, 1, 1]
     shift: float | Tensor = 0.0
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
-        """Move everything there."""
+        """Move all tensors to a device."""
 
     @abstractmethod
     def moments(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] -> [B, 2C, h, w]: mean and standard deviation of the posterior, neither scaled nor
-        shifted; the deviation is 0 where latents follow from pixels."""
+        shifted; the deviation of a deterministic codec is 0."""
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """moments [B, 2C, h, w], of any precision -> latents float32 [B, C, h, w]: of the mean, or with standard normal
-        noise of the latents' shape of a draw from the posterior, as in training. Means alone [B, C, h, w] will do,
-        where there is no deviation."""
+        """moments [B, 2C, h, w], of any precision -> latents float32 [B, C, h, w].
+
+        The latents are the mean of the posterior, or a sample of it if noise (standard normal, shaped like the latents)
+        is passed, as in training. Means alone [B, C, h, w] are enough where there is no deviation.
+        """
         mean, deviation = moments[:, : self.latent_channels].float(), moments[:, self.latent_channels :]
         raw = mean if noise is None or not self.stochastic else mean + deviation.float() * noise
         return (raw - self.shift) * self.scale
@@ -90,8 +92,8 @@ class Codec(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash, as hexadecimal sha256, of all that raw moments depend on beside the pixels; not of the decoder, and
-        not of scale and shift."""
+        """A hexadecimal sha256 of everything beside the pixels that raw moments depend on: not the decoder, scale or
+        shift."""
 
 
 class StoredCodec(Codec):
@@ -108,36 +110,35 @@ class StoredCodec(Codec):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write the weights, with scale and shift where the format has a place for them, as a `source` to read."""
+        """Write the weights as a folder that `source` can name, with scale and shift if its format can hold them."""
 
-    def _normalise(self, told: StoredConfig, scale: Numbers, shift: Numbers) -> None:
-        """Take scale and shift from the settings, else as the source has them. Raises TesseraError."""
-        self.scale = self._per_channel("codec.scale", scale if told.scale is None else told.scale)
-        self.shift = self._per_channel("codec.shift", shift if told.shift is None else told.shift)
+    def _set_normalization(self, config: StoredConfig, scale: Numbers, shift: Numbers) -> None:
+        """Set scale and shift, from the settings if they have them, else from the source. Raises TesseraError."""
+        self.scale = self._per_channel("codec.scale", scale if config.scale is None else config.scale)
+        self.shift = self._per_channel("codec.shift", shift if config.shift is None else config.shift)
 
-    def _per_channel(self, name: str, told: Numbers) -> float | Tensor:
-        if isinstance(told, int | float):
-            return float(told)
-        if len(told) != self.latent_channels:
+    def _per_channel(self, name: str, value: Numbers) -> float | Tensor:
+        if isinstance(value, int | float):
+            return float(value)
+        if len(value) != self.latent_channels:
             raise TesseraError(
-                f"{name} has {len(told)} numbers, but the latents have {self.latent_channels} channels: "
+                f"{name} has {len(value)} numbers, but the latents have {self.latent_channels} channels: "
                 f"give one number, or {self.latent_channels}"
             )
-        return torch.tensor(told, dtype=torch.float32)[:, None, None]
+        return torch.tensor(value, dtype=torch.float32)[:, None, None]
 
 
 def pretrained(network: Any, config: StoredConfig) -> Any:
-    """A network of diffusers (its class) with the weights of a source. Raises TesseraError if they cannot be read."""
-    place = {"subfolder": config.subfolder} if config.subfolder else {}
-    if config.revision:
-        place["revision"] = config.revision
-    # Older folders hold a pickle alone; diffusers reads it with weights_only, so that it cannot run a program.
+    """A diffusers network of a class, with the weights of a source. Raises TesseraError if they cannot be read."""
+    options = {"subfolder": config.subfolder, "revision": config.revision}
+    # Older folders hold only a pickle; diffusers reads it with weights_only, so it cannot run a program.
     folder = config.folder
     pickled = folder is not None and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
     source = str(Path(config.source).expanduser()) if folder else config.source
     try:
-        # Such networks are small: no need of accelerate, of whose absence diffusers would warn.
-        return network.from_pretrained(source, use_safetensors=not pickled, low_cpu_mem_usage=False, **place)
+        # Autoencoders are small: without low_cpu_mem_usage diffusers does not warn that accelerate is missing.
+        options = {name: value for name, value in options.items() if value}
+        return network.from_pretrained(source, use_safetensors=not pickled, low_cpu_mem_usage=False, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise TesseraError(
@@ -148,18 +149,14 @@ def pretrained(network: Any, config: StoredConfig) -> Any:
 
 
 def digest(facts: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A sha256 over settings and tensors, in the order of their names, as hexadecimal."""
-    whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+    """The hexadecimal sha256 of settings and tensors, in the order of their names."""
+    sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def listed_numbers(number: float | Tensor) -> float | list[float]:
-    """A scale or shift as JSON and YAML hold it."""
+    """A scale or shift, as JSON and YAML store it."""
     return number.flatten().tolist() if isinstance(number, Tensor) else number
-
-
-def _several(told: Numbers) -> tuple[float, ...]:
-    return (told,) if isinstance(told, int | float) else told

@@ -1,4 +1,4 @@
-"""The codec that is none: the network sees pixels.
+"""The identity codec: the network works on pixels.
 
 Shapes: B batch, C channels, H W height and width.
 """
@@ -38,13 +38,13 @@ class Pixels(Codec):
         return torch.cat((pixels, torch.zeros_like(pixels)), dim=1)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """pixels [B, C, H, W] -> the same"""
+        """pixels [B, C, H, W], unchanged"""
         return pixels
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, C, H, W] -> the same"""
+        """latents [B, C, H, W], unchanged"""
         return latents
 
     def fingerprint(self) -> str:
-        """Of the kind alone: there is nothing else."""
+        """Of the kind and the number of channels."""
         return digest({"kind": self.config.kind, "channels": self.config.channels}, [])

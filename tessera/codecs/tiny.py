@@ -1,25 +1,24 @@
-"""The tiny autoencoders (Ollin Boer Bohan's TAESD and its kin): small networks that stand in for a large autoencoder.
+"""Tiny autoencoders (Ollin Boer Bohan's TAESD and its relatives): small networks that approximate a large autoencoder.
 
-Two layouts are read: folders of diffusers' AutoencoderTiny, and a pair of files, *_encoder and *_decoder (.pth or
-.safetensors), as their author publishes them. Latents follow from pixels: there is no posterior.
+Two layouts are read: folders of diffusers' AutoencoderTiny, and pairs of files, *_encoder and *_decoder (.pth or
+.safetensors), as their author publishes them. Latents are deterministic: there is no posterior.
 
 Shapes: B batch, C latent channels, H W height and width of the pixels, h w those of the latents: H = 8 h, W = 8 w.
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tessera.checkpoint_files import read_state_dict
 from tessera.codecs.codec import StoredCodec, StoredConfig, digest, pretrained
 from tessera.errors import TesseraError
 
-WIDTH, INSIDE, GROUPS = 64, 256, 4  # channels of all layers, and of the middle blocks' branch; its groups
+WIDTH, POOL_WIDTH, POOL_GROUPS = 64, 256, 4  # channels of all layers; channels and groups of the pool branch
 ENCODER_BLOCKS, DECODER_BLOCKS = (1, 3, 3, 3), (3, 3, 3, 1)  # at each resolution, in the order of the layers
 FACTOR = 2 ** (len(ENCODER_BLOCKS) - 1)
 
@@ -27,7 +26,7 @@ FACTOR = 2 ** (len(ENCODER_BLOCKS) - 1)
 class TinyConfig(StoredConfig):
     """A folder of diffusers' AutoencoderTiny or its hub id, or a folder with a pair of files, *_encoder and *_decoder.
 
-    A pair of files has no scale and shift of its own: 1 and 0, if not said here.
+    A pair of files has no scale and shift of its own: 1 and 0 by default.
     """
 
     kind: Literal["autoencoder-tiny"] = "autoencoder-tiny"
@@ -37,7 +36,7 @@ class TinyConfig(StoredConfig):
 
 
 class Tiny(StoredCodec):
-    """The moments' deviation is 0, and noise changes nothing."""
+    """A deterministic codec: the moments' deviation is 0, and noise has no effect."""
 
     def __init__(self, config: TinyConfig) -> None:
         self.config = config
@@ -46,11 +45,11 @@ class Tiny(StoredCodec):
         self.network = network.eval().requires_grad_(False)
         self.pixel_channels = 3
         self.latent_channels, self.factor = network.latent_channels, network.factor
-        self._normalise(config, network.scale, network.shift)
+        self._set_normalization(config, network.scale, network.shift)
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] -> [B, 2C, h, w]: the latents as the network makes them, and deviations of 0"""
+        """pixels [B, 3, H, W] -> [B, 2C, h, w]: the raw latents, and deviations of 0"""
         raw = self.network.encode(pixels)
         return torch.cat((raw, torch.zeros_like(raw)), dim=1)
 
@@ -64,7 +63,7 @@ class Tiny(StoredCodec):
         return digest({"kind": self.config.kind}, self.network.encoder.state_dict().items())
 
     def save(self, folder: Path) -> None:
-        """Write the weights in the layout they came in, as safetensors, which `TinyConfig(source=folder)` reads."""
+        """Write the weights in their own layout, as safetensors, for `TinyConfig(source=folder)`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.network.save(folder)
 
@@ -74,12 +73,12 @@ class Pair(nn.Module):
 
     factor, scale, shift = FACTOR, 1.0, 0.0
 
-    def __init__(self, latent_channels: int, middle: bool) -> None:
-        """middle: whether the blocks at the lowest resolution begin with a branch that sees the whole picture."""
+    def __init__(self, latent_channels: int, pool: bool) -> None:
+        """pool: whether the blocks at the lowest resolution begin with a branch of global statistics."""
         super().__init__()
         self.latent_channels = latent_channels
-        self.encoder = _encoder(latent_channels, middle)
-        self.decoder = _decoder(latent_channels, middle)
+        self.encoder = _encoder(latent_channels, pool)
+        self.decoder = _decoder(latent_channels, pool)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in -1 .. 1 -> [B, C, h, w]"""
@@ -96,18 +95,18 @@ class Pair(nn.Module):
 
 
 class Block(nn.Module):
-    """Three convolutions beside a skip; in the middle, first a residual whose group norm sees the whole picture."""
+    """Three convolutions and a skip; with pool, first a residual whose group norm has global statistics."""
 
-    def __init__(self, middle: bool = False) -> None:
+    def __init__(self, pool: bool = False) -> None:
         super().__init__()
         self.conv = nn.Sequential(_conv(), nn.ReLU(), _conv(), nn.ReLU(), _conv())
         self.pool = None
-        if middle:
+        if pool:
             self.pool = nn.Sequential(
-                nn.Conv2d(WIDTH, INSIDE, 1, bias=False),
-                nn.GroupNorm(GROUPS, INSIDE),
+                nn.Conv2d(WIDTH, POOL_WIDTH, 1, bias=False),
+                nn.GroupNorm(POOL_GROUPS, POOL_WIDTH),
                 nn.ReLU(),
-                nn.Conv2d(INSIDE, WIDTH, 1, bias=False),
+                nn.Conv2d(POOL_WIDTH, WIDTH, 1, bias=False),
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,85 +117,72 @@ class Block(nn.Module):
 
 
 class Clamp(nn.Module):
-    """Into -3 .. 3, smoothly."""
+    """A smooth clamp to -3 .. 3."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
 
 
-def _conv(inputs: int = WIDTH, outputs: int = WIDTH, **more: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **more)
+def _conv(inputs: int = WIDTH, outputs: int = WIDTH, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
-def _encoder(latent_channels: int, middle: bool) -> nn.Sequential:
+def _encoder(latent_channels: int, pool: bool) -> nn.Sequential:
     layers: list[nn.Module] = []
     for stage, blocks in enumerate(ENCODER_BLOCKS):
         layers.append(_conv(stride=2, bias=False) if stage else _conv(3))
-        layers += [Block(middle and stage == len(ENCODER_BLOCKS) - 1) for _ in range(blocks)]
+        layers += [Block(pool and stage == len(ENCODER_BLOCKS) - 1) for _ in range(blocks)]
     return nn.Sequential(*layers, _conv(outputs=latent_channels))
 
 
-def _decoder(latent_channels: int, middle: bool) -> nn.Sequential:
+def _decoder(latent_channels: int, pool: bool) -> nn.Sequential:
     layers = [Clamp(), _conv(latent_channels), nn.ReLU()]
     for stage, blocks in enumerate(DECODER_BLOCKS):
         if stage:
             layers += [nn.Upsample(scale_factor=2), _conv(bias=False)]
-        layers += [Block(middle and stage == 0) for _ in range(blocks)]
+        layers += [Block(pool and stage == 0) for _ in range(blocks)]
     return nn.Sequential(*layers, _conv(outputs=3))
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:
-    """The files of encoder and decoder; None if the folder is one of diffusers'. Raises TesseraError."""
+    """The files of encoder and decoder; None for a folder of diffusers. Raises TesseraError."""
     if (folder / "config.json").exists():
         return None
-    found = []
+    pair = []
     for name in ("encoder", "decoder"):
         files = sorted(path for path in folder.iterdir() if re.search(rf"_?{name}\.(pth|safetensors)$", path.name))
         stems = {path.stem for path in files}
         if len(stems) != 1:
-            what = f"{len(stems)} {name}s: {', '.join(sorted(stems))}" if stems else f"no *_{name}.pth or .safetensors"
+            files_found = (
+                f"{len(stems)} {name}s: {', '.join(sorted(stems))}" if stems else f"no *_{name}.pth or .safetensors"
+            )
             raise TesseraError(
-                f"cannot load a tiny autoencoder from {folder}: it holds {what}; expected one *_encoder and one "
+                f"cannot load a tiny autoencoder from {folder}: it holds {files_found}; expected one *_encoder and one "
                 "*_decoder file, or a folder written by diffusers' AutoencoderTiny.save_pretrained"
             )
-        found.append(next((path for path in files if path.suffix == ".safetensors"), files[0]))
-    return found[0], found[1]
+        pair.append(next((path for path in files if path.suffix == ".safetensors"), files[0]))
+    return pair[0], pair[1]
 
 
 def _from_files(encoder: Path, decoder: Path) -> Pair:
-    first, second = _read(encoder), _read(decoder)
+    first, second = read_state_dict(encoder), read_state_dict(decoder)
     last = f"{max((int(key.split('.')[0]) for key in first if key[0].isdigit()), default=0)}.weight"
     if last not in first:
-        raise TesseraError(f"{encoder} holds no encoder of a tiny autoencoder: its layers have no numbers")
-    network = Pair(len(first[last]), middle=any(".pool." in key for key in first))
+        raise TesseraError(f"{encoder} is not the encoder of a tiny autoencoder: its layers are not numbered")
+    network = Pair(len(first[last]), pool=any(".pool." in key for key in first))
     for part, weights, path in ((network.encoder, first, encoder), (network.decoder, second, decoder)):
         try:
             part.load_state_dict(weights)
         except RuntimeError as error:
             reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])[:400]
             raise TesseraError(
-                f"{path} holds another network than a tiny autoencoder of {network.latent_channels} latent channels: "
-                f"{reason}"
+                f"{path} does not match a tiny autoencoder of {network.latent_channels} latent channels: {reason}"
             ) from None
     return network
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict, which cannot run a program as it is read. Raises TesseraError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise TesseraError(f"{path} is damaged, or holds more than tensors: {reason}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise TesseraError(f"{path} holds {type(weights).__name__}; expected a state dict: names and tensors")
-    return weights
-
-
 class _Diffusers(nn.Module):
-    """diffusers' AutoencoderTiny; it takes and gives images in -1 .. 1."""
+    """diffusers' AutoencoderTiny, whose images are in -1 .. 1."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()

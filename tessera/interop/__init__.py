@@ -1,1 +1,1 @@
-"""Other people's files and a Model: official DiT checkpoints, diffusers folders, and telling them apart."""
+"""Models in the formats of other projects: official DiT and SiT checkpoints, and diffusers folders."""

@@ -1,0 +1,34 @@
+"""Functions shared by the readers and writers of other formats."""
+
+import torch
+
+from tessera.bundle import Model
+from tessera.conditioning import NULL_LABEL, Condition, NetworkFunction
+from tessera.errors import TesseraError
+from tessera.models.dit import DiT
+from tessera.models.network import Network
+
+
+def require_dit(model: Model, target: str) -> DiT:
+    """The network of a model, if it is a DiT. Raises TesseraError otherwise: `target` can hold nothing else."""
+    if not isinstance(model.network, DiT):
+        raise TesseraError(
+            f"{target} holds a DiT, and this model is a {model.config.network.display_name}: convert it to a bundle"
+        )
+    return model.network
+
+
+@torch.no_grad()
+def relative_difference(network: Network, other: NetworkFunction) -> float:
+    """Relative L2 distance of two networks' raw outputs on noise: at four times, with a class and without."""
+    config, device = network.config, next(network.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, config.in_channels, *config.input_size, generator=generator).to(device)
+    t = torch.tensor([0.0, 250.0, 500.0, 999.0] * 2, device=device)
+    label = torch.randint(max(config.num_classes, 1), (8,), generator=generator)
+    if config.learn_null_class:
+        label[4:] = NULL_LABEL
+    condition = Condition(label=label.to(device) if config.num_classes else None)
+    ours = network(x, t, condition)
+    theirs = other(x.cpu(), t.cpu(), condition.to("cpu")).to(device)
+    return float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))

@@ -1,0 +1,83 @@
+"""A trained model in memory, and its configuration."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from tessera import __version__
+from tessera.codecs import AnyCodec, Codec
+from tessera.diffusion import AnyDiffusionConfig, DiffusionProcess
+from tessera.models import AnyNetwork, Network
+from tessera.sampling import SamplingConfig
+from tessera.settings import Settings
+
+FORMAT = 2  # of bundles; 0.6.0 and earlier wrote format 1
+
+
+class Provenance(Settings):
+    """Where the weights of a model come from. Every field is None where it is not known."""
+
+    trained_with: str | None = Field(default=None, description="versions of tessera and torch, and the hardware")
+    device: str | None = Field(default=None, description="the type of the device it was trained on, such as cuda")
+    data: str | None = Field(default=None, description="what it was trained on")
+    steps: int | None = None
+    images_seen: int | None = None
+    global_batch_size: int | None = None
+    optimizer: str | None = None
+    learning_rate: float | None = None
+    ema_decay: float | None = Field(default=None, description="of the weights in this bundle")
+    init_from: str | None = Field(default=None, description="the model that training started from")
+    converted_from: str | None = Field(default=None, description="the file or folder of another format")
+    not_converted: str | None = Field(default=None, description="settings of that format that Tessera does not have")
+    sampling_chosen: str | None = Field(default=None, description="how the sampling settings were chosen")
+
+    def facts(self) -> dict[str, Any]:
+        """The known fields, by readable names."""
+        return {name.replace("_", " "): value for name, value in self.model_dump(exclude_none=True).items()}
+
+
+class BundleConfig(Settings):
+    """config.json of a bundle."""
+
+    format: Literal[2] = FORMAT
+    tessera_version: str = __version__
+    network: AnyNetwork
+    diffusion: AnyDiffusionConfig
+    codec: AnyCodec
+    sampling: SamplingConfig = SamplingConfig()
+    class_names: tuple[str, ...] = ()
+    provenance: Provenance = Provenance()
+    recipe: dict[str, Any] | None = Field(default=None, description="the resolved recipe of its training")
+
+
+@dataclass
+class Model:
+    """A network with everything needed to sample: diffusion process, codec, class names and sampling settings."""
+
+    config: BundleConfig
+    network: Network
+    loaded_codec: Codec | None = None
+
+    @cached_property
+    def diffusion(self) -> DiffusionProcess:
+        network = self.config.network
+        return self.config.diffusion.resolved(network.in_channels, network.input_size).build()
+
+    @property
+    def codec(self) -> Codec:
+        """Loaded at first use: it may be large, or on a hub."""
+        if self.loaded_codec is None:
+            self.loaded_codec = self.config.codec.build().to(self.device)
+        return self.loaded_codec
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def class_names(self) -> list[str]:
+        """One name for each class; their numbers if the model has no names."""
+        return list(self.config.class_names) or [str(i) for i in range(self.config.network.num_classes)]
