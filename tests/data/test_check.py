@@ -111,23 +111,23 @@ def test_a_process_that_dies_is_an_error(data, tmp_path, small_parts, monkeypatc
         check.scan_data(check.CheckRequest(str(data), tmp_path / "out"), workers=2)
 
 
-def test_the_index_of_kept_samples_opens(data, tmp_path):
+def test_the_index_of_accepted_samples_opens(data, tmp_path):
     (data / "cat/60.png").write_bytes((data / "cat/00.png").read_bytes())
     (data / "cat/61.png").write_bytes(b"")
     (data / "dog/62.jpg").write_bytes(png(62, 20))
     before = {path: path.read_bytes() for path in data.rglob("*.*")}
     request = check.CheckRequest(str(data), tmp_path / "out")
     check.scan_data(request)
-    done = check.report_findings(request, write_index=tmp_path / "kept.parquet")
+    done = check.report_findings(request, write_index=tmp_path / "accepted.parquet")
     assert counts(done) == {"empty": 1, "duplicates": 1, "wrong-endings": 1}
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
-    source = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
+    source = FilesConfig(path=str(tmp_path / "accepted.parquet"), size=(16, 16)).open()
     assert len(source) == 61
     assert source.class_names == ("cat", "dog")
     whole = FilesConfig(path=str(data), size=(16, 16)).open()
     by_name = {whole.name(row): row for row in range(len(whole))}
-    table = index.read(tmp_path / "kept.parquet")
+    table = index.read(tmp_path / "accepted.parquet")
     for row in range(len(source)):
         same = by_name[source.name(row)]
         assert source.label(row) == whole.label(same)
@@ -222,10 +222,10 @@ def test_rows_of_parquet(tmp_path):
     parquet.write_table(table, tmp_path / "data.parquet")
     request = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
     check.scan_data(request)
-    done = check.report_findings(request, write_index=tmp_path / "kept.parquet")
+    done = check.report_findings(request, write_index=tmp_path / "accepted.parquet")
     rows = {finding.kind: finding.samples for finding in done.findings}
     assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
-    dataset = FilesConfig(path=str(tmp_path / "kept.parquet"), size=(16, 16)).open()
+    dataset = FilesConfig(path=str(tmp_path / "accepted.parquet"), size=(16, 16)).open()
     assert len(dataset) == 46
     assert dataset.encoded(3) == images[4]
 
@@ -259,14 +259,14 @@ def test_embedded_data_has_no_files(tmp_path):
         check.scan_data(check.CheckRequest("digits", tmp_path))
 
 
-def test_no_index_is_written_if_nothing_would_be_kept(data, tmp_path):
+def test_no_index_is_written_if_no_sample_is_accepted(data, tmp_path):
     for path in data.rglob("*.png"):
         path.write_bytes(b"")
     request = check.CheckRequest(str(data), tmp_path / "out")
     check.scan_data(request)
-    with pytest.raises(TesseraError, match="no sample of .* would be kept"):
-        check.report_findings(request, write_index=tmp_path / "kept.parquet")
-    assert not (tmp_path / "kept.parquet").exists()
+    with pytest.raises(TesseraError, match="no sample of .* is accepted"):
+        check.report_findings(request, write_index=tmp_path / "accepted.parquet")
+    assert not (tmp_path / "accepted.parquet").exists()
     assert (tmp_path / "out/report.html").exists()
 
 

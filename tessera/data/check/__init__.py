@@ -13,7 +13,7 @@ import numpy as np
 
 from tessera.data import index
 from tessera.data.check import page, scan
-from tessera.data.check.decisions import decide, excluded_kinds, kept_index
+from tessera.data.check.decisions import accepted_index, decide, excluded_kinds
 from tessera.data.check.findings import EXCLUDED, NO_SIZE, Finding, ScanResult
 from tessera.data.check.non_samples import find_non_samples
 from tessera.data.check.rules import find_problems
@@ -49,7 +49,7 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """keep: which samples are kept, bool [N]; summary: names and values that describe the data set."""
+    """keep: which samples are accepted, bool [N]; summary: names and values that describe the data set."""
 
     findings: list[Finding]
     keep: np.ndarray
@@ -108,7 +108,8 @@ def scan_data(
 def report_findings(
     request: CheckRequest, exclude: Sequence[str] = EXCLUDED, command: str = "", write_index: Path | None = None
 ) -> CheckResult:
-    """Read all parts; write decisions, findings and report to the folder, and an index of kept samples to write_index.
+    """Read all parts; write decisions, findings and report to the folder, and an index of accepted samples.
+
 
     exclude: kinds of findings. Raises TesseraError if parts are missing or a file cannot be written.
     """
@@ -135,8 +136,8 @@ def report_findings(
         if write_index is not None:
             if not keep.any():
                 report = request.folder / REPORT
-                raise TesseraError(f"no sample of {request.data} would be kept: see {report}, or exclude fewer kinds")
-            index.write(kept_index(result, keep), write_index)
+                raise TesseraError(f"no sample of {request.data} is accepted: see {report}, or exclude fewer kinds")
+            index.write(accepted_index(result, keep), write_index)
     return checked
 
 

@@ -1,4 +1,4 @@
-"""Which samples are kept after a check.
+"""Which samples of a data set are accepted.
 
 Shapes: N samples.
 """
@@ -42,7 +42,7 @@ def excluded_kinds(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def decide(findings: Sequence[Finding], exclude: Sequence[str], count: int) -> tuple[np.ndarray, dict[int, list[str]]]:
-    """Which samples are kept, bool [N], and the reasons from all findings, by row.
+    """Which samples are accepted, bool [N], and the reasons from all findings, by row.
 
     If the first of several near duplicates is excluded for another reason, no other one replaces it.
     """
@@ -57,8 +57,8 @@ def decide(findings: Sequence[Finding], exclude: Sequence[str], count: int) -> t
     return keep, reasons
 
 
-def kept_index(scan: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
-    """The index of the kept samples with their measurements. keep: bool [N]"""
+def accepted_index(scan: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
+    """The index of the accepted samples with their measurements. keep: bool [N]"""
     pa = arrow()
     table, digest = scan.dataset.table, scan.stats["digest"].to_pylist()
     for name, values in {

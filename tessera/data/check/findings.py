@@ -98,7 +98,7 @@ class ScanResult:
         """The command that writes an index without the samples of a finding."""
         reference = f" --reference {shlex.quote(self.reference_path)}" if self.reference_path else ""
         exclude = "" if kind in EXCLUDED else f" --exclude {','.join((*EXCLUDED, kind))}"
-        return f"tessera data check {shlex.quote(self.path)}{reference}{exclude} --write-index kept.parquet"
+        return f"tessera data check {shlex.quote(self.path)}{reference}{exclude} --write-index accepted.parquet"
 
 
 def is_usable(stats: "pyarrow.Table") -> np.ndarray:

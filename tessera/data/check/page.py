@@ -22,7 +22,7 @@ THUMBNAIL_SIDE = 96  # pixels of the longer side
 
 
 def page(result: ScanResult, findings: Sequence[Finding], keep: np.ndarray, command: str = "") -> str:
-    """The whole page. keep: which samples are kept, bool [N]; command: the command line of the check."""
+    """The whole page. keep: which samples are accepted, bool [N]; command: the command line of the check."""
     blocks: list[Block] = [Table(summary(result, keep))]
     if command:
         blocks.append(Code(command))
@@ -38,7 +38,7 @@ def summary(result: ScanResult, keep: np.ndarray) -> list[tuple[str, str]]:
     rows = [
         ("samples", f"{len(usable):,}"),
         ("readable", f"{int(usable.sum()):,}"),
-        ("kept", f"{int(keep.sum()):,}"),
+        ("accepted", f"{int(keep.sum()):,}"),
         ("bytes", f"{int(result.column('length').sum()):,}"),
         ("classes", f"{len(names):,}" if names else "none"),
         ("with a caption", f"{len(captions) - captions.null_count:,}"),

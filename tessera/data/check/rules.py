@@ -46,8 +46,8 @@ FEW_IMAGES = 20  # of a class
 IMBALANCE = 10.0  # the largest class over the smallest
 MAX_COMMANDS = 8  # commands, or names in a command, of one finding
 
-EXCLUDE = "write an index without them, and train with data.path=kept.parquet"
-REVIEW = f"look at them in the report before you decide; to exclude them, {EXCLUDE}"
+EXCLUDE = "write an index without them, and train with data.path=accepted.parquet"
+REVIEW = "look at them in the report before you decide"
 NOTHING = "nothing needs to be done"
 
 
@@ -56,6 +56,22 @@ def find_problems(scan: ScanResult) -> list[Finding]:
     findings = [finding for rule in RULES for finding in rule(scan) if finding.count]
     order = ("error", "warning", "note")
     return sorted(findings, key=lambda finding: order.index(finding.severity))
+
+
+def _excludable(
+    scan: ScanResult,
+    kind: str,
+    severity: Severity,
+    message: str,
+    rows: Sequence[int],
+    reasons: dict[int, str] | None = None,
+    advice: str = "",
+    groups: tuple[tuple[int, ...], ...] = (),
+) -> Finding:
+    """A finding whose samples can be excluded by a command. advice: another remedy."""
+    advice = f"{advice}; or {EXCLUDE}" if advice else EXCLUDE
+    command = scan.exclude_command(kind)
+    return Finding(kind, severity, message, advice, (command,), tuple(rows), groups, reasons=reasons or {})
 
 
 # Message and advice by fault; {path} is the data set.
@@ -94,16 +110,10 @@ def faults(scan: ScanResult) -> Iterator[Finding]:
 def duplicates(scan: ScanResult) -> Iterator[Finding]:
     groups = _groups(scan.first_copy)
     labels = scan.labels
-    yield Finding(
-        "duplicates",
-        "warning",
-        "copies with the same bytes as an earlier file",
-        EXCLUDE,
-        (scan.exclude_command("duplicates"),),
-        tuple(sorted(row for group in groups for row in group[1:])),
-        groups,
-        reasons={row: f"the same file as {scan.name(group[0])}" for group in groups for row in group[1:]},
-    )
+    copies = sorted(row for group in groups for row in group[1:])
+    reasons = {row: f"the same file as {scan.name(group[0])}" for group in groups for row in group[1:]}
+    message = "copies with the same bytes as an earlier file"
+    yield _excludable(scan, "duplicates", "warning", message, copies, reasons, groups=groups)
     conflicts = tuple(group for group in groups if len({int(labels[row]) for row in group}) > 1)
     names = scan.dataset.class_names
 
@@ -111,37 +121,27 @@ def duplicates(scan: ScanResult) -> Iterator[Finding]:
         group_labels = sorted({int(labels[row]) for row in group})
         return " and ".join(f"'{names[label]}'" if label >= 0 else "no class" for label in group_labels)
 
-    yield Finding(
-        "conflicts",
-        "error",
-        "copies of an image in different classes",
-        f"choose one class and delete the other copies; or {EXCLUDE}",
-        (scan.exclude_command("conflicts"),),
-        tuple(sorted(row for group in conflicts for row in group)),
-        conflicts,
-        reasons={row: f"the same file in {classes(group)}" for group in conflicts for row in group},
-    )
+    rows = sorted(row for group in conflicts for row in group)
+    reasons = {row: f"the same file in {classes(group)}" for group in conflicts for row in group}
+    message, advice = "copies of an image in different classes", "choose one class and delete the other copies"
+    yield _excludable(scan, "conflicts", "error", message, rows, reasons, advice, conflicts)
 
 
 def near_duplicates(scan: ScanResult) -> Iterator[Finding]:
     groups = _groups(scan.leader)
     hashes = scan.column("hash")
-    yield Finding(
-        "near-duplicates",
-        "warning",
+    message = (
         f"images similar to an earlier one: at most {similarity.BITS} of 64 bits of the perceptual hashes differ, and "
         f"the colour of no cell of {CELLS} x {CELLS} by more than {similarity.LEVELS} of 255 levels; they may be "
-        "variants that differ in a detail",
-        REVIEW,
-        (scan.exclude_command("near-duplicates"),),
-        tuple(sorted(row for group in groups for row in group[1:])),
-        groups,
-        reasons={
-            row: f"similar to {scan.name(group[0])} ({_bits_differ(hashes[row], hashes[group[0]])})"
-            for group in groups
-            for row in group[1:]
-        },
+        "variants that differ in a detail"
     )
+    rows = sorted(row for group in groups for row in group[1:])
+    reasons = {
+        row: f"similar to {scan.name(group[0])} ({_bits_differ(hashes[row], hashes[group[0]])})"
+        for group in groups
+        for row in group[1:]
+    }
+    yield _excludable(scan, "near-duplicates", "warning", message, rows, reasons, REVIEW, groups)
 
 
 def _groups(leader: np.ndarray) -> tuple[tuple[int, ...], ...]:
@@ -162,29 +162,16 @@ def leaks(scan: ScanResult) -> Iterator[Finding]:
     rows = np.flatnonzero(scan.usable & (match < len(reference)))
     names = reference["name"]
     path = scan.reference_path
-    yield Finding(
-        "leaks",
-        "error",
-        f"files that are also in {path}, with the same bytes, so that scores on it would measure memorization",
-        EXCLUDE,
-        (scan.exclude_command("leaks"),),
-        tuple(rows.tolist()),
-        reasons={int(row): f"the same file as {names[int(match[row])].as_py()} in {path}" for row in rows},
-    )
+    message = f"files that are also in {path}, with the same bytes, so that scores on it would measure memorization"
+    reasons = {int(row): f"the same file as {names[int(match[row])].as_py()} in {path}" for row in rows}
+    yield _excludable(scan, "leaks", "error", message, rows.tolist(), reasons)
     near = {row: other for row, other in _near_leaks(scan, reference).items() if match[row] >= len(reference)}
     hashes, reference_hashes = scan.column("hash"), reference["hash"].to_numpy()
-    yield Finding(
-        "near-leaks",
-        "warning",
-        f"images similar to one in {path}",
-        REVIEW,
-        (scan.exclude_command("near-leaks"),),
-        tuple(sorted(near)),
-        reasons={
-            row: f"similar to {names[other].as_py()} in {path} ({_bits_differ(hashes[row], reference_hashes[other])})"
-            for row, other in near.items()
-        },
-    )
+    reasons = {
+        row: f"similar to {names[other].as_py()} in {path} ({_bits_differ(hashes[row], reference_hashes[other])})"
+        for row, other in near.items()
+    }
+    yield _excludable(scan, "near-leaks", "warning", f"images similar to one in {path}", sorted(near), reasons, REVIEW)
 
 
 def _near_leaks(scan: ScanResult, reference: "pyarrow.Table") -> dict[int, int]:
@@ -221,25 +208,13 @@ def sizes(scan: ScanResult) -> Iterator[Finding]:
         least = max(MIN_SIDE, median / 4)
         rows = scan.rows(shorter < least)
         message = f"images with a shorter side below {least:.0f} pixels; the median is {median:.0f}"
-    yield Finding(
-        "small",
-        "warning",
-        message,
-        f"data.upscale=true scales them up; or {EXCLUDE}",
-        (scan.exclude_command("small"),),
-        rows,
-        reasons={row: f"{height[row]} x {width[row]}" for row in rows},
-    )
+    shapes = {row: f"{height[row]} x {width[row]}" for row in rows}
+    yield _excludable(scan, "small", "warning", message, rows, shapes, "data.upscale=true scales them up")
     rows = scan.rows(longer > MAX_ASPECT * shorter)
-    yield Finding(
-        "extreme-aspect",
-        "warning",
-        f"images more than {MAX_ASPECT:.0f} times as long as wide, of which a crop removes most",
-        f"data.buckets={{aspect: 3}} crops to many shapes; or {EXCLUDE}",
-        (scan.exclude_command("extreme-aspect"),),
-        rows,
-        reasons={row: f"{height[row]} x {width[row]}" for row in rows},
-    )
+    shapes = {row: f"{height[row]} x {width[row]}" for row in rows}
+    message = f"images more than {MAX_ASPECT:.0f} times as long as wide, of which a crop removes most"
+    advice = "data.buckets={aspect: 3} crops to many shapes"
+    yield _excludable(scan, "extreme-aspect", "warning", message, rows, shapes, advice)
 
 
 def contents(scan: ScanResult) -> Iterator[Finding]:
@@ -257,16 +232,12 @@ def contents(scan: ScanResult) -> Iterator[Finding]:
     )
     low = (contrast <= FAINT_CONTRAST) | (fraction >= PLAIN_FRACTION)
     rows = scan.rows(~blank & ~invisible & low)
-    yield Finding(
-        "low-information",
-        "warning",
+    message = (
         f"images with little information: {PLAIN_FRACTION:.0%} of the area has one colour, or the colours span at most "
-        f"{FAINT_CONTRAST} of 255 levels",
-        EXCLUDE,
-        (scan.exclude_command("low-information"),),
-        rows,
-        reasons={row: f"{fraction[row]:.1%} of one colour, {contrast[row]} levels" for row in rows},
+        f"{FAINT_CONTRAST} of 255 levels"
     )
+    reasons = {row: f"{fraction[row]:.1%} of one colour, {contrast[row]} levels" for row in rows}
+    yield _excludable(scan, "low-information", "warning", message, rows, reasons)
     yield Finding(
         "transparent",
         "note",
@@ -281,14 +252,10 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     yield _excludable(scan, "animated", "note", "files with several frames or pages, of which the first is read", rows)
     message = "images with more than 8 bits per channel, which are read as 8 bits"
     yield Finding("sixteen-bit", "note", message, NOTHING, samples=scan.rows(scan.column("bits") > 8))
-    yield Finding(
-        "cmyk",
-        "note",
-        "images in print colours (CMYK), which are converted without their profile, so that colours may be inaccurate",
-        f"for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc); or {EXCLUDE}",
-        (scan.exclude_command("cmyk"),),
-        scan.rows(scan.column("mode") == "CMYK"),
-    )
+    rows = scan.rows(scan.column("mode") == "CMYK")
+    message = "images in print colours (CMYK), converted without their profile, so that colours may be inaccurate"
+    advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
+    yield _excludable(scan, "cmyk", "note", message, rows, advice=advice)
     message = "images stored rotated or flipped, which are turned upright as EXIF specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
     wrong = {}
@@ -358,14 +325,9 @@ def classes(scan: ScanResult) -> Iterator[Finding]:
     names, labels = scan.dataset.class_names, scan.labels
     if not names:
         return
-    yield Finding(
-        "loose-images",
-        "error",
-        "images beside the class folders, without a class",
-        f"move them into a class folder, or train without classes (data.classes=none); or {EXCLUDE}",
-        (scan.exclude_command("loose-images"),),
-        scan.rows(labels < 0),
-    )
+    message = "images beside the class folders, without a class"
+    advice = "move them into a class folder, or train without classes (data.classes=none)"
+    yield _excludable(scan, "loose-images", "error", message, scan.rows(labels < 0), advice=advice)
     counts = np.bincount(labels[(labels >= 0) & scan.usable], minlength=len(names))
     if len(names) == 1:
         message, advice = "only one class, so there is nothing to condition on", "set data.classes=none"
@@ -449,10 +411,6 @@ def _non_samples(scan: ScanResult, kind: NonSampleKind, severity: Severity, mess
 
 def _non_sample_names(scan: ScanResult, kind: str) -> tuple[str, ...]:
     return tuple(str(non_sample) for non_sample in scan.non_samples if non_sample.kind == kind)
-
-
-def _excludable(scan: ScanResult, kind: str, severity: Severity, message: str, rows: tuple[int, ...]) -> Finding:
-    return Finding(kind, severity, message, EXCLUDE, (scan.exclude_command(kind),), rows)
 
 
 RULES: tuple[Rule, ...] = (
