@@ -1,7 +1,7 @@
-"""The floors of docs/architecture.md, held by reading every import with `ast`.
+"""The layers of docs/explanation/architecture.md: every import is read with `ast`.
 
-A file imports from lower floors and from its own folder; never from a higher floor, never from another part on the
-same floor. Third-party libraries that not everyone installs stay in the parts that wrap them, inside functions.
+A file imports from lower layers and from its own folder, never from a higher layer or from another folder in the same
+layer. Optional libraries are imported only in the folders that wrap them, inside functions.
 """
 
 import ast
@@ -17,7 +17,7 @@ import tessera
 
 PACKAGE = Path(__file__).parents[1] / "tessera"
 
-LAYERS = [  # the lowest first
+LAYERS = [  # lowest first
     ("errors",),
     ("settings", "files"),
     ("conditioning", "reporting", "runtime", "randomness", "images", "checkpoint_files"),
@@ -37,27 +37,27 @@ ONLY_IN = {"diffusers": {"codecs", "interop"}, "transformers": {"encoders"}, "ty
 LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "pyarrow", "datasets", "tensorboard"}
 LAZY |= {"torch.utils.tensorboard"}
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}
-EXEMPT = {"__init__.py", "__main__.py"}  # of the package itself: its table of public names, and `python -m`
+EXEMPT = {"__init__.py", "__main__.py"}  # the table of public names, and `python -m tessera`
 
 
 @dataclass(frozen=True)
 class Import:
     module: str  # dotted and absolute: "tessera.layers.attention", "torch"
     line: int
-    eager: bool  # runs when the file is imported
+    eager: bool  # at import time
 
 
 def imports(source: str, file: str) -> list[Import]:
-    """Every import of a file that stands at `file`, relative to the package."""
+    """Every import of a file. file: its path in the package."""
     package = ["tessera", *Path(file).parent.parts]
 
-    def walk(node: ast.AST, eager: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno, eager) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
-            if module == "tessera":  # from tessera import bundle: the name is the part
+            if module == "tessera":  # from tessera import bundle: the name is a module
                 yield from (Import(f"tessera.{alias.name}", node.lineno, eager) for alias in node.names)
             else:
                 yield Import(module, node.lineno, eager)
@@ -68,44 +68,44 @@ def imports(source: str, file: str) -> list[Import]:
             if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
                 eager = False
             for child in ast.iter_child_nodes(node):
-                yield from walk(child, eager)
+                yield from visit(child, eager)
 
-    return list(walk(ast.parse(source), True))
+    return list(visit(ast.parse(source), True))
 
 
-def faults(source: str, file: str) -> list[str]:
-    """What a file imports against the rules."""
+def violations(source: str, file: str) -> list[str]:
+    """The imports of a file that break the rules."""
     own = Path(file).parts[0].removesuffix(".py")
     if own not in LAYER:
-        return [f"{file}: '{own}' stands on no floor; give it one in LAYERS"]
-    found = set()
-    for told in imports(source, file):
-        root, *rest = told.module.split(".")
-        at = f"{file}:{told.line}"
+        return [f"{file}: '{own}' is in no layer: add it to LAYERS"]
+    messages = set()
+    for imported in imports(source, file):
+        root, *rest = imported.module.split(".")
+        at = f"{file}:{imported.line}"
         if root == "tessera" and rest != ["__version__"]:
             part = rest[0] if rest else ""
-            if not part or part in PUBLIC:  # the package itself: whoever stands above all that it names
-                if LAYER[own] <= max(LAYER[named] for named in PUBLIC.values()):
-                    found.add(f"{at}: {own} may not use tessera's public names: import the part that is meant")
+            if not part or part in PUBLIC:  # the package itself is above everything that its public names import
+                if LAYER[own] <= max(LAYER[public] for public in PUBLIC.values()):
+                    messages.add(f"{at}: {own} may not use the public names of tessera: import their modules")
             elif part not in LAYER:
-                found.add(f"{at}: imports 'tessera.{part}', which is no part on a floor")
+                messages.add(f"{at}: imports 'tessera.{part}', which is in no layer")
             elif part != own and LAYER[part] > LAYER[own]:
-                found.add(f"{at}: {own} (floor {LAYER[own]}) imports {part} from above (floor {LAYER[part]})")
+                messages.add(f"{at}: {own} (layer {LAYER[own]}) imports {part} from above (layer {LAYER[part]})")
             elif part != own and LAYER[part] == LAYER[own]:
-                found.add(f"{at}: {own} imports {part}, its neighbour on floor {LAYER[own]}")
+                messages.add(f"{at}: {own} imports {part}, which is in the same layer {LAYER[own]}")
         if root in ONLY_IN and own not in ONLY_IN[root]:
-            found.add(f"{at}: {root} may be imported only in {' and '.join(sorted(ONLY_IN[root]))}")
-        if told.eager and any(told.module == lazy or told.module.startswith(lazy + ".") for lazy in LAZY):
-            found.add(f"{at}: {root} must be imported inside a function")
-    return sorted(found)
+            messages.add(f"{at}: {root} may be imported only in {' and '.join(sorted(ONLY_IN[root]))}")
+        if imported.eager and any(imported.module == lazy or imported.module.startswith(lazy + ".") for lazy in LAZY):
+            messages.add(f"{at}: {root} must be imported inside a function")
+    return sorted(messages)
 
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file not in EXEMPT])
-def test_a_file_imports_only_from_below_and_from_its_own_folder(file):
-    assert faults((PACKAGE / file).read_text(encoding="utf-8"), file) == []
+def test_imports_come_from_lower_layers_or_the_same_folder(file):
+    assert violations((PACKAGE / file).read_text(encoding="utf-8"), file) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_file_imports_only_from_below_and_from_its_own_folder(file):
         ("layers/attention.py", "from tessera.models.dit import DiT"),
         ("layers/attention.py", "from tessera.diffusion.prediction import expand"),
         ("models/dit.py", "from tessera import sampling"),
-        ("models/dit.py", "from ..sampling import walk"),
+        ("models/dit.py", "from ..sampling import sample_loop"),
         ("models/dit.py", "def f():\n    import tessera.generation.pipeline"),
         ("models/dit.py", "from tessera import generate"),
         ("models/dit.py", "import tessera"),
@@ -129,8 +129,8 @@ def test_a_file_imports_only_from_below_and_from_its_own_folder(file):
         ("novelty.py", "import torch"),
     ],
 )
-def test_the_rules_find_a_fault(file, source):
-    assert len(faults(source, file)) == 1
+def test_violations_are_found(file, source):
+    assert len(violations(source, file)) == 1
 
 
 @pytest.mark.parametrize(
@@ -140,29 +140,30 @@ def test_the_rules_find_a_fault(file, source):
         ("settings.py", "from tessera.errors import TesseraError"),
         ("interop/diffusers.py", "def f():\n    from diffusers import DiTTransformer2DModel"),
         ("codecs/autoencoder.py", "if TYPE_CHECKING:\n    from diffusers import AutoencoderKL"),
-        ("cli.py", "import typer\ndef f():\n    from tessera.training import loop"),
+        ("cli/train.py", "import typer\ndef f():\n    from tessera.training import loop"),
         ("bundle.py", "from tessera import __version__"),
         ("studies/worker.py", "import tessera\nfrom tessera import generate"),
     ],
 )
-def test_the_rules_allow_what_is_right(file, source):
-    assert faults(source, file) == []
+def test_allowed_imports(file, source):
+    assert violations(source, file) == []
 
 
 def _loaded_by(code: str) -> set[str]:
     """The top-level modules in a fresh interpreter after running code."""
-    asked = f"{code}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", asked], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    code = f"{code}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    return set(process.stdout.split())
 
 
 def test_the_package_and_its_command_import_nothing_slow():
-    code = "import tessera" + ("\nimport tessera.cli" if (PACKAGE / "cli.py").exists() else "")
-    assert not _loaded_by(code) & {"torch", "pydantic", "numpy", *LAZY}
+    assert not _loaded_by("import tessera, tessera.cli") & {"torch", "pydantic", "numpy", *LAZY}
 
 
-def test_the_core_imports_no_extra():
-    loaded = _loaded_by("import tessera.generation.pipeline, tessera.bundle, tessera.images")
+def test_the_core_imports_no_optional_library():
+    loaded = _loaded_by("import tessera.generation, tessera.bundle, tessera.images")
     assert "torch" in loaded
     assert not loaded & LAZY
 
@@ -173,5 +174,5 @@ def test_unknown_public_names_are_attribute_errors():
 
 
 @pytest.mark.parametrize("name", tessera.__all__)
-def test_public_names_are_found(name):
+def test_public_names_exist(name):
     assert getattr(tessera, name).__name__ == name

@@ -8,10 +8,16 @@ import pytest
 
 from tessera import generation
 from tessera.errors import TesseraError
-from tessera.generation import bulk
+from tessera.generation import bulk, shards
 from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request, generate_shards, write_npz
 from tessera.generation.shards import num_shards
 from tessera.runtime import Distributed
+
+
+@pytest.fixture
+def small_shards(monkeypatch) -> None:
+    """Shards of 20 images, so that few images have several shards."""
+    monkeypatch.setattr(shards, "SHARD_SIZE", 20)
 
 
 def all_images(samples: BulkSamples) -> np.ndarray:

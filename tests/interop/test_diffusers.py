@@ -1,4 +1,4 @@
-"""diffusers' folders: its own classes are the judge, on random weights, in both directions."""
+"""diffusers' folders, against diffusers' own classes, with random weights, in both directions."""
 
 import json
 import re
@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
-THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 4, "outputs": 8}
+THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "in_channels": 4, "out_channels": 8}
 PAPER = {"prediction": "epsilon"}
 PIXELS = {"kind": "pixels"}
 
@@ -31,23 +31,23 @@ PIXELS = {"kind": "pixels"}
 def make_theirs(make_model, autoencoder_folder):
     """Our model of a network that diffusers can hold exactly, with a tiny autoencoder."""
 
-    def make(network=None, process=None, **changes):
+    def make(network=None, diffusion=None, **changes):
         codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder)}
         network = THEIRS | (network or {})
-        if network["channels"] != 4:
-            codec = {"kind": "pixels", "channels": network["channels"]}
-        names = tuple(f"beast {i}" for i in range(network.get("classes", 3)))
-        return make_model(network, PAPER | (process or {}), codec, **{"class_names": names, **changes})
+        if network["in_channels"] != 4:
+            codec = {"kind": "pixels", "channels": network["in_channels"]}
+        names = tuple(f"animal {i}" for i in range(network.get("num_classes", 3)))
+        return make_model(network, PAPER | (diffusion or {}), codec, **{"class_names": names, **changes})
 
     return make
 
 
 def transformer(**changes):
     """diffusers' network with random weights, none of them zero."""
-    told = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "in_channels": 4}
-    told |= {"out_channels": 8, "num_embeds_ada_norm": 5, **changes}
+    config = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "sample_size": 8, "in_channels": 4}
+    config |= {"out_channels": 8, "num_embeds_ada_norm": 5, **changes}
     torch.manual_seed(0)
-    network = diffusers.DiTTransformer2DModel(**told).eval()
+    network = diffusers.DiTTransformer2DModel(**config).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     first = network.transformer_blocks[0].norm1.emb
@@ -65,14 +65,14 @@ def inputs(network, rows: int = 6):
     return x, t, label
 
 
-def apart(ours, theirs) -> float:
+def max_difference(ours, theirs) -> float:
     """Largest relative L2 distance of a row; theirs is a network of diffusers."""
     x, t, label = inputs(ours.config)
     with torch.no_grad():
         one = ours(x, t.float(), Condition(label=label))
-        told = torch.where(label < 0, ours.config.classes, label)
-        two = theirs(x, timestep=t, class_labels=told).sample
-    assert two.flatten(1).norm(dim=1).min() > 0.1  # there is something to compare
+        class_labels = torch.where(label < 0, ours.config.num_classes, label)
+        two = theirs(x, timestep=t, class_labels=class_labels).sample
+    assert two.flatten(1).norm(dim=1).min() > 0.1  # the outputs are not all near zero
     return float(((one - two).flatten(1).norm(dim=1) / two.flatten(1).norm(dim=1)).max())
 
 
@@ -81,9 +81,9 @@ def same_weights(one, two) -> bool:
     return list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def fault(folder, **told) -> str:
+def read_error(folder, **options) -> str:
     with pytest.raises(TesseraError) as caught:
-        interop.read(folder, **told)
+        interop.read(folder, **options)
     return str(caught.value)
 
 
@@ -99,7 +99,7 @@ def exported(make_theirs, tmp_path):
     return tmp_path / "exported"
 
 
-# One function
+# The network
 
 
 @pytest.mark.parametrize(
@@ -116,19 +116,19 @@ def test_an_imported_network_is_the_same_function(tmp_path, changes):
     theirs = transformer(**changes)
     theirs.save_pretrained(tmp_path / "dit")
     read = interop.read(tmp_path / "dit")
-    assert apart(read.network, theirs) < 1e-6
+    assert max_difference(read.network, theirs) < 1e-6
     assert torch.allclose(read.network.pos_embed, theirs.pos_embed.pos_embed, rtol=0, atol=1e-7)
 
 
-def test_the_two_numbers_matter(tmp_path):
-    """What the test above would miss if both networks were dull: the wrong divisor or eps is seen."""
+def test_a_wrong_divisor_or_eps_is_detected(tmp_path):
+    """The test above could not tell them apart if the networks hardly depended on them."""
     theirs = transformer()
     theirs.save_pretrained(tmp_path / "dit")
     read = interop.read(tmp_path / "dit")
     for change, least in (({"timestep_freq_divisor": 128}, 1e-3), ({"mlp_norm_eps": 1e-6}, 3e-6)):
         wrong = read.config.network.model_copy(update=change).build().eval()
         wrong.load_state_dict(read.network.state_dict())
-        assert apart(wrong, theirs) > least
+        assert max_difference(wrong, theirs) > least
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_the_two_numbers_matter(tmp_path):
     ],
 )
 def test_an_exported_network_is_the_same_function(make_theirs, tmp_path, changes):
-    variance = "learned" if changes.get("outputs", 8) == 8 else "posterior"
+    variance = "learned" if changes.get("out_channels", 8) == 8 else "posterior"
     model = make_theirs(changes, {"variance": variance})
     assert "exact" in interop.write(model, tmp_path / "pipe")
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer")
-    assert apart(model.network, theirs.eval()) < 1e-6
+    assert max_difference(model.network, theirs.eval()) < 1e-6
 
 
 def test_weights_are_bit_identical_through_every_format(make_theirs, tmp_path):
@@ -152,27 +152,26 @@ def test_weights_are_bit_identical_through_every_format(make_theirs, tmp_path):
     bundle.save(model, tmp_path / "one")
     first = bundle.load(tmp_path / "one")
     official.write(first, tmp_path / "two.pt", approximate=True)
-    second = official.read(tmp_path / "two.pt", heads=2, codec=model.config.codec)
+    second = official.read(tmp_path / "two.pt", num_heads=2, codec=model.config.codec)
     bundle.save(second, tmp_path / "three")
     interop.write(bundle.load(tmp_path / "three"), tmp_path / "four", approximate=True)
     third = interop.read(tmp_path / "four")
     bundle.save(third, tmp_path / "five")
-    for passed in (first, second, third, bundle.load(tmp_path / "five")):
-        assert same_weights(passed, model)
+    for converted in (first, second, third, bundle.load(tmp_path / "five")):
+        assert same_weights(converted, model)
 
 
 @pytest.mark.parametrize("zero", [False, True])
-def test_an_export_comes_back_whole(make_theirs, tmp_path, zero):
-    process = {"schedule": "cosine", "prediction": "v", "steps": 100, "zero_terminal_snr": zero}
-    model = make_theirs({"classes": 4}, process)
+def test_an_export_is_imported_completely(make_theirs, tmp_path, zero):
+    process = {"schedule": "cosine", "prediction": "v", "num_timesteps": 100, "zero_terminal_snr": zero}
+    model = make_theirs({"num_classes": 4}, process)
     interop.write(model, tmp_path / "pipe")
     read = interop.read(tmp_path / "pipe")
     assert same_weights(read, model)
     assert read.config.network == model.config.network
-    assert read.config.diffusion == model.config.process
+    assert read.config.diffusion == model.config.diffusion
     assert read.config.class_names == model.config.class_names
-    assert read.config.codec.source == str((tmp_path / "pipe").resolve())
-    assert read.config.codec.subfolder == "vae"
+    assert read.config.codec.source == str((tmp_path / "pipe" / "vae").resolve())
     assert read.config.sampling.model_dump()["sampler"]["kind"] == "ddim"
     assert (read.config.sampling.num_steps, read.config.sampling.timestep_spacing.kind) == (50, "leading")
     assert (read.config.sampling.guidance_scale, read.config.sampling.guidance_channels) == (4.0, "all")
@@ -181,39 +180,43 @@ def test_an_export_comes_back_whole(make_theirs, tmp_path, zero):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe"]
 
 
-# One pipeline
+# The pipeline
 
 
-def drawn(model, latents, label, guidance, steps):
-    """Our DDIM walk from given noise, with the settings that an import takes over."""
+def sampled(model, latents, label, guidance, steps):
+    """Tessera's DDIM from these latents, with the settings of an import."""
     condition = Condition(label=torch.tensor([label]))
-    denoise = Denoiser(model.network, model.process, condition, guidance, model.config.sampling.guidance_channels)
+    denoise = Denoiser(model.network, model.diffusion, condition, guidance, model.config.sampling.guidance_channels)
     config = model.config.sampling
-    walked = sampling.sample_loop(
-        config.sampler, denoise, latents, timestep_grid(config.spacing, steps, model.process), lambda: latents
+    states = sampling.sample_loop(
+        config.sampler,
+        denoise,
+        latents,
+        timestep_grid(config.timestep_spacing, steps, model.diffusion),
+        lambda: latents,
     )
     with torch.no_grad():
-        return list(walked)[-1].x
+        return list(states)[-1].x
 
 
 @pytest.mark.parametrize(
-    ("classes", "guidance", "process"),
+    ("classes", "guidance", "diffusion"),
     [
         (3, 1.0, {}),
         (1000, 4.0, {}),
         (1000, 1.5, {"schedule": "cosine", "prediction": "v"}),
         (1000, 1.5, {"prediction": "v", "zero_terminal_snr": True}),
-        (3, 1.0, {"prediction": "x0", "steps": 100}),
+        (3, 1.0, {"prediction": "x0", "num_timesteps": 100}),
     ],
 )
-def test_their_pipeline_draws_our_picture(make_theirs, tmp_path, classes, guidance, process):
-    model = make_theirs({"classes": classes}, process)
-    said = interop.write(model, tmp_path / "pipe")
-    assert ("guidance_scale=1" in said) == (classes != 1000)
+def test_diffusers_pipeline_generates_the_same_image(make_theirs, tmp_path, classes, guidance, diffusion):
+    model = make_theirs({"num_classes": classes}, diffusion)
+    message = interop.write(model, tmp_path / "pipe")
+    assert ("guidance_scale=1" in message) == (classes != 1000)
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipe")
-    assert pipeline.get_label_ids(["beast 2"]) == [2]
+    assert pipeline.get_label_ids(["animal 2"]) == [2]
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(
+    image = pipeline(
         [2],
         guidance_scale=guidance,
         num_inference_steps=10,
@@ -223,43 +226,43 @@ def test_their_pipeline_draws_our_picture(make_theirs, tmp_path, classes, guidan
     )[0]
     read = interop.read(tmp_path / "pipe")
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    ours = (read.codec.decode(drawn(read, noise, 2, guidance, 10)) / 2 + 0.5).clamp(0, 1)
-    assert picture.std() > 0.01  # a picture, not a flat field
-    assert torch.allclose(picture, ours, rtol=0, atol=2e-4)
-    # The seed, the class and the guidance all show in it.
-    other = (read.codec.decode(drawn(read, noise, 1, guidance, 10)) / 2 + 0.5).clamp(0, 1)
-    assert (picture - other).abs().max() > 4e-4
+    ours = (read.codec.decode(sampled(read, noise, 2, guidance, 10)) / 2 + 0.5).clamp(0, 1)
+    assert image.std() > 0.01  # not a constant image
+    assert torch.allclose(image, ours, rtol=0, atol=2e-4)
+    # The image depends on the seed, the class and the guidance.
+    other = (read.codec.decode(sampled(read, noise, 1, guidance, 10)) / 2 + 0.5).clamp(0, 1)
+    assert (image - other).abs().max() > 4e-4
 
 
 @pytest.mark.parametrize(
     "process",
     [
         {},
-        {"steps": 250},
+        {"num_timesteps": 250},
         {"schedule": {"kind": "linear", "start": 2e-4, "end": 0.01}},
         {"schedule": "cosine"},
-        {"schedule": {"kind": "cosine", "offset": 0.02}},  # which has no name there: written number by number
-        {"steps": 10},  # whose last betas are cut off
+        {"schedule": {"kind": "cosine", "offset": 0.02}},  # which diffusers has no name for: written as a list
+        {"num_timesteps": 10},  # whose last betas are clipped
         {"prediction": "v", "zero_terminal_snr": True},
-        {"prediction": "x0", "zero_terminal_snr": True, "schedule": "cosine", "steps": 100},
-        {"prediction": "v", "zero_terminal_snr": True, "steps": 10},
+        {"prediction": "x0", "zero_terminal_snr": True, "schedule": "cosine", "num_timesteps": 100},
+        {"prediction": "v", "zero_terminal_snr": True, "num_timesteps": 10},
     ],
 )
-def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
+def test_diffusers_scheduler_has_the_alphas_of_the_process(make_theirs, tmp_path, process):
     model = make_theirs(None, process)
     interop.write(model, tmp_path / "pipe")
     theirs = diffusers.DDIMScheduler.from_pretrained(tmp_path / "pipe", subfolder="scheduler")
-    assert len(theirs.alphas_cumprod) == model.config.process.steps
-    zero = model.config.process.zero_terminal_snr  # taken from one another there, in float32
+    assert len(theirs.alphas_cumprod) == model.config.diffusion.num_timesteps
+    zero = model.config.diffusion.zero_terminal_snr  # computed by differences in float32 there
     assert torch.allclose(
-        theirs.alphas_cumprod.double(), model.process.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
+        theirs.alphas_cumprod.double(), model.diffusion.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
     )
     assert bool(theirs.alphas_cumprod[-1] == 0) == zero
 
 
 @pytest.mark.parametrize("kind", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize(
-    "told",
+    "settings",
     [
         {},
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
@@ -271,23 +274,23 @@ def test_their_scheduler_has_our_alphas(make_theirs, tmp_path, process):
         {"rescale_betas_zero_snr": True, "prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
     ],
 )
-def test_our_process_has_their_alphas(exported, kind, told):
-    theirs = getattr(diffusers, kind)(**told)
+def test_the_process_has_the_alphas_of_diffusers_scheduler(exported, kind, settings):
+    theirs = getattr(diffusers, kind)(**settings)
     shutil.rmtree(exported / "scheduler")
     theirs.save_pretrained(exported / "scheduler")
     read = interop.read(exported)
-    zero = told.get("rescale_betas_zero_snr", False)
+    zero = settings.get("rescale_betas_zero_snr", False)
     assert torch.allclose(
         theirs.alphas_cumprod.double(), read.diffusion.alpha_bar[1:], rtol=2e-4, atol=1e-6 if zero else 1e-9
     )
     assert read.config.diffusion.zero_terminal_snr == zero
-    assert read.config.diffusion.prediction == interop.PREDICTIONS[told.get("prediction_type", "epsilon")]
+    assert read.config.diffusion.prediction == interop.PREDICTIONS[settings.get("prediction_type", "epsilon")]
     assert read.config.diffusion.variance == "learned"
     assert read.config.sampling.sampler.kind == ("ancestral" if kind == "DDPMScheduler" else "ddim")
 
 
-def test_a_scheduler_says_the_fixed_variance_and_the_spacing(make_theirs, tmp_path):
-    interop.write(make_theirs({"outputs": 4}, {"variance": "posterior"}), tmp_path / "pipe")
+def test_fixed_variance_and_spacing_are_those_of_the_scheduler(make_theirs, tmp_path):
+    interop.write(make_theirs({"out_channels": 4}, {"variance": "posterior"}), tmp_path / "pipe")
     assert interop.read(tmp_path / "pipe").config.diffusion.variance == "posterior"
     path = tmp_path / "pipe" / "scheduler" / "scheduler_config.json"
     edit(path, _class_name="DDPMScheduler", variance_type="fixed_large", timestep_spacing="trailing")
@@ -295,12 +298,11 @@ def test_a_scheduler_says_the_fixed_variance_and_the_spacing(make_theirs, tmp_pa
     assert interop.read(tmp_path / "pipe").config.sampling.timestep_spacing.kind == "trailing"
 
 
-def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):
-    assert "not carried over" not in interop.read(exported).config.origin
+def test_scheduler_settings_that_are_not_converted_are_recorded(exported):
+    assert interop.read(exported).config.provenance.not_converted is None
     edit(exported / "scheduler" / "scheduler_config.json", clip_sample=..., steps_offset=1)
-    assert (
-        interop.read(exported).config.origin["not carried over"] == "clip_sample True, steps_offset 1 of the scheduler"
-    )
+    not_converted = interop.read(exported).config.provenance.not_converted
+    assert not_converted == "clip_sample True, steps_offset 1 of the scheduler"
 
 
 @pytest.mark.parametrize(
@@ -317,24 +319,24 @@ def test_what_a_scheduler_does_beyond_ours_is_written_down(exported):
         ({"beta_start": 0}, "start"),
     ],
 )
-def test_schedulers_that_ours_is_not_are_named(exported, changes, named):
+def test_unsupported_schedulers_are_named(exported, changes, named):
     edit(exported / "scheduler" / "scheduler_config.json", **changes)
-    assert named in fault(exported)
+    assert named in read_error(exported)
 
 
-# Folders as people have them
+# Folders of other versions, and damage
 
 
-def test_a_transformer_alone_is_under_the_papers_process(exported):
+def test_a_transformer_alone_gets_the_papers_process(exported):
     read = interop.read(exported / "transformer")
     assert read.config.diffusion == GaussianDiffusionConfig()
     assert read.config.codec.source == "stabilityai/sd-vae-ft-ema"
     assert read.config.class_names == ()
-    assert "not carried over" not in read.config.origin
+    assert read.config.provenance.not_converted is None
 
 
 def test_folders_of_old_versions_are_read(make_theirs, exported):
-    """As the first released folders: another class name, no norm_eps, pickled weights, labels of synonyms."""
+    """As the first released folders: another class name, no norm_eps, pickled weights, several names per class."""
     folder = exported / "transformer"
     weights = folder / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
@@ -352,19 +354,19 @@ def test_shards_are_read(make_theirs, exported, pickled):
     folder = exported / "transformer"
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
-    ending, places = ("bin" if pickled else "safetensors"), {}
+    suffix, weight_map = ("bin" if pickled else "safetensors"), {}
     for i in range(3):
-        file = f"diffusion_pytorch_model-{i}.{ending}"
+        file = f"diffusion_pytorch_model-{i}.{suffix}"
         part = dict(list(tensors.items())[i::3])
         torch.save(part, folder / file) if pickled else save_file(part, folder / file)
-        places |= dict.fromkeys(part, file)
-    index = folder / f"diffusion_pytorch_model.{ending}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        weight_map |= dict.fromkeys(part, file)
+    index = folder / f"diffusion_pytorch_model.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert same_weights(interop.read(exported), make_theirs())
-    (folder / f"diffusion_pytorch_model-1.{ending}").unlink()
-    assert f"diffusion_pytorch_model-1.{ending} is missing" in fault(exported)
+    (folder / f"diffusion_pytorch_model-1.{suffix}").unlink()
+    assert f"diffusion_pytorch_model-1.{suffix} is missing" in read_error(exported)
     index.write_text(json.dumps({"weight_map": {"a": "../../secret"}}))
-    assert "files beside it" in fault(exported)
+    assert "files beside it" in read_error(exported)
 
 
 def test_a_program_in_pickled_weights_is_refused(exported, tmp_path):
@@ -375,7 +377,7 @@ def test_a_program_in_pickled_weights_is_refused(exported, tmp_path):
     folder = exported / "transformer"
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save({"proj_out_1.bias": Bomb()}, folder / "diffusion_pytorch_model.bin")
-    assert "is refused: it holds" in fault(exported)
+    assert "is refused: it holds" in read_error(exported)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -385,20 +387,20 @@ def test_embeddings_that_differ_from_block_to_block_are_refused(exported):
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
     tensors[name][3] += 1e-3
     save_file(tensors, path)
-    assert f"{name} differs from transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias" in fault(exported)
+    assert f"{name} differs from transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias" in read_error(exported)
 
 
-def test_missing_and_unexpected_weights_are_named_as_there(exported):
+def test_missing_and_unexpected_weights_have_diffusers_names(exported):
     path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     tensors["transformer_blocks.0.attn2.to_q.weight"] = tensors.pop("transformer_blocks.0.attn1.to_q.weight")
     save_file(tensors, path)
-    assert "missing transformer_blocks.0.attn1.to_q.weight" in fault(exported)
-    assert "unexpected transformer_blocks.0.attn2.to_q.weight" in fault(exported)
+    assert "missing transformer_blocks.0.attn1.to_q.weight" in read_error(exported)
+    assert "unexpected transformer_blocks.0.attn2.to_q.weight" in read_error(exported)
     tensors["transformer_blocks.0.attn1.to_q.weight"] = tensors.pop("transformer_blocks.0.attn2.to_q.weight")
     tensors["proj_out_1.bias"] = torch.zeros(7)
     save_file(tensors, path)
-    assert "final_layer.adaLN_modulation.1.bias is (7,), expected (64,)" in fault(exported)
+    assert "final_layer.adaLN_modulation.1.bias is (7,), expected (64,)" in read_error(exported)
 
 
 @pytest.mark.parametrize(
@@ -415,33 +417,33 @@ def test_missing_and_unexpected_weights_are_named_as_there(exported):
         ({"num_layers": 3}, "missing transformer_blocks.2"),
     ],
 )
-def test_networks_that_ours_is_not_are_named(exported, changes, named):
+def test_unsupported_networks_are_named(exported, changes, named):
     edit(exported / "transformer" / "config.json", **changes)
-    assert named in fault(exported)
+    assert named in read_error(exported)
 
 
-@pytest.mark.parametrize("kept", [0, 5, 1000])
-def test_truncated_weights_are_one_sentence(exported, kept):
+@pytest.mark.parametrize("length", [0, 5, 1000])
+def test_truncated_weights_are_one_clear_error(exported, length):
     path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
-    path.write_bytes(path.read_bytes()[:kept])
-    assert f"{path} is damaged" in fault(exported)
+    path.write_bytes(path.read_bytes()[:length])
+    assert f"{path} is damaged" in read_error(exported)
 
 
 def test_missing_and_damaged_parts_are_named(exported):
-    (exported / "scheduler" / "scheduler_config.json").rename(exported / "scheduler" / "kept.json")
-    assert "scheduler_config.json" in fault(exported)
-    (exported / "scheduler" / "kept.json").rename(exported / "scheduler" / "scheduler_config.json")
+    (exported / "scheduler" / "scheduler_config.json").rename(exported / "scheduler" / "moved.json")
+    assert "scheduler_config.json" in read_error(exported)
+    (exported / "scheduler" / "moved.json").rename(exported / "scheduler" / "scheduler_config.json")
     (exported / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "holds no weights: expected diffusion_pytorch_model.safetensors" in fault(exported)
+    assert "holds no weights: expected diffusion_pytorch_model.safetensors" in read_error(exported)
     (exported / "transformer" / "config.json").write_text("{")
-    assert f"cannot read {exported / 'transformer' / 'config.json'}" in fault(exported)
+    assert f"cannot read {exported / 'transformer' / 'config.json'}" in read_error(exported)
     (exported / "transformer" / "config.json").write_text("[]")
-    assert "expected an object" in fault(exported)
+    assert "expected an object" in read_error(exported)
 
 
 def test_an_autoencoder_of_other_channels_is_refused(exported):
     edit(exported / "vae" / "config.json", latent_channels=16)
-    assert "sees 4 channels, but" in fault(exported)
+    assert "has 4 channels, but" in read_error(exported)
     assert interop.read(exported, codec="some/hub-id").config.codec.source == "some/hub-id"
 
 
@@ -451,16 +453,16 @@ def test_an_autoencoder_of_other_channels_is_refused(exported):
 @pytest.mark.parametrize(
     ("network", "named"),
     [
-        ({"block": "adaln"}, "its blocks are adaln"),
-        ({"block": "adaln-single"}, "its blocks are adaln-single"),
-        ({"block": "rope-swiglu"}, "its blocks are modern"),
-        ({"size": (8, 16)}, "8 x 16"),
+        ({"block": "adaln"}, "block is adaln"),
+        ({"block": "adaln-single"}, "block is adaln-single"),
+        ({"block": "rope-swiglu"}, "block is rope-swiglu"),
+        ({"input_size": (8, 16)}, "8 x 16"),
         ({"mlp_ratio": 2.0}, "mlp_ratio is 2"),
-        ({"classes": 0}, "unconditional"),
-        ({"learn_null_class": False}, "no null class"),
+        ({"num_classes": 0}, "unconditional"),
+        ({"learn_null_class": False}, "learn_null_class is false"),
     ],
 )
-def test_what_diffusers_cannot_hold_is_refused_by_name(make_theirs, tmp_path, network, named):
+def test_unsupported_models_are_refused_by_name(make_theirs, tmp_path, network, named):
     with pytest.raises(TesseraError) as caught:
         interop.write(make_theirs(network, class_names=()), tmp_path / "pipe", approximate=True)
     assert named in str(caught.value)
@@ -468,10 +470,10 @@ def test_what_diffusers_cannot_hold_is_refused_by_name(make_theirs, tmp_path, ne
     assert list(tmp_path.iterdir()) == []
 
 
-def test_positions_of_another_make_are_refused(make_theirs, tmp_path):
+def test_other_position_tables_are_refused(make_theirs, tmp_path):
     model = make_theirs()
     model.network.pos_embed.data += 0.01
-    with pytest.raises(TesseraError, match="no sin-cos table"):
+    with pytest.raises(TesseraError, match="not the sin-cos table"):
         interop.write(model, tmp_path / "pipe")
 
 
@@ -480,23 +482,23 @@ def test_the_official_divisor_is_exported_only_as_an_approximation(make_theirs, 
     with pytest.raises(TesseraError, match="approximate=True"):
         interop.write(model, tmp_path / "pipe")
     assert list(tmp_path.iterdir()) == []
-    said = interop.write(model, tmp_path / "pipe", approximate=True)
-    told = float(re.search(r"differs by (\S+) \(relative", said)[1])
+    message = interop.write(model, tmp_path / "pipe", approximate=True)
+    reported = float(re.search(r"differs by (\S+) \(relative", message)[1])
     theirs = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "pipe", subfolder="transformer").eval()
-    assert apart(model.network, theirs) / 5 < told < apart(model.network, theirs) * 5
-    assert told > 1e-3
-    # What is read back is what diffusers computes, and its weights are ours.
+    assert max_difference(model.network, theirs) / 5 < reported < max_difference(model.network, theirs) * 5
+    assert reported > 1e-3
+    # The import computes what diffusers computes, with the same weights.
     read = interop.read(tmp_path / "pipe")
-    assert apart(read.network, theirs) < 1e-6
+    assert max_difference(read.network, theirs) < 1e-6
     assert same_weights(read, model)
 
 
 def test_a_network_of_pixels_is_exported_without_an_autoencoder(make_theirs, tmp_path):
-    model = make_theirs({"channels": 3, "outputs": 6})
+    model = make_theirs({"in_channels": 3, "out_channels": 6})
     assert "there is no vae/" in interop.write(model, tmp_path / "pipe")
     assert not (tmp_path / "pipe" / "vae").exists()
     pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "pipe", vae=None)
-    assert apart(model.network, pipeline.transformer.eval()) < 1e-6
+    assert max_difference(model.network, pipeline.transformer.eval()) < 1e-6
     read = interop.read(tmp_path / "pipe")
     assert read.config.codec.kind == "pixels"
     assert read.config.class_names == model.config.class_names
@@ -544,11 +546,10 @@ def test_nothing_is_overwritten(make_theirs, tmp_path):
     assert [path.name for path in (tmp_path / "pipe").iterdir()] == ["mine"]
 
 
-def test_every_tensor_has_its_place(make_theirs):
-    """And only one: the two state dicts are as long as the table says."""
+def test_every_tensor_is_mapped_once(make_theirs):
     model = make_theirs({"depth": 3})
-    ours = [place.ours for place in interop.places(3)]
+    ours = [mapping.ours for mapping in interop.tensor_mappings(3)]
     assert sorted([*ours, "pos_embed"]) == sorted(model.network.state_dict())
-    theirs = [name for place in interop.places(3) for name in place.theirs]
+    theirs = [name for mapping in interop.tensor_mappings(3) for name in mapping.theirs]
     assert sorted(theirs) == sorted(transformer(num_layers=3).state_dict())
     assert torch.equal(sincos_grid((4, 4), 32), model.network.pos_embed[0])

@@ -1,4 +1,4 @@
-"""One `load` for whatever holds a model, one `convert` between them, and one clear sentence for all the rest."""
+"""`load` for every format, `convert` between them, and one clear error for everything else."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from tessera import bundle
 from tessera.errors import TesseraError
 from tessera.interop import load
 
-THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "channels": 3, "outputs": 6}
+THEIRS = {"timestep_freq_divisor": 127, "mlp_norm_eps": 1e-5, "in_channels": 3, "out_channels": 6}
 PAPER = {"prediction": "epsilon"}
 
 
@@ -18,9 +18,9 @@ def same_weights(one, two) -> bool:
     return bundle.weights_hash(one.network) == bundle.weights_hash(two.network)
 
 
-def fault(*told, **named) -> str:
+def load_error(*args, **options) -> str:
     with pytest.raises(TesseraError) as caught:
-        load.load(*told, **named)
+        load.load(*args, **options)
     return str(caught.value)
 
 
@@ -28,7 +28,7 @@ def checkpoint(run, step, model):
     bundle.save(model, run / "checkpoints" / f"step-{step:09d}")
 
 
-# What is recognised
+# Recognized formats
 
 
 def test_load_is_public():
@@ -56,22 +56,22 @@ def test_a_run_is_its_newest_checkpoint(make_model, tmp_path):
     assert same_weights(one, make_model(seed=20))
 
 
-@pytest.mark.parametrize("begun", ["checkpoints", "recipe"])
-def test_a_run_without_a_checkpoint_says_so(tmp_path, begun):
-    if begun == "checkpoints":
+@pytest.mark.parametrize("content", ["checkpoints", "recipe"])
+def test_a_run_without_a_checkpoint_is_an_error(tmp_path, content):
+    if content == "checkpoints":
         (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     else:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "recipe.yaml").write_text("steps: 3")
-    assert "has no checkpoint yet" in fault(tmp_path / "run")
+    assert "has no checkpoint yet" in load_error(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.pth"])
 def test_an_official_file(make_model, tmp_path, name):
     model = make_model(None, PAPER)
     torch.save(model.network.state_dict(), tmp_path / name)
-    assert same_weights(load.load(tmp_path / name, "cpu", heads=2), model)
-    assert "give heads=" in fault(tmp_path / name)
+    assert same_weights(load.load(tmp_path / name, "cpu", num_heads=2), model)
+    assert "pass num_heads" in load_error(tmp_path / name)
 
 
 def test_a_diffusers_folder_and_its_transformer_need_no_diffusers(make_model, tmp_path, monkeypatch):
@@ -82,19 +82,19 @@ def test_a_diffusers_folder_and_its_transformer_need_no_diffusers(make_model, tm
     assert same_weights(load.load(tmp_path / "pipe" / "transformer", "cpu"), model)
 
 
-def test_a_model_lies_on_the_device_that_is_named(tiny_model, tmp_path):
+def test_a_model_is_loaded_onto_a_device(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "cats")
     assert load.load(tmp_path / "cats", torch.device("cpu")).device.type == "cpu"
     if not torch.cuda.is_available():
-        assert "device 'cuda' is not available here" in fault(tmp_path / "cats", "cuda")
+        assert "device 'cuda' is not available here" in load_error(tmp_path / "cats", "cuda")
 
 
-def test_heads_and_size_must_agree_with_what_is_said(tiny_model, tmp_path):
+def test_heads_and_size_must_match_the_source(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "cats")
-    load.load(tmp_path / "cats", "cpu", heads=2, size=8)
+    load.load(tmp_path / "cats", "cpu", num_heads=2, size=8)
     load.load(tmp_path / "cats", "cpu", size=(8, 8))
-    assert "says heads 2, not 4" in fault(tmp_path / "cats", "cpu", heads=4)
-    assert "says size (8, 8), not 16" in fault(tmp_path / "cats", "cpu", size=16)
+    assert "has num_heads 2, not 4" in load_error(tmp_path / "cats", "cpu", num_heads=4)
+    assert "has size (8, 8), not 16" in load_error(tmp_path / "cats", "cpu", size=16)
 
 
 def test_another_codec_for_any_source(make_model, tmp_path, autoencoder_folder):
@@ -102,67 +102,67 @@ def test_another_codec_for_any_source(make_model, tmp_path, autoencoder_folder):
         {**THEIRS, "in_channels": 4, "out_channels": 8}, PAPER, {"kind": "autoencoder-kl", "source": "some/hub-id"}
     )
     checkpoint(tmp_path / "run", 5, model)
-    told = str(autoencoder_folder)
-    load.convert(model, tmp_path / "pipe", "diffusers", codec=told)
+    folder = str(autoencoder_folder)
+    load.convert(model, tmp_path / "pipe", "diffusers", codec=folder)
     load.convert(model, tmp_path / "a.pt", "official", approximate=True)
     bundle.save(model, tmp_path / "bundle")
     for source in ("run", "pipe", "a.pt", "bundle"):
-        read = load.load(tmp_path / source, "cpu", heads=2, codec=told)
+        read = load.load(tmp_path / source, "cpu", num_heads=2, codec=folder)
         assert read.config.codec.source == str(autoencoder_folder.resolve())
         assert read.codec.latent_channels == 4
         assert same_weights(read, model)
-        assert "pixels have 1" in fault(tmp_path / source, "cpu", heads=2, codec="pixels")
+        assert "pixels have 1" in load_error(tmp_path / source, "cpu", num_heads=2, codec="pixels")
     assert model.config.codec.source == "some/hub-id"
 
 
-# What is not
+# Everything else
 
 
 @pytest.mark.parametrize("name", ["none", "none.pt", "empty", "notes.txt", "notes"])
-def test_all_else_is_one_sentence_that_says_what_is_accepted(tmp_path, name):
+def test_everything_else_is_one_error_that_lists_what_is_accepted(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "config.json").write_text("{}")
-    text = fault(tmp_path / name)
-    assert str(tmp_path / name) in text
-    assert "expected a bundle" in text
-    assert "official checkpoint (.pt, .pth or .safetensors)" in text
-    assert len(text.splitlines()) == 1
+    message = load_error(tmp_path / name)
+    assert str(tmp_path / name) in message
+    assert "expected a bundle" in message
+    assert "official checkpoint (.pt, .pth or .safetensors)" in message
+    assert len(message.splitlines()) == 1
 
 
-def test_a_damaged_bundle_says_where(tiny_model, tmp_path):
+def test_a_damaged_file_of_a_bundle_is_named(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "cats")
     weights = tmp_path / "cats" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
-    assert f"{weights} is damaged" in fault(tmp_path / "cats")
+    assert f"{weights} is damaged" in load_error(tmp_path / "cats")
     weights.unlink()
-    assert f"{weights} is missing" in fault(tmp_path / "cats")
+    assert f"{weights} is missing" in load_error(tmp_path / "cats")
     (tmp_path / "cats" / "config.json").write_text('{"format": ')
-    assert f"cannot read {tmp_path / 'cats' / 'config.json'}" in fault(tmp_path / "cats")
+    assert f"cannot read {tmp_path / 'cats' / 'config.json'}" in load_error(tmp_path / "cats")
 
 
 def test_another_kind_of_diffusers_model_is_named(tmp_path, autoencoder_folder):
-    assert "holds diffusers' AutoencoderKL" in fault(autoencoder_folder)
+    assert "holds diffusers' AutoencoderKL" in load_error(autoencoder_folder)
     (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    assert "FluxTransformer2DModel" in fault(tmp_path)
+    assert "FluxTransformer2DModel" in load_error(tmp_path)
 
 
-# From one to another
+# Conversion
 
 
 def test_every_format_to_every_other(make_model, tmp_path):
-    """Weights come back to the bit, whichever way they went."""
+    """The weights are the same bit for bit."""
     model = make_model(THEIRS, PAPER)
-    places = {"bundle": "bundle", "official": "official.pt", "diffusers": "diffusers"}
-    for to, place in places.items():
-        load.convert(model, tmp_path / place, to, approximate=True)
-    for start, source in places.items():
-        for to, place in places.items():
-            target = tmp_path / f"{start}-{place}"
-            said = load.convert(tmp_path / source, str(target), to, approximate=True, heads=2)
-            assert said.startswith(f"wrote {target}: ")
-            assert same_weights(load.load(target, "cpu", heads=2), model)
+    names = {"bundle": "bundle", "official": "official.pt", "diffusers": "diffusers"}
+    for to, name in names.items():
+        load.convert(model, tmp_path / name, to, approximate=True)
+    for start, source in names.items():
+        for to, name in names.items():
+            target = tmp_path / f"{start}-{name}"
+            message = load.convert(tmp_path / source, str(target), to, approximate=True, num_heads=2)
+            assert message.startswith(f"wrote {target}: ")
+            assert same_weights(load.load(target, "cpu", num_heads=2), model)
 
 
 def test_a_run_becomes_a_bundle_with_its_autoencoder(make_model, tmp_path, autoencoder_folder):
@@ -170,7 +170,7 @@ def test_a_run_becomes_a_bundle_with_its_autoencoder(make_model, tmp_path, autoe
     model = make_model({"in_channels": 4, "out_channels": 8}, codec=codec)
     run = tmp_path / "run"
     shutil.copytree(autoencoder_folder, run / "codec")
-    bundle.save(model, run / "checkpoints" / "step-000000007", codec_at="../../codec")
+    bundle.save(model, run / "checkpoints" / "step-000000007", codec_path="../../codec")
     assert not (run / "checkpoints" / "step-000000007" / "codec").exists()
     load.convert(run, tmp_path / "cats", "bundle")
     shutil.rmtree(run)
@@ -178,7 +178,7 @@ def test_a_run_becomes_a_bundle_with_its_autoencoder(make_model, tmp_path, autoe
     assert torch.equal(read.codec.decode(latents), model.codec.decode(latents))
 
 
-def test_convert_refuses_with_one_sentence(tiny_model, tmp_path):
+def test_convert_errors(tiny_model, tmp_path):
     for to, named in (("bundel", "did you mean 'bundle'?"), ("diffusers", "approximate=True")):
         with pytest.raises(TesseraError) as caught:
             load.convert(tiny_model, tmp_path / "new", to)

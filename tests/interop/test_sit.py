@@ -1,8 +1,7 @@
-"""SiT's checkpoints: the oracle is its network and its ODE loop written anew, in its own time (0 noise, 1 data)."""
+"""SiT's checkpoints, against an independent implementation of its network and ODE, in SiT's time (0 noise, 1 data)."""
 
 import argparse
 import math
-import re
 import shlex
 import sys
 
@@ -13,28 +12,29 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from tessera import bundle, cli
+from tessera import bundle, cli, generation
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.interop import load
 from tessera.models.dit import DiTConfig
 
 HEADS, CLASSES = 2, 5
 
 
-def theirs(randomise, channels=4, outputs=8, size=8, **changes) -> dict[str, torch.Tensor]:
+def sit_weights(randomise, **changes) -> dict[str, torch.Tensor]:
     """A random state dict with SiT's keys and shapes, which are DiT's."""
     network = {
-        "input_size": (size, size),
+        "input_size": (8, 8),
+        "in_channels": 4,
+        "out_channels": 8,
         "patch_size": 2,
         "hidden_size": 32,
         "num_heads": HEADS,
         "depth": 2,
         "num_classes": CLASSES,
     }
-    config = DiTConfig(**{**network, "in_channels": channels, "out_channels": outputs, **changes})
+    config = DiTConfig.model_validate({**network, **changes})
     return randomise(config.build()).state_dict()
 
 
@@ -48,28 +48,28 @@ def velocity(w: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, y: to
         return functional.layer_norm(value, value.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
     patch, width = w["x_embedder.proj.weight"].shape[-1], w["pos_embed"].shape[-1]
-    batch, channels, height, breadth = x.shape
+    batch, channels, height, image_width = x.shape
     tokens = functional.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch)
     tokens = tokens.flatten(2).mT + w["pos_embed"]
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
     time = torch.cat((angles.cos(), angles.sin()), dim=1)
     time = linear("t_embedder.mlp.2", functional.silu(linear("t_embedder.mlp.0", time)))
-    told = functional.silu(time + w["y_embedder.embedding_table.weight"][y])
+    c = functional.silu(time + w["y_embedder.embedding_table.weight"][y])
     for i in range(2):
         block = f"blocks.{i}"
-        parts = linear(f"{block}.adaLN_modulation.1", told).chunk(6, dim=1)
+        parts = linear(f"{block}.adaLN_modulation.1", c).chunk(6, dim=1)
         qkv = linear(f"{block}.attn.qkv", norm(tokens, parts[0], parts[1]))
         q, k, v = qkv.view(batch, -1, 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4)
         weights = (q @ k.mT / math.sqrt(width // HEADS)).softmax(dim=-1)
-        seen = (weights @ v).transpose(1, 2).flatten(2)
-        tokens = tokens + parts[2][:, None] * linear(f"{block}.attn.proj", seen)
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        tokens = tokens + parts[2][:, None] * linear(f"{block}.attn.proj", attended)
         hidden = functional.gelu(linear(f"{block}.mlp.fc1", norm(tokens, parts[3], parts[4])), approximate="tanh")
         tokens = tokens + parts[5][:, None] * linear(f"{block}.mlp.fc2", hidden)
-    shift, scale = linear("final_layer.adaLN_modulation.1", told).chunk(2, dim=1)
-    drawn = linear("final_layer.linear", norm(tokens, shift, scale))
-    drawn = drawn.view(batch, height // patch, breadth // patch, patch, patch, -1)
-    drawn = drawn.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, breadth)
-    return drawn[:, :channels]  # the other half, where there is one, is thrown away
+    shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, dim=1)
+    output = linear("final_layer.linear", norm(tokens, shift, scale))
+    output = output.view(batch, height // patch, image_width // patch, patch, patch, -1)
+    output = output.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, image_width)
+    return output[:, :channels]  # SiT discards the other half, where there is one
 
 
 def ode(w, noise, label, steps, guidance=1.0, heun=False) -> torch.Tensor:
@@ -78,8 +78,8 @@ def ode(w, noise, label, steps, guidance=1.0, heun=False) -> torch.Tensor:
     def guided(x, t):
         v = velocity(w, x, torch.full((len(x),), t), label)
         if guidance != 1:
-            untold = velocity(w, x, torch.full((len(x),), t), torch.full_like(label, CLASSES))
-            v[:, :3] = (1 - guidance) * untold[:, :3] + guidance * v[:, :3]
+            uncond = velocity(w, x, torch.full((len(x),), t), torch.full_like(label, CLASSES))
+            v[:, :3] = (1 - guidance) * uncond[:, :3] + guidance * v[:, :3]
         return v
 
     x = noise
@@ -96,36 +96,36 @@ def saved(tensors, path):
     return path
 
 
-def fault(*told, **named) -> str:
+def load_error(*args, **options) -> str:
     with pytest.raises(TesseraError) as caught:
-        load.load(*told, **named)
+        load.load(*args, **options)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
 def training_dict(tensors, **args) -> dict:
     wrong = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    told = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "num_classes": CLASSES, **args}
-    return {"model": wrong, "ema": tensors, "opt": {"state": {}}, "args": argparse.Namespace(**told)}
+    arguments = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "num_classes": CLASSES, **args}
+    return {"model": wrong, "ema": tensors, "opt": {"state": {}}, "args": argparse.Namespace(**arguments)}
 
 
-def walked(model, label, **changes):
-    states = [state.x for state in pipeline.generate_steps(model, label.tolist(), range(len(label)), **changes)]
+def first_and_last(model, label, **changes):
+    states = [state.x for state in generation.generate_steps(model, label.tolist(), range(len(label)), **changes)]
     return states[0], states[-1]
 
 
-# One function, one picture
+# The network and its images
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"out_channels": 4}, {"in_channels": 3, "out_channels": 6, "patch_size": 4, "input_size": 16}]
+    "changes", [{}, {"out_channels": 4}, {"in_channels": 3, "out_channels": 6, "patch_size": 4, "input_size": (16, 16)}]
 )
-def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
-    tensors = theirs(randomise, **changes)
-    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
-    seen = model.config.network
-    assert seen.out_channels == seen.in_channels
-    x = torch.randn(6, seen.in_channels, *seen.input_size, generator=torch.Generator().manual_seed(1))
+def test_the_network_is_sits_with_the_velocity_reversed(randomise, tmp_path, changes):
+    tensors = sit_weights(randomise, **changes)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", checkpoint_type="sit", num_heads=HEADS)
+    config = model.config.network
+    assert config.out_channels == config.in_channels
+    x = torch.randn(6, config.in_channels, *config.input_size, generator=torch.Generator().manual_seed(1))
     t, label = torch.linspace(0, 1, 6), torch.tensor([0, 1, 2, 3, 4, -1])
     with torch.no_grad():
         ours = model.network(x, model.diffusion.model_time(t), Condition(label=label))
@@ -136,64 +136,66 @@ def test_the_network_is_theirs_turned_round(randomise, tmp_path, changes):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(("sampler", "steps"), [("ddim", 1), ("euler", 50), ("heun", 25)])
-def test_the_picture_is_that_of_their_ode(randomise, tmp_path, guidance, sampler, steps):
-    tensors = theirs(randomise)
-    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS)
+def test_the_image_is_that_of_sits_ode(randomise, tmp_path, guidance, sampler, steps):
+    tensors = sit_weights(randomise)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", checkpoint_type="sit", num_heads=HEADS)
     label = torch.tensor([3, 0])
-    noise, ours = walked(model, label, sampler=sampler, steps=steps, guidance=guidance)
+    noise, ours = first_and_last(model, label, sampler=sampler, num_steps=steps, guidance_scale=guidance)
     with torch.no_grad():
         expected = ode(tensors, noise, label, steps, guidance, heun=sampler == "heun")
-    assert (expected - noise).std() > 0.1  # it went somewhere
+    assert (expected - noise).std() > 0.1  # the result is not the noise
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    # Read as a DiT, the same file draws something else.
-    other = load.load(tmp_path / "a.pt", "cpu", read_as="dit", heads=HEADS)
-    assert (walked(other, label, sampler="ddim", steps=max(steps, 2))[1] - expected).std() > 0.1
+    # Read as a DiT, the same file generates something else.
+    other = load.load(tmp_path / "a.pt", "cpu", checkpoint_type="dit", num_heads=HEADS)
+    assert (first_and_last(other, label, sampler="ddim", num_steps=max(steps, 2))[1] - expected).std() > 0.1
 
 
-def test_the_gvp_path_tends_to_the_same_picture(randomise, tmp_path):
-    """There DDIM and Euler are two first-order methods for one ODE: they meet as the steps shrink, at that rate."""
-    tensors = theirs(randomise)
-    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", read_as="sit-gvp", heads=HEADS)
+def test_the_gvp_path_converges_to_the_same_image(randomise, tmp_path):
+    """DDIM and Euler are two first-order methods for one ODE: their difference falls like 1 / steps."""
+    tensors = sit_weights(randomise)
+    model = load.load(saved(tensors, tmp_path / "a.pt"), "cpu", checkpoint_type="sit-gvp", num_heads=HEADS)
     assert model.config.diffusion.path == "gvp"
-    label, apart = torch.tensor([3, 0]), []
+    label, differences = torch.tensor([3, 0]), []
     for steps in (25, 50, 100):
-        noise, ours = walked(model, label, sampler="ddim", steps=steps, guidance=1.0)
+        noise, ours = first_and_last(model, label, sampler="ddim", num_steps=steps, guidance_scale=1.0)
         with torch.no_grad():
-            apart.append(float((ours - ode(tensors, noise, label, steps)).norm() / ours.norm()))
-    assert apart[0] > 1.6 * apart[1] > 2.5 * apart[2]
-    assert apart[2] < 0.1
+            differences.append(float((ours - ode(tensors, noise, label, steps)).norm() / ours.norm()))
+    assert differences[0] > 1.6 * differences[1] > 2.5 * differences[2]
+    assert differences[2] < 0.1
 
 
-# What a file says, and what its reader must
+# What a file records, and what must be passed
 
 
 def test_sits_process_and_sampling(randomise, tmp_path):
-    config = load.load(saved(theirs(randomise), tmp_path / "a.pt"), "cpu", read_as="sit", heads=HEADS).config
+    config = load.load(
+        saved(sit_weights(randomise), tmp_path / "a.pt"), "cpu", checkpoint_type="sit", num_heads=HEADS
+    ).config
     assert config.diffusion == FlowMatchingConfig(network_times=(1, 0))
     sampling = config.sampling
     assert (sampling.sampler.kind, sampling.num_steps, sampling.timestep_spacing.kind) == ("heun", 125, "uniform")
     assert (sampling.guidance_scale, sampling.guidance_channels) == (4, 3)
-    assert config.origin["from"] == "SiT checkpoint a.pt (state dict)"
+    assert config.provenance.converted_from == "SiT checkpoint a.pt (state dict)"
 
 
 @pytest.mark.parametrize(("path_type", "path"), [("Linear", "linear"), ("GVP", "gvp")])
-def test_a_training_checkpoint_says_what_it_is(randomise, tmp_path, path_type, path):
-    file = saved(training_dict(theirs(randomise), path_type=path_type), tmp_path / "a.pt")
-    model = load.load(file, "cpu", heads=HEADS)
+def test_a_training_checkpoint_records_its_type(randomise, tmp_path, path_type, path):
+    file = saved(training_dict(sit_weights(randomise), path_type=path_type), tmp_path / "a.pt")
+    model = load.load(file, "cpu", num_heads=HEADS)
     assert model.config.diffusion == FlowMatchingConfig(network_times=(1, 0), path=path)
-    assert model.config.origin["from"] == "SiT checkpoint a.pt (ema)"
-    named = {"Linear": "sit", "GVP": "sit-gvp"}
-    assert load.load(file, "cpu", heads=HEADS, read_as=named.pop(path_type)).config == model.config
-    for other in ("dit", *named.values()):
-        assert f"says itself that it is sit{'-gvp' if path == 'gvp' else ''}, not {other}" in fault(
-            file, "cpu", heads=HEADS, read_as=other
+    assert model.config.provenance.converted_from == "SiT checkpoint a.pt (ema)"
+    types = {"Linear": "sit", "GVP": "sit-gvp"}
+    assert load.load(file, "cpu", num_heads=HEADS, checkpoint_type=types.pop(path_type)).config == model.config
+    for other in ("dit", *types.values()):
+        assert f"records that it is sit{'-gvp' if path == 'gvp' else ''}, not {other}" in load_error(
+            file, "cpu", num_heads=HEADS, checkpoint_type=other
         )
 
 
-def test_a_sit_that_predicts_noise_is_not_turned_round(randomise, tmp_path):
-    tensors = theirs(randomise)
+def test_a_sit_that_predicts_noise_is_not_reversed(randomise, tmp_path):
+    tensors = sit_weights(randomise)
     file = saved(training_dict(tensors, prediction="noise"), tmp_path / "a.pt")
-    model = load.load(file, "cpu", heads=HEADS)
+    model = load.load(file, "cpu", num_heads=HEADS)
     assert (model.config.diffusion.prediction, model.config.diffusion.loss) == ("epsilon", "epsilon")
     x, t, label = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
     with torch.no_grad():
@@ -202,76 +204,82 @@ def test_a_sit_that_predicts_noise_is_not_turned_round(randomise, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        ({"path_type": "VP"}, "is a SiT on the VP path; Tessera knows Linear and GVP"),
-        ({"prediction": "score"}, "predicts the score; Tessera knows velocity and noise"),
+        ({"path_type": "VP"}, "is a SiT with the VP path; Tessera supports Linear and GVP"),
+        ({"prediction": "score"}, "predicts the score; Tessera supports velocity and noise"),
     ],
 )
-def test_a_sit_that_ours_is_not_is_named(randomise, tmp_path, args, said):
-    assert said in fault(saved(training_dict(theirs(randomise), **args), tmp_path / "a.pt"), "cpu", heads=HEADS)
+def test_an_unsupported_sit_is_named(randomise, tmp_path, args, message):
+    assert message in load_error(
+        saved(training_dict(sit_weights(randomise), **args), tmp_path / "a.pt"), "cpu", num_heads=HEADS
+    )
 
 
-def test_bare_weights_are_a_dit_unless_half_their_outputs_were_never_trained(randomise, tmp_path):
-    tensors = theirs(randomise)
+def test_bare_weights_are_a_dit_unless_half_their_outputs_are_untrained(randomise, tmp_path):
+    tensors = sit_weights(randomise)
     assert isinstance(
-        load.load(saved(tensors, tmp_path / "a.pt"), "cpu", heads=HEADS).config.diffusion, GaussianDiffusionConfig
+        load.load(saved(tensors, tmp_path / "a.pt"), "cpu", num_heads=HEADS).config.diffusion, GaussianDiffusionConfig
     )
     tensors["final_layer.linear.weight"].view(4, 8, 32)[:, 4:] = 0
     file = saved(tensors, tmp_path / "b.pt")
-    assert "give read_as='sit' (--as sit, in a recipe training.init_type), or 'dit'" in fault(file, "cpu", heads=HEADS)
-    assert load.load(file, "cpu", heads=HEADS, read_as="sit").config.diffusion.kind == "flow"
-    assert load.load(file, "cpu", heads=HEADS, read_as="dit").config.diffusion.kind == "gaussian"
+    assert "pass checkpoint_type='sit' (--checkpoint-type sit, in a recipe training.init_type), or 'dit'" in load_error(
+        file, "cpu", num_heads=HEADS
+    )
+    assert load.load(file, "cpu", num_heads=HEADS, checkpoint_type="sit").config.diffusion.kind == "flow"
+    assert load.load(file, "cpu", num_heads=HEADS, checkpoint_type="dit").config.diffusion.kind == "gaussian"
     tensors["final_layer.linear.weight"].zero_()  # a DiT before its first step
-    assert load.load(saved(tensors, tmp_path / "c.pt"), "cpu", heads=HEADS).config.diffusion.kind == "gaussian"
+    assert load.load(saved(tensors, tmp_path / "c.pt"), "cpu", num_heads=HEADS).config.diffusion.kind == "gaussian"
 
 
-def test_nonsense_is_one_sentence(randomise, tiny_model, tmp_path):
-    file = saved(theirs(randomise), tmp_path / "a.pt")
-    assert "unknown kind of checkpoint 'sitt'; did you mean 'sit'?" in fault(file, "cpu", heads=HEADS, read_as="sitt")
+def test_wrong_checkpoint_types_are_one_clear_error(randomise, tiny_model, tmp_path):
+    file = saved(sit_weights(randomise), tmp_path / "a.pt")
+    assert "unknown checkpoint type 'sitt'; did you mean 'sit'?" in load_error(
+        file, "cpu", num_heads=HEADS, checkpoint_type="sitt"
+    )
     bundle.save(tiny_model, tmp_path / "cats")
-    text = fault(tmp_path / "cats", "cpu", read_as="sit")
-    assert "says itself what it was trained as (Gaussian, 1000 steps" in text
-    assert "leave read_as (--as) out" in text
-    odd = saved(theirs(randomise, outputs=5), tmp_path / "odd.pt")
-    assert "has 5 raw output channels for 4 channels" in fault(odd, "cpu", heads=HEADS, read_as="sit")
-    with pytest.raises(TesseraError, match=re.escape("leave read_as (--as) out")):
-        load.convert(tiny_model, tmp_path / "new", "bundle", read_as="sit")
+    message = load_error(tmp_path / "cats", "cpu", checkpoint_type="sit")
+    assert "records what it was trained as (Gaussian, 1000 steps" in message
+    assert "leave out --checkpoint-type" in message
+    five = saved(sit_weights(randomise, out_channels=5), tmp_path / "odd.pt")
+    assert "has 5 output channels for 4 inputs" in load_error(five, "cpu", num_heads=HEADS, checkpoint_type="sit")
+    with pytest.raises(TesseraError, match="leave out --checkpoint-type"):
+        load.convert(tiny_model, tmp_path / "new", "bundle", checkpoint_type="sit")
     assert not (tmp_path / "new").exists()
 
 
-def test_missing_and_odd_weights_are_named(randomise, tmp_path):
-    tensors = theirs(randomise)
+def test_missing_and_misshapen_weights_are_named(randomise, tmp_path):
+    tensors = sit_weights(randomise)
     bias = tensors.pop("final_layer.linear.bias")
-    told = {"device": "cpu", "num_heads": HEADS, "read_as": "sit"}
+    options = {"device": "cpu", "num_heads": HEADS, "checkpoint_type": "sit"}
     with pytest.raises(TesseraError, match=r"missing final_layer\.linear\.bias \(16,\)"):
-        load.load(saved(tensors, tmp_path / "a.pt"), **told)
+        load.load(saved(tensors, tmp_path / "a.pt"), **options)
     tensors["final_layer.linear.bias"] = bias
     tensors["final_layer.linear.weight"] = torch.cat((tensors["final_layer.linear.weight"], torch.ones(1, 32)))
     with pytest.raises(TesseraError, match=r"final_layer\.linear\.weight is \(17, 32\), expected \(16, 32\)"):
-        load.load(saved(tensors, tmp_path / "b.pt"), **told)
+        load.load(saved(tensors, tmp_path / "b.pt"), **options)
 
 
-# Onwards
+# Conversion and the command line
 
 
-def test_a_sit_in_safetensors_becomes_a_bundle_that_draws_the_same(randomise, tmp_path):
-    save_file(theirs(randomise, channels=3, outputs=6), tmp_path / "a.safetensors")
-    model = load.load(tmp_path / "a.safetensors", "cpu", read_as="sit", heads=HEADS)
-    load.convert(tmp_path / "a.safetensors", tmp_path / "sit", "bundle", read_as="sit", heads=HEADS)
+def test_a_sit_in_safetensors_becomes_a_bundle_that_generates_the_same(randomise, tmp_path):
+    save_file(sit_weights(randomise, in_channels=3, out_channels=6), tmp_path / "a.safetensors")
+    model = load.load(tmp_path / "a.safetensors", "cpu", checkpoint_type="sit", num_heads=HEADS)
+    load.convert(tmp_path / "a.safetensors", tmp_path / "sit", "bundle", checkpoint_type="sit", num_heads=HEADS)
     read = load.load(tmp_path / "sit", "cpu")
     assert read.config == model.config
-    one, two = (pipeline.generate(told, [1], [7], steps=3) for told in (model, read))
+    one, two = (generation.generate(each, [1], [7], num_steps=3) for each in (model, read))
     np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize(("to", "place"), [("official", "b.pt"), ("diffusers", "pipe")])
-def test_formats_without_a_place_for_a_flow_refuse_it(randomise, tmp_path, to, place):
-    file = saved(theirs(randomise, channels=3, outputs=6), tmp_path / "a.pt")
+@pytest.mark.parametrize(("to", "name"), [("official", "b.pt"), ("diffusers", "pipe")])
+def test_formats_that_cannot_hold_a_flow_refuse_it(randomise, tmp_path, to, name):
+    file = saved(sit_weights(randomise, in_channels=3, out_channels=6), tmp_path / "a.pt")
     with pytest.raises(TesseraError) as caught:
-        load.convert(file, tmp_path / place, to, read_as="sit", heads=HEADS)
-    assert "its process is flow, linear path, velocity prediction" in str(caught.value)
-    assert not (tmp_path / place).exists()
+        load.convert(file, tmp_path / name, to, checkpoint_type="sit", num_heads=HEADS)
+    assert "diffusion is flow, linear path, velocity prediction" in str(caught.value)
+    assert not (tmp_path / name).exists()
 
 
 def test_on_the_command_line(randomise, tmp_path, monkeypatch, capsys):
@@ -282,29 +290,29 @@ def test_on_the_command_line(randomise, tmp_path, monkeypatch, capsys):
             cli.main()
         except SystemExit as leaving:
             code = int(leaving.code or 0)
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
 
-    file = saved(theirs(randomise, channels=3, outputs=6), tmp_path / "a.pt")
-    as_sit = ("--as", "sit", "--heads", HEADS)
+    file = saved(sit_weights(randomise, in_channels=3, out_channels=6), tmp_path / "a.pt")
+    as_sit = ("--checkpoint-type", "sit", "--num-heads", HEADS)
     code, out, _ = tessera("info", file, *as_sit)
     assert code == 0
     assert "flow, linear path, velocity prediction" in out
-    drawn = ("--classes", "1", "--seeds", "7", "--steps", "3")
-    assert tessera("sample", file, *as_sit, *drawn, "--out", tmp_path / "one")[0] == 0
-    code, out, _ = tessera("info", tmp_path / "one" / "class-1-seed-7.png")  # says how to make it again
+    request = ("num_steps=3", "--classes", "1", "--seeds", "7")
+    assert tessera("sample", file, *as_sit, *request, "--out", tmp_path / "one")[0] == 0
+    code, out, _ = tessera("info", tmp_path / "one" / "class-1-seed-7.png")  # the command that reproduces it
     words = shlex.split(out, comments=True)
-    assert words[words.index("--as") + 1] == "sit"
+    assert words[words.index("--checkpoint-type") + 1] == "sit"
     assert tessera(*words[1:], "--out", tmp_path / "again")[0] == 0
     assert tessera("convert", file, tmp_path / "sit", "--to", "bundle", *as_sit)[0] == 0
-    assert tessera("sample", tmp_path / "sit", *drawn, "--out", tmp_path / "two")[0] == 0
+    assert tessera("sample", tmp_path / "sit", *request, "--out", tmp_path / "two")[0] == 0
     first, *others = (
         np.asarray(Image.open(tmp_path / folder / "class-1-seed-7.png")) for folder in ("one", "again", "two")
     )
     assert all(np.array_equal(first, other) for other in others)
-    code, _, err = tessera("sample", tmp_path / "sit", "--as", "sit", "--out", tmp_path / "three")
+    code, _, err = tessera("sample", tmp_path / "sit", "--checkpoint-type", "sit", "--out", tmp_path / "three")
     assert code == 1
-    assert "leave read_as (--as) out" in err
-    code, _, err = tessera("evaluate", tmp_path / "one", "--as", "sit")
+    assert "leave out --checkpoint-type" in err
+    code, _, err = tessera("evaluate", tmp_path / "one", "--checkpoint-type", "sit")
     assert code == 1
-    assert "leave out what is of drawing (--as)" in err
+    assert "--checkpoint-type" in err
