@@ -12,5 +12,6 @@ def report(
 ) -> None:
     """Write an HTML report of a run: curves, samples, diagnostics, settings. Works during training, too."""
     from tessera.monitoring import report
+    from tessera.training.recipe import Recipe
 
-    print(report.write(run, out))
+    print(report.write(run, Recipe, out))

@@ -15,27 +15,13 @@ from tessera.evaluation.sources import SampleSource
 from tessera.evaluation.suite import Evaluation, row_subset
 from tessera.generation import shards
 from tessera.reporting.document import Block, Code, Document, Figure, Heading, Paragraph, Table
+from tessera.reporting.metrics import MEANING
 from tessera.settings import flatten
 
 GRID, NEIGHBORS = "grid.png", "neighbors.png"
 MAX_IMAGES = 64  # of the grid
 MAX_NEIGHBORS = 8  # samples nearest to the reference, and as many spread over all samples
 MIN_SIDE = 64  # pixels: smaller images are enlarged
-
-MEANING = {
-    "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
-    "fd_inf": "Fréchet distance extrapolated to infinitely many samples; lower is better",
-    "sfid": "Fréchet distance of spatial features: layout rather than content; lower is better",
-    "kid": "kernel distance, unbiased at any number of samples; lower is better, 0 is equal",
-    "is": "Inception score: how sharp and varied images are by the classes of the classifier; higher is better",
-    "precision": "fraction of samples among the reference images (fidelity); higher is better",
-    "recall": "fraction of reference images among the samples (diversity); higher is better",
-    "density": "how densely samples lie around reference images; 1 for reference images themselves",
-    "coverage": "fraction of reference images with a sample near; higher is better",
-    "authenticity": "fraction of samples no nearer to their reference image than its own neighbor; copies lower it",
-    "accuracy": "fraction of images that show their class, by the oracle",
-    "invalid": "fraction of images that cannot be from the data set, by the oracle",
-}
 
 
 def write(evaluation: Evaluation, folder: Path, command: str = "") -> None:

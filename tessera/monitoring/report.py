@@ -32,13 +32,11 @@ from tessera.reporting.document import (
     Table,
 )
 from tessera.reporting.figures import COLORS, Line, Scale, heat_map, is_finite, line_chart
+from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_duration, format_number
 from tessera.settings import Settings, flatten, read_yaml, validate
-from tessera.training import scores
-from tessera.training.recipe import Recipe
-from tessera.training.run import RECIPE, SAMPLES, SKIPPED_SAMPLES
 
-REPORT = "report.html"
+REPORT, RECIPE, SAMPLES, SKIPPED_SAMPLES = "report.html", "recipe.yaml", "samples", "skipped_samples.txt"
 MAX_GRIDS = 12  # of samples, the first and the last among them
 GRID_WIDTH = 640  # pixels
 MAX_ROWS = 30  # of a long list
@@ -47,17 +45,18 @@ SMOOTHING = 40  # a smoothed line is a moving mean over one fortieth of the reco
 Record = dict[str, Any]
 
 
-def write(run: Path, target: Path | None = None) -> Path:
+def write(run: Path, recipe_type: type[Settings], target: Path | None = None) -> Path:
     """Write the report of a run to target, by default RUN/report.html, and return its path.
 
-    Raises TesseraError if the folder holds no run or the page cannot be written.
+    recipe_type: the settings class of recipes, for defaults and descriptions. Raises TesseraError if the folder holds
+    no run or the page cannot be written.
     """
     target = target or run / REPORT
-    atomic_write(target, build_report(run).html())
+    atomic_write(target, build_report(run, recipe_type).html())
     return target
 
 
-def build_report(run: Path) -> Document:
+def build_report(run: Path, recipe_type: type[Settings]) -> Document:
     """The report of a run. Raises TesseraError if the folder holds no run."""
     if not (run / RECIPE).exists():
         raise TesseraError(
@@ -74,7 +73,7 @@ def build_report(run: Path) -> Document:
         "Internals": _internals(health),
         "Skipped batches": _skipped(run),
         "Environment": _environment(run),
-        "Settings": _settings(recipe),
+        "Settings": _settings(recipe, recipe_type),
     }
     blocks = [*_progress(run, recipe, steps, log)]
     for title, section in sections.items():
@@ -169,7 +168,7 @@ def _progress(run: Path, recipe: Record, steps: Sequence[Record], log: Sequence[
     for metric, line in [*_score_lines(log).items()][:1]:  # the first metric selects the best checkpoint
         pairs = [(value, step) for step, value in zip(line.steps, line.values) if value is not None]
         if pairs:
-            best, at = (max if metric in scores.HIGHER_IS_BETTER else min)(pairs, key=lambda pair: pair[0])
+            best, at = (max if metric in HIGHER_IS_BETTER else min)(pairs, key=lambda pair: pair[0])
             facts.append((metric, format_number(pairs[-1][0]), f"best {format_number(best)} at step {at:,}"))
     for key, label, shape in (
         ("images_per_second", "images/s", format_number),
@@ -200,8 +199,8 @@ def _diagnostics(run: Path) -> Iterator[Block]:
     from tessera.monitoring.doctor import diagnose
 
     try:
-        findings = sorted(diagnose(run), key=lambda finding: finding.severity != "error")
-    except TesseraError as error:  # a recipe of another version: the report still shows the rest
+        findings = diagnose(run)
+    except TesseraError as error:  # of another version; the report still has the rest
         yield Paragraph(f"`tessera doctor` cannot read this run: {error}")
         return
     if not findings:
@@ -343,10 +342,10 @@ def _text(value: Any) -> str:
 def _environment(run: Path) -> Iterator[Block]:
     for checkpoint in bundle.checkpoints(run):
         try:
-            origin = bundle.load_config(checkpoint).origin
+            facts = bundle.load_config(checkpoint).provenance.facts()
         except TesseraError:  # damaged, or of another version
             continue
-        yield Table([(name, _text(value)) for name, value in origin.items()])
+        yield Table([(name, _text(value)) for name, value in facts.items()])
         return
     yield Paragraph("There is no checkpoint yet. Hardware and versions are recorded in checkpoints.")
 
@@ -354,9 +353,9 @@ def _environment(run: Path) -> Iterator[Block]:
 # Settings
 
 
-def _settings(data: Record) -> Iterator[Block]:
+def _settings(data: Record, recipe_type: type[Settings]) -> Iterator[Block]:
     try:
-        recipe = validate(Recipe, data, "recipe")
+        recipe = validate(recipe_type, data, "recipe")
     except TesseraError:  # of another version
         yield Paragraph(
             "This version of Tessera cannot read all of these settings, so they are not compared with defaults."

@@ -88,7 +88,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Notice:
-    """A finding with a severity: error or wrong, warning or watch, note."""
+    """A finding with a severity: error, warning or note."""
 
     severity: str
     title: str

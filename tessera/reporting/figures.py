@@ -135,12 +135,14 @@ def line_chart(
         axes = figure.subplots()
         for number, line in enumerate(lines):
             color = line.color or COLORS[number % len(COLORS)]
-            _plot(axes, line, color, None if line.faint else summary[line.label])
+            name = label(line.label) if len(lines) > 5 else summary.get(line.label)
+            _plot(axes, line, color, None if line.faint else name)
         for name, height in levels:
             axes.axhline(height, color="0.4", linestyle="--", linewidth=0.9, label=name)
         for (name, steps), color in zip(marks, MARK_COLORS):
             if len(steps):
-                axes.vlines(steps, 0, 1, color=color, linestyle=":", label=name, transform=axes.get_xaxis_transform())
+                shown = steps[:: -(-len(steps) // MAX_BINS)]
+                axes.vlines(shown, 0, 1, color=color, linestyle=":", label=name, transform=axes.get_xaxis_transform())
         numbers = [v for line in lines for v in (*line.values, *line.low, *line.high) if is_finite(v)]
         _set_scale(axes, numbers + [height for _, height in levels], scale)
         _set_steps(axes)
@@ -164,6 +166,8 @@ def heat_map(
 
     A column is the largest of the records that share it, and holds until the next.
     """
+    if not steps or not rows:
+        return None
     columns, edges = _columns(steps, values, len(rows))
     finite = columns[np.isfinite(columns)]
     if not finite.size:
@@ -239,7 +243,7 @@ def _plot(axes: "Axes", line: Line, color: Any, name: str | None) -> None:
         values,
         color=color,
         label=name,
-        marker="o",
+        marker="o" if marked.any() else None,
         markersize=3,
         markevery=np.flatnonzero(marked).tolist(),
         **look,

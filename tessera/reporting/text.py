@@ -15,6 +15,8 @@ def format_number(value: float) -> str:
     """Three significant digits: 0.0123, 4.56, 12.3k, 3e-05."""
     if not math.isfinite(value):
         return str(value)
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
     for size, divisor, letter in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / divisor:.3g}{letter}"

@@ -19,11 +19,11 @@ from tessera.planning import published
 from tessera.planning.scaling_law import EvalPoint, fit, frontier, held_out, largest
 from tessera.planning.statistics import Estimate
 from tessera.reporting.figures import COLORS, encode, label, new_figure, set_log_scale, style
+from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.studies.comparison import SCALES, Scale
 from tessera.studies.results import Result
 from tessera.studies.seed_aggregation import FinalPoints, Mean, Setting, active, after, equal_steps, final_points
 from tessera.studies.study import Study
-from tessera.training.scores import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

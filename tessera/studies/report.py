@@ -23,6 +23,7 @@ from tessera.planning import scaling_law, statistics
 from tessera.planning.scaling_law import Law
 from tessera.planning.statistics import Estimate
 from tessera.reporting.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
+from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_number
 from tessera.studies import figures
 from tessera.studies.comparison import Compared, Scale, Value, compare
@@ -30,7 +31,6 @@ from tessera.studies.figures import StudyFigure, eval_points
 from tessera.studies.results import Result
 from tessera.studies.seed_aggregation import FinalPoints, Setting, check_alike, deciding, final_points, settings
 from tessera.studies.study import Study
-from tessera.training.scores import HIGHER_IS_BETTER
 
 REPORT, FIGURES = "report.md", "figures"
 TITLES = {  # of the figures, by name

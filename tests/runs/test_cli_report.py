@@ -1,17 +1,27 @@
-"""`tessera report`: a page of a run, wherever it is wanted, and errors in one message."""
+"""`tessera report`: one self-contained page of a run, and errors in one message."""
 
+import re
 import shutil
 
 
-def test_the_page_stands_in_the_run_and_its_place_is_told(tessera, trained, tmp_path):
+def test_the_page_is_written_to_the_run_and_is_self_contained(tessera, trained, tmp_path, read_page):
     run = shutil.copytree(trained, tmp_path / "run")
     done = tessera("report", run)
     assert done.code == 0, done.err
     assert done.out == f"{run / 'report.html'}\n"
-    assert "4 of 4" in (run / "report.html").read_text()
+    html = (run / "report.html").read_text()
+    page = read_page(html)
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(", html)
+    assert "4 of 4" in page.sections[""]
+    assert "All steps are done" in page.sections[""]
+    assert page.images("samples, step 4")
+    assert page.images("Loss: ")
+    assert "1,000 images" in page.sections["Environment"]
 
 
-def test_out_writes_it_elsewhere_over_an_older_one_and_leaves_the_run_alone(tessera, trained, tmp_path):
+def test_out_writes_elsewhere_over_an_older_page_and_leaves_the_run_unchanged(tessera, trained, tmp_path):
     before = sorted(trained.rglob("*"))
     (tmp_path / "page.html").write_text("older")
     done = tessera("report", trained, "--out", tmp_path / "page.html")
@@ -20,13 +30,10 @@ def test_out_writes_it_elsewhere_over_an_older_one_and_leaves_the_run_alone(tess
     assert sorted(trained.rglob("*")) == before
 
 
-def test_a_folder_that_holds_no_run_is_one_message(tessera, tmp_path):
+def test_errors_are_one_message(tessera, trained, tmp_path):
     done = tessera("report", tmp_path)
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith(f"error: {tmp_path} holds no run")
-
-
-def test_a_page_that_cannot_be_written_is_one_message(tessera, trained, tmp_path):
     (tmp_path / "file").write_text("")
     done = tessera("report", trained, "--out", tmp_path / "file" / "page.html")
     assert done.code == 1

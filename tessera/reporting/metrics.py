@@ -1,0 +1,18 @@
+"""The metrics of evaluations: what they mean, and their direction."""
+
+HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "authenticity", "accuracy"}
+
+MEANING = {
+    "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
+    "fd_inf": "Fréchet distance extrapolated to infinitely many samples; lower is better",
+    "sfid": "Fréchet distance of spatial features: layout rather than content; lower is better",
+    "kid": "kernel distance, unbiased at any number of samples; lower is better, 0 is equal",
+    "is": "Inception score: how sharp and varied images are by the classes of the classifier; higher is better",
+    "precision": "fraction of samples among the reference images (fidelity); higher is better",
+    "recall": "fraction of reference images among the samples (diversity); higher is better",
+    "density": "how densely samples lie around reference images; 1 for reference images themselves",
+    "coverage": "fraction of reference images with a sample near; higher is better",
+    "authenticity": "fraction of samples no nearer to their reference image than its own neighbor; copies lower it",
+    "accuracy": "fraction of images that show their class, by the oracle",
+    "invalid": "fraction of images that cannot be from the data set, by the oracle",
+}
