@@ -1,1 +1,1 @@
-"""Networks of others that see or read."""
+"""Pretrained encoders of images."""

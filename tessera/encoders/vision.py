@@ -1,6 +1,6 @@
-"""What a pretrained vision network sees in pictures, through transformers: DINOv2, CLIP, SigLIP, ViT, ConvNeXt, ...
+"""Image features of pretrained vision networks, through transformers: DINOv2, CLIP, SigLIP, ViT, ConvNeXt, ...
 
-Shapes: B pictures, C channels, H W height and width, D width of the feature.
+Shapes: B images, C channels, H W height and width, D width of the feature.
 """
 
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera.errors import TesseraError, listed
+from tessera.errors import TesseraError, bullet_list
 
-FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the files of preprocessing say them
-REACH = {"bilinear": 1, "bicubic": 2}  # pixels to either side
+FILTERS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which preprocessor_config.json stores
+RADIUS = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
 ONE = 2**22  # Pillow computes in fixed point
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """From pictures to what a network was trained to see, as its file of preprocessing says.
+class Preprocessing:
+    """From images to the inputs of a network, as its preprocessor_config.json specifies.
 
-    size: (height, width), or the length of the shorter side where the shape is kept.
+    size: (height, width), or the length of the shorter side, which keeps the aspect ratio.
     filter: bilinear or bicubic.
-    crop: (height, width) of the middle that is kept, or None for the whole.
-    mean, std: of each channel, at values of 0 .. 1.
+    crop: (height, width) of the center crop; None: no crop.
+    mean, std: of each channel, for values of 0 .. 1.
     """
 
     size: tuple[int, int] | int
@@ -34,18 +34,16 @@ class Preparation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """pictures uint8 [B, 3, H, W] -> float32 [B, 3, height, width]"""
-        height, width = self._resized(*pictures.shape[2:])
-        x = resize_like_pillow(pictures, (height, width), self.filter)
+    def __call__(self, images: Tensor) -> Tensor:
+        """images uint8 [B, 3, H, W] -> float32 [B, 3, height, width]"""
+        height, width = self._resized(*images.shape[2:])
+        x = resize_like_pillow(images, (height, width), self.filter)
         if self.crop is not None:
-            down, right = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
-            if min(down, right) < 0:
-                raise TesseraError(
-                    f"pictures of {height} x {width} are too small to cut {self._crop} from their middle"
-                )
-            x = x[:, :, down : down + self.crop[0], right : right + self.crop[1]]
-        mean, std = (torch.tensor(each, device=x.device)[:, None, None] for each in (self.mean, self.std))
+            top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
+            if min(top, left) < 0:
+                raise TesseraError(f"images of {height} x {width} are too small for a center crop of {self._crop}")
+            x = x[:, :, top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (self.mean, self.std))
         return (x.float() / 255 - mean) / std
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -59,117 +57,117 @@ class Preparation:
         return "" if self.crop is None else f"{self.crop[0]} x {self.crop[1]}"
 
     def __str__(self) -> str:
-        to = f"shorter side to {self.size}" if isinstance(self.size, int) else f"to {self.size[0]} x {self.size[1]}"
-        scaled = f", mean {self.mean}, std {self.std}"
-        return f"{self.filter} as in Pillow, {to}" + (f", middle {self._crop}" if self.crop else "") + scaled
+        size = f"shorter side to {self.size}" if isinstance(self.size, int) else f"to {self.size[0]} x {self.size[1]}"
+        crop = f", center crop {self._crop}" if self.crop else ""
+        return f"{self.filter} as in Pillow, {size}{crop}, mean {self.mean}, std {self.std}"
 
 
-def resize_like_pillow(pictures: Tensor, size: tuple[int, int], filter: str) -> Tensor:
-    """pictures uint8 [B, C, H, W] -> uint8 [B, C, *size], to the byte as Pillow resizes, on any device.
+def resize_like_pillow(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
+    """images uint8 [B, C, H, W] -> uint8 [B, C, *size]: the bytes of Pillow's resize, on any device.
 
-    Made smaller, a pixel is a weighted mean of all that it covers. Width first, then height, bytes after each.
+    In a reduction each pixel is a weighted mean of the pixels it covers. Width first, then height, rounded to
+    bytes after each.
     """
     height, width = size
-    # Whole numbers below 2^53, so that float64 is exact in any order; MPS has none.
-    x = pictures.to("cpu" if pictures.device.type == "mps" else pictures.device, torch.float64)
+    # Integers below 2^53, so float64 is exact in any order; MPS has no float64.
+    x = images.to("cpu" if images.device.type == "mps" else images.device, torch.float64)
     if width != x.shape[3]:
-        x = _bytes(x @ _shares(x.shape[3], width, filter).T.to(x.device))
+        x = _round_to_bytes(x @ _weights(x.shape[3], width, filter).T.to(x.device))
     if height != x.shape[2]:
-        x = _bytes(_shares(x.shape[2], height, filter).to(x.device) @ x)
-    return x.to(pictures.device, torch.uint8)
+        x = _round_to_bytes(_weights(x.shape[2], height, filter).to(x.device) @ x)
+    return x.to(images.device, torch.uint8)
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """Fixed point, halves rounded up, to 0 .. 255."""
+def _round_to_bytes(x: Tensor) -> Tensor:
+    """Fixed point to 0 .. 255; halves are rounded up."""
     return ((x + ONE // 2) / ONE).floor().clamp(0, 255)
 
 
-def _shares(given: int, length: int, filter: str) -> Tensor:
-    """What each pixel of a line has of each pixel given: [length, given], whole numbers, about ONE in a row."""
-    scale = given / length
-    widened = max(scale, 1.0)
-    centre = (torch.arange(length, dtype=torch.float64) + 0.5)[:, None] * scale
-    reach = REACH[filter] * widened
-    pixel = torch.arange(given)
-    inside = (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
-    d = ((pixel - centre + 0.5) / widened).abs()
+def _weights(input_length: int, length: int, filter: str) -> Tensor:
+    """Integer weights of each input pixel in each output pixel of a line: [length, input_length]; rows sum to ONE."""
+    scale = input_length / length
+    filter_scale = max(scale, 1.0)
+    center = (torch.arange(length, dtype=torch.float64) + 0.5)[:, None] * scale
+    radius = RADIUS[filter] * filter_scale
+    pixel = torch.arange(input_length)
+    inside = (pixel >= (center - radius + 0.5).floor()) & (pixel < (center + radius + 0.5).floor())
+    d = ((pixel - center + 0.5) / filter_scale).abs()
     if filter == "bilinear":
-        share = (1 - d).clamp(min=0)
+        weight = (1 - d).clamp(min=0)
     else:  # Keys' cubic with a = -1/2
-        share = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2)
-    share = share * inside
-    share = share / share.sum(1, keepdim=True) * ONE
-    return (share.abs() + 0.5).floor() * share.sign()
+        weight = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2)
+    weight = weight * inside
+    weight = weight / weight.sum(1, keepdim=True) * ONE
+    return (weight.abs() + 0.5).floor() * weight.sign()
 
 
-class Vision(nn.Module):
-    """One feature for each picture.
+class VisionEncoder(nn.Module):
+    """One feature vector per image.
 
     parts: the width of each kind of feature.
-    name, resize: what numbers made with it depend on, beside the weights.
+    name, resize: what scores depend on beside the weights.
     """
 
-    def __init__(self, network: Any, preparation: Preparation, name: str) -> None:
+    def __init__(self, network: Any, preprocessing: Preprocessing, name: str) -> None:
         super().__init__()
         self.network = network.float().eval().requires_grad_(False)
-        self.preparation = preparation
-        self.name, self.resize = name, str(preparation)
+        self.preprocessing = preprocessing
+        self.name, self.resize = name, str(preprocessing)
         self.parts = {"pool": self(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))["pool"].shape[1]}
 
     @torch.inference_mode()
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """pictures uint8 [B, C, H, W], C 1 (grey) or 3 (RGB) -> {"pool": float32 [B, D]}:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """images uint8 [B, C, H, W], C 1 (grey) or 3 (RGB) -> {"pool": float32 [B, D]}
 
-        the image embedding of networks that join pictures and text (CLIP, SigLIP); the network's own pooled output
-        where there is one, which for DINOv2 is the class token after the last norm, as FD-DINOv2 takes it (Stein et al.
-        2023); else the mean of the tokens.
-        Raises TesseraError for pictures of another type or shape.
+        The feature is the image embedding of image-text networks (CLIP, SigLIP); the pooled output of networks that
+        have one, which for DINOv2 is the class token after the last norm, as in FD-DINOv2 (Stein et al. 2023); else the
+        mean of the tokens. Raises TesseraError for images of another type or shape.
         """
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise TesseraError(
-                f"{self.name} was given {pictures.dtype} {list(pictures.shape)}; expected torch.uint8 "
+                f"{self.name} got {images.dtype} {list(images.shape)}; expected torch.uint8 "
                 "[B, C, H, W] with C 1 (grey) or 3 (RGB)"
             )
-        with torch.autocast(pictures.device.type, enabled=False):
-            x = self.preparation(pictures.expand(-1, 3, -1, -1))
-            joint = hasattr(self.network, "get_image_features")
-            output = self.network.get_image_features(pixel_values=x) if joint else self.network(pixel_values=x)
-            if not isinstance(output, Tensor):  # which get_image_features of transformers 4 gives
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.preprocessing(images.expand(-1, 3, -1, -1))
+            image_text = hasattr(self.network, "get_image_features")
+            output = self.network.get_image_features(pixel_values=x) if image_text else self.network(pixel_values=x)
+            if not isinstance(output, Tensor):  # get_image_features of transformers 4 returns a tensor
                 pooled = output.pooler_output
                 output = output.last_hidden_state.mean(1) if pooled is None else pooled
             return {"pool": output.flatten(1)}
 
 
-def load(source: str, revision: str | None = None) -> Vision:
-    """A vision network of a hub, by its id, or of a folder that transformers wrote; in float32, on the CPU.
+def load(source: str, revision: str | None = None) -> VisionEncoder:
+    """A vision network from a hub id or a folder that transformers wrote; in float32, on the CPU.
 
-    Raises TesseraError if it cannot be had, is incomplete, or does not see pictures.
+    Raises TesseraError if it cannot be loaded, is incomplete, or is not a vision network.
     """
     try:
         from transformers import AutoImageProcessor, AutoModel
     except ImportError:
         raise TesseraError("a vision network needs transformers: pip install 'tessera[vision]'") from None
-    with _explained(source):
-        network, found = AutoModel.from_pretrained(source, revision=revision, output_loading_info=True)
+    with _clear_errors(source):
+        network, info = AutoModel.from_pretrained(source, revision=revision, output_loading_info=True)
     if not hasattr(network, "get_image_features") and network.main_input_name != "pixel_values":
         raise TesseraError(
-            f"'{source}' is a {network.config.model_type} network, which sees no pictures; give a vision network, "
-            "such as facebook/dinov2-large"
+            f"'{source}' is a {network.config.model_type} network; expected a vision network, such as "
+            "facebook/dinov2-large"
         )
-    missing = sorted(found["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):
-        network.pooler, missing = None, []  # a classifier's file: what transformers puts there is random
+        network.pooler, missing = None, []  # the file of a classifier: transformers initializes the pooler randomly
     if missing:
-        raise TesseraError(f"the weights of '{source}' are incomplete; missing:{listed(missing)}")
-    with _explained(source):
-        # Read by transformers, which knows the defaults of every family; computed here, which takes no torchvision.
+        raise TesseraError(f"the weights of '{source}' are incomplete; missing:{bullet_list(missing)}")
+    with _clear_errors(source):
+        # transformers reads the configuration, with the defaults of every family; computed here without torchvision.
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
-        return Vision(network, _preparation(processor), source)
+        return VisionEncoder(network, _preprocessing(processor), source)
 
 
 @contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """What transformers raises, as a TesseraError."""
+def _clear_errors(source: str) -> Iterator[None]:
+    """Turn exceptions of transformers into TesseraError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -181,36 +179,36 @@ def _explained(source: str) -> Iterator[None]:
         ) from None
 
 
-def _preparation(processor: Any) -> Preparation:
-    """What an image processor of transformers would do. Raises ValueError if that is not known here."""
+def _preprocessing(processor: Any) -> Preprocessing:
+    """The steps of an image processor of transformers. Raises ValueError if one is not supported."""
 
-    def told(name: str, default: Any = None) -> Any:
+    def setting(name: str, default: Any = None) -> Any:
         value = getattr(processor, name, None)
         return default if value is None else value
 
-    if not told("do_resize"):
+    if not setting("do_resize"):
         raise ValueError("its preprocessing does not resize")
     size = _size(processor.size)
-    crop = _size(processor.crop_size) if told("do_center_crop") else None
-    share = told("crop_pct")  # of ConvNeXt, in whose files an edge below 384 is what is left of a larger picture
-    if share and isinstance(size, int):
-        size, crop = (int(size / share), (size, size)) if size < 384 else ((size, size), None)
+    crop = _size(processor.crop_size) if setting("do_center_crop") else None
+    crop_fraction = setting("crop_pct")  # of ConvNeXt: images below 384 pixels are cropped from larger ones
+    if crop_fraction and isinstance(size, int):
+        size, crop = (int(size / crop_fraction), (size, size)) if size < 384 else ((size, size), None)
     if isinstance(crop, int):
         crop = (crop, crop)
     if processor.resample not in FILTERS:
-        raise ValueError(f"its preprocessing resizes by filter {processor.resample}; known are {FILTERS}")
-    scale = 255 * told("rescale_factor", 1 / 255) if told("do_rescale", True) else 255.0
-    mean, std = (processor.image_mean, processor.image_std) if told("do_normalize") else ((0.0,) * 3, (1.0,) * 3)
-    return Preparation(
+        raise ValueError(f"its preprocessing uses the filter {processor.resample}; supported are {FILTERS}")
+    scale = 255 * setting("rescale_factor", 1 / 255) if setting("do_rescale", True) else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if setting("do_normalize") else ((0.0,) * 3, (1.0,) * 3)
+    return Preprocessing(
         size, FILTERS[int(processor.resample)], crop, tuple(m / scale for m in mean), tuple(s / scale for s in std)
     )
 
 
-def _size(told: Any) -> tuple[int, int] | int:
+def _size(size: Any) -> tuple[int, int] | int:
     """A size of transformers: of both sides, or of the shorter one."""
-    sizes = dict(told)
+    sizes = dict(size)
     if set(sizes) == {"height", "width"}:
         return sizes["height"], sizes["width"]
     if set(sizes) == {"shortest_edge"}:
         return sizes["shortest_edge"]
-    raise ValueError(f"its preprocessing asks for the size {sizes}; known are height and width, or shortest_edge")
+    raise ValueError(f"its preprocessing has the size {sizes}; supported are height and width, or shortest_edge")

@@ -1,4 +1,4 @@
-"""Vision networks of transformers: which output is the feature, what is done to pictures, what is refused."""
+"""Vision networks of transformers: which output is the feature, preprocessing, and errors."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.encoders.vision import Vision, load, resize_like_pillow
+from tessera.encoders.vision import VisionEncoder, load, resize_like_pillow
 from tessera.errors import TesseraError
 
 transformers = pytest.importorskip("transformers")
@@ -65,20 +65,20 @@ def _siglip():
     return transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SMALL, **SQUARE))
 
 
-def _pictures(height: int = 40, width: int = 50) -> torch.Tensor:
+def _images(height: int = 40, width: int = 50) -> torch.Tensor:
     generator = np.random.Generator(np.random.Philox(key=[height, width]))
     return torch.from_numpy(generator.integers(0, 256, (2, 3, height, width), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
-def dinov2(tmp_path_factory) -> Vision:
+def dinov2(tmp_path_factory) -> VisionEncoder:
     return load(_folder(_dinov2(), tmp_path_factory.mktemp("dinov2")))
 
 
 @pytest.mark.parametrize(
     ("build", "feature"),
     [
-        # FD-DINOv2: the class token, the first, after the last norm, which last_hidden_state has behind it.
+        # FD-DINOv2: the class token (the first) after the last norm, which is part of last_hidden_state.
         (_dinov2, lambda network, x: network(x).last_hidden_state[:, 0]),
         (_clip, lambda network, x: network.visual_projection(network.vision_model(x).pooler_output)),
         (_vit, lambda network, x: network.pooler(network(x).last_hidden_state)),
@@ -93,21 +93,21 @@ def test_the_feature_of_each_family(build, feature, tmp_path):
     changes = {"crop_size": {"height": 32, "width": 32}} if build is _convnext else {}  # halved five times
     network = build().eval()
     ours = load(_folder(network, tmp_path, **changes))
-    pictures = _pictures()
-    found = ours(pictures)
-    expected = feature(network, ours.preparation(pictures))
-    assert found.keys() == {"pool"}
-    assert found["pool"].shape == (2, ours.parts["pool"])
-    torch.testing.assert_close(found["pool"], expected)
+    images = _images()
+    features = ours(images)
+    expected = feature(network, ours.preprocessing(images))
+    assert features.keys() == {"pool"}
+    assert features["pool"].shape == (2, ours.parts["pool"])
+    torch.testing.assert_close(features["pool"], expected)
 
 
-def test_a_pooler_that_the_file_lacks_is_not_made_up(tmp_path):
+def test_a_missing_pooler_is_not_random(tmp_path):
     classifier = transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, **SQUARE)).eval()
     ours = load(_folder(classifier, tmp_path))
-    pictures = _pictures()
+    images = _images()
     with torch.no_grad():
-        expected = classifier.vit(ours.preparation(pictures)).last_hidden_state.mean(1)
-    torch.testing.assert_close(ours(pictures)["pool"], expected)
+        expected = classifier.vit(ours.preprocessing(images)).last_hidden_state.mean(1)
+    torch.testing.assert_close(ours(images)["pool"], expected)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (301, 200), (9, 20), (32, 32)], ids=str)
@@ -127,52 +127,52 @@ def test_a_pooler_that_the_file_lacks_is_not_made_up(tmp_path):
 def test_preprocessing_is_that_of_transformers_on_pillow(size, changes, tmp_path):
     ours = load(_folder(_dinov2(), tmp_path, **changes))
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    pictures = _pictures(*size)
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures]
-    expected = theirs(images, return_tensors="pt")["pixel_values"]
-    found = ours.preparation(pictures)
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    images = _images(*size)
+    pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    expected = theirs(pil_images, return_tensors="pt")["pixel_values"]
+    pixel_values = ours.preprocessing(images)
+    assert pixel_values.shape == expected.shape
+    torch.testing.assert_close(pixel_values, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("input_size", "size"),
     [((40, 50), (32, 40)), ((256, 256), (224, 224)), ((9, 20), (32, 71)), ((301, 20), (7, 20)), ((1, 3), (5, 5))],
     ids=str,
 )
-def test_the_resize_is_that_of_pillow_to_the_byte(given, asked, filter):
-    pictures = _pictures(*given)
-    how = Image.Resampling[filter.upper()]
-    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()).resize(asked[::-1], how) for picture in pictures]
-    expected = np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(resize_like_pillow(pictures, asked, filter).numpy(), expected)
+def test_the_resize_has_the_bytes_of_pillow(input_size, size, filter):
+    images = _images(*input_size)
+    resampling = Image.Resampling[filter.upper()]
+    resized = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], resampling) for image in images]
+    expected = np.stack([np.asarray(image) for image in resized]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(resize_like_pillow(images, size, filter).numpy(), expected)
 
 
-def test_grey_pictures_are_seen_as_three_equal_channels(dinov2):
-    grey = _pictures()[:, :1]
+def test_grey_images_are_repeated_to_three_channels(dinov2):
+    grey = _images()[:, :1]
     assert torch.equal(dinov2(grey)["pool"], dinov2(grey.repeat(1, 3, 1, 1))["pool"])
 
 
-def test_what_is_done_to_pictures_is_said(dinov2):
-    scaled = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
-    assert dinov2.resize == f"bicubic as in Pillow, shorter side to 32, middle 28 x 28, {scaled}"
+def test_the_preprocessing_is_described(dinov2):
+    normalized = "mean (0.485, 0.456, 0.406), std (0.229, 0.224, 0.225)"
+    assert dinov2.resize == f"bicubic as in Pillow, shorter side to 32, center crop 28 x 28, {normalized}"
 
 
 def test_weights_in_half_precision_compute_in_float32(tmp_path):
     ours = load(_folder(_dinov2().half(), tmp_path))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ours(_pictures())["pool"]
-    assert found.dtype == torch.float32
-    assert torch.equal(found, ours(_pictures())["pool"])
+        features = ours(_images())["pool"]
+    assert features.dtype == torch.float32
+    assert torch.equal(features, ours(_images())["pool"])
 
 
-def test_other_pictures_are_refused(dinov2):
-    with pytest.raises(TesseraError, match=r"was given torch.float32 \[1, 3, 8, 8\]; expected torch.uint8"):
+def test_other_images_are_refused(dinov2):
+    with pytest.raises(TesseraError, match=r"got torch.float32 \[1, 3, 8, 8\]; expected torch.uint8"):
         dinov2(torch.zeros(1, 3, 8, 8))
 
 
-def test_without_transformers_it_says_what_to_install(monkeypatch):
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(TesseraError, match=r"pip install 'tessera\[vision\]'"):
         load("facebook/dinov2-large")
@@ -185,7 +185,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 def test_a_text_model_is_refused(tmp_path):
     config = transformers.BertConfig(**SMALL, vocab_size=50, max_position_embeddings=8)
-    with pytest.raises(TesseraError, match="is a bert network, which sees no pictures"):
+    with pytest.raises(TesseraError, match="is a bert network; expected a vision network"):
         load(_folder(transformers.BertModel(config), tmp_path))
 
 
@@ -210,16 +210,16 @@ def test_incomplete_weights_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"resample": 1}, "resizes by filter"),
+        ({"resample": 1}, "uses the filter"),
         ({"do_resize": False}, "does not resize"),
-        ({"size": {"longest_edge": 28}}, "asks for the size"),
+        ({"size": {"longest_edge": 28}}, "has the size"),
     ],
 )
-def test_preprocessing_that_is_not_known_is_refused(changes, reason, tmp_path):
+def test_unsupported_preprocessing_is_refused(changes, reason, tmp_path):
     with pytest.raises(TesseraError, match=reason):
         load(_folder(_dinov2(), tmp_path, **changes))
 
 
-def test_preprocessing_that_does_not_fit_the_network_is_found_at_once(tmp_path):
+def test_preprocessing_of_another_size_fails_when_loading(tmp_path):
     with pytest.raises(TesseraError, match="cannot load the vision network"):
         load(_folder(_siglip(), tmp_path, size={"height": 42, "width": 42}, do_center_crop=False))
