@@ -1,6 +1,7 @@
-"""Reports of studies that were never run, whose truth is known: what they say, what their files hold."""
+"""Reports of studies with known results: the sentences, the tables and the files agree with them."""
 
 import csv
+import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -9,10 +10,10 @@ from PIL import Image
 
 from tessera.errors import TesseraError
 from tessera.planning import scaling_law
-from tessera.studies import report
+from tessera.studies import figures, report
 from tessera.studies.seed_aggregation import check_alike, equal_steps, final_points, settings
 
-FIGURES = {"compute", "gmacs", "steps", "sampling", "pictures"}
+FIGURES = {"compute", "gmacs", "steps", "sampling", "images"}
 
 
 def check_figures(folder, names):
@@ -30,11 +31,11 @@ def scaling(synthetic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scaling")
     study = synthetic.scaling()
     results = synthetic.scaled(study, sheets=folder / "sheets")
-    (folder / "sheets" / "S-4.png").write_bytes(b"no picture")
+    (folder / "sheets" / "S-4.png").write_bytes(b"no image")
     return study, results, report.write(study, results, folder / "out")
 
 
-def test_a_report_says_the_law_that_made_the_numbers(scaling):
+def test_a_report_recovers_the_law_of_the_numbers(scaling):
     _, _, path = scaling
     text = path.read_text()
     assert path.name == "report.md"
@@ -44,36 +45,45 @@ def test_a_report_says_the_law_that_made_the_numbers(scaling):
     assert exponent == pytest.approx(0.4, abs=0.02)
     assert "for XL-2" in text.split("Held out:")[1].splitlines()[0]
     assert "inside the prediction interval" in text
-    assert "| patch 4 | 4 |" in text
+    assert "| patch_size 4 | 4 |" in text
     assert "One seed" in text
     assert "(1.11 of the plan)" in text
 
 
-def test_every_file_of_a_report_is_what_it_claims(scaling):
+def test_all_files_of_a_report_are_valid_and_agree(scaling, read_page, svg_text):
     study, results, path = scaling
     check_figures(path.parent / "figures", FIGURES)
     for name in FIGURES:
         assert f"](figures/{name}.png)" in path.read_text()
-    page = (path.parent / "report.html").read_text()
-    assert page.startswith("<!doctype html>")
-    assert page.count('src="data:image/png;base64,') == len(FIGURES)
-    assert "http" not in page.replace("http-equiv", "")
+    html = (path.parent / "report.html").read_text()
+    page = read_page(html)
+    assert len(page.links) == len(FIGURES)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"https?:|@import|url\(", html)
+    text = svg_text((path.parent / "figures" / "compute.svg").read_bytes())
+    assert {"S-4", "XL-2", "frontier", "fd (lower is better)"} <= set(text)
     rows = list(csv.DictReader((path.parent / "table.csv").open()))
     assert len(rows) == 8 * 4
     last, point = rows[-1], results[-1].points[-1]
-    assert (last["member"], last["size"], last["patch"], last["step"]) == ("XL-2", "XL", "2", "2000")
+    assert (last["member"], last["size"], last["patch_size"], last["step"]) == ("XL-2", "XL", "2", "2000")
     assert float(last["fd"]) == point.scores["fd"].value
     assert float(last["fd_high"]) == point.scores["fd"].high
     assert last["fd_fingerprint"] == point.scores["fd"].fingerprint
     assert float(last["training_flops"]) == point.flops
-    drawn = list(csv.DictReader((path.parent / "sampling.csv").open()))
-    assert len(drawn) == 8 * 3
-    assert float(drawn[-1]["gmacs_a_picture"]) == pytest.approx(64 * 1.2)
-    read = scaling_law.read(path.parent)
-    assert (read.metric, read.source, len(read.points)) == ("fd", study.question, 32)
+    sampling = list(csv.DictReader((path.parent / "sampling.csv").open()))
+    assert len(sampling) == 8 * 3
+    assert float(sampling[-1]["gmacs_per_image"]) == pytest.approx(64 * 1.2)
+    law = scaling_law.read(path.parent)
+    assert (law.metric, law.source, len(law.points)) == ("fd", study.question, 32)
 
 
-def test_a_comparison_says_who_wins(synthetic, tmp_path):
+def test_figures_are_reproducible(scaling):
+    study, results, path = scaling
+    figure = figures.against_compute(study, settings(results, "fd"), "fd")
+    assert figure.svg == (path.parent / "figures/compute.svg").read_bytes()
+
+
+def test_a_comparison_names_the_best_design(synthetic, tmp_path):
     study = synthetic.designs()
     text = report.write(study, synthetic.designed(study), tmp_path).read_text()
     assert "At equal steps (1,000) adaln-zero has the best fd" in text
@@ -83,46 +93,41 @@ def test_a_comparison_says_who_wins(synthetic, tmp_path):
     assert not (tmp_path / "law.json").exists()
 
 
-def test_a_partial_study_says_what_is_missing(synthetic, tmp_path):
-    study = synthetic.scaling(axes={"input_size": {size: {} for size in synthetic.SIZES}, "patch_size": {"2": {}}})
+def test_a_partial_study_names_what_is_missing(synthetic, tmp_path):
+    study = synthetic.scaling(axes={"size": {size: {} for size in synthetic.SIZES}, "patch_size": {"2": {}}})
     results = synthetic.scaled(study)
-    results[1] = replace(results[1], state="failed", fault="it ran out of memory\nand more", points=[], drawn=[])
+    results[1] = replace(results[1], state="failed", fault="out of memory\nand more", points=[], drawn=[])
     results[2] = replace(results[2], state="unfinished", points=results[2].points[:1], drawn=[])
     results[3] = replace(results[3], state="not begun", points=[], drawn=[])
     (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "pictures.png").write_bytes(b"of an earlier report")
+    (tmp_path / "figures" / "images.png").write_bytes(b"of an earlier report")
     (tmp_path / "law.json").write_text("of an earlier report")
     text = report.write(study, results, tmp_path).read_text()
     assert "1 of 4 members are done. Failed: B-2. Unfinished: L-2. Not begun: XL-2." in text
-    assert "- B-2 failed: it ran out of memory\n" in text
+    assert "- B-2 failed: out of memory\n" in text
     assert "at least 4 pairs, got 1" in text
     assert "No law: it needs at least 3 points, got 1." in text
-    assert "There is nothing to draw yet for the figure “Pictures”." in text
+    assert "no data yet for the figure “Samples”" in text
     assert "3 of 4 members are not done" in text
-    assert not (tmp_path / "figures" / "pictures.png").exists()
-    read = scaling_law.read(tmp_path)  # what was scored on the way is still of use
-    assert {point.run for point in read.points} == {"S-2", "L-2"}
+    assert not (tmp_path / "figures" / "images.png").exists()
+    law = scaling_law.read(tmp_path)  # from the points that were scored so far
+    assert {point.run for point in law.points} == {"S-2", "L-2"}
 
 
-def test_a_study_that_asks_for_no_law_names_the_best(synthetic, tmp_path, monkeypatch):
+def test_a_study_without_a_law_names_the_best(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_figures", lambda *_: [])
     study = synthetic.scaling(law=None)
-    lines = report.write(study, synthetic.scaled(study), tmp_path).read_text().splitlines()
-    assert [line.split(",")[1].split()[0] for line in lines if line.startswith("- Of size")] == [
-        "S-2",
-        "B-2",
-        "L-2",
-        "XL-2",
-    ]
+    text = report.write(study, synthetic.scaled(study), tmp_path).read_text()
+    assert re.findall(r"^- Of size \w+, (\S+) has the best fd", text, re.MULTILINE) == ["S-2", "B-2", "L-2", "XL-2"]
     assert not (tmp_path / "law.json").exists()
 
 
-def test_a_study_that_has_not_begun_has_a_report(synthetic, tmp_path):
+def test_a_study_that_has_not_started_has_a_report(synthetic, tmp_path):
     study = synthetic.designs()
     results = [replace(result, state="not begun", points=[]) for result in synthetic.designed(study)]
     text = report.write(study, results, tmp_path).read_text()
     assert "0 of 9 members are done. Not begun: in-context-seed0" in text
-    assert "Nothing was scored yet" in text
+    assert "Nothing is scored yet" in text
     assert not (tmp_path / "figures").exists()
 
 
@@ -135,29 +140,29 @@ def test_scores_of_different_protocols_are_refused_by_name(synthetic, tmp_path):
     with pytest.raises(TesseraError, match=r"S-4 \(.*\) and L-2 \(.*features.weights: abcd and ffff"):
         report.write(study, mixed, tmp_path)
     assert not list(tmp_path.iterdir())
-    drawn = replace(results[5].drawn[0], scores={"fd": synthetic.score("fd", 3.0, steps=4, features="ffff")})
+    sampled = replace(results[5].drawn[0], scores={"fd": synthetic.score("fd", 3.0, steps=4, features="ffff")})
     with pytest.raises(TesseraError, match="fd of other sampling steps: S-4"):
-        check_alike([*results[:5], replace(results[5], drawn=[drawn]), *results[6:]])
+        check_alike([*results[:5], replace(results[5], drawn=[sampled]), *results[6:]])
 
 
-def test_seeds_are_averaged_where_all_were_scored(synthetic):
+def test_seeds_are_averaged_at_the_steps_that_all_have(synthetic):
     study = synthetic.designs()
     results = synthetic.designed(study)
     results[0] = replace(results[0], points=results[0].points[1:])  # in-context, seed 0, was not scored at 250
-    found = settings(results, "fd")
-    assert [setting.name for setting in found] == ["in-context", "cross-attention", "adaln-zero"]
-    assert [point.step for point in found[0].points] == [500, 1000]
+    averaged = settings(results, "fd")
+    assert [setting.name for setting in averaged] == ["in-context", "cross-attention", "adaln-zero"]
+    assert [point.step for point in averaged[0].points] == [500, 1000]
     values = [result.points[-1].scores["fd"].value for result in results if result.values["design"] == "in-context"]
-    score = found[0].points[-1].score
+    score = averaged[0].points[-1].score
     assert (score.value, score.low, score.high) == pytest.approx((sum(values) / 3, min(values), max(values)))
-    assert equal_steps(found) == [500, 1000]
-    assert final_points(found, "gmacs").x == [0.1, 0.12, 0.1]
-    assert final_points(found, "flops").x == [setting.points[-1].flops for setting in found]
+    assert equal_steps(averaged) == [500, 1000]
+    assert final_points(averaged, "gmacs").x == [0.1, 0.12, 0.1]
+    assert final_points(averaged, "flops").x == [setting.points[-1].flops for setting in averaged]
 
 
-def test_scores_that_are_no_numbers_are_left_out(synthetic):
+def test_scores_that_are_not_finite_are_left_out(synthetic):
     study = synthetic.designs(seeds=[0])
     results = synthetic.designed(study)
-    nothing = replace(results[0].points[-1], scores={"fd": synthetic.score("fd", float("nan"))})
-    results[0] = replace(results[0], points=[*results[0].points[:-1], nothing])
+    not_finite = replace(results[0].points[-1], scores={"fd": synthetic.score("fd", float("nan"))})
+    results[0] = replace(results[0], points=[*results[0].points[:-1], not_finite])
     assert [point.step for point in settings(results, "fd")[0].points] == [250, 500]
