@@ -1,4 +1,4 @@
-"""The layers of docs/explanation/architecture.md: every import is read with `ast`.
+"""The layers of docs/architecture.md: every import is read with `ast`.
 
 A file imports from lower layers and from its own folder, never from a higher layer or from another folder in the same
 layer. Optional libraries are imported only in the folders that wrap them, inside functions.

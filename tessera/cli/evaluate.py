@@ -114,8 +114,8 @@ def score(
             samples = BulkSamples(model, request, folder / "samples", batch_size, target)
             data = reference or suite.training_data(model)
         else:
-            if given := _parameters_given(ctx, MODEL_PARAMETERS):
-                raise TesseraError(f"{target} is not a model, so sampling options do not apply: remove {given}")
+            if options := _options_on_command_line(ctx, MODEL_PARAMETERS):
+                raise TesseraError(f"{target} is not a model, so sampling options do not apply: remove {options}")
             samples, data = suite.open_samples(target, parse_size(size), num_samples), reference
             if data is None:
                 raise TesseraError(f"{target} needs something to compare with: --reference DATA or statistics (.npz)")
@@ -221,9 +221,8 @@ def _check_new(path: Path) -> None:
         raise TesseraError(f"{path} exists already: remove it or give another name")
 
 
-def _parameters_given(ctx: typer.Context, names: tuple[str, ...]) -> str:
-    """Those of the parameters that are on the command line, not defaults, as a user writes them."""
-    sources = {name: ctx.get_parameter_source(name) for name in names}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+def _options_on_command_line(ctx: typer.Context, names: tuple[str, ...]) -> str:
+    """Those of the parameters that are not at their defaults, as a user writes them."""
     words = {param.name: "key=value" if param.name == "overrides" else param.opts[0] for param in ctx.command.params}
-    return ", ".join(words[name] for name in names if name in given)
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    return ", ".join(words[name] for name, source in sources.items() if source and source.name == "COMMANDLINE")

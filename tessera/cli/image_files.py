@@ -9,21 +9,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tessera import __version__, images, runtime
+from tessera import __version__, generation, images, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
-from tessera.bundle import Model, weights_hash
+from tessera.bundle import weights_hash
 from tessera.cli.options import MAX_SAMPLES, print_error, progress
 from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
-from tessera.generation import bulk, pipeline
+from tessera.generation import bulk
 from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request
 from tessera.interop import load
+from tessera.model import Model
 
 MAX_COLUMNS, MAX_ROWS = 16, 32  # of the grid
 
 
-def bulk_request(
+def make_request(
     model: Model,
     classes: str | None,
     per_class: int | None,
@@ -37,7 +38,7 @@ def bulk_request(
         return bulk_request(model, num_samples, policy, **settings)
     seed_list, labels = parse_seeds(seeds, per_class), parse_classes(classes, model)
     if labels is None:
-        return BulkRequest(seed_list, None, "without classes", **settings)
+        return BulkRequest(seed_list, None, "unconditional", **settings)
     return BulkRequest(seed_list * len(labels), [label for label in labels for _ in seed_list], **settings)
 
 
@@ -70,7 +71,7 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
         raise TesseraError(f"this model has {num_classes} classes: give --classes, for example 0,1,2 or all")
     if text is None or text == "all":
         return list(range(num_classes))
-    return pipeline.class_labels(model, [part.strip() for part in text.split(",")])
+    return generation.class_labels(model, [part.strip() for part in text.split(",")])
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def read_inputs(
         except TesseraError as error:
             hint = " (convert a .pt of unusual type to a bundle first)" if Path(guidance_model).is_file() else ""
             raise TesseraError(f"--guidance-model: {error}{hint}") from None
-        pipeline.check_guidance_model(model, guide)
+        generation.check_guidance_model(model, guide)
         hashes["guidance_model_weights"] = weights_hash(guide.network)
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
@@ -189,7 +190,7 @@ def write_images(
 
     An existing PNG with the same settings is not generated again. settings: stored in every PNG.
     """
-    sampling = pipeline.sampling_config(model, **request.settings).model_dump(mode="json")
+    sampling = generation.sampling_config(model, **request.settings).model_dump(mode="json")
     settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
     settings |= inputs.hashes
     grid_only, count = out.suffix.lower() == ".png", len(request.seeds)
@@ -235,7 +236,7 @@ def _generate(
             done[row] = image
     missing = [row for row in rows if row not in done]
     if missing:
-        generated = pipeline.generate(
+        generated = generation.generate(
             model,
             None if request.classes is None else [request.classes[row] for row in missing],
             [request.seeds[row] for row in missing],

@@ -136,7 +136,7 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
             else ""
         )
         + f", {format_duration(plan.scoring_seconds)} for {work.drawing.grids:,} images in grids and "
-        f"{work.drawing.scored:,} in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} in total",
+        f"{work.drawing.scored:,} in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} total",
         f"cost         {plan.device_hours:.4g} device hours"
         + (f", ${plan.cost:,.2f} at ${hardware.price:g} per hour" if hardware.price else ""),
         f"disk         {_bytes(plan.disk_bytes)} for {work.checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"

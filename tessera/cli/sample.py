@@ -64,7 +64,7 @@ def sample(
     if num_samples is not None and (classes or per_class or seeds):
         raise TesseraError("--num-samples sets classes and seeds: leave out --classes, --per-class and --seeds")
     loaded = load.load(model, device=device, ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
-    request = image_files.bulk_request(
+    request = image_files.make_request(
         loaded,
         classes,
         per_class,

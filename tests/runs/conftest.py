@@ -1,4 +1,4 @@
-"""Whole commands: in this process where that is as good, in one of their own where it is not."""
+"""Whole commands, in this process where possible, else in a process of their own."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tessera import cli
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 data: {kind: digits}
-network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+network: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}
 diffusion: {num_timesteps: 20, schedule: cosine, prediction: v}
 sampling: {num_steps: 3}
 training:
@@ -39,9 +39,9 @@ class Outcome:
 
 @pytest.fixture
 def recipe(tmp_path) -> Path:
-    """A recipe file of a run that takes milliseconds; its output is tmp_path / run."""
+    """A recipe of a run that takes milliseconds, in tmp_path / run."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(f"output: {tmp_path / 'run'}\n" + RECIPE)
+    path.write_text(f"run_dir: {tmp_path / 'run'}\n" + RECIPE)
     return path
 
 
@@ -52,27 +52,28 @@ def tessera(capsys, monkeypatch) -> Callable[..., Outcome]:
     def run(*words: object) -> Outcome:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["tessera", *map(str, words)])
+        monkeypatch.setenv("TESSERA_DEBUG", "1")  # unexpected exceptions fail the test
         code = 0
         try:
             cli.main()
-        except SystemExit as leaving:
-            code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        told = capsys.readouterr()
-        return Outcome(code, told.out, told.err)
+        except SystemExit as exit:
+            code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        output = capsys.readouterr()
+        return Outcome(code, output.out, output.err)
 
     return run
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """For a process that shall find the package and be as quick as this one."""
+    """Environment variables for a process that imports this package and uses one thread."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
 def command(environment) -> Callable[..., Outcome]:
-    """`python -m tessera` in a process of its own."""
+    """`python -m tessera` in its own process."""
 
     def run(*words: object, cwd: Path | None = None) -> Outcome:
         done = subprocess.run(
@@ -86,7 +87,7 @@ def command(environment) -> Callable[..., Outcome]:
 
 @pytest.fixture
 def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
-    """`python -m tessera` in a process of its own, to be disturbed; it is gone when the test is."""
+    """`python -m tessera` in its own process, running in the background. It is killed at the end of the test."""
     started = []
 
     def run(*words: object) -> subprocess.Popen:
@@ -105,10 +106,10 @@ def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """A run on digits, to draw from; not to be changed."""
+    """A run on digits. Tests must not change it."""
     from tessera.training import loop
     from tessera.training.recipe import read_recipe
 
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(RECIPE)
-    return loop.train(read_recipe(folder / "tiny.yaml", [f"output={folder / 'run'}", "training.ema.decay=0"]))
+    return loop.train(read_recipe(folder / "tiny.yaml", [f"run_dir={folder / 'run'}", "training.ema.decay=0"]))

@@ -259,7 +259,7 @@ def test_a_killed_process_is_an_error_and_the_same_command_resumes(tessera, star
     os.kill(workers[0], signal.SIGKILL)
     output, err = process.communicate()
     assert (process.returncode, output) == (1, "")
-    assert err.splitlines()[-1].startswith("error: an encoding process ended before its work was done")
+    assert err.splitlines()[-1].startswith("error: a worker process died")
     assert "Traceback" not in err
     assert tessera(*words(recipe, out, "--workers", 1, "data.count=1000")).code == 0
     assert tessera(*words(recipe, tmp_path / "whole", "--workers", 1, "data.count=1000")).code == 0

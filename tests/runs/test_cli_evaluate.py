@@ -15,7 +15,6 @@ from PIL import Image
 from tessera import generation
 from tessera.data import DigitsConfig
 from tessera.evaluation import protocol
-from tessera.generation import bulk
 
 pytest.importorskip("sklearn")
 
@@ -38,7 +37,7 @@ def samples(real, tmp_path) -> Path:
 
 def scores(folder: Path) -> dict[str, tuple]:
     """Value, fingerprint and hash of the images of each metric."""
-    return {each.metric: (each.value, each.fingerprint, each.source["pictures"]) for each in protocol.load(folder)}
+    return {each.metric: (each.value, each.fingerprint, each.source["images"]) for each in protocol.load(folder)}
 
 
 # Scoring
@@ -57,7 +56,7 @@ def test_a_model_is_scored_against_its_training_data(tessera, trained, tmp_path)
     assert (tmp_path / "out/report.html").exists()
     assert "note: 60 samples of 48" not in done.err
     first = protocol.load(tmp_path / "out")[0].protocol
-    assert (first.samples, first.sampling["num_steps"], first.sampling["class policy"]) == (60, 3, "uniform")
+    assert (first.samples, first.sampling["num_steps"], first.sampling["class_policy"]) == (60, 3, "uniform")
 
 
 def test_score_is_the_default_command(tessera, samples, tmp_path):
@@ -213,7 +212,7 @@ def test_an_interrupted_sample_generates_only_missing_images(tessera, trained, t
         path.unlink()
     names[2].write_bytes(before[names[2]][:60])  # cut short
     seeds, original = [], generation.generate
-    monkeypatch.setattr(bulk, "generate", lambda *a, **k: seeds.extend(a[2]) or original(*a, **k))
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: seeds.extend(a[2]) or original(*a, **k))
     assert tessera(*words).code == 0
     assert seeds == [2, 5, 6, 7, 8]
     for path, content in before.items():
