@@ -132,9 +132,9 @@ def exclusive_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> I
     on_wait: called once if another process has locked the folder; then this process waits for it. Without on_wait
     InUse is raised. Raises TesseraError if the folder cannot be written.
     """
+    lock = FileLock(folder / LOCK, thread_local=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, thread_local=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -184,3 +184,22 @@ def test_two_processes_may_write_one_file(tmp_path):
         second.write_text("same")
     assert target.read_text() == "same"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "a.json"
+    with pytest.raises(TesseraError, match="cannot read .*a.json.*; write it again"):
+        files.read_json(path, "write it again")
+    for content, message in (("{", "cannot read"), ("[]", "holds list; expected an object"), ("\xff", "cannot read")):
+        path.write_text(content, encoding="latin-1")
+        with pytest.raises(TesseraError, match=message):
+            files.read_json(path)
+    path.write_text('{"a": 1}')
+    assert files.read_json(path) == {"a": 1}
+
+
+def test_the_cache_folder_is_that_of_the_environment_or_the_system(tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
+    assert files.cache_folder() == tmp_path
+    monkeypatch.delenv("TESSERA_CACHE")
+    assert files.cache_folder().name == "tessera"

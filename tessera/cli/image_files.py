@@ -2,7 +2,6 @@
 
 import hashlib
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +73,6 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
     return generation.class_labels(model, [part.strip() for part in text.split(",")])
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The files that generation starts from beside the model."""
-
-    guidance_model: Model | None = None
-    init_image: np.ndarray | None = None
-    strength: float | None = None
-    mask: np.ndarray | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # the options of the command line
-    hashes: dict[str, str] = field(default_factory=dict)  # of the content
-
-
 def read_inputs(
     model: Model,
     guidance_model: str | None,
@@ -93,12 +80,14 @@ def read_inputs(
     strength: float | None,
     mask: str | None,
     size: tuple[int, int] | None,
-) -> Inputs:
-    """Read --guidance-model, --init-image and --mask. Raises TesseraError for what does not fit the model.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read --guidance-model, --init-image and --mask: arguments of `generation.generate`, and hashes of the contents.
 
-    Image and mask are cropped as training images are, to --size or to the size the model was trained at.
+    Image and mask are cropped as training images are, to --size or to the size the model was trained at. Raises
+    TesseraError for what does not fit the model.
     """
-    guide, pixels, mask_pixels, hashes = None, None, None, {}
+    arguments: dict[str, Any] = {} if strength is None else {"strength": strength}
+    hashes: dict[str, str] = {}
     if guidance_model is not None:
         try:
             guide = load.load(guidance_model, device=str(model.device))
@@ -106,27 +95,25 @@ def read_inputs(
             hint = " (convert a .pt of unusual type to a bundle first)" if Path(guidance_model).is_file() else ""
             raise TesseraError(f"--guidance-model: {error}{hint}") from None
         generation.check_guidance_model(model, guide)
-        hashes["guidance_model_weights"] = weights_hash(guide.network)
+        arguments["guidance_model"], hashes["guidance_model_weights"] = guide, weights_hash(guide.network)
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
-        original = _read_image("--init-image", init_image, model.codec.pixel_channels)
+        image = _read_image("--init-image", init_image, model.codec.pixel_channels)
         height, width = model.config.network.input_size
         size = size or (height * model.codec.factor, width * model.codec.factor)
-        pixels = _crop(original, size)
-        hashes["init_image_hash"] = _hash(pixels)
+        arguments["init_image"] = _crop(image, size)
+        hashes["init_image_hash"] = _hash(arguments["init_image"])
         if mask is not None:
             mask_image = _read_image("--mask", mask, 1)
-            if mask_image.shape[:2] != original.shape[:2]:
+            if mask_image.shape[:2] != image.shape[:2]:
                 raise TesseraError(
                     f"--mask {mask} has {mask_image.shape[0]} x {mask_image.shape[1]} pixels (height x width), but "
-                    f"--init-image {init_image} has {original.shape[0]} x {original.shape[1]}: both need the same size"
+                    f"--init-image {init_image} has {image.shape[0]} x {image.shape[1]}: both need the same size"
                 )
-            mask_pixels = _crop(mask_image, size)[..., 0] >= 128
-            hashes["mask_hash"] = _hash(mask_pixels)
-    options = {"guidance-model": guidance_model, "init-image": init_image, "strength": strength, "mask": mask}
-    options = {name: value for name, value in options.items() if value is not None}
-    return Inputs(guide, pixels, strength, mask_pixels, options, hashes)
+            arguments["mask"] = _crop(mask_image, size)[..., 0] >= 128
+            hashes["mask_hash"] = _hash(arguments["mask"])
+    return arguments, hashes
 
 
 def _read_image(option: str, path: str, channels: int) -> np.ndarray:
@@ -184,26 +171,27 @@ def write_npz(model: Model, request: BulkRequest, target: Path, batch_size: int,
 
 
 def write_images(
-    model: Model, request: BulkRequest, inputs: Inputs, out: Path, batch_size: int, settings: dict[str, Any]
+    model: Model, request: BulkRequest, inputs: dict[str, Any], out: Path, batch_size: int, settings: dict[str, Any]
 ) -> None:
     """Write a PNG of each image and a grid into a folder, or the grid alone into a .png file.
 
-    An existing PNG with the same settings is not generated again. settings: stored in every PNG.
+    An existing PNG with the same settings is not generated again. inputs: more arguments of `generation.generate`.
+    settings: stored in every PNG.
     """
     sampling = generation.sampling_config(model, **request.settings).model_dump(mode="json")
     settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
-    settings |= inputs.hashes
     grid_only, count = out.suffix.lower() == ".png", len(request.seeds)
     if grid_only and count > MAX_COLUMNS * MAX_ROWS:
         raise TesseraError(
             f"a grid holds at most {MAX_COLUMNS * MAX_ROWS} images, not {count}: give a folder for --out"
         )
     stats, sheet = CacheStats(), []
+    inputs = {**inputs, "cache_stats": stats}
     with progress() as start:
         report = start(f"generating {count}")
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
-            batch = _generate(model, request, inputs, rows, None if grid_only else out, settings, stats)
+            batch = _generate(model, request, inputs, rows, None if grid_only else out, settings)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
     seeds = list(dict.fromkeys(request.seeds))
@@ -219,11 +207,10 @@ def write_images(
 def _generate(
     model: Model,
     request: BulkRequest,
-    inputs: Inputs,
+    inputs: dict[str, Any],
     rows: range,
     out: Path | None,
     settings: dict[str, Any],
-    stats: CacheStats,
 ) -> list[np.ndarray]:
     """The images of some rows of a request: read from the folder where they exist, else generated and written."""
     done: dict[int, np.ndarray] = {}
@@ -241,13 +228,9 @@ def _generate(
             None if request.classes is None else [request.classes[row] for row in missing],
             [request.seeds[row] for row in missing],
             size=request.size,
-            guidance_model=inputs.guidance_model,
-            init_image=inputs.init_image,
-            strength=inputs.strength,
-            mask=inputs.mask,
             precision=request.precision,
             batch_size=len(missing),
-            cache_stats=stats,
+            **inputs,
             **request.settings,
         )
         for row, image in zip(missing, generated):

@@ -46,7 +46,7 @@ Shard = Annotated[
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """'1/4' -> (0, 4): index from 0 and count. None is the only shard. Raises TesseraError."""
-    index, _, count = (text or "1/1").partition("/")
+    index, _, count = ("1/1" if text is None else text).partition("/")
     if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
         raise TesseraError(f"--shard {text} is not valid: write I/N with I from 1 to N, for example 1/4")
     return int(index) - 1, int(count)

@@ -75,11 +75,11 @@ def sample(
         precision=precision,
         size=parse_size(size),
     )
-    inputs = image_files.read_inputs(loaded, guidance_model, init_image, strength, mask, request.size)
+    inputs, hashes = image_files.read_inputs(loaded, guidance_model, init_image, strength, mask, request.size)
     if compile:
         image_files.compile_network(loaded)
     if npz is not None:
-        if inputs.options:
+        if inputs:
             raise TesseraError(
                 "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength and --mask"
             )
@@ -92,7 +92,10 @@ def sample(
         "codec": codec,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),
-        **inputs.options,
+        "guidance-model": guidance_model,
+        "init-image": init_image,
+        "strength": strength,
+        "mask": mask,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    image_files.write_images(loaded, request, inputs, out, batch_size, {"model": model, "options": options})
+    image_files.write_images(loaded, request, inputs, out, batch_size, {"model": model, "options": options, **hashes})

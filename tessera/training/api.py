@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tessera.errors import TesseraError
 from tessera.training import loop
 from tessera.training.recipe import Recipe, read_recipe
 
@@ -15,6 +16,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[s
     "training.steps=1000". resume: "auto" continues the run of the folder, if there is one; "never" refuses such a
     folder; a path continues from that run or checkpoint. Raises TesseraError.
     """
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(mode="json")
-    return loop.train(read_recipe(Path(recipe) if isinstance(recipe, str) else recipe, overrides), resume)
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(Path(recipe) if isinstance(recipe, str) else recipe, overrides)
+    elif overrides:
+        raise TesseraError("overrides apply to a path or a mapping; change a Recipe with `read_recipe` or `model_copy`")
+    return loop.train(recipe, resume)

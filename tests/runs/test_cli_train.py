@@ -57,7 +57,7 @@ def test_the_same_command_resumes(tessera, recipe, tmp_path):
 def test_a_dry_run_prints_an_estimate_and_writes_nothing(tessera, recipe, tmp_path):
     done = tessera("train", recipe, "--dry-run", "training.steps=100000")
     assert done.code == 0
-    for fact in ("network", "data", "a step", "the run", "peak memory", "disk"):
+    for fact in ("network", "data", "step", "run", "peak memory", "disk"):
         assert any(line.startswith(fact) for line in done.out.splitlines()), fact
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
 
