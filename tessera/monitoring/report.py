@@ -209,6 +209,31 @@ def _diagnostics(run: Path) -> Iterator[Block]:
         yield Notice(finding.severity, finding.what, [Paragraph(finding.evidence), Paragraph(finding.change)])
 
 
+CURVES: list[tuple[str, str, Scale, dict[str, str], float]] = [  # title, unit, scale, {label: key}, factor
+    ("Parts of the loss", "mse and variational bound", "log", {"mse": "mse", "vb": "vb"}, 1),
+    ("Steps clipped", "% of the steps", "from zero", {"clipped": "clipped"}, 100),
+    ("Learning rate", "", "linear", {"learning rate": "learning_rate"}, 1),
+    ("Speed", "images/s", "from zero", {"images/s": "images_per_second"}, 1),
+    ("MFU", "% of the peak of the device", "from zero", {"MFU": "mfu"}, 100),
+    ("Waiting for data", "% of the time", "from zero", {"waiting": "data_wait"}, 100),
+    ("Memory", "GiB, peak of a device", "from zero", {"memory": "memory"}, 2**-30),
+]
+HEALTH_CURVES: list[tuple[str, str, Scale, dict[str, str], float]] = [
+    ("Fixed probe batch", "mse", "log",
+     {"weights": "loss_probe", "EMA": "loss_ema", "wrong labels": "loss_wrong_labels"}, 1),
+    ("EMA distance", "% of the norm of the weights", "linear", {"distance": "ema_distance"}, 100),
+    ("Patches that hardly vary", "% of tokens", "linear", {"output": "dead_patches", "data": "still_patches"}, 100),
+    ("Network input", "", "linear",
+     {"mean": "data_mean", "standard deviation": "data_std", "between samples": "data_spread"}, 1),
+]  # fmt: skip
+MAPS: list[tuple[str, str, Scale]] = [  # lists by block in a health record
+    ("attention_logits", "largest magnitude", "log"),
+    ("activations", "rms of the tokens", "log"),
+    ("gates", "rms", "linear"),
+    ("scales", "rms", "linear"),
+]
+
+
 def _charts(figures: Iterable[Figure | None], otherwise: str) -> Iterator[Block]:
     available = [figure for figure in figures if figure is not None]
     yield Images(available) if available else Paragraph(otherwise)
@@ -219,33 +244,18 @@ def _curves(recipe: Record, steps: Sequence[Record], log: Sequence[Record]) -> I
     raw = _line("loss", steps, faint=True, color=COLORS[0])
     smooth = Line("loss", raw.steps, _smooth(raw.values), color=COLORS[0])
     clip = _get(recipe, "training", "optimizer", "grad_clip_norm")
-    clip = float(clip) if isinstance(clip, int | float) else None
-    levels = [] if clip is None else [(f"clip {format_number(clip)}", clip)]
-    parts = [_line("mse", steps), _line("vb", steps)] if any("vb" in record for record in steps) else []
-    clipped = [] if clip is None else [_line("clipped", steps, factor=100)]
-    yield from _charts(
-        [
-            line_chart("Loss", [raw, smooth], "", "log", marks=events),
-            line_chart("Parts of the loss", parts, "mse and variational bound", "log"),
-            line_chart("Gradient norm", [_line("grad_norm", steps)], "before clipping", "log", levels, events),
-            line_chart("Clipped steps", clipped, "% of the steps", "from zero"),
-            line_chart("Learning rate", [_line("learning_rate", steps)]),
-            *(
-                line_chart(metric, [line], "with its 95 % interval", "log" if _spans_decade(line) else "linear")
-                for metric, line in _score_lines(log).items()
-            ),
-            line_chart("Speed", [_line("images_per_second", steps)], "images/s", "from zero"),
-            line_chart("MFU", [_line("mfu", steps, factor=100)], "% of the peak of the device", "from zero"),
-            line_chart("Waiting for data", [_line("data_wait", steps, factor=100)], "% of the time", "from zero"),
-            line_chart("Memory", [_line("memory", steps, factor=2**-30)], "GiB, peak of a device", "from zero"),
-        ],
-        "There are no records to plot yet.",
-    )
-
-
-def _spans_decade(line: Line) -> bool:
-    values = [value for value in (*line.values, *line.low) if value is not None]
-    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+    levels = [(f"clip {format_number(clip)}", float(clip))] if isinstance(clip, int | float) else []
+    norm = _line("grad_norm", steps)
+    figures = [line_chart("Loss", [raw, smooth], "", "log", marks=events)]
+    figures.append(line_chart("Gradient norm", [norm], "before clipping", "log", levels, events))
+    for metric, line in _score_lines(log).items():
+        values = [value for value in (*line.values, *line.low) if value is not None]
+        scale: Scale = "log" if values and min(values) > 0 and max(values) > 10 * min(values) else "linear"
+        figures.append(line_chart(metric, [line], "with its 95 % interval", scale))
+    for title, unit, scale, keys, factor in CURVES:
+        lines = [_line(label, steps, key, factor) for label, key in keys.items()]
+        figures.append(line_chart(title, lines, unit, scale))
+    yield from _charts(figures, "There are no records to plot yet.")
 
 
 def _samples(run: Path) -> Iterator[Block]:
@@ -272,40 +282,26 @@ def _internals(health: Sequence[Record]) -> Iterator[Block]:
     by_timestep = []
     for index in range(BINS):
         losses = [_number(record.get("loss_by_timestep"), index) for record in health]
-        shade = 0.15 + 0.6 * index / (BINS - 1)  # dark: near the data
+        shade = 0.15 + 0.6 * index / (BINS - 1)  # from blue, near the data, to red, near the noise
         by_timestep.append(Line(f"t≥{index / BINS:g}", steps, _smooth(losses), color=(shade, 0.3, 1 - shade)))
+    unit = "mse in tenths of the time from 0, data, to 1, noise"
+    figures = [line_chart("Loss by timestep", by_timestep, unit, "log")]
+    for title, unit, scale, keys, factor in HEALTH_CURVES:
+        lines = [_line(label, health, key, factor) for label, key in keys.items()]
+        figures.append(line_chart(title, lines, unit, scale))
     norms = [record["grad_norms"] if isinstance(record.get("grad_norms"), dict) else {} for record in health]
     groups = list(dict.fromkeys(group for record in norms for group in record))
-    by_group = [[_number(record, group) for group in groups] for record in norms]
-    probe = {"weights": "loss_probe", "EMA": "loss_ema", "wrong labels": "loss_wrong_labels"}
-    patches = {"output": "dead_patches", "data": "still_patches"}
-    data = {"mean": "data_mean", "standard deviation": "data_std", "between samples": "data_spread"}
-    yield from _charts(
-        [
-            line_chart("Loss by timestep", by_timestep, "mse in tenths of the time from 0, data, to 1, noise", "log"),
-            line_chart("Fixed probe batch", [_line(name, health, key) for name, key in probe.items()], "mse", "log"),
-            line_chart("EMA distance", [_line("ema_distance", health, factor=100)], "% of the norm of the weights"),
-            line_chart(
-                "Patches that hardly vary",
-                [_line(name, health, key, 100) for name, key in patches.items()],
-                "% of tokens",
-            ),
-            line_chart("Network input", [_line(name, health, key) for name, key in data.items()]),
-            heat_map("Gradient norm by part", groups, steps, by_group, "before clipping", "log"),
-            _by_block("Attention logits by block", health, "attention_logits", "largest magnitude", "log"),
-            _by_block("Activations by block", health, "activations", "rms of the tokens", "log"),
-            _by_block("Gates by block", health, "gates", "rms", "linear"),
-            _by_block("Scales by block", health, "scales", "rms", "linear"),
-        ],
-        "This run has no health.jsonl. Set training.health_every to record these measurements.",
-    )
-
-
-def _by_block(title: str, health: Sequence[Record], key: str, unit: str, scale: Scale) -> Figure | None:
-    records = [record for record in health if isinstance(record.get(key), list)]
-    depth = max((len(record[key]) for record in records), default=0)
-    values = [[_number(record[key], block) for block in range(depth)] for record in records]
-    return heat_map(title, [f"{n}" for n in range(depth)], [record["step"] for record in records], values, unit, scale)
+    values = [[_number(record, group) for group in groups] for record in norms]
+    figures.append(heat_map("Gradient norm by part", groups, steps, values, "before clipping", "log"))
+    for key, unit, scale in MAPS:
+        records = [record for record in health if isinstance(record.get(key), list)]
+        blocks = range(max((len(record[key]) for record in records), default=0))
+        values = [[_number(record[key], block) for block in blocks] for record in records]
+        title = f"{key.replace('_', ' ').capitalize()} by block"
+        figures.append(
+            heat_map(title, [*map(str, blocks)], [record["step"] for record in records], values, unit, scale)
+        )
+    yield from _charts(figures, "This run has no health.jsonl. Set training.health_every to record these measurements.")
 
 
 def _skipped(run: Path) -> Iterator[Block]:

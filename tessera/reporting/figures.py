@@ -141,8 +141,8 @@ def line_chart(
             axes.axhline(height, color="0.4", linestyle="--", linewidth=0.9, label=name)
         for (name, steps), color in zip(marks, MARK_COLORS):
             if len(steps):
-                shown = steps[:: -(-len(steps) // MAX_BINS)]
-                axes.vlines(shown, 0, 1, color=color, linestyle=":", label=name, transform=axes.get_xaxis_transform())
+                steps = steps[:: -(-len(steps) // MAX_BINS)]
+                axes.vlines(steps, 0, 1, color=color, linestyle=":", label=name, transform=axes.get_xaxis_transform())
         numbers = [v for line in lines for v in (*line.values, *line.low, *line.high) if is_finite(v)]
         _set_scale(axes, numbers + [height for _, height in levels], scale)
         _set_steps(axes)

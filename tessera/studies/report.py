@@ -24,7 +24,7 @@ from tessera.planning.scaling_law import Law
 from tessera.planning.statistics import Estimate
 from tessera.reporting.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
 from tessera.reporting.metrics import HIGHER_IS_BETTER
-from tessera.reporting.text import format_number
+from tessera.reporting.text import format_duration, format_number
 from tessera.studies import figures
 from tessera.studies.comparison import Compared, Scale, Value, compare
 from tessera.studies.figures import StudyFigure, eval_points
@@ -308,7 +308,7 @@ def _members(results: Sequence[Result]) -> Iterator[Block]:
         last = result.points[-1] if result.points else None
         row = [result.name, f"{result.parameters:,}", f"{result.macs / 1e9:.4g}", result.state]
         row += [f"{last.step:,}", f"{last.flops:.3g}"] if last else ["", ""]
-        row += [_time(result.planned_seconds), _time(last.seconds) if last else ""]
+        row += [format_duration(result.planned_seconds), format_duration(last.seconds) if last else ""]
         row.append(f"{times[result.name][0] / times[result.name][1]:.2f}" if result.name in times else "")
         scores = [last.scores.get(metric) if last else None for metric in metrics]
         rows.append([*row, *("" if s is None else _range(Estimate(s.value, s.low, s.high)) for s in scores)])
@@ -318,8 +318,8 @@ def _members(results: Sequence[Result]) -> Iterator[Block]:
     if times:
         actual, planned = map(sum, zip(*times.values()))
         yield Paragraph(
-            f"Training of the {len(times)} that are done: planned {_time(planned)}, actual {_time(actual)} "
-            f"({actual / planned:.2f} of the plan). Scoring and sampling are not included."
+            f"Training of the {len(times)} that are done: planned {format_duration(planned)}, actual "
+            f"{format_duration(actual)} ({actual / planned:.2f} of the plan). Scoring and sampling are not included."
         )
     failed = [(result.name, (result.fault or "").strip()) for result in results if result.state == "failed"]
     if failed:
@@ -431,17 +431,9 @@ def _fold(ratio: float) -> str:
     return f"a {format_number(ratio)}-fold range"
 
 
-def _time(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
-
-
 def _at(compared: Compared) -> str:
     if compared.scale == "seconds":
-        return _time(compared.x)
+        return format_duration(compared.x)
     return f"{compared.x:,.0f}" if compared.scale == "steps" else f"{compared.x:.3g}"
 
 

@@ -37,7 +37,7 @@ def test_the_page_has_the_findings_with_thumbnails(checked, read_page):
     assert {finding.kind for finding in result.findings} >= {"empty", "duplicates", "conflicts"}
     for finding in result.findings:
         assert finding.kind in page.sections["Findings"]
-        assert finding.message in page.sections["Findings"]
+        assert f"{finding.message[1:]}: {finding.count}" in page.sections["Findings"]
     assert all(link.startswith("data:image/") for link in page.links)
     assert not re.search(r"https?:|@import|url\(", html)
     assert HOSTILE in page.text

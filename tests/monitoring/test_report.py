@@ -92,7 +92,7 @@ def test_the_head_has_progress_times_and_the_latest_values(run, page_of):
 
 def test_the_curves_are_those_of_the_log(run, page_of, svg_text):
     page = page_of(run)
-    assert charts(page) == {"Loss", "Gradient norm", "Clipped steps", "Learning rate", "fd", "Speed", "MFU",
+    assert charts(page) == {"Loss", "Gradient norm", "Steps clipped", "Learning rate", "fd", "Speed", "MFU",
                             "Waiting for data", "Memory"}  # fmt: skip
     (image,) = page.images("Gradient norm")
     assert {"clip 1.5", "rollback", "skipped step"} <= set(svg_text(image))
@@ -158,9 +158,9 @@ def test_first_and_last_grids_are_shown_and_damaged_ones_are_not(run, page_of):
     for step in range(0, 500, 10):
         images.save_png(run / f"samples/step-{step:09d}.png", np.zeros((8, 1000, 3), np.uint8))
     page = page_of(run)
-    shown = [alt for alt in page.alts if alt.startswith("samples, ")]
-    assert len(shown) == report.MAX_GRIDS
-    assert (shown[0], shown[-1]) == ("samples, step 0", "samples, step 490")
+    grids = [alt for alt in page.alts if alt.startswith("samples, ")]
+    assert len(grids) == report.MAX_GRIDS
+    assert (grids[0], grids[-1]) == ("samples, step 0", "samples, step 490")
     assert "12 of 50 grids" in page.sections["Samples"]
     (run / "samples/step-000000490.png").write_bytes(b"no image")
     assert len(page_of(run).images("samples, ")) == report.MAX_GRIDS - 1

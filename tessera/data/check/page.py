@@ -70,9 +70,9 @@ def _charts(result: ScanResult) -> Iterator[Figure]:
 
 
 def _notice(result: ScanResult, finding: Finding) -> Notice:
-    blocks: list[Block] = [Paragraph(f"{finding.count:,} {finding.message}.")]
+    blocks: list[Block] = [Paragraph(f"{finding.message[:1].upper()}{finding.message[1:]}: {finding.count:,}.")]
     if finding.advice:
-        blocks.append(Paragraph(finding.advice))
+        blocks.append(Paragraph(f"Remedy: {finding.advice}."))
     blocks += [Code(command) for command in finding.commands]
     for group in finding.groups[:MAX_GROUPS]:
         blocks += [_thumbnails(result, finding, group[:MAX_GROUP_SIZE]), *_more(group, MAX_GROUP_SIZE, "in this group")]
@@ -85,8 +85,8 @@ def _notice(result: ScanResult, finding: Finding) -> Notice:
     return Notice(finding.severity, finding.kind, blocks)
 
 
-def _more(items: Sequence[object], shown: int, name: str) -> list[Block]:
-    count = len(items) - shown
+def _more(items: Sequence[object], limit: int, name: str) -> list[Block]:
+    count = len(items) - limit
     return [Paragraph(f"and {count:,} more {name}; decisions.jsonl lists all samples")] if count > 0 else []
 
 

@@ -1,0 +1,13 @@
+"""Numbers as text."""
+
+import pytest
+
+from tessera.reporting.text import format_duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (42, "42 s"), (59.9, "59 s"), (200, "3 min 20 s"), (18600, "5 h 10 min"), (183600, "2 d 3 h")],
+)
+def test_durations_have_two_units(seconds, text):
+    assert format_duration(seconds) == text
