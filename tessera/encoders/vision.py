@@ -4,18 +4,19 @@ Shapes: B images, C channels, H W height and width, D width of the feature.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tessera.errors import TesseraError, bullet_list
 
 FILTERS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers, which preprocessor_config.json stores
-RADIUS = {"bilinear": 1, "bicubic": 2}  # of the filters, in pixels
-ONE = 2**22  # Pillow computes in fixed point
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Preprocessing:
     def __call__(self, images: Tensor) -> Tensor:
         """images uint8 [B, 3, H, W] -> float32 [B, 3, height, width]"""
         height, width = self._resized(*images.shape[2:])
-        x = resize_like_pillow(images, (height, width), self.filter)
+        x = resize(images, (height, width), self.filter)
         if self.crop is not None:
             top, left = (height - self.crop[0]) // 2, (width - self.crop[1]) // 2
             if min(top, left) < 0:
@@ -62,43 +63,16 @@ class Preprocessing:
         return f"{self.filter} as in Pillow, {size}{crop}, mean {self.mean}, std {self.std}"
 
 
-def resize_like_pillow(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
-    """images uint8 [B, C, H, W] -> uint8 [B, C, *size]: the bytes of Pillow's resize, on any device.
+def resize(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
+    """images uint8 [B, 3, H, W] -> uint8 [B, 3, *size], by Pillow in threads, on the device of the images."""
+    resampling = Image.Resampling[filter.upper()]
 
-    In a reduction each pixel is a weighted mean of the pixels it covers. Width first, then height, rounded to
-    bytes after each.
-    """
-    height, width = size
-    # Integers below 2^53, so float64 is exact in any order; MPS has no float64.
-    x = images.to("cpu" if images.device.type == "mps" else images.device, torch.float64)
-    if width != x.shape[3]:
-        x = _round_to_bytes(x @ _weights(x.shape[3], width, filter).T.to(x.device))
-    if height != x.shape[2]:
-        x = _round_to_bytes(_weights(x.shape[2], height, filter).to(x.device) @ x)
-    return x.to(images.device, torch.uint8)
+    def resized(image: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(image).resize((size[1], size[0]), resampling))
 
-
-def _round_to_bytes(x: Tensor) -> Tensor:
-    """Fixed point to 0 .. 255; halves are rounded up."""
-    return ((x + ONE // 2) / ONE).floor().clamp(0, 255)
-
-
-def _weights(input_length: int, length: int, filter: str) -> Tensor:
-    """Integer weights of each input pixel in each output pixel of a line: [length, input_length]; rows sum to ONE."""
-    scale = input_length / length
-    filter_scale = max(scale, 1.0)
-    center = (torch.arange(length, dtype=torch.float64) + 0.5)[:, None] * scale
-    radius = RADIUS[filter] * filter_scale
-    pixel = torch.arange(input_length)
-    inside = (pixel >= (center - radius + 0.5).floor()) & (pixel < (center + radius + 0.5).floor())
-    d = ((pixel - center + 0.5) / filter_scale).abs()
-    if filter == "bilinear":
-        weight = (1 - d).clamp(min=0)
-    else:  # Keys' cubic with a = -1/2
-        weight = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((2.5 - 0.5 * d) * d - 4) * d + 2) * (d < 2)
-    weight = weight * inside
-    weight = weight / weight.sum(1, keepdim=True) * ONE
-    return (weight.abs() + 0.5).floor() * weight.sign()
+    with ThreadPoolExecutor() as pool:
+        arrays = list(pool.map(resized, images.permute(0, 2, 3, 1).contiguous().cpu().numpy()))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(images.device)
 
 
 class VisionEncoder(nn.Module):

@@ -15,15 +15,7 @@ from tessera.acceleration.first_block_cache import CacheStats, check_caching
 from tessera.conditioning import Condition
 from tessera.generation.denoiser import BatchSettings, build_denoiser
 from tessera.generation.editing import as_images, as_masks, edit_source
-from tessera.generation.request import (
-    check_classes,
-    check_guidance,
-    check_seeds,
-    class_labels,
-    latent_size,
-    num_rows,
-    sampling_config,
-)
+from tessera.generation.request import check_request, class_labels, latent_size, num_rows, sampling_config
 from tessera.model import Model
 from tessera.sampling import SampleState, sample_loop, timestep_grid
 
@@ -63,9 +55,7 @@ def generate_steps(
     config = sampling_config(model, **settings)
     scales = torch.as_tensor(config.guidance_scale if guidance_scale is None else guidance_scale, dtype=torch.float32)
     seeds = list(seeds)
-    check_classes(model, classes)
-    check_guidance(model, scales, guidance_model)
-    check_seeds(seeds)
+    check_request(model, classes, seeds, scales, guidance_model)
     source = edit_source(model, init_image, strength, mask, size)
     labels = None if classes is None else class_labels(model, classes)
     rows = num_rows(

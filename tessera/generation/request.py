@@ -60,24 +60,21 @@ def num_rows(counts: Mapping[str, int]) -> int:
     return rows
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise TesseraError for a number that is not a seed."""
+def check_request(
+    model: Model,
+    classes: Sequence[int | str] | None,
+    seeds: Sequence[int],
+    scales: Tensor,
+    guidance_model: Model | None,
+) -> None:
+    """Raise TesseraError for classes, seeds or guidance that the model does not support. scales: of guidance."""
+    network, guided = model.config.network, bool((scales != 1).any())
+    if classes is not None and not network.num_classes:
+        raise TesseraError("this model is unconditional: leave out classes")
+    if classes is None and network.num_classes:
+        raise TesseraError(f"this model has {network.num_classes} classes: pass some, for example classes=[0]")
     if not all(0 <= seed < 2**63 for seed in seeds):
         raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {list(seeds)}")
-
-
-def check_classes(model: Model, classes: Sequence[int | str] | None) -> None:
-    """Raise TesseraError if a class-conditional model gets no classes, or an unconditional one gets some."""
-    count = model.config.network.num_classes
-    if classes is not None and not count:
-        raise TesseraError("this model is unconditional: leave out classes")
-    if classes is None and count:
-        raise TesseraError(f"this model has {count} classes: pass some, for example classes=[0]")
-
-
-def check_guidance(model: Model, scales: Tensor, guidance_model: Model | None) -> None:
-    """Raise TesseraError if the model cannot be guided in this way. scales: one, or one per image."""
-    network, guided = model.config.network, bool((scales != 1).any())
     if guidance_model is not None:
         check_guidance_model(model, guidance_model)
         if not guided:

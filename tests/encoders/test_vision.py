@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.encoders.vision import VisionEncoder, load, resize_like_pillow
+from tessera.encoders.vision import VisionEncoder, load
 from tessera.errors import TesseraError
 
 transformers = pytest.importorskip("transformers")
@@ -133,20 +133,6 @@ def test_preprocessing_is_that_of_transformers_on_pillow(size, changes, tmp_path
     pixel_values = ours.preprocessing(images)
     assert pixel_values.shape == expected.shape
     torch.testing.assert_close(pixel_values, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("filter", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(
-    ("input_size", "size"),
-    [((40, 50), (32, 40)), ((256, 256), (224, 224)), ((9, 20), (32, 71)), ((301, 20), (7, 20)), ((1, 3), (5, 5))],
-    ids=str,
-)
-def test_the_resize_has_the_bytes_of_pillow(input_size, size, filter):
-    images = _images(*input_size)
-    resampling = Image.Resampling[filter.upper()]
-    resized = [Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], resampling) for image in images]
-    expected = np.stack([np.asarray(image) for image in resized]).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(resize_like_pillow(images, size, filter).numpy(), expected)
 
 
 def test_grey_images_are_repeated_to_three_channels(dinov2):
