@@ -115,13 +115,13 @@ def _line(label: str, records: Sequence[Record], key: str = "", factor: float = 
 
 def _smooth(values: Sequence[float | None]) -> list[float | None]:
     """The moving mean; None where the window holds no number."""
-    reach = len(values) // SMOOTHING // 2
+    if not values:
+        return []
+    window = np.ones(2 * (len(values) // SMOOTHING // 2) + 1)
     numbers = np.array([np.nan if value is None else value for value in values])
-    sums, counts = (np.r_[0, np.cumsum(part)] for part in (np.nan_to_num(numbers), np.isfinite(numbers)))
-    first = np.maximum(np.arange(len(values)) - reach, 0)
-    last = np.minimum(np.arange(len(values)) + reach + 1, len(values))
-    totals, sizes = sums[last] - sums[first], counts[last] - counts[first]
-    return [total / size if size else None for total, size in zip(totals.tolist(), sizes.tolist())]
+    sums = np.convolve(np.nan_to_num(numbers), window, "same")
+    counts = np.convolve(np.isfinite(numbers), window, "same")
+    return [total / count if count else None for total, count in zip(sums.tolist(), counts.round().tolist())]
 
 
 def _increases(records: Sequence[Record], key: str) -> list[float]:

@@ -100,6 +100,17 @@ def test_the_curves_are_those_of_the_log(run, page_of, svg_text):
     assert memory.startswith("Memory: memory 2 ")  # GiB
 
 
+def test_smoothing_is_a_local_mean_that_skips_missing_numbers():
+    values = [1.0] * 100
+    values[50:52] = None, 1e30
+    smooth = report._smooth(values)
+    assert smooth[:49] == pytest.approx([1.0] * 49)
+    assert smooth[51] == pytest.approx(1e30 / 2)
+    assert smooth[53:] == pytest.approx([1.0] * 47)
+    assert report._smooth([None, 2.0]) == [None, 2.0]
+    assert report._smooth([]) == []
+
+
 def test_measurements_are_shown_by_timestep_by_part_and_by_block(with_health, page_of, svg_text):
     page = page_of(with_health)
     assert {"Loss by timestep", "Gradient norm by part", "Attention logits by block", "Gates by block",
