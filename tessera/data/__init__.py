@@ -1,4 +1,4 @@
-"""Files of any layout and embedded data sets to batches of pixels, in an order that is a function of position."""
+"""Data sets: files of any layout, embedded data, cached latents; batches in an order that depends on position only."""
 
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ from tessera.settings import expand_kind
 
 
 def _kind(value: Any) -> Any:
-    """The name of embedded data stands for it, and data of no kind is files."""
+    """Expand the name of an embedded data set; the default kind is files."""
     value = expand_kind(value)
     return {"kind": "files", **value} if isinstance(value, dict) else value
 

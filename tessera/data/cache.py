@@ -9,18 +9,13 @@ Shapes: n samples of a shard, B batch, C latent channels, H W pixels, h w latent
 
 import hashlib
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from multiprocessing import connection
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +46,7 @@ from tessera.data.latents import (
     cache_key,
     cache_spec,
 )
+from tessera.data.processes import run_in_processes
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_file, remove_partials
 
@@ -179,11 +175,7 @@ class CacheWriter:
 
     def is_valid(self, shard: int) -> bool:
         """Whether a shard exists and its checksum is right."""
-        try:
-            metadata, tensors = _read_shard(self.path(shard))
-            return metadata["key"] == self.key and metadata["sha256"] == _checksum(metadata, tensors)
-        except READ_ERRORS:
-            return False
+        return _is_valid(self.path(shard), key=self.key)
 
     def missing(self, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
         """For each shard, whether it must be written because it is absent or damaged."""
@@ -352,65 +344,38 @@ def write_in_processes(
 ) -> Generator[int, None, None]:
     """Write shards on the CPU in several processes; yields repeatedly how many more samples are done.
 
-    The processes end with this one, however it ends. Raises TesseraError.
+    Raises TesseraError.
     """
     if workers == 1 or len(shards) < 2:
-        yield from cache.write(shards, torch.device("cpu"), batch_size)
-        return
-    context = multiprocessing.get_context("spawn")
-    todo = deque(shards)
-    pipes, processes = [], []
-    try:
-        with _ignore_interrupts():  # Ctrl-C reaches every process of a terminal; this process ends the others
-            for _ in range(min(workers, len(shards))):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_run_worker, args=(theirs, cache, batch_size), daemon=True)
-                process.start()
-                theirs.close()
-                ours.send(todo.popleft())
-                pipes.append(ours)
-                processes.append(process)
-        while pipes:
-            ready: list[Any] = connection.wait(pipes)
-            for pipe in ready:
-                try:
-                    message = pipe.recv()
-                except EOFError:
-                    raise TesseraError(
-                        "an encoding process ended before its work was done; if this machine is short of memory, use "
-                        "fewer --workers: the same command resumes"
-                    ) from None
-                if isinstance(message, int):
-                    yield message
-                elif message is not None:
-                    raise message
-                elif todo:
-                    pipe.send(todo.popleft())
-                else:
-                    pipes.remove(pipe)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        return cache.write(shards, torch.device("cpu"), batch_size)
+    return run_in_processes(partial(_write_shard, cache, batch_size), shards, workers)
+
+
+def _write_shard(cache: CacheWriter, batch_size: int, shard: int) -> Iterator[int]:
+    runtime.keep_freed_memory()
+    return cache.write([shard], torch.device("cpu"), batch_size)
 
 
 def damaged_shards(dataset: LatentsDataset, progress: Callable[[int, int], None]) -> list[str]:
     """The files of a finished cache whose checksum is wrong."""
-
-    def is_valid(shard: dict[str, Any]) -> bool:
-        try:
-            metadata, tensors = _read_shard(dataset.folder / shard["file"])
-            return metadata["sha256"] == shard["sha256"] == _checksum(metadata, tensors)
-        except READ_ERRORS:
-            return False
-
-    damaged = []
+    shards, damaged = dataset.shards, []
     with ThreadPoolExecutor(runtime.available_cpus()) as pool:
-        results = zip(dataset.shards, _prefetch(pool, is_valid, dataset.shards, 4))
-        for done, (shard, valid) in enumerate(results, start=1):
+        results = _prefetch(
+            pool, lambda each: _is_valid(dataset.folder / each["file"], sha256=each["sha256"]), shards, 4
+        )
+        for done, (shard, valid) in enumerate(zip(shards, results), start=1):
             damaged += [] if valid else [shard["file"]]
-            progress(done, len(dataset.shards))
+            progress(done, len(shards))
     return damaged
+
+
+def _is_valid(path: Path, **expected: str) -> bool:
+    """Whether a shard exists, its checksum is right, and its metadata has the expected values."""
+    try:
+        metadata, tensors = _read_shard(path)
+        return expected.items() <= metadata.items() and metadata["sha256"] == _checksum(metadata, tensors)
+    except READ_ERRORS:
+        return False
 
 
 def scaled_statistics(statistics: dict[str, list[float]], codec: Codec) -> tuple[list[float], list[float]]:
@@ -419,42 +384,6 @@ def scaled_statistics(statistics: dict[str, list[float]], codec: Codec) -> tuple
     shift, scale = ((ones * torch.as_tensor(number).cpu()).flatten() for number in (codec.shift, codec.scale))
     mean, std = (torch.tensor(statistics[name], dtype=torch.float64) for name in ("mean", "sample_std"))
     return ((mean - shift) * scale).tolist(), (std * scale).tolist()
-
-
-def _run_worker(pipe: Any, cache: CacheWriter, batch_size: int) -> None:
-    """A process that receives shards one by one; sends counts of samples done, and None after each shard."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    runtime.keep_freed_memory()
-    try:
-        while True:
-            for done in cache.write([pipe.recv()], torch.device("cpu"), batch_size):
-                pipe.send(done)
-            pipe.send(None)
-    except TesseraError as error:
-        pipe.send(error)
-    except (EOFError, BrokenPipeError):
-        pass
-
-
-def _exit_with_parent() -> None:
-    """A parent that was killed cannot end its children."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-@contextmanager
-def _ignore_interrupts() -> Iterator[None]:
-    """Processes started in this context ignore Ctrl-C from the beginning."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera.data import check, index
+from tessera.data import check, index, processes
 from tessera.data.check import findings, scan
 from tessera.data.check.scan import ScanShard
 from tessera.data.files import FilesConfig
@@ -106,8 +106,8 @@ def test_only_new_and_changed_parts_are_scanned(data, tmp_path, small_parts, mon
 
 def test_a_process_that_dies_is_an_error(data, tmp_path, small_parts, monkeypatch):
     monkeypatch.setattr(scan, "MIN_SECONDS", 0)
-    monkeypatch.setattr(scan, "_init_worker", os._exit)  # called with any arguments, it ends the process
-    with pytest.raises(TesseraError, match=r"a scanning process died.*fewer --workers than 2"):
+    monkeypatch.setattr(processes, "_run_worker", os._exit)  # called with any arguments, it ends the process
+    with pytest.raises(TesseraError, match=r"a worker process died.*fewer --workers than 2"):
         check.scan_data(check.CheckRequest(str(data), tmp_path / "out"), workers=2)
 
 

@@ -137,7 +137,7 @@ def test_every_damage_is_found_and_nothing_else(every, clean_check, tmp_path):
 
 @pytest.mark.parametrize("name", list(damages.DAMAGES))
 def test_each_damage_by_itself(name, tmp_path):
-    """Among forty drawings in two classes: no damage hides behind another, and none is names_by_kind without it."""
+    """Among fifty images in two classes: no damage hides another one, and none is found without it."""
     folder = tmp_path / "data"
     for number in range(50):
         damages.put(

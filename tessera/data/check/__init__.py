@@ -110,7 +110,6 @@ def report_findings(
 ) -> CheckResult:
     """Read all parts; write decisions, findings and report to the folder, and an index of accepted samples.
 
-
     exclude: kinds of findings. Raises TesseraError if parts are missing or a file cannot be written.
     """
     dataset, reference = request.dataset, request.reference_dataset

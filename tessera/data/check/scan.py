@@ -9,16 +9,12 @@ Shapes: N samples, H W height and width.
 
 import hashlib
 import io
-import multiprocessing
 import os
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -29,6 +25,7 @@ from tessera.data.check import similarity
 from tessera.data.files import FilesDataset
 from tessera.data.images import ORIENTATION_TAG, ImagesConfig, InvalidSample, flatten
 from tessera.data.index import arrow
+from tessera.data.processes import run_in_processes
 from tessera.data.tables import NO_BYTES
 from tessera.errors import TesseraError
 from tessera.files import atomic_file
@@ -296,81 +293,30 @@ def _scan_parts(
     dataset: FilesDataset, folder: Path, missing: Sequence[int], keys: dict[int, str], workers: int
 ) -> Iterator[int]:
     """Scan parts; yields the number of samples of each."""
-    if not missing:
-        return
-    start = time.perf_counter()
-    yield _scan_part(dataset, folder, missing[0], keys[missing[0]])
-    seconds, missing = time.perf_counter() - start, missing[1:]
-    if workers <= 1 or seconds * len(missing) < MIN_SECONDS:
-        for part in missing:
-            yield _scan_part(dataset, folder, part, keys[part])
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks held by threads of this process
-    pool = ProcessPoolExecutor(workers, spawn, _init_worker, (dataset, folder))
-    try:
-        with _defer_interrupts():  # submitting starts the processes
-            futures = [pool.submit(_scan_part_in_worker, part, keys[part]) for part in missing]
-        for future in as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool:
-        raise TesseraError(
-            "a scanning process died, probably for lack of memory: run the same command again with fewer "
-            f"--workers than {workers}; finished parts are not scanned again"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    scan_part = partial(_scan_part, dataset, folder, keys)
+    for number, part in enumerate(missing, start=1):
+        start = time.perf_counter()
+        yield from scan_part(part)
+        seconds = time.perf_counter() - start
+        if number == 1 and workers > 1 and seconds * (len(missing) - 1) >= MIN_SECONDS:
+            yield from run_in_processes(scan_part, missing[1:], workers)
+            return
 
 
-@contextmanager
-def _defer_interrupts() -> Iterator[None]:
-    """Handle Ctrl-C after this context, as a half-started pool cannot be shut down. Processes started in it never
-    receive it: only the waiting process handles it."""
-    received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    except ValueError:  # not the main thread, which is the only one that is interrupted
-        yield
-        return
-    mask = None
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the children, as other threads here still receive it
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, before)
-        if received:
-            signal.raise_signal(signal.SIGINT)
-
-
-_worker_state: tuple[FilesDataset, Path]  # of a process of the pool
-
-
-def _init_worker(dataset: FilesDataset, folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    global _worker_state
-    _worker_state = dataset, folder
-
-
-def _scan_part_in_worker(part: int, key: str) -> int:
-    return _scan_part(*_worker_state, part, key)
-
-
-def _scan_part(dataset: FilesDataset, folder: Path, part: int, key: str) -> int:
-    """Measure the samples of a part and write it atomically; returns their number."""
+def _scan_part(dataset: FilesDataset, folder: Path, keys: dict[int, str], part: int) -> Iterator[int]:
+    """Measure the samples of a part and write it atomically; yields their number."""
     pa = arrow()
     rows = range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(dataset)))
     stats = [_scan_sample(dataset, row) for row in rows]
     columns = {field.name: [getattr(sample, field.name) for sample in stats] for field in fields(SampleStats)}
-    table = pa.table(columns, schema()).replace_schema_metadata({"key": key})
+    table = pa.table(columns, schema()).replace_schema_metadata({"key": keys[part]})
     with (
         atomic_file(part_path(folder, part), str(os.getpid())) as partial,  # two processes may write the same part
         pa.OSFile(str(partial), "wb") as file,
         pa.ipc.new_file(file, table.schema) as writer,
     ):
         writer.write_table(table)
-    return len(rows)
+    yield len(rows)
 
 
 def _scan_sample(dataset: FilesDataset, row: int) -> SampleStats:
