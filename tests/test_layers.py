@@ -34,7 +34,7 @@ LAYERS = [  # lowest first
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "interop"}, "transformers": {"encoders"}, "typer": {"cli"}}
-LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "pyarrow", "datasets", "tensorboard"}
+LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "tensorboard"}
 LAZY |= {"torch.utils.tensorboard"}
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}
 EXEMPT = {"__init__.py", "__main__.py"}  # the table of public names, and `python -m tessera`

@@ -17,7 +17,7 @@ from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.planning import published
 from tessera.planning.scaling_law import EvalPoint, fit, frontier, held_out, largest
-from tessera.planning.statistics import Estimate
+from tessera.reporting.estimates import Estimate
 from tessera.reporting.figures import COLORS, encode, label, new_figure, set_log_scale, style
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.studies.comparison import SCALES, Scale

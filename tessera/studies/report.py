@@ -21,8 +21,8 @@ from tessera.evaluation.protocol import Score
 from tessera.files import atomic_write
 from tessera.planning import scaling_law, statistics
 from tessera.planning.scaling_law import Law
-from tessera.planning.statistics import Estimate
 from tessera.reporting.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
+from tessera.reporting.estimates import Estimate
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_duration, format_number
 from tessera.studies import figures

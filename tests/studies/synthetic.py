@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tessera import images
-from tessera.evaluation.intervals import Estimate
+from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.studies.results import Drawn, Point, Result
 from tessera.studies.study import Study, members
