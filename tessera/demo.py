@@ -1,103 +1,104 @@
-"""The demo: digits to a trained model, a grid, an animation, a loss curve and one honest score."""
+"""`tessera demo`: train on digits, then write a grid of samples, an animation, the loss curve and a score."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import tessera
-from tessera import bundle, files, images
-from tessera.data.digits import DigitsConfig, DigitsSource
-from tessera.evaluation.intervals import wilson
+from tessera import bundle, files, generation, images, model_card
+from tessera.data.digits import DigitsConfig, DigitsDataset
 from tessera.evaluation.toy.digit_classifier import DigitClassifier
-from tessera.generation import pipeline
-from tessera.monitoring.logger import format_duration, read_log
+from tessera.monitoring.logger import read_log
+from tessera.reporting.estimates import Estimate
+from tessera.reporting.text import format_duration
 from tessera.training import loop
 from tessera.training.dry_run import dry_run
-from tessera.training.recipe import Recipe
-from tessera.training.recipe import read_recipe as read_recipe
-from tessera.training.run import RECIPE as RECIPE_OF_RUN
+from tessera.training.recipe import Recipe, read_recipe
+from tessera.training.run import RECIPE
 
-RECIPE = "digits.yaml"
-SEEDS = 8  # rows of the grid
-JUDGED = 100  # drawings of each class that the score is made of
+ROWS = 8  # of the grid, one seed each
+PER_CLASS = 100  # scored samples of each class
+COUNT = 10 * PER_CLASS
 
 
 def run(out: Path, seconds: float = 120) -> float:
-    """Train for about `seconds`, write grid.png, denoising.gif, loss.png and report.md into out, and return the share.
+    """Train for about `seconds`, write grid.png, denoising.gif, loss.png and report.md into out, return the accuracy.
 
-    An interrupted demo in the same folder goes on where it stopped. Raises TesseraError.
+    An interrupted demo in the same folder resumes. Raises TesseraError.
     """
-    judge = DigitClassifier()
-    recipe, estimate = _recipe(out, seconds)
+    classifier = DigitClassifier()
+    recipe, duration = _read_recipe(out, seconds)
+    run_dir = Path(recipe.run_dir)
     loop.train(recipe)
-    model = bundle.load(bundle.checkpoints(Path(recipe.run_dir))[0])
-    print(f"drawing {10 * JUDGED} digits to be judged", flush=True)
-    asked = [digit for digit in range(10) for _ in range(JUDGED)]
-    # Seeds apart from those of the grid, so that the score is of digits nobody has picked.
-    drawn = pipeline.generate(model, asked, [1000 + seed for seed in range(JUDGED)] * 10, batch=100)
-    share = judge.share(drawn, asked)
-    classes, seeds = [c for _ in range(SEEDS) for c in range(10)], [s for s in range(SEEDS) for _ in range(10)]
-    shown = pipeline.generate(model, classes, seeds, batch=len(seeds))
-    images.save_png(out / "grid.png", images.grid(_enlarged(shown), 10, gap=4))
+    model = bundle.load(bundle.checkpoints(run_dir)[0])
+    print(f"sampling {COUNT} digits to be scored", flush=True)
+    labels = [digit for digit in range(10) for _ in range(PER_CLASS)]
+    seeds = [1000 + seed for seed in range(PER_CLASS)] * 10  # not those of the grid
+    samples = generation.generate(model, labels, seeds, batch_size=100)
+    accuracy = classifier.accuracy(samples, labels)
+    grid = generation.generate(
+        model, list(range(10)) * ROWS, [row for row in range(ROWS) for _ in range(10)], batch_size=10 * ROWS
+    )
+    images.save_png(out / "grid.png", images.grid(_upscale(grid), 10, gap=4))
     frames = [
-        images.grid(_enlarged(pipeline.decode(model, state.x)), 10, gap=4)
-        for state in pipeline.generate_steps(model, list(range(10)), [0])
+        images.grid(_upscale(generation.decode(model, state.x)), 10, gap=4)
+        for state in generation.generate_steps(model, list(range(10)), [0])
     ]
     images.save_gif(out / "denoising.gif", frames, milliseconds=90)
-    _plot_loss(out / "loss.png", Path(recipe.run_dir))
-    files.atomic_write(out / "report.md", _report(recipe, model, estimate, judge, share, drawn))
-    print(f"\n{_score(share, judge)}\n")
+    _plot_loss(out / "loss.png", run_dir)
+    summary = _summary(accuracy, classifier)
+    files.atomic_write(out / "report.md", _report(recipe, model, duration, summary, classifier, samples))
+    print(f"\n{summary}\n")
     for name in ("grid.png", "denoising.gif", "loss.png", "report.md"):
         print(out / name)
-    print(f"draw more:  tessera sample {recipe.run_dir} --classes 3,7 --count 4")
-    return share
+    print(f"more samples:  tessera sample {run_dir} --classes 3,7 --per-class 4")
+    return accuracy
 
 
-def _recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
-    """The recipe with as many steps as fit the time on this machine, or that of the demo already begun in `out`."""
-    here, begun = [f"output={out / 'run'}"], out / "run" / RECIPE_OF_RUN
-    if begun.exists():
-        recipe = read_recipe(begun, here)
-        told = f"{recipe.training.steps} steps, as begun before"
-        print(f"going on with the demo in {out}: {told}; give another --out for a new one", flush=True)
-        return recipe, told
-    installed = Path(__file__).parent / "recipes"  # beside the package in a checkout, inside it when installed
-    recipes = installed if installed.is_dir() else Path(__file__).parents[1] / "recipes"
-    recipe = read_recipe(recipes / RECIPE, here)
-    print("measuring this machine", flush=True)
+def _read_recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
+    """The recipe, and its training time as text: that of an earlier demo in `out`, or as many steps as fit the time."""
+    overrides, saved = [f"run_dir={out / 'run'}"], out / "run" / RECIPE
+    if saved.exists():
+        recipe = read_recipe(saved, overrides)
+        duration = f"{recipe.training.steps} steps, as started before"
+        print(f"resuming the demo in {out}: {duration}; give another --out for a new one", flush=True)
+        return recipe, duration
+    installed = Path(__file__).parent / "recipes"  # inside the package if installed, beside it in a checkout
+    path = (installed if installed.is_dir() else Path(__file__).parents[1] / "recipes") / "digits.yaml"
+    recipe = read_recipe(path, overrides)
+    print("measuring the speed of this machine", flush=True)
     estimate = dry_run(recipe, steps=10)
     steps = max(round(seconds / estimate.seconds_per_step), 20)
-    recipe = read_recipe(recipes / RECIPE, [*here, f"training.steps={steps}"])
-    told = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"
+    duration = f"{steps} steps of {estimate.seconds_per_step * 1000:.0f} ms, measured on this machine"
     print(
-        f"training a DiT of {estimate.parameters:,} parameters for about {format_duration(seconds)}: {told}", flush=True
+        f"training a DiT of {estimate.parameters:,} parameters for about {format_duration(seconds)}: {duration}",
+        flush=True,
     )
-    return recipe, told
+    return read_recipe(path, [*overrides, f"training.steps={steps}"]), duration
 
 
-def _score(share: float, judge: DigitClassifier) -> str:
-    low, high = wilson(share, 10 * JUDGED)
+def _summary(accuracy: float, classifier: DigitClassifier) -> str:
+    interval = Estimate.proportion(accuracy * COUNT, COUNT)
     return (
-        f"{share:.1%} of {10 * JUDGED} drawn digits are read as the digit that was asked for "
-        f"(95 % interval {low:.1%} to {high:.1%});\nthe same judge reads {judge.ceiling:.1%} of {judge.held_out} "
-        "real digits that neither it nor the model has seen."
+        f"{accuracy:.1%} of {COUNT} samples are classified as their class (95 % interval {interval.low:.1%} to "
+        f"{interval.high:.1%});\nthe accuracy of the same classifier on {classifier.num_real} other real digits is "
+        f"{classifier.real_accuracy:.1%}."
     )
 
 
-def _enlarged(drawn: np.ndarray, zoom: int = 6) -> np.ndarray:
-    """uint8 [B, 8, 8, 1] -> [B, 48, 48, 1], ink dark on white, smoothed as a scanner would."""
-    side = drawn.shape[1] * zoom
-    enlarged = [images.to_image(255 - digit).resize((side, side), Image.Resampling.BICUBIC) for digit in drawn]
-    return np.stack([np.asarray(image)[..., None] for image in enlarged])
+def _upscale(digits: np.ndarray, factor: int = 6) -> np.ndarray:
+    """uint8 [B, 8, 8, 1] -> [B, 48, 48, 1], dark on white, with bicubic interpolation."""
+    side = digits.shape[1] * factor
+    upscaled = [images.to_pil(255 - digit).resize((side, side), Image.Resampling.BICUBIC) for digit in digits]
+    return np.stack([np.asarray(image)[..., None] for image in upscaled])
 
 
-def _plot_loss(path: Path, folder: Path) -> None:
-    import io
-
+def _plot_loss(path: Path, run_dir: Path) -> None:
     from matplotlib.figure import Figure
 
-    records = read_log(folder)
+    records = read_log(run_dir)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([record["step"] for record in records], [record["loss"] for record in records])
@@ -109,49 +110,49 @@ def _plot_loss(path: Path, folder: Path) -> None:
 
 
 def _report(
-    recipe: Recipe, model: bundle.Model, estimate: str, judge: DigitClassifier, share: float, drawn: np.ndarray
+    recipe: Recipe, model: bundle.Model, duration: str, summary: str, classifier: DigitClassifier, samples: np.ndarray
 ) -> str:
-    learned, unseen = DigitsSource(DigitsConfig(split="model")), DigitsSource(DigitsConfig(split="ceiling"))
-    real = learned.images.transpose(0, 2, 3, 1)
-    facts = "\n".join(f"| {name} | {value} |" for name, value in bundle.describe(model).items())
-    records = read_log(Path(recipe.run_dir))
+    training, held_out = DigitsDataset(DigitsConfig(split="model")), DigitsDataset(DigitsConfig(split="ceiling"))
+    real = training.images.transpose(0, 2, 3, 1)
+    facts = "\n".join(f"| {name} | {value} |" for name, value in model_card.describe(model).items())
+    loss = read_log(Path(recipe.run_dir))[-1]["loss"]
     rows = "\n".join(
-        f"| {digit} | {judge.share(drawn[part], [digit] * JUDGED):.0%} | {spread(drawn[part]):.2f} | "
-        f"{spread(real[learned.labels == digit]):.2f} |"
-        for digit, part in ((digit, slice(digit * JUDGED, (digit + 1) * JUDGED)) for digit in range(10))
+        f"| {digit} | {classifier.accuracy(part, [digit] * PER_CLASS):.0%} | {spread(part):.2f} | "
+        f"{spread(real[training.labels == digit]):.2f} |"
+        for digit, part in enumerate(samples.reshape(10, PER_CLASS, *samples.shape[1:]))
     )
     return f"""# Handwritten digits by a diffusion transformer
 
-{_score(share, judge)}
+{summary}
 
 ![a grid of digits: ten classes, eight seeds](grid.png)
 ![denoising](denoising.gif)
 ![loss](loss.png)
 
-## The model
+## Model
 | | |
 |---|---|
 {facts}
 
-Trained on {len(learned)} scans: {estimate}; batch {recipe.training.global_batch_size}, final loss {records[-1]["loss"]:.4f},
-tessera {tessera.__version__}. The recipe is in `run/recipe.yaml`.
+Trained on {len(training)} scans: {duration}; batch {recipe.training.global_batch_size}, final loss {loss:.4f}, tessera
+{tessera.__version__}. The recipe is `run/recipe.yaml`.
 
-## Digit by digit
-Spread is the mean distance between two digits of the class (pixels in 0..1): far below the real one would mean that
-the model draws one digit over and over.
+## Classes
+Spread is the mean distance between two digits of a class (pixels in 0..1). A value far below that of real digits would
+mean mode collapse.
 
-| digit | read as asked | spread drawn | spread real |
+| digit | accuracy | spread of samples | spread of real digits |
 |---|---|---|---|
 {rows}
 
-## Is it copying?
-Mean distance to the nearest scan the model learned from: drawn digits {_nearest(drawn, real):.2f}, real digits it never
-saw {_nearest(unseen.images.transpose(0, 2, 3, 1), real):.2f}. Copies would be at 0.
+## Memorization
+Mean distance to the nearest training scan: samples {_nearest(samples, real):.2f}, held-out real digits
+{_nearest(held_out.images.transpose(0, 2, 3, 1), real):.2f}. Copies would have 0.
 """
 
 
 def spread(digits: np.ndarray) -> float:
-    """Mean distance of two digits of one class; uint8 [B, ...], distances of pixels in 0 .. 1."""
+    """Mean distance between two digits; uint8 [B, ...], distances of pixels in 0 .. 1."""
     return float(np.mean(_distances(digits, digits)[np.triu_indices(len(digits), 1)]))
 
 

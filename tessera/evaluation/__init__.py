@@ -1,4 +1,4 @@
-"""Pictures to numbers that say how they were made."""
+"""Evaluation: from images to scores with an interval and a protocol."""
 
 from tessera.evaluation.distances import frechet_distance
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tessera import randomness
 from tessera.errors import TesseraError
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.moments import Moments, check_finite
+from tessera.reporting.estimates import Estimate
 
 STREAM = 0x64697374  # random stream: which rows are used, and which are grouped
 GROUPS, SPLITS = 20, 3  # of frechet_infinity: groups left out one at a time, and random splits into halves

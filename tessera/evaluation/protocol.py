@@ -13,8 +13,8 @@ from pydantic import ConfigDict, Field
 
 from tessera import __version__
 from tessera.errors import TesseraError
-from tessera.evaluation.intervals import Estimate
 from tessera.files import atomic_write
+from tessera.reporting.estimates import Estimate
 from tessera.settings import Settings, diff, validate
 
 FORMAT = 2

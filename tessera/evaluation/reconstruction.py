@@ -17,8 +17,8 @@ from tessera.data.images import Dataset, InvalidSample
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
 from tessera.evaluation.features import FeatureExtractor, Progress
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.moments import Moments
+from tessera.reporting.estimates import Estimate
 
 PEAK = 255.0  # of 8-bit pixels
 WINDOW, SIGMA = 11, 1.5  # of SSIM, in pixels (Wang et al. 2004, section III.B)

@@ -13,13 +13,13 @@ from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
 from tessera.errors import TesseraError
 from tessera.evaluation import distances
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, Progress, extract, features_path
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MAX_ROWS, check_widths, open_reference, statistics_features
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
 from tessera.evaluation.toy.digit_classifier import DigitClassifier, ShapesEvaluator, load_oracle
 from tessera.generation.bulk import BulkSamples
 from tessera.generation.shards import num_shards
+from tessera.reporting.estimates import Estimate
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import unknown_name
 

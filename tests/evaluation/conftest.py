@@ -1,4 +1,4 @@
-"""Small sets of pictures, and the network that looks at them: digits of 8 x 8, shards of 20."""
+"""Small sets of images and a feature network: 8 x 8 digits, shards of 20."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera.evaluation import report, sources
-from tessera.evaluation.features import Extractor, extractor
+from tessera.evaluation.features import FeatureExtractor, load_extractor
+from tessera.generation import shards
 
 
 @pytest.fixture(scope="session")
 def real() -> np.ndarray:
-    """The 1000 digits that models learn from, uint8 [N, 8, 8, 1]."""
+    """The 1000 digits that models are trained on, uint8 [N, 8, 8, 1]."""
     pytest.importorskip("sklearn")
     from tessera.data.digits import DigitsConfig
 
@@ -22,29 +22,28 @@ def real() -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def digits() -> Extractor:
-    """The features that come with the package."""
-    return extractor("digits", torch.device("cpu"))
+def digits() -> FeatureExtractor:
+    """The feature network that comes with the package."""
+    return load_extractor("digits", torch.device("cpu"))
 
 
 @pytest.fixture
 def small_shards(monkeypatch) -> int:
-    """Shards so small that few pictures make many."""
-    for module in (sources, report):
-        monkeypatch.setattr(module, "SHARD", 20)
+    """Shards of 20 images, so that few images have several shards."""
+    monkeypatch.setattr(shards, "SHARD_SIZE", 20)
     return 20
 
 
 @pytest.fixture
 def make_folder(tmp_path) -> Callable[..., Path]:
-    """uint8 [N, H, W, C] as PNG files in tmp_path / name, in their order; of several classes where labels are told."""
+    """uint8 [N, H, W, C] as PNG files in tmp_path / name, in their order; in class folders with labels."""
 
-    def make(name: str, pictures: np.ndarray, labels=None) -> Path:
-        for number, picture in enumerate(pictures):
+    def make(name: str, images: np.ndarray, labels=None) -> Path:
+        for number, image in enumerate(images):
             inner = "" if labels is None else str(labels[number])
             path = tmp_path / name / inner / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture).save(path)
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
         return tmp_path / name
 
     return make

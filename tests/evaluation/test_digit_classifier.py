@@ -1,4 +1,4 @@
-"""The judge of digits, and which data have a judge."""
+"""The oracle of the digits, and which data have an oracle."""
 
 import numpy as np
 import pytest
@@ -8,56 +8,56 @@ from tessera.data.digits import DigitsConfig
 
 
 @pytest.fixture(scope="module")
-def judge():
+def classifier():
     pytest.importorskip("sklearn")
     from tessera.evaluation.toy.digit_classifier import DigitClassifier
 
     return DigitClassifier()
 
 
-def test_the_judge_reads_digits_that_it_has_not_seen(judge):
-    assert judge.held_out == 297
-    assert judge.ceiling >= 0.95
+def test_held_out_digits_are_classified_correctly(classifier):
+    assert classifier.num_real == 297
+    assert classifier.real_accuracy >= 0.95
 
 
-def test_the_judge_reads_the_digits_that_models_learn_from(judge):
-    source = DigitsConfig(split="model").open()
-    pictures = source.images.transpose(0, 2, 3, 1)
-    assert judge.share(pictures, source.labels) >= 0.95
-    assert judge.share(pictures, (source.labels + 1) % 10) <= 0.05
+def test_training_digits_of_models_are_classified_correctly(classifier):
+    dataset = DigitsConfig(split="model").open()
+    images = dataset.images.transpose(0, 2, 3, 1)
+    assert classifier.accuracy(images, dataset.labels) >= 0.95
+    assert classifier.accuracy(images, (dataset.labels + 1) % 10) <= 0.05
 
 
-def test_noise_is_not_taken_for_what_was_asked(judge):
+def test_noise_is_not_classified_correctly(classifier):
     noise = np.random.default_rng(0).integers(0, 256, (500, 8, 8, 1), dtype=np.uint8)
-    assert judge.share(noise, np.arange(500) % 10) < 0.25
+    assert classifier.accuracy(noise, np.arange(500) % 10) < 0.25
 
 
-def test_a_share_is_that_of_the_pictures_read_as_asked(judge):
-    pictures = DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1)[:10]
-    read = judge.read(pictures)
-    assert read.shape == (10,)
-    asked = np.where(np.arange(10) < 4, read, (read + 1) % 10)
-    assert judge.share(pictures, asked) == pytest.approx(0.4)
+def test_accuracy_is_the_fraction_of_correct_predictions(classifier):
+    images = DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1)[:10]
+    predictions = classifier.predict(images)
+    assert predictions.shape == (10,)
+    labels = np.where(np.arange(10) < 4, predictions, (predictions + 1) % 10)
+    assert classifier.accuracy(images, labels) == pytest.approx(0.4)
 
 
-def test_judging_is_the_share_with_its_interval(judge):
-    pictures = DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1)[:10]
-    asked = np.where(np.arange(10) < 4, judge.read(pictures), (judge.read(pictures) + 1) % 10)
-    judged = judge.judge(pictures, asked)
-    assert set(judged) == {"as asked"}
-    assert judged["as asked"].value == pytest.approx(0.4)
-    assert (judged["as asked"].low, judged["as asked"].high) == pytest.approx((0.168, 0.687), abs=1e-3)
-    assert judge.judge(pictures, None) == {}
+def test_the_score_is_the_accuracy_with_its_interval(classifier):
+    images = DigitsConfig(split="ceiling").open().images.transpose(0, 2, 3, 1)[:10]
+    predictions = classifier.predict(images)
+    score = classifier.score(images, np.where(np.arange(10) < 4, predictions, (predictions + 1) % 10))
+    assert set(score) == {"accuracy"}
+    assert score["accuracy"].value == pytest.approx(0.4)
+    assert (score["accuracy"].low, score["accuracy"].high) == pytest.approx((0.168, 0.687), abs=1e-3)
+    assert classifier.score(images, None) == {}
 
 
-def test_data_of_known_truth_have_a_judge():
+def test_data_with_a_ground_truth_have_an_oracle():
     pytest.importorskip("sklearn")
-    from tessera.evaluation.toy.digit_classifier import DigitClassifier, oracle_for
+    from tessera.evaluation.toy.digit_classifier import DigitClassifier, load_oracle
     from tessera.evaluation.toy.shape_reader import ShapesEvaluator
 
     for data, kind in ((DigitsConfig(), DigitClassifier), (ShapesConfig(split="train"), ShapesEvaluator)):
-        found = oracle_for(data)
-        assert isinstance(found, kind)
-        assert found.reads
-        assert found.ceiling > 0.9
-    assert oracle_for(FilesConfig(path="pictures")) is None
+        oracle = load_oracle(data)
+        assert isinstance(oracle, kind)
+        assert oracle.description
+        assert oracle.real_accuracy > 0.9
+    assert load_oracle(FilesConfig(path="images")) is None

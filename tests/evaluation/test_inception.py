@@ -1,4 +1,4 @@
-"""The Inception network of FID: the peers' numbers, the resize, and its file."""
+"""The Inception network of FID: features of torch-fidelity, the resize, and the file of its weights."""
 
 import zlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tessera.errors import TesseraError
 from tessera.evaluation import inception
 from tessera.evaluation.inception import Inception, load, resize_like_tensorflow
 
-# Of torch-fidelity 0.4.0 (FeatureExtractorInceptionV3) with the weights and pictures below: every 32nd of "2048", every
+# Of torch-fidelity 0.4.0 (FeatureExtractorInceptionV3) with the weights and images below: every 32nd of "2048", every
 # 32nd of the first seven maps of Mixed_6d.branch1x1 in the order H, W, C, every 16th of "logits_unbiased".
 PEER = np.load(Path(__file__).parents[1] / "reference" / "inception.npz")
 STEP = {"pool": 32, "spatial": 32, "logits": 16}
@@ -26,7 +26,7 @@ def _normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Weights by formula, with which activations neither die nor explode."""
+    """Weights by formula; activations stay in a normal range."""
     noise = _normal(name, shape)
     if name.endswith("running_var"):
         value = np.exp(0.2 * noise)
@@ -39,7 +39,7 @@ def _weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(value.astype(np.float32))
 
 
-def _pictures(height: int, width: int) -> torch.Tensor:
+def _images(height: int, width: int) -> torch.Tensor:
     generator = np.random.Generator(np.random.Philox(key=zlib.crc32(f"{height}x{width}".encode())))
     return torch.from_numpy(generator.integers(0, 256, (2, 3, height, width), dtype=np.uint8))
 
@@ -65,96 +65,98 @@ def network(file) -> Inception:
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_features_are_those_of_torch_fidelity(network, size):
-    features = network(_pictures(*size))
-    for part, width in network.parts.items():
-        assert features[part].shape == (2, width)
-        assert features[part].dtype == torch.float32
-        peer = PEER[f"{part}-{size[0]}x{size[1]}"]
-        ours = features[part][:, :: STEP[part]].numpy()
+    features = network(_images(*size))
+    for kind, width in network.widths.items():
+        assert features[kind].shape == (2, width)
+        assert features[kind].dtype == torch.float32
+        peer = PEER[f"{kind}-{size[0]}x{size[1]}"]
+        ours = features[kind][:, :: STEP[kind]].numpy()
         assert np.linalg.norm(ours - peer) < 1e-5 * np.linalg.norm(peer)
 
 
-def test_fusing_changes_nothing_but_rounding(network, weights):
+def test_fusing_changes_only_rounding(network, weights):
     plain = Inception()
     plain.load_state_dict(weights, strict=False)
-    pictures = _pictures(32, 32)
-    expected, found = plain(pictures), network(pictures)
-    for part in network.parts:
-        assert (found[part] - expected[part]).norm() < 1e-5 * expected[part].norm()
+    images = _images(32, 32)
+    expected, actual = plain(images), network(images)
+    for kind in network.widths:
+        assert (actual[kind] - expected[kind]).norm() < 1e-5 * expected[kind].norm()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 
-def test_grey_pictures_are_seen_as_three_equal_channels(network):
-    grey = _pictures(32, 32)[:, :1]
-    assert torch.equal(network(grey)["pool"], network(grey.repeat(1, 3, 1, 1))["pool"])
+def test_gray_images_are_expanded_to_three_channels(network):
+    gray = _images(32, 32)[:, :1]
+    assert torch.equal(network(gray)["pool"], network(gray.repeat(1, 3, 1, 1))["pool"])
 
 
 @pytest.fixture
-def short_products() -> Iterator[list]:
-    """The backends of convolutions, set to compute in less than float32."""
-    products = [torch.backends.cudnn.conv, torch.backends.mkldnn.conv]
-    before = [product.fp32_precision for product in products]
-    for product, precision in zip(products, ["tf32", "bf16"]):
-        product.fp32_precision = precision
-    yield products
-    for product, precision in zip(products, before):
-        product.fp32_precision = precision
+def low_precision() -> Iterator[list]:
+    """The backends of convolutions, set to less than float32."""
+    backends = [torch.backends.cudnn.conv, torch.backends.mkldnn.conv]
+    before = [backend.fp32_precision for backend in backends]
+    for backend, precision in zip(backends, ["tf32", "bf16"]):
+        backend.fp32_precision = precision
+    yield backends
+    for backend, precision in zip(backends, before):
+        backend.fp32_precision = precision
 
 
-def test_settings_of_precision_are_set_aside_and_given_back(network, short_products):
-    seen = []
-    hook = network.Mixed_6a.register_forward_hook(lambda *_: seen.extend(one.fp32_precision for one in short_products))
-    pictures = _pictures(32, 32)
-    expected = network(pictures)
+def test_precision_settings_are_overridden_and_restored(network, low_precision):
+    precisions = []
+    hook = network.Mixed_6a.register_forward_hook(
+        lambda *_: precisions.extend(backend.fp32_precision for backend in low_precision)
+    )
+    images = _images(32, 32)
+    expected = network(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = network(pictures)
+        actual = network(images)
     hook.remove()
-    assert seen == ["ieee"] * 4
-    assert [one.fp32_precision for one in short_products] == ["tf32", "bf16"]
-    assert torch.equal(found["logits"], expected["logits"])
+    assert precisions == ["ieee"] * 4
+    assert [backend.fp32_precision for backend in low_precision] == ["tf32", "bf16"]
+    assert torch.equal(actual["logits"], expected["logits"])
 
 
 @pytest.mark.parametrize(
-    "pictures",
+    "images",
     [torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)],
     ids=["float", "channels last", "no batch"],
 )
-def test_other_pictures_are_refused(network, pictures):
+def test_images_of_another_type_or_shape_are_an_error(network, images):
     with pytest.raises(TesseraError, match=r"expected torch.uint8 \[B, C, H, W\]"):
-        network(pictures)
+        network(images)
 
 
-def _by_hand(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """TensorFlow 1's formula, pixel by pixel in single precision: picture float32 [H, W] -> [height, width]."""
+def _by_hand(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """TensorFlow 1's formula, pixel by pixel in single precision: image float32 [H, W] -> [height, width]."""
 
-    def place(i: int, given: int, asked: int) -> tuple[int, int, np.float32]:
-        at = np.float32(i) * (np.float32(given) / np.float32(asked))
-        low = int(np.floor(at))
-        return low, min(low + 1, given - 1), at - np.float32(low)
+    def neighbors(i: int, old: int, new: int) -> tuple[int, int, np.float32]:
+        position = np.float32(i) * (np.float32(old) / np.float32(new))
+        low = int(np.floor(position))
+        return low, min(low + 1, old - 1), position - np.float32(low)
 
     out = np.empty((height, width), np.float32)
     for i in range(height):
-        top, bottom, down = place(i, picture.shape[0], height)
+        top, bottom, down = neighbors(i, image.shape[0], height)
         for j in range(width):
-            left, right, across = place(j, picture.shape[1], width)
-            above = picture[top, left] + (picture[top, right] - picture[top, left]) * across
-            below = picture[bottom, left] + (picture[bottom, right] - picture[bottom, left]) * across
+            left, right, across = neighbors(j, image.shape[1], width)
+            above = image[top, left] + (image[top, right] - image[top, left]) * across
+            below = image[bottom, left] + (image[bottom, right] - image[bottom, left]) * across
             out[i, j] = above + (below - above) * down
     return out
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("old", "new"),
     [((5, 7), (13, 11)), ((16, 9), (5, 4)), ((3, 20), (17, 6)), ((1, 1), (4, 3)), ((6, 6), (6, 6))],
     ids=["larger", "smaller", "one of each", "one pixel", "the same"],
 )
-def test_the_resize_is_that_of_tensorflow_to_the_bit(given, asked):
-    x = torch.from_numpy(_normal("resize", (2, 2, *given))) * 100
-    expected = np.stack([[_by_hand(channel, *asked) for channel in picture] for picture in x.numpy()])
-    np.testing.assert_array_equal(resize_like_tensorflow(x, asked).numpy(), expected)
+def test_the_resize_is_that_of_tensorflow_to_the_bit(old, new):
+    x = torch.from_numpy(_normal("resize", (2, 2, *old))) * 100
+    expected = np.stack([[_by_hand(channel, *new) for channel in image] for image in x.numpy()])
+    np.testing.assert_array_equal(resize_like_tensorflow(x, new).numpy(), expected)
 
 
-def test_the_file_is_looked_for_in_the_cache_of_torch_hub(file, tmp_path, monkeypatch):
+def test_the_weights_are_read_from_the_cache_of_torch_hub(file, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / inception.FILE).symlink_to(file)
@@ -162,27 +164,27 @@ def test_the_file_is_looked_for_in_the_cache_of_torch_hub(file, tmp_path, monkey
     assert load(sha256=digest).weights == digest
 
 
-def test_without_a_network_it_says_where_to_bring_the_file(tmp_path, monkeypatch):
+def test_without_internet_the_error_has_url_and_path(tmp_path, monkeypatch):
     def offline(*_):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(TesseraError, match=f"no route to host(?s:.*)bring https(?s:.*){tmp_path}"):
+    with pytest.raises(TesseraError, match=f"no route to host(?s:.*)copy https(?s:.*){tmp_path}"):
         load()
 
 
-def test_another_file_is_refused(file):
+def test_another_file_is_an_error(file):
     with pytest.raises(TesseraError, match="has the sha256 .*, expected 6726825d"):
         load(file)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(TesseraError, match=r"cannot read .*nowhere\.pth"):
         load(tmp_path / "nowhere.pth")
 
 
-def test_what_does_not_fit_is_named(weights, tmp_path):
+def test_tensors_that_do_not_fit_are_listed(weights, tmp_path):
     wrong = dict(weights)
     del wrong["Mixed_5b.branch1x1.conv.weight"]
     wrong |= {"AuxLogits.fc.weight": torch.zeros(2), "fc.bias": torch.zeros(1000)}
@@ -194,7 +196,7 @@ def test_what_does_not_fit_is_named(weights, tmp_path):
     assert "fc.bias is (1000,), expected (1008,)" in str(error.value)
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_a_file_without_a_state_dict_is_an_error(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(TesseraError, match="holds no state dict"):
+    with pytest.raises(TesseraError, match="does not hold a state dict"):
         load(tmp_path / "list.pth", sha256="")

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against torchmetrics, and what is said of a codec against what was done to the pictures."""
+"""PSNR and SSIM against torchmetrics, and the scores of codecs with a known effect."""
 
 import math
 
@@ -10,14 +10,14 @@ from tessera.codecs import Codec, PixelsConfig
 from tessera.data import ShapesConfig
 from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
-from tessera.evaluation.features import extractor
-from tessera.evaluation.reconstruction import psnr, reconstruct, sheet, ssim
+from tessera.evaluation.features import load_extractor
+from tessera.evaluation.reconstruction import comparison_rows, psnr, reconstruct, ssim
 
 CPU = torch.device("cpu")
 
 
 def noisy(count: int = 3, height: int = 24, width: int = 17):
-    """uint8 pictures with structure, and the same with noise."""
+    """uint8 images with structure, and the same with noise."""
     generator = torch.Generator().manual_seed(0)
     waves = torch.linspace(0, 9, height)[:, None].sin() * torch.linspace(0, 5, width).cos()
     pixels = 128 + 90 * waves.expand(count, 3, -1, -1) + 20 * torch.randn(count, 3, height, width, generator=generator)
@@ -36,21 +36,21 @@ def test_psnr_is_that_of_torchmetrics():
 def test_ssim_is_that_of_torchmetrics():
     theirs = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
     pixels, others = noisy()
-    told = {"sigma": 1.5, "data_range": 255.0, "reduction": "none", "return_full_image": True}
-    _, everywhere = theirs(others.double(), pixels.double(), **told)
-    inside = everywhere[..., 5:-5, 5:-5]  # theirs reflects the picture at its rim
+    options = {"sigma": 1.5, "data_range": 255.0, "reduction": "none", "return_full_image": True}
+    _, everywhere = theirs(others.double(), pixels.double(), **options)
+    inside = everywhere[..., 5:-5, 5:-5]  # torchmetrics reflects the image at its border
     assert torch.allclose(ssim(pixels, others), inside.mean(dim=(1, 2, 3)), rtol=0, atol=1e-6)
     assert torch.allclose(ssim(pixels, pixels), torch.ones(3, dtype=torch.float64))
 
 
-def test_ssim_of_flat_pictures_is_the_formula():
-    """Two greys of no variance: (2 x y + c1) / (x² + y² + c1)."""
+def test_ssim_of_constant_images_is_the_formula():
+    """Two constant gray levels: (2 x y + c1) / (x² + y² + c1)."""
     x, y, c1 = 100.0, 150.0, (0.01 * 255) ** 2
     flat = torch.ones(1, 1, 12, 12)
     assert float(ssim(flat * x, flat * y)) == pytest.approx((2 * x * y + c1) / (x**2 + y**2 + c1), rel=1e-9)
 
 
-def test_ssim_needs_its_window():
+def test_ssim_of_images_smaller_than_its_window_is_an_error():
     with pytest.raises(TesseraError, match="at least 11 pixels"):
         ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
 
@@ -74,8 +74,8 @@ class Darker(Codec):
         return "darker"
 
 
-class Pictures:
-    """Twenty colour pictures in the middle of the range; number 3 is unusable."""
+class Images:
+    """Twenty color images in the middle of the range; number 3 is invalid."""
 
     class_names = ()
 
@@ -90,43 +90,43 @@ class Pictures:
 
     def pixels(self, index):
         if index == 3:
-            raise InvalidSample("torn")
+            raise InvalidSample("truncated")
         return np.random.default_rng(index).integers(60, 200, (3, 16, 16), dtype=np.uint8)
 
 
-def test_what_a_codec_did_is_told():
-    seen = []
-    found = reconstruct(Darker(), Pictures(), range(20), CPU, batch=6, progress=lambda *n: seen.append(n))
-    assert found.count == 19
-    assert seen[-1] == (19, 20)
-    assert found.psnr.value == pytest.approx(20 * math.log10(255 / 8), abs=1e-9)
-    assert found.fd is None
-    assert (found.originals.astype(int) - found.reconstructions == 8).all()
-    assert found.originals.shape == (16, 16, 16, 3)
-    assert (found.originals[3].transpose(2, 0, 1) == Pictures().pixels(4)).all()
-    numbers = np.stack([Pictures().pixels(index) for index in range(20) if index != 3]) / 127.5 - 1
-    assert (found.mean, found.std) == pytest.approx((numbers.mean(), numbers.std(ddof=1)), abs=1e-6)
-    rows = sheet(found, columns=5)
+def test_scores_of_a_codec_with_a_known_effect():
+    calls = []
+    result = reconstruct(Darker(), Images(), range(20), CPU, batch_size=6, progress=lambda *n: calls.append(n))
+    assert result.count == 19
+    assert calls[-1] == (19, 20)
+    assert result.psnr.value == pytest.approx(20 * math.log10(255 / 8), abs=1e-9)
+    assert result.fd is None
+    assert (result.originals.astype(int) - result.reconstructions == 8).all()
+    assert result.originals.shape == (16, 16, 16, 3)
+    assert (result.originals[3].transpose(2, 0, 1) == Images().pixels(4)).all()
+    numbers = np.stack([Images().pixels(index) for index in range(20) if index != 3]) / 127.5 - 1
+    assert (result.latent_mean, result.latent_std) == pytest.approx((numbers.mean(), numbers.std(ddof=1)), abs=1e-6)
+    rows = comparison_rows(result, columns=5)
     assert len(rows) == 2 * 20  # 16 in rows of 5, two sheets of each, the last row filled with white
-    assert (rows[:5] == found.originals[:5]).all()
-    assert (rows[5:10] == found.reconstructions[:5]).all()
+    assert (rows[:5] == result.originals[:5]).all()
+    assert (rows[5:10] == result.reconstructions[:5]).all()
     assert (rows[31:35] == 255).all()
 
 
-def test_a_codec_that_changes_nothing_is_at_no_distance():
-    source = ShapesConfig(split="test", count=30).open()
-    network = extractor("shapes", CPU)
-    found = reconstruct(PixelsConfig().build(), source, range(30), CPU, network)
-    assert found.fd is not None
-    assert found.fd.value == pytest.approx(0, abs=1e-6)
-    assert found.ssim.value == 1
-    worse = reconstruct(Darker(), source, range(30), CPU, network)
+def test_an_identity_codec_has_distance_zero():
+    dataset = ShapesConfig(split="test", count=30).open()
+    network = load_extractor("shapes", CPU)
+    result = reconstruct(PixelsConfig().build(), dataset, range(30), CPU, network)
+    assert result.fd is not None
+    assert result.fd.value == pytest.approx(0, abs=1e-6)
+    assert result.ssim.value == 1
+    worse = reconstruct(Darker(), dataset, range(30), CPU, network)
     assert worse.fd is not None
     assert worse.fd.value > 0.01
 
 
-def test_pictures_that_do_not_fit_are_an_error():
+def test_images_that_do_not_fit_are_an_error():
     with pytest.raises(TesseraError, match="it takes 1 channels"):
-        reconstruct(PixelsConfig(channels=1).build(), Pictures(), range(4), CPU)
-    with pytest.raises(TesseraError, match="none of 1 pictures"):
-        reconstruct(Darker(), Pictures(), [3], CPU)
+        reconstruct(PixelsConfig(channels=1).build(), Images(), range(4), CPU)
+    with pytest.raises(TesseraError, match="none of 1 images"):
+        reconstruct(Darker(), Images(), [3], CPU)

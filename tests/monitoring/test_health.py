@@ -1,4 +1,4 @@
-"""What is measured while a run goes on, against the same worked out by hand."""
+"""Health metrics against the same computed by hand."""
 
 import math
 from contextlib import nullcontext
@@ -19,8 +19,15 @@ from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.layers.positions import rotary_grid, rotate
 from tessera.models.dit import DiTConfig
 from tessera.monitoring import health
-from tessera.monitoring.health import bin_by_timestep, distance, group_of, groups, largest_logit, probe, wrong_labels
-from tessera.training.objective import NOISE, TrainingObjective, prepare_batch
+from tessera.monitoring.health import (
+    bin_by_timestep,
+    largest_logit,
+    parameter_group,
+    parameter_groups,
+    squared_distance,
+    wrong_labels,
+)
+from tessera.training.objective import NOISE_STREAM, TrainingObjective, prepare_batch, probe_inputs
 
 CPU = torch.device("cpu")
 
@@ -32,19 +39,24 @@ def batch(count: int, start: int = 0, size: int = 8) -> Batch:
     return Batch(pixels, position % 3, position)
 
 
-def task(**changes) -> TrainingObjective:
-    told = {"flip": False, "label_dropout": 0.0, "classes": 3, "seed": 7, "dtype": None}
-    return TrainingObjective(
-        **{"process": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build(), **told, **changes}
-    )
+def make_objective(**changes) -> TrainingObjective:
+    defaults = {"hflip": False, "label_dropout": 0.0, "num_classes": 3, "seed": 7, "dtype": None}
+    defaults |= {"diffusion": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build()}
+    return TrainingObjective(**{**defaults, **changes})
+
+
+def probe(network, ema_network, inputs: Batch, objective: TrainingObjective) -> dict:
+    device = next(network.parameters()).device
+    tensors = probe_inputs(inputs, objective, device)
+    return health.probe(network, ema_network, *tensors, objective.diffusion, objective.num_classes, objective.dtype)
 
 
 @pytest.fixture
 def make(randomise):
-    """A network of two blocks, one number a pixel."""
+    """A network of two blocks for grayscale images."""
 
     def build(block: str = "adaln-zero", **changes):
-        told = {
+        defaults = {
             "input_size": 8,
             "in_channels": 1,
             "out_channels": 1,
@@ -54,15 +66,15 @@ def make(randomise):
             "hidden_size": 32,
             "num_heads": 2,
         }
-        return randomise(DiTConfig.model_validate({**told, "block": block, **changes}).build())
+        return randomise(DiTConfig.model_validate({**defaults, "block": block, **changes}).build())
 
     return build
 
 
-# Losses by time
+# Losses by timestep
 
 
-def test_bins_hold_what_numpys_histogram_holds():
+def test_bins_are_those_of_numpys_histogram():
     t = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     mse = torch.randn(1000, generator=torch.Generator().manual_seed(1)).square()
     sums, counts = bin_by_timestep(mse, t)
@@ -71,68 +83,68 @@ def test_bins_hold_what_numpys_histogram_holds():
     np.testing.assert_allclose(sums, np.histogram(t, edges, weights=mse)[0], rtol=1e-5)
 
 
-def test_the_ends_of_time_fall_into_the_first_and_the_last_bin():
+def test_the_ends_are_in_the_first_and_the_last_bin():
     _, counts = bin_by_timestep(torch.ones(4), torch.tensor([0.0, 0.0999, 0.9, 1.0]))
     assert counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 0, 2]
 
 
-def test_every_step_of_a_process_of_ten_has_a_bin_of_its_own():
+def test_ten_discrete_timesteps_have_one_bin_each():
     t = GaussianDiffusionConfig(num_timesteps=10).build().sample_timesteps((torch.arange(10) + 0.5) / 10)
     assert bin_by_timestep(torch.ones(10), t - 0.05)[1].tolist() == [1] * 10
 
 
-# Parts of the network
+# Parameter groups
 
 
 @pytest.mark.parametrize(
     ("block", "own"),
     [("adaln-zero", set()), ("rope-swiglu", {"shared"}), ("cross-attention", set()), ("in-context", set())],
 )
-def test_every_trained_parameter_belongs_to_a_part(make, block, own):
+def test_every_trained_parameter_is_in_a_group(make, block, own):
     network = make(block)
     names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    found, places = groups(names)
-    assert set(found) == {"patches", "time", "labels", "blocks.0", "blocks.1", "readout"} | own
-    assert [found[place] for place in places.tolist()] == [group_of(name) for name in names]
+    groups, indices = parameter_groups(names)
+    assert set(groups) == {"patches", "time", "labels", "blocks.0", "blocks.1", "head"} | own
+    assert [groups[index] for index in indices.tolist()] == [parameter_group(name) for name in names]
 
 
-def test_squared_norms_add_up_by_part(make):
+def test_squared_norms_add_up_by_group(make):
     network = make("rope-swiglu")
     parameters = dict(network.named_parameters())
-    found, places = groups(parameters)
-    sums = torch.zeros(len(found)).index_add(
-        0, places, torch.stack([value.detach().square().sum() for value in parameters.values()])
+    groups, indices = parameter_groups(parameters)
+    sums = torch.zeros(len(groups)).index_add(
+        0, indices, torch.stack([value.detach().square().sum() for value in parameters.values()])
     )
     modules = {"patches": network.x_embedder, "time": network.t_embedder, "labels": network.y_embedder}
-    modules |= {"shared": network.shared, "readout": network.final_layer}
+    modules |= {"shared": network.shared, "head": network.final_layer}
     modules |= {"blocks.0": network.blocks[0], "blocks.1": network.blocks[1]}
-    for name, total in zip(found, sums.tolist(), strict=True):
+    for name, total in zip(groups, sums.tolist(), strict=True):
         whole = nn.utils.parameters_to_vector(modules[name].parameters())
         assert total == pytest.approx(whole.square().sum().item(), rel=1e-5), name
 
 
-def test_blocks_of_two_digits_are_told_apart():
-    assert group_of("blocks.1.attn.qkv.weight") == "blocks.1"
-    assert group_of("blocks.12.attn.qkv.weight") == "blocks.12"
+def test_block_numbers_of_two_digits_are_distinguished():
+    assert parameter_group("blocks.1.attn.qkv.weight") == "blocks.1"
+    assert parameter_group("blocks.12.attn.qkv.weight") == "blocks.12"
 
 
 def test_the_distance_of_many_tensors_is_that_of_one_vector():
-    lives = [torch.randn(n % 7 + 1, 5) for n in range(70)]
-    means = [live + 0.1 * torch.randn_like(live) for live in lives]
-    a, b = (torch.cat([value.flatten() for value in values]) for values in (lives, means))
-    apart, length = distance(lives, means).tolist()
-    assert math.sqrt(apart / length) == pytest.approx(((b - a).norm() / a.norm()).item(), rel=1e-5)
-    assert distance([], []).tolist() == [0, 0]
+    weights = [torch.randn(n % 7 + 1, 5) for n in range(70)]
+    averages = [weight + 0.1 * torch.randn_like(weight) for weight in weights]
+    a, b = (torch.cat([value.flatten() for value in values]) for values in (weights, averages))
+    distance, norm = squared_distance(weights, averages).tolist()
+    assert math.sqrt(distance / norm) == pytest.approx(((b - a).norm() / a.norm()).item(), rel=1e-5)
+    assert squared_distance([], []).tolist() == [0, 0]
 
 
 # Labels
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=16))
-def test_no_wrong_label_is_right(labels):
-    told = torch.tensor(labels)
-    wrong = wrong_labels(told, 5)
-    assert (wrong != told).all()
+def test_no_wrong_label_is_correct(labels):
+    correct = torch.tensor(labels)
+    wrong = wrong_labels(correct, 5)
+    assert (wrong != correct).all()
     assert ((wrong >= 0) & (wrong < 5)).all()
     if max(map(labels.count, labels)) <= len(labels) // 2:
         assert sorted(wrong.tolist()) == sorted(labels)
@@ -141,12 +153,12 @@ def test_no_wrong_label_is_right(labels):
 # The probe
 
 
-def seen(network, given: Batch, asked: TrainingObjective):
-    """x_t, times, labels, x0 and noise as a probe must see them."""
-    x0, condition, position = prepare_batch(given, asked, CPU)
+def expected_inputs(inputs: Batch, objective: TrainingObjective):
+    """x_t, timesteps, condition, x0 and noise of a probe."""
+    x0, condition, position = prepare_batch(inputs, objective, CPU)
     count = len(x0)
     t = (torch.arange(count) + 0.5) / count
-    noise = randomness.normal(asked.seed, position, NOISE, tuple(x0.shape[1:]))
+    noise = randomness.normal(objective.seed, position, NOISE_STREAM, tuple(x0.shape[1:]))
     return (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * noise, t, condition, x0, noise
 
 
@@ -154,15 +166,15 @@ def seen(network, given: Batch, asked: TrainingObjective):
     "block", ["adaln-zero", "adaln", "adaln-single", "rope-swiglu", "cross-attention", "in-context"]
 )
 @torch.no_grad()
-def test_activations_are_those_of_the_blocks_one_by_one(make, block):
-    network, given, asked = make(block), batch(4), task()
-    found = probe(network, network, given, asked)
-    x, t, condition, _, _ = seen(network, given, asked)
+def test_activations_are_those_of_each_block(make, block):
+    network, inputs, objective = make(block), batch(4), make_objective()
+    metrics = probe(network, network, inputs, objective)
+    x, t, condition, _, _ = expected_inputs(inputs, objective)
     tokens, context = network.embed(x, 1000 * t, condition)
     for number, part in enumerate(network.blocks):
         tokens = part(tokens, context)
-        assert found["activations"][number] == pytest.approx(tokens.square().mean().sqrt().item(), rel=1e-5)
-    assert len(found["attention_logits"]) == len(found["activations"]) == 2
+        assert metrics["activations"][number] == pytest.approx(tokens.square().mean().sqrt().item(), rel=1e-5)
+    assert len(metrics["attention_logits"]) == len(metrics["activations"]) == 2
 
 
 def logits(qkv, x, heads: int):
@@ -172,53 +184,53 @@ def logits(qkv, x, heads: int):
 
 @torch.no_grad()
 def test_attention_logits_by_hand(make):
-    network, given, asked = make(), batch(4), task()
-    x, t, condition, _, _ = seen(network, given, asked)
+    network, inputs, objective = make(), batch(4), make_objective()
+    x, t, condition, _, _ = expected_inputs(inputs, objective)
     tokens, context = network.embed(x, 1000 * t, condition)
-    found = probe(network, network, given, asked)
+    metrics = probe(network, network, inputs, objective)
     for number, block in enumerate(network.blocks):
         shift, scale = block.adaLN_modulation(context.c)[..., :64].chunk(2, dim=-1)
         entering = layer_norm(tokens, (32,), eps=1e-6) * (1 + scale) + shift
         expected = logits(block.attn.qkv, entering, 2).abs().max().item()
-        assert found["attention_logits"][number] == pytest.approx(expected, rel=1e-4)
+        assert metrics["attention_logits"][number] == pytest.approx(expected, rel=1e-4)
         tokens = block(tokens, context)
 
 
 @torch.no_grad()
-def test_attention_logits_by_hand_with_equal_lengths_and_angles(make):
-    """Queries of length sharpness, keys of length 1 (in rms), both turned by their places."""
-    network, given, asked = make("rope-swiglu"), batch(4), task()
-    x, t, condition, _, _ = seen(network, given, asked)
+def test_attention_logits_by_hand_with_qk_norm_and_rope(make):
+    """Queries of rms qk_scale, keys of rms 1, both rotated by their positions."""
+    network, inputs, objective = make("rope-swiglu"), batch(4), make_objective()
+    x, t, condition, _, _ = expected_inputs(inputs, objective)
     tokens, context = network.embed(x, 1000 * t, condition)
     block = network.blocks[0]
-    shift, scale = block.adaLN_modulation(context.shared)[..., :64].chunk(2, dim=-1)
+    shift, scale = block.adaLN_modulation(context.shared_modulation)[..., :64].chunk(2, dim=-1)
     entering = nn.functional.rms_norm(tokens, (32,), eps=1e-6) * (1 + scale) + shift
     q, k, _ = block.attn.qkv(entering).unflatten(-1, (3, 2, -1)).unbind(2)
     q, k = (nn.functional.rms_norm(each, (16,), eps=1e-6) for each in (q, k))
     q = q * block.attn.qk_scale[:, None]
     q, k = (rotate(each, rotary_grid((4, 4), 16)) for each in (q, k))
     expected = (torch.einsum("blkh,bmkh->bklm", q, k) / 4).abs().max().item()
-    assert probe(network, network, given, asked)["attention_logits"][0] == pytest.approx(expected, rel=1e-4)
+    assert probe(network, network, inputs, objective)["attention_logits"][0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_attention_logits_in_parts_are_those_of_the_whole(monkeypatch):
+def test_attention_logits_in_parts_are_those_of_all(monkeypatch):
     q, k = torch.randn(7, 2, 5, 4), torch.randn(7, 2, 3, 4)
     expected = (q.double() @ k.double().mT).abs().max().item() / 2
-    for held in (2**23, 2 * 5 * 3 * 2, 1):
-        monkeypatch.setattr(health, "LOGITS", held)
+    for maximum in (2**23, 2 * 5 * 3 * 2, 1):
+        monkeypatch.setattr(health, "MAX_LOGITS", maximum)
         assert largest_logit(q, k).item() == pytest.approx(expected, rel=1e-6)
 
 
 @torch.no_grad()
-def test_gates_and_scales_are_those_of_the_steering_vectors(make):
-    network, given, asked = make(), batch(4), task()
-    _, t, condition, _, _ = seen(network, given, asked)
+def test_gates_and_scales_are_those_of_the_modulation(make):
+    network, inputs, objective = make(), batch(4), make_objective()
+    _, t, condition, _, _ = expected_inputs(inputs, objective)
     context = network.embed_condition(1000 * t, condition, (4, 4))
-    found = probe(network, network, given, asked)
+    metrics = probe(network, network, inputs, objective)
     for number, block in enumerate(network.blocks):
         _, scale1, gate1, _, scale2, gate2 = block.adaLN_modulation(context.c).chunk(6, dim=-1)
         for name, both in (("scales", (scale1, scale2)), ("gates", (gate1, gate2))):
-            assert found[name][number] == pytest.approx(torch.cat(both).square().mean().sqrt().item(), rel=1e-5)
+            assert metrics[name][number] == pytest.approx(torch.cat(both).square().mean().sqrt().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -230,91 +242,90 @@ def test_gates_and_scales_are_those_of_the_steering_vectors(make):
         ("rope-swiglu", set()),
     ],
 )
-def test_designs_tell_what_they_have(make, block, absent):
+def test_statistics_that_a_design_does_not_have_are_absent(make, block, absent):
     network = make(block)
-    found = probe(network, network, batch(4), task())
-    assert {"gates", "scales"} - set(found) == absent
+    metrics = probe(network, network, batch(4), make_objective())
+    assert {"gates", "scales"} - set(metrics) == absent
 
 
 @torch.no_grad()
-def test_losses_of_weights_average_and_wrong_labels(make, randomise):
-    network, averaged, given, asked = make(), randomise(make(), seed=1), batch(4), task()
-    x, t, condition, x0, noise = seen(network, given, asked)
-    found = probe(network, averaged, given, asked)
+def test_losses_of_weights_ema_and_wrong_labels(make, randomise):
+    network, ema_network, inputs, objective = make(), randomise(make(), seed=1), batch(4), make_objective()
+    x, t, condition, x0, noise = expected_inputs(inputs, objective)
+    metrics = probe(network, ema_network, inputs, objective)
 
-    def mse(which, told):
-        return (which(x, 1000 * t, told) - (noise - x0)).square().mean().item()
+    def mse(network, condition):
+        return (network(x, 1000 * t, condition) - (noise - x0)).square().mean().item()
 
-    assert found["loss_probe"] == pytest.approx(mse(network, condition), rel=1e-5)
-    assert found["loss_ema"] == pytest.approx(mse(averaged, condition), rel=1e-5)
+    assert metrics["loss_probe"] == pytest.approx(mse(network, condition), rel=1e-5)
+    assert metrics["loss_ema"] == pytest.approx(mse(ema_network, condition), rel=1e-5)
     wrong = replace(condition, label=wrong_labels(condition.label, 3))
-    assert found["loss_wrong_labels"] == pytest.approx(mse(network, wrong), rel=1e-5)
+    assert metrics["loss_wrong_labels"] == pytest.approx(mse(network, wrong), rel=1e-5)
 
 
-def test_labels_are_not_withheld_and_only_the_first_samples_count(make):
-    network, given, asked = make(), batch(40), task()
-    first = Batch(given.pixels[:32], given.label[:32], given.position[:32])
-    expected = probe(network, network, first, asked)
-    assert probe(network, network, given, replace(asked, label_dropout=0.9)) == expected
+def test_labels_are_not_dropped_and_only_the_first_samples_are_used(make):
+    network, inputs, objective = make(), batch(40), make_objective()
+    first = Batch(inputs.pixels[:32], inputs.label[:32], inputs.position[:32])
+    expected = probe(network, network, first, objective)
+    assert probe(network, network, inputs, replace(objective, label_dropout=0.9)) == expected
 
 
-def test_steps_of_a_process_are_those_it_was_trained_at(make):
-    """Between them the network would be told fractions of a step, and the bound has no term."""
-    network, process = make(outputs=2), GaussianDiffusionConfig(num_timesteps=20).build()
-    heard = []
-    network.t_embedder.register_forward_pre_hook(lambda module, given: heard.append(given[0]))
-    found = probe(network, network, batch(4), task(process=process))
-    assert heard[0].tolist() == [2, 7, 12, 17]
-    assert math.isfinite(found["loss_probe"])
+def test_timesteps_of_a_discrete_process_are_those_of_training(make):
+    network, diffusion = make(out_channels=2), GaussianDiffusionConfig(num_timesteps=20).build()
+    timesteps = []
+    network.t_embedder.register_forward_pre_hook(lambda module, args: timesteps.append(args[0]))
+    metrics = probe(network, network, batch(4), make_objective(diffusion=diffusion))
+    assert timesteps[0].tolist() == [2, 7, 12, 17]
+    assert math.isfinite(metrics["loss_probe"])
 
 
-def test_without_classes_no_label_is_wrong(make):
-    network = make(classes=0)
-    assert "loss_wrong_labels" not in probe(network, network, batch(4), task(classes=0))
+def test_without_classes_there_are_no_wrong_labels(make):
+    network = make(num_classes=0)
+    assert "loss_wrong_labels" not in probe(network, network, batch(4), make_objective(num_classes=0))
 
 
-def test_the_data_by_numpy(make):
-    network, given = make(), batch(4)
-    pixels = given.pixels.clone()
-    pixels[..., :4, :] = 9  # the upper half of every picture
-    found = probe(network, network, replace(given, pixels=pixels), task())
+def test_data_statistics_by_numpy(make):
+    network, inputs = make(), batch(4)
+    pixels = inputs.pixels.clone()
+    pixels[..., :4, :] = 9  # the upper half of every image
+    metrics = probe(network, network, replace(inputs, pixels=pixels), make_objective())
     x0 = pixels.numpy() / 127.5 - 1
-    assert found["data_mean"] == pytest.approx(x0.mean(), abs=1e-5)
-    assert found["data_std"] == pytest.approx(x0.std(), rel=1e-5)
-    assert found["data_spread"] == pytest.approx(np.sqrt(x0.var(axis=0, ddof=1).mean()), rel=1e-5)
-    assert found["still_patches"] == 0.5
+    assert metrics["data_mean"] == pytest.approx(x0.mean(), abs=1e-5)
+    assert metrics["data_std"] == pytest.approx(x0.std(), rel=1e-5)
+    assert metrics["data_spread"] == pytest.approx(np.sqrt(x0.var(axis=0, ddof=1).mean()), rel=1e-5)
+    assert metrics["still_patches"] == 0.5
 
 
-def test_patches_that_say_the_same_are_dead(make):
-    network, given = make(), batch(4)
-    assert probe(network, network, given, task())["dead_patches"] == 0
+def test_patches_with_constant_output_are_dead(make):
+    network, inputs = make(), batch(4)
+    assert probe(network, network, inputs, make_objective())["dead_patches"] == 0
     nn.init.zeros_(network.final_layer.linear.weight)
-    assert probe(network, network, given, task())["dead_patches"] == 1
+    assert probe(network, network, inputs, make_objective())["dead_patches"] == 1
 
 
-def test_one_sample_says_nothing_of_differences(make):
-    found = probe(make(), make(), batch(1), task())
-    assert not {"data_spread", "still_patches", "dead_patches"} & set(found)
-    assert math.isfinite(found["loss_probe"])
+def test_one_sample_has_no_spread(make):
+    metrics = probe(make(), make(), batch(1), make_objective())
+    assert not {"data_spread", "still_patches", "dead_patches"} & set(metrics)
+    assert math.isfinite(metrics["loss_probe"])
 
 
-def test_what_is_not_a_number_is_none(make):
+def test_values_that_are_not_finite_are_none(make):
     network = make()
     nn.init.constant_(network.blocks[1].mlp.fc2.weight, math.nan)
-    found = probe(network, make(), batch(4), task())
-    assert found["activations"][1] is None
-    assert found["activations"][0] is not None
-    assert found["loss_probe"] is None
-    assert found["loss_ema"] is not None
+    metrics = probe(network, make(), batch(4), make_objective())
+    assert metrics["activations"][1] is None
+    assert metrics["activations"][0] is not None
+    assert metrics["loss_probe"] is None
+    assert metrics["loss_ema"] is not None
 
 
-def test_a_probe_leaves_nothing_behind(make):
+def test_a_probe_has_no_side_effects(make):
     """No hook, no gradient, no change of the weights; also where the network fails."""
-    network, given = make("rope-swiglu"), batch(4)
+    network, inputs = make("rope-swiglu"), batch(4)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    probe(network, network, given, task())
+    probe(network, network, inputs, make_objective())
     with pytest.raises(ValueError, match="give Condition"):
-        probe(network, network, given, task(classes=0))
+        probe(network, network, inputs, make_objective(num_classes=0))
     for module in network.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -322,10 +333,10 @@ def test_a_probe_leaves_nothing_behind(make):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
-def test_what_is_compiled_stays_so_and_is_looked_into(make):
-    """A probe neither compiles nor makes the next step compile anew, though its batch is another and it has hooks."""
-    network, given, asked = make(), batch(4), task()
-    expected = probe(network, network, given, asked)
+def test_compiled_blocks_stay_compiled_and_can_be_probed(make):
+    """A probe does not compile and does not trigger recompilation, despite its batch size and its hooks."""
+    network, inputs, objective = make(), batch(4), make_objective()
+    expected = probe(network, network, inputs, objective)
     compiled = []
 
     def backend(module, inputs):
@@ -334,22 +345,22 @@ def test_what_is_compiled_stays_so_and_is_looked_into(make):
 
     for block in network.blocks:
         block.compile(backend=backend)
-    inputs = seen(network, batch(20), asked)
-    network(inputs[0], inputs[1], inputs[2])
+    others = expected_inputs(batch(20), objective)
+    network(*others[:3])
     count = len(compiled)
     assert count > 0
-    assert probe(network, network, given, asked) == expected
-    network(inputs[0], inputs[1], inputs[2])
+    assert probe(network, network, inputs, objective) == expected
+    network(*others[:3])
     assert len(compiled) == count
 
 
 @pytest.mark.parametrize("block", ["adaln-zero", "rope-swiglu", "cross-attention"])
-def test_no_device_is_waited_for_before_the_end(make, monkeypatch, block):
-    """A device whose tensors hold no numbers cannot answer: whoever asked it for one would fail."""
+def test_the_device_is_not_waited_for_before_the_end(make, monkeypatch, block):
+    """Tensors on the meta device have no values, so a transfer to the host would fail."""
     assert bin_by_timestep(torch.ones(4, device="meta"), torch.rand(4)).shape == (2, 10)
-    lives = [torch.ones(3, device="meta")]
-    assert distance(lives, lives).shape == (2,)
-    monkeypatch.setattr(health, "_numbers", set)
-    monkeypatch.setattr(health.runtime, "autocast", lambda dtype, device: nullcontext())  # knows no such device
-    expected = probe(make(block), make(block), batch(4), task(flip=True))
-    assert probe(make(block).to("meta"), make(block).to("meta"), batch(4), task(flip=True)) == expected
+    weights = [torch.ones(3, device="meta")]
+    assert squared_distance(weights, weights).shape == (2,)
+    monkeypatch.setattr(health, "_to_numbers", set)
+    monkeypatch.setattr(health.runtime, "autocast", lambda dtype, device: nullcontext())  # does not support the device
+    expected = probe(make(block), make(block), batch(4), make_objective(hflip=True))
+    assert probe(make(block).to("meta"), make(block).to("meta"), batch(4), make_objective(hflip=True)) == expected

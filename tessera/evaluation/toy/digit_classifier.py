@@ -7,8 +7,8 @@ import numpy as np
 from tessera.data import AnyData
 from tessera.data.digits import DigitsConfig, DigitsDataset
 from tessera.data.shapes import ShapesConfig
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.toy.shape_reader import ShapesEvaluator
+from tessera.reporting.estimates import Estimate
 
 
 class DigitClassifier:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tessera.data import shapes
 from tessera.data.shapes import COLOURS, GRID, PAD, PHASES, SIZES, WINDOW, Description, Object, ShapesConfig, relation
-from tessera.evaluation.intervals import Estimate
+from tessera.reporting.estimates import Estimate
 
 # Distances are Euclidean, in levels of RGB. The palest color is 180 from the background, two colors are 127 apart.
 VISIBLE = 60.0  # from the background: a third of a pixel covered by the palest color
