@@ -8,7 +8,7 @@ from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.models.dit import DiT, DiTConfig
-from tessera.sampling import SAMPLERS, FirstBlock, sample_loop
+from tessera.sampling import SAMPLERS, FirstBlockCaching, sample_loop
 from tessera.sampling.denoiser import Denoiser, GuidanceModel
 from tessera.sampling.timesteps import Uniform, timestep_grid
 
@@ -44,7 +44,7 @@ def draw(network, rows: slice = slice(0, 4), sampler: str = "ddim", steps: int =
     x, condition = normal(4, 2, 8, 8)[rows], Condition(torch.tensor([0, 1, 2, 1])[rows])
     away = None if guide is None else GuidanceModel(guide, condition.null())
     scale = 1.0 if guide is None else 3.0
-    denoise = Denoiser(network, PROCESS, condition, scale, guide=away, **guidance)
+    denoise = Denoiser(network, PROCESS, condition, scale, guidance_model=away, **guidance)
     drawn = iter(range(1, 1000))
     grid = timestep_grid(Uniform(), steps, PROCESS)
     *_, last = sample_loop(SAMPLERS[sampler](), denoise, x, grid, lambda: normal(4, 2, 8, 8, seed=next(drawn))[rows])
@@ -59,10 +59,10 @@ def error(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("order", [0, 1])
 def test_a_threshold_of_0_changes_no_bit_and_a_large_one_saves(make, block, order):
     network = make(block)
-    exact, plain = FirstBlockCache(network, FirstBlock(threshold=0, order=order)), draw(network)
+    exact, plain = FirstBlockCache(network, FirstBlockCaching(threshold=0, order=order)), draw(network)
     assert torch.equal(draw(exact), plain)
     assert exact.tally == CacheStats(asked=4 * 3 * 12, computed=4 * 3 * 12)
-    rough = FirstBlockCache(network, FirstBlock(threshold=1e9, order=order))
+    rough = FirstBlockCache(network, FirstBlockCaching(threshold=1e9, order=order))
     assert error(draw(rough), plain) > 1e-6
     assert rough.tally == CacheStats(asked=4 * 3 * 12, computed=4 * 12 + 4 * 2)  # the first step, and then first blocks
 
@@ -73,7 +73,7 @@ def test_the_error_grows_with_the_threshold_and_the_work_shrinks(make, sampler, 
     network = make()
     plain, errors, computed = draw(network, sampler=sampler, steps=30), [], []
     for threshold in (0.3, 0.5, 0.9):
-        cached = FirstBlockCache(network, FirstBlock(threshold=threshold, order=order))
+        cached = FirstBlockCache(network, FirstBlockCaching(threshold=threshold, order=order))
         errors.append(error(draw(cached, sampler=sampler, steps=30), plain))
         computed.append(cached.tally.computed)
     assert computed == sorted(computed, reverse=True)
@@ -86,7 +86,7 @@ def test_the_error_grows_with_the_threshold_and_the_work_shrinks(make, sampler, 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_row_is_decided_on_by_itself(make, block):
     network = make(block)
-    settings = FirstBlock(threshold=0.6)
+    settings = FirstBlockCaching(threshold=0.6)
     together = FirstBlockCache(network, settings)
     all_rows, alone = draw(together), [FirstBlockCache(network, settings) for _ in range(4)]
     for row, one in enumerate(alone):
@@ -99,7 +99,7 @@ def test_every_row_is_decided_on_by_itself(make, block):
 def test_rows_that_move_are_computed_and_rows_that_stand_are_not(make):
     network = make()
     x, t, condition = normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2])
-    cached = FirstBlockCache(network, FirstBlock(threshold=0.05))
+    cached = FirstBlockCache(network, FirstBlockCaching(threshold=0.05))
     with torch.no_grad():
         first = cached(x, t, condition)
         assert torch.equal(first, network(x, t, condition))
@@ -131,10 +131,10 @@ def test_order_1_is_exact_on_a_line(make):
 
     with torch.no_grad():
         for order, near in ((0, False), (1, True)):
-            cached = FirstBlockCache(network, FirstBlock(threshold=0, order=order))
+            cached = FirstBlockCache(network, FirstBlockCaching(threshold=0, order=order))
             cached(x, at(900.0), condition)
             cached(x, at(800.0), condition)
-            cached.settings = FirstBlock(threshold=1e9, order=order)
+            cached.settings = FirstBlockCaching(threshold=1e9, order=order)
             got, expected = cached(x, at(650.0), condition), network(x, at(650.0), condition)
             assert (error(got, expected) < 1e-5) == near
             again = cached(x, at(800.0), condition)
@@ -143,15 +143,15 @@ def test_order_1_is_exact_on_a_line(make):
 
 def test_a_half_of_guidance_has_a_memory_of_its_own_and_sleeps_outside_the_interval(make):
     network = make()
-    told, untold = (FirstBlockCache(network, FirstBlock(threshold=0.3)) for _ in range(2))
-    got = draw(told, guide=untold, steps=30, interval=(0.3, 0.7))
+    told, untold = (FirstBlockCache(network, FirstBlockCaching(threshold=0.3)) for _ in range(2))
+    got = draw(told, guide=untold, steps=30, guidance_interval=(0.3, 0.7))
     assert told.tally.asked == 4 * 3 * 30
     assert 4 * 3 * 10 < untold.tally.asked < 4 * 3 * 15
-    assert error(got, draw(network, guide=network, steps=30, interval=(0.3, 0.7))) < 0.1
+    assert error(got, draw(network, guide=network, steps=30, guidance_interval=(0.3, 0.7))) < 0.1
 
 
 def test_a_cache_of_another_drawing_is_refused(make):
-    cached = FirstBlockCache(make(), FirstBlock())
+    cached = FirstBlockCache(make(), FirstBlockCaching())
     with torch.no_grad():
         cached(normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2]))
         with pytest.raises(ValueError, match="a cache serves one drawing"):
@@ -160,6 +160,6 @@ def test_a_cache_of_another_drawing_is_refused(make):
 
 def test_a_network_of_one_block_is_itself(make):
     network = make(depth=1)
-    cached = FirstBlockCache(network, FirstBlock(threshold=1e9))
+    cached = FirstBlockCache(network, FirstBlockCaching(threshold=1e9))
     torch.testing.assert_close(draw(cached), draw(network), rtol=1e-5, atol=1e-5)
     assert cached.tally.computed == cached.tally.asked

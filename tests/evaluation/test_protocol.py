@@ -25,7 +25,7 @@ PROTOCOL: dict[str, Any] = {
         "guidance_channels": "all",
         "timestep_spacing": "uniform",
         "seeds": "0-49999",
-        "class policy": "balanced",
+        "class_policy": "balanced",
         "precision": "float32",
     },
 }
@@ -40,7 +40,7 @@ def changed(**changes: Any) -> Protocol:
         section = contents
         for parent in parents:
             section = section[parent]
-        section[last.replace("class_policy", "class policy")] = value
+        section[last] = value
     return Protocol(**contents)
 
 

@@ -6,7 +6,15 @@ import torch
 
 from tessera.bundle import Model
 from tessera.errors import TesseraError
-from tessera.sampling import SAMPLERS, TIMESTEP_SPACINGS, AnySampler, AnyTimestepSpacing, DPMSolver, SamplingConfig, UniPC
+from tessera.sampling import (
+    SAMPLERS,
+    TIMESTEP_SPACINGS,
+    AnySampler,
+    AnyTimestepSpacing,
+    DPMSolver,
+    SamplingConfig,
+    UniPC,
+)
 from tessera.sampling.caching import FirstBlockCaching
 from tessera.sampling.guidance import CosineGuidance, LinearGuidance
 from tessera.sampling.timesteps import timestep_grid
@@ -21,7 +29,7 @@ def changed(config: SamplingConfig, **changes: Any) -> SamplingConfig:
 
 def with_calls(config: SamplingConfig, calls: int) -> SamplingConfig:
     """So many calls of the denoiser, or one step's worth."""
-    return changed(config, steps=max(1, calls // config.sampler.calls_per_step))
+    return changed(config, num_steps=max(1, calls // config.sampler.calls_per_step))
 
 
 def solvers() -> list[AnySampler]:
@@ -55,19 +63,21 @@ def guidances(model: Model, config: SamplingConfig) -> list[SamplingConfig]:
     """Scales around the present one, and off; guidance in the middle of the noise alone; growing towards the data."""
     more = config.guidance_scale - 1 or 0.5
     scales = [0.5, 0.75, 1.0, 1.25, 1.5, 2.0] + [0.0] * (config.guidance_scale != 1)
-    found = [changed(config, guidance=round(1 + share * more, 3)) for share in scales]
+    found = [changed(config, guidance_scale=round(1 + share * more, 3)) for share in scales]
     for low, high in RATIOS:
         ends = model.diffusion.time_from_nsr(torch.tensor([low, high], dtype=torch.float64)).tolist()
         interval = round(ends[0], 3), round(ends[1], 3)
-        found += [changed(config, guidance=1 + share * more, guidance_interval=interval) for share in (1.0, 2.0)]
-    found += [changed(config, guidance=1 + more, guidance_schedule=kind()) for kind in (LinearGuidance, CosineGuidance)]
+        found += [changed(config, guidance_scale=1 + share * more, guidance_interval=interval) for share in (1.0, 2.0)]
+    found += [
+        changed(config, guidance_scale=1 + more, guidance_schedule=kind()) for kind in (LinearGuidance, CosineGuidance)
+    ]
     return found
 
 
 def cachings(config: SamplingConfig) -> list[SamplingConfig]:
     """More and more reuse from step to step, at as many steps and at twice as many, which have more to reuse."""
     return [
-        changed(config, caching=FirstBlockCaching(threshold=threshold, order=order), steps=steps)
+        changed(config, caching=FirstBlockCaching(threshold=threshold, order=order), num_steps=steps)
         for threshold in (0.1, 0.2, 0.3, 0.5)
         for order in (0, 1)
         for steps in (config.num_steps, 2 * config.num_steps)
