@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tessera import bundle
-from tessera.settings import override, validate
+from tessera.settings import apply_overrides, validate
 from tessera.training.recipe import Recipe
 
 
@@ -23,17 +23,17 @@ def newest_state(run: Path) -> dict[str, Any]:
         for name, tensor in load_file(path).items()
     }
     place = json.loads((newest / "training.json").read_text())
-    return {**held, **{name: place[name] for name in ("step", "position", "watch")}}
+    return {**held, **{name: place[name] for name in ("step", "position", "spike_detector")}}
 
 
 TINY: dict[str, Any] = {
     "data": {"kind": "digits"},
     "network": {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2},
-    "process": {"steps": 20, "schedule": "cosine", "prediction": "v"},
-    "sampling": {"steps": 2},
+    "diffusion": {"num_timesteps": 20, "schedule": "cosine", "prediction": "v"},
+    "sampling": {"num_steps": 2},
     "training": {
         "steps": 4,
-        "batch": 32,
+        "global_batch_size": 32,
         "optimizer": {"learning_rate": 1e-3},
         "log_every": 1,
         "sample_every": 1000,
@@ -50,8 +50,8 @@ def tiny(tmp_path) -> Callable[..., Recipe]:
     """A recipe into tmp_path / output, with dotted changes: tiny("out", "training.steps=2")."""
 
     def make(output: str = "run", *changes: str, **sections: Any) -> Recipe:
-        data = {**TINY, **sections, "output": str(tmp_path / output)}
-        return validate(Recipe, override(data, list(changes)), "the test's recipe")
+        data = {**TINY, **sections, "run_dir": str(tmp_path / output)}
+        return validate(Recipe, apply_overrides(data, list(changes)), "the test's recipe")
 
     return make
 
