@@ -52,7 +52,7 @@ def grids(model: Model, present: AnyTimestepSpacing, steps: int) -> list[AnyTime
 def solvers_and_grids(model: Model, present: SamplingConfig) -> list[SamplingConfig]:
     """Every solver on every grid at as many calls: the present grid first, for all solvers."""
     found = [
-        with_calls(changed(present, sampler=solver, spacing=grid), FIRST_CALLS)
+        with_calls(changed(present, sampler=solver, timestep_spacing=grid), FIRST_CALLS)
         for solver in solvers()
         for grid in grids(model, present.timestep_spacing, max(1, FIRST_CALLS // solver.calls_per_step))
     ]
