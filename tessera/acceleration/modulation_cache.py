@@ -27,7 +27,7 @@ class CachedContext(Context):
 
     # Not compiled, or every block would be compiled anew for a key of its own.
     @torch.compiler.disable
-    def steering(self, modulation: Modulation | ScaleShiftTable) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if isinstance(modulation, Modulation) and modulation in self.table:
             return self.table[modulation][self.places]
         return super().modulation_params(modulation)
