@@ -110,7 +110,7 @@ CASES = (
     Case("paper", "nothing: the paper's process (epsilon, learned variance)", None,
          ("diffusion.prediction=epsilon", "diffusion.variance=learned", "diffusion.schedule=linear")),
     Case("latents", "nothing: an autoencoder with its scale", None, prepare=lambda folder: autoencoder(folder, 1.0)),
-    Case("unscaled", f"latents of standard deviation {SPREAD:g}", "latents not scaled",
+    Case("unscaled", f"latents of standard deviation {SPREAD:g}", "latents not normalized",
          prepare=lambda folder: autoencoder(folder, SPREAD)),
     Case("rate", "learning rate x30", "learning rate too high", ("training.optimizer.learning_rate=0.06",)),
     Case("rate-modern", "learning rates x30, modern and Muon", "learning rate too high",
@@ -119,9 +119,9 @@ CASES = (
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=0")),
     Case("quick", "nothing: learning rate x10, with a warm-up", None,
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=50")),
-    Case("labels", "labels shuffled", "labels tell nothing", prepare=shuffled_labels),
-    Case("ema", "average frozen", "average too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
-    Case("constant", "one picture a thousand times", "pictures hardly differ", prepare=one_picture),
+    Case("labels", "labels shuffled", "labels are uninformative", prepare=shuffled_labels),
+    Case("ema", "average frozen", "EMA too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
+    Case("constant", "one picture a thousand times", "images hardly differ", prepare=one_picture),
     Case("untold", "guidance without label dropout", "guidance without label dropout", ("training.label_dropout=0",)),
 )  # fmt: skip
 
@@ -166,7 +166,7 @@ def main() -> None:
         made = json.loads((folder / "made.json").read_text())
         found = [f"{told['severity']}: {told['name']}" for told in findings(folder / "run")]
         first, others = (found or ["nothing"])[0], ", ".join(found[1:]) or "none"
-        right += first == (f"wrong: {case.expected}" if case.expected else "nothing")
+        right += first == (f"error: {case.expected}" if case.expected else "nothing")
         said = f"{case.done}{'; ended: ' + made['ended'] if made['ended'] else ''}"
         print(f"| {case.name} | {said} | {made['seconds']:.0f} | {first} | {others} |", flush=True)
     print(f"\n{right} of {len(cases)} as expected")

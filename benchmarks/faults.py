@@ -185,7 +185,7 @@ def state(run: Path) -> dict[str, Any]:
         for name, tensor in load_file(path).items()
     }
     place = json.loads((newest / "training.json").read_text())
-    return held | {name: place[name] for name in ("step", "position", "watch")}
+    return held | {name: place[name] for name in ("step", "position", "spike_detector")}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -199,13 +199,13 @@ def newest(run: Path) -> int | None:
 
 def log(run: Path) -> list[dict]:
     """The log without what differs from time to time, and without the counts of what went wrong."""
-    timed = ("images_per_second", "utilisation", "stalled", "memory", "kept_out", "rollbacks")
+    timed = ("images_per_second", "mfu", "data_wait", "memory", "skipped_steps", "rollbacks")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
 
 def passed(run: Path) -> list[dict]:
-    path = run / "passed.jsonl"
+    path = run / "skipped_steps.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -246,9 +246,9 @@ class Bench:
         if key not in self._whole:
             run = self.folder(f"whole{len(self._whole)}")
             run.mkdir(parents=True)
-            records = [{"step": 1, "position": at, "outcome": "passed over", "samples": []} for at in key[:-1]]
+            records = [{"step": 1, "position": at, "outcome": "excluded", "samples": []} for at in key[:-1]]
             if records:
-                (run / "passed.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+                (run / "skipped_steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             code, said = Life(self, run, steps=steps).end()
             assert code == 0, said
             self._whole[key] = run
@@ -280,7 +280,7 @@ Done = Callable[[Bench, str, str], Row]
 
 def as_told(bench: Bench, run: Path) -> Path:
     """A run that was told to pass over what this one passed over."""
-    return bench.whole(record["position"] for record in passed(run) if record["outcome"] == "passed over")
+    return bench.whole(record["position"] for record in passed(run) if record["outcome"] == "excluded")
 
 
 def of_data(bench: Bench, name: str, what: str) -> Row:

@@ -73,7 +73,7 @@ def _whole_state(run: Path) -> dict[str, bytes]:
     for path in (newest / bundle.WEIGHTS, *newest.glob("ema/*.safetensors")):
         held |= {f"{path.relative_to(newest)}/{name}": tensor for name, tensor in load_file(path).items()}
     place = json.loads((newest / "training.json").read_text())
-    told = {name: json.dumps(place[name]).encode() for name in ("step", "position", "watch")}
+    told = {name: json.dumps(place[name]).encode() for name in ("step", "position", "spike_detector")}
     return {name: tensor.numpy().tobytes() for name, tensor in held.items()} | told
 
 

@@ -286,15 +286,12 @@ def density_coverage(features: np.ndarray, reference: np.ndarray, k: int = 5) ->
     }
 
 
-def nearest_neighbors(features: np.ndarray, reference: np.ndarray, k: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Distances to the k nearest reference rows, float64 [N], and their indices, int64 [N]; [N, k] if k > 1.
-
-    features [N, D], N >= 1; reference [M, D], M >= k.
+def nearest_neighbors(features: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distances to the nearest reference rows, float64 [N], and their indices, int64 [N]. features [N, D], N >= 1;
+    reference [M, D], M >= 1.
     """
-    x, y = _pair(features, reference, 1, f"the {k} nearest", k)
-    squared, index = _nearest(x, y, k)
-    shape = (len(x), k) if k > 1 else (len(x),)
-    return squared.sqrt().reshape(shape).numpy(), index.reshape(shape).numpy()
+    squared, index = _nearest(*_pair(features, reference, 1, "the nearest neighbor"))
+    return squared.sqrt().numpy(), index.numpy()
 
 
 def authenticity(features: np.ndarray, reference: np.ndarray) -> Estimate:
@@ -306,14 +303,14 @@ def authenticity(features: np.ndarray, reference: np.ndarray) -> Estimate:
     an equal neighbor. Wilson interval of the fraction among infinitely many samples, with the reference fixed.
     """
     x, y = _pair(features, reference, 1, "authenticity", 2)
-    squared, index = _nearest(x, y, 1)
+    squared, index = _nearest(x, y)
     return Estimate.proportion(int((squared > _kth_distance(y, 1)[index]).sum()), len(x))
 
 
-def _nearest(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances, ascending, and indices of the nearest rows of y, [N, k]."""
-    nearest = [squared.topk(k, largest=False) for _, squared in _squared_distances(x, y)]
-    return torch.cat([block.values for block in nearest]), torch.cat([block.indices for block in nearest])
+def _nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices of the nearest rows of y [N]."""
+    blocks = [squared.topk(1, largest=False) for _, squared in _squared_distances(x, y)]
+    return torch.cat([block.values[:, 0] for block in blocks]), torch.cat([block.indices[:, 0] for block in blocks])
 
 
 def _kth_distance(x: Tensor, k: int) -> Tensor:

@@ -25,6 +25,7 @@ from tessera.runtime import Distributed
 
 MAX_ROWS = 10_000  # rows that pairwise metrics use, and that statistics keep: the cost of pairs grows with the square
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+METADATA = ("description", "hash", "count", "size", "channels", "features", "class_names", "num_invalid")
 FORMAT = 2
 
 
@@ -55,17 +56,7 @@ def save_statistics(features: FeatureSet, path: Path, num_rows: int = MAX_ROWS) 
         arrays |= {"features": np.asarray(pool[subset]), "indices": indices[subset]}
         if features.labels is not None:
             arrays["labels"] = features.labels[subset]
-    metadata = {
-        "format": FORMAT,
-        "description": features.description,
-        "hash": features.hash,
-        "count": features.count,
-        "size": features.size,
-        "channels": features.channels,
-        "features": features.features,
-        "class_names": features.class_names,
-        "num_invalid": features.num_invalid,
-    }
+    metadata = {"format": FORMAT} | {name: getattr(features, name) for name in METADATA}
     buffer = io.BytesIO()
     np.savez(buffer, tessera=np.array(json.dumps(metadata)), **arrays)
     atomic_write(path, buffer.getvalue())

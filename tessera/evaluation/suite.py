@@ -34,70 +34,62 @@ def row_subset(features: FeatureSet, limit: int = MAX_ROWS) -> np.ndarray:
 Estimates = dict[str, Estimate]
 
 
-def _fd(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    return {"fd": distances.frechet(samples.rows["pool"], samples.moments["pool"], reference.moments["pool"])}
-
-
-def _fd_inf(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    return {"fd_inf": distances.frechet_infinity(samples.rows["pool"], reference.moments["pool"])}
-
-
-def _sfid(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    moments = samples.moments["spatial"]
-    return {"sfid": distances.frechet(samples.rows["spatial"], moments, reference.moments["spatial"])}
-
-
-def _kid(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    return {"kid": distances.kernel_distance(row_subset(samples), row_subset(reference))}
-
-
-def _is(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    return {"is": distances.inception_score(samples.rows["logits"])}
-
-
 def _prdc(samples: FeatureSet, reference: FeatureSet) -> Estimates:
     x, y = row_subset(samples), row_subset(reference)
     return distances.precision_recall(x, y) | distances.density_coverage(x, y)
 
 
-def _authenticity(samples: FeatureSet, reference: FeatureSet) -> Estimates:
-    return {"authenticity": distances.authenticity(row_subset(samples), row_subset(reference))}
+def _frechet(samples: FeatureSet, reference: FeatureSet, kind: str) -> Estimate:
+    return distances.frechet(samples.rows[kind], samples.moments[kind], reference.moments[kind])
 
 
 @dataclass(frozen=True)
 class Metric:
     """A metric, its definition (part of every score's protocol), and what it needs."""
 
-    compute: Callable[[FeatureSet, FeatureSet], Estimates]
+    compute: Callable[[FeatureSet, FeatureSet], Estimates]  # of samples and reference
     definition: dict[str, Any]
     moments: str = ""  # kind of features whose moments it needs, of samples and reference
-    rows: tuple[str, str] = ("", "")  # kinds of features whose rows it needs: of samples, of reference
+    rows: tuple[str, str] = ("pool", "")  # kinds of features whose rows it needs: of samples, of reference
     min_samples: Callable[[int], int] = lambda width: 2  # by the number of features
 
 
 METRICS = {
-    "fd": Metric(_fd, {"distance": "Fréchet", "features": "pool"}, "pool", ("pool", "")),
+    "fd": Metric(lambda x, y: {"fd": _frechet(x, y, "pool")}, {"distance": "Fréchet", "features": "pool"}, "pool"),
     "fd_inf": Metric(
-        _fd_inf,
+        lambda x, y: {"fd_inf": distances.frechet_infinity(x.rows["pool"], y.moments["pool"])},
         {"distance": "Fréchet, infinitely many samples", "features": "pool"},
-        "pool",
-        ("pool", ""),
-        lambda width: max(80, 4 * width),
+        moments="pool",
+        min_samples=lambda width: max(80, 4 * width),
     ),
-    "sfid": Metric(_sfid, {"distance": "Fréchet", "features": "spatial"}, "spatial", ("spatial", "")),
-    "kid": Metric(_kid, {"distance": "MMD², kernel (x.y/D + 1)³, unbiased", "rows": MAX_ROWS}, "", ("pool", "pool")),
-    # 20: two samples in each split
-    "is": Metric(_is, {"score": "Inception", "splits": 10}, "", ("logits", ""), lambda width: 20),
-    # 4: a sample and its three nearest neighbors
+    "sfid": Metric(
+        lambda x, y: {"sfid": _frechet(x, y, "spatial")},
+        {"distance": "Fréchet", "features": "spatial"},
+        moments="spatial",
+        rows=("spatial", ""),
+    ),
+    "kid": Metric(
+        lambda x, y: {"kid": distances.kernel_distance(row_subset(x), row_subset(y))},
+        {"distance": "MMD², kernel (x.y/D + 1)³, unbiased", "rows": MAX_ROWS},
+        rows=("pool", "pool"),
+    ),
+    "is": Metric(
+        lambda x, y: {"is": distances.inception_score(x.rows["logits"])},
+        {"score": "Inception", "splits": 10},
+        rows=("logits", ""),
+        min_samples=lambda width: 20,  # two in each split
+    ),
     "prdc": Metric(
         _prdc,
         {"precision, recall": "k = 3", "density, coverage": "k = 5", "rows": MAX_ROWS},
-        "",
-        ("pool", "pool"),
-        lambda width: 4,
+        rows=("pool", "pool"),
+        min_samples=lambda width: 4,  # a sample and its three nearest neighbors
     ),
     "authenticity": Metric(
-        _authenticity, {"fraction": "not copied", "rows": MAX_ROWS}, "", ("pool", "pool"), lambda width: 1
+        lambda x, y: {"authenticity": distances.authenticity(row_subset(x), row_subset(y))},
+        {"fraction": "not copied", "rows": MAX_ROWS},
+        rows=("pool", "pool"),
+        min_samples=lambda width: 1,
     ),
 }
 ALIASES = {"fid": "fd", "FID": "fd"}  # the same metric, with Inception features

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,24 +33,77 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     return records
 
 
-class MetricLogger:
+class ProgressDisplay:
+    """A progress bar on a terminal; otherwise a line every LINE_INTERVAL seconds. A silent one shows nothing."""
+
+    def __init__(self, step: int, steps: int, silent: bool = False) -> None:
+        self.steps, self.silent = steps, silent
+        self._metrics, self._last, self._started = "", 0.0, (time.monotonic(), step)
+        self._bar = None
+        if sys.stderr.isatty() and not silent:
+            columns = (
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=steps, completed=step, metrics="")
+            self._bar.start()
+
+    def start(self, step: int) -> None:
+        """Start the clock of the remaining time, just before the first step."""
+        self._started = (time.monotonic(), step)
+
+    def set_metrics(self, values: dict[str, float]) -> None:
+        if "loss" in values:
+            self._metrics = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
+            if "mfu" in values:
+                self._metrics += f", {values['mfu']:.0%} MFU"
+
+    def advance(self, step: int) -> None:
+        """Show that a step is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, metrics=self._metrics)
+            return
+        now = time.monotonic()
+        if now - self._last < LINE_INTERVAL and step < self.steps:
+            return
+        self._last = now
+        start_time, first = self._started
+        left = (now - start_time) / max(step - first, 1) * (self.steps - step)
+        self.info(f"step {step}/{self.steps}  {self._metrics}  {format_duration(left)} left")
+
+    def info(self, text: str) -> None:
+        """Print a message."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self.silent:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class MetricLogger(ProgressDisplay):
     """Writes one record at a time. On resuming, records after the resumed step are removed, since they are repeated.
 
     Only one rank writes and prints; the loggers of the others are `silent`.
     """
 
     def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, silent: bool = False) -> None:
-        self.run, self.steps, self.silent = run, steps, silent
-        self._use_tensorboard = tensorboard and not silent
+        super().__init__(step, steps, silent)
+        self.run, self._use_tensorboard = run, tensorboard
         self._files: dict[str, TextIO] = {}
         self._tensorboard = None
-        self._display = None if silent else ProgressDisplay(step, steps)
         self._last_task_line = time.monotonic()
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
         """Continue from a step: remove the records after it."""
-        if self._display is None:
+        if self.silent:
             return
         self._close_files()
         for name in (LOG, HEALTH):
@@ -57,7 +111,7 @@ class MetricLogger:
             if records or name == LOG or (self.run / name).exists():
                 atomic_write(self.run / name, "".join(json.dumps(record) + "\n" for record in records))
         self._tensorboard = _open_tensorboard(self.run, step) if self._use_tensorboard else None
-        self._display.start(step)
+        self.start(step)
 
     def record(self, step: int, **values: float) -> None:
         """Write metrics of a step."""
@@ -65,8 +119,7 @@ class MetricLogger:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._display is not None:
-            self._display.set_metrics(values)
+        self.set_metrics(values)
 
     def health(self, step: int, values: dict[str, Any]) -> None:
         """Write health metrics of a step: numbers, lists and dictionaries of numbers."""
@@ -89,20 +142,10 @@ class MetricLogger:
                 "again to resume"
             ) from error
 
-    def image(self, step: int, grid) -> None:
+    def image(self, step: int, grid: np.ndarray) -> None:
         """Write a grid of samples, uint8 [H, W, C], to TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
-
-    def start(self, step: int) -> None:
-        """Start the clock of the remaining time, just before the first step."""
-        if self._display is not None:
-            self._display.start(step)
-
-    def advance(self, step: int) -> None:
-        """Show that a step is done."""
-        if self._display is not None:
-            self._display.advance(step)
 
     def progress(self, task: str) -> Callable[[int, int], None]:
         """A callback (done, total) for work other than steps; it prints a line every TASK_INTERVAL seconds."""
@@ -115,14 +158,8 @@ class MetricLogger:
 
         return report
 
-    def info(self, text: str) -> None:
-        """Print a message."""
-        if self._display is not None:
-            self._display.info(text)
-
     def close(self) -> None:
-        if self._display is not None:
-            self._display.close()
+        super().close()
         self._close_files()
 
     def _close_files(self) -> None:
@@ -142,59 +179,6 @@ def _scalars(name: str, value: Any) -> Iterator[tuple[str, float]]:
     elif isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _scalars(f"{name}/{key}", part)
-
-
-class ProgressDisplay:
-    """A progress bar on a terminal; otherwise a line every LINE_INTERVAL seconds."""
-
-    def __init__(self, step: int, steps: int) -> None:
-        self.steps, self._metrics, self._last, self._started = steps, "", 0.0, (time.monotonic(), step)
-        self._bar = None
-        if sys.stderr.isatty():
-            columns = (
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=steps, completed=step, metrics="")
-            self._bar.start()
-
-    def start(self, step: int) -> None:
-        self._started = (time.monotonic(), step)
-
-    def set_metrics(self, values: dict[str, float]) -> None:
-        if "loss" in values:
-            self._metrics = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
-            if "mfu" in values:
-                self._metrics += f", {values['mfu']:.0%} MFU"
-
-    def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, metrics=self._metrics)
-            return
-        now = time.monotonic()
-        if now - self._last < LINE_INTERVAL and step < self.steps:
-            return
-        self._last = now
-        start_time, first = self._started
-        left = (now - start_time) / max(step - first, 1) * (self.steps - step)
-        self._print(f"step {step}/{self.steps}  {self._metrics}  {format_duration(left)} left")
-
-    def info(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def _open_tensorboard(run: Path, step: int):

@@ -8,8 +8,8 @@ import pytest
 
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol
-from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
+from tessera.reporting.estimates import Estimate
 
 PROTOCOL: dict[str, Any] = {
     "definition": {"metric": "fd", "distance": "Fréchet", "features": "pool"},

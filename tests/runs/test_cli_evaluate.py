@@ -244,8 +244,8 @@ def test_help_imports_nothing_heavy(environment, verb):
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    shown, loaded = done.stdout.split("loaded:")
-    assert "Usage: tessera evaluate" in shown
+    output, loaded = done.stdout.split("loaded:")
+    assert "Usage: tessera evaluate" in output
     assert not {"torch", "numpy", "PIL", "tessera.settings"} & set(loaded.split())
 
 

@@ -75,7 +75,7 @@ def meet_at(port: int, started: int) -> list[tuple[int, int]]:
 def whole(processes, trained, tmp_path_factory) -> Path:
     """A run of two processes that nothing befell."""
     folder = tmp_path_factory.mktemp("whole")
-    processes.together(2, train, trained.parent / "tiny.yaml", f"output={folder / 'run'}")
+    processes.together(2, train, trained.parent / "tiny.yaml", f"run_dir={folder / 'run'}")
     return folder / "run"
 
 
@@ -145,11 +145,11 @@ def test_what_is_not_a_number_to_one_process_is_kept_out_by_all(processes, recip
     run = tmp_path / "run"
     (only,) = read_skipped_steps(run)
     assert (only["step"], only["position"], only["outcome"], len(only["samples"])) == (3, 64, "skipped", 32)
-    assert [one["kept_out"] for one in read_log(run)] == [0, 0, 1, 1, 1, 1]
+    assert [one["skipped_steps"] for one in read_log(run)] == [0, 0, 1, 1, 1, 1]
     told = tmp_path / "told"
     told.mkdir()
-    (told / "passed.jsonl").write_text(json.dumps({"step": 1, "position": 64, "outcome": "passed over", "samples": []}))
-    processes.together(2, train, recipe, "training.steps=5", f"output={told}")
+    (told / "skipped_steps.jsonl").write_text(json.dumps({"step": 1, "position": 64, "outcome": "excluded", "samples": []}))
+    processes.together(2, train, recipe, "training.steps=5", f"run_dir={told}")
     one, other = (
         {name: value for name, value in whole_state(each).items() if name.startswith(("weights/", "optimizer/"))}
         for each in (run, told)
