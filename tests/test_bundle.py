@@ -97,11 +97,20 @@ def test_the_hash_depends_on_every_weight_and_its_name(make_model):
     [
         ({}, "ddim, 50 steps, uniform"),
         (
-            {"sampler": {"kind": "dpm++", "order": 3}, "num_steps": 9, "timestep_spacing": {"kind": "shifted", "shift": 2}},
+            {
+                "sampler": {"kind": "dpm++", "order": 3},
+                "num_steps": 9,
+                "timestep_spacing": {"kind": "shifted", "shift": 2},
+            },
             "dpm++, 9 steps, shifted, order 3, shift 2.0",
         ),
         (
-            {"guidance_scale": 2, "guidance_interval": [0.2, 0.8], "guidance_schedule": "cosine", "guidance_channels": 3},
+            {
+                "guidance_scale": 2,
+                "guidance_interval": [0.2, 0.8],
+                "guidance_schedule": "cosine",
+                "guidance_channels": 3,
+            },
             "ddim, 50 steps, uniform, guidance 2, guidance channels 3, guidance interval (0.2, 0.8), "
             "guidance schedule cosine",
         ),

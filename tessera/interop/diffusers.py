@@ -333,7 +333,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
             messages.append(f"one forward pass in diffusers differs by {_difference(model, folder):.3g} (relative L2)")
     if not vae:
         messages.append(
-            "there is no vae/ (the network works on pixels): DiTPipeline.from_pretrained(..., vae=None) loads the folder, "
+            "there is no vae/ (the network works on pixels): DiTPipeline.from_pretrained(..., vae=None) loads it, "
             "but samples only with an autoencoder"
         )
     if network.num_classes != NULL_CLASS:

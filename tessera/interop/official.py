@@ -60,11 +60,11 @@ def read(
 ) -> Model:
     """A Model from an official checkpoint, with the diffusion process of its paper and the settings of sample.py.
 
-    checkpoint_type: what the weights were trained as: dit (default), sit, or sit-gvp (SiT's GVP path);
-    recorded in checkpoints of SiT's training script. num_heads: needed if the width is not one of the paper's. size: the input
-    size, needed if the position table does not determine it. codec: "pixels", a folder or a hub id; by default that of
-    the official code for 4 channels, and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds objects
-    other than tensors, or is not a DiT.
+    checkpoint_type: what the weights were trained as: dit (default), sit, or sit-gvp (SiT's GVP path). It is recorded in
+    checkpoints of SiT's training script. num_heads: needed if the width is not one of the paper's. size: of the input,
+    needed if the position table does not determine it. codec: "pixels", a folder or a hub id; by default that of the
+    official code for 4 channels, and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds objects other
+    than tensors, or is not a DiT.
     """
     path = Path(path)
     stored = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path, [argparse.Namespace])

@@ -121,7 +121,7 @@ def test_an_imported_network_is_the_same_function(tmp_path, changes):
 
 
 def test_a_wrong_divisor_or_eps_is_detected(tmp_path):
-    """The test above could not tell them apart if the networks hardly depended on them."""
+    """The test above would not detect them if the networks hardly depended on them."""
     theirs = transformer()
     theirs.save_pretrained(tmp_path / "dit")
     read = interop.read(tmp_path / "dit")
