@@ -19,8 +19,8 @@ from PIL import Image, ImageFilter
 from tessera.data import FilesConfig
 from tessera.evaluation import suite
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, compute_moments, extract, load_extractor
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.sources import DatasetSource, ImageShard
+from tessera.reporting.estimates import Estimate
 from tessera.runtime import Distributed
 
 COUNTS = (100, 250, 500, 1000, 2500, 5000, 10000)
@@ -109,7 +109,7 @@ def main() -> None:
         copies[name] = rows(look(Changed(config("test"), name, change), name), order[: options.count])
     names = ["fd", "fd_inf", "kid", "prdc"]
     found = {
-        name: {key: value for metric in names for key, value in suite.METRICS[metric].measure(copy, train).items()}
+        name: {key: value for metric in names for key, value in suite.METRICS[metric].compute(copy, train).items()}
         for name, copy in copies.items()
     }
     print(f"features {network.name}, weights {network.weights}; {options.count} pictures each against {train.count}\n")
@@ -125,10 +125,10 @@ def main() -> None:
     print("\n| samples of the test set | fd | fd_inf | 1000 kid |\n|---|---|---|---|")
     for count in (each for each in COUNTS if each <= len(order)):
         few = rows(test, order[:count])
-        kid = suite.METRICS["kid"].measure(few, train)["kid"]
-        cells = [shown(suite.METRICS["fd"].measure(few, train)["fd"])]
+        kid = suite.METRICS["kid"].compute(few, train)["kid"]
+        cells = [shown(suite.METRICS["fd"].compute(few, train)["fd"])]
         enough = count >= 4 * few.rows["pool"].shape[1]
-        cells.append(shown(suite.METRICS["fd_inf"].measure(few, train)["fd_inf"]) if enough else "too few")
+        cells.append(shown(suite.METRICS["fd_inf"].compute(few, train)["fd_inf"]) if enough else "too few")
         cells.append(shown(Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))
         print(f"| {count:,} | " + " | ".join(cells) + " |")
 
