@@ -60,7 +60,7 @@ def read(
 ) -> Model:
     """A Model from an official checkpoint, with the diffusion process of its paper and the settings of sample.py.
 
-    checkpoint_type: what the weights were trained as: dit (default), sit, or sit-gvp (SiT's GVP path). It is recorded in
+    checkpoint_type: what the weights were trained as: dit (default), sit, or sit-gvp (SiT's GVP path); recorded in
     checkpoints of SiT's training script. num_heads: needed if the width is not one of the paper's. size: of the input,
     needed if the position table does not determine it. codec: "pixels", a folder or a hub id; by default that of the
     official code for 4 channels, and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds objects other
