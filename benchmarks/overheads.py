@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/overheads.py [--width 384] [--depth 12] [--batch 8] [--rounds 9]
 
 One process trains a network of DiT-S's size on 64 tokens, as DiT-S/4 does at 256 pixels: the digits, a token a pixel.
-Each is done as a run does it (`loop.Training`), and takes turns with plain steps:
+Each is done as a run does it (`loop.Trainer`), and takes turns with plain steps:
 
 held       until the loop goes on after it has begun a checkpoint: what is to be written is copied
 written    a checkpoint altogether: the steps taken until it stands, less as many plain steps around them
@@ -27,13 +27,13 @@ from tessera import bundle, runtime
 from tessera.models.network import parameter_count
 from tessera.monitoring.logger import MetricLogger
 from tessera.settings import validate
-from tessera.training.checkpoint.checkpoint import TrainerState
-from tessera.training.loop import Training
+from tessera.training.checkpoint import TrainerState
+from tessera.training.loop import Trainer
 from tessera.training.recipe import Recipe, TrainingConfig
 from tessera.training.run import build_run, prepare_folder
 
 
-def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
+def begin(folder: Path, width: int, depth: int, batch: int) -> Trainer:
     told = {
         "run_dir": str(folder),
         "data": {"kind": "digits"},
@@ -42,7 +42,7 @@ def begin(folder: Path, width: int, depth: int, batch: int) -> Training:
     }
     run = build_run(validate(Recipe, told, "the benchmark's recipe"))
     prepare_folder(run)
-    return Training(
+    return Trainer(
         run, TrainerState(0, 0), MetricLogger(folder, 0, run.recipe.training.steps, tensorboard=True, silent=True)
     )
 
@@ -68,13 +68,13 @@ def main() -> None:
         training = begin(Path(place, "run"), options.width, options.depth, options.batch)
         batches = training.run.loader.batches()
         batch = next(batches)
-        told = training._one_step(batch)
+        told = training._train_step(batch)
 
         def step() -> None:
             nonlocal batch, told
             batch = next(batches)
-            told = training._one_step(batch)
-            training._heed(training.watch.read(), last=False)
+            told = training._train_step(batch)
+            training.recovery.check(training.recovery.detector.read(), last=False)
 
         for number in range(options.rounds + 1):  # the first warms up
             before = [timed(step) for _ in range(2)]
@@ -90,14 +90,14 @@ def main() -> None:
                 found["held"].append(held)
                 extra = [sum(values) - len(meanwhile) * usual for values, usual in zip(zip(*meanwhile), plain)]
                 found["written"].append((held[0] + extra[0], held[1] + extra[1]))
-            for name, work in (("health", lambda: training._look_inside(batch, told)), ("log", training._log)):
+            for name, work in (("health", lambda: training._record_health(batch, told)), ("log", training._log)):
                 spent = timed(work)
                 if number:
                     found[name].append(spent)
         batches.close()
         training.writer.close()
         size = sum(path.stat().st_size for path in bundle.checkpoints(Path(place, "run"))[0].rglob("*"))
-        training.journal.close()
+        training.logger.close()
     every = TrainingConfig(steps=1)
     intervals = {
         "held": every.checkpoint_every,

@@ -150,7 +150,7 @@ class CrossAttentionBlock(Block):
 class AdaLNBlock(Block):
     """x + branch(norm(x) (1 + scale) + shift): the condition regresses shift and scale of both norms."""
 
-    modulated_readout = True
+    modulated_head = True
 
     def __init__(self, config: BlockDims) -> None:
         super().__init__(config)
@@ -172,7 +172,7 @@ class AdaLNZeroBlock(Block):
     A fresh block is the identity: the layer that makes the six vectors starts at zero.
     """
 
-    modulated_readout = True
+    modulated_head = True
     regressed_by: ClassVar[type[Modulation] | type[ScaleShiftTable]] = Modulation
 
     def __init__(self, config: BlockDims) -> None:
@@ -205,7 +205,7 @@ class RoPESwiGLUBlock(Block):
     A fresh block is the identity.
     """
 
-    modulated_readout = True
+    modulated_head = True
 
     def __init__(self, config: BlockDims, design: "RoPESwiGLU") -> None:
         super().__init__(

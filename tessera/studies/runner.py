@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from tessera.errors import TesseraError
+from tessera.errors import Interrupted, TesseraError
 from tessera.files import InUse, atomic_write, exclusive_lock
-from tessera.monitoring.logger import format_duration, read_log
+from tessera.monitoring.logger import read_log
+from tessera.reporting.text import format_duration
 from tessera.studies import worker as apart
 from tessera.studies.results import Result, read
 from tessera.studies.study import Study
 from tessera.studies.study_plan import MEMBERS, Planned, StudyPlan
-from tessera.training.loop import Interrupted, stop_signals
+from tessera.training.signals import stop_signals
 
 LOCKS = "locks"
 START = "spawn"  # how a process begins: from nothing, as one that is forked amid threads may hang

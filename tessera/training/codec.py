@@ -1,12 +1,13 @@
-"""A small KL autoencoder fitted to the user's own images: L1 and KL (Rombach et al. 2022, section 3.1), no adversary.
+"""Training a small KL autoencoder on your own images with L1 and KL losses (Rombach et al. 2022, section 3.1) and no
+adversarial loss.
 
 RUN/
-    recipe.yaml           what was asked for
-    log.jsonl             losses, a record a line
-    checkpoint.pt         the newest; the same command goes on from it, exactly
-    codec/                the outcome, a folder of diffusers: `codec: {kind: autoencoder-kl, source: RUN/codec}`
-    scores.json           of held-out pictures
-    reconstructions.png   rows of held-out pictures, each above the row of their reconstructions
+    recipe.yaml             the recipe
+    log.jsonl               losses, one record per line
+    checkpoint.safetensors  the newest training state, from which the same command resumes exactly
+    codec/                  the result, a diffusers folder: `codec: {kind: autoencoder-kl, source: RUN/codec}`
+    scores.json             scores on held-out images
+    reconstructions.png     rows of held-out images, each above the row of their reconstructions
 
 Shapes: B batch, C latent channels, H W height and width, h w those of the latents.
 """
@@ -20,30 +21,32 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tessera import images, randomness, runtime
+from tessera import __version__, images, randomness, runtime
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.autoencoder import AutoencoderShape, write
 from tessera.data import AnyData, Batch, Loader
 from tessera.data.loader import flip_mask
-from tessera.errors import TesseraError, listed
-from tessera.evaluation.features import Extractor, extractor
-from tessera.evaluation.intervals import Estimate
-from tessera.evaluation.reconstruction import WINDOW, Reconstruction, reconstruct, sheet
-from tessera.evaluation.toy.feature_network import Part
+from tessera.errors import Interrupted, TesseraError, bullet_list
+from tessera.evaluation.features import FeatureExtractor, load_extractor
+from tessera.evaluation.reconstruction import WINDOW, Reconstruction, comparison_rows, reconstruct
+from tessera.evaluation.toy.feature_network import Subset
 from tessera.files import atomic_file, atomic_folder, atomic_write, exclusive_lock, remove_partials
 from tessera.monitoring.logger import MetricLogger
 from tessera.runtime import DeviceName, Precision
-from tessera.settings import Settings, changes, override, read_yaml, validate, write_yaml
-from tessera.training.loop import Interrupted, stop_signals
-from tessera.training.objective import POSTERIOR
+from tessera.settings import Settings, apply_overrides, diff, read_yaml, to_yaml, validate
+from tessera.training.objective import POSTERIOR_STREAM
 from tessera.training.optimizers import AdamWConfig, CosineDecay, Fraction, learning_rate, set_learning_rate
+from tessera.training.signals import stop_signals
 
-RECIPE, CHECKPOINT, CODEC, SCORES, SHEET = "recipe.yaml", "checkpoint.pt", "codec", "scores.json", "reconstructions.png"
-HELD_OUT = 0x636F6465  # stream of randomness: which pictures are kept from training
-MEASURED = 1024  # training pictures whose latents tell scale and shift
-FREE = {
+RECIPE, CHECKPOINT, CODEC = "recipe.yaml", "checkpoint.safetensors", "codec"
+SCORES, RECONSTRUCTIONS = "scores.json", "reconstructions.png"
+HELD_OUT_STREAM = 0x636F6465  # random stream that selects the held-out images
+NUM_STATISTICS = 1024  # training images from which scale and shift of the latents are computed
+CHANGEABLE = {  # settings that may change when a run is resumed
     "run_dir",
     "features",
     "training.log_every",
@@ -53,223 +56,245 @@ FREE = {
 }
 
 
-class FitConfig(Settings):
-    """How the autoencoder learns. The defaults suit pictures of 64 pixels and two processor cores."""
+class CodecTrainingConfig(Settings):
+    """How the autoencoder is trained. The defaults suit images of 64 pixels and two CPU cores."""
 
     steps: PositiveInt = 2_000
-    batch: PositiveInt = 16
+    global_batch_size: PositiveInt = 16
     optimizer: AdamWConfig = AdamWConfig(
         learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=100, lr_schedule=CosineDecay(), grad_clip_norm=1.0
     )
-    kl: float = Field(default=1e-4, ge=0, description="weight of the KL divergence, a mean over latents, beside L1")
-    ema: Fraction = Field(default=0.995, description="decay of the average of the weights, which is what is saved")
-    held_out: PositiveInt = Field(default=256, description="pictures kept from training, for the scores")
+    kl_weight: float = Field(default=1e-4, ge=0, description="of the KL divergence, a mean over latents, beside L1")
+    ema_decay: Fraction = Field(default=0.995, description="of the averaged weights, which are the result")
+    num_held_out: PositiveInt = Field(default=256, description="images that are only used for the scores")
     precision: Precision = Field(default="auto", description="of convolutions; auto: bfloat16 on GPUs that have it")
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
-    workers: PositiveInt = Field(default=2, description="threads that read data ahead")
+    num_workers: PositiveInt = Field(default=2, description="threads that read data ahead")
     log_every: PositiveInt = 20
     checkpoint_every: PositiveInt = 200
 
 
 class CodecRecipe(Settings):
-    """A whole fit: one YAML file."""
+    """The recipe of a codec: one YAML file."""
 
-    output: str = Field(description="the run's folder")
+    run_dir: str = Field(description="folder of the run")
     data: AnyData
     autoencoder: AutoencoderShape = AutoencoderShape()
-    training: FitConfig = FitConfig()
+    training: CodecTrainingConfig = CodecTrainingConfig()
     features: str | None = Field(
-        default="shapes", description="whose distance is told, as in `tessera evaluate --features`; null: none"
+        default="shapes",
+        description="of the Fréchet distance in the scores, as in `tessera evaluate --features`; null: no distance",
     )
 
 
-def read(path: Path, overrides: list[str]) -> CodecRecipe:
-    """A recipe file with dotted overrides; `output` is runs/<the file's name> where none is given. TesseraError."""
-    return validate(
-        CodecRecipe, override({"run_dir": f"runs/{path.stem}", **read_yaml(path)}, overrides), f"recipe {path}"
-    )
+def read_codec_recipe(path: Path, overrides: list[str]) -> CodecRecipe:
+    """Read a recipe file and apply dotted overrides. `run_dir` defaults to runs/<name of the file>. TesseraError."""
+    data = {"run_dir": f"runs/{path.stem}", **read_yaml(path)}
+    return validate(CodecRecipe, apply_overrides(data, overrides), f"recipe {path}")
 
 
-def train(recipe: CodecRecipe) -> Path:
-    """Fit, save and score as the recipe says, and return the folder of the codec. A run that was cut off goes on.
+def train_codec(recipe: CodecRecipe) -> Path:
+    """Train, save and score a codec, and return its folder. An interrupted run is resumed.
 
-    Ctrl-C and SIGTERM save and end by Interrupted. Raises TesseraError.
+    Ctrl-C and SIGTERM save a checkpoint and raise Interrupted. Raises TesseraError.
     """
-    fit = Fit(recipe)
-    folder = Path(recipe.output)
-    with exclusive_lock(folder):
-        fit.restore()
-        remove_partials(folder)
-        atomic_write(folder / RECIPE, write_yaml(recipe))
-        journal = MetricLogger(folder, fit.step, recipe.training.steps, tensorboard=False)
+    trainer = CodecTrainer(recipe)
+    run_dir = trainer.run_dir
+    with exclusive_lock(run_dir):
+        trainer.restore()
+        remove_partials(run_dir)
+        atomic_write(run_dir / RECIPE, to_yaml(recipe))
+        logger = MetricLogger(run_dir, trainer.step, recipe.training.steps, tensorboard=False)
         try:
-            with stop_signals() as stopping:
-                fit.go(journal, stopping)
-            if not (folder / CODEC).exists():
-                fit.save_codec()
-            if not (folder / SCORES).exists():
-                journal.info(f"looking at {len(fit.held_out)} held-out pictures")
-                journal.info(fit.score())
+            with stop_signals() as signals:
+                trainer.train(logger, signals)
+            if not (run_dir / CODEC).exists():
+                trainer.save_codec()
+            if not (run_dir / SCORES).exists():
+                logger.info(f"scoring {len(trainer.held_out)} held-out images")
+                logger.info(trainer.score())
         finally:
-            journal.close()
-    return folder / CODEC
+            logger.close()
+    return run_dir / CODEC
 
 
-class Fit:
-    """A fit in memory, at a step."""
+class CodecTrainer:
+    """The training of a codec at some step."""
 
     def __init__(self, recipe: CodecRecipe) -> None:
         """Open the data and build the network. Raises TesseraError."""
-        self.recipe, self.config, self.folder = recipe, recipe.training, Path(recipe.output)
+        self.recipe, self.config, self.run_dir = recipe, recipe.training, Path(recipe.run_dir)
         _check_sizes(recipe)
-        self.device = runtime.choose_device(self.config.device)
-        self.dtype = runtime.autocast_dtype(self.config.precision, self.device)
-        self.features: Extractor | None = extractor(recipe.features, self.device) if recipe.features else None
-        source = recipe.data.open()
-        if len(source) < self.config.held_out + self.config.batch:
-            raise TesseraError(
-                f"{recipe.data.where} holds {len(source)} pictures: too few to keep training.held_out="
-                f"{self.config.held_out} of them from training and have a batch of {self.config.batch} left"
-            )
-        order = randomness.permutation(0, HELD_OUT, 0, len(source)).numpy()  # of no seed: runs compare
-        self.source, self.held_out = source, np.sort(order[: self.config.held_out])
-        self.learned_from = np.sort(order[self.config.held_out :])
-        part = Part(source, self.learned_from)
-        self.loader = Loader(part, self.config.batch, self.config.seed, self.config.workers)
-        torch.manual_seed(self.config.seed)
-        self.network = recipe.autoencoder.build(recipe.data.channels).to(self.device)
-        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.network.parameters()), "share": 1.0}],
-            lr=self.config.optimizer.learning_rate,
-            betas=self.config.optimizer.betas,
-            weight_decay=self.config.optimizer.weight_decay,
-        )
-        self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
-
-    def go(self, journal: MetricLogger, stopping: list[int]) -> None:
-        """Train to the last step. Raises Interrupted, having saved, once `stopping` holds a signal."""
         config = self.config
-        journal.start(self.step)
-        batches = self.loader.batches(self.step * config.batch)
-        began, busy = time.monotonic(), time.process_time()
-        marked, sums = self.step, {"l1": 0.0, "kl": 0.0}
+        self.device = runtime.choose_device(config.device)
+        self.dtype = runtime.autocast_dtype(config.precision, self.device)
+        self.extractor = load_extractor(recipe.features, self.device) if recipe.features else None
+        self.dataset = recipe.data.open()
+        count = len(self.dataset)
+        if count < config.num_held_out + config.global_batch_size:
+            raise TesseraError(
+                f"{recipe.data.description} holds {count} images, which is too few for training.num_held_out="
+                f"{config.num_held_out} and one batch of {config.global_batch_size}"
+            )
+        # The same images for every training seed, so that runs compare.
+        order = randomness.permutation(0, HELD_OUT_STREAM, 0, count).numpy()
+        self.held_out = np.sort(order[: config.num_held_out])
+        self.training_indices = np.sort(order[config.num_held_out :])
+        subset = Subset(self.dataset, self.training_indices)
+        self.loader = Loader(subset, config.global_batch_size, config.seed, config.num_workers)
+        torch.manual_seed(config.seed)
+        self.network = recipe.autoencoder.build(recipe.data.channels).to(self.device)
+        self.ema_network = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(self.network.parameters()), "lr_scale": 1.0}],
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+
+    def train(self, logger: MetricLogger, signals: list[int]) -> None:
+        """Train until the last step. Saves and raises Interrupted once `signals` is not empty."""
+        config = self.config
+        logger.start(self.step)
+        batches = self.loader.batches(self.step * config.global_batch_size)
+        start, cpu_start = time.monotonic(), time.process_time()
+        logged_step, sums = self.step, {"l1": 0.0, "kl": 0.0}
         try:
             while self.step < config.steps:
                 for name, value in self.train_step(next(batches)).items():
                     sums[name] += value
-                journal.advance(self.step)
+                logger.advance(self.step)
                 if self.step % config.log_every == 0 or self.step == config.steps:
-                    seconds, steps = time.monotonic() - began, self.step - marked
-                    told = {name: value / steps for name, value in sums.items()}
-                    told["loss"] = told["l1"] + config.kl * told["kl"]
-                    journal.record(self.step, **told, images_per_second=steps * config.batch / seconds)
+                    seconds, steps = time.monotonic() - start, self.step - logged_step
+                    means = {name: value / steps for name, value in sums.items()}
+                    loss = means["l1"] + config.kl_weight * means["kl"]
+                    rate = steps * config.global_batch_size / seconds
+                    logger.record(self.step, **means, loss=loss, images_per_second=rate)
                     self.seconds += seconds
-                    self.processor_seconds += time.process_time() - busy
-                    began, busy = time.monotonic(), time.process_time()
-                    marked, sums = self.step, {"l1": 0.0, "kl": 0.0}
+                    self.cpu_seconds += time.process_time() - cpu_start
+                    start, cpu_start = time.monotonic(), time.process_time()
+                    logged_step, sums = self.step, {"l1": 0.0, "kl": 0.0}
                 last = self.step == config.steps
-                if self.step % config.checkpoint_every == 0 or last or stopping:
+                if self.step % config.checkpoint_every == 0 or last or signals:
                     self.save()
-                if stopping and not last:
+                if signals and not last:
                     raise Interrupted(
-                        f"stopped at step {self.step} of {config.steps}; the same command goes on from there"
+                        f"stopped at step {self.step} of {config.steps}; the same command resumes from it"
                     )
         finally:
             batches.close()
-        if self.loader.skipped:
-            names = [f"{name}: {reason}" for name, reason in self.loader.skipped.items()]
-            journal.info(f"{len(names)} images could not be used:{listed(names)}")
+        if self.loader.invalid_samples:
+            names = [f"{name}: {reason}" for name, reason in self.loader.invalid_samples.items()]
+            logger.info(f"{len(names)} images could not be used:{bullet_list(names)}")
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """One update of the weights, and of their average: its mean L1 and KL."""
+        """Update the weights and their average. Returns the mean L1 and KL of the batch."""
         config = self.config
-        pixels, noise = self.prepared(batch)
+        pixels, noise = self.prepare_batch(batch)
         set_learning_rate(self.optimizer, learning_rate(config.optimizer, self.step, config.steps))
         with runtime.autocast(self.dtype, self.device):
             posterior = self.network.encode(pixels).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            again = self.network.decode(mean + (0.5 * logvar).exp() * noise).sample
-        l1 = (again.float() - pixels).abs().mean()
-        # KL(N(mean, var) || N(0, 1)), in nats for each number of the latents.
+            decoded = self.network.decode(mean + (0.5 * logvar).exp() * noise).sample
+        l1 = (decoded.float() - pixels).abs().mean()
+        # KL(N(mean, var) || N(0, 1)), in nats per latent.
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         self.optimizer.zero_grad()
-        (l1 + config.kl * kl).backward()
+        (l1 + config.kl_weight * kl).backward()
         if config.optimizer.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.network.parameters(), config.optimizer.grad_clip_norm)
         if not torch.isfinite(l1 + kl):
             raise TesseraError(
                 f"the loss is not finite at step {self.step}: lower training.optimizer.learning_rate "
-                f"({config.optimizer.learning_rate:g}) and start afresh with another output="
+                f"({config.optimizer.learning_rate:g}) and start again with another run_dir="
             )
         self.optimizer.step()
         self.step += 1
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))
+        decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for average, live in zip(self.average.parameters(), self.network.parameters()):
-                average.lerp_(live, 1 - decay)
+            for average, weight in zip(self.ema_network.parameters(), self.network.parameters()):
+                average.lerp_(weight, 1 - decay)
         return {"l1": float(l1.detach()), "kl": float(kl.detach())}
 
-    def prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """pixels [B, 3, H, W] in -1 .. 1, mirrored as the data say, and noise [B, C, h, w]; by position alone."""
+    def prepare_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, H, W] in -1 .. 1, flipped as the data require, and noise [B, C, h, w], which depend only on the
+        positions."""
         position = batch.position.to(self.device)
         pixels = batch.pixels.to(self.device).float() / 127.5 - 1
         if self.recipe.data.hflip:
-            turned = flip_mask(self.config.seed, position)[..., None, None]
-            pixels = torch.where(turned, pixels.flip(-1), pixels)
+            flip = flip_mask(self.config.seed, position)[..., None, None]
+            pixels = torch.where(flip, pixels.flip(-1), pixels)
         shape = self.recipe.autoencoder
         size = (shape.latent_channels, *(side // shape.factor for side in pixels.shape[-2:]))
-        return pixels, randomness.normal(self.config.seed, position, POSTERIOR, size)
+        return pixels, randomness.normal(self.config.seed, position, POSTERIOR_STREAM, size)
 
     def save(self) -> None:
-        """The checkpoint, whole, over the one before."""
-        state = {
+        """Replace the checkpoint: tensors as safetensors, the rest as JSON in the header of the same file."""
+        tensors = {f"network/{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"ema/{name}": tensor for name, tensor in self.ema_network.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{key}": tensor for key, tensor in state.items()}
+        metadata = {
+            "tessera_version": __version__,
             "step": self.step,
             "seconds": self.seconds,
-            "processor_seconds": self.processor_seconds,
+            "cpu_seconds": self.cpu_seconds,
             "recipe": self.recipe.model_dump(mode="json"),
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_file(self.folder / CHECKPOINT) as partial:
-            torch.save(state, partial)
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with atomic_file(self.run_dir / CHECKPOINT) as partial:
+            save_file(contiguous, partial, {name: json.dumps(value) for name, value in metadata.items()})
 
     def restore(self) -> None:
-        """Go on from the folder's checkpoint, if there is one. Raises TesseraError if it is of another recipe."""
-        path = self.folder / CHECKPOINT
+        """Restore the checkpoint of the run, if there is one. Raises TesseraError if it belongs to another recipe."""
+        path = self.run_dir / CHECKPOINT
         if not path.exists():
-            if (self.folder / "checkpoints").exists():
-                raise TesseraError(f"{self.folder} holds a run of `tessera train`: choose another output=")
+            if (self.run_dir / "checkpoints").exists():
+                raise TesseraError(f"{self.run_dir} holds a run of `tessera train`: choose another run_dir=")
+            if (self.run_dir / "checkpoint.pt").exists():
+                raise TesseraError(
+                    f"{self.run_dir} was written by Tessera 0.6.0 or earlier, and Tessera {__version__} cannot resume "
+                    "it: choose another run_dir="
+                )
             return
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            before: dict[str, Any] = state["recipe"]
-        except Exception as error:  # a damaged archive raises anything
-            raise TesseraError(f"{path} is damaged ({error}): remove {self.folder} to start afresh") from None
-        now = self.recipe.model_dump(mode="json")
-        differing = [f"{name} was {old}, is {new}" for name, old, new in changes(before, now) if name not in FREE]
-        if differing:
+            with safe_open(path, framework="pt", device=str(self.device)) as file:
+                metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            before: dict[str, Any] = metadata["recipe"]
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise TesseraError(f"{path} is damaged ({error}): remove {self.run_dir} to start again") from None
+        after = self.recipe.model_dump(mode="json")
+        changes = [f"{name} was {old}, is {new}" for name, old, new in diff(before, after) if name not in CHANGEABLE]
+        if changes:
             raise TesseraError(
-                f"{self.folder} holds a fit of another recipe:{listed(differing)}\n"
-                "undo the change, or start afresh with another output="
+                f"{self.run_dir} holds a run of another recipe:{bullet_list(changes)}\n"
+                "undo the change, or start again with another run_dir="
             )
-        self.step, self.seconds, self.processor_seconds = (
-            state[name] for name in ("step", "seconds", "processor_seconds")
-        )
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.cpu_seconds = (metadata[name] for name in ("step", "seconds", "cpu_seconds"))
+        groups: dict[str, dict[str, Tensor]] = {"network": {}, "ema": {}, "optimizer": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            groups[kind][rest] = tensor
+        self.network.load_state_dict(groups["network"])
+        self.ema_network.load_state_dict(groups["ema"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups["optimizer"].items():
+            number, _, key = name.partition("/")
+            state.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
     @torch.no_grad()
     def save_codec(self) -> None:
-        """The average of the weights as a codec whose latents have mean 0 and variance 1, each channel for itself."""
+        """Save the averaged weights as a codec whose latents have mean 0 and variance 1 in each channel."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
-        for start in range(0, min(MEASURED, len(self.learned_from)), self.config.batch):
-            # Of positions that were seen, mirrored as they were: what a diffusion transformer will learn from.
-            pixels, _ = self.prepared(self.loader.read(start))
-            posterior = self.average.encode(pixels).latent_dist
+        batch_size = self.config.global_batch_size
+        for position in range(0, min(NUM_STATISTICS, len(self.training_indices)), batch_size):
+            # Images of the training positions, flipped as in training: the data of a diffusion model.
+            pixels, _ = self.prepare_batch(self.loader.load_batch(position))
+            posterior = self.ema_network.encode(pixels).latent_dist
             mean, variance = posterior.mean.double(), posterior.var.double()
             count += mean.numel() // mean.shape[1]
             total = total + mean.sum(dim=(0, 2, 3)).cpu()
@@ -277,47 +302,49 @@ class Fit:
         shift = total / count
         deviation = (squares / count - shift.square()).sqrt()
         if not (deviation > 0).all():
-            raise TesseraError("a channel of the latents is always the same number: train longer, or with fewer")
-        with atomic_folder(self.folder / CODEC) as partial:
-            write(self.average, partial, (1 / deviation)[:, None, None], shift[:, None, None])
+            raise TesseraError(
+                "a channel of the latents is constant: train with more steps, or with fewer autoencoder.latent_channels"
+            )
+        with atomic_folder(self.run_dir / CODEC) as partial:
+            write(self.ema_network, partial, (1 / deviation)[:, None, None], shift[:, None, None])
 
     def score(self) -> str:
-        """Write scores and pictures of what was held out, as the saved codec reconstructs it; the scores in words."""
-        codec = AutoencoderConfig(source=str(self.folder / CODEC)).build().to(self.device)
-        found = reconstruct(codec, self.source, self.held_out.tolist(), self.device, self.features)
-        images.save_png(self.folder / SHEET, images.grid(sheet(found), columns=8, gap=2))
-        told = as_json(found, self.features) | {
+        """Write scores.json and reconstructions.png for the held-out images and the saved codec. Returns the scores."""
+        codec = AutoencoderConfig(source=str(self.run_dir / CODEC)).build().to(self.device)
+        result = reconstruct(codec, self.dataset, self.held_out.tolist(), self.device, self.extractor)
+        images.save_png(self.run_dir / RECONSTRUCTIONS, images.grid(comparison_rows(result), columns=8, gap=2))
+        scores = scores_to_json(result, self.extractor) | {
             "steps": self.step,
-            "minutes of training": round(self.seconds / 60, 2),
-            "of all processors together": round(self.processor_seconds / 60, 2),
+            "training_minutes": round(self.seconds / 60, 2),
+            "cpu_minutes": round(self.cpu_seconds / 60, 2),
         }
-        atomic_write(self.folder / SCORES, json.dumps(told, indent=2) + "\n")
-        return in_words(found, self.features)
+        atomic_write(self.run_dir / SCORES, json.dumps(scores, indent=2) + "\n")
+        return format_scores(result, self.extractor)
 
 
-def as_json(found: Reconstruction, network: Extractor | None) -> dict[str, Any]:
-    """Scores with their intervals."""
+def scores_to_json(result: Reconstruction, extractor: FeatureExtractor | None) -> dict[str, Any]:
+    """The scores with their intervals."""
+    estimates = {"psnr": result.psnr, "ssim": result.ssim} | ({"fd": result.fd} if result.fd is not None else {})
+    scores: dict[str, Any] = {"images": result.count}
+    for name, estimate in estimates.items():
+        scores[name] = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+    if extractor is not None and result.fd is not None:
+        scores["features"] = extractor.identity
+    return scores | {"latents": {"mean": result.latent_mean, "std": result.latent_std}}
 
-    def of(measured: Estimate) -> dict[str, float]:
-        return {"value": measured.value, "low": measured.low, "high": measured.high}
 
-    told: dict[str, Any] = {"pictures": found.count, "psnr": of(found.psnr), "ssim": of(found.ssim)}
-    if found.fd is not None and network is not None:
-        told |= {"fd": of(found.fd), "features": network.identity}
-    return told | {"latents": {"mean": found.mean, "std": found.std}}
-
-
-def in_words(found: Reconstruction, network: Extractor | None) -> str:
-    """Scores as lines."""
+def format_scores(result: Reconstruction, extractor: FeatureExtractor | None) -> str:
+    """The scores as lines of text."""
     rows = [
-        ("psnr", f"{found.psnr.value:.2f} dB  ({found.psnr.low:.2f} to {found.psnr.high:.2f})"),
-        ("ssim", f"{found.ssim.value:.4f}  ({found.ssim.low:.4f} to {found.ssim.high:.4f})"),
+        ("psnr", f"{result.psnr.value:.2f} dB  ({result.psnr.low:.2f} to {result.psnr.high:.2f})"),
+        ("ssim", f"{result.ssim.value:.4f}  ({result.ssim.low:.4f} to {result.ssim.high:.4f})"),
     ]
-    if found.fd is not None and network is not None:
-        seen = f", pictures reduced to {network.size[0]} x {network.size[1]}" if network.size else ""
-        rows.append(("fd", f"{found.fd.value:.4g}  ({found.fd.low:.4g} to {found.fd.high:.4g}; {network.name}{seen})"))
-    rows.append(("latents", f"mean {found.mean:.3f}, standard deviation {found.std:.3f}"))
-    return "\n".join([f"{found.count} pictures", *(f"{name:<9}{text}" for name, text in rows)])
+    if result.fd is not None and extractor is not None:
+        fd, size = result.fd, extractor.size
+        note = extractor.name + (f", images reduced to {size[0]} x {size[1]}" if size else "")
+        rows.append(("fd", f"{fd.value:.4g}  ({fd.low:.4g} to {fd.high:.4g}; {note})"))
+    rows.append(("latents", f"mean {result.latent_mean:.3f}, standard deviation {result.latent_std:.3f}"))
+    return "\n".join([f"{result.count} images", *(f"{name:<9}{text}" for name, text in rows)])
 
 
 def _check_sizes(recipe: CodecRecipe) -> None:
@@ -326,9 +353,9 @@ def _check_sizes(recipe: CodecRecipe) -> None:
     if height % factor or width % factor:
         raise TesseraError(
             f"data.size {height} x {width} is not a multiple of {factor}, the factor of autoencoder.channels: "
-            f"{len(recipe.autoencoder.channels)} resolutions, each half the one before"
+            f"{len(recipe.autoencoder.channels)} resolutions, each half the previous one"
         )
     if min(height, width) < WINDOW:
-        raise TesseraError(f"data.size is {height} x {width}, but SSIM, which tells what is left, needs {WINDOW}")
+        raise TesseraError(f"data.size is {height} x {width}, but SSIM, one of the scores, needs {WINDOW} or more")
     if getattr(recipe.data, "buckets", None) is not None:
-        raise TesseraError("a codec is trained on one size: leave out data.buckets; it works on any size afterwards")
+        raise TesseraError("a codec is trained on one size, but it works on any: leave out data.buckets")

@@ -1,4 +1,4 @@
-"""A dry run: everything a run does, a few times, to tell what the whole will take before it is spent."""
+"""A dry run: a few real steps and a checkpoint, to estimate what the whole run needs."""
 
 import shutil
 import tempfile
@@ -10,17 +10,18 @@ from tessera import runtime
 from tessera.errors import TesseraError
 from tessera.generation import pipeline
 from tessera.reporting.text import format_duration
-from tessera.training import loop
-from tessera.training.checkpoint import checkpoint
-from tessera.training.checkpoint.checkpoint import CheckpointWriter, TrainerState
+from tessera.training import checkpoint
+from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.recipe import Recipe
-from tessera.training.run import TrainingRun, build_run, check_agreement, checkpoint_to_resume
+from tessera.training.resume import check_compatible, find_checkpoint
+from tessera.training.run import TrainingRun, build_run, save_checkpoint
+from tessera.training.samples import grid_shape
 from tessera.training.step import train_step
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a dry run learns."""
+class RunEstimate:
+    """What a run needs, as a dry run measured it."""
 
     parameters: int
     gmacs: float
@@ -29,92 +30,94 @@ class Estimate:
     seconds: float
     peak_bytes: int
     checkpoint_bytes: int
-    skipped: int
+    invalid_samples: int
 
     def __str__(self) -> str:
+        invalid = f", {self.invalid_samples} invalid so far" if self.invalid_samples else ""
         return "\n".join(
             (
                 f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
-                f"data         {self.images:,} images" + (f", {self.skipped} skipped so far" if self.skipped else ""),
-                f"a step       {self.seconds_per_step * 1000:.4g} ms",
-                f"the run      {format_duration(self.seconds)}",
+                f"data         {self.images:,} images{invalid}",
+                f"step         {self.seconds_per_step * 1000:.4g} ms",
+                f"run          {format_duration(self.seconds)}",
                 f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
-                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB a checkpoint",
+                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB per checkpoint",
             )
         )
 
 
-def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> Estimate:
-    """Everything a run does, a few times, on real data, into a folder that is thrown away.
+def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> RunEstimate:
+    """Do everything that a run does, a few times, on the real data, in a temporary folder.
 
-    Tells what the whole run will take. Raises the TesseraError that the run would raise.
+    Raises the TesseraError that the run would raise.
     """
-    found = checkpoint_to_resume(Path(recipe.run_dir), resume)
-    _writable(Path(recipe.run_dir))
-    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing(Path(recipe.run_dir).absolute())) as scratch:
-        run = build_run(recipe.model_copy(update={"run_dir": scratch}), found)
-        if found is not None:
-            check_agreement(run, found)
+    run_dir = Path(recipe.run_dir)
+    path = find_checkpoint(run_dir, resume)
+    _check_writable(run_dir)
+    with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing_parent(run_dir.absolute())) as scratch:
+        run = build_run(recipe.model_copy(update={"run_dir": scratch}), path)
+        if path is not None:
+            check_compatible(run, path)
         config, device = run.recipe.training, run.ema_model.device
         batches = run.loader.batches()
         times = []
         try:
-            for step in range(1 + steps):  # the first warms up
-                began = time.monotonic()
+            for step in range(1 + steps):  # the first one is a warm-up
+                start = time.monotonic()
                 train_step(run.state, next(batches), run.objective, config.global_batch_size, run.accumulation_steps)
                 run.ema.update(step + 1)
                 runtime.synchronize(device)
-                times.append(time.monotonic() - began)
+                times.append(time.monotonic() - start)
         finally:
             batches.close()
-        seconds = sorted(times[1:])[len(times[1:]) // 2]
+        seconds_per_step = sorted(times[1:])[len(times[1:]) // 2]
         writer = CheckpointWriter(Path(scratch))
-        loop.save(run, writer, TrainerState(1, config.global_batch_size))
+        save_checkpoint(run, writer, TrainerState(1, config.global_batch_size))
         writer.wait()
         writer.close()
-        saved = checkpoint.checkpoint_path(Path(scratch), 1).rglob("*")
-        size = sum(file.stat().st_size for file in saved if file.is_file())
-        free = shutil.disk_usage(_existing(Path(recipe.run_dir))).free
+        files = checkpoint.checkpoint_path(Path(scratch), 1).rglob("*")
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        free = shutil.disk_usage(_existing_parent(run_dir)).free
         needed = size * (config.keep_last + 1)
         if needed > free:
             raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
-        return Estimate(
+        return RunEstimate(
             parameters=sum(parameter.numel() for parameter in run.network.parameters()),
             gmacs=run.macs / 1e9,
             images=len(run.loader.dataset),
-            seconds_per_step=seconds,
-            seconds=seconds * config.steps + _drawing_seconds(run),
+            seconds_per_step=seconds_per_step,
+            seconds=seconds_per_step * config.steps + _sampling_seconds(run),
             peak_bytes=runtime.peak_memory(device),
             checkpoint_bytes=size,
-            skipped=len(run.loader.invalid_samples),
+            invalid_samples=len(run.loader.invalid_samples),
         )
 
 
-def _drawing_seconds(run: TrainingRun) -> float:
-    """What the grids and the pictures that are scored take in a whole run, from a short drawing of one batch."""
+def _sampling_seconds(run: TrainingRun) -> float:
+    """The time of all grids and scored samples of a run, estimated from one batch with few steps."""
     config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
-    count, steps = 16, min(2, run.recipe.sampling.num_steps)
-    began = time.monotonic()
-    pipeline.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), steps=steps)
-    seconds = (time.monotonic() - began) / count / steps
-    pictures_each = (min(network.num_classes, loop.COLUMNS) or 8) * config.sample_seeds
-    pictures = pictures_each * (config.steps // config.sample_every + 2)
-    pictures += evaluation.num_samples * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
-    return seconds * run.recipe.sampling.num_steps * pictures
+    count, num_steps = 16, min(2, run.recipe.sampling.num_steps)
+    start = time.monotonic()
+    pipeline.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), num_steps=num_steps)
+    seconds = (time.monotonic() - start) / count / num_steps
+    rows, columns = grid_shape(run.recipe)
+    images = rows * columns * (config.steps // config.sample_every + 2)
+    images += evaluation.num_samples * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
+    return seconds * run.recipe.sampling.num_steps * images
 
 
-def _existing(path: Path) -> Path:
+def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
 
 
-def _writable(folder: Path) -> None:
-    place = _existing(folder.absolute())
-    if not place.is_dir():
-        raise TesseraError(f"cannot write to output={folder}: {place} is a file, not a folder")
+def _check_writable(run_dir: Path) -> None:
+    parent = _existing_parent(run_dir.absolute())
+    if not parent.is_dir():
+        raise TesseraError(f"cannot write to run_dir={run_dir}: {parent} is a file, not a folder")
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as error:
-        raise TesseraError(f"cannot write to {folder}: {error.strerror or error}") from None
+        raise TesseraError(f"cannot write to {run_dir}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Moving averages of the weights (Karras et al. 2024 call the classic form, used here, "traditional EMA")."""
+"""Exponential moving averages of the weights ("traditional EMA" in Karras et al. 2024)."""
 
 import copy
 
@@ -13,52 +13,50 @@ from tessera.training.recipe import EMAConfig
 
 
 class EMA:
-    """Networks whose weights follow those of the first, one for each decay; `network`, of the first decay, draws."""
+    """One averaged copy of the network per decay. `network` has the first decay: sampling uses it."""
 
     def __init__(self, network: Network, config: EMAConfig) -> None:
         self.config = config
         self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.decays}
         self.network = self.networks[config.decay]
-        self._follow(network)
+        self._collect(network)
 
-    def distribute(self, network: Network, team: ParallelContext) -> None:
-        """Divide the averages among processes as the network was."""
-        for average in self.networks.values():
-            team.distribute(average)
-        self._follow(network)
+    def distribute(self, network: Network, parallel_context: ParallelContext) -> None:
+        """Shard the averages as the network is sharded."""
+        for averaged in self.networks.values():
+            parallel_context.distribute(averaged)
+        self._collect(network)
 
-    def _follow(self, network: Network) -> None:
-        trained = [live.requires_grad for live in network.parameters()]
-        self._lives = [parallel.local(live.detach()) for live, follows in zip(network.parameters(), trained) if follows]
-        self._means = {
-            decay: [parallel.local(mean) for mean, follows in zip(average.parameters(), trained) if follows]
-            for decay, average in self.networks.items()
-        }
-        # On a GPU beside the work of the next step, which is done before the weights move again.
-        self._stream = torch.cuda.Stream() if self._lives[0].is_cuda else None
+    def _collect(self, network: Network) -> None:
+        """List the trained weights and their averages."""
+        trained = [parameter.requires_grad for parameter in network.parameters()]
 
-    @property
-    def others(self) -> dict[float, Network]:
-        """All but the one that draws."""
-        return {decay: self.networks[decay] for decay in self.config.extra_decays}
+        def local(averaged: Network) -> list[Tensor]:
+            pairs = zip(averaged.parameters(), trained)
+            return [parallel.local_tensor(parameter.detach()) for parameter, is_trained in pairs if is_trained]
+
+        self._weights = local(network)
+        self._averages = {decay: local(averaged) for decay, averaged in self.networks.items()}
+        # On a GPU the update overlaps with the next step. It ends before the weights change again (`synchronize`).
+        self._stream = torch.cuda.Stream() if self._weights[0].is_cuda else None
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after `step` steps of training (1 for the first)."""
+        """Update the averages after step number `step`, counted from 1."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for decay, means in self._means.items():
+            for decay, averages in self._averages.items():
                 if self.config.warmup:
                     decay = min(decay, (1 + step) / (10 + step))
-                torch._foreach_lerp_(means, self._lives, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(averages, self._weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def synchronize(self) -> None:
-        """Before the weights move, or an average is read: until the last update is done, as the device sees it."""
+        """Make the device wait for the last update. Call it before the weights change or an average is read."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
-    def distance(self) -> Tensor:
-        """This process's share of (sum |mean - weight|^2, sum |weight|^2) of the average that draws: [2]"""
+    def squared_distance(self) -> Tensor:
+        """This rank's part of (sum |average - weight|^2, sum |weight|^2) of the first decay: [2]"""
         self.synchronize()
-        return health.distance(self._lives, self._means[self.config.decay])
+        return health.squared_distance(self._weights, self._averages[self.config.decay])

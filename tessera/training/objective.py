@@ -1,10 +1,10 @@
-"""What a network is set to do: what becomes of a batch, what is drawn at random, the loss.
+"""The training objective: how a batch becomes latents and a condition, what is sampled at random, and the loss.
 
-Everything random is a function of (seed, global position of the sample), so that ranks, restarts and micro-batches
-change nothing. Shapes: B batch, C channels, H W height and width.
+All randomness is a function of (seed, global position of the sample), so the result does not depend on the number of
+ranks, on restarts or on the micro batch size. Shapes: B batch, C channels, H W height and width, h w of the latents.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,14 +16,15 @@ from tessera.data import Batch
 from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.prediction import Losses
+from tessera.monitoring import health
 
-# Streams of randomness: one for each use, never renumbered, or old runs could not be resumed.
-TIME, NOISE, DROP, POSTERIOR = 1, 2, 3, 5  # 4: flips, in data.loader
+# Random streams, one for each use. Never change a number: an old run could not be resumed exactly.
+TIMESTEP_STREAM, NOISE_STREAM, LABEL_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
 
 
 @dataclass(frozen=True)
 class TrainingObjective:
-    """What a step needs beside weights and data."""
+    """Everything that the loss of a batch depends on beside the weights and the batch."""
 
     diffusion: DiffusionProcess
     codec: Codec
@@ -34,45 +35,66 @@ class TrainingObjective:
     dtype: torch.dtype | None  # of autocast
 
 
-def prepare_batch(batch: Batch, task: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
+def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
     """A batch on the device: latents [B, C, h, w] (flipped, encoded, scaled), condition, position [B].
 
-    Where the batch holds raw moments, it was encoded and flipped before.
+    A batch from a latent cache holds the raw moments of images that were flipped and encoded before.
     """
     position = batch.position.to(device, non_blocking=True)
-    given = batch.pixels.to(device, torch.float32, non_blocking=True)
-    cached, codec = batch.pixels.is_floating_point(), task.codec
+    values = batch.pixels.to(device, torch.float32, non_blocking=True)
+    cached, codec = batch.pixels.is_floating_point(), objective.codec
     if not cached:
-        given = given / 127.5 - 1
-        if task.hflip:
-            given = torch.where(flip_mask(task.seed, position)[..., None, None], given.flip(-1), given)
+        values = values / 127.5 - 1
+        if objective.hflip:
+            values = torch.where(flip_mask(objective.seed, position)[..., None, None], values.flip(-1), values)
     noise = None
     if codec.stochastic:
         factor = 1 if cached else codec.factor
-        shape = (codec.latent_channels, *(side // factor for side in given.shape[-2:]))
-        noise = randomness.normal(task.seed, position, POSTERIOR, shape)
-    x0 = codec.latents(given, noise) if cached else codec.encode(given, noise)
+        shape = (codec.latent_channels, *(side // factor for side in values.shape[-2:]))
+        noise = randomness.normal(objective.seed, position, POSTERIOR_STREAM, shape)
+    x0 = codec.latents(values, noise) if cached else codec.encode(values, noise)
     condition = Condition()
-    if task.num_classes:
+    if objective.num_classes:
         condition = Condition(label=batch.label.to(device, non_blocking=True))
-        if task.label_dropout:
-            condition = condition.drop(randomness.uniform(task.seed, position, DROP)[:, 0] < task.label_dropout)
+        if objective.label_dropout:
+            uniform = randomness.uniform(objective.seed, position, LABEL_DROPOUT_STREAM)[:, 0]
+            condition = condition.drop(uniform < objective.label_dropout)
     return x0, condition, batch.position
 
 
+def batch_rows(batch: Batch, rows: slice) -> Batch:
+    """Some rows of every field of a batch."""
+    return replace(batch, **{name: values[rows] for name, values in vars(batch).items()})
+
+
+@torch.no_grad()
+def probe_inputs(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
+    """The first samples of a batch for `health.probe`: latents and noise as in training, condition without dropout."""
+    samples = batch_rows(batch, slice(health.probe_size(len(batch.position))))
+    with torch.compiler.set_stance("force_eager"):  # another batch size would trigger recompilation
+        x0, condition, position = prepare_batch(samples, replace(objective, label_dropout=0.0), device)
+    return x0, condition, sample_noise(x0, position, objective)
+
+
+def sample_noise(x0: Tensor, position: Tensor, objective: TrainingObjective) -> Tensor:
+    """The noise that belongs to these positions, like x0 [B, C, h, w]."""
+    device_position = position.to(x0.device, non_blocking=True)
+    return randomness.normal(objective.seed, device_position, NOISE_STREAM, tuple(x0.shape[1:]))
+
+
 def compute_loss(
-    network: NetworkFunction, x0: Tensor, condition: Condition, position: Tensor, task: TrainingObjective
+    network: NetworkFunction, x0: Tensor, condition: Condition, position: Tensor, objective: TrainingObjective
 ) -> tuple[Losses, Tensor]:
-    """The process's training losses at times and noise drawn for these positions, and the times [B], in 0 .. 1.
+    """The losses at the timesteps and noise that belong to these positions, and the timesteps [B], from 0 to 1.
 
     x0 [B, C, h, w], position [B]
     """
-    t = task.diffusion.sample_timesteps(randomness.uniform(task.seed, position, TIME)[:, 0])
-    noise = randomness.normal(task.seed, position.to(x0.device, non_blocking=True), NOISE, tuple(x0.shape[1:]))
-    with runtime.autocast(task.dtype, x0.device):
+    t = objective.diffusion.sample_timesteps(randomness.uniform(objective.seed, position, TIMESTEP_STREAM)[:, 0])
+    noise = sample_noise(x0, position, objective)
+    with runtime.autocast(objective.dtype, x0.device):
         raw = network(
-            task.diffusion.add_noise(x0, noise, t),
-            task.diffusion.model_time(t).to(x0.device, non_blocking=True),
+            objective.diffusion.add_noise(x0, noise, t),
+            objective.diffusion.model_time(t).to(x0.device, non_blocking=True),
             condition,
         )
-    return task.diffusion.loss(raw.float(), x0, noise, t), t
+    return objective.diffusion.loss(raw.float(), x0, noise, t), t

@@ -1,9 +1,9 @@
-"""One network over many processes, from outside: FSDP2 on a mesh of replicas by shards. Sharding lives only here.
+"""One network on several ranks, applied from outside: FSDP2 on a mesh of replicas by shards. All sharding is here.
 
-A mesh of n x m processes holds n copies of the weights, each in m parts: n x 1 is plain replication, 1 x m full
-sharding, all else hybrid. What is sharded are the weights being trained, the averages, and with them the optimizer's
-memory. The optimizer and the averages work on each process's own parts as plain tensors: element by element nothing
-else is needed, and what needs whole matrices (Muon) asks for them.
+A mesh of n x m ranks holds n copies of the weights, each in m shards: n x 1 is plain replication, 1 x m is full
+sharding, all others are hybrid. The weights, their averages and the optimizer state are sharded. The optimizer and the
+averages work on each rank's local shards as plain tensors. Element-wise updates need nothing else, and an update that
+needs whole matrices (Muon) gathers them.
 """
 
 import warnings
@@ -18,147 +18,146 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tessera.errors import TesseraError
 from tessera.models.network import Network
-from tessera.runtime import Distributed
+from tessera.runtime import SINGLE, Distributed
 
 
 class ParallelContext:
-    """The processes of a run and how they share it: `replicas` copies of the weights, each in `shards` parts."""
+    """The ranks of a run: `replicas` copies of the weights, each in `shards` shards."""
 
-    def __init__(self, world: Distributed = Distributed(), shard: int | str = 1, device: str = "cpu") -> None:  # noqa: B008 (frozen)
-        """shard: processes that hold one copy between them, or "all". Raises TesseraError if they cannot be divided."""
-        self.ranks = world
-        self.shards = world.world_size if shard == "all" else int(shard)
+    def __init__(self, world: Distributed = SINGLE, fsdp: int | str = 1, device: str = "cpu") -> None:
+        """fsdp: the number of ranks that hold one copy together, or "all". Raises TesseraError if it is no divisor."""
+        self.world = world
+        self.shards = world.world_size if fsdp == "all" else int(fsdp)
         if world.world_size == 1:
             self.shards = 1  # the same recipe on one machine
         if world.world_size % self.shards:
             raise TesseraError(
-                f"training.fsdp is {shard}, but {world.world_size} processes cannot be divided into groups of {shard}: "
+                f"training.fsdp is {fsdp}, but {world.world_size} processes cannot be divided into groups of {fsdp}: "
                 "choose a divisor, or all"
             )
         self.replicas = world.world_size // self.shards
         self.mesh: DeviceMesh | None = None
-        self._votes: tuple[Tensor, distributed.Work] | None = None
+        self._pending: tuple[Tensor, distributed.Work] | None = None
         if world.world_size > 1:
             self.mesh = init_device_mesh(device, (self.replicas, self.shards), mesh_dim_names=("replica", "shard"))
-            self._control = distributed.new_group(backend="gloo")
+            self._control_group = distributed.new_group(backend="gloo")
 
     def distribute(self, network: Network) -> None:
-        """Put a network's weights onto the mesh, in place: block by block, then the rest."""
+        """Shard a network's weights over the mesh, in place: block by block, then the rest."""
         if self.mesh is None:
             return
-        # What the readout returns is a view; nobody here writes into it.
+        # The head returns a view, which nothing here writes into.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-        again = self.shards > 1  # gathered again for the backward pass, so that whole weights are never held together
+        # Gather each block again in the backward pass, so that the whole weights are never in memory together.
+        reshard_blocks = self.shards > 1
         for block in network.blocks:
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=again)
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=reshard_blocks)
         fully_shard(network, mesh=self.mesh, reshard_after_forward=False)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in place; the same bits on all."""
-        if self.ranks.world_size > 1:
+        """Sum over all ranks, in place. The result has the same bits on all ranks."""
+        if self.world.world_size > 1:
             distributed.all_reduce(values)
         return values
 
     def begin_flag_reduction(self, *flags: bool) -> None:
-        """Begin to tell the others what this process wishes; `outcome` says it later, so that nobody waits."""
-        if self.ranks.world_size > 1:
-            votes = torch.tensor(flags, dtype=torch.uint8)
-            work = distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._control, async_op=True)
-            self._votes = votes, cast(distributed.Work, work)
+        """Begin to exchange this rank's flags. `reduced_flags` returns the result later, so that no rank waits."""
+        if self.world.world_size > 1:
+            tensor = torch.tensor(flags, dtype=torch.uint8)
+            work = distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._control_group, async_op=True)
+            self._pending = tensor, cast(distributed.Work, work)
 
-    def reduced_flags(self, *now: bool) -> list[bool]:
-        """For each flag of the last `vote`, whether any process had raised it; a process alone knows what is `now`."""
-        if self._votes is None:
-            return list(now)
-        votes, work = self._votes
+    def reduced_flags(self, *current: bool) -> list[bool]:
+        """For each flag of `begin_flag_reduction`, whether any rank set it. A single process returns `current`."""
+        if self._pending is None:
+            return list(current)
+        tensor, work = self._pending
         work.wait()
-        return [bool(vote) for vote in votes.tolist()]
+        return [bool(flag) for flag in tensor.tolist()]
 
 
-def local_batch(batch: int, rounds: int, ranks: Distributed) -> slice:
-    """This process's part of a batch. Raises TesseraError if some process would have nothing to do in a round."""
-    count, rank = ranks.world_size, ranks.rank
-    if batch // count < rounds:
+def local_batch(batch_size: int, accumulation_steps: int, world: Distributed) -> slice:
+    """This rank's part of a batch. Raises TesseraError if a rank would have no sample in an accumulation step."""
+    count, rank = world.world_size, world.rank
+    if batch_size // count < accumulation_steps:
         raise TesseraError(
-            f"training.global_batch_size {batch} is too small for {count} processes: some would have nothing to do; choose a "
-            "larger batch or fewer processes"
+            f"training.global_batch_size {batch_size} is too small for {count} processes: some would have no samples; "
+            "choose a larger batch or fewer processes"
         )
-    return slice(batch * rank // count, batch * (rank + 1) // count)
+    return slice(batch_size * rank // count, batch_size * (rank + 1) // count)
 
 
 @contextmanager
-def one_reduction(network: Network, last: bool):
-    """Gradients of a backward pass stay with each process unless it is the last of a step."""
-    if not isinstance(network, FSDPModule):
-        yield
-        return
-    network.set_requires_gradient_sync(last)
-    network.set_is_last_backward(last)
+def gradient_sync(network: Network, last: bool):
+    """Reduce gradients over the ranks only in the last backward pass of a step."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+        network.set_is_last_backward(last)
     yield
 
 
 def reshard(network: Network) -> None:
-    """Let go of the weights that a pass without gradients gathered; until then parameters are not what they seem."""
+    """Free the weights that a pass without gradients gathered. Until then the parameters are not the shards."""
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing its memory; a plain tensor is its own."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's shard, which shares the memory. A plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(network: Network) -> dict[str, nn.Parameter]:
-    """What an optimizer is given: each trained parameter, or this process's part of it, which shares its memory."""
-    told = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+def trained_parameters(network: Network) -> dict[str, nn.Parameter]:
+    """The parameters for the optimizer, by name: of a sharded network this rank's shards, which share the memory."""
+    parameters = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not isinstance(network, FSDPModule):
-        return told
-    return {name: nn.Parameter(local(parameter.detach())) for name, parameter in told.items()}
+        return parameters
+    return {name: nn.Parameter(local_tensor(parameter.detach())) for name, parameter in parameters.items()}
 
 
 def collect_gradients(network: Network, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The gradients of all that an optimizer trains, in its order; those of parts are handed to the parts."""
-    found = []
+    """The gradients of all optimized parameters, in the optimizer's order, set as `grad` of the local shards."""
+    gradients = []
     for group in optimizer.param_groups:
-        for name, held in zip(group["param_names"], group["params"]):
+        for name, optimized in zip(group["param_names"], group["params"]):
             parameter = network.get_parameter(name)
-            if parameter is not held and parameter.grad is not None:
-                held.grad, parameter.grad = local(parameter.grad), None
-            if held.grad is None:  # nothing depended on it
-                held.grad = torch.zeros_like(held)
-            found.append(held.grad)
-    return found
+            if parameter is not optimized and parameter.grad is not None:
+                optimized.grad, parameter.grad = local_tensor(parameter.grad), None
+            if optimized.grad is None:  # the loss does not depend on it
+                optimized.grad = torch.zeros_like(optimized)
+            gradients.append(optimized.grad)
+    return gradients
 
 
-def full_tensor(part: Tensor, like: Tensor) -> Tensor:
-    """All parts of a tensor that is divided as `like` is, put together; every process must ask."""
-    return cast(DTensor, divided(part, like)).full_tensor() if isinstance(like, DTensor) else part
+def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
+    """The DTensor whose local shard is given, sharded as `like` is. Plain tensors and scalars stay as they are."""
+    if not isinstance(like, DTensor) or local.dim() == 0:
+        return local
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
-def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a tensor that every process has whole, to be divided as `like` is."""
+def full_tensor(local: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor, gathered from shards that are laid out as those of `like`. Every rank must call it."""
+    return cast(DTensor, as_dtensor(local, like)).full_tensor() if isinstance(like, DTensor) else local
+
+
+def local_part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a tensor that every rank holds whole, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def divided(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor of which every process holds a part as it does of `like`, for checkpoints."""
-    if not isinstance(like, DTensor) or part.dim() == 0:
-        return part
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
 @torch.no_grad()
 def full_network(network: Network) -> Network:
-    """The network in one piece, to draw with: itself unless it is divided. Every process must ask."""
+    """The network with whole weights, for sampling. It is returned as it is unless sharded. Every rank must call it."""
     if not isinstance(network, FSDPModule):
         return network
     with torch.device("meta"):
-        plain = network.config.build()
+        whole = network.config.build()
     tensors = {name: cast(DTensor, tensor).full_tensor() for name, tensor in network.state_dict().items()}
-    plain.load_state_dict(tensors, assign=True)
-    return plain.eval().requires_grad_(False)
+    whole.load_state_dict(tensors, assign=True)
+    return whole.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""One step of training: the gradients of a batch, what they tell, the update.
+"""One training step: the gradients of a batch, its metrics, the update.
 
-Shapes: P parts of the network (see `health.groups`).
+Shapes: P parameter groups of the network (see `health.parameter_groups`).
 """
 
 from dataclasses import dataclass
@@ -15,132 +15,138 @@ from tessera.data import Batch
 from tessera.models.network import Network
 from tessera.monitoring import health
 from tessera.training import parallel
-from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
+from tessera.training.objective import TrainingObjective, batch_rows, compute_loss, prepare_batch
 from tessera.training.optimizers import OptimizerConfig
 from tessera.training.parallel import ParallelContext
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and who takes part in it."""
+    """Everything that a step changes, and the ranks that take part in it."""
 
-    network: Network  # the weights, perhaps divided among processes
-    forward: NetworkFunction  # what is called: the network, or what compiling made of it
+    network: Network  # perhaps sharded
+    forward: NetworkFunction  # the network, or its compiled form
     optimizer: torch.optim.Optimizer
     config: OptimizerConfig
     parallel: ParallelContext
 
+    @property
+    def device(self) -> torch.device:
+        return self.optimizer.param_groups[0]["params"][0].device
+
     @cached_property
     def parameter_groups(self) -> tuple[list[str], Tensor]:
-        """The parts of the network whose gradients are told apart, and for each tensor the number of its part."""
+        """The names of the groups that gradient norms are reported for, and the group number of each parameter."""
         names = [name for group in self.optimizer.param_groups for name in group["param_names"]]
-        told, index = health.groups(names)
-        return told, index.to(self.optimizer.param_groups[0]["params"][0].device)
+        group_names, index = health.parameter_groups(names)
+        return group_names, index.to(self.device)
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step tells, of the whole batch, on the device: reading it is the caller's time to spend."""
+    """The metrics of a step over the global batch, on the device. Only the caller waits for them."""
 
-    values: dict[str, Tensor]  # loss, mse, perhaps vb, gradient_norm before clipping
-    applied: Tensor  # 1, or 0 where the weights were left as they were
-    clipped: Tensor  # 1 where the gradient was longer than clip
-    by_time: Tensor  # [2, BINS] sums and counts of mse, see `health.bin_by_time`
-    squares: Tensor  # [P] squared lengths of the gradient's parts, see `Learner.groups`
+    values: dict[str, Tensor]  # loss, mse, perhaps vb, grad_norm before clipping
+    applied: Tensor  # 1, or 0 if the update was skipped
+    clipped: Tensor  # 1 if the gradient norm was above grad_clip_norm
+    loss_by_timestep: Tensor  # [2, BINS] sums and counts of mse, see `health.bin_by_timestep`
+    group_squared_norms: Tensor  # [P] squared gradient norms, see `TrainState.parameter_groups`
 
 
 def train_step(
-    learner: TrainState,
+    state: TrainState,
     batch: Batch,
-    task: TrainingObjective,
-    count: int,
-    rounds: int = 1,
+    objective: TrainingObjective,
+    global_batch_size: int,
+    accumulation_steps: int = 1,
     limits: Tensor | None = None,
 ) -> StepMetrics:
-    """Gradients of the mean loss over `count` samples, of which this process has `batch`, in so many rounds; an update.
+    """Update the weights with the gradient of the mean loss over the global batch; `batch` is this rank's part of it.
 
-    limits [2]: the loss and the length of the gradient beyond which the weights are left as they are, as they also are
-    if either is not finite.
+    limits [2]: the largest loss and gradient norm. The update is skipped if one is exceeded or is not finite.
     """
-    network, optimizer, config, team = learner.network, learner.optimizer, learner.config, learner.parallel
-    device, mine = optimizer.param_groups[0]["params"][0].device, len(batch.position)
+    network, optimizer, context, device = state.network, state.optimizer, state.parallel, state.device
+    batch_size = len(batch.position)
     sums: list[Tensor] = []
     names: list[str] = []
-    for number in range(rounds):
-        part = slice(mine * number // rounds, mine * (number + 1) // rounds)
-        x0, condition, position = prepare_batch(
-            Batch(batch.pixels[part], batch.label[part], batch.position[part]), task, device
+    for number in range(accumulation_steps):
+        rows = slice(batch_size * number // accumulation_steps, batch_size * (number + 1) // accumulation_steps)
+        x0, condition, position = prepare_batch(batch_rows(batch, rows), objective, device)
+        with parallel.gradient_sync(network, last=number == accumulation_steps - 1):
+            losses, t = compute_loss(state.forward, x0, condition, position, objective)
+            # sum / (global batch size / ranks): FSDP takes the mean over the ranks, so this is the mean over the batch.
+            (losses.total.sum() / (global_batch_size / context.world.world_size)).backward()
+        by_name = {"loss": losses.total, "mse": losses.mse, "vb": losses.vb}
+        names = [name for name, value in by_name.items() if value is not None]
+        means = torch.stack(
+            [value.detach().sum() / global_batch_size for value in by_name.values() if value is not None]
         )
-        with parallel.one_reduction(network, last=number == rounds - 1):
-            found, t = compute_loss(learner.forward, x0, condition, position, task)
-            (found.total.sum() / (count / team.ranks.world_size)).backward()  # the mean over processes is FSDP's
-        told = {"loss": found.total, "mse": found.mse, "vb": found.vb}
-        names = [name for name, value in told.items() if value is not None]
-        shares = torch.stack([value.detach().sum() / count for value in told.values() if value is not None])
-        sums.append(torch.cat((shares, health.bin_by_timestep(found.mse.detach(), t).flatten())))
+        sums.append(torch.cat((means, health.bin_by_timestep(losses.mse.detach(), t).flatten())))
     gradients = parallel.collect_gradients(network, optimizer)
-    parts, index = learner.parameter_groups
-    lengths = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
-    squares = torch.zeros(len(parts), device=device).index_add_(0, index, lengths.square() / team.replicas)
-    vector = team.all_reduce_sum(torch.cat((sum(sums[1:], sums[0]), squares)))
-    heads, by_time, squares = vector.split((len(names), 2 * health.BINS, len(parts)))
+    group_names, index = state.parameter_groups
+    norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    squares = torch.zeros(len(group_names), device=device).index_add_(0, index, norms.square() / context.replicas)
+    # One all-reduce for all metrics.
+    vector = context.all_reduce_sum(torch.cat((sum(sums[1:], sums[0]), squares)))
+    means, by_timestep, squares = vector.split((len(names), 2 * health.BINS, len(group_names)))
     norm = squares.sum().sqrt()
-    seen = torch.stack((heads[0], norm))
-    kept = seen.isfinite().all()
+    watched = torch.stack((means[0], norm))
+    applied = watched.isfinite().all()
     if limits is not None:
-        kept &= (seen <= limits.to(device, non_blocking=True)).all()
+        applied &= (watched <= limits.to(device, non_blocking=True)).all()
     clipped = torch.zeros_like(norm)
-    if config.grad_clip_norm is not None:
-        clipped = (norm > config.grad_clip_norm).float()
-        torch._foreach_mul_(gradients, (config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
-    update(optimizer, kept, ahead=device.type == "cuda")
-    numbers = {**dict(zip(names, heads.unbind())), "gradient_norm": norm}
-    return StepMetrics(numbers, kept.float(), clipped, by_time.view(2, health.BINS), squares)
+    max_norm = state.config.grad_clip_norm
+    if max_norm is not None:
+        clipped = (norm > max_norm).float()
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
+    optimizer_step(optimizer, applied, asynchronous=device.type == "cuda")
+    values = {**dict(zip(names, means.unbind())), "grad_norm": norm}
+    return StepMetrics(values, applied.float(), clipped, by_timestep.view(2, health.BINS), squares)
 
 
-def update(optimizer: Any, kept: Tensor, ahead: bool) -> None:
-    """One update by a torch.optim.Optimizer of the weights from their gradients, then let go; none if `kept` [] is 0.
+def optimizer_step(optimizer: Any, applied: Tensor, asynchronous: bool) -> None:
+    """Update the weights from their gradients, or do nothing if `applied` [] is 0. Frees the gradients.
 
-    ahead: the host does not wait for the device to know; the optimizer must be fused.
+    asynchronous: the host does not wait for the value of `applied`; this needs a fused torch.optim.Optimizer.
     """
-    if ahead and optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, 1 - kept.float()  # as gradient scalers tell it
+    if asynchronous and optimizer.defaults.get("fused"):
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - applied.float()  # the interface of gradient scalers
         optimizer.step()
-    elif kept:
+    elif applied:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
 class MetricAccumulator:
-    """Sums of what steps tell, on the device, until someone asks for the means: of the steps that were kept."""
+    """Sums of the metrics of applied steps, on the device, until their means are read."""
 
     def __init__(self) -> None:
         self.steps = 0
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._by_time: Tensor | None = None
+        self._by_timestep: Tensor | None = None
 
-    def add(self, told: StepMetrics) -> None:
+    def add(self, metrics: StepMetrics) -> None:
         self.steps += 1
-        self._names = list(told.values)
-        values = torch.stack((told.applied, *told.values.values(), told.clipped))
-        values = torch.where(told.applied > 0, values, 0.0)
+        self._names = list(metrics.values)
+        values = torch.stack((metrics.applied, *metrics.values.values(), metrics.clipped))
+        values = torch.where(metrics.applied > 0, values, 0.0)
         self._sums = values if self._sums is None else self._sums + values
-        by_time = torch.where(told.applied > 0, told.by_time, 0.0)
-        self._by_time = by_time if self._by_time is None else self._by_time + by_time
+        by_timestep = torch.where(metrics.applied > 0, metrics.loss_by_timestep, 0.0)
+        self._by_timestep = by_timestep if self._by_timestep is None else self._by_timestep + by_timestep
 
     def means(self) -> dict[str, float]:
-        """Of the steps since the last time; nothing if none was kept. Waits for the device."""
+        """Means over the applied steps since the last call; empty if there were none. Waits for the device."""
         if self._sums is None:
             return {}
-        kept, *values = self._sums.tolist()
+        applied, *values = self._sums.tolist()
         self._sums, self.steps = None, 0
-        return {name: value / kept for name, value in zip((*self._names, "clipped"), values)} if kept else {}
+        return {name: value / applied for name, value in zip((*self._names, "clipped"), values)} if applied else {}
 
-    def loss_by_time(self) -> list[float | None]:
-        """Mean mse in each part of time since the last time; None where no sample fell. Waits for the device."""
-        if self._by_time is None:
+    def loss_by_timestep(self) -> list[float | None]:
+        """The mean mse of each timestep bin since the last call; None for an empty bin. Waits for the device."""
+        if self._by_timestep is None:
             return [None] * health.BINS
-        sums, counts = self._by_time.tolist()
-        self._by_time = None
+        sums, counts = self._by_timestep.tolist()
+        self._by_timestep = None
         return [total / count if count else None for total, count in zip(sums, counts)]

@@ -1,0 +1,98 @@
+"""Resuming a run: finding its checkpoint, checking that the recipe agrees with it, and restoring the state."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tessera import bundle
+from tessera.diffusion import AnyDiffusionConfig
+from tessera.errors import TesseraError
+from tessera.runtime import SINGLE, Distributed
+from tessera.settings import diff
+from tessera.training import checkpoint
+from tessera.training.checkpoint import TrainerState
+from tessera.training.run import RECIPE, TrainingRun
+
+
+def find_checkpoint(
+    run_dir: Path,
+    resume: str,
+    world: Distributed = SINGLE,
+    on_damaged: Callable[[Path, list[str]], None] = lambda path, problems: None,
+) -> Path | None:
+    """The valid checkpoint that --resume selects, or None if the run starts at step 0. Raises TesseraError.
+
+    resume: "auto", "never", or the path of a run or a checkpoint. on_damaged: called for each damaged checkpoint that
+    is newer than the result.
+    """
+    existing = bundle.checkpoints(run_dir)
+    if resume == "auto":
+        path, damaged = checkpoint.latest_valid(run_dir, world)
+        for damaged_path, problems in damaged.items():
+            on_damaged(damaged_path, problems)
+        # At step 0 there is nothing to lose, and the recipe may change.
+        return None if path is None or checkpoint.read_state(path).step == 0 else path
+    if resume == "never":
+        if existing or (run_dir / RECIPE).exists():
+            raise TesseraError(
+                f"{run_dir} holds a run already: choose another run_dir=, or resume it with --resume auto"
+            )
+        return None
+    path = Path(resume)
+    candidates = [path] if (path / checkpoint.TRAINER_STATE).exists() else bundle.checkpoints(path)
+    if not candidates:
+        raise TesseraError(f"nothing to resume at {resume}: expected the folder of a run or of a checkpoint")
+    if existing and checkpoint.read_state(existing[0]).step > checkpoint.read_state(candidates[0]).step:
+        raise TesseraError(
+            f"{run_dir} holds later checkpoints than {candidates[0]}: continue from it with another run_dir="
+        )
+    if problems := checkpoint.verify(candidates[0], world):
+        raise TesseraError(f"{candidates[0]} is damaged ({'; '.join(problems[:3])}): choose another checkpoint")
+    return candidates[0]
+
+
+def restore_run(run: TrainingRun, path: Path | None) -> TrainerState:
+    """Restore a run from a checkpoint, after checking that they agree. Returns the position of the run."""
+    if path is None:
+        return TrainerState(step=0, position=0)
+    check_compatible(run, path)
+    return checkpoint.restore(path, run.network, run.ema, run.state.optimizer)
+
+
+def check_compatible(run: TrainingRun, path: Path) -> None:
+    """Raise TesseraError if network, diffusion process, kind of codec or classes differ from the checkpoint's."""
+    saved, current = bundle.load_config(path), run.ema_model.config
+    differences: dict[str, list[str]] = {}
+    for name, before, after in (
+        ("network", saved.network.model_dump(), current.network.model_dump()),
+        ("diffusion", _resolved_diffusion(saved).model_dump(), _resolved_diffusion(current).model_dump()),
+    ):
+        differences[name] = [
+            f"{name}.{key} was {before.get(key)}, is {value}"
+            for key, value in after.items()
+            if before.get(key) != value
+        ]
+    for name, before, after in (
+        ("codec", saved.codec.kind, current.codec.kind),
+        ("classes", ", ".join(saved.class_names), ", ".join(current.class_names)),
+    ):
+        differences[name] = [f"was {before}, is {after}"] if before != after else []
+    for name, lines in differences.items():
+        if lines:
+            raise TesseraError(
+                f"cannot resume {path} with another {name}: {'; '.join(lines)}\n"
+                f"undo the change, start again with another run_dir=, or fine-tune with training.init_from={path}"
+            )
+
+
+def _resolved_diffusion(config: bundle.BundleConfig) -> AnyDiffusionConfig:
+    return config.diffusion.resolved(config.network.in_channels, config.network.input_size)
+
+
+def changed_settings(run: TrainingRun, path: Path) -> list[str]:
+    """The settings that differ from the recipe of the checkpoint: these changes are allowed, but they are logged."""
+    before, after = bundle.load_config(path).recipe or {}, run.recipe.model_dump(mode="json")
+    return [
+        f"{name} was {old}, is {new}"
+        for name, old, new in diff(before, after)
+        if "absent" not in (old, new) and name != "run_dir"
+    ]

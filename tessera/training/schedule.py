@@ -1,0 +1,66 @@
+"""What happens after each step, and how the time between two log records is divided."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tessera.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Due:
+    """The actions after a step."""
+
+    last: bool  # it is the last step of the run
+    health: bool
+    log: bool
+    save: bool
+    score: bool
+    sample: bool
+
+
+def due_after(recipe: Recipe, step: int, stopping: bool) -> Due:
+    """The actions after a step. A run that is stopping only saves."""
+    config = recipe.training
+    last = step == config.steps
+    score = recipe.evaluation.due(step, config.steps) and not stopping
+    return Due(
+        last=last,
+        health=config.health_every is not None and step % config.health_every == 0,
+        log=step % config.log_every == 0 or last,
+        save=step % config.checkpoint_every == 0 or score or last or stopping,
+        score=score,
+        sample=(step % config.sample_every == 0 and not stopping) or last,
+    )
+
+
+class Stopwatch:
+    """Time between two log records. Paused time is not training; waiting time is spent on the data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._paused = self._waited = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds of training since the last lap, and how many of them waited for data."""
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        waited = self._waited
+        self.__init__()
+        return seconds, waited
