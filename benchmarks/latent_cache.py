@@ -186,7 +186,7 @@ def measure_encoding(count: int, size: int, workers: list[int], width: int, devi
             seconds = {}
             for part in ("few", "many"):
                 told = {
-                    "--out": folder / f"out-{number}", "--size": size, "--samples": samples, "--workers": number,
+                    "--out": folder / f"out-{number}", "--size": size, "--shard-size": samples, "--workers": number,
                     "--device": device,
                 }  # fmt: skip
                 command = [sys.executable, "-m", "tessera", "data", "cache", folder / part]

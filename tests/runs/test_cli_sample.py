@@ -272,7 +272,7 @@ def save_noise(path, size=(8, 8), mode="L", seed=0):
 
 def test_info_of_an_image_with_an_initial_image_a_mask_and_a_guidance_model(tessera, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    image, guide = save_noise(tmp_path / "a picture.png", (8, 12)), bundle.checkpoints(trained)[-1]
+    image, guide = save_noise(tmp_path / "an image.png", (8, 12)), bundle.checkpoints(trained)[-1]
     mask = np.zeros((8, 12), np.uint8)
     mask[:, 6:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")

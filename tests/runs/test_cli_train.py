@@ -205,8 +205,8 @@ def test_help_imports_nothing_heavy(environment, words, absent):
         "print('\\nloaded:', *sys.modules)\n"
     )
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    shown, _, loaded = process.stdout.partition("loaded:")
-    assert shown.strip()
+    output, _, loaded = process.stdout.partition("loaded:")
+    assert output.strip()
     assert "tessera.cli" in loaded.split()
     assert not absent & set(loaded.split())
 
