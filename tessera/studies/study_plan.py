@@ -131,7 +131,7 @@ def prepare(study: Study) -> list[Prepared]:
 def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> Prepared:
     words = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
     folder = Path(study.output) / MEMBERS / member.name
-    recipe = resolved(read_recipe(Path(study.recipe), [*words, f"output={json.dumps(str(folder))}"]), opened)
+    recipe = resolved(read_recipe(Path(study.recipe), [*words, f"run_dir={json.dumps(str(folder))}"]), opened)
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()
