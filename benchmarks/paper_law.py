@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tessera.planning import published, scaling_law, statistics
-from tessera.planning.statistics import Estimate
+from tessera.planning import published, scaling_law
+from tessera.reporting.estimates import Estimate, kendall, spearman
 from tessera.studies import figures
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
@@ -28,8 +28,8 @@ def main() -> None:
     models = published.MODELS
     gmacs, fid = [model.gmacs for model in models], [model.fid for model in models]
     print("| over the twelve models | value (95 % interval) |\n|---|---|")
-    print(f"| Spearman's rank correlation | {told(statistics.spearman(gmacs, fid))} |")
-    print(f"| Kendall's rank correlation | {told(statistics.kendall(gmacs, fid))} |")
+    print(f"| Spearman's rank correlation | {told(spearman(gmacs, fid))} |")
+    print(f"| Kendall's rank correlation | {told(kendall(gmacs, fid))} |")
     print(f"| Pearson's of log GMACs and FID | {np.corrcoef(np.log(gmacs), fid)[0, 1]:.3f} |")
     print(f"| Pearson's of log GMACs and log FID | {np.corrcoef(np.log(gmacs), np.log(fid))[0, 1]:.3f} |")
 

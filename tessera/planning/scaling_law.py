@@ -17,7 +17,7 @@ import numpy as np
 
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
-from tessera.planning.statistics import Estimate, t_quantile
+from tessera.reporting.estimates import Estimate, t_quantile
 
 FILE = "law.json"
 LEAST = 3  # points of a law
@@ -129,7 +129,7 @@ class HeldOut:
     @property
     def inside(self) -> bool:
         """Whether the measured point lies in the prediction interval."""
-        return self.predicted.holds(self.measured)
+        return self.predicted.contains(self.measured)
 
 
 def held_out(x: Sequence[float], y: Sequence[float], among: Sequence[bool]) -> list[HeldOut]:

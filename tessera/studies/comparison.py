@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from tessera.planning.statistics import Estimate, differences_to_first, holm, mean
+from tessera.reporting.estimates import Estimate, differences_to_first, holm
+from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.studies.results import Point, Result
 from tessera.studies.seed_aggregation import is_measured
 from tessera.studies.study import Comparison
-from tessera.training.scores import HIGHER
 
 Scale = Literal["steps", "flops", "seconds"]  # of training, on which members are made equal
 SCALES: tuple[Scale, ...] = ("steps", "flops", "seconds")
@@ -118,7 +118,7 @@ def _compared(
         pairs = [(scores[seed].value, baseline[seed].value) for seed in scores if seed in baseline]
         if name in tested:
             relative, p = tested[name]
-            value = replace(value, difference=mean([a - b for a, b in pairs]), relative=relative, p=p)
+            value = replace(value, difference=Estimate.mean([a - b for a, b in pairs]), relative=relative, p=p)
         else:
             value = replace(value, verdict=ONE_SEED if pairs else "no seed in common with the baseline")
         values.append(value)
@@ -153,7 +153,7 @@ def _tested(baseline: Scores, others: dict[str, Scores]) -> dict[str, tuple[Esti
 
 
 def _mean(scores: list[Estimate]) -> Estimate:
-    return scores[0] if len(scores) == 1 else mean([score.value for score in scores])
+    return scores[0] if len(scores) == 1 else Estimate.mean([score.value for score in scores])
 
 
 def _corrected(found: Sequence[Compared], metric: str) -> Iterator[Compared]:
@@ -165,7 +165,7 @@ def _corrected(found: Sequence[Compared], metric: str) -> Iterator[Compared]:
         for value in each.values:
             if value.p is not None and value.difference is not None:
                 p = next(corrected)
-                better = (value.difference.value < 0) != (metric in HIGHER)
+                better = (value.difference.value < 0) != (metric in HIGHER_IS_BETTER)
                 value = replace(value, p=p, verdict="undecided" if p >= SURE else "better" if better else "worse")
             values.append(value)
         yield replace(each, values=values)

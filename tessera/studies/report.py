@@ -19,10 +19,10 @@ from typing import Any
 from tessera.errors import TesseraError
 from tessera.evaluation.protocol import Score
 from tessera.files import atomic_write
-from tessera.planning import scaling_law, statistics
+from tessera.planning import scaling_law
 from tessera.planning.scaling_law import Law
 from tessera.reporting.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
-from tessera.reporting.estimates import Estimate
+from tessera.reporting.estimates import Estimate, kendall, spearman
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_duration, format_number
 from tessera.studies import figures
@@ -119,7 +119,7 @@ def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator
     try:
         if not points.x:
             raise TesseraError("no step is common to all that were scored")
-        rho, tau = (measure(points.x, points.values) for measure in (statistics.spearman, statistics.kendall))
+        rho, tau = (measure(points.x, points.values) for measure in (spearman, kendall))
     except TesseraError as error:
         where = f" {points.where}" if points.where else ""
         yield f"The correlation of {metric} with {compute}{where} is unknown: {error}."

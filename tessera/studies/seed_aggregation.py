@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from tessera.errors import TesseraError, listed
-from tessera.evaluation.protocol import Score, differences
-from tessera.planning.statistics import Estimate
+from tessera.errors import TesseraError, bullet_list
+from tessera.evaluation.protocol import Score, protocol_differences
+from tessera.reporting.estimates import Estimate
 from tessera.studies.results import Result
 
 Against = Literal["gmacs", "flops"]
@@ -160,12 +160,12 @@ def check_alike(results: Sequence[Result]) -> None:
     for name, what, fingerprint, score in _protocols(results):
         whose, known, reference = first.setdefault(what, (name, fingerprint, score))
         if fingerprint != known:
-            apart = "; ".join(differences(reference, score)[:3])
+            apart = "; ".join(protocol_differences(reference, score)[:3])
             faults.append(f"{what}: {whose} ({known}) and {name} ({fingerprint}), which differ in {apart}")
     if faults:
         raise TesseraError(
             "scores of different protocols cannot stand in one report. Expected one protocol for all members; score "
-            f"these again by one, or give the study another folder:{listed(list(dict.fromkeys(faults)))}"
+            f"these again by one, or give the study another folder:{bullet_list(list(dict.fromkeys(faults)))}"
         )
 
 
@@ -177,5 +177,5 @@ def _protocols(results: Iterable[Result]) -> Iterator[tuple[str, str, str, Score
         for drawn in result.drawn:
             for metric, score in drawn.scores.items():
                 drawing = {key: told for key, told in (score.protocol.sampling or {}).items() if key != "num_steps"}
-                alike = score.protocol.model_copy(update={"drawing": drawing}).fingerprint
+                alike = score.protocol.model_copy(update={"sampling": drawing}).fingerprint
                 yield result.name, f"{metric} of other sampling steps", alike, score
