@@ -6,9 +6,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tessera import runtime
+from tessera import generation, runtime
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.reporting.text import format_duration
 from tessera.training import checkpoint
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
@@ -98,7 +97,7 @@ def _sampling_seconds(run: TrainingRun) -> float:
     config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
     count, num_steps = 16, min(2, run.recipe.sampling.num_steps)
     start = time.monotonic()
-    pipeline.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), num_steps=num_steps)
+    generation.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), num_steps=num_steps)
     seconds = (time.monotonic() - start) / count / num_steps
     rows, columns = grid_shape(run.recipe)
     images = rows * columns * (config.steps // config.sample_every + 2)

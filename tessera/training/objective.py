@@ -62,7 +62,7 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
     return x0, condition, batch.position
 
 
-def batch_rows(batch: Batch, rows: slice) -> Batch:
+def batch_rows(batch: Batch, rows: slice | Tensor) -> Batch:
     """Some rows of every field of a batch."""
     return replace(batch, **{name: values[rows] for name, values in vars(batch).items()})
 

@@ -15,15 +15,15 @@ from tessera.training.recipe import Recipe
 
 
 def newest_state(run: Path) -> dict[str, Any]:
-    """Tensors as bytes, by file and name (the headers of the files are in no fixed order); and the place."""
+    """Tensors of the newest checkpoint as bytes (file headers have no fixed order), and its position."""
     newest = bundle.checkpoints(Path(run))[0]
-    held = {
+    tensors = {
         f"{path.relative_to(newest)} {name}": tensor.numpy().tobytes()
         for path in sorted(newest.rglob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
-    place = json.loads((newest / "training.json").read_text())
-    return {**held, **{name: place[name] for name in ("step", "position", "spike_detector")}}
+    position = json.loads((newest / "training.json").read_text())
+    return {**tensors, **{name: position[name] for name in ("step", "position", "spike_detector")}}
 
 
 TINY: dict[str, Any] = {
@@ -47,10 +47,10 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture
 def tiny(tmp_path) -> Callable[..., Recipe]:
-    """A recipe into tmp_path / output, with dotted changes: tiny("out", "training.steps=2")."""
+    """A recipe with the folder tmp_path / name and dotted changes: tiny("run", "training.steps=2")."""
 
-    def make(output: str = "run", *changes: str, **sections: Any) -> Recipe:
-        data = {**TINY, **sections, "run_dir": str(tmp_path / output)}
+    def make(name: str = "run", *changes: str, **sections: Any) -> Recipe:
+        data = {**TINY, **sections, "run_dir": str(tmp_path / name)}
         return validate(Recipe, apply_overrides(data, list(changes)), "the test's recipe")
 
     return make
@@ -58,7 +58,7 @@ def tiny(tmp_path) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def weights() -> Callable[[Path], dict[str, Tensor]]:
-    """The EMA of a run's newest checkpoint."""
+    """The EMA weights of a run's newest checkpoint."""
 
     def read(run: Path) -> dict[str, Tensor]:
         return load_file(bundle.checkpoints(Path(run))[0] / bundle.WEIGHTS)
@@ -68,5 +68,5 @@ def weights() -> Callable[[Path], dict[str, Tensor]]:
 
 @pytest.fixture
 def state() -> Callable[[Path], dict[str, Any]]:
-    """All that a run's newest checkpoint holds of weights, averages, optimizer and place, bit for bit."""
+    """Weights, averages, optimizer state and position of a run's newest checkpoint, bit for bit."""
     return newest_state

@@ -1,4 +1,4 @@
-"""Training on pictures of many shapes: batches of one size each, on any number of processes, resumed exactly."""
+"""Training on images of many shapes: each batch has one size, on any number of ranks, and runs resume exactly."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 import tessera
+from tessera import generation
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
 from tessera.training import loop
 from tessera.training.recipe import Recipe
@@ -19,10 +19,10 @@ def train(recipe: Recipe) -> None:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of 2 x 30 pictures, tall, wide and square, that no crop to 16 x 16 would leave whole."""
+def images(tmp_path):
+    """A folder of 2 x 30 images, tall, wide and square, all larger than 16 x 16."""
     random = np.random.default_rng(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     for label in ("a", "b"):
         (folder / label).mkdir(parents=True)
         for number in range(30):
@@ -33,14 +33,14 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def data(pictures):
+def data(images):
     return {
-        "kind": "files", "path": str(pictures), "size": 16, "flip": True,
+        "kind": "files", "path": str(images), "size": 16, "hflip": True,
         "buckets": {"multiple": 4, "aspect": 2.0},
     }  # fmt: skip
 
 
-def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
+def test_each_batch_has_one_size_and_all_sizes_occur(tiny, data):
     run = build_run(tiny("run", "training.global_batch_size=8", data=data))
     assert run.loader.buckets is not None
     sizes = set()
@@ -55,7 +55,7 @@ def test_a_batch_has_one_size_and_every_size_is_met(tiny, data):
     assert all(height != width for height, width in sizes - {(16, 16)})
 
 
-def test_one_and_two_processes_learn_the_same(tiny, data, processes, tmp_path):
+def test_one_and_two_ranks_have_the_same_losses(tiny, data, processes, tmp_path):
     changes = (
         "training.global_batch_size=8",
         "training.steps=6",
@@ -68,7 +68,7 @@ def test_one_and_two_processes_learn_the_same(tiny, data, processes, tmp_path):
     assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in two], rel=1e-5)
 
 
-def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
+def test_a_resumed_run_ends_bit_for_bit_the_same(tiny, data, weights, tmp_path):
     changes = ("training.global_batch_size=8", "training.checkpoint_every=3")
     train(tiny("whole", *changes, "training.steps=7", data=data))
     train(tiny("parts", *changes, "training.steps=3", data=data))
@@ -77,14 +77,14 @@ def test_stopped_and_resumed_it_ends_bit_for_bit(tiny, data, weights, tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_it_draws_in_any_of_its_sizes(tiny, data, tmp_path):
+def test_the_model_samples_in_any_of_its_sizes(tiny, data, tmp_path):
     train(tiny("run", "training.global_batch_size=8", "training.steps=2", data=data))
     model = tessera.load(tmp_path / "run")
-    images = pipeline.generate(model, classes=[0], seeds=[0], steps=2, guidance=1.0, size=(20, 12))
-    assert images.shape == (1, 20, 12, 3)
+    samples = generation.generate(model, classes=[0], seeds=[0], num_steps=2, guidance_scale=1.0, size=(20, 12))
+    assert samples.shape == (1, 20, 12, 3)
 
 
-def test_sides_that_no_patch_divides_are_an_error_that_says_which_do(tiny, data):
+def test_buckets_that_the_patch_size_does_not_divide_are_an_error(tiny, data):
     data["buckets"]["multiple"] = 3
     with pytest.raises(TesseraError, match=r"data\.buckets\.multiple is 3, .* multiples of 4: set .*=4"):
         build_run(tiny("run", data=data))

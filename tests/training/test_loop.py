@@ -1,4 +1,4 @@
-"""The run: resumable bit for bit, whole at every instant, and honest about what it cannot do."""
+"""Whole runs: what they leave, exact resumption, interruption, errors, dry runs."""
 
 import json
 import os
@@ -13,18 +13,16 @@ import torch
 import yaml
 from PIL import Image
 
-from tessera import bundle
+from tessera import bundle, generation
 from tessera.data import Loader
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.monitoring.logger import read_log
-from tessera.training import dry_run, loop
-from tessera.training.checkpoint import checkpoint
+from tessera.training import checkpoint, dry_run, loop
 from tessera.training.recipe import read_recipe
 
 
-def pictures(folder: Path, *names: str, size: int = 8) -> dict:
-    """A folder of noise and what a recipe says of it."""
+def noise_images(folder: Path, *names: str, size: int = 8) -> dict:
+    """Write images of noise, and return the data section of a recipe."""
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,41 +32,42 @@ def pictures(folder: Path, *names: str, size: int = 8) -> dict:
 
 
 def untimed(run: Path) -> list[dict]:
-    """The log without what differs from time to time."""
-    timed = ("images_per_second", "utilisation", "stalled", "memory")
+    """The log without timings and memory."""
+    timed = ("images_per_second", "mfu", "data_wait", "memory")
     return [{name: value for name, value in record.items() if name not in timed} for record in read_log(run)]
 
 
-# What a run leaves
+# The files of a run
 
 
 def test_a_run_leaves_recipe_log_samples_and_checkpoints(tiny):
     run = loop.train(tiny("run", "training.steps=5", "training.checkpoint_every=2", "training.sample_every=2"))
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "log.jsonl", "recipe.yaml", "samples"]
+    names = sorted(path.name for path in run.iterdir() if path.name != ".lock")
+    assert names == ["checkpoints", "log.jsonl", "recipe.yaml", "samples"]
     assert [path.name for path in bundle.checkpoints(run)] == ["step-000000005", "step-000000004"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-{s:09d}.png" for s in (0, 2, 4, 5)]
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    assert recipe["network"]["classes"] == 10
+    assert recipe["network"]["num_classes"] == 10
     assert recipe["training"]["steps"] == 5
     model = bundle.load(bundle.checkpoints(run)[0])
     assert model.config.recipe == recipe
     assert model.config.class_names == tuple("0123456789")
-    assert model.config.origin["steps"] == 5
+    assert model.config.provenance.steps == 5
 
 
-def test_the_log_tells_every_number(tiny):
+def test_the_log_has_all_metrics(tiny):
     run = loop.train(tiny("run", "training.steps=6", "training.log_every=2", "training.optimizer.warmup_steps=4"))
     records = read_log(run)
     assert [record["step"] for record in records] == [2, 4, 6]
-    expected = {"step", "loss", "mse", "vb", "gradient_norm", "learning_rate", "images_per_second", "epoch"}
-    expected |= {"skipped", "utilisation", "stalled", "clipped", "kept_out", "rollbacks", "memory"}
+    expected = {"step", "loss", "mse", "vb", "grad_norm", "learning_rate", "images_per_second", "epoch"}
+    expected |= {"invalid_samples", "mfu", "data_wait", "clipped", "skipped_steps", "rollbacks", "memory"}
     assert set(records[0]) == expected
     assert [record["learning_rate"] for record in records] == pytest.approx([0.0005, 0.001, 0.001])
     assert records[-1]["epoch"] == pytest.approx(6 * 32 / 1000)
     assert all(record["images_per_second"] > 0 for record in records)
 
 
-def test_logged_losses_are_means_over_the_steps_between(tiny):
+def test_logged_losses_are_means_over_the_steps_since_the_last_record(tiny):
     each = read_log(loop.train(tiny("each", "training.steps=6")))
     pairs = read_log(loop.train(tiny("pairs", "training.steps=6", "training.log_every=2")))
     for index, record in enumerate(pairs):
@@ -76,24 +75,24 @@ def test_logged_losses_are_means_over_the_steps_between(tiny):
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
 
 
-def test_a_run_learns(tiny):
+def test_the_loss_decreases(tiny):
     changes = ("training.steps=150", "training.optimizer.learning_rate=0.01", "diffusion.variance=posterior")
     losses = [record["loss"] for record in read_log(loop.train(tiny("run", *changes)))]
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_two_runs_of_one_recipe_are_the_same_bit_for_bit_and_another_seed_is_not(tiny, state):
+def test_a_recipe_gives_the_same_run_bit_for_bit_and_another_seed_does_not(tiny, state):
     first, second = loop.train(tiny("first")), loop.train(tiny("second"))
     assert state(first) == state(second)
     assert state(loop.train(tiny("third", "training.seed=1"))) != state(first)
 
 
-def test_the_number_of_workers_changes_nothing(tiny, state):
+def test_the_number_of_workers_does_not_matter(tiny, state):
     one = loop.train(tiny("one", "training.num_workers=1"))
     assert state(one) == state(loop.train(tiny("many", "training.num_workers=5")))
 
 
-def test_micro_batches_change_nothing_but_rounding(tiny, weights):
+def test_micro_batches_change_only_rounding(tiny, weights):
     whole = weights(loop.train(tiny("whole", "training.ema.decay=0")))
     parts = weights(loop.train(tiny("parts", "training.ema.decay=0", "training.micro_batch_size=8")))
     for key, value in whole.items():
@@ -102,39 +101,39 @@ def test_micro_batches_change_nothing_but_rounding(tiny, weights):
 
 def test_a_saved_recipe_trains_the_same_model(tiny, state, tmp_path):
     first = loop.train(tiny("first"))
-    again = read_recipe(first / "recipe.yaml", [f"output={tmp_path / 'again'}"])
+    again = read_recipe(first / "recipe.yaml", [f"run_dir={tmp_path / 'again'}"])
     assert state(loop.train(again)) == state(first)
 
 
 def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
-    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(5)))
+    data = noise_images(tmp_path / "data", *(f"{i}.png" for i in range(5)))
     model = bundle.load(bundle.checkpoints(loop.train(tiny("run", "training.global_batch_size=4", data=data)))[0])
     assert model.config.network.num_classes == 0
-    assert pipeline.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
+    assert generation.generate(model, seeds=[0, 1]).shape == (2, 8, 8, 3)
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.parametrize("batch", [32, 300])  # within an epoch of 1000, and across its end
 @pytest.mark.parametrize("decay", ["constant", "cosine", "wsd"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypatch, batch, decay, optimizer):
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, state, monkeypatch, batch, decay, optimizer):
     changes = (f"training.global_batch_size={batch}", f"training.optimizer.kind={optimizer}",
                f"training.optimizer.lr_schedule={decay}", "training.optimizer.warmup_steps=2",
                "training.optimizer.learning_rate=0.001", "training.steps=6",
-               "training.ema={decay: 0.9, also: [0.5, 0.99], warmup: true}")  # fmt: skip
+               "training.ema={decay: 0.9, extra_decays: [0.5, 0.99], warmup: true}")  # fmt: skip
     whole = loop.train(tiny("whole", *changes))
-    save = loop.save
+    save_checkpoint = loop.save_checkpoint
 
-    def stops(run, writer, place):
-        save(run, writer, place)
-        if place.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # seen at the next step
+    def save_and_stop(run, writer, state):
+        save_checkpoint(run, writer, state)
+        if state.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # handled after the next step
 
-    monkeypatch.setattr(loop, "save", stops)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
     recipe = tiny("part", *changes, "training.checkpoint_every=3")
-    with pytest.raises(loop.Interrupted, match=r"stopped at step 4 of 6, everything saved in .*part"):
+    with pytest.raises(loop.Interrupted, match=r"stopped at step 4 of 6, everything is saved in .*part"):
         loop.train(recipe)
     monkeypatch.undo()
     part = loop.train(recipe)
@@ -142,19 +141,19 @@ def test_stopped_and_gone_on_is_uninterrupted_bit_for_bit(tiny, state, monkeypat
     assert untimed(part) == untimed(whole)
 
 
-def test_going_on_with_another_optimizer_and_another_average_is_told(tiny, capsys):
+def test_another_optimizer_and_another_ema_decay_are_reported_on_resumption(tiny, capsys):
     loop.train(tiny("run"))
     changes = ("training.steps=6", "training.optimizer=muon", "training.ema.extra_decays=[0.5]")
     run = loop.train(tiny("run", *changes))
-    said = capsys.readouterr().err
-    assert "changed since: training.optimizer.kind was adamw, is muon" in said
-    assert re.search(r"begins anew: the optimizer's state of 4 of \d+ tensors", said)
-    assert "begins anew: the average of decay 0.5" in said
+    output = capsys.readouterr().err
+    assert "changed since the checkpoint: training.optimizer.kind was adamw, is muon" in output
+    assert re.search(r"not in the checkpoint.*: the optimizer state of 4 of \d+ tensors", output)
+    assert re.search(r"not in the checkpoint.*: the EMA of decay 0.5", output)
     loop.train(tiny("run", *changes, "training.steps=8"))
-    assert "begins anew" not in capsys.readouterr().err
+    assert "not in the checkpoint" not in capsys.readouterr().err
     (bundle.checkpoints(run)[0] / "ema/0.5.safetensors").unlink()
-    told = json.loads((bundle.checkpoints(run)[0] / checkpoint.PLACE).read_text())
-    (bundle.checkpoints(run)[0] / checkpoint.PLACE).write_text(json.dumps({**told, "files": {}}))
+    path = bundle.checkpoints(run)[0] / checkpoint.TRAINER_STATE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
     with pytest.raises(TesseraError, match=r"ema/0\.5\.safetensors is missing"):
         loop.train(tiny("run", *changes, "training.steps=9"))
 
@@ -162,7 +161,7 @@ def test_going_on_with_another_optimizer_and_another_average_is_told(tiny, capsy
 @pytest.mark.parametrize(
     "damaged", ["ema/0.5.safetensors", "model.safetensors", "config.json", "training.json", "state"]
 )
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny, state, capsys, damaged):
+def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(tiny, state, capsys, damaged):
     changes = ("training.ema.extra_decays=[0.5]", "training.checkpoint_every=2", "training.steps=5")
     whole = state(run := loop.train(tiny("run", *changes)))
     newest = bundle.checkpoints(run)[0]
@@ -170,21 +169,21 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tiny, state, ca
     file = next(file.iterdir()) if file.is_dir() else file
     file.write_bytes(file.read_bytes()[:-10])
     loop.train(tiny("run", *changes))
-    said = capsys.readouterr().err
-    assert f"{newest} is damaged" in said
-    assert "going on from step 4" in said
+    output = capsys.readouterr().err
+    assert f"{newest} is damaged" in output
+    assert "resuming from step 4" in output
     assert state(run) == whole
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(tiny):
+def test_resuming_a_damaged_checkpoint_by_its_path_is_an_error(tiny):
     run = loop.train(tiny("run"))
     newest = bundle.checkpoints(run)[0]
     (newest / "model.safetensors").write_bytes(b"")
-    with pytest.raises(TesseraError, match=r"is damaged \(model\.safetensors is not what was written\)"):
+    with pytest.raises(TesseraError, match=r"is damaged \(model\.safetensors has a wrong checksum\)"):
         loop.train(tiny("branch", "training.steps=6"), resume=str(newest))
 
 
-def test_more_steps_go_on_from_where_a_run_ended(tiny, state):
+def test_a_finished_run_continues_with_more_steps(tiny, state):
     whole = loop.train(tiny("whole", "training.steps=6"))
     part = loop.train(tiny("part", "training.steps=3"))
     assert loop.train(tiny("part", "training.steps=6")) == part
@@ -192,7 +191,7 @@ def test_more_steps_go_on_from_where_a_run_ended(tiny, state):
     assert [record["step"] for record in read_log(part)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_nothing_is_left_to_do(tiny, state, capsys):
+def test_a_finished_run_has_nothing_to_do(tiny, state, capsys):
     run = loop.train(tiny("run"))
     before = state(run)
     assert loop.train(tiny("run")) == run
@@ -200,7 +199,7 @@ def test_nothing_is_left_to_do(tiny, state, capsys):
     assert state(run) == before
 
 
-def test_what_a_kill_left_half_written_is_cleared_away_and_made_again(tiny, state):
+def test_partial_files_of_a_killed_run_are_removed_and_written_again(tiny, state):
     whole = loop.train(tiny("whole", "training.steps=6"))
     run = loop.train(tiny("run", "training.steps=3"))
     half = run / "checkpoints/step-000000004.partial"
@@ -216,9 +215,9 @@ def test_what_a_kill_left_half_written_is_cleared_away_and_made_again(tiny, stat
     assert read_log(run)[3]["loss"] == pytest.approx(read_log(whole)[3]["loss"])
 
 
-def test_never_refuses_a_folder_that_holds_a_run(tiny, tmp_path):
+def test_resume_never_is_an_error_for_a_folder_with_a_run(tiny, tmp_path):
     run = loop.train(tiny("run"))
-    with pytest.raises(TesseraError, match=rf"{run} holds a run already: choose another output="):
+    with pytest.raises(TesseraError, match=rf"{run} holds a run already: choose another run_dir="):
         loop.train(tiny("run"), resume="never")
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(TesseraError, match="holds a run already"):
@@ -228,7 +227,7 @@ def test_never_refuses_a_folder_that_holds_a_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_going_on_from_a_path_branches_off_into_another_folder(tiny, state, inside):
+def test_a_run_can_be_resumed_into_another_folder(tiny, state, inside):
     whole = loop.train(tiny("whole", "training.steps=6"))
     first = loop.train(tiny("first", "training.steps=3"))
     path = bundle.checkpoints(first)[0] if inside else first
@@ -238,42 +237,42 @@ def test_going_on_from_a_path_branches_off_into_another_folder(tiny, state, insi
     assert [record["step"] for record in read_log(branch)] == [4, 5, 6]
 
 
-def test_going_on_from_an_earlier_checkpoint_than_the_folder_holds_is_refused(tiny, state):
+def test_resuming_an_earlier_checkpoint_than_those_of_the_folder_is_an_error(tiny, state):
     run = loop.train(tiny("run", "training.steps=4", "training.checkpoint_every=2"))
     before = state(run)
     earlier = bundle.checkpoints(run)[1]
-    with pytest.raises(TesseraError, match=r"holds later checkpoints than .*step-000000002: branch off with another"):
+    with pytest.raises(TesseraError, match=r"holds later checkpoints than .*step-000000002: .* another run_dir="):
         loop.train(tiny("run", "training.steps=6"), resume=str(earlier))
     assert state(run) == before
 
 
-def test_nothing_to_go_on_from(tiny, tmp_path):
-    with pytest.raises(TesseraError, match=r"nothing to resume at .*gone: expected a run's folder"):
+def test_a_missing_checkpoint_is_an_error(tiny, tmp_path):
+    with pytest.raises(TesseraError, match=r"nothing to resume at .*gone: expected the folder"):
         loop.train(tiny("run"), resume=str(tmp_path / "gone"))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ("network.hidden_size=32", r"another network: network\.width was 16, is 32"),
+        ("network.hidden_size=32", r"another network: network\.hidden_size was 16, is 32"),
         ("network.depth=2", r"another network: network\.depth was 1, is 2"),
         ("network.block=adaln", r"another network: network\.block was .*adaln-zero.*, is .*'adaln'"),
-        ("network.patch_size=2", r"another network: network\.patch was 4, is 2"),
-        ("diffusion.prediction=x0", r"another process: process\.prediction was v, is x0"),
-        ("diffusion.num_timesteps=30", r"another process: process\.steps was 20, is 30"),
+        ("network.patch_size=2", r"another network: network\.patch_size was 4, is 2"),
+        ("diffusion.prediction=x0", r"another diffusion: diffusion\.prediction was v, is x0"),
+        ("diffusion.num_timesteps=30", r"another diffusion: diffusion\.num_timesteps was 20, is 30"),
     ],
 )
-def test_going_on_with_another_network_or_process_names_the_difference(tiny, state, change, said):
+def test_resuming_with_another_network_or_diffusion_names_the_difference(tiny, state, change, message):
     run = loop.train(tiny("run"))
     before = state(run), (run / "recipe.yaml").read_text()
-    with pytest.raises(TesseraError, match=said):
+    with pytest.raises(TesseraError, match=message):
         loop.train(tiny("run", "training.steps=6", change))
     assert (state(run), (run / "recipe.yaml").read_text()) == before
 
 
-def test_going_on_with_other_classes_is_refused(tiny, tmp_path):
-    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png")
+def test_resuming_with_other_classes_is_an_error(tiny, tmp_path):
+    data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png")
     loop.train(tiny("run", "training.global_batch_size=4", data=data))
     (tmp_path / "data/dog").rename(tmp_path / "data/ant")
     with pytest.raises(TesseraError, match="another classes: was cat, dog, is ant, cat"):
@@ -281,13 +280,13 @@ def test_going_on_with_other_classes_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_and_handlers_are_put_back(tiny, monkeypatch, number):
+def test_a_signal_saves_and_stops_the_run_and_handlers_are_restored(tiny, monkeypatch, number):
     before = signal.getsignal(number)
     step = loop.train_step
 
-    def signals(*told):
+    def signals(*args):
         os.kill(os.getpid(), number)
-        return step(*told)
+        return step(*args)
 
     monkeypatch.setattr(loop, "train_step", signals)
     with pytest.raises(loop.Interrupted, match="stopped at step 1 of 4") as caught:
@@ -296,8 +295,8 @@ def test_a_signal_saves_and_ends_and_handlers_are_put_back(tiny, monkeypatch, nu
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_is_not_held_back(tiny, monkeypatch, tmp_path):
-    def signals(*told):
+def test_a_second_ctrl_c_stops_at_once(tiny, monkeypatch, tmp_path):
+    def signals(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -307,34 +306,34 @@ def test_a_second_ctrl_c_is_not_held_back(tiny, monkeypatch, tmp_path):
     assert [path.name for path in bundle.checkpoints(tmp_path / "run")] == ["step-000000000"]
 
 
-# Going wrong
+# Errors
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_a_diagnosis_and_is_never_saved(tiny, tmp_path):
+def test_a_diverged_run_ends_with_a_diagnosis_and_saves_no_bad_weights(tiny, tmp_path):
     changes = ("training.steps=20", "training.checkpoint_every=1", "training.log_every=20",
                "training.keep_last=20")  # fmt: skip
     loop.train(tiny("run", *changes, "training.steps=2"))
     with pytest.raises(TesseraError) as caught:
         loop.train(tiny("run", *changes, "training.optimizer.learning_rate=1e+30"))
-    said = str(caught.value)
-    assert re.search(r"training diverged at step \d+: the .* is not a number, 8 steps in a row", said)
-    assert re.search(r"going back 3 times did not help; the last checkpoint is .*step-0", said)
-    assert "lower training.optimizer.learning_rate" in said
+    message = str(caught.value)
+    assert re.search(r"training diverged at step \d+: the .* is not finite, 8 steps in a row", message)
+    assert re.search(r"3 rollbacks did not help; the last checkpoint is .*step-0", message)
+    assert "lower training.optimizer.learning_rate" in message
     newest = bundle.checkpoints(tmp_path / "run")[0]
-    assert newest.name in said
+    assert newest.name in message
     assert all(torch.isfinite(value).all() for value in bundle.load(newest).network.state_dict().values())
 
 
-def test_unusable_images_are_skipped_replaced_and_named(tiny, state, tmp_path, capsys):
+def test_invalid_images_are_skipped_and_listed(tiny, state, tmp_path, capsys):
     names = [f"{kind}/{number}.png" for kind in ("cat", "dog") for number in range(6)]
-    data = pictures(tmp_path / "data", *names)
+    data = noise_images(tmp_path / "data", *names)
     whole = (tmp_path / "data/cat/1.png").read_bytes()
     (tmp_path / "data/cat/1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "data/cat/2.png").write_text("no image")
     Image.new("RGB", (5, 20)).save(tmp_path / "data/dog/3.png")
     changes = ("training.global_batch_size=8", "training.steps=6")
     run = loop.train(tiny("run", *changes, data=data))
-    lines = dict(line.split("\t") for line in (run / "skipped.txt").read_text().splitlines())
+    lines = dict(line.split("\t") for line in (run / "skipped_samples.txt").read_text().splitlines())
     assert {Path(name).name: reason.split(":")[0] for name, reason in lines.items()} == {
         "1.png": "damaged",
         "2.png": "not an image",
@@ -345,33 +344,33 @@ def test_unusable_images_are_skipped_replaced_and_named(tiny, state, tmp_path, c
     assert state(again) == state(run)
 
 
-def test_skips_are_named_once_over_all_resumptions(tiny, tmp_path):
-    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
+def test_an_invalid_image_is_listed_once_over_all_resumptions(tiny, tmp_path):
+    data = noise_images(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     (tmp_path / "data/2.png").write_text("no image")
     for steps in (2, 4, 6):
         run = loop.train(tiny("run", "training.global_batch_size=6", f"training.steps={steps}", data=data))
-    assert len((run / "skipped.txt").read_text().splitlines()) == 1
+    assert len((run / "skipped_samples.txt").read_text().splitlines()) == 1
 
 
-def test_no_usable_image_at_all_is_one_error(tiny, tmp_path):
-    data = {**pictures(tmp_path / "data", "a.png", "b.png"), "size": 16}
-    with pytest.raises(TesseraError, match=r"no usable image among 2 of 2; the last, .*\.png, is smaller than the siz"):
+def test_data_without_a_valid_image_are_one_error(tiny, tmp_path):
+    data = {**noise_images(tmp_path / "data", "a.png", "b.png"), "size": 16}
+    with pytest.raises(TesseraError, match=r"no valid image among 2 of 2; the last, .*\.png: smaller than the siz"):
         loop.train(tiny("run", "training.global_batch_size=4", data=data))
 
 
-def test_an_output_below_a_file_cannot_be_written(tiny, tmp_path):
+def test_a_run_dir_below_a_file_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for output in ("file", "file/run"):
+    for name in ("file", "file/run"):
         with pytest.raises(TesseraError, match=r"cannot write .*file"):
-            loop.train(tiny(output))
+            loop.train(tiny(name))
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which not even root may write to")
-@pytest.mark.parametrize("go", [loop.train, dry_run.dry_run])
-def test_an_output_that_not_even_root_may_write(tiny, go):
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, which root cannot write to")
+@pytest.mark.parametrize("train", [loop.train, dry_run.dry_run])
+def test_a_run_dir_that_cannot_be_written_is_an_error(tiny, train):
     with pytest.raises(TesseraError, match="cannot write"):
-        go(tiny().model_copy(update={"output": "/proc/run"}))
+        train(tiny().model_copy(update={"run_dir": "/proc/run"}))
 
 
 # Latents
@@ -388,27 +387,27 @@ def autoencoder(tmp_path) -> Path:
     return tmp_path / "vae"
 
 
-def test_a_run_on_latents_holds_its_codec_and_can_be_moved_and_drawn_from(tiny, tmp_path, autoencoder):
-    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+def test_a_run_on_latents_holds_its_codec_and_can_be_moved(tiny, tmp_path, autoencoder):
+    data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
     codec = {"kind": "autoencoder-kl", "source": str(autoencoder)}
     run = loop.train(tiny("run", "training.global_batch_size=2", "training.steps=2", data=data, codec=codec))
     model = bundle.load(bundle.checkpoints(run)[0])
     assert (model.config.network.input_size, model.config.network.in_channels) == ((8, 8), 2)
-    before = pipeline.generate(model, [0, 1], [5])
+    before = generation.generate(model, [0, 1], [5])
     assert before.shape == (2, 16, 16, 3)
     run.rename(tmp_path / "moved")
     shutil.rmtree(autoencoder)
     shutil.rmtree(tmp_path / "data")
     newest = bundle.checkpoints(tmp_path / "moved")[0]
     assert "../../codec" in (newest / "config.json").read_text()
-    assert (pipeline.generate(bundle.load(newest), [0, 1], [5]) == before).all()
+    assert (generation.generate(bundle.load(newest), [0, 1], [5]) == before).all()
     bundle.save(bundle.load(newest), tmp_path / "alone")
     shutil.rmtree(tmp_path / "moved")
-    assert (pipeline.generate(bundle.load(tmp_path / "alone"), [0, 1], [5]) == before).all()
+    assert (generation.generate(bundle.load(tmp_path / "alone"), [0, 1], [5]) == before).all()
 
 
-def test_a_run_on_latents_goes_on_bit_for_bit(tiny, tmp_path, autoencoder, state):
-    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+def test_a_run_on_latents_resumes_bit_for_bit(tiny, tmp_path, autoencoder, state):
+    data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
     sections = {"data": data, "codec": {"kind": "autoencoder-kl", "source": str(autoencoder)}}
     whole = loop.train(tiny("whole", "training.global_batch_size=2", "training.steps=4", **sections))
     for steps in (2, 4):
@@ -416,8 +415,8 @@ def test_a_run_on_latents_goes_on_bit_for_bit(tiny, tmp_path, autoencoder, state
     assert state(part) == state(whole)
 
 
-def test_a_codec_copied_by_half_is_copied_again(tiny, tmp_path, autoencoder, monkeypatch):
-    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
+def test_a_partly_copied_codec_is_copied_again(tiny, tmp_path, autoencoder, monkeypatch):
+    data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png", size=16)
     recipe = tiny(
         "run", "training.global_batch_size=2", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)}
     )
@@ -438,13 +437,13 @@ def test_a_codec_copied_by_half_is_copied_again(tiny, tmp_path, autoencoder, mon
     )
 
 
-def test_a_size_that_the_codec_cannot_divide(tiny, tmp_path, autoencoder):
-    data = pictures(tmp_path / "data", "cat/a.png", "dog/b.png", size=17)
+def test_a_size_that_is_no_multiple_of_the_codec_factor_is_an_error(tiny, tmp_path, autoencoder):
+    data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png", size=17)
     with pytest.raises(TesseraError, match=r"data\.size 17 x 17 is not a multiple of 2, as the codec needs"):
         loop.train(tiny("run", data=data, codec={"kind": "autoencoder-kl", "source": str(autoencoder)}))
 
 
-def test_a_missing_autoencoder(tiny, tmp_path):
+def test_a_missing_autoencoder_is_an_error(tiny, tmp_path):
     pytest.importorskip("diffusers")
     codec = {"kind": "autoencoder-kl", "source": str(tmp_path / "gone")}
     with pytest.raises(TesseraError, match="cannot load the autoencoder"):
@@ -454,40 +453,40 @@ def test_a_missing_autoencoder(tiny, tmp_path):
 # Dry runs
 
 
-def test_a_dry_run_writes_nothing_and_tells_what_the_run_takes(tiny, tmp_path, monkeypatch):
+def test_a_dry_run_writes_nothing_and_estimates_the_run(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = dry_run.dry_run(tiny("run", "training.steps=1000"))
+    estimate = dry_run.dry_run(tiny("run", "training.steps=1000"))
     assert list(tmp_path.iterdir()) == []
-    assert told.images == 1000
-    training = 1000 * told.seconds_per_step
-    assert training < told.seconds < training + 60  # and the grids of samples
-    assert told.parameters > 1000
-    assert told.peak_bytes > 2**20
-    text = str(told)
+    assert estimate.images == 1000
+    training = 1000 * estimate.seconds_per_step
+    assert training < estimate.seconds < training + 60  # with the grids of samples
+    assert estimate.parameters > 1000
+    assert estimate.peak_bytes > 2**20
+    text = str(estimate)
     assert re.search(r"network +[\d,]+ parameters", text)
-    assert re.search(r"a step +[\d.]+ ms", text)
-    assert re.search(r"the run +\d+ ", text)
+    assert re.search(r"step +[\d.]+ ms", text)
+    assert re.search(r"run +\d+ ", text)
     assert re.search(r"peak memory +[\d,]+ MiB", text)
 
 
-def test_a_dry_run_counts_what_it_skipped(tiny, tmp_path):
-    data = pictures(tmp_path / "data", *(f"{i}.png" for i in range(6)))
+def test_a_dry_run_counts_invalid_images(tiny, tmp_path):
+    data = noise_images(tmp_path / "data", *(f"{i}.png" for i in range(6)))
     for name in ("2.png", "5.png"):
         (tmp_path / "data" / name).write_text("no image")
-    told = dry_run.dry_run(tiny("run", "training.global_batch_size=6", data=data))
-    assert (told.images, told.skipped) == (6, 2)
-    assert "6 images, 2 skipped so far" in str(told)
+    estimate = dry_run.dry_run(tiny("run", "training.global_batch_size=6", data=data))
+    assert (estimate.images, estimate.invalid_samples) == (6, 2)
+    assert "6 images, 2 invalid so far" in str(estimate)
 
 
 @pytest.mark.parametrize("changes", [(), ("training.optimizer.kind=muon", "training.ema.extra_decays=[0.9, 0.5]")])
-def test_the_estimate_of_the_disk_is_what_a_checkpoint_takes(tiny, changes):
-    told = dry_run.dry_run(tiny("run", *changes))
+def test_the_estimated_size_of_a_checkpoint_is_right(tiny, changes):
+    estimate = dry_run.dry_run(tiny("run", *changes))
     newest = bundle.checkpoints(loop.train(tiny("run", *changes)))[0]
     files = [file for file in newest.rglob("*") if file.is_file()]
-    assert told.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
+    assert estimate.checkpoint_bytes == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
 
 
-def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
+def test_a_dry_run_does_not_change_an_existing_run(tiny, state):
     run = loop.train(tiny("run"))
     before = state(run), sorted(run.rglob("*"))
     dry_run.dry_run(tiny("run", "training.steps=10"))
@@ -495,7 +494,7 @@ def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
 
 
 @pytest.mark.parametrize(
-    ("output", "changes", "resume"),
+    ("name", "changes", "resume"),
     [
         ("new", ["data={kind: folder, path: nowhere}"], "auto"),
         ("new", ["network.patch_size=3"], "auto"),
@@ -507,37 +506,39 @@ def test_a_dry_run_beside_a_run_changes_nothing(tiny, state):
         ("old", [], "never"),
     ],
 )
-def test_a_dry_run_fails_as_the_run_would(tiny, output, changes, resume):
+def test_a_dry_run_has_the_errors_of_the_run(tiny, name, changes, resume):
     loop.train(tiny("old"))
-    said = []
-    for go in (loop.train, dry_run.dry_run):
+    messages = []
+    for train in (loop.train, dry_run.dry_run):
         with pytest.raises(TesseraError) as caught:
-            go(tiny(output, *changes), resume)
-        said.append(str(caught.value))
-    assert said[0] == said[1]
+            train(tiny(name, *changes), resume)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
-@pytest.mark.parametrize("output", ["file", "file/run"])
-def test_a_dry_run_knows_an_output_that_cannot_be_written(tiny, tmp_path, output):
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_dry_run_checks_that_the_run_dir_can_be_written(tiny, tmp_path, name):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TesseraError, match=r"cannot write to output=.*: .*file is a file"):
-        dry_run.dry_run(tiny(output))
+    with pytest.raises(TesseraError, match=r"cannot write to run_dir=.*: .*file is a file"):
+        dry_run.dry_run(tiny(name))
 
 
-def test_a_dry_run_counts_the_disk(tiny, monkeypatch):
+def test_a_dry_run_checks_the_free_disk_space(tiny, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(TesseraError, match=r"checkpoints need .* GiB, the disk has 0\.00 GiB free"):
         dry_run.dry_run(tiny())
 
 
-def test_a_changed_batch_goes_on_from_the_next_sample_and_is_told(tiny, capsys, monkeypatch):
+def test_with_a_changed_batch_size_the_run_continues_at_the_next_sample(tiny, capsys, monkeypatch):
     loop.train(tiny("run", "training.steps=3", "training.global_batch_size=32"))
-    seen = []
-    read = Loader.read
-    monkeypatch.setattr(Loader, "read", lambda self, position: seen.append(position) or read(self, position))
+    positions = []
+    load_batch = Loader.load_batch
+    monkeypatch.setattr(
+        Loader, "load_batch", lambda self, position: positions.append(position) or load_batch(self, position)
+    )
     folder = loop.train(tiny("run", "training.steps=5", "training.global_batch_size=16"))
-    assert sorted(seen)[:2] == [96, 112]
-    place = checkpoint.read_state(bundle.checkpoints(folder)[0])
-    assert (place.step, place.position) == (5, 128)
-    assert "changed since: training.global_batch_size was 32, is 16" in capsys.readouterr().err
+    assert sorted(positions)[:2] == [96, 112]
+    state = checkpoint.read_state(bundle.checkpoints(folder)[0])
+    assert (state.step, state.position) == (5, 128)
+    assert "changed since the checkpoint: training.global_batch_size was 32, is 16" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Optimizers against torch's own and against the singular value decomposition; learning rates against closed forms."""
+"""Optimizers against those of torch and against singular value decompositions; learning rates against formulas."""
 
 import math
 
@@ -44,17 +44,17 @@ def test_cosine_decay_follows_the_cosine_after_the_warm_up(warmup):
 
 
 @pytest.mark.parametrize(("warmup", "cooldown"), [(0, 0.2), (10, 0.25), (0, 1.0)])
-def test_wsd_stays_and_then_falls_to_zero_as_one_less_the_root(warmup, cooldown):
+def test_wsd_is_constant_and_then_decays_as_one_minus_the_root(warmup, cooldown):
     steps = 110 if warmup else 100
     config = AdamWConfig(learning_rate=2.0, warmup_steps=warmup, lr_schedule=WarmupStableDecay(cooldown=cooldown))
-    falling = round(cooldown * 100)
+    cooldown_steps = round(cooldown * 100)
     for at in range(warmup, steps):
-        gone = max(0, at - (steps - falling))  # steps of the cooldown that are over
-        assert learning_rate(config, at, steps) == pytest.approx(2.0 * (1 - math.sqrt(gone / falling)), abs=1e-6)
+        done = max(0, at - (steps - cooldown_steps))  # steps of the cooldown
+        assert learning_rate(config, at, steps) == pytest.approx(2.0 * (1 - math.sqrt(done / cooldown_steps)), abs=1e-6)
     assert config.lr_schedule.factor(1.0) == 0.0
 
 
-def test_the_plateau_of_wsd_is_that_of_any_length():
+def test_the_constant_part_of_wsd_does_not_depend_on_the_length_of_the_run():
     config = AdamWConfig(learning_rate=1.0, warmup_steps=5, lr_schedule="wsd")
     assert [learning_rate(config, at, 100) for at in range(80)] == [learning_rate(config, at, 1000) for at in range(80)]
 
@@ -92,51 +92,49 @@ def test_the_optimizer_is_adamw(weight_decay):
 
 
 def newton_schulz(singular: torch.Tensor, steps: int) -> torch.Tensor:
-    """What the iteration does to singular values, one by one."""
+    """The effect of the iteration on singular values."""
     for _ in range(steps):
         singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
     return singular
 
 
-def drawn(seed: int, *shape: int) -> torch.Tensor:
+def random_matrix(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 24), (24, 30), (16, 64), (1, 8)])
 @pytest.mark.parametrize("condition", [1, 100, 1e5])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_matrix_keeps_its_directions_and_its_singular_values_go_through_the_polynomial(
-    rows, columns, condition, steps
-):
-    u, _, vh = torch.linalg.svd(drawn(0, 3, rows, columns), full_matrices=False)
+def test_orthogonalization_maps_the_singular_values_by_the_polynomial(rows, columns, condition, steps):
+    u, _, vh = torch.linalg.svd(random_matrix(0, 3, rows, columns), full_matrices=False)
     singular = torch.logspace(0, -math.log10(condition), rows, dtype=torch.float64).expand(3, rows)
-    given = (u * singular[:, None]) @ vh
+    matrices = (u * singular[:, None]) @ vh
     expected = (u * newton_schulz(singular / singular.norm(dim=-1, keepdim=True), steps)[:, None]) @ vh
-    found = orthogonalize(given.float(), steps)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3e-4)
+    result = orthogonalize(matrices.float(), steps)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=3e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [40, 160])
 def test_five_steps_bring_singular_values_near_one(columns, dtype):
-    found = torch.linalg.svdvals(orthogonalize(drawn(1, 4, 32, columns).float(), 5, dtype))
-    assert found.min() > 0.6
-    assert found.max() < 1.3
+    singular = torch.linalg.svdvals(orthogonalize(random_matrix(1, 4, 32, columns).float(), 5, dtype))
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
 
 
-def test_no_gradient_is_no_update():
+def test_a_zero_gradient_gives_a_zero_update():
     assert torch.equal(orthogonalize(torch.zeros(2, 4, 8), 5), torch.zeros(2, 4, 8))
 
 
-def trained(network: nn.Module, seed: int) -> None:
+def set_gradients(network: nn.Module, seed: int) -> None:
     for number, weight in enumerate(network.parameters()):
-        weight.grad = drawn(100 * seed + number, *weight.shape).float() if weight.requires_grad else None
+        weight.grad = random_matrix(100 * seed + number, *weight.shape).float() if weight.requires_grad else None
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_own(tiny_model, nesterov):
-    """To the digits of bfloat16, in which torch's own iterates; all else is AdamW exactly."""
+def test_muon_equals_that_of_torch_on_each_fused_projection(tiny_model, nesterov):
+    """To the precision of bfloat16, in which torch iterates. The other parameters equal AdamW exactly."""
     network = tiny_model.network.requires_grad_(True)
     config = MuonConfig(
         learning_rate=0.01, adamw_learning_rate=0.003, weight_decay=0.1, momentum=0.9, nesterov=nesterov
@@ -154,7 +152,7 @@ def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_ow
     adamw = torch.optim.AdamW(rest.values(), lr=0.003, weight_decay=0.1, fused=False)
     ours = config.build(network)
     for seed in range(3):
-        trained(network, seed)
+        set_gradients(network, seed)
         for weight in before:
             for part, gradient in zip(parts.get(weight, ()), weight.grad.chunk(matrices.get(weight, 1))):
                 part.grad = gradient.clone()
@@ -165,42 +163,42 @@ def test_muon_is_torchs_own_and_queries_keys_and_values_are_matrices_of_their_ow
     for weight, reference in rest.items():
         torch.testing.assert_close(weight, reference, rtol=0, atol=1e-6)
     for weight, chunks in parts.items():
-        expected, found = torch.cat(list(chunks)) - before[weight], weight - before[weight]
-        assert (found - expected).norm() < 0.06 * expected.norm()
+        expected, update = torch.cat(list(chunks)) - before[weight], weight - before[weight]
+        assert (update - expected).norm() < 0.06 * expected.norm()
 
 
 def test_the_size_of_an_update_is_that_of_adamw(tiny_model):
-    """0.2 learning rates on average, whatever the shape (Liu et al. 2025, section 2.2)."""
+    """0.2 learning rates on average, for every shape (Liu et al. 2025, section 2.2)."""
     network = tiny_model.network
     matrices = [network.get_parameter(name) for name in hidden_matrices(network)]
     before = {weight: weight.detach().clone() for weight in matrices}
     optimizer = MuonConfig(learning_rate=0.01).build(network)
-    trained(network, 0)
+    set_gradients(network, 0)
     optimizer.step()
     for weight, old in before.items():
         assert (weight - old).square().mean().sqrt().item() == pytest.approx(0.002, rel=0.25)
 
 
 @pytest.mark.parametrize("block", ["in-context", "cross-attention", "adaln", "adaln-zero", "rope-swiglu"])
-def test_muon_trains_the_matrices_that_carry_tokens_and_adamw_all_else(make_model, block):
+def test_muon_trains_the_matrices_that_map_tokens_and_adamw_the_rest(make_model, block):
     network = make_model({"block": block}).network
     optimizer = MuonConfig().build(network)
     assert isinstance(optimizer, MuonAndAdamW)
     groups = [set(group["params"]) for group in optimizer.param_groups]
     assert groups[0] | groups[1] == {weight for weight in network.parameters() if weight.requires_grad}
     assert not groups[0] & groups[1]
-    steering = {id(part.linear.weight) for part in network.modules() if isinstance(part, Modulation)}
+    modulation = {id(part.linear.weight) for part in network.modules() if isinstance(part, Modulation)}
     for name, weight in network.named_parameters():
         hidden = name.startswith("blocks.") and weight.ndim == 2 and name.endswith(".weight")
-        assert (weight in groups[0]) == (hidden and id(weight) not in steering), name
-    width = network.config.width
+        assert (weight in groups[0]) == (hidden and id(weight) not in modulation), name
+    width = network.config.hidden_size
     for name, maps in hidden_matrices(network).items():
         weight = network.get_parameter(name)
         assert maps == (3 if weight.shape == (3 * width, width) else maps)
         assert weight.shape[0] % maps == 0
 
 
-def test_each_part_gets_its_share_of_the_rate(tiny_model):
+def test_each_parameter_group_has_its_learning_rate(tiny_model):
     config = MuonConfig(learning_rate=0.02, adamw_learning_rate=0.005, warmup_steps=10)
     optimizer = config.build(tiny_model.network)
     assert [group["lr"] for group in optimizer.param_groups] == [0.02, 0.005]
