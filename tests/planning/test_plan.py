@@ -8,28 +8,28 @@ from tessera.models.presets import PRESETS
 from tessera.planning import budget, hardware, published
 from tessera.planning.plan import Split, budget_outcomes, counts, divided, memory_of, plan
 from tessera.planning.trace import Sizes
-from tessera.settings import override, validate
+from tessera.settings import apply_overrides, validate
 from tessera.training import plan_recipe
 from tessera.training.recipe import Recipe
 from tessera.training.run import build_run
 from tessera.training.step import train_step
 
 TINY = {
-    "output": "unused",
+    "run_dir": "unused",
     "data": {"kind": "digits"},
     "network": {"patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2},
-    "sampling": {"steps": 5, "guidance": 2},
-    "training": {"steps": 40, "batch": 16, "sample_every": 20, "checkpoint_every": 10, "tensorboard": False},
+    "sampling": {"num_steps": 5, "guidance_scale": 2},
+    "training": {"steps": 40, "global_batch_size": 16, "sample_every": 20, "checkpoint_every": 10, "tensorboard": False},
 }
 
 
 def tiny(*changes: str) -> Recipe:
-    return validate(Recipe, override(TINY, list(changes)), "the test's recipe")
+    return validate(Recipe, apply_overrides(TINY, list(changes)), "the test's recipe")
 
 
 @pytest.mark.parametrize("published", published.MODELS, ids=lambda one: one.name)
 def test_the_twelve_presets_are_the_paper_s(published):
-    macs, parameters = counts(plan_recipe.preset(published.name, []).network)
+    macs, parameters = counts(plan_recipe.preset_recipe(published.name, []).network)
     assert parameters == published.parameters
     assert macs / 1e9 == pytest.approx(published.gmacs, abs=0.025)
 
@@ -39,15 +39,15 @@ def test_the_twelve_presets_are_the_paper_s(published):
     [
         ({}, ("training.ema.extra_decays=[0.9,0.5]",)),
         ({"block": "rope-swiglu"}, ("training.optimizer.kind=muon",)),
-        ({"kind": "unet", "width": 16, "depth": 1}, ("data.kind=shapes", "training.global_batch_size=4")),
+        ({"kind": "unet", "model_channels": 16, "num_res_blocks": 1}, ("data.kind=shapes", "training.global_batch_size=4")),
     ],
     ids=["three averages", "muon", "u-net"],
 )
 def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_path):
     base = {} if "kind" in network else TINY["network"]
-    told = override(TINY | {"network": base | network, "output": str(tmp_path / "run")}, list(changes))
+    told = apply_overrides(TINY | {"network": base | network, "run_dir": str(tmp_path / "run")}, list(changes))
     recipe = validate(Recipe, told, "the test's recipe")
-    made = plan_recipe.plan_of(recipe, "h100")
+    made = plan_recipe.plan_for_recipe(recipe, "h100")
     run = build_run(recipe)
     batches = run.loader.batches()
     train_step(run.state, next(batches), run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
@@ -63,7 +63,7 @@ def test_what_stays_from_step_to_step_is_what_a_run_holds(network, changes, tmp_
 
 def test_the_numbers_of_a_plan_follow_from_one_another():
     small = hardware.find("h100x2").model_copy(update={"memory": 3 * 2**20, "usable": 1.0})
-    made = plan_recipe.plan_of(tiny("evaluation.at=[10]", "evaluation.num_samples=30"), small, alternatives=True)
+    made = plan_recipe.plan_for_recipe(tiny("evaluation.at=[10]", "evaluation.num_samples=30"), small, alternatives=True)
     assert made.flops == 6 * made.gmacs * 1e9 * 16 * 40
     assert made.seconds == 40 * made.step_seconds
     assert made.images_per_second == pytest.approx(16 / made.step_seconds)
@@ -84,14 +84,14 @@ def test_the_numbers_of_a_plan_follow_from_one_another():
     assert made.largest_model is None  # 3 MiB are too few for S/8
     assert made.largest_batch is not None
     most = 2 * made.largest_batch  # on two devices
-    assert plan_recipe.plan_of(tiny(f"training.global_batch_size={most}"), small).fits
-    assert not plan_recipe.plan_of(tiny(f"training.global_batch_size={most + 4}"), small).fits
+    assert plan_recipe.plan_for_recipe(tiny(f"training.global_batch_size={most}"), small).fits
+    assert not plan_recipe.plan_for_recipe(tiny(f"training.global_batch_size={most + 4}"), small).fits
     assert made.facts()["memory"]["at_most"] == made.memory_bytes
 
 
 def test_rounds_need_less_memory_for_the_same_batch():
-    whole = plan_recipe.plan_of(tiny("training.global_batch_size=64"), "h100")
-    rounds = plan_recipe.plan_of(tiny("training.global_batch_size=64", "training.micro_batch_size=16"), "h100")
+    whole = plan_recipe.plan_for_recipe(tiny("training.global_batch_size=64"), "h100")
+    rounds = plan_recipe.plan_for_recipe(tiny("training.global_batch_size=64", "training.micro_batch_size=16"), "h100")
     assert rounds.split == Split(1, 16, 4, 1)
     assert rounds.memory_bytes < whole.memory_bytes
     assert rounds.flops == whole.flops
@@ -99,14 +99,14 @@ def test_rounds_need_less_memory_for_the_same_batch():
 
 def test_a_deep_network_is_told_from_shallow_ones():
     recipe = tiny("network.depth=7", "training.precision=bfloat16")
-    made = plan_recipe.plan_of(recipe, "h100")
+    made = plan_recipe.plan_for_recipe(recipe, "h100")
     config = made.work.network
     step = made.work.step(config, 16, 1, torch.bfloat16, "none")
     assert made.memory == memory_of(step.sizes, made.split, 7)
 
 
 def test_what_a_budget_buys_by_hand():
-    made = plan_recipe.plan_of(tiny(), "h100x2")
+    made = plan_recipe.plan_for_recipe(tiny(), "h100x2")
     hours = budget.parse("1h")
     assert budget_outcomes(made, hours).steps == int((3600 - made.scoring_seconds) / made.step_seconds)
     assert (
@@ -134,7 +134,7 @@ def test_impossible_work_is_named():
     with pytest.raises(TesseraError, match="too small for 32 devices"):
         divided(work, 32)
     with pytest.raises(TesseraError, match="not divisible by heads"):
-        plan_recipe.preset("DiT-S/2", ["network.num_heads=7"])
+        plan_recipe.preset_recipe("DiT-S/2", ["network.num_heads=7"])
     with pytest.raises(TesseraError, match="patch 3 does not divide"):
         plan_recipe.workload(tiny("network.patch_size=3"))
     with pytest.raises(TesseraError, match="neither a recipe nor a preset"):
@@ -143,7 +143,7 @@ def test_impossible_work_is_named():
 
 def test_this_machine_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
-    made = plan_recipe.plan_of(tiny(), "cpu")
+    made = plan_recipe.plan_for_recipe(tiny(), "cpu")
     assert 0 < made.step_seconds < 60
     assert made.precision == "float32"
     assert list((tmp_path / "machines").glob("*.json"))

@@ -8,7 +8,7 @@ from tessera.planning import published
 
 @pytest.mark.parametrize("model", published.MODELS, ids=lambda model: model.name)
 def test_parameters_and_gmacs_are_those_of_the_preset(model):
-    width, depth = PRESETS[model.name]["width"], PRESETS[model.name]["depth"]
+    width, depth = PRESETS[model.name]["hidden_size"], PRESETS[model.name]["depth"]
     tokens = (32 // model.patch) ** 2
     block = 18 * width**2 + 15 * width  # attention 4, MLP 8, modulation 6 D^2; their biases
     patch = model.patch**2

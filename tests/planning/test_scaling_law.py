@@ -48,9 +48,9 @@ def test_intervals_hold_what_they_should():
         found = scaling_law.fit(X, [20 * x**-0.4 * a for x, a in zip(X, away)])
         new = 20 * 200.0**-0.4
         inside += [
-            found.exponent.holds(0.4),
-            found.band(200.0).holds(new),
-            found.prediction(200.0).holds(new * away[-1]),
+            found.exponent.contains(0.4),
+            found.band(200.0).contains(new),
+            found.prediction(200.0).contains(new * away[-1]),
         ]
     assert (inside > 925).all()
     assert (inside < 975).all()
@@ -87,7 +87,7 @@ def test_the_papers_table_follows_a_law():
     gmacs, fid = [model.gmacs for model in published.MODELS], [model.fid for model in published.MODELS]
     truth = scipy.stats.linregress(np.log(gmacs), np.log(fid))
     assert scaling_law.fit(gmacs, fid).exponent.value == pytest.approx(-truth.slope)
-    assert scaling_law.fit(gmacs, fid).exponent.holds(0.365)
+    assert scaling_law.fit(gmacs, fid).exponent.contains(0.365)
 
 
 # Compute-optimal
@@ -116,7 +116,7 @@ def test_the_best_size_grows_as_the_law_that_made_the_numbers():
     truth = math.sqrt(middle / 6e9 / 1e6)  # where both terms are equal
     assert best.gmacs == pytest.approx(truth, rel=0.15)
     assert 6e9 * best.gmacs * best.samples == pytest.approx(middle)
-    assert best.metric.holds(2 * truth**-0.4)
+    assert best.metric.contains(2 * truth**-0.4)
     assert best.beyond == 1
     assert found.optimal(10 * found.range[1]).beyond == pytest.approx(10)
     with pytest.raises(TesseraError, match="above zero"):

@@ -12,7 +12,7 @@ from tessera.studies.study import Study, read
 
 RECIPE = """
 data: {kind: digits}
-network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+network: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}
 diffusion: {num_timesteps: 20, schedule: cosine, prediction: v}
 sampling: {num_steps: 3}
 training:
@@ -32,8 +32,8 @@ question: Does width help?
 recipe: tiny.yaml
 axes:
   size:
-    S: {network.width: 16}
-    L: {network.width: 32}
+    S: {network.hidden_size: 16}
+    L: {network.hidden_size: 32}
 budget: {steps: 6}
 marks: {steps: [3]}
 sampling_steps: [2]

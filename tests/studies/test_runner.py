@@ -34,7 +34,7 @@ def begins_at_once(monkeypatch):
     monkeypatch.setattr(runner, "START", "fork")
     taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
     taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-    monkeypatch.setattr(study_plan, "plan_of", lambda recipe, hardware: taken)
+    monkeypatch.setattr(study_plan, "plan_for_recipe", lambda recipe, hardware: taken)
 
 
 def run(asked, retry: bool = False, shard: str = "1/1") -> list[str]:
@@ -96,7 +96,7 @@ def test_a_study_runs_and_its_results_are_read_from_its_files(whole):
         assert last == pytest.approx(2 * sum(each))  # a record every two steps
         (drawn,) = result.drawn
         assert (drawn.steps, drawn.macs) == (2, 2 * result.macs)
-        steps = [(one.scores["kid"].protocol.sampling or {})["steps"] for one in (drawn, result.points[-1])]
+        steps = [(one.scores["kid"].protocol.sampling or {})["num_steps"] for one in (drawn, result.points[-1])]
         assert steps == [2, 3]
         assert drawn.scores["kid"].value != result.points[-1].scores["kid"].value
         assert result.pictures == folder / "samples/step-000000006.png"
@@ -134,12 +134,12 @@ def test_a_member_that_fails_does_not_end_the_others(write_study):
     ended = worker.run_member
 
     def go(recipe, sampling_steps):
-        if Path(recipe.output).name == "K" and not (Path(asked.output) / "mended").exists():
+        if Path(recipe.run_dir).name == "K" and not (Path(asked.output) / "mended").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         ended(recipe, sampling_steps)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "go", go)
+        patch.setattr(worker, "run_member", go)
         with pytest.raises(runner.Failed, match=r"2 of 3 members failed: D, K; .*--retry"):
             run(asked)
         found = told(asked)

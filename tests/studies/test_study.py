@@ -12,8 +12,8 @@ def test_members_are_every_combination_for_each_seed(write_study):
     one = ["S-2", "S-4", "L-2", "L-4"]
     assert [member.name for member in found] == [f"{name}-seed{seed}" for seed in (0, 3) for name in one]
     last = found[-1]
-    assert (last.values, last.seed) == ({"input_size": "L", "patch_size": "4"}, 3)
-    assert last.overrides == {"network.width": 32, "network.patch_size": 4, "training.seed": 3}
+    assert (last.values, last.seed) == ({"size": "L", "patch": "4"}, 3)
+    assert last.overrides == {"network.hidden_size": 32, "network.patch_size": 4, "training.seed": 3}
     assert [member.name for member in members(write_study("seeds=[5]"))] == ["S", "L"]
 
 
@@ -25,9 +25,9 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
         ("training.global_batch_size", 16),
     ]
     path = tmp_path / "numbers.yaml"
-    axes = "{patch: {2: {network: {patch: 2}}, 4: }}"
+    axes = "{patch: {2: {network: {patch_size: 2}}, 4: }}"
     path.write_text(f"question: q\nrecipe: tiny.yaml\naxes: {axes}\nbudget: {{steps: 1}}")
-    assert read(path).axes == {"patch_size": {"2": {"network.patch_size": 2}, "4": {}}}
+    assert read(path).axes == {"patch": {"2": {"network.patch_size": 2}, "4": {}}}
     assert read(path).output == "runs/numbers"
     assert read(path).recipe == str(tmp_path / "tiny.yaml")
 

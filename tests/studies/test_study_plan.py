@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tessera import bundle
+from tessera import bundle, generation
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.settings import read_yaml
 from tessera.studies import study, study_plan
 from tessera.studies.study import Budget, Marks
@@ -23,7 +22,7 @@ def no_planning(request, monkeypatch):
     if "really" not in request.fixturenames:
         taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
         taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-        monkeypatch.setattr(study_plan, "plan_of", lambda recipe, hardware: taken)
+        monkeypatch.setattr(study_plan, "plan_for_recipe", lambda recipe, hardware: taken)
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study)
     assert small.macs > 4 * (12 * 16**2 + 2 * 4 * 16)
 
 
-@pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance=2", "guidance_interval=[0.2, 0.7]")])
+@pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance_scale=2", "guidance_interval=[0.2, 0.7]")])
 def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrained, words):
     asked = write_study(*(f"set.sampling.{word}" for word in words))
     prepared = study_plan.prepare(asked)[0]
@@ -74,7 +73,7 @@ def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrain
     network.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
     for steps in (3, 5):
         rows.clear()
-        pipeline.generate(model, [0], [0], steps=steps)
+        generation.generate(model, [0], [0], num_steps=steps)
         assert found[steps] == sum(rows)
 
 
@@ -82,7 +81,7 @@ def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrain
 def untrained():
     def build(network, recipe):
         config = bundle.BundleConfig(
-            network=recipe.network, diffusion=recipe.process, codec=recipe.codec, sampling=recipe.sampling
+            network=recipe.network, diffusion=recipe.diffusion, codec=recipe.codec, sampling=recipe.sampling
         )
         return bundle.Model(config, network, recipe.codec.build())
 
@@ -170,7 +169,7 @@ def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
     ):
         planned(write_study("set.training.global_batch_size=16"), first)
     with pytest.raises(TesseraError, match=r"L is not in this one, whose members are S"):
-        planned(write_study("axes={size: {S: {network.width: 16}}}"), first)
+        planned(write_study("axes={size: {S: {network.hidden_size: 16}}}"), first)
     (tmp_path / "out/plan.json").write_text("{")
     with pytest.raises(TesseraError, match="cannot read"):
         study_plan.kept(tmp_path / "out")
@@ -199,8 +198,8 @@ def member(tmp_path_factory):
     """One whose training is nearly all that it takes."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "tiny.yaml").write_text(
-        "data: {kind: digits}\nnetwork: {patch: 4, width: 16, depth: 1, heads: 2}\n"
-        "evaluation: {count: 40}\ntraining: {device: cpu}\n"
+        "data: {kind: digits}\nnetwork: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}\n"
+        "evaluation: {num_samples: 40}\ntraining: {device: cpu}\n"
     )
     (folder / "study.yaml").write_text(
         f"question: q\nrecipe: tiny.yaml\noutput: {folder / 'out'}\naxes: {{a: {{b: {{}}}}}}\nbudget: {{steps: 3}}\n"

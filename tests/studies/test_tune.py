@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tessera import bundle
+from tessera import bundle, generation
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.features import load_extractor
-from tessera.evaluation.intervals import Estimate
+from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.generation import pipeline
 from tessera.sampling import DDIM, Ancestral, FirstBlockCaching, Heun, SamplingConfig
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import validate
@@ -22,8 +21,8 @@ from tessera.studies.tuning.trials import Trial
 from tessera.studies.tuning.tuner import Tuner, Tuning
 
 pytest.importorskip("sklearn")
-BASELINE = ["sampler=ancestral", "steps=12"]
-SOON = {"count": 50, "batch": 50, "budget": 60}
+BASELINE = ["sampler=ancestral", "num_steps=12"]
+SOON = {"num_samples": 50, "batch_size": 50, "budget": 60}
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +55,10 @@ def trial(fd: float, seconds: float = 1.0, pulls=None, steps: int = 10, stage: s
 
 @pytest.mark.parametrize("process", [{}, {"kind": "flow", "prediction": "velocity"}])
 def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, process):
-    outputs = {"outputs": 1} if process else {}
+    outputs = {"out_channels": 1} if process else {}
     model = make_model(network=outputs, diffusion={"variance": "learned"} if not process else None)
     if process:
-        config = model.config.model_dump() | {"process": process}
+        config = model.config.model_dump() | {"diffusion": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
     present = SamplingConfig(num_steps=6)
     found = search_space.solvers_and_grids(model, present)
@@ -133,7 +132,7 @@ def test_finalists_are_the_fastest_no_worse_and_the_best():
 
 
 @pytest.mark.parametrize(
-    ("choose", "others", "chosen", "noted"),
+    ("select", "others", "chosen", "noted"),
     [
         ("fastest-equal", [(1.9, 2, 1), (2.0, 1, 2), (3.0, 0.5, 3)], 2, False),
         ("fastest-equal", [(3.0, 0.5, 3)], None, True),
@@ -143,8 +142,8 @@ def test_finalists_are_the_fastest_no_worse_and_the_best():
         ("none", [(1.0, 1, 1)], None, False),
     ],
 )
-def test_one_is_chosen_by_what_fresh_seeds_say(tuner, choose, others, chosen, noted):
-    told = tuner(choose=choose)
+def test_one_is_chosen_by_what_fresh_seeds_say(tuner, select, others, chosen, noted):
+    told = tuner(select=select)
     told.baseline = trial(2, 9, steps=99)
     told.folder.mkdir()
     checked = [told.baseline, *(trial(fd, seconds, steps=steps) for fd, seconds, steps in others)]
@@ -169,7 +168,7 @@ def test_a_trial_counts_calls_and_scores_as_an_evaluation_does(tuner, tmp_path):
     assert told.trial(SamplingConfig(num_steps=6), "check").count == 100
     half = plain.fd.high - plain.fd.value
     assert half == pytest.approx(1.96 * np.std(plain.pulls, ddof=1) / 50**0.5, rel=1e-3)
-    assert plain.scores[0].protocol.drawing["steps"] == 6
+    assert plain.scores[0].protocol.sampling["num_steps"] == 6
     assert not list((tmp_path / "tune/trials").glob("*.work"))
 
 
@@ -205,8 +204,8 @@ def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, 
     later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), say=lambda text: None)
     assert later.present == SamplingConfig(sampler=Ancestral(), num_steps=12) != tiny_model.config.sampling
     later.begin()
-    other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), ["steps=7"], lambda text: None)
-    with pytest.raises(TesseraError, match=r"holds other work: baseline\.steps was 12, is 7"):
+    other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), ["num_steps=7"], lambda text: None)
+    with pytest.raises(TesseraError, match=r"holds other work: baseline\.num_steps was 12, is 7"):
         other.begin()
 
 
@@ -214,7 +213,7 @@ def test_the_same_command_goes_on_when_its_choice_was_written(tuner, make_model)
     """What the model draws with now is no part of the baseline that the same words stand for."""
     first = tuner()
     first.begin()
-    chosen = make_model(sampling={"sampler": "heun", "steps": 3, "guidance": 2.0})
+    chosen = make_model(sampling={"sampler": "heun", "num_steps": 3, "guidance_scale": 2.0})
     again = tuner(model=chosen)
     assert again.present == first.present
     again.begin()
@@ -230,7 +229,7 @@ def test_what_a_model_cannot_draw_is_told_and_left_out(tuner):
     told = tuner()
     told.begin()
     assert told.attempt("steps", SamplingConfig(num_steps=2000)) is None
-    assert "is left out: steps is 2000" in told.said[-1]
+    assert "is left out: num_steps is 2000" in told.said[-1]
 
 
 @pytest.mark.parametrize("stage", ["guidance", "caching"])
@@ -241,7 +240,7 @@ def test_a_stage_alone_goes_on_from_the_baseline(tuner, stage):
     told.search()
     assert {name for name, _ in tried} == {stage}
     assert {config.sampler for _, config in tried} == {Ancestral()}
-    assert {config.steps for _, config in tried} == ({12} if stage == "guidance" else {12, 24})
+    assert {config.num_steps for _, config in tried} == ({12} if stage == "guidance" else {12, 24})
 
 
 def test_a_search_for_nothing_is_refused():
@@ -255,8 +254,8 @@ def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
     told.begin()
     looked = []
     reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
-    assert told.attempt("caching", search_space.changed(plain, steps=2000)) is None
-    assert "is left out: steps is 2000" in told.said[-1]
+    assert told.attempt("caching", search_space.changed(plain, num_steps=2000)) is None
+    assert "is left out: num_steps is 2000" in told.said[-1]
     told.left = lambda stage: -1.0
     assert told.attempt("caching", plain) is None
     assert (looked, told.skipped) == ([], {"caching": 1})
@@ -292,7 +291,7 @@ def test_stages_end_with_their_time(tuner):
 
 
 def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
-    with pytest.raises(TesseraError, match=r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\), or a lower"):
+    with pytest.raises(TesseraError, match=r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\), or a"):
         tuner(budget=1e-4).run()
     assert not tuner().folder.exists()
 
@@ -313,10 +312,10 @@ def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
     chosen = SamplingConfig(sampler=DDIM(eta=0.5), num_steps=7)
     result.record(tmp_path / "model", chosen, "by a test", tiny_model.network)
     read = bundle.load(tmp_path / "model")
-    assert read.config == tiny_model.config.model_copy(update={"sampling": chosen, "origin": {"sampling": "by a test"}})
+    assert read.config == tiny_model.config.model_copy(update={"sampling": chosen, "provenance": bundle.Provenance(sampling_chosen="by a test")})
     assert (tmp_path / "model/model.safetensors").read_bytes() == weights
     assert "ddim, 7 steps" in (tmp_path / "model/README.md").read_text()
-    assert (pipeline.generate(read, [0]) == pipeline.generate(tiny_model, [0], sampler=DDIM(eta=0.5), steps=7)).all()
+    assert (generation.generate(read, [0]) == generation.generate(tiny_model, [0], sampler=DDIM(eta=0.5), num_steps=7)).all()
 
 
 def test_the_note_says_when_by_what_and_both_scores():
