@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from tessera.evaluation import distances
-from tessera.evaluation.intervals import Z95, Estimate
 from tessera.evaluation.moments import Moments
+from tessera.reporting.estimates import Z95, Estimate
 
 NEAR, FAR = (0.1, 0.05), (0.6, 0.4)  # (how much of the covariance is another one, shift in deviations)
 RATIOS = (0.5, 2, 5, 20)

@@ -38,7 +38,7 @@ def main() -> None:
 
     print("\n| law of | models | exponent (95 % interval) | FID at 1 GMAC | off the line |\n|---|---|---|---|---|")
     groups = {"all": models}
-    groups |= {f"patch {patch}": tuple(m for m in models if m.patch == patch) for patch in published.PATCHES}
+    groups |= {f"patch {patch}": tuple(m for m in models if m.patch_size == patch) for patch in published.PATCHES}
     groups |= {f"size {size}": tuple(m for m in models if m.size == size) for size in published.SIZES}
     for name, members in groups.items():
         line = scaling_law.fit([m.gmacs for m in members], [m.fid for m in members])
@@ -47,9 +47,9 @@ def main() -> None:
 
     out = [model.size == "XL" for model in models]
     held = {
-        "S, B, L of all patches": scaling_law.held_out(gmacs, fid, out),
-        "S, B, L of patch 2": scaling_law.held_out(gmacs[2::3], fid[2::3], out[2::3]),
-        "all but XL/2": scaling_law.held_out(gmacs, fid, scaling_law.largest(gmacs, 1)),
+        "S, B, L of all patches": scaling_law.predict_held_out(gmacs, fid, out),
+        "S, B, L of patch 2": scaling_law.predict_held_out(gmacs[2::3], fid[2::3], out[2::3]),
+        "all but XL/2": scaling_law.predict_held_out(gmacs, fid, scaling_law.largest_mask(gmacs, 1)),
     }
     print("\n| fitted on | predicted | FID predicted (95 % interval) | published | error | inside |")
     print("|---|---|---|---|---|---|")
@@ -60,7 +60,7 @@ def main() -> None:
             print(f"| {fitted} | {name} | {told(each.predicted, 1)} | {each.measured} | {each.error:+.0%} | {inside} |")
 
     print("\n| XL/2 trained for | training FLOPs | FID-50K |\n|---|---|---|")
-    for model in published.LONGER:
+    for model in published.XL_RUNS:
         print(f"| {model.steps:,} steps | {model.flops:.3g} | {model.fid} |")
     drawing = figures.paper_law(out)
     drawing.save(options.out)

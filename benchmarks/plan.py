@@ -120,7 +120,7 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
         after = planning(recipe, device, Path(folder) / "after")
     plans = before.step_seconds, after.step_seconds
     mean = sum(plans) / 2
-    said = before.memory.at_most if device.type == "cuda" else before.memory.activations
+    said = before.memory.peak if device.type == "cuda" else before.memory.activations
     return (
         f"| {name} | {1000 * mean:.4g} | {1000 * seconds:.4g} | {mean / seconds:.2f} | "
         f"{plans[0] / seconds:.2f}, {plans[1] / seconds:.2f} | {said / 2**20:.4g} | {memory / 2**20:.4g} | "
@@ -169,7 +169,7 @@ def kept(run: TrainingRun, batch: Any) -> int:
             return forward(*inputs)
         if again:
             raw = forward(*inputs)
-            found.append(recorder.lap().kept)
+            found.append(recorder.lap().live_bytes)
             return raw
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             raw = forward(*inputs)

@@ -35,7 +35,7 @@ SMALL = {  # arguments that make a script fast; {tmp} is an empty folder, {image
         "million --counts 64",
         "encode --count 4 --size 32 --workers 1",
     ],
-    "ledger": ["run --out {tmp} --steps 2 --seeds 0 paper"],
+    "ablations": ["run --out {tmp} --steps 2 --seeds 0 paper"],
     "loader": ["--only photos --photos 70 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],

@@ -1,7 +1,7 @@
 """What is each part of the modern recipe worth? One network size, equal training FLOPs, several seeds.
 
-    python benchmarks/ledger.py run --data digits --out runs/ledger [--shard 0/2] [--seeds 0,1,2] [MEMBER ...]
-    python benchmarks/ledger.py report --data digits --out runs/ledger > table.md      # and runs/ledger/digits.png
+    python benchmarks/ablations.py run --data digits --out runs/ablations [--shard 0/2] [--seeds 0,1,2] [MEMBER ...]
+    python benchmarks/ablations.py report --data digits --out runs/ablations > table.md      # and runs/ablations/digits.png
 
 A member is a list of overrides of one recipe. Each run is a `tessera train` that scores itself on a fixed schedule:
 kill it and run the same command again to go on. Members whose step costs other FLOPs, the optimizer's matrix products
@@ -96,7 +96,7 @@ SETTINGS = {
         ),
         steps=1500, every=250, seeds=(0, 1, 2),
     ),
-    "cifar10": Setting(  # expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (ledger.md)
+    "cifar10": Setting(  # expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (docs/explanation/ablations.md)
         "modern.yaml",
         (
             "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4", "network.hidden_size=128",
@@ -284,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "report"))
     parser.add_argument("--data", choices=SETTINGS, default="digits")
-    parser.add_argument("--out", type=Path, default=Path("runs/ledger"))
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", default=None, help="as in 0,1,2")
     parser.add_argument("--shard", default="1/1", help="i/n: part i of n, from 1")
     parser.add_argument("--steps", type=int, help="of the paper's network (the setting's)")
