@@ -14,7 +14,7 @@ from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.recipe import Recipe
 from tessera.training.resume import check_compatible, find_checkpoint
 from tessera.training.run import TrainingRun, build_run, save_checkpoint
-from tessera.training.samples import grid_shape
+from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import train_step
 
 
@@ -99,9 +99,8 @@ def _sampling_seconds(run: TrainingRun) -> float:
     start = time.monotonic()
     generation.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), num_steps=num_steps)
     seconds = (time.monotonic() - start) / count / num_steps
-    rows, columns = grid_shape(run.recipe)
-    images = rows * columns * (config.steps // config.sample_every + 2)
-    images += evaluation.num_samples * sum(evaluation.due(step, config.steps) for step in range(1, config.steps + 1))
+    images = num_grids(run.recipe) * images_per_grid(run.recipe)
+    images += evaluation.num_samples * evaluation.count(config.steps)
     return seconds * run.recipe.sampling.num_steps * images
 
 

@@ -14,7 +14,7 @@ from tessera.errors import Interrupted, TesseraError
 from tessera.files import atomic_write, exclusive_lock
 from tessera.monitoring import health
 from tessera.monitoring.logger import MetricLogger
-from tessera.planning.plan import FLOPS_PER_MAC
+from tessera.planning import FLOPS_PER_MAC
 from tessera.runtime import Distributed
 from tessera.training import checkpoint, parallel, scores
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
@@ -178,7 +178,7 @@ class Trainer:
         try:
             while self.step < config.steps:
                 run.parallel.begin_flag_reduction(bool(signals), self.writer.failed)
-                with self.stopwatch.waiting():
+                with self.stopwatch.measure("waiting"):
                     batch = next(batches)
                 metrics = self._train_step(batch)
                 stopping, failed = run.parallel.reduced_flags(bool(signals), self.writer.failed)
@@ -193,12 +193,12 @@ class Trainer:
                     return
                 good = not detector.consecutive_bad  # otherwise the weights may be bad
                 if due.health:
-                    with self.stopwatch.paused():
+                    with self.stopwatch.measure("paused"):
                         self._record_health(batch, metrics)
                 if due.log:
                     self._log()
                 self.logger.advance(self.step)
-                with self.stopwatch.paused():
+                with self.stopwatch.measure("paused"):
                     if due.save and (good or stopping):
                         self._save()
                     if due.score and good:
@@ -230,7 +230,7 @@ class Trainer:
     def _log(self) -> None:
         run, skipped = self.run, self.recovery.skipped
         steps, means = self.metrics.steps, self.metrics.means()
-        with self.stopwatch.paused():
+        with self.stopwatch.measure("paused"):
             for part in self.world.gather(dict(run.loader.invalid_samples)):
                 self.invalid_samples |= part
             self._write_invalid_samples()
@@ -270,18 +270,9 @@ class Trainer:
         run = self.run
         names, _ = run.state.parameter_groups
         distance, norm = run.parallel.all_reduce_sum(run.ema.squared_distance())
-        objective = run.objective
-        x0, condition, noise = probe_inputs(batch, objective, run.state.device)
-        probe = health.probe(
-            run.network,
-            run.ema.network,
-            x0,
-            condition,
-            noise,
-            objective.diffusion,
-            objective.num_classes,
-            objective.dtype,
-        )
+        objective, inputs = run.objective, probe_inputs(batch, run.objective, run.state.device)
+        settings = objective.diffusion, objective.num_classes, objective.dtype
+        probe = health.probe(run.network, run.ema.network, *inputs, *settings)
         for network in (run.network, run.ema.network):
             parallel.reshard(network)
         values = {

@@ -25,7 +25,7 @@ from tessera.models.network import NetworkConfig
 from tessera.models.presets import PRESETS, UNETS
 from tessera.planning.hardware import Hardware, find
 from tessera.planning.plan import Plan, SamplingWork, Workload, plan
-from tessera.planning.trace import Recorder, Sizes, Step, Trace, fake, outline
+from tessera.planning.trace import Recorder, StepMemory, StepTrace, Trace, fake_tensors, meta_network
 from tessera.runtime import autocast
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import timestep_grid
@@ -35,7 +35,7 @@ from tessera.training.objective import TrainingObjective
 from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
 from tessera.training.run import open_data
-from tessera.training.samples import grid_shape
+from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
 # Multiply-adds of a feature network for one image: Inception takes 299 x 299 pixels (5.7 billion), the built-in data
@@ -92,49 +92,45 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     recipe, codec, images, notes = _resolved(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
     process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
-    grids = {0, config.steps, *range(config.sample_every, config.steps + 1, config.sample_every)}
-    rows, columns = grid_shape(recipe)
-    regular = () if evaluation.every is None else range(evaluation.every, config.steps + 1, evaluation.every)
-    scored = [step for step in {*regular, *evaluation.at, config.steps} if evaluation.due(step, config.steps)]
-    num_scored = evaluation.num_samples * len(scored)
+    num_evaluations = evaluation.count(config.steps)
+    num_scored = evaluation.num_samples * num_evaluations
     features = evaluation.features or suite.default_features(evaluation.reference or recipe.data)
-    num_extracted = num_scored + (min(images or num_scored, 50_000) if scored else 0)
-    encodes = codec is not None and not isinstance(recipe.codec, PixelsConfig)
+    num_extracted = num_scored + (min(images or num_scored, 50_000) if num_evaluations else 0)
+    autoencoder = None if isinstance(recipe.codec, PixelsConfig) else codec
     cached = isinstance(recipe.data, FilesConfig) and recipe.data.cache is not None
-    checkpoints = config.keep_last + bool(scored) + 1  # the best, and the one being written
+    checkpoints = config.keep_last + bool(num_evaluations) + 1  # the best, and the one being written
     if config.keep_every_n_steps is not None:
         checkpoints += config.steps // config.keep_every_n_steps
     height, width = recipe.data.size
     moments = 2 * network.in_channels if codec is None or codec.stochastic else network.in_channels
+    latent_bytes = 2 * moments * network.input_size[0] * network.input_size[1] * (2 if recipe.data.hflip else 1)
     return Workload(
         name=name or f"{network.summary()}, {recipe.data.description}",
         network=network,
         steps=config.steps,
-        batch=config.global_batch_size,
-        micro_batch=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
         precision=config.precision,
-        recompute=config.activation_checkpointing,
-        shard=config.fsdp,
-        compiled="blocks" if config.compile == "auto" else config.compile,
-        step=partial(trace_step, recipe),
-        call=trace_call,
-        encode=partial(_encoded, codec, recipe.data.size) if codec is not None and encodes and not cached else None,
-        decode=partial(_decoded, codec, network) if codec is not None and encodes else None,
-        drawing=SamplingWork(
-            grids=len(grids) * rows * columns,
-            scored=num_scored,
-            looked_at=num_extracted,
-            calls=count_function_evaluations(recipe, process),
-            batch=evaluation.batch_size if scored else rows * columns,
-            judge=FEATURE_MACS.get(features, FEATURE_MACS["inception"]),
-            evaluations=len(scored),
+        activation_checkpointing=config.activation_checkpointing,
+        fsdp=config.fsdp,
+        compile_mode="blocks" if config.compile == "auto" else config.compile,
+        trace_step=partial(trace_step, recipe),
+        trace_call=trace_call,
+        trace_encode=partial(_encoded, autoencoder, recipe.data.size) if autoencoder and not cached else None,
+        trace_decode=partial(_decoded, autoencoder, network) if autoencoder else None,
+        sampling=SamplingWork(
+            grid_images=num_grids(recipe) * images_per_grid(recipe),
+            scored_images=num_scored,
+            extracted_images=num_extracted,
+            calls_per_image=count_function_evaluations(recipe, process),
+            batch_size=evaluation.batch_size if num_evaluations else images_per_grid(recipe),
+            extractor_macs=FEATURE_MACS.get(features, FEATURE_MACS["inception"]),
+            num_evaluations=num_evaluations,
         ),
-        checkpoints=checkpoints,
-        images=images,
+        num_checkpoints=checkpoints,
+        num_images=images,
         image_bytes=recipe.data.channels * height * width,
-        latent_bytes=0
-        if isinstance(recipe.codec, PixelsConfig)
-        else 2 * moments * network.input_size[0] * network.input_size[1] * (2 if recipe.data.hflip else 1),
+        latent_bytes=0 if isinstance(recipe.codec, PixelsConfig) else latent_bytes,
         notes=tuple(notes),
     )
 
@@ -221,7 +217,7 @@ def trace_step(
     rounds: int,
     dtype: torch.dtype | None,
     recompute: CheckpointingMode,
-) -> Step:
+) -> StepTrace:
     """One step of a resolved recipe with a given network, in accumulation steps (`rounds`) of `rows` samples.
 
     It is not the first step, in which the optimizer allocates its state. Encoding is left out.
@@ -230,9 +226,9 @@ def trace_step(
     if network.num_classes:  # without a null class, labels are checked by value, which fake tensors do not have
         network = network.model_copy(update={"learn_null_class": True})
     process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
-    model = copy.deepcopy(outline(network))
+    model = copy.deepcopy(meta_network(network))
     ema = EMA(model, config.ema)
-    with fake():
+    with fake_tensors():
         for each in (model, *ema.networks.values()):
             each.to_empty(device="cpu")
         ema.distribute(model, ParallelContext())
@@ -274,22 +270,22 @@ def trace_step(
             train_step(state, batch, objective, count, rounds, torch.empty(2))
             ema.update(1)
             laps.append(recorder.lap())
-        sizes = Sizes(
+        sizes = StepMemory(
             weights=_bytes(model.parameters()),
-            averages=sum(_bytes(each.parameters()) for each in ema.networks.values()),
-            moments=sum(_bytes(tensors.values()) for tensors in optimizer.state.values()),
+            ema=sum(_bytes(each.parameters()) for each in ema.networks.values()),
+            optimizer=sum(_bytes(tensors.values()) for tensors in optimizer.state.values()),
             gradients=_bytes(weight for weight in model.parameters() if weight.requires_grad),
-            kept=laps[0].kept,
-            peak=max(lap.peak for lap in laps),
+            activations=laps[0].live_bytes,
+            peak=max(lap.peak_bytes for lap in laps),
         )
         forward_trace, backward_trace, update_trace = laps
-        return Step(forward_trace, backward_trace, update_trace, sizes)
+        return StepTrace(forward_trace, backward_trace, update_trace, sizes)
 
 
 def trace_call(network: NetworkConfig, rows: int) -> Trace:
     """One network evaluation as in sampling."""
-    model = copy.deepcopy(outline(network))
-    with fake(), torch.no_grad(), Recorder() as recorder:
+    model = copy.deepcopy(meta_network(network))
+    with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         model.to_empty(device="cpu")
         recorder.lap()
         label = torch.empty(rows, dtype=torch.int64) if network.num_classes else None
@@ -300,13 +296,13 @@ def trace_call(network: NetworkConfig, rows: int) -> Trace:
 
 
 def _encoded(codec: Codec, size: tuple[int, int], rows: int) -> Trace:
-    with fake(), torch.no_grad(), Recorder() as recorder:
+    with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         codec.moments(torch.empty(rows, codec.pixel_channels, *size))
         return recorder.lap()
 
 
 def _decoded(codec: Codec, network: NetworkConfig, rows: int) -> Trace:
-    with fake(), torch.no_grad(), Recorder() as recorder:
+    with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         codec.decode(torch.empty(rows, codec.latent_channels, *network.input_size))
         return recorder.lap()
 

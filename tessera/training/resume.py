@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tessera import bundle
-from tessera.diffusion import AnyDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import diff
@@ -61,31 +61,23 @@ def restore_run(run: TrainingRun, path: Path | None) -> TrainerState:
 def check_compatible(run: TrainingRun, path: Path) -> None:
     """Raise TesseraError if network, diffusion process, kind of codec or classes differ from the checkpoint's."""
     saved, current = bundle.load_config(path), run.ema_model.config
-    differences: dict[str, list[str]] = {}
-    for name, before, after in (
-        ("network", saved.network.model_dump(), current.network.model_dump()),
-        ("diffusion", _resolved_diffusion(saved).model_dump(), _resolved_diffusion(current).model_dump()),
-    ):
-        differences[name] = [
-            f"{name}.{key} was {before.get(key)}, is {value}"
-            for key, value in after.items()
-            if before.get(key) != value
-        ]
-    for name, before, after in (
-        ("codec", saved.codec.kind, current.codec.kind),
-        ("classes", ", ".join(saved.class_names), ", ".join(current.class_names)),
-    ):
-        differences[name] = [f"was {before}, is {after}"] if before != after else []
-    for name, lines in differences.items():
-        if lines:
-            raise TesseraError(
-                f"cannot resume {path} with another {name}: {'; '.join(lines)}\n"
-                f"undo the change, start again with another run_dir=, or fine-tune with training.init_from={path}"
-            )
+    if differences := diff(_fixed_settings(saved), _fixed_settings(current)):
+        lines = "; ".join(f"{name} was {old}, is {new}" for name, old, new in differences)
+        raise TesseraError(
+            f"cannot resume {path} with another model: {lines}\n"
+            f"undo the change, start again with another run_dir=, or fine-tune with training.init_from={path}"
+        )
 
 
-def _resolved_diffusion(config: bundle.BundleConfig) -> AnyDiffusionConfig:
-    return config.diffusion.resolved(config.network.in_channels, config.network.input_size)
+def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:
+    """The settings that must not change when a run is resumed."""
+    diffusion = config.diffusion.resolved(config.network.in_channels, config.network.input_size)
+    return {
+        "network": config.network.model_dump(mode="json"),
+        "diffusion": diffusion.model_dump(mode="json"),
+        "codec": config.codec.kind,
+        "classes": ", ".join(config.class_names),
+    }
 
 
 def changed_settings(run: TrainingRun, path: Path) -> list[str]:

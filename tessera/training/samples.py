@@ -8,14 +8,23 @@ from tessera.training.recipe import Recipe
 MAX_COLUMNS = 16
 
 
-def grid_shape(recipe: Recipe) -> tuple[int, int]:
-    """Rows and columns of the grid of a resolved recipe."""
-    return recipe.training.sample_seeds, min(recipe.network.num_classes, MAX_COLUMNS) or 8
+def num_grids(recipe: Recipe) -> int:
+    """The number of grids in a run: before the first step, at regular steps, and after the last step."""
+    config = recipe.training
+    return len({0, config.steps, *range(config.sample_every, config.steps + 1, config.sample_every)})
+
+
+def images_per_grid(recipe: Recipe) -> int:
+    return recipe.training.sample_seeds * _columns(recipe)
+
+
+def _columns(recipe: Recipe) -> int:
+    return min(recipe.network.num_classes, MAX_COLUMNS) or 8
 
 
 def sample_grid(recipe: Recipe, model: bundle.Model) -> np.ndarray:
     """Sample the grid: uint8 [H, W, C]"""
-    classes, (rows, columns) = recipe.network.num_classes, grid_shape(recipe)
+    classes, rows, columns = recipe.network.num_classes, recipe.training.sample_seeds, _columns(recipe)
     labels = [index * classes // columns for index in range(columns)] * rows if classes else None
     seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
     samples = generation.generate(model, labels, seeds)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from tessera.training.recipe import Recipe
 
@@ -39,28 +40,18 @@ class Stopwatch:
     """Time between two log records. Paused time is not training; waiting time is spent on the data."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._paused = self._waited = 0.0
+        self._start, self._seconds = time.perf_counter(), {"paused": 0.0, "waiting": 0.0}
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def measure(self, kind: Literal["paused", "waiting"]) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - start
+            self._seconds[kind] += time.perf_counter() - start
 
     def lap(self) -> tuple[float, float]:
         """Seconds of training since the last lap, and how many of them waited for data."""
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        waited = self._waited
+        seconds, waited = time.perf_counter() - self._start - self._seconds["paused"], self._seconds["waiting"]
         self.__init__()
-        return seconds, waited
+        return max(seconds, 1e-9), waited

@@ -6,6 +6,7 @@ RUN/evaluation/step-000001000.json  the scores of a step, each with its protocol
 RUN/evaluation/curve.png            all scores over the steps
 """
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,11 @@ class EvaluationConfig(Settings):
         """Whether the model is scored after a step, in a run of `num_steps`."""
         regular = self.every is not None and step % self.every == 0
         return self.enabled and step > 0 and (regular or step in self.at or step == num_steps)
+
+    def count(self, num_steps: int) -> int:
+        """The number of evaluations in a run of `num_steps`."""
+        regular = () if self.every is None else range(self.every, num_steps + 1, self.every)
+        return sum(step <= num_steps for step in {*regular, *self.at, num_steps}) if self.enabled else 0
 
     @field_validator("metrics")
     @classmethod
@@ -155,12 +161,8 @@ def best(scores: dict[int, dict[str, Score]]) -> tuple[int, Score] | None:
 
 
 def plot(scores: dict[int, dict[str, Score]], path: Path) -> None:
-    """Plot all metrics over the steps, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    import io
+    """Plot all metrics over the steps."""
+    from matplotlib.figure import Figure
 
     metrics = list(dict.fromkeys(name for by_metric in scores.values() for name in by_metric))
     figure = Figure(figsize=(4.5 * len(metrics), 3.2), layout="constrained")

@@ -309,7 +309,7 @@ def test_a_fine_tuned_run_whose_sampling_was_tuned_resumes_with_its_own_settings
 
     run = loop.train(recipe("training.steps=2"))
     newest = bundle.checkpoints(run)[0]
-    result.record(newest, SamplingConfig(num_steps=7), "by a test", bundle.load(newest).network)
+    result.write_settings(newest, SamplingConfig(num_steps=7), "by a test", bundle.load(newest).network)
     assert bundle.load_config(newest).sampling.num_steps == 7
     loop.train(recipe("training.steps=4"))
     config = bundle.load_config(bundle.checkpoints(run)[0])

@@ -255,12 +255,12 @@ def test_a_missing_checkpoint_is_an_error(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("network.hidden_size=32", r"another network: network\.hidden_size was 16, is 32"),
-        ("network.depth=2", r"another network: network\.depth was 1, is 2"),
-        ("network.block=adaln", r"another network: network\.block was .*adaln-zero.*, is .*'adaln'"),
-        ("network.patch_size=2", r"another network: network\.patch_size was 4, is 2"),
-        ("diffusion.prediction=x0", r"another diffusion: diffusion\.prediction was v, is x0"),
-        ("diffusion.num_timesteps=30", r"another diffusion: diffusion\.num_timesteps was 20, is 30"),
+        ("network.hidden_size=32", r"another model: network\.hidden_size was 16, is 32"),
+        ("network.depth=2", r"another model: network\.depth was 1, is 2"),
+        ("network.block=adaln", r"another model: network\.block\.kind was adaln-zero, is adaln"),
+        ("network.patch_size=2", r"another model: network\.patch_size was 4, is 2"),
+        ("diffusion.prediction=x0", r"another model: diffusion\.prediction was v, is x0"),
+        ("diffusion.num_timesteps=30", r"another model: diffusion\.num_timesteps was 20, is 30"),
     ],
 )
 def test_resuming_with_another_network_or_diffusion_names_the_difference(tiny, state, change, message):
@@ -275,7 +275,7 @@ def test_resuming_with_other_classes_is_an_error(tiny, tmp_path):
     data = noise_images(tmp_path / "data", "cat/a.png", "dog/b.png")
     loop.train(tiny("run", "training.global_batch_size=4", data=data))
     (tmp_path / "data/dog").rename(tmp_path / "data/ant")
-    with pytest.raises(TesseraError, match="another classes: was cat, dog, is ant, cat"):
+    with pytest.raises(TesseraError, match="another model: classes was cat, dog, is ant, cat"):
         loop.train(tiny("run", "training.global_batch_size=4", "training.steps=8", data=data))
 
 

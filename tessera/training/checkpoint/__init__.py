@@ -25,20 +25,6 @@ from tessera.training.checkpoint.state import (
 )
 from tessera.training.checkpoint.write import CheckpointWriter
 
-__all__ = [
-    "STATE_DIR",
-    "TRAINER_STATE",
-    "CheckpointWriter",
-    "TrainerState",
-    "checkpoint_path",
-    "delete_after",
-    "latest_valid",
-    "load_weights",
-    "missing_state",
-    "prune",
-    "quarantine",
-    "read_state",
-    "restore",
-    "training_state_dict",
-    "verify",
-]
+__all__ = ["STATE_DIR", "TRAINER_STATE", "CheckpointWriter", "TrainerState", "checkpoint_path", "delete_after"]
+__all__ += ["latest_valid", "load_weights", "missing_state", "prune", "quarantine", "read_state", "restore"]
+__all__ += ["training_state_dict", "verify"]
