@@ -130,7 +130,7 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
 
 def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
     """Measured afresh."""
-    return plan_recipe.plan_for_recipe(recipe, device.type, stopwatch=OpProfiler(device, folder))
+    return plan_recipe.plan_for_recipe(recipe, device.type, profiler=OpProfiler(device, folder))
 
 
 def measured(run: TrainingRun, device: torch.device, rounds: int) -> tuple[float, int]:

@@ -43,7 +43,7 @@ def plan(
     from tessera.training.plan_recipe import is_preset, resolve_target, workload
 
     parsed_budget = None if budget is None else budgets.parse(budget)
-    fitted_law = None if law is None else scaling_law.read(law)
+    fitted_law = None if law is None else scaling_law.read_law(law)
     recipe = resolve_target(target, overrides or [])
     if is_preset(target) and hardware is None and budget is None and law is None and not measure:
         print(_short(target, recipe, as_json))
@@ -52,18 +52,18 @@ def plan(
     if parsed_budget is not None:
         parsed_budget.seconds(machine.devices, machine.price)  # raises for a missing price before anything is measured
     profiler = None
-    if machine.here:
+    if machine.is_local:
         from tessera.runtime import choose_device, keep_freed_memory
 
         keep_freed_memory()  # as training does
-        profiler = OpProfiler(choose_device(machine.device), afresh=measure)
+        profiler = OpProfiler(choose_device(machine.device), remeasure=measure)
     elif measure:
         raise TesseraError("--measure measures this machine: give --hardware cpu or cuda, or leave --hardware out")
     work = workload(recipe, target)
     with progress() as start:
-        report = start("measuring operators") if machine.here else None
-        result = make_plan(work, machine, budget=parsed_budget, stopwatch=profiler, progress=report)
-    print(json.dumps(result.facts(), indent=1) if as_json else format_plan(result, fitted_law))
+        report = start("measuring operators") if machine.is_local else None
+        result = make_plan(work, machine, budget=parsed_budget, profiler=profiler, progress=report)
+    print(json.dumps(result.to_dict(), indent=1) if as_json else format_plan(result, fitted_law))
     if result.budget is not None and not result.budget.enough:
         raise TesseraError(
             f"the budget of {budget} is too small: it pays for {result.budget.steps:,} of {work.steps:,} steps; "
@@ -73,15 +73,16 @@ def plan(
         )
     if not result.fits:
         print_error(
-            f"warning: the run does not fit: it needs {_bytes(result.memory_bytes)} of {_bytes(machine.room)} usable; "
+            f"warning: the run does not fit: it needs {_bytes(result.memory_bytes)} of {_bytes(machine.usable_bytes)} usable; "
             "see the alternatives that fit, or lower training.micro_batch_size"
         )
 
 
 def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
-    from tessera.planning.plan import FLOPS_PER_MAC, counts
+    from tessera.planning import FLOPS_PER_MAC
+    from tessera.planning.plan import count_macs_and_parameters
 
-    macs, parameters = counts(recipe.network)
+    macs, parameters = count_macs_and_parameters(recipe.network)
     if as_json:
         facts = {"name": name, "parameters": parameters, "gmacs": macs / 1e9, "flops_per_sample": FLOPS_PER_MAC * macs}
         return json.dumps(facts | {"network": recipe.network.model_dump(mode="json")}, indent=1)
@@ -101,33 +102,33 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
     """The plan as text."""
     from tessera.reporting.text import format_duration
 
-    work, hardware, memory, split = plan.work, plan.hardware, plan.memory, plan.split
-    micro_batches = f", {split.rounds} micro-batches" if split.rounds > 1 else ""
+    work, hardware, memory, split = plan.workload, plan.hardware, plan.memory, plan.layout
+    micro_batches = f", {split.accumulation_steps} micro-batches" if split.accumulation_steps > 1 else ""
     lines = [
         work.name,
         f"network      {work.network.summary()}",
         f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs per forward pass",
-        f"training     {work.steps:,} steps of {work.batch} ({split.rows} per device{micro_batches}): "
-        f"{plan.flops_per_step / work.batch:.4g} FLOPs per sample, {plan.flops:.4g} in total",
+        f"training     {work.steps:,} steps of {work.global_batch_size} ({split.micro_batch_size} per device{micro_batches}): "
+        f"{plan.flops_per_step / work.global_batch_size:.4g} FLOPs per sample, {plan.flops:.4g} in total",
         f"hardware     {hardware.title}: {hardware.source}",
         "",
-        f"memory       peak {_bytes(plan.memory_bytes)} per device of {_bytes(hardware.room)} usable: "
+        f"memory       peak {_bytes(plan.memory_bytes)} per device of {_bytes(hardware.usable_bytes)} usable: "
         + ("fits" if plan.fits else "DOES NOT FIT"),
-        f"             weights {_bytes(memory.weights)}, EMA {_bytes(memory.averages)}, optimizer "
-        f"{_bytes(memory.moments)}, gradients {_bytes(memory.gradients)}, activations {_bytes(memory.activations)}",
+        f"             weights {_bytes(memory.weights)}, EMA {_bytes(memory.ema)}, optimizer "
+        f"{_bytes(memory.optimizer)}, gradients {_bytes(memory.gradients)}, activations {_bytes(memory.activations)}",
     ]
-    if plan.choices:
+    if plan.alternatives:
         lines += [*_alternatives(plan), ""]
     if plan.largest_batch is not None:
         model = plan.largest_model or "none"
         lines.append(
             f"fits         largest micro-batch {plan.largest_batch:,}; largest preset at this size and batch: {model}"
         )
-    basis = "measured operator by operator" if hardware.here else "estimated"
+    basis = "measured operator by operator" if hardware.is_local else "estimated"
     lines += [
         f"speed        {plan.images_per_second:,.4g} images/s, {plan.step_seconds:.4g} s per step, "
-        f"{plan.utilisation:.0%} of the peak matrix rate ({basis}"
-        + ("; without the gain of compilation" if hardware.here and work.compiled != "off" else "")
+        f"{plan.mfu:.0%} of the peak matrix rate ({basis}"
+        + ("; without the gain of compilation" if hardware.is_local and work.compile_mode != "off" else "")
         + ")",
         f"time         {format_duration(plan.seconds)} training"
         + (
@@ -135,11 +136,11 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
             if plan.encode_seconds
             else ""
         )
-        + f", {format_duration(plan.scoring_seconds)} for {work.drawing.grids:,} images in grids and "
-        f"{work.drawing.scored:,} in {work.drawing.evaluations} evaluations: {format_duration(plan.all_seconds)} total",
+        + f", {format_duration(plan.evaluation_seconds)} for {work.sampling.grid_images:,} images in grids and "
+        f"{work.sampling.scored_images:,} in {work.sampling.num_evaluations} evaluations: {format_duration(plan.total_seconds)} total",
         f"cost         {plan.device_hours:.4g} device hours"
         + (f", ${plan.cost:,.2f} at ${hardware.price:g} per hour" if hardware.price else ""),
-        f"disk         {_bytes(plan.disk_bytes)} for {work.checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"
+        f"disk         {_bytes(plan.disk_bytes)} for {work.num_checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"
         + _data(plan),
     ]
     if plan.budget is not None:
@@ -155,24 +156,24 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
 
 def _alternatives(plan: "Plan") -> list[str]:
     lines = ["", "             precision  checkpointing  shards  activations      peak  fits   images/s"]
-    for choice in plan.choices:
-        rate = "" if choice.step_seconds is None else f"{plan.work.batch / choice.step_seconds:,.4g}"
-        current = (plan.precision, plan.work.recompute, plan.split.shards)
-        mark = ">" if (choice.precision, choice.recompute, choice.shards) == current else " "
+    for choice in plan.alternatives:
+        rate = "" if choice.step_seconds is None else f"{plan.workload.global_batch_size / choice.step_seconds:,.4g}"
+        current = (plan.precision, plan.workload.activation_checkpointing, plan.layout.shards)
+        mark = ">" if (choice.precision, choice.activation_checkpointing, choice.shards) == current else " "
         lines.append(
-            f"           {mark} {choice.precision:<9}  {choice.recompute:<13}  {choice.shards:>6}  "
-            f"{_bytes(choice.memory.activations):>11}  {_bytes(choice.memory.at_most):>8}  "
+            f"           {mark} {choice.precision:<9}  {choice.activation_checkpointing:<13}  {choice.shards:>6}  "
+            f"{_bytes(choice.memory.activations):>11}  {_bytes(choice.memory.peak):>8}  "
             f"{'yes' if choice.fits else 'no':<4}  {rate:>9}".rstrip()
         )
     return lines
 
 
 def _data(plan: "Plan") -> str:
-    work = plan.work
-    if work.images is None:
+    work = plan.workload
+    if work.num_images is None:
         latents = f", {_bytes(work.latent_bytes)} of latents per image" if work.latent_bytes else ""
         return f"; without data{latents}"
-    pixels = f"; {work.images:,} images, {_bytes(work.images * work.image_bytes)} as pixels"
+    pixels = f"; {work.num_images:,} images, {_bytes(work.num_images * work.image_bytes)} as pixels"
     return pixels + (f", {_bytes(plan.latents_bytes or 0)} as cached latents" if work.latent_bytes else "")
 
 
@@ -183,15 +184,15 @@ def _optimal(plan: "Plan", law: "Law | None") -> list[str]:
         return []
     if law is not None:
         best = law.optimal(flops)
-        far = f"; extrapolated by a factor of {best.beyond:.3g}" if best.beyond > 1 else ""
+        far = f"; extrapolated by a factor of {best.extrapolation:.3g}" if best.extrapolation > 1 else ""
         return [
             f"optimal      {law.source}: at {flops:.3g} FLOPs {best.gmacs:.3g} GMACs and {best.samples:,.0f} "
-            f"samples ({best.samples / plan.work.batch:,.0f} steps of {plan.work.batch}); expected {law.metric} "
+            f"samples ({best.samples / plan.workload.global_batch_size:,.0f} steps of {plan.workload.global_batch_size}); expected {law.metric} "
             f"{best.metric.value:.4g} ({best.metric.low:.4g} to {best.metric.high:.4g}){far}"
         ]
-    from tessera.planning.budget import favoured
+    from tessera.planning.budget import best_published
 
-    return [f"optimal      {favoured(flops)}"]
+    return [f"optimal      {best_published(flops)}"]
 
 
 def _bytes(count: float) -> str:

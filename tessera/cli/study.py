@@ -24,28 +24,28 @@ def study(
     from tessera.studies import runner, study_plan
     from tessera.studies import study as studies
 
-    config = studies.read(file, overrides or [])
+    config = studies.read_study(file, overrides or [])
     part = parse_shard(shard)
     if report:
         _report(config)
         return
-    prepared = study_plan.prepare(config)
-    previous = None if dry_run else study_plan.kept(Path(config.output))
+    prepared = study_plan.resolve_members(config)
+    previous = None if dry_run else study_plan.read_plan(Path(config.output))
     with progress() as start:
-        plan = study_plan.planned(config, prepared, previous, hardware, start("planning"))
-    names = study_plan.share(plan, part)
-    study_plan.check(config, plan)
+        plan = study_plan.plan_study(config, prepared, previous, hardware, start("planning"))
+    names = study_plan.shard_members(plan, part)
+    study_plan.check_limits(config, plan)
     if dry_run:
-        print(study_plan.table(plan))
+        print(study_plan.format_plan(plan))
         if shard is not None:
             print(f"shard {shard}: {', '.join(names) or 'empty, as there are fewer members'}")
         return
     if previous is None:
-        print_error(study_plan.table(plan))
-    study_plan.begin(config, plan)
+        print_error(study_plan.format_plan(plan))
+    study_plan.write_plan(config, plan)
     try:
         runner.run_study(config, plan, names, retry, print_error)
-    except runner.Failed:
+    except runner.MembersFailed:
         _report(config)
         raise
     _report(config)
@@ -57,6 +57,6 @@ def _report(config: Any) -> None:
     from tessera.studies import report, results
 
     folder = Path(config.output)
-    results.read(config, folder)  # raises before the folder is created
+    results.read_results(config, folder)  # raises before the folder is created
     with exclusive_lock(folder, on_wait=lambda: None):  # several shards may finish at the same time
-        print(report.write(config, results.read(config, folder), folder))
+        print(report.write(config, results.read_results(config, folder), folder))

@@ -72,11 +72,11 @@ def tune(
         "batch_size": batch_size,
         "precision": precision,
     }
-    tuning = validate(tuner.Tuning, settings, "the command line")
+    tuning = validate(tuner.TuningConfig, settings, "the command line")
     path = Path(model).expanduser()
     if path.exists() and not load.is_model(path):
         raise TesseraError(f"{model} is not a model that Tessera can read: {load.ACCEPTED}")
-    home = result.home(path)
+    home = result.find_bundle(path)
     if save_to is not None and save_to.exists():
         raise TesseraError(f"--save-to {save_to} exists already: remove it or give another name")
     if path.exists() and home is None and save_to is None and select != "none":
@@ -89,23 +89,23 @@ def tune(
     if isinstance(data, str):
         check_reference(data)
     extractor = load_extractor(features or suite.default_features(data), runtime.choose_device(device))
-    folder = out or result.folder_for(path)
+    folder = out or result.default_folder(path)
     with progress() as start:
         outcome = tuner.Tuner(loaded, data, extractor, folder, tuning, baseline, print_error, start).run()
     result.plot(outcome, folder / result.PLOT)
-    print(result.page(outcome))
+    print(result.format_result(outcome))
     for note in outcome.notes:
         print_error(f"note: {note}")
     print(f"all trials in {folder / tuner.RESULTS}, plotted in {folder / result.PLOT}")
     if outcome.chosen is None:
         return
-    provenance = result.note(outcome)
+    provenance = result.provenance_text(outcome)
     if save_to is not None:
-        result.save(loaded, save_to, outcome.chosen.sampling, provenance)
+        result.save_bundle(loaded, save_to, outcome.chosen.sampling, provenance)
         print(f"wrote {save_to} with {outcome.chosen.name}")
         return
     assert home is not None
-    result.record(home, outcome.chosen.sampling, provenance, loaded.network)
+    result.write_settings(home, outcome.chosen.sampling, provenance, loaded.network)
     print(f"wrote {outcome.chosen.name} into {home}")
     if home != path:
         print("later checkpoints of this run use the recipe's settings: change `sampling` there, or tune again")

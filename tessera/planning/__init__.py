@@ -1,1 +1,3 @@
-"""Parameters, compute, memory, time and money before a run, and laws of compute from many runs."""
+"""The cost of a run before it starts, and scaling laws of finished runs."""
+
+FLOPS_PER_MAC = 6  # of training: a multiply-add is two operations, forward and backward are three passes

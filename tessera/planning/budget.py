@@ -1,4 +1,4 @@
-"""A budget in one word (8h, 90m, 2d, $200, 64gpuh, 1e18 training FLOPs), and what the paper favours for one."""
+"""Compute budgets (8h, 90m, 2d, $200, 64gpuh, 1e18 training FLOPs) and the best published model for one."""
 
 import re
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class Budget:
-    """So much of one thing: seconds by the clock, hours of devices, dollars, or training FLOPs."""
+    """An amount of seconds, device hours, dollars or training FLOPs."""
 
     kind: Literal["seconds", "device hours", "dollars", "flops"]
     amount: float
-    text: str  # as it was asked for
+    text: str  # as the user wrote it
 
     def seconds(self, devices: int, price: float) -> float | None:
-        """By the clock on so many devices, each of which costs `price` dollars an hour; None for a budget of FLOPs.
+        """Wall-clock seconds on this number of devices, each at `price` dollars per hour; None for a FLOPs budget.
 
-        Raises TesseraError for dollars where the price is not known.
+        Raises TesseraError for dollars without a price.
         """
         if self.kind == "seconds":
             return self.amount
@@ -29,31 +29,29 @@ class Budget:
             return 3600 * self.amount / devices
         if self.kind == "dollars":
             if not price:
-                raise TesseraError(
-                    f"--budget {self.text} needs a price: give --price (dollars for a device and an hour)"
-                )
+                raise TesseraError(f"--budget {self.text} needs a price: give --price (dollars per device hour)")
             return 3600 * self.amount / (price * devices)
         return None
 
 
 def parse(text: str) -> Budget:
-    """Raises TesseraError with what is understood."""
+    """Parse a budget. Raises TesseraError that lists the accepted forms."""
     number = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-    found = re.fullmatch(rf"(\$?)\s*{number}\s*(gpuh|min|[smhd])?", text.strip().lower())
-    if found is None or (found[1] and found[3]):
+    match = re.fullmatch(rf"(\$?)\s*{number}\s*(gpuh|min|[smhd])?", text.strip().lower())
+    if match is None or (match[1] and match[3]):
         raise TesseraError(
-            f"--budget {text} is not understood; write 8h, 90m or 2d (time), $200 (money), 64gpuh (hours of devices) "
-            "or 1e18 (training FLOPs)"
+            f"--budget {text} is not valid; write 8h, 90m or 2d (time), $200 (money), 64gpuh (device hours) or 1e18 "
+            "(training FLOPs)"
         )
-    amount = float(found[2])
+    dollars, amount, unit = match[1], float(match[2]), match[3]
     if not 0 < amount < float("inf"):
-        raise TesseraError(f"--budget {text}: expected more than nothing")
-    if found[1]:
+        raise TesseraError(f"--budget {text}: expected a finite number above zero")
+    if dollars:
         return Budget("dollars", amount, text)
-    if found[3] == "gpuh":
+    if unit == "gpuh":
         return Budget("device hours", amount, text)
-    if found[3] is not None:
-        return Budget("seconds", amount * SECONDS[found[3]], text)
+    if unit is not None:
+        return Budget("seconds", amount * SECONDS[unit], text)
     if amount < 1e6:
         raise TesseraError(
             f"--budget {text} has no unit: write {text}h, {text}m, ${text} or {text}gpuh, or FLOPs as 1e18"
@@ -61,15 +59,15 @@ def parse(text: str) -> Budget:
     return Budget("flops", amount, text)
 
 
-def favoured(flops: float) -> str:
-    """Which published model has the lowest FID for at most so many training FLOPs, and what that does not say."""
-    within = [one for one in (*published.MODELS, *published.LONGER) if one.flops <= flops]
-    limits = "latents of ImageNet at 256 px, and each size at 400K steps alone: it is no law of the best size"
-    if not within:
-        least = min(published.MODELS, key=lambda one: one.flops)
-        return f"the paper has no model for {flops:.3g} FLOPs: its smallest, {least.name}, took {least.flops:.3g}"
-    best = min(within, key=lambda one: one.fid)
+def best_published(flops: float) -> str:
+    """The published model with the lowest FID for at most this training compute, in a sentence with its limits."""
+    affordable = [model for model in (*published.MODELS, *published.XL_RUNS) if model.flops <= flops]
+    if not affordable:
+        smallest = min(published.MODELS, key=lambda model: model.flops)
+        return f"the paper has no model for {flops:.3g} FLOPs: its smallest, {smallest.name}, took {smallest.flops:.3g}"
+    best = min(affordable, key=lambda model: model.fid)
     return (
-        f"of the paper's models that took no more than {flops:.3g} FLOPs, {best.name} after {best.steps:,} steps has "
-        f"the lowest FID-50K, {best.fid:g} ({limits}; a study's law.json says more: --law)"
+        f"of the paper's models with at most {flops:.3g} FLOPs, {best.name} after {best.steps:,} steps has the lowest "
+        f"FID-50K, {best.fid:g} (latents of ImageNet at 256 px, most sizes at 400K steps only: this is not a scaling "
+        "law; --law uses the law.json of a study)"
     )

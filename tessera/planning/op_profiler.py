@@ -1,8 +1,8 @@
-"""This machine's own time for every operator of a computation: each is run a few times, on tensors of its sizes, and
-what it took is kept for the next plan.
+"""Measured time of every operator of a computation on this machine.
 
-A step of training is a few hundred different operators, most of them called once a block: so measuring them takes
-about as long as a few blocks, whatever the depth and the number of steps.
+Each operator runs a few times on tensors of its sizes; the times are cached for later plans. A training step has a few
+hundred different operators, most of them called once per block, so measuring takes about as long as a few blocks,
+whatever the depth and the number of steps.
 """
 
 import contextlib
@@ -16,103 +16,101 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tessera import runtime
 from tessera.conditioning import Condition
 from tessera.files import atomic_write, cache_folder
 from tessera.models.dit import DiTConfig
-from tessera.planning.trace import Operator, Recorder, Spec, Trace, function
+from tessera.planning.trace import Operator, Recorder, TensorSpec, Trace, resolve_operator
 
-LEAST, MOST = 3, 20  # times an operator is run
-ENOUGH = 0.02  # seconds an operator, in the mean
-IN_A_ROW, SMALL = 6, 1e-4  # times, of operators that take fewer seconds
-TOGETHER = 2**29  # bytes of tensors held at once
+MIN_REPEATS, MAX_REPEATS = 3, 20  # of an operator, beside one warm-up
+MEAN_SECONDS = 0.02  # per operator, for all repeats
+BURST, SHORT_SECONDS = 6, 1e-4  # calls in a row of operators that take less time than that
+GROUP_BYTES = 2**29  # of tensors in memory at once
 FORMAT = 1
 Progress = Callable[[int, int], None]
 
 
 class OpProfiler:
-    """Seconds of traces on one device of this machine, measured where they are not known yet.
+    """Seconds of traces on one device of this machine. Operators are measured where their time is not cached.
 
-    TESSERA_CACHE/machines/HOST-DEVICE-torchVERSION-THREADS.json holds what was measured.
+    The cache is TESSERA_CACHE/machines/HOST-DEVICE-torchVERSION-THREADS.json.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None, afresh: bool = False) -> None:
-        """afresh: forget what was measured before."""
+    def __init__(self, device: torch.device, folder: Path | None = None, remeasure: bool = False) -> None:
+        """remeasure: discard cached times."""
         self.device = device
         name = f"{platform.node()}-{runtime.device_name(device)}-torch{torch.__version__}-{torch.get_num_threads()}"
-        safe = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in name)
-        self.path = (folder or cache_folder() / "machines") / f"{safe}.json"
-        self._seconds: dict[str, float] = {}
-        self.missing: set[str] = set()  # operators that could not be called alone, and count as nothing
+        safe_name = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in name)
+        self.path = (folder or cache_folder() / "machines") / f"{safe_name}.json"
+        self.unmeasured: set[str] = set()  # operators that could not be called alone; they count as 0 s
         self.date = time.strftime("%Y-%m-%d")
-        if not afresh:
+        self._seconds: dict[str, float] = {}
+        if not remeasure:
             self._read()
         if "call" not in self._seconds:
-            self._seconds["call"] = self._overhead()
+            self._seconds["call"] = self._measure_overhead()
             self._write()
 
     def __call__(self, *traces: Trace, progress: Progress | None = None) -> list[float]:
-        """Seconds of each trace, one call after another."""
-        wanted = dict.fromkeys(operator for trace in traces for operator in trace.operators)
-        fresh = [operator for operator in wanted if _key(operator) not in self._seconds]
-        for number, group in enumerate(groups := _groups(fresh)):
-            self._seconds |= self._measured(group)
+        """Seconds of each trace."""
+        operators = dict.fromkeys(operator for trace in traces for operator in trace.operators)
+        missing = [operator for operator in operators if _key(operator) not in self._seconds]
+        for number, group in enumerate(groups := _group_by_memory(missing)):
+            self._seconds |= self._measure(group)
             if progress is not None:
                 progress(number + 1, len(groups))
-        if fresh:
+        if missing:
             self._write()
-        self.missing |= {operator.name for operator in wanted if not self._seconds[_key(operator)]}
-        return [self._sum(trace) for trace in traces]
+        self.unmeasured |= {operator.name for operator in operators if not self._seconds[_key(operator)]}
+        return [self._operator_seconds(trace) + trace.calls * self.overhead for trace in traces]
 
     @property
     def overhead(self) -> float:
-        """Seconds of one call beside its own work: the layers above it, and remembering it for the backward pass."""
+        """Seconds per call beside the operator itself: dispatch, modules, and recording for the backward pass."""
         return self._seconds["call"]
 
-    def _sum(self, trace: Trace) -> float:
-        own = sum(self._seconds[_key(operator)] * count for operator, count in trace.operators.items())
-        return own + trace.calls * self.overhead
+    def _operator_seconds(self, trace: Trace) -> float:
+        return sum(self._seconds[_key(operator)] * count for operator, count in trace.operators.items())
 
-    def _measured(self, group: Sequence[Operator]) -> dict[str, float]:
-        """Median seconds of one call of each; 0 for what cannot be called alone.
+    def _measure(self, group: Sequence[Operator]) -> dict[str, float]:
+        """Median seconds of one call of each operator; 0 for one that cannot be called alone.
 
-        They take turns, as in a step, where an operator finds others' data in the caches of the processor.
+        The operators take turns, because in a step each one finds the data of others in the processor's caches.
         """
         calls = {_key(operator): call for operator in group if (call := self._callable(operator)) is not None}
-        taken: dict[str, list[float]] = {_key(operator): [] for operator in group}
-        waits = self.device.type != "cpu"
-        began = time.perf_counter()
+        times: dict[str, list[float]] = {_key(operator): [] for operator in group}
+        asynchronous = self.device.type != "cpu"
+        group_start = time.perf_counter()
         with torch.no_grad():
-            for turn in range(MOST):
+            for turn in range(MAX_REPEATS):
                 for key, call in calls.items():
-                    # Small ones come several in a row in a step, too; on a GPU so that waiting for it is not counted.
-                    at_once = IN_A_ROW if waits or (turn and taken[key][0] < SMALL) else 1
+                    # A step calls short operators in a row, too. On a GPU this keeps the synchronization out.
+                    repeats = BURST if asynchronous or (turn and times[key][0] < SHORT_SECONDS) else 1
                     start = time.perf_counter()
-                    for _ in range(at_once):
+                    for _ in range(repeats):
                         call()
-                    if waits:
+                    if asynchronous:
                         runtime.synchronize(self.device)
-                    taken[key].append((time.perf_counter() - start) / at_once)
-                if turn >= LEAST and time.perf_counter() - began > ENOUGH * len(calls):
+                    times[key].append((time.perf_counter() - start) / repeats)
+                if turn >= MIN_REPEATS and time.perf_counter() - group_start > MEAN_SECONDS * len(calls):
                     break
-        return {key: statistics.median(seconds[1:]) if seconds else 0.0 for key, seconds in taken.items()}
+        return {key: statistics.median(seconds[1:]) if seconds else 0.0 for key, seconds in times.items()}
 
     def _callable(self, operator: Operator) -> Callable[[], Any] | None:
-        """The operator on tensors of its sizes; None if it cannot be called alone."""
-        call = function(operator)
+        """The operator bound to tensors of its sizes; None if it cannot be called alone."""
+        function = resolve_operator(operator)
         try:
-            arguments = [_made(value, self.device) for value in operator.arguments]
-            named = {name: _made(value, self.device) for name, value in operator.named}
+            args = [_make_argument(value, self.device) for value in operator.args]
+            kwargs = {name: _make_argument(value, self.device) for name, value in operator.kwargs}
             with torch.no_grad():
-                call(*arguments, **named)
+                function(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
             return None
-        return partial(call, *arguments, **named)
+        return partial(function, *args, **kwargs)
 
-    def _overhead(self) -> float:
-        """Seconds a call, beside its own: from a network so small that it consists of little else."""
+    def _measure_overhead(self) -> float:
+        """Seconds per call beside the operator, from a network so small that it has little else."""
         config = DiTConfig(
             input_size=(8, 8),
             in_channels=1,
@@ -133,70 +131,69 @@ class OpProfiler:
         with Recorder() as recorder:
             step()
         trace = recorder.lap()
-        taken = []
+        times = []
         for _ in range(20):
             network.zero_grad(set_to_none=True)
-            began = time.perf_counter()
+            start = time.perf_counter()
             step()
             runtime.synchronize(self.device)
-            taken.append(time.perf_counter() - began)
-        known = self._measured(list(trace.operators))
-        own = sum(known[_key(one)] * count for one, count in trace.operators.items())
-        return max(0.0, statistics.median(taken) - own) / trace.calls
+            times.append(time.perf_counter() - start)
+        self._seconds |= self._measure(list(trace.operators))
+        return max(0.0, statistics.median(times) - self._operator_seconds(trace)) / trace.calls
 
     def _read(self) -> None:
         try:
-            told = json.loads(self.path.read_text(encoding="utf-8"))
-            if told["format"] == FORMAT:
-                self._seconds = {str(name): float(seconds) for name, seconds in told["seconds"].items()}
-                self.date = str(told["date"])
+            cache = json.loads(self.path.read_text(encoding="utf-8"))
+            if cache["format"] == FORMAT:
+                self._seconds = {str(name): float(seconds) for name, seconds in cache["seconds"].items()}
+                self.date = str(cache["date"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self._seconds = {}  # not there, or of another time: measured again
+            self._seconds = {}  # missing or damaged: measured again
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError):  # a cache: without it the next plan measures again
+        with contextlib.suppress(OSError):  # without the cache the next plan measures again
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            told = {"format": FORMAT, "date": self.date, "seconds": self._seconds}
-            atomic_write(self.path, json.dumps(told, indent=0))
+            cache = {"format": FORMAT, "date": self.date, "seconds": self._seconds}
+            atomic_write(self.path, json.dumps(cache, indent=0))
 
 
-def _groups(operators: Sequence[Operator]) -> list[list[Operator]]:
-    """Operators whose tensors may be held at once."""
+def _group_by_memory(operators: Sequence[Operator]) -> list[list[Operator]]:
+    """Groups of operators whose tensors fit in GROUP_BYTES."""
     groups: list[list[Operator]] = []
-    held = TOGETHER
+    group_bytes = GROUP_BYTES
     for operator in operators:
-        if (held := held + operator.bytes) > TOGETHER:
+        group_bytes += operator.bytes
+        if group_bytes > GROUP_BYTES:
             groups.append([])
-            held = operator.bytes
+            group_bytes = operator.bytes
         groups[-1].append(operator)
     return groups
 
 
 def _key(operator: Operator) -> str:
-    named = " ".join(f"{name}={_words(value)}" for name, value in operator.named)
-    return f"{operator.name}({', '.join(map(_words, operator.arguments))}) {named}".strip()
+    kwargs = " ".join(f"{name}={_value_key(value)}" for name, value in operator.kwargs)
+    return f"{operator.name}({', '.join(map(_value_key, operator.args))}) {kwargs}".strip()
 
 
-def _words(value: Any) -> str:
-    if isinstance(value, Spec):
-        short = str(value.dtype).removeprefix("torch.")
-        return f"{short}{list(value.shape)}/{list(value.stride)}".replace(" ", "")
+def _value_key(value: Any) -> str:
+    if isinstance(value, TensorSpec):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)}/{list(value.stride)}".replace(" ", "")
     if isinstance(value, tuple):
-        return "[" + ",".join(map(_words, value)) + "]"
+        return "[" + ",".join(map(_value_key, value)) + "]"
     return str(value)
 
 
-def _made(value: Any, device: torch.device) -> Any:
-    """Arguments of their sizes; floats in 0.5 .. 1, so that nothing becomes denormal, and zeros for indices."""
+def _make_argument(value: Any, device: torch.device) -> Any:
+    """A tensor for each spec: floats in 0.5 .. 1, so that nothing becomes denormal, and zeros for indices."""
     if isinstance(value, tuple):
-        return [_made(one, device) for one in value]
+        return [_make_argument(item, device) for item in value]
     if isinstance(value, torch.device):
         return device
-    if not isinstance(value, Spec):
+    if not isinstance(value, TensorSpec):
         return value
     extent = 1 + sum((length - 1) * step for length, step in zip(value.shape, value.stride)) if value.bytes else 0
     flat = torch.zeros(extent, dtype=value.dtype, device=device)
     if value.dtype.is_floating_point:
         flat.uniform_(0.5, 1.0)
-    tensor: Tensor = flat.as_strided(value.shape, value.stride)
-    return tensor
+    return flat.as_strided(value.shape, value.stride)

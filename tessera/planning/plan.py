@@ -1,9 +1,8 @@
-"""Parameters, compute, memory, time and money of a training run, before it begins.
+"""Parameters, compute, memory, time and money of a training run, before it starts.
 
-Memory is that of tensors: what weights, averages and the optimizer hold from step to step, and at its highest what a
-step makes beside them. It is followed exactly, tensor by tensor, on tensors without contents; a device needs some more
-for its own (about a gigabyte on a GPU). Time is measured operator by operator on this machine, and estimated from a
-table of rates elsewhere.
+Memory is that of tensors: weights, EMA and optimizer state, and the peak of a step beside them. It is traced tensor by
+tensor on fake tensors; a device needs some more of its own (about a gigabyte on a GPU). Time is measured operator by
+operator on this machine, and estimated from a table of rates for other hardware.
 """
 
 import contextlib
@@ -17,73 +16,73 @@ from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.models.network import DATA_DEPENDENT, NetworkConfig, parameter_count
 from tessera.models.presets import PRESETS
+from tessera.planning import FLOPS_PER_MAC
 from tessera.planning.budget import Budget
-from tessera.planning.hardware import Compiled, Hardware
+from tessera.planning.hardware import CompileMode, Hardware
 from tessera.planning.op_profiler import OpProfiler, Progress
-from tessera.planning.trace import Sizes, Step, Trace, outline
+from tessera.planning.trace import StepMemory, StepTrace, Trace, meta_network
 from tessera.settings import validate
 
 Precision = Literal["float32", "bfloat16"]
-Recompute = Literal["none", "selective", "blocks"]
-FLOPS_PER_MAC = 6  # of training: a multiply-add is two, forward and backward three
-AT_ONCE = 1.5e11  # operations of different operators that are measured: seconds, and enough rows for a usual rate
-MEASURED_WHOLE = 12  # blocks of a transformer that is not told from shallow ones where it is measured
-SHALLOW = (2, 4)  # blocks, from which a deep transformer of equal ones is told
+Checkpointing = Literal["none", "selective", "blocks"]
+MEASURED_FLOPS = 1.5e11  # of different operators: takes seconds, with enough rows for a typical rate
+SHALLOW_DEPTHS = (2, 4)  # of the transformers from which a deeper one is extrapolated
+MAX_MEASURED_DEPTH = 12  # a transformer up to this depth is measured whole
 
 
-class Recording(Protocol):
-    """One step of training a network, on tensors without contents: so many rounds of so many rows."""
+class TraceStep(Protocol):
+    """Traces one training step of a network: (network, micro-batch size, accumulation steps, dtype, checkpointing)."""
 
     def __call__(
-        self, network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: Recompute
-    ) -> Step: ...
+        self, network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: Checkpointing, /
+    ) -> StepTrace: ...
 
 
 @dataclass(frozen=True)
 class SamplingWork:
-    """What a run draws and looks at beside learning."""
+    """The sampling and evaluation of a run."""
 
-    grids: int  # pictures in grids of samples
-    scored: int  # pictures drawn to be scored
-    looked_at: int  # pictures that a judge looks at: those, and the data's once
-    calls: int  # of the network, one picture each, for one picture: guidance counts twice
-    batch: int  # pictures drawn at once
-    judge: float  # multiply-adds of the judge for one picture
-    evaluations: int
+    grid_images: int  # in grids of samples
+    scored_images: int  # sampled for evaluations
+    extracted_images: int  # through the feature extractor: the scored images, and those of the data once
+    calls_per_image: int  # network evaluations of one row; guidance counts twice
+    batch_size: int
+    extractor_macs: float  # multiply-adds of the feature extractor per image
+    num_evaluations: int
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A training run as far as its cost depends on it."""
+    """The properties of a training run that decide its cost."""
 
     name: str
     network: NetworkConfig
     steps: int
-    batch: int
-    micro_batch: int | None
+    global_batch_size: int
+    micro_batch_size: int | None
     precision: Literal["auto", "float32", "bfloat16"]
-    recompute: Recompute
-    shard: int | Literal["all"]
-    compiled: Compiled
-    step: Recording
-    call: Callable[[NetworkConfig, int], Trace]  # one call of the network on so many rows, as in drawing
-    encode: Callable[[int], Trace] | None  # of so many pictures by the codec, where training does so
-    decode: Callable[[int], Trace] | None
-    drawing: SamplingWork
-    checkpoints: int  # on disk at the end, and the one being written
-    images: int | None  # of the data, where it can be opened
-    image_bytes: int  # of one of them, as pixels
-    latent_bytes: int  # of one of them in a cache; 0: there is no codec
-    notes: tuple[str, ...] = ()  # what had to be assumed
+    activation_checkpointing: Checkpointing
+    fsdp: int | Literal["full"]
+    compile_mode: CompileMode
+    trace_step: TraceStep
+    trace_call: Callable[[NetworkConfig, int], Trace]  # one network evaluation in sampling, for a number of rows
+    trace_encode: Callable[[int], Trace] | None  # encoding of a number of images, if training does it
+    trace_decode: Callable[[int], Trace] | None
+    sampling: SamplingWork
+    num_checkpoints: int  # on disk at the end, and the one being written
+    num_images: int | None  # in the data set; None if it could not be opened
+    image_bytes: int  # of an image as pixels
+    latent_bytes: int  # of an image in a latent cache; 0 without a codec
+    notes: tuple[str, ...] = ()  # assumptions
 
 
-class Split(NamedTuple):
-    """How a batch is divided."""
+class BatchLayout(NamedTuple):
+    """The division of a batch."""
 
-    devices: int  # that take part
-    rows: int  # of a device, at once
-    rounds: int
-    shards: int
+    devices: int
+    micro_batch_size: int  # per device
+    accumulation_steps: int
+    shards: int  # devices that hold one copy of the weights together
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,19 @@ class Memory:
     """Bytes of one device."""
 
     weights: int
-    averages: int
-    moments: int
+    ema: int
+    optimizer: int  # its state
     gradients: int
-    activations: int  # kept for the backward pass, with the batch
-    at_most: int  # at the highest moment of a step: not all of the above live at once, and passing tensors join them
+    activations: int  # saved for the backward pass, with the batch
+    peak: int  # of a step: not all of the above exist at the same time, and temporary tensors are added
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """What another precision, recomputation or sharding would need."""
+    """The cost with another precision, activation checkpointing or sharding."""
 
     precision: Precision
-    recompute: Recompute
+    activation_checkpointing: Checkpointing
     shards: int
     memory: Memory
     fits: bool
@@ -111,139 +110,8 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run takes on some hardware."""
-
-    work: Workload
-    hardware: Hardware
-    precision: Precision
-    split: Split
-    parameters: int
-    gmacs: float  # multiply-adds of a forward pass of one sample, in billions
-    memory: Memory
-    fits: bool
-    step_seconds: float
-    encode_seconds: float  # of a step's, where pictures are encoded while training
-    exchange_seconds: float  # in which gradients and weights travel, beside the step's own work
-    call_seconds: float  # of the network for one picture, in drawing
-    picture_seconds: float  # of a picture, drawn and decoded
-    look_seconds: float  # of a picture, by the judge
-    choices: tuple[Alternative, ...] = ()
-    largest_batch: int | None = None  # samples of a device at once, with the recipe's choices
-    largest_model: str | None = None
-    budget: "BudgetOutcome | None" = None
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def flops_per_step(self) -> float:
-        """Of training: 6 x multiply-adds x batch; what is computed again counts once."""
-        return FLOPS_PER_MAC * self.gmacs * 1e9 * self.work.batch
-
-    @property
-    def flops(self) -> float:
-        """Of all training."""
-        return self.flops_per_step * self.work.steps
-
-    @property
-    def seconds(self) -> float:
-        """Of all training by the clock, without scoring, drawing and saving."""
-        return self.step_seconds * self.work.steps
-
-    @property
-    def scoring_seconds(self) -> float:
-        """Of grids and scores."""
-        drawing = self.work.drawing
-        drawn = (drawing.grids + drawing.scored) * self.picture_seconds
-        return drawn + drawing.looked_at * self.look_seconds
-
-    @property
-    def all_seconds(self) -> float:
-        return self.seconds + self.scoring_seconds
-
-    @property
-    def images_per_second(self) -> float:
-        return self.work.batch / self.step_seconds
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the devices' rate of matrix products."""
-        dtype = torch.bfloat16 if self.precision == "bfloat16" else torch.float32
-        return self.flops_per_step / self.step_seconds / (self.hardware.rate(dtype) * self.hardware.devices)
-
-    @property
-    def device_hours(self) -> float:
-        return self.all_seconds * self.hardware.devices / 3600
-
-    @property
-    def cost(self) -> float:
-        """Dollars."""
-        return self.device_hours * self.hardware.price
-
-    @property
-    def memory_bytes(self) -> int:
-        """Of one device."""
-        return self.memory.at_most
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Of one: averages, weights and what the optimizer remembers."""
-        return (self.memory.weights + self.memory.averages + self.memory.moments) * self.split.shards
-
-    @property
-    def disk_bytes(self) -> int:
-        """Of all checkpoints on disk at once."""
-        return self.checkpoint_bytes * self.work.checkpoints
-
-    @property
-    def latents_bytes(self) -> int | None:
-        """Of a cache of latents; None where the data could not be opened."""
-        return None if self.work.images is None else self.work.images * self.work.latent_bytes
-
-    def facts(self) -> dict[str, Any]:
-        """For programs: everything in plain numbers. Bytes are of one device, seconds by the clock, cost in dollars."""
-        hardware, work = self.hardware, self.work
-        return {
-            "name": work.name,
-            "network": work.network.model_dump(mode="json"),
-            "hardware": hardware.model_dump(mode="json"),
-            "parameters": self.parameters,
-            "gmacs": self.gmacs,
-            "flops_per_sample": FLOPS_PER_MAC * self.gmacs * 1e9,
-            "flops_per_step": self.flops_per_step,
-            "flops": self.flops,
-            "steps": work.steps,
-            "batch": work.batch,
-            "split": self.split._asdict(),
-            "precision": self.precision,
-            "recompute": work.recompute,
-            "memory": asdict(self.memory),
-            "fits": self.fits,
-            "choices": [asdict(choice) for choice in self.choices],
-            "largest_batch": self.largest_batch,
-            "largest_model": self.largest_model,
-            "step_seconds": self.step_seconds,
-            "images_per_second": self.images_per_second,
-            "utilisation": self.utilisation,
-            "seconds": self.seconds,
-            "scoring_seconds": self.scoring_seconds,
-            "device_hours": self.device_hours,
-            "cost": self.cost,
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "disk_bytes": self.disk_bytes,
-            "latents_bytes": self.latents_bytes,
-            "images": work.images,
-            "pixels_bytes": None if work.images is None else work.images * work.image_bytes,
-            "budget": None if self.budget is None else asdict(self.budget),
-            "notes": list(self.notes),
-        }
-
-
-# A budget
-
-
-@dataclass(frozen=True)
 class BudgetOutcome:
-    """What a budget buys of a run."""
+    """The part of a run that a budget pays for."""
 
     text: str
     steps: int
@@ -252,276 +120,383 @@ class BudgetOutcome:
     enough: bool  # for the whole run
 
 
-def budget_outcomes(plan: Plan, budget: Budget) -> BudgetOutcome:
-    """How many steps a budget pays for, on this hardware; drawing and scoring are paid for first."""
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a run on some hardware."""
+
+    workload: Workload
+    hardware: Hardware
+    precision: Precision
+    layout: BatchLayout
+    parameters: int
+    gmacs: float  # multiply-adds of a forward pass of one sample, in billions
+    memory: Memory
+    fits: bool
+    step_seconds: float
+    encode_seconds: float  # the part of a step in which images are encoded
+    exchange_seconds: float  # of communication between devices, which overlaps with the step
+    call_seconds: float  # of one network evaluation of one row in sampling
+    image_seconds: float  # of sampling and decoding one image
+    extract_seconds: float  # of one image in the feature extractor
+    alternatives: tuple[Alternative, ...] = ()
+    largest_batch: int | None = None  # micro-batch that fits on a device with the recipe's settings
+    largest_model: str | None = None
+    budget: BudgetOutcome | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flops_per_step(self) -> float:
+        """Training FLOPs: 6 x multiply-adds x batch size. Recomputed activations count once."""
+        return FLOPS_PER_MAC * self.gmacs * 1e9 * self.workload.global_batch_size
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the run."""
+        return self.flops_per_step * self.workload.steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training, without evaluation, sampling and saving."""
+        return self.step_seconds * self.workload.steps
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Seconds of sample grids and evaluations."""
+        sampling = self.workload.sampling
+        sample_seconds = (sampling.grid_images + sampling.scored_images) * self.image_seconds
+        return sample_seconds + sampling.extracted_images * self.extract_seconds
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds + self.evaluation_seconds
+
+    @property
+    def images_per_second(self) -> float:
+        return self.workload.global_batch_size / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilization: the fraction of the devices' matrix product rate."""
+        rate = self.hardware.matmul_rate(_dtype(self.precision) or torch.float32)
+        return self.flops_per_step / self.step_seconds / (rate * self.hardware.devices)
+
+    @property
+    def device_hours(self) -> float:
+        return self.total_seconds * self.hardware.devices / 3600
+
+    @property
+    def cost(self) -> float:
+        """Dollars."""
+        return self.device_hours * self.hardware.price
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak of one device."""
+        return self.memory.peak
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint: EMA, weights and optimizer state."""
+        return (self.memory.weights + self.memory.ema + self.memory.optimizer) * self.layout.shards
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of all checkpoints that are on disk at the same time."""
+        return self.checkpoint_bytes * self.workload.num_checkpoints
+
+    @property
+    def latents_bytes(self) -> int | None:
+        """Bytes of a latent cache; None if the data could not be opened."""
+        return None if self.workload.num_images is None else self.workload.num_images * self.workload.latent_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON. Bytes are per device, seconds wall-clock, cost in dollars."""
+        hardware, workload = self.hardware, self.workload
+        return {
+            "name": workload.name,
+            "network": workload.network.model_dump(mode="json"),
+            "hardware": hardware.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "gmacs": self.gmacs,
+            "flops_per_sample": FLOPS_PER_MAC * self.gmacs * 1e9,
+            "flops_per_step": self.flops_per_step,
+            "flops": self.flops,
+            "steps": workload.steps,
+            "global_batch_size": workload.global_batch_size,
+            "layout": self.layout._asdict(),
+            "precision": self.precision,
+            "activation_checkpointing": workload.activation_checkpointing,
+            "memory": asdict(self.memory),
+            "fits": self.fits,
+            "alternatives": [asdict(alternative) for alternative in self.alternatives],
+            "largest_batch": self.largest_batch,
+            "largest_model": self.largest_model,
+            "step_seconds": self.step_seconds,
+            "images_per_second": self.images_per_second,
+            "mfu": self.mfu,
+            "seconds": self.seconds,
+            "evaluation_seconds": self.evaluation_seconds,
+            "device_hours": self.device_hours,
+            "cost": self.cost,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
+            "latents_bytes": self.latents_bytes,
+            "num_images": workload.num_images,
+            "pixels_bytes": None if workload.num_images is None else workload.num_images * workload.image_bytes,
+            "budget": None if self.budget is None else asdict(self.budget),
+            "notes": list(self.notes),
+        }
+
+
+def budget_outcome(plan: Plan, budget: Budget) -> BudgetOutcome:
+    """The number of steps that a budget pays for, after sampling and evaluation are paid."""
     seconds = budget.seconds(plan.hardware.devices, plan.hardware.price)
     if seconds is None:
-        exact = budget.amount / plan.flops_per_step
+        exact_steps = budget.amount / plan.flops_per_step
     else:
-        exact = max(0.0, seconds - plan.scoring_seconds) / plan.step_seconds
-    steps = int(exact + 1e-9)
-    samples = steps * plan.work.batch
-    return BudgetOutcome(budget.text, steps, samples, steps * plan.flops_per_step, steps >= plan.work.steps)
-
-
-# Planning
+        exact_steps = max(0.0, seconds - plan.evaluation_seconds) / plan.step_seconds
+    steps = int(exact_steps + 1e-9)
+    samples = steps * plan.workload.global_batch_size
+    return BudgetOutcome(budget.text, steps, samples, steps * plan.flops_per_step, steps >= plan.workload.steps)
 
 
 def plan(
-    work: Workload,
+    workload: Workload,
     hardware: Hardware,
     *,
     budget: Budget | None = None,
     alternatives: bool = True,
-    stopwatch: OpProfiler | None = None,
+    profiler: OpProfiler | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What the work takes on some hardware.
+    """Plan a workload on some hardware.
 
-    alternatives: also what other choices of precision, recomputation and sharding would need, and the largest batch
-    and model that fit. stopwatch: measures, where the hardware is this machine. Raises TesseraError for work that
-    cannot be divided as it asks.
+    alternatives: also plan other precisions, activation checkpointing and sharding, and find the largest batch and
+    preset that fit. profiler: measures operators if the hardware is this machine. Raises TesseraError if the batch
+    cannot be divided among the devices.
     """
-    clock = _Clock(hardware, work.compiled, stopwatch, progress)
-    if clock.stopwatch is not None:
-        source = f"measured here, operator by operator, since {clock.stopwatch.date} (tessera plan --measure: anew)"
+    planner = _Planner(workload, hardware, profiler, progress)
+    layout = divide_batch(workload, hardware.devices)
+    precision: Precision = "bfloat16" if hardware.device == "cuda" else "float32"
+    if workload.precision != "auto":
+        precision = workload.precision
+    checkpointing, sampling, notes = workload.activation_checkpointing, workload.sampling, workload.notes
+    macs, parameters = count_macs_and_parameters(workload.network)
+    memory = planner.memory(workload.network, layout, precision, checkpointing)
+    step_seconds = planner.step_seconds(layout, precision, checkpointing)
+    encode_seconds = decode_seconds = 0.0
+    if workload.trace_encode is not None:
+        rows = max(1, min(layout.micro_batch_size, 8))
+        encode_seconds = max(planner.seconds(workload.trace_encode(rows))) / rows
+        encode_seconds *= layout.micro_batch_size * layout.accumulation_steps
+    if workload.trace_decode is not None:
+        decode_seconds = max(planner.seconds(workload.trace_decode(4))) / 4
+    exchange_seconds = planner.exchange_seconds(layout, precision, checkpointing)
+    total_images = sampling.grid_images + sampling.scored_images
+    rows = max(1, min(sampling.batch_size, total_images, int(MEASURED_FLOPS / (2 * macs))))
+    call_seconds = max(planner.extrapolate_seconds(lambda config: planner.seconds(workload.trace_call(config, rows))))
+    call_seconds /= rows
+    if planner.profiler is not None:
+        source = f"measured here, operator by operator, since {planner.profiler.date} (--measure measures again)"
         hardware = hardware.model_copy(update={"source": source})
-    split = divided(work, hardware.devices)
-    precision: Precision = (
-        ("bfloat16" if hardware.device == "cuda" else "float32") if work.precision == "auto" else work.precision
-    )
-    dtype = torch.bfloat16 if precision == "bfloat16" else None
-    macs, parameters = counts(work.network)
-    work = replace(work, step=_remembered(work.step))
-    sizes = _sizes(work, work.network, split, dtype, work.recompute)
-    memory = memory_of(sizes, split, len(outline(work.network).blocks))
-    seconds = _step_seconds(work, split, dtype, work.recompute, clock)
-    encoding = decoding = 0.0
-    if work.encode is not None:
-        rows = max(1, min(split.rows, 8))
-        encoding = clock(work.encode(rows)) / rows * split.rows * split.rounds
-    if work.decode is not None:
-        decoding = clock(work.decode(4)) / 4
-    exchange = _exchange_seconds(sizes, split, hardware)
-    drawing = work.drawing
-    rows = max(1, min(drawing.batch, drawing.grids + drawing.scored, int(AT_ONCE / (2 * macs))))
-    call = max(_deep(work.network, lambda config: clock.work(work.call(config, rows)), clock)) / rows
-    made = Plan(
-        work=work,
+        if planner.profiler.unmeasured:
+            names = ", ".join(sorted(planner.profiler.unmeasured))
+            notes = (*notes, f"these operators could not be measured and count as 0 s: {names}")
+    result = Plan(
+        workload=workload,
         hardware=hardware,
         precision=precision,
-        split=split,
+        layout=layout,
         parameters=parameters,
         gmacs=macs / 1e9,
         memory=memory,
-        fits=memory.at_most <= hardware.room,
-        step_seconds=max(seconds + encoding, exchange),
-        encode_seconds=encoding,
-        exchange_seconds=exchange,
-        call_seconds=call,
-        picture_seconds=call * drawing.calls + decoding,
-        look_seconds=2 * drawing.judge / (0.5 * hardware.rate(torch.float32)),
-        notes=work.notes,
+        fits=memory.peak <= hardware.usable_bytes,
+        step_seconds=max(step_seconds + encode_seconds, exchange_seconds),
+        encode_seconds=encode_seconds,
+        exchange_seconds=exchange_seconds,
+        call_seconds=call_seconds,
+        image_seconds=call_seconds * sampling.calls_per_image + decode_seconds,
+        extract_seconds=2 * sampling.extractor_macs / (0.5 * hardware.matmul_rate(torch.float32)),
+        notes=notes,
     )
-    if clock.stopwatch is not None and clock.stopwatch.missing:
-        names = ", ".join(sorted(clock.stopwatch.missing))
-        made = replace(
-            made, notes=(*made.notes, f"these operators could not be measured and count as nothing: {names}")
-        )
     if alternatives:
-        made = replace(
-            made,
-            choices=tuple(_choices(made, clock)),
-            largest_batch=_largest_batch(made, dtype),
-            largest_model=_largest_model(made, dtype),
+        result = replace(
+            result,
+            alternatives=tuple(planner.alternatives(result)),
+            largest_batch=planner.largest_batch(result),
+            largest_model=planner.largest_model(result),
         )
-    return made if budget is None else replace(made, budget=budget_outcomes(made, budget))
+    return result if budget is None else replace(result, budget=budget_outcome(result, budget))
 
 
-def divided(work: Workload, devices: int) -> Split:
-    """How the batch falls to devices and rounds, as in training. Raises TesseraError where it cannot."""
-    share = -(-work.batch // devices)
-    rounds = -(-share // min(work.micro_batch or share, share))
-    if work.batch // devices < rounds:
+def divide_batch(workload: Workload, devices: int) -> BatchLayout:
+    """Divide the batch among devices and accumulation steps as training does. Raises TesseraError if impossible."""
+    per_device = -(-workload.global_batch_size // devices)
+    accumulation_steps = -(-per_device // min(workload.micro_batch_size or per_device, per_device))
+    if workload.global_batch_size // devices < accumulation_steps:
         raise TesseraError(
-            f"training.global_batch_size {work.batch} is too small for {devices} devices: some would have nothing to do; choose a "
-            "larger batch or fewer devices"
+            f"training.global_batch_size {workload.global_batch_size} is too small for {devices} devices: some would "
+            "have no samples; choose a larger batch or fewer devices"
         )
-    shards = devices if work.shard == "all" else 1 if devices == 1 else work.shard
+    shards = devices if workload.fsdp == "full" else 1 if devices == 1 else workload.fsdp
     if devices % shards:
         raise TesseraError(
-            f"training.fsdp is {work.shard}, but {devices} devices cannot be divided into groups of {shards}: choose "
-            "a divisor, or all"
+            f"training.fsdp is {workload.fsdp}, but {devices} devices cannot be divided into groups of {shards}: "
+            "choose a divisor, or all"
         )
-    return Split(devices, -(-share // rounds), rounds, shards)
+    return BatchLayout(devices, -(-per_device // accumulation_steps), accumulation_steps, shards)
 
 
-def counts(config: NetworkConfig) -> tuple[int, int]:
-    """Multiply-adds of one forward pass of one sample, and parameters."""
-    network = outline(config)
+def count_macs_and_parameters(config: NetworkConfig) -> tuple[int, int]:
+    """Multiply-adds of a forward pass of one sample, and parameters."""
+    network = meta_network(config)
     return network.macs(), parameter_count(network)
 
 
-def memory_of(sizes: Sizes, split: Split, blocks: int) -> Memory:
-    """Of a device that holds its part. Of divided weights a block's are put together before they are used, the next
-    one's meanwhile (FSDP)."""
-    shards = split.shards
-    gathered = 0 if shards == 1 else 2 * sizes.weights // blocks
-    gradients = sizes.gradients // shards
-    weights, averages, moments = sizes.weights // shards, sizes.averages // shards, sizes.moments // shards
-    passing = max(sizes.kept, sizes.peak - sizes.gradients + gradients)
-    return Memory(
-        weights=weights,
-        averages=averages,
-        moments=moments,
-        gradients=gradients,
-        activations=sizes.kept,
-        at_most=weights + averages + moments + passing + gathered,
-    )
+def device_memory(step: StepMemory, shards: int, blocks: int) -> Memory:
+    """The memory of one device if weights, EMA, optimizer state and gradients are divided into shards.
+
+    FSDP gathers the weights of a block before they are used, and those of the next block at the same time.
+    """
+    weights, ema, optimizer = step.weights // shards, step.ema // shards, step.optimizer // shards
+    gradients = step.gradients // shards
+    gathered = 0 if shards == 1 else 2 * step.weights // blocks
+    temporary = max(step.activations, step.peak - step.gradients + gradients)
+    peak = weights + ema + optimizer + temporary + gathered
+    return Memory(weights, ema, optimizer, gradients, step.activations, peak)
 
 
-class _Clock:
-    """Seconds of a trace: measured where the hardware is this machine, else estimated."""
+def _dtype(precision: Precision) -> torch.dtype | None:
+    """Of autocast."""
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+class _Planner:
+    """Memory and seconds of a workload on some hardware. Traces are cached: several parts of a plan use them."""
 
     def __init__(
-        self, hardware: Hardware, compiled: Compiled, stopwatch: OpProfiler | None, progress: Progress | None
+        self, workload: Workload, hardware: Hardware, profiler: OpProfiler | None, progress: Progress | None
     ) -> None:
-        self.hardware, self.progress = hardware, progress
-        self.compiled: Compiled = compiled
-        self.stopwatch = stopwatch
-        if hardware.here and stopwatch is None:
-            self.stopwatch = OpProfiler(torch.device(hardware.device))
+        self.workload, self.hardware, self.progress = workload, hardware, progress
+        self.profiler = (profiler or OpProfiler(torch.device(hardware.device))) if hardware.is_local else None
+        self._traces: dict[tuple[Any, ...], StepTrace] = {}
 
-    def __call__(self, *traces: Trace) -> float:
-        """Of all of them, one after another."""
-        return max(map(sum, zip(*(self.work(trace) for trace in traces))))
+    def trace(self, network: NetworkConfig, *step: Any) -> StepTrace:
+        """The trace of a step; see `TraceStep`."""
+        key = (network.model_dump_json(), *step)
+        if key not in self._traces:
+            self._traces[key] = self.workload.trace_step(network, *step)
+        return self._traces[key]
 
-    def work(self, trace: Trace) -> tuple[float, float]:
-        """Of the device, and of the host meanwhile, where that is told apart."""
-        if self.stopwatch is not None and self.hardware.here:
-            return self.stopwatch(trace, progress=self.progress)[0], 0.0
-        return self.hardware.work(trace, self.compiled)
+    def seconds(self, trace: Trace) -> tuple[float, float]:
+        """Seconds of the device, and of the host at the same time. A measurement includes both in the first."""
+        if self.profiler is not None:
+            return self.profiler(trace, progress=self.progress)[0], 0.0
+        return self.hardware.device_and_host_seconds(trace, self.workload.compile_mode)
+
+    def step_memory(
+        self, network: NetworkConfig, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing
+    ) -> StepMemory:
+        # The second micro-batch is the first one beside which gradients exist.
+        step = layout.micro_batch_size, min(layout.accumulation_steps, 2), _dtype(precision), checkpointing
+        values = _extrapolate(network, lambda config: self.trace(config, *step).memory, SHALLOW_DEPTHS[1])
+        return StepMemory(*map(round, values))
+
+    def memory(
+        self, network: NetworkConfig, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing
+    ) -> Memory:
+        step = self.step_memory(network, layout, precision, checkpointing)
+        return device_memory(step, layout.shards, len(meta_network(network).blocks))
+
+    def extrapolate_seconds(self, measure: Callable[[NetworkConfig], tuple[float, ...]]) -> tuple[float, ...]:
+        max_depth = SHALLOW_DEPTHS[1] if self.profiler is None else MAX_MEASURED_DEPTH
+        return _extrapolate(self.workload.network, measure, max_depth)
+
+    def step_seconds(self, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing) -> float:
+        """Seconds of forward and backward passes of all micro-batches, and of the update."""
+
+        def measure(config: NetworkConfig) -> tuple[float, ...]:
+            rows = layout.micro_batch_size
+            step = self.trace(config, rows, 1, _dtype(precision), checkpointing)
+            if self.profiler is not None:
+                # Each different operator is measured once, on a part of the rows if it is expensive.
+                flops = sum(operator.flops for part in (step.forward, step.backward) for operator in part.operators)
+                if flops > MEASURED_FLOPS and rows > 1:
+                    rows = max(1, int(rows * MEASURED_FLOPS / flops))
+                    step = self.trace(config, rows, 1, _dtype(precision), checkpointing)
+            repeats = layout.accumulation_steps * layout.micro_batch_size / rows
+            phases = (self.seconds(part) for part in (step.forward, step.backward, step.update))
+            return tuple((forward + back) * repeats + update / layout.shards for forward, back, update in zip(*phases))
+
+        return max(self.extrapolate_seconds(measure))
+
+    def exchange_seconds(self, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing) -> float:
+        """Seconds of the all-reduce of gradients, and of gathering sharded weights twice per micro-batch."""
+        if layout.devices == 1:
+            return 0.0
+        step = self.step_memory(self.workload.network, layout, precision, checkpointing)
+        reduced = 2 * (layout.devices - 1) / layout.devices * step.gradients / layout.shards
+        gathered = (layout.shards - 1) / layout.shards * step.weights * (2 * layout.accumulation_steps + 1)
+        return (reduced + gathered) / self.hardware.interconnect
+
+    def alternatives(self, plan: Plan) -> Iterator[Alternative]:
+        current = (plan.precision, self.workload.activation_checkpointing, plan.layout.shards)
+        for precision in get_args(Precision):
+            for checkpointing in get_args(Checkpointing):
+                seconds = None
+                if self.profiler is None:  # measuring all of them would take too long
+                    seconds = self.step_seconds(plan.layout, precision, checkpointing)
+                for shards in sorted({1, plan.layout.shards, self.hardware.devices}):
+                    layout = plan.layout._replace(shards=shards)
+                    memory = self.memory(self.workload.network, layout, precision, checkpointing)
+                    step_seconds = None
+                    if (precision, checkpointing, shards) == current:
+                        step_seconds = plan.step_seconds
+                    elif seconds is not None:
+                        exchange_seconds = self.exchange_seconds(layout, precision, checkpointing)
+                        step_seconds = max(seconds + plan.encode_seconds, exchange_seconds)
+                    fits = memory.peak <= self.hardware.usable_bytes
+                    yield Alternative(precision, checkpointing, shards, memory, fits, step_seconds)
+
+    def largest_batch(self, plan: Plan) -> int:
+        """The largest micro-batch that fits on a device; 0 if none does. Memory is linear in the batch size."""
+        rows = max(2, plan.layout.micro_batch_size)
+        network, checkpointing = self.workload.network, self.workload.activation_checkpointing
+        one, two = (
+            self.memory(network, plan.layout._replace(micro_batch_size=size), plan.precision, checkpointing).peak
+            for size in (rows, 2 * rows)
+        )
+        return max(0, int(rows + (self.hardware.usable_bytes - one) * rows / (two - one)))
+
+    def largest_model(self, plan: Plan) -> str | None:
+        """The preset with the most multiply-adds that fits, with the inputs and the block of the recipe's network."""
+        network, checkpointing = self.workload.network, self.workload.activation_checkpointing
+        settings = {name: getattr(network, name) for name in (*DATA_DEPENDENT, "learn_null_class")}
+        if isinstance(network, DiTConfig):
+            settings["block"] = network.block.model_dump()
+        candidates = []
+        for name, sizes in PRESETS.items():
+            with contextlib.suppress(TesseraError):  # a patch size that does not divide the input
+                config = validate(DiTConfig, {**settings, **sizes}, name)
+                macs, _ = count_macs_and_parameters(config.model_copy(update={"depth": 1}))
+                candidates.append((macs * config.depth, name, config))
+        memory = plan.memory
+        bytes_per_parameter = (memory.weights + memory.ema + memory.optimizer + memory.gradients) / plan.parameters
+        for _, name, config in sorted(candidates, key=lambda candidate: candidate[0], reverse=True):
+            if bytes_per_parameter * count_macs_and_parameters(config)[1] > self.hardware.usable_bytes:
+                continue  # needs no trace
+            if self.memory(config, plan.layout, plan.precision, checkpointing).peak <= self.hardware.usable_bytes:
+                return name
+        return None
 
 
-def _remembered(step: Recording) -> Recording:
-    """Traces that are asked for again, by several parts of a plan, are not made again."""
-    made: dict[tuple[Any, ...], Step] = {}
-
-    def recorded(
-        network: NetworkConfig, rows: int, rounds: int, dtype: torch.dtype | None, recompute: Recompute
-    ) -> Step:
-        key = (network.model_dump_json(), rows, rounds, dtype, recompute)
-        if key not in made:
-            made[key] = step(network, rows, rounds, dtype, recompute)
-        return made[key]
-
-    return recorded
-
-
-def _deep(
-    network: NetworkConfig, told: Callable[[NetworkConfig], tuple[float, ...]], clock: _Clock | None = None
+def _extrapolate(
+    network: NetworkConfig, measure: Callable[[NetworkConfig], tuple[float, ...]], max_depth: int
 ) -> tuple[float, ...]:
-    """Numbers that every block adds the same to: of a deep transformer they are told from two shallow ones."""
-    fewer, more = SHALLOW
-    whole = more if clock is None or clock.stopwatch is None else MEASURED_WHOLE
-    if not isinstance(network, DiTConfig) or network.depth <= whole:
-        return told(network)
-    one, other = (told(network.model_copy(update={"depth": depth})) for depth in SHALLOW)
-    return tuple(x + (y - x) / (more - fewer) * (network.depth - fewer) for x, y in zip(one, other))
-
-
-def _sizes(
-    work: Workload, network: NetworkConfig, split: Split, dtype: torch.dtype | None, recompute: Recompute
-) -> Sizes:
-    """Of a step on one device; a second round finds the gradients of the first."""
-
-    def told(config: NetworkConfig) -> Sizes:
-        return work.step(config, split.rows, min(split.rounds, 2), dtype, recompute).sizes
-
-    return Sizes(*map(round, _deep(network, told)))
-
-
-def _step_seconds(
-    work: Workload, split: Split, dtype: torch.dtype | None, recompute: Recompute, clock: _Clock
-) -> float:
-    """Of one step: forward and backward of all rounds, and the update."""
-
-    def told(config: NetworkConfig) -> tuple[float, ...]:
-        step, rows = work.step(config, split.rows, 1, dtype, recompute), split.rows
-        if clock.stopwatch is not None:
-            # What comes again, as blocks do, is measured once; and of many rows some.
-            different = sum(one.flops for part in (step.forward, step.backward) for one in part.operators)
-            if different > AT_ONCE and rows > 1:
-                rows = max(1, int(rows * AT_ONCE / different))
-                step = work.step(config, rows, 1, dtype, recompute)
-        rounds = split.rounds * split.rows / rows
-        parts = (clock.work(part) for part in (step.forward, step.backward, step.update))
-        return tuple((there + back) * rounds + last / split.shards for there, back, last in zip(*parts))
-
-    return max(_deep(work.network, told, clock))
-
-
-def _exchange_seconds(sizes: Sizes, split: Split, hardware: Hardware) -> float:
-    """In which gradients are summed over all devices, and divided weights gathered twice in each round."""
-    devices, shards = split.devices, split.shards
-    reduced = 2 * (devices - 1) / devices * sizes.gradients / shards
-    gathered = (shards - 1) / shards * sizes.weights * (2 * split.rounds + 1)
-    return (reduced + gathered) / hardware.interconnect if devices > 1 else 0.0
-
-
-# Other choices
-
-
-def _choices(made: Plan, clock: _Clock) -> Iterator[Alternative]:
-    work, hardware = made.work, made.hardware
-    blocks = len(outline(work.network).blocks)
-    for precision in get_args(Precision):
-        for recompute in get_args(Recompute):
-            dtype = torch.bfloat16 if precision == "bfloat16" else None
-            sizes = _sizes(work, work.network, made.split, dtype, recompute)
-            seconds = None
-            if not hardware.here:  # measuring all of them would take too long
-                seconds = _step_seconds(work, made.split, dtype, recompute, clock)
-            for shards in sorted({1, made.split.shards, hardware.devices}):
-                split = made.split._replace(shards=shards)
-                memory = memory_of(sizes, split, blocks)
-                exchange = _exchange_seconds(sizes, split, hardware)
-                took = None if seconds is None else max(seconds + made.encode_seconds, exchange)
-                if (precision, recompute, shards) == (made.precision, work.recompute, made.split.shards):
-                    took = made.step_seconds
-                fits = memory.at_most <= hardware.room
-                yield Alternative(precision, recompute, shards, memory, fits, took)
-
-
-def _largest_batch(made: Plan, dtype: torch.dtype | None) -> int:
-    """Samples that a device can hold at once; 0 if not one. Memory grows in a straight line with them."""
-    work, split = made.work, made.split
-    blocks = len(outline(work.network).blocks)
-    rows = max(2, split.rows)  # whose memory is known already
-    one, other = (
-        memory_of(_sizes(work, work.network, split._replace(rows=count), dtype, work.recompute), split, blocks).at_most
-        for count in (rows, 2 * rows)
-    )
-    return max(0, int(rows + (made.hardware.room - one) * rows / (other - one)))
-
-
-def _largest_model(made: Plan, dtype: torch.dtype | None) -> str | None:
-    """The preset with the most multiply-adds that fits, seeing what this recipe's network sees."""
-    work, network = made.work, made.work.network
-    facts = {name: getattr(network, name) for name in (*DATA_DEPENDENT, "learn_null_class")}
-    if isinstance(network, DiTConfig):
-        facts["block"] = network.block.model_dump()
-    possible = []
-    for name, sizes in PRESETS.items():
-        with contextlib.suppress(TesseraError):  # a patch that does not divide the size
-            config = validate(DiTConfig, {**facts, **sizes}, name)
-            possible.append((counts(config.model_copy(update={"depth": 1}))[0] * config.depth, name, config))
-    own = made.memory
-    state = (own.weights + own.averages + own.moments + own.gradients) / made.parameters
-    for _, name, config in sorted(possible, key=lambda one: one[0], reverse=True):
-        if state * counts(config)[1] > made.hardware.room:
-            continue
-        sizes = _sizes(work, config, made.split, dtype, work.recompute)
-        if memory_of(sizes, made.split, config.depth).at_most <= made.hardware.room:
-            return name
-    return None
+    """Values that grow linearly with the number of blocks. For a transformer deeper than `max_depth` they are
+    extrapolated from two shallow ones."""
+    if not isinstance(network, DiTConfig) or network.depth <= max_depth:
+        return measure(network)
+    less, more = SHALLOW_DEPTHS
+    low, high = (measure(network.model_copy(update={"depth": depth})) for depth in SHALLOW_DEPTHS)
+    return tuple(a + (b - a) / (more - less) * (network.depth - less) for a, b in zip(low, high))

@@ -8,18 +8,18 @@ from typing import Literal
 
 from tessera.reporting.estimates import Estimate, differences_to_first, holm
 from tessera.reporting.metrics import HIGHER_IS_BETTER
-from tessera.studies.results import Point, Result
+from tessera.studies.results import TrainingPoint, MemberResult
 from tessera.studies.seed_aggregation import is_measured
 from tessera.studies.study import Comparison
 
 Scale = Literal["steps", "flops", "seconds"]  # of training, on which members are made equal
 SCALES: tuple[Scale, ...] = ("steps", "flops", "seconds")
-SURE = 0.05  # a difference is told where its p value is below
+SIGNIFICANCE = 0.05  # a difference is told where its p value is below
 ONE_SEED = "one seed: undecided whether it is the seed"
 
 
 @dataclass(frozen=True)
-class Value:
+class ComparedValue:
     """One value of the compared axis.
 
     mean: over seeds with its t interval; of one seed, the score with its own sampling interval. difference: to the
@@ -40,25 +40,25 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Compared:
+class AxisComparison:
     """The values of an axis at one place of training, all other axes alike. The baseline comes first."""
 
     scale: Scale
     x: float  # the farthest that all have come to
-    alike: dict[str, str]  # the values of the other axes
-    values: list[Value]
-    missing: list[str]  # members that take no part, with the reason
+    other_axes: dict[str, str]  # the values of the other axes
+    values: list[ComparedValue]
+    excluded: list[str]  # members that take no part, with the reason
 
 
-def place(point: Point, scale: Scale) -> float:
+def position(point: TrainingPoint, scale: Scale) -> float:
     """How far a member had come."""
     return {"steps": float(point.step), "flops": point.flops, "seconds": point.seconds}[scale]
 
 
-def score_at(result: Result, metric: str, scale: Scale, x: float) -> Estimate | None:
+def interpolate_score(result: MemberResult, metric: str, scale: Scale, x: float) -> Estimate | None:
     """A member's score at x of its training: between scored points straight in log x; None where it was not scored."""
     points = [
-        (place(point, scale), point.scores[metric]) for point in result.points if is_measured(point.scores, metric)
+        (position(point, scale), point.scores[metric]) for point in result.points if is_measured(point.scores, metric)
     ]
     points = [(at, Estimate(score.value, score.low, score.high)) for at, score in points if at > 0]
     for at, score in points:
@@ -72,12 +72,12 @@ def score_at(result: Result, metric: str, scale: Scale, x: float) -> Estimate | 
     return None
 
 
-def compare(comparison: Comparison, results: Sequence[Result], metric: str) -> Iterator[Compared]:
+def compare(comparison: Comparison, results: Sequence[MemberResult], metric: str) -> Iterator[AxisComparison]:
     """At equal steps, at equal training FLOPs, at equal wall-clock: one for each combination of the other axes.
 
     Only members that are done take part, or, while no two values have one, whoever has been scored.
     """
-    others: dict[tuple[tuple[str, str], ...], list[Result]] = {}
+    others: dict[tuple[tuple[str, str], ...], list[MemberResult]] = {}
     for result in results:
         alike = tuple((axis, value) for axis, value in result.values.items() if axis != comparison.axis)
         others.setdefault(alike, []).append(result)
@@ -87,8 +87,8 @@ def compare(comparison: Comparison, results: Sequence[Result], metric: str) -> I
 
 
 def _compared(
-    comparison: Comparison, members: Sequence[Result], metric: str, scale: Scale, alike: dict[str, str]
-) -> Compared | None:
+    comparison: Comparison, members: Sequence[MemberResult], metric: str, scale: Scale, alike: dict[str, str]
+) -> AxisComparison | None:
     """Without verdicts; None where fewer than two values, or not the baseline, have been scored."""
     axis = comparison.axis
     reached = {member.name: _reached(member, metric, scale) for member in members}
@@ -101,7 +101,7 @@ def _compared(
     x = min(reached[member.name] for member in chosen)
     found: dict[str, dict[int, Estimate]] = {}
     for member in chosen:
-        score = score_at(member, metric, scale, x)
+        score = interpolate_score(member, metric, scale, x)
         if score is None:
             missing.append(f"{member.name}: first scored later than where all are equal")
         else:
@@ -110,11 +110,11 @@ def _compared(
         return None
     baseline = found.pop(comparison.baseline)
     order = [member.values[axis] for member in members]
-    values = [Value(comparison.baseline, tuple(baseline), _mean(list(baseline.values())), verdict="baseline")]
+    values = [ComparedValue(comparison.baseline, tuple(baseline), _mean(list(baseline.values())), verdict="baseline")]
     others = dict(sorted(found.items(), key=lambda item: order.index(item[0])))
     tested = _tested(baseline, others)
     for name, scores in others.items():
-        value = Value(name, tuple(scores), _mean(list(scores.values())))
+        value = ComparedValue(name, tuple(scores), _mean(list(scores.values())))
         pairs = [(scores[seed].value, baseline[seed].value) for seed in scores if seed in baseline]
         if name in tested:
             relative, p = tested[name]
@@ -122,12 +122,12 @@ def _compared(
         else:
             value = replace(value, verdict=ONE_SEED if pairs else "no seed in common with the baseline")
         values.append(value)
-    return Compared(scale, x, alike, values, missing)
+    return AxisComparison(scale, x, alike, values, missing)
 
 
-def _reached(member: Result, metric: str, scale: Scale) -> float:
+def _reached(member: MemberResult, metric: str, scale: Scale) -> float:
     """How far a member had come when it was last scored; 0 where that is not known."""
-    places = (place(point, scale) for point in member.points if is_measured(point.scores, metric))
+    places = (position(point, scale) for point in member.points if is_measured(point.scores, metric))
     return max((at for at in places if at > 0), default=0.0)  # what is not a number is not above zero
 
 
@@ -156,7 +156,7 @@ def _mean(scores: list[Estimate]) -> Estimate:
     return scores[0] if len(scores) == 1 else Estimate.mean([score.value for score in scores])
 
 
-def _corrected(found: Sequence[Compared], metric: str) -> Iterator[Compared]:
+def _corrected(found: Sequence[AxisComparison], metric: str) -> Iterator[AxisComparison]:
     """With p values corrected for all that is compared on a scale, and the verdicts."""
     raw = [value.p for each in found for value in each.values if value.p is not None]
     corrected = iter(holm(raw))
@@ -166,6 +166,8 @@ def _corrected(found: Sequence[Compared], metric: str) -> Iterator[Compared]:
             if value.p is not None and value.difference is not None:
                 p = next(corrected)
                 better = (value.difference.value < 0) != (metric in HIGHER_IS_BETTER)
-                value = replace(value, p=p, verdict="undecided" if p >= SURE else "better" if better else "worse")
+                value = replace(
+                    value, p=p, verdict="undecided" if p >= SIGNIFICANCE else "better" if better else "worse"
+                )
             values.append(value)
         yield replace(each, values=values)

@@ -16,13 +16,21 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.planning import published
-from tessera.planning.scaling_law import EvalPoint, fit, frontier, held_out, largest
+from tessera.planning.scaling_law import EvalPoint, fit, frontier, predict_held_out, largest_mask
 from tessera.reporting.estimates import Estimate
 from tessera.reporting.figures import COLORS, encode, label, new_figure, set_log_scale, style
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.studies.comparison import SCALES, Scale
-from tessera.studies.results import Result
-from tessera.studies.seed_aggregation import FinalPoints, Mean, Setting, active, after, equal_steps, final_points
+from tessera.studies.results import MemberResult
+from tessera.studies.seed_aggregation import (
+    FinalPoints,
+    MeanPoint,
+    Variant,
+    active,
+    points_at_step,
+    common_steps,
+    final_points,
+)
 from tessera.studies.study import Study
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MAX_COLUMNS = 4  # panels in a row
 RING: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "0.15", "markeredgewidth": 1.0}
 X_LABELS: dict[Scale, str] = {"steps": "training steps", "flops": "training FLOPs", "seconds": "seconds of training"}
-X_VALUES: dict[Scale, Callable[[Mean], float]] = {
+X_VALUES: dict[Scale, Callable[[MeanPoint], float]] = {
     "steps": lambda point: float(point.step),
     "flops": lambda point: point.flops,
     "seconds": lambda point: point.seconds,
@@ -61,7 +69,7 @@ class StudyFigure:
 class Curve:
     """Scores of one setting, by x."""
 
-    setting: Setting
+    setting: Variant
     x: Sequence[float]
     scores: Sequence[Estimate]
 
@@ -84,7 +92,7 @@ class Panel:
     law: LawPoints | None = None
 
 
-def against_compute(study: Study, settings: Sequence[Setting], metric: str) -> StudyFigure | None:
+def against_compute(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
     """Metric against training compute of every run, with the frontier."""
     curves = _curves(settings, "flops")
     if not curves:
@@ -104,24 +112,24 @@ def against_compute(study: Study, settings: Sequence[Setting], metric: str) -> S
     )
 
 
-def against_gmacs(study: Study, settings: Sequence[Setting], metric: str) -> StudyFigure | None:
+def against_gmacs(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
     """Metric against GMACs after equal steps: one panel for each step of study.marks and for the end, with the law."""
     settings = active([setting for setting in settings if setting.points])
-    steps = equal_steps(settings)
+    steps = common_steps(settings)
     steps = [step for step in steps if step in study.marks.steps or step == steps[-1]]
     if not steps or len({setting.gmacs for setting in settings}) < 2:
         return None
     panels = []
-    for points in (after(settings, step) for step in steps):
+    for points in (points_at_step(settings, step) for step in steps):
         curves = [Curve(setting, [setting.gmacs], [score]) for setting, score in zip(settings, points.y)]
         law = _law_points(study, points, "gmacs", metric)
-        panels.append(Panel(curves, "GMACs of a forward pass", points.where, law=law))
+        panels.append(Panel(curves, "GMACs of a forward pass", points.description, law=law))
     caption = f"{metric} against GMACs after equal training steps; {_intervals(settings)}."
     rows = [panels[start : start + MAX_COLUMNS] for start in range(0, len(panels), MAX_COLUMNS)]
     return _plot("gmacs", caption, study.axes, metric, rows)
 
 
-def over_steps(study: Study, settings: Sequence[Setting], metric: str) -> StudyFigure | None:
+def over_steps(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
     """Metric over training steps. One panel for each value of the second axis; below, of the first axis."""
     curves = _curves(settings, "steps")
     if all(len(curve.x) < 2 for curve in curves):
@@ -136,22 +144,26 @@ def over_steps(study: Study, settings: Sequence[Setting], metric: str) -> StudyF
     return _plot("steps", caption, study.axes, metric, rows or [[Panel(curves, X_LABELS["steps"])]])
 
 
-def sampling_compute(study: Study, settings: Sequence[Setting], metric: str) -> StudyFigure | None:
+def sampling_compute(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
     """Metric against the compute of one image, one line for each model: the effect of more sampling steps."""
     curves = [
-        Curve(setting, [sampled.macs / 1e9 for sampled in setting.drawn], [sampled.score for sampled in setting.drawn])
+        Curve(
+            setting,
+            [sampled.macs / 1e9 for sampled in setting.sampling_points],
+            [sampled.score for sampled in setting.sampling_points],
+        )
         for setting in settings
-        if setting.drawn
+        if setting.sampling_points
     ]
     if not curves:
         return None
-    counts = sorted({sampled.steps for curve in curves for sampled in curve.setting.drawn})
+    counts = sorted({sampled.num_steps for curve in curves for sampled in curve.setting.sampling_points})
     caption = f"{metric} against the compute of one image, {', '.join(map(str, counts))} sampling steps"
     panel = Panel(curves, "GMACs per image (all calls of the network)")
     return _plot("sampling", f"{caption}; {_intervals(settings)}.", study.axes, metric, [[panel]])
 
 
-def comparison(study: Study, settings: Sequence[Setting], metric: str) -> StudyFigure | None:
+def comparison(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
     """Metric against steps, training FLOPs and time: means over seeds with their range."""
     if study.compare is None or not _curves(settings, "steps"):
         return None
@@ -168,8 +180,8 @@ def paper_law(held_out: Sequence[bool]) -> StudyFigure:
     """FID-50K after 400K steps against GMACs for the twelve published models, with the law."""
     curves = []
     for model in published.MODELS:
-        values = {"size": model.size, "patch_size": str(model.patch)}
-        setting = Setting(model.name, values, (0,), True, model.parameters, model.gmacs, [], [])
+        values = {"size": model.size, "patch_size": str(model.patch_size)}
+        setting = Variant(model.name, values, (0,), True, model.parameters, model.gmacs, [], [])
         curves.append(Curve(setting, [model.gmacs], [Estimate(model.fid, model.fid, model.fid)]))
     gmacs, fid = [model.gmacs for model in published.MODELS], [model.fid for model in published.MODELS]
     panel = Panel(curves, "GMACs of a forward pass (the paper's Gflops)", law=LawPoints(gmacs, fid, held_out))
@@ -178,13 +190,13 @@ def paper_law(held_out: Sequence[bool]) -> StudyFigure:
     return _plot("paper-law", caption, axes, "FID-50K", [[panel]])
 
 
-def image_grids(study: Study, results: Sequence[Result]) -> StudyFigure | None:
+def image_grids(study: Study, results: Sequence[MemberResult]) -> StudyFigure | None:
     """The last grid of samples of every setting, from its first seed that has one, arranged by the axes."""
     first, *others = study.axes
     crops: dict[tuple[str, str], np.ndarray] = {}
     for result in results:
         key = (" ".join(result.values[axis] for axis in others), result.values[first])
-        crop = _crop(result.pictures) if key not in crops else None
+        crop = _crop(result.sample_grid) if key not in crops else None
         if crop is not None:
             crops[key] = crop
     if not crops:
@@ -208,12 +220,12 @@ def image_grids(study: Study, results: Sequence[Result]) -> StudyFigure | None:
             if column == columns[0] and row:
                 axes.set_ylabel(label(f"{others[0]} {row}" if len(others) == 1 else row))
         caption = "The last grid of samples of each member: the same seeds everywhere, a column a class, cropped."
-        unfinished = [result.name for result in results if result.pictures is not None and result.state != "done"]
+        unfinished = [result.name for result in results if result.sample_grid is not None and result.state != "done"]
         caption += f" Not done: {', '.join(unfinished)}." if unfinished else ""
         return StudyFigure("images", caption, encode(figure, "png"), encode(figure, "svg"))
 
 
-def eval_points(settings: Sequence[Setting]) -> list[EvalPoint]:
+def eval_points(settings: Sequence[Variant]) -> list[EvalPoint]:
     """Every scored point: what the frontier is made of."""
     return [
         EvalPoint(setting.name, setting.gmacs, round(point.samples), point.score.value)
@@ -222,7 +234,7 @@ def eval_points(settings: Sequence[Setting]) -> list[EvalPoint]:
     ]
 
 
-def _curves(settings: Sequence[Setting], scale: Scale) -> list[Curve]:
+def _curves(settings: Sequence[Variant], scale: Scale) -> list[Curve]:
     """Scores on the way of each setting, where x is above zero."""
     x = X_VALUES[scale]
     points = [(setting, [point for point in setting.points if x(point) > 0]) for setting in settings]
@@ -232,10 +244,10 @@ def _curves(settings: Sequence[Setting], scale: Scale) -> list[Curve]:
 def _law_points(study: Study, points: FinalPoints, against: Literal["gmacs", "flops"], metric: str) -> LawPoints | None:
     if study.law is None or study.law.against != against or metric in HIGHER_IS_BETTER:
         return None
-    return LawPoints(points.x, points.values, largest(points.x, min(study.law.held_out, len(points.x))))
+    return LawPoints(points.x, points.values, largest_mask(points.x, min(study.law.held_out, len(points.x))))
 
 
-def _intervals(settings: Sequence[Setting], shape: str = "bars") -> str:
+def _intervals(settings: Sequence[Variant], shape: str = "bars") -> str:
     if any(len(setting.seeds) > 1 for setting in settings):
         return f"lines are means over seeds, {shape} from the lowest to the highest seed"
     return f"one seed, {shape} the metric's own 95 % interval"
@@ -309,11 +321,11 @@ def _plot_law(axes: "Axes", points: LawPoints) -> list[Estimate]:
     except TesseraError:
         return []
     x = np.geomspace(law.low, law.high, 60)
-    band = [law.band(float(value)) for value in x]
+    band = [law.confidence(float(value)) for value in x]
     axes.fill_between(x, [b.low for b in band], [b.high for b in band], color="0.5", alpha=0.18, linewidth=0, zorder=0)
     axes.plot(x, [b.value for b in band], color="0.35", zorder=1, linewidth=1.2, label="law of all, 95 % band")
     try:
-        predicted = held_out(points.x, points.y, points.held_out)
+        predicted = predict_held_out(points.x, points.y, points.held_out)
     except TesseraError:
         return band
     for point in predicted:

@@ -26,10 +26,17 @@ from tessera.reporting.estimates import Estimate, kendall, spearman
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_duration, format_number
 from tessera.studies import figures
-from tessera.studies.comparison import Compared, Scale, Value, compare
+from tessera.studies.comparison import AxisComparison, Scale, ComparedValue, compare
 from tessera.studies.figures import StudyFigure, eval_points
-from tessera.studies.results import Result
-from tessera.studies.seed_aggregation import FinalPoints, Setting, check_alike, deciding, final_points, settings
+from tessera.studies.results import MemberResult
+from tessera.studies.seed_aggregation import (
+    FinalPoints,
+    Variant,
+    check_one_protocol,
+    main_metric,
+    final_points,
+    average_seeds,
+)
 from tessera.studies.study import Study
 
 REPORT, FIGURES = "report.md", "figures"
@@ -51,27 +58,27 @@ COMPARISON_METHOD = (
 )
 
 
-def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
+def write(study: Study, results: Sequence[MemberResult], folder: Path) -> Path:
     """Write the report of a study in any state to a folder. Returns the path of report.md.
 
     Raises TesseraError if scores of one metric have different protocols, or if a file cannot be written.
     """
-    check_alike(results)
-    metric = deciding(results)
-    averaged = settings(results, metric) if metric else []
+    check_one_protocol(results)
+    metric = main_metric(results)
+    averaged = average_seeds(results, metric) if metric else []
     atomic_write(folder / "table.csv", _points_csv(results))
     atomic_write(folder / "sampling.csv", _sampling_csv(results))
     law, no_law_reason = _fit_law(study, results, averaged, metric)
     if law is None:
-        (folder / scaling_law.FILE).unlink(missing_ok=True)  # a previous one would not belong to this report
+        (folder / scaling_law.LAW_FILE).unlink(missing_ok=True)  # a previous one would not belong to this report
     else:
-        law.save(folder / scaling_law.FILE)
+        law.save(folder / scaling_law.LAW_FILE)
 
     blocks: list[Block] = [Paragraph(_state(results))]
     if metric:
         compared = list(compare(study.compare, results, metric)) if study.compare else []
         answer = [] if study.law or study.compare else [*_best(study, averaged, metric)]
-        answer += [*_scaling(study, averaged, metric), *(law.words() if law else filter(None, [no_law_reason]))]
+        answer += [*_scaling(study, averaged, metric), *(law.summary() if law else filter(None, [no_law_reason]))]
         answer += [*_sampling(averaged, metric), *(_verdict(study, each, metric) for each in compared)]
         if study.compare and not compared:
             answer.append(
@@ -88,7 +95,7 @@ def write(study: Study, results: Sequence[Result], folder: Path) -> Path:
 # The answer
 
 
-def _state(results: Sequence[Result]) -> str:
+def _state(results: Sequence[MemberResult]) -> str:
     text = f"{sum(result.state == 'done' for result in results)} of {len(results)} members are done."
     for state in ("failed", "unfinished", "not begun"):
         names = [result.name for result in results if result.state == state]
@@ -96,7 +103,7 @@ def _state(results: Sequence[Result]) -> str:
     return text
 
 
-def _best(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator[str]:
+def _best(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[str]:
     """Without a law or a comparison: the best setting for each value of the first axis."""
     axis = next(iter(study.axes))
     for value in study.axes[axis]:
@@ -110,7 +117,7 @@ def _best(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator[st
         yield f"{text}, {_range(score)}." + (f" Intervals overlap with {', '.join(near)}." if near else "")
 
 
-def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator[str]:
+def _scaling(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[str]:
     """Whether more compute gives a better metric."""
     if study.law is None:
         return
@@ -121,7 +128,7 @@ def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator
             raise TesseraError("no step is common to all that were scored")
         rho, tau = (measure(points.x, points.values) for measure in (spearman, kendall))
     except TesseraError as error:
-        where = f" {points.where}" if points.where else ""
+        where = f" {points.description}" if points.description else ""
         yield f"The correlation of {metric} with {compute}{where} is unknown: {error}."
         if not points.x:
             return
@@ -129,7 +136,7 @@ def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator
         sign = "lower" if rho.high < 0 else "higher" if rho.low > 0 else ""
         opening = f"More {compute} go with a {sign} {metric}" if sign else f"No clear effect of {compute} on {metric}"
         correlations = f"Spearman's rank correlation is {_range(rho)}, Kendall's {_range(tau)}"
-        yield f"{opening} {points.where}: {correlations}, over {len(points.x)} settings."
+        yield f"{opening} {points.description}: {correlations}, over {len(points.x)} settings."
     if metric in HIGHER_IS_BETTER:
         yield f"No law: for {metric} higher is better, and laws are fitted to metrics that fall."
         return
@@ -141,7 +148,7 @@ def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator
     exponent = line.exponent
     yield (
         f"{metric} follows {compute}^-{exponent.value:.3f} (exponent {exponent.low:.3f} to {exponent.high:.3f}) "
-        f"{points.where}, over {_fold(max(points.x) / min(points.x))} in {compute}. The points deviate by "
+        f"{points.description}, over {_fold(max(points.x) / min(points.x))} in {compute}. The points deviate by "
         f"{_deviation(line.error)} from the line."
         + ("" if exponent.low > 0 else " The interval contains zero: there may be no decrease at all.")
     )
@@ -149,13 +156,13 @@ def _scaling(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator
 
 
 def _held_out(points: FinalPoints, count: int, metric: str) -> Iterator[str]:
-    mask = scaling_law.largest(points.x, count)
+    mask = scaling_law.largest_mask(points.x, count)
     try:
-        predicted = scaling_law.held_out(points.x, points.values, mask)
+        predicted = scaling_law.predict_held_out(points.x, points.values, mask)
     except TesseraError as error:
         yield f"The law cannot be tested on the largest: {str(error).removeprefix('no law: ')} without those held out."
         return
-    names = sorted((x, setting.name) for x, setting, held_out in zip(points.x, points.settings, mask) if held_out)
+    names = sorted((x, setting.name) for x, setting, held_out in zip(points.x, points.variants, mask) if held_out)
     for (_, name), point in zip(names, predicted):
         yield (
             f"Held out: the law of the others predicts {metric} {_range(point.predicted)} for {name}; measured "
@@ -164,16 +171,16 @@ def _held_out(points: FinalPoints, count: int, metric: str) -> Iterator[str]:
         )
 
 
-def _sampling(averaged: Sequence[Setting], metric: str) -> Iterator[str]:
+def _sampling(averaged: Sequence[Variant], metric: str) -> Iterator[str]:
     """Whether more sampling steps can replace a larger model."""
     wins = pairs = 0
     sign = -1 if metric in HIGHER_IS_BETTER else 1
-    for one, other in combinations([setting for setting in averaged if setting.drawn], 2):
+    for one, other in combinations([setting for setting in averaged if setting.sampling_points], 2):
         small, large = sorted((one, other), key=lambda setting: setting.gmacs)
         if large.gmacs <= small.gmacs * 1.01:
             continue
-        for less in large.drawn:
-            for more in (sampled for sampled in small.drawn if sampled.macs >= less.macs):
+        for less in large.sampling_points:
+            for more in (sampled for sampled in small.sampling_points if sampled.macs >= less.macs):
                 pairs += 1
                 wins += sign * (more.score.value - less.score.value) < 0
     if pairs:
@@ -183,7 +190,7 @@ def _sampling(averaged: Sequence[Setting], metric: str) -> Iterator[str]:
         )
 
 
-def _verdict(study: Study, compared: Compared, metric: str) -> str:
+def _verdict(study: Study, compared: AxisComparison, metric: str) -> str:
     """Which value is best, by how much, and whether the difference is significant."""
     assert study.compare is not None
     baseline, *others = compared.values
@@ -207,7 +214,7 @@ def _verdict(study: Study, compared: Compared, metric: str) -> str:
     )
 
 
-def _relative_change(value: Value, baseline: Value) -> str:
+def _relative_change(value: ComparedValue, baseline: ComparedValue) -> str:
     """The relative difference to the baseline; with one seed, without an interval."""
     if value.relative is not None:
         relative = value.relative
@@ -218,7 +225,7 @@ def _relative_change(value: Value, baseline: Value) -> str:
 
 
 def _fit_law(
-    study: Study, results: Sequence[Result], averaged: Sequence[Setting], metric: str | None
+    study: Study, results: Sequence[MemberResult], averaged: Sequence[Variant], metric: str | None
 ) -> tuple[Law | None, str]:
     """The law of the best size for a compute budget, or the reason why there is none."""
     if study.law is None or metric is None or metric in HIGHER_IS_BETTER:
@@ -234,7 +241,7 @@ def _fit_law(
 
 
 def _figures(
-    study: Study, results: Sequence[Result], averaged: Sequence[Setting], metric: str, folder: Path
+    study: Study, results: Sequence[MemberResult], averaged: Sequence[Variant], metric: str, folder: Path
 ) -> Iterator[Block]:
     """The figures for which there are data. Files of the others, from an earlier report, are removed."""
     makers: dict[str, tuple[Any, Callable[[], StudyFigure | None]]] = {  # whether the study requests it, and how
@@ -258,7 +265,7 @@ def _figures(
             yield Paragraph(f"There are no data yet for the figure “{TITLES[name]}”.")
 
 
-def _comparisons(compared: Sequence[Compared], metric: str) -> Iterator[Block]:
+def _comparisons(compared: Sequence[AxisComparison], metric: str) -> Iterator[Block]:
     if compared:
         yield Heading("Comparison at equal cost")
         yield Paragraph(COMPARISON_METHOD)
@@ -271,19 +278,19 @@ def _comparisons(compared: Sequence[Compared], metric: str) -> Iterator[Block]:
             rows.append([value.name, str(len(value.seeds)), _range(value.mean), difference, change, p, value.verdict])
         yield Heading(f"At equal {SCALE_NAMES[each.scale]}: {_at(each)}{_alike(each)}", level=3)
         yield Table(rows, ["value", "seeds", metric, "minus baseline", "relative", "p", "verdict"])
-        if each.missing:
-            yield Paragraph(f"Without {', '.join(each.missing)}.")
+        if each.excluded:
+            yield Paragraph(f"Without {', '.join(each.excluded)}.")
 
 
-def _exponents(study: Study, averaged: Sequence[Setting], metric: str) -> Iterator[Block]:
+def _exponents(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[Block]:
     """The law of all settings, and of those with each value of each axis: is it the same along both axes?"""
     if study.law is None or metric in HIGHER_IS_BETTER:
         return
     points = final_points(averaged, study.law.against)
-    groups = {"all": list(range(len(points.settings)))}
+    groups = {"all": list(range(len(points.variants)))}
     for axis, values in study.axes.items() if len(study.axes) > 1 else ():
         for value in values:
-            groups[f"{axis} {value}"] = [i for i, s in enumerate(points.settings) if s.values[axis] == value]
+            groups[f"{axis} {value}"] = [i for i, s in enumerate(points.variants) if s.values[axis] == value]
     rows = []
     for name, chosen in groups.items():
         try:
@@ -292,11 +299,11 @@ def _exponents(study: Study, averaged: Sequence[Setting], metric: str) -> Iterat
             rows.append([name, str(len(chosen)), str(error), ""])
         else:
             rows.append([name, str(len(chosen)), _range(line.exponent, 3), _deviation(line.error)])
-    yield Heading(f"Scaling law {points.where}".strip())
+    yield Heading(f"Scaling law {points.description}".strip())
     yield Table(rows, ["settings", "points", "exponent (95 %)", "deviation"])
 
 
-def _members(results: Sequence[Result]) -> Iterator[Block]:
+def _members(results: Sequence[MemberResult]) -> Iterator[Block]:
     metrics = list(dict.fromkeys(name for result in results for point in result.points for name in point.scores))
     times = {  # actual and planned seconds
         result.name: (result.points[-1].seconds, result.planned_seconds)
@@ -321,14 +328,16 @@ def _members(results: Sequence[Result]) -> Iterator[Block]:
             f"Training of the {len(times)} that are done: planned {format_duration(planned)}, actual "
             f"{format_duration(actual)} ({actual / planned:.2f} of the plan). Scoring and sampling are not included."
         )
-    failed = [(result.name, (result.fault or "").strip()) for result in results if result.state == "failed"]
+    failed = [(result.name, (result.error or "").strip()) for result in results if result.state == "failed"]
     if failed:
         yield Bullets(
             [f"{name} failed: {(fault or 'no reason is known').splitlines()[0][:300]}" for name, fault in failed]
         )
 
 
-def _limits(study: Study, results: Sequence[Result], averaged: Sequence[Setting], metric: str | None) -> Iterator[str]:
+def _limits(
+    study: Study, results: Sequence[MemberResult], averaged: Sequence[Variant], metric: str | None
+) -> Iterator[str]:
     """For what the data are too few or too close together."""
     if metric is None:
         yield "Nothing is scored yet."
@@ -359,7 +368,7 @@ def _limits(study: Study, results: Sequence[Result], averaged: Sequence[Setting]
         yield "All members share their other settings. Each design might improve with its own learning rate."
 
 
-def _protocol(results: Sequence[Result]) -> Iterator[Block]:
+def _protocol(results: Sequence[MemberResult]) -> Iterator[Block]:
     """How each metric was scored."""
     rows: dict[str, list[str]] = {}
     for name, score in (pair for result in results for point in result.points for pair in point.scores.items()):
@@ -376,7 +385,7 @@ def _protocol(results: Sequence[Result]) -> Iterator[Block]:
 # CSV
 
 
-def _points_csv(results: Sequence[Result]) -> str:
+def _points_csv(results: Sequence[MemberResult]) -> str:
     rows = []
     for result in results:
         member = {"member": result.name, **result.values, "seed": result.seed, "state": result.state}
@@ -387,13 +396,13 @@ def _points_csv(results: Sequence[Result]) -> str:
     return _csv(rows)
 
 
-def _sampling_csv(results: Sequence[Result]) -> str:
+def _sampling_csv(results: Sequence[MemberResult]) -> str:
     rows = []
     for result in results:
         member = {"member": result.name, **result.values, "seed": result.seed}
         member |= {"parameters": result.parameters, "gmacs": result.macs / 1e9}
-        for sampled in result.drawn:
-            cost = {"sampling_steps": sampled.steps, "gmacs_per_image": sampled.macs / 1e9}
+        for sampled in result.sampling_points:
+            cost = {"sampling_steps": sampled.num_steps, "gmacs_per_image": sampled.macs / 1e9}
             rows.append(member | cost | _score_columns(sampled.scores))
     return _csv(rows)
 
@@ -431,14 +440,14 @@ def _fold(ratio: float) -> str:
     return f"a {format_number(ratio)}-fold range"
 
 
-def _at(compared: Compared) -> str:
+def _at(compared: AxisComparison) -> str:
     if compared.scale == "seconds":
         return format_duration(compared.x)
     return f"{compared.x:,.0f}" if compared.scale == "steps" else f"{compared.x:.3g}"
 
 
-def _alike(compared: Compared) -> str:
-    return "".join(f", {axis} {value}" for axis, value in compared.alike.items())
+def _alike(compared: AxisComparison) -> str:
+    return "".join(f", {axis} {value}" for axis, value in compared.other_axes.items())
 
 
 def _sentence(text: str) -> str:

@@ -11,14 +11,14 @@ from tessera.evaluation import protocol
 from tessera.evaluation.protocol import Score
 from tessera.monitoring.logger import read_log
 from tessera.studies.study import Study, members
-from tessera.studies.study_plan import MEMBERS, Planned, kept
-from tessera.studies.worker import FAILED, done, drawn_path
+from tessera.studies.study_plan import MEMBERS, MemberPlan, read_plan
+from tessera.studies.worker import FAILED, is_done, sampling_scores_path
 from tessera.training import scores
 from tessera.training.run import SAMPLES
 
 
 @dataclass(frozen=True)
-class Point:
+class TrainingPoint:
     """The scores of a member somewhere on its way."""
 
     step: int
@@ -29,37 +29,37 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SamplingPoint:
     """The scores of a finished member that draws with another number of steps."""
 
-    steps: int
+    num_steps: int
     macs: float  # multiply-adds for one picture: all calls of the network, guidance included
     scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
-class Result:
+class MemberResult:
     """One member. `points` are in the order of steps; the last is the end, if state is done."""
 
     name: str
     values: dict[str, str]  # axis: value
     seed: int
     state: Literal["done", "unfinished", "failed", "not begun"]
-    fault: str | None  # why it failed, for people
+    error: str | None  # why it failed, for people
     parameters: int
     macs: float  # multiply-adds of a forward pass of one sample
     planned_seconds: float  # of training, as planned before it began
-    points: list[Point]
-    drawn: list[Drawn]
-    pictures: Path | None  # the last grid of samples, one column a class
+    points: list[TrainingPoint]
+    sampling_points: list[SamplingPoint]
+    sample_grid: Path | None  # the last grid of samples, one column a class
 
 
-def read(study: Study, folder: Path) -> list[Result]:
+def read_results(study: Study, folder: Path) -> list[MemberResult]:
     """What the files of a study's folder say, whatever state they are in; members in the study's order.
 
     Raises TesseraError if no study was begun there.
     """
-    planned = kept(folder)
+    planned = read_plan(folder)
     if planned is None:
         raise TesseraError(f"{folder} holds no study yet: begin it with `tessera study STUDY.yaml`")
     names = [member.name for member in members(study)]
@@ -70,37 +70,37 @@ def read(study: Study, folder: Path) -> list[Result]:
     return [_result(study, name, planned.members[name], folder / MEMBERS / name) for name in names]
 
 
-def _result(study: Study, name: str, planned: Planned, run: Path) -> Result:
+def _result(study: Study, name: str, planned: MemberPlan, run: Path) -> MemberResult:
     log, batch = read_log(run), planned.recipe.training.global_batch_size
     points = [
-        Point(step, step * batch, planned.flops_per_step * step, training_seconds(log, batch, step), found)
+        TrainingPoint(step, step * batch, planned.flops_per_step * step, training_seconds(log, batch, step), found)
         for step, found in scores.history(run).items()
     ]
     drawn = [
-        Drawn(steps, planned.drawing_macs[steps], _by_metric(drawn_path(run, steps)))
+        SamplingPoint(steps, planned.sampling_macs[steps], _by_metric(sampling_scores_path(run, steps)))
         for steps in sorted(study.sampling_steps)
-        if drawn_path(run, steps).exists()
+        if sampling_scores_path(run, steps).exists()
     ]
     failed = run / FAILED
     state: Literal["done", "unfinished", "failed", "not begun"] = "not begun"
-    if done(run, planned.steps, study.sampling_steps):
+    if is_done(run, planned.steps, study.sampling_steps):
         state = "done"
     elif failed.exists():
         state = "failed"
     elif run.exists():
         state = "unfinished"
-    return Result(
+    return MemberResult(
         name=name,
         values=planned.values,
         seed=planned.seed,
         state=state,
-        fault=failed.read_text(encoding="utf-8").strip() if state == "failed" else None,
+        error=failed.read_text(encoding="utf-8").strip() if state == "failed" else None,
         parameters=planned.parameters,
         macs=planned.macs,
         planned_seconds=planned.seconds,
         points=points,
-        drawn=drawn,
-        pictures=max((run / SAMPLES).glob("step-*.png"), default=None),
+        sampling_points=drawn,
+        sample_grid=max((run / SAMPLES).glob("step-*.png"), default=None),
     )
 
 

@@ -17,19 +17,19 @@ from tessera.files import InUse, atomic_write, exclusive_lock
 from tessera.monitoring.logger import read_log
 from tessera.reporting.text import format_duration
 from tessera.studies import worker as apart
-from tessera.studies.results import Result, read
+from tessera.studies.results import MemberResult, read_results
 from tessera.studies.study import Study
-from tessera.studies.study_plan import MEMBERS, Planned, StudyPlan
+from tessera.studies.study_plan import MEMBERS, MemberPlan, StudyPlan
 from tessera.training.signals import stop_signals
 
 LOCKS = "locks"
-START = "spawn"  # how a process begins: from nothing, as one that is forked amid threads may hang
+START_METHOD = "spawn"  # how a process begins: from nothing, as one that is forked amid threads may hang
 PAUSE = 0.2  # seconds between looks at a member's process
 
 Say = Callable[[str], None]
 
 
-class Failed(TesseraError):
+class MembersFailed(TesseraError):
     """Members of a study failed; the others are done."""
 
 
@@ -44,7 +44,7 @@ def run_study(study: Study, planned: StudyPlan, names: Sequence[str], retry: boo
             run, member = folder / MEMBERS / name, planned.members[name]
             try:
                 with exclusive_lock(folder / LOCKS / name):
-                    if apart.done(run, member.steps, study.sampling_steps):
+                    if apart.is_done(run, member.steps, study.sampling_steps):
                         continue
                     if (run / apart.FAILED).exists() and not retry:
                         say(f"{name} failed before and is passed over; --retry tries it again")
@@ -58,7 +58,7 @@ def run_study(study: Study, planned: StudyPlan, names: Sequence[str], retry: boo
                 say(f"{name} is being run by another command")
             if stopping:
                 break
-    results = {result.name: result for result in read(study, folder)}
+    results = {result.name: result for result in read_results(study, folder)}
     if stopping:
         raise Interrupted(
             f"stopped, everything saved in {folder}: {_standing([results[name] for name in names])}; run the same "
@@ -66,17 +66,17 @@ def run_study(study: Study, planned: StudyPlan, names: Sequence[str], retry: boo
         )
     failed = [name for name in names if results[name].state == "failed"]
     if failed:
-        raise Failed(
+        raise MembersFailed(
             f"{len(failed)} of {len(names)} members failed: {', '.join(failed)}; "
             f"{folder / MEMBERS}/NAME/{apart.FAILED} says why, --retry tries them again"
         )
 
 
-def _process_of(study: Study, member: Planned, stopping: list[int]) -> str | None:
+def _process_of(study: Study, member: MemberPlan, stopping: list[int]) -> str | None:
     """Run a member in a process of its own; why it failed, if it did. What arrives in `stopping` is handed on."""
-    context = multiprocessing.get_context(START)
+    context = multiprocessing.get_context(START_METHOD)
     here, there = context.Pipe()
-    process = context.Process(target=apart.process, args=(member.recipe, study.sampling_steps, there))
+    process = context.Process(target=apart.main, args=(member.recipe, study.sampling_steps, there))
     with _held_back(signal.SIGINT):  # until it can take it: see `member.process`
         process.start()
     there.close()
@@ -95,7 +95,7 @@ def _process_of(study: Study, member: Planned, stopping: list[int]) -> str | Non
         process.join()
         here.close()
     code = process.exitcode
-    if code == apart.ASKED_TO_STOP and not stopping:
+    if code == apart.STOPPED and not stopping:
         stopping.append(signal.SIGTERM)  # the process alone was asked
     if stopping or code == 0:
         return None
@@ -123,7 +123,7 @@ def _held_back(number: signal.Signals) -> Iterator[None]:
 
 def _times(study: Study, planned: StudyPlan, name: str, names: Sequence[str]) -> str:
     """What the member was planned to take, and what the whole still takes if planned times are as wrong as so far."""
-    results = {result.name: result for result in read(study, Path(study.output))}
+    results = {result.name: result for result in read_results(study, Path(study.output))}
     finished = [result for result in results.values() if result.state == "done" and result.points]
     took, meant = sum(one.points[-1].seconds for one in finished), sum(one.planned_seconds for one in finished)
     ratio = took / meant if meant else 1.0
@@ -132,12 +132,12 @@ def _times(study: Study, planned: StudyPlan, name: str, names: Sequence[str]) ->
         member, result = planned.members[other], results[other]
         if result.state in ("unfinished", "not begun"):
             log = read_log(Path(study.output) / MEMBERS / other)
-            left += member.all_seconds * (1 - min(1.0, log[-1]["step"] / member.steps if log else 0.0))
+            left += member.total_seconds * (1 - min(1.0, log[-1]["step"] / member.steps if log else 0.0))
     scaled = f"; so far {ratio:.2g} times as long as planned" if finished else ""
-    return f"planned {format_duration(planned.members[name].all_seconds)}, about {format_duration(left * ratio)} left of all{scaled}"
+    return f"planned {format_duration(planned.members[name].total_seconds)}, about {format_duration(left * ratio)} left of all{scaled}"
 
 
-def _standing(results: Sequence[Result]) -> str:
+def _standing(results: Sequence[MemberResult]) -> str:
     """How many members are where."""
     states = ("done", "unfinished", "failed", "not begun")
     counts = {state: sum(result.state == state for result in results) for state in states}

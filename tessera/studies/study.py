@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings, flat, override, read_yaml, unknown, validate
+from tessera.settings import Settings, apply_overrides, flatten, read_yaml, unknown_name, validate
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of a value: part of a folder's name
 SAID_OTHERWISE = {  # settings that a study decides itself
@@ -24,7 +24,7 @@ SAID_OTHERWISE = {  # settings that a study decides itself
 
 def _dotted(value: Any) -> Any:
     """Nested settings under dotted names, the kind of a choice first, as it drops what it replaces."""
-    return flat(_kinds_first(value)) if isinstance(value, dict) else {} if value is None else value
+    return flatten(_kinds_first(value)) if isinstance(value, dict) else {} if value is None else value
 
 
 def _kinds_first(value: Any) -> Any:
@@ -114,9 +114,9 @@ class Study(Settings):
                     raise ValueError(f"{name} is not a member's to set: {instead}")
         if self.compare is not None:
             if self.compare.axis not in self.axes:
-                raise ValueError(unknown("axis", self.compare.axis, self.axes))
+                raise ValueError(unknown_name("axis", self.compare.axis, self.axes))
             if self.compare.baseline not in self.axes[self.compare.axis]:
-                raise ValueError(unknown("value", self.compare.baseline, self.axes[self.compare.axis]))
+                raise ValueError(unknown_name("value", self.compare.baseline, self.axes[self.compare.axis]))
         return self
 
 
@@ -142,14 +142,14 @@ def members(study: Study) -> Iterator[Member]:
             yield Member(name, values, seed, overrides | {"training.seed": seed})
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Study:
+def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """A study's file with dotted overrides (`budget.steps=500`, `set.training.global_batch_size=64`). Raises TesseraError.
 
     `output` is runs/<the file's name> where none is given; `recipe` becomes a path from here.
     """
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
-    data = override({"output": f"runs/{path.stem}", **read_yaml(path)}, list(overrides), "budget.steps=500")
+    data = apply_overrides({"output": f"runs/{path.stem}", **read_yaml(path)}, list(overrides), "budget.steps=500")
     study = validate(Study, data, f"study {path}")
     recipe = path.parent / study.recipe
     if not recipe.exists():

@@ -41,7 +41,7 @@ PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "referen
 WHERE = {"run_dir", "training.device", "training.num_workers", "training.tensorboard", "evaluation.reference_folder"}
 
 
-class Planned(Settings):
+class MemberPlan(Settings):
     """One member: what it is, and what it will take."""
 
     values: dict[str, str]
@@ -49,11 +49,11 @@ class Planned(Settings):
     recipe: Recipe
     parameters: int
     macs: float  # multiply-adds of a forward pass of one sample
-    drawing_macs: dict[int, float]  # of one picture: all calls of the network, by the number of steps
+    sampling_macs: dict[int, float]  # of one picture: all calls of the network, by the number of steps
     memory_bytes: int
     fits: bool
     seconds: float  # of training
-    scoring_seconds: float  # of drawing and scoring, at the marks and with other numbers of steps
+    evaluation_seconds: float  # of drawing and scoring, at the marks and with other numbers of steps
 
     @property
     def steps(self) -> int:
@@ -69,39 +69,39 @@ class Planned(Settings):
         return self.flops_per_step * self.steps
 
     @property
-    def all_flops(self) -> float:
+    def total_flops(self) -> float:
         """With the pictures drawn at the marks: what shards are balanced by, the same on every machine."""
-        return self.flops + 2 * self.scoring_macs
+        return self.flops + 2 * self.evaluation_macs
 
     @property
-    def scoring_macs(self) -> float:
+    def evaluation_macs(self) -> float:
         """Multiply-adds of all pictures that are drawn to be scored, at the marks and with other numbers of steps."""
-        at_marks = self.drawing_macs[self.recipe.sampling.num_steps]
-        each = sum(self.drawing_macs.values()) - at_marks + at_marks * len(self.recipe.evaluation.at)
+        at_marks = self.sampling_macs[self.recipe.sampling.num_steps]
+        each = sum(self.sampling_macs.values()) - at_marks + at_marks * len(self.recipe.evaluation.at)
         return each * self.recipe.evaluation.num_samples
 
     @property
-    def all_seconds(self) -> float:
-        return self.seconds + self.scoring_seconds
+    def total_seconds(self) -> float:
+        return self.seconds + self.evaluation_seconds
 
 
 class StudyPlan(Settings):
     """All members in the order in which they run."""
 
     format: Literal[1] = 1
-    members: dict[str, Planned]
+    members: dict[str, MemberPlan]
 
     @property
     def seconds(self) -> float:
         """On one machine."""
-        return sum(member.all_seconds for member in self.members.values())
+        return sum(member.total_seconds for member in self.members.values())
 
 
 # The members' recipes
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ResolvedMember:
     """A member whose recipe is known to be possible."""
 
     member: Member
@@ -110,7 +110,7 @@ class Prepared:
     macs: float
 
 
-def prepare(study: Study) -> list[Prepared]:
+def resolve_members(study: Study) -> list[ResolvedMember]:
     """Every member's whole recipe. Raises TesseraError that names each impossible one, or what is not scored alike."""
     opened: dict[str, Any] = {}
     found, faults = [], []
@@ -128,18 +128,18 @@ def prepare(study: Study) -> list[Prepared]:
     return found
 
 
-def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> Prepared:
+def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> ResolvedMember:
     words = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
     folder = Path(study.output) / MEMBERS / member.name
-    recipe = resolved(read_recipe(Path(study.recipe), [*words, f"run_dir={json.dumps(str(folder))}"]), opened)
+    recipe = resolve(read_recipe(Path(study.recipe), [*words, f"run_dir={json.dumps(str(folder))}"]), opened)
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()
     per_step = 6 * macs * recipe.training.global_batch_size
-    steps = steps_of(study.budget, per_step)
+    steps = training_steps(study.budget, per_step)
     scored = {
         "every": None,
-        "at": marks_of(study.marks, per_step, steps),
+        "at": evaluation_steps(study.marks, per_step, steps),
         "reference_folder": str(Path(study.output) / REFERENCE),
     }
     recipe = recipe.model_copy(
@@ -151,10 +151,10 @@ def _prepared(study: Study, member: Member, opened: dict[str, Any]) -> Prepared:
     process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
     for number in study.sampling_steps:
         timestep_grid(recipe.sampling.timestep_spacing, number, process)
-    return Prepared(member, recipe, parameter_count(network), macs)
+    return ResolvedMember(member, recipe, parameter_count(network), macs)
 
 
-def resolved(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
+def resolve(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
     """A recipe with every size filled in. opened: what was opened before, by the data and the codec."""
     config = recipe.training
     if config.init_from is not None:
@@ -173,7 +173,7 @@ def resolved(recipe: Recipe, opened: dict[str, Any]) -> Recipe:
     return resolve_recipe(recipe, class_names, codec)
 
 
-def steps_of(budget: Budget, flops_per_step: float) -> int:
+def training_steps(budget: Budget, flops_per_step: float) -> int:
     """How long a member trains: the whole number of steps nearest to the budget, one at least."""
     if budget.steps is not None:
         return budget.steps
@@ -181,7 +181,7 @@ def steps_of(budget: Budget, flops_per_step: float) -> int:
     return max(1, round(budget.flops / flops_per_step))
 
 
-def marks_of(marks: Marks, flops_per_step: float, steps: int) -> tuple[int, ...]:
+def evaluation_steps(marks: Marks, flops_per_step: float, steps: int) -> tuple[int, ...]:
     """The steps at which a member is scored, the last being its end.
 
     A mark of FLOPs is the step nearest to it, so a member may be half a step away; marks past the end are left out.
@@ -190,7 +190,7 @@ def marks_of(marks: Marks, flops_per_step: float, steps: int) -> tuple[int, ...]
     return (*sorted(step for step in found if step < steps), steps)
 
 
-def protocol(recipe: Recipe) -> dict[str, Any]:
+def evaluation_protocol(recipe: Recipe) -> dict[str, Any]:
     """How a member is scored, as far as recipes say it."""
     evaluation, data = recipe.evaluation.model_dump(mode="json"), recipe.data.model_dump(mode="json")
     for name in ("every", "at", "reference_folder"):
@@ -201,11 +201,11 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _check_scoring(study: Study, found: Sequence[Prepared]) -> None:
+def _check_scoring(study: Study, found: Sequence[ResolvedMember]) -> None:
     """Raise TesseraError unless all members are scored alike, and can be."""
     first, *others = found
     for other in others:
-        if differing := diff(protocol(first.recipe), protocol(other.recipe)):
+        if differing := diff(evaluation_protocol(first.recipe), evaluation_protocol(other.recipe)):
             told = "; ".join(f"{name} is {old} and {new}" for name, old, new in differing)
             raise TesseraError(
                 f"members {first.member.name} and {other.member.name} would be scored in two ways: {told}\n"
@@ -221,7 +221,7 @@ def _check_scoring(study: Study, found: Sequence[Prepared]) -> None:
     )
 
 
-def drawing_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[int, float]:
+def sampling_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[int, float]:
     """Multiply-adds of all calls of the network for one picture, guidance included, with so many steps: the recipe's
     number and others. What caching saves is not taken off.
     """
@@ -236,9 +236,9 @@ def drawing_macs(recipe: Recipe, macs: float, numbers: Iterable[int]) -> dict[in
 # What it takes
 
 
-def planned(
+def plan_study(
     study: Study,
-    found: Sequence[Prepared],
+    found: Sequence[ResolvedMember],
     before: StudyPlan | None = None,
     hardware: str | None = None,
     progress: Progress = None,
@@ -248,18 +248,18 @@ def planned(
     hardware: as in `tessera plan`; None: this machine. Raises TesseraError if `before` is another study's plan.
     """
     if before is not None:
-        check_same(Path(study.output), before, {each.member.name: each.recipe for each in found})
+        check_same_study(Path(study.output), before, {each.member.name: each.recipe for each in found})
     device = choose_device(found[0].recipe.training.device).type
     machine = machines.find(hardware or ("cuda" if device == "cuda" else "cpu"))
-    told: dict[str, Planned] = {}
-    alike: dict[str, Planned] = {}
+    told: dict[str, MemberPlan] = {}
+    alike: dict[str, MemberPlan] = {}
     for number, each in enumerate(found):
         if progress is not None:
             progress(number, len(found))
         member = each.member
         values = json.dumps(member.values)
         if before is not None and member.name in before.members:
-            drawing = drawing_macs(each.recipe, each.macs, study.sampling_steps)
+            drawing = sampling_macs(each.recipe, each.macs, study.sampling_steps)
             changed = {"recipe": each.recipe, "drawing_macs": drawing}
             told[member.name] = before.members[member.name].model_copy(update=changed)
         elif values in alike:  # seeds cost alike
@@ -270,42 +270,42 @@ def planned(
     return StudyPlan(members=told)
 
 
-def _planned(study: Study, prepared: Prepared, hardware: Hardware) -> Planned:
+def _planned(study: Study, prepared: ResolvedMember, hardware: Hardware) -> MemberPlan:
     recipe, macs = prepared.recipe, prepared.macs
-    made, drawing = plan_for_recipe(recipe, hardware), drawing_macs(recipe, macs, study.sampling_steps)
+    made, drawing = plan_for_recipe(recipe, hardware), sampling_macs(recipe, macs, study.sampling_steps)
     others = [drawing[steps] for steps in study.sampling_steps if steps != recipe.sampling.num_steps]
-    drawn = made.call_seconds * sum(others) / macs + made.look_seconds * len(others)  # of one picture each
-    return Planned(
+    drawn = made.call_seconds * sum(others) / macs + made.extract_seconds * len(others)  # of one picture each
+    return MemberPlan(
         values=prepared.member.values,
         seed=prepared.member.seed,
         recipe=recipe,
         parameters=prepared.parameters,
         macs=macs,
-        drawing_macs=drawing,
+        sampling_macs=drawing,
         memory_bytes=made.memory_bytes,
         fits=made.fits,
         seconds=made.seconds,
-        scoring_seconds=made.scoring_seconds + drawn * recipe.evaluation.num_samples,
+        evaluation_seconds=made.evaluation_seconds + drawn * recipe.evaluation.num_samples,
     )
 
 
-def check(study: Study, planned: StudyPlan) -> None:
+def check_limits(study: Study, planned: StudyPlan) -> None:
     """Raise TesseraError, with the plan that says why, for members that do not fit and a study that takes too long."""
     large = [name for name, member in planned.members.items() if not member.fits]
     if large:
         raise TesseraError(
-            f"{table(planned)}\nthese members do not fit in memory: {', '.join(large)}\n"
+            f"{format_plan(planned)}\nthese members do not fit in memory: {', '.join(large)}\n"
             "lower set.training.micro_batch_size, set training.activation_checkpointing, or leave them out"
         )
     limit = study.limit_minutes
     if limit is not None and planned.seconds > 60 * limit:
         raise TesseraError(
-            f"{table(planned)}\nthe study takes about {format_duration(planned.seconds)} on one machine, and limit_minutes is "
+            f"{format_plan(planned)}\nthe study takes about {format_duration(planned.seconds)} on one machine, and limit_minutes is "
             f"{limit:g}: lower the budget, the sizes or evaluation.num_samples, or raise limit_minutes"
         )
 
 
-def table(planned: StudyPlan) -> str:
+def format_plan(planned: StudyPlan) -> str:
     """The plan, for people."""
     width = max(6, *map(len, planned.members))
     lines = [
@@ -316,7 +316,7 @@ def table(planned: StudyPlan) -> str:
         lines.append(
             f"{name:<{width}}  {member.parameters:>12,}  {member.macs / 1e9:>9.4g}  {member.steps:>8,}  "
             f"{member.flops:>9.3g}  {member.memory_bytes / 2**20:>6,.0f} MiB  {format_duration(member.seconds):>12}  "
-            f"{format_duration(member.scoring_seconds):>12}" + ("" if member.fits else "  does not fit")
+            f"{format_duration(member.evaluation_seconds):>12}" + ("" if member.fits else "  does not fit")
         )
     flops = sum(member.flops for member in planned.members.values())
     lines.append(
@@ -328,7 +328,7 @@ def table(planned: StudyPlan) -> str:
 # Kept in the folder
 
 
-def kept(folder: Path) -> StudyPlan | None:
+def read_plan(folder: Path) -> StudyPlan | None:
     """The plan that a study's folder holds, if it was begun. Raises TesseraError if it is damaged."""
     path = folder / PLAN
     try:
@@ -338,7 +338,7 @@ def kept(folder: Path) -> StudyPlan | None:
     return None if told is None else validate(StudyPlan, told, str(path))
 
 
-def begin(study: Study, planned: StudyPlan) -> None:
+def write_plan(study: Study, planned: StudyPlan) -> None:
     """Write the study and its plan down. Raises TesseraError if that cannot be done."""
     folder, writer = Path(study.output), f"{platform.node()}-{os.getpid()}"
     told = json.dumps(planned.model_dump(mode="json"), indent=1) + "\n"
@@ -348,7 +348,7 @@ def begin(study: Study, planned: StudyPlan) -> None:
                 partial.write_text(text, encoding="utf-8")
 
 
-def check_same(folder: Path, before: StudyPlan, recipes: dict[str, Recipe]) -> None:
+def check_same_study(folder: Path, before: StudyPlan, recipes: dict[str, Recipe]) -> None:
     """Raise TesseraError unless every member that a folder holds is in the study, and as it was."""
     instead = "give the study another output=, or remove that folder"
     if gone := [name for name in before.members if name not in recipes]:
@@ -366,15 +366,15 @@ def check_same(folder: Path, before: StudyPlan, recipes: dict[str, Recipe]) -> N
 # Split over machines
 
 
-def share(planned: StudyPlan, shard: tuple[int, int]) -> list[str]:
+def shard_members(planned: StudyPlan, shard: tuple[int, int]) -> list[str]:
     """The members of shard (index from 0, count): the most expensive first, each to the shard with the least so far.
 
     By FLOPs, not by seconds: every machine must come to the same split.
     """
     index, count = shard
     loads, shards = [0.0] * count, [set[str]() for _ in range(count)]
-    for name in sorted(planned.members, key=lambda name: -planned.members[name].all_flops):
+    for name in sorted(planned.members, key=lambda name: -planned.members[name].total_flops):
         least = loads.index(min(loads))
-        loads[least] += planned.members[name].all_flops
+        loads[least] += planned.members[name].total_flops
         shards[least].add(name)
     return [name for name in planned.members if name in shards[index]]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tessera.planning.plan import counts
+from tessera.planning.plan import count_macs_and_parameters
 from tessera.training import plan_recipe
 from tessera.training.recipe import read_recipe
 
@@ -21,7 +21,7 @@ def test_a_preset_alone_prints_its_parameters_and_multiply_adds(tessera):
 
 def test_a_budget_that_is_too_small_prints_the_plan_and_an_error(tessera, recipe):
     network = plan_recipe.workload(read_recipe(recipe, [])).network
-    flops = 6 * counts(network)[0] * 32  # of a step with 32 samples
+    flops = 6 * count_macs_and_parameters(network)[0] * 32  # of a step with 32 samples
     done = tessera("plan", recipe, "--hardware", "h100x2", "--budget", f"{2.5 * flops:.0f}", "network.depth=20")
     assert done.code == 1
     for text in (

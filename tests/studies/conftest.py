@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tessera.studies import runner
-from tessera.studies.study import Study, read
+from tessera.studies.study import Study, read_study
 
 RECIPE = """
 data: {kind: digits}
@@ -53,7 +53,7 @@ def write_study(tmp_path) -> Callable[..., Study]:
     (tmp_path / "study.yaml").write_text(STUDY)
 
     def write(*overrides: str, output: str = "out") -> Study:
-        return read(tmp_path / "study.yaml", [f"output={tmp_path / output}", *overrides])
+        return read_study(tmp_path / "study.yaml", [f"output={tmp_path / output}", *overrides])
 
     return write
 

@@ -9,7 +9,7 @@ import numpy as np
 from tessera import images
 from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.studies.results import Drawn, Point, Result
+from tessera.studies.results import SamplingPoint, TrainingPoint, MemberResult
 from tessera.studies.study import Study, members
 
 SIZES = {"S": 0.05, "B": 0.2, "L": 0.7, "XL": 1.2}  # GMACs at patch 2
@@ -56,7 +56,7 @@ def scaling(**changes: Any) -> Study:
 
 def scaled(
     study: Study, exponent: float = 0.4, noise: float = 0.02, sheets: Path | None = None, seed: int = 0
-) -> list[Result]:
+) -> list[MemberResult]:
     """fd = (2 GMACs^-exponent) (steps / 2000)^-0.3, with noise in its logarithm."""
     random, found = np.random.default_rng(seed), []
     for number, member in enumerate(members(study)):
@@ -67,19 +67,21 @@ def scaled(
             return 2 * (macs / 1e9) ** -exponent * (steps / 2000) ** -0.3 * away
 
         points = [
-            Point(
+            TrainingPoint(
                 step, step * BATCH, 6 * macs * step * BATCH, step * macs / 2e9 + step * 0.01,
                 {"fd": score("fd", fd(step)), "kid": score("kid", fd(step) / 100)},
             )
             for step in (250, 500, 1000, 2000)
         ]  # fmt: skip
         final = points[-1].scores["fd"].value
-        drawn = [Drawn(n, n * macs, {"fd": score("fd", final * (1 + 4 / n), steps=n)}) for n in study.sampling_steps]
+        drawn = [
+            SamplingPoint(n, n * macs, {"fd": score("fd", final * (1 + 4 / n), steps=n)}) for n in study.sampling_steps
+        ]
         sheet = sheets / f"{member.name}.png" if sheets else None
         if sheet:
             images.save_png(sheet, images.grid(random.integers(0, 255, (40, 32, 32, 1), np.uint8), 10))
         found.append(
-            Result(
+            MemberResult(
                 member.name, member.values, member.seed, "done", None, 10_000 * (number + 1), macs,
                 points[-1].seconds * 0.9, points, drawn, sheet,
             )
@@ -101,7 +103,7 @@ def designs(**changes: Any) -> Study:
     return Study.model_validate(told | changes)
 
 
-def designed(study: Study, noise: float = 0.03) -> list[Result]:
+def designed(study: Study, noise: float = 0.03) -> list[MemberResult]:
     """adaln-zero is far better, cross-attention the same but dearer; seeds shift all designs alike."""
     random, found = np.random.default_rng(0), []
     level = {"in-context": (3.0, 0.10), "cross-attention": (3.0, 0.12), "adaln-zero": (1.5, 0.10)}
@@ -112,9 +114,9 @@ def designed(study: Study, noise: float = 0.03) -> list[Result]:
         for step in (250, 500, 1000):
             fd = value * shift[member.seed] * (step / 1000) ** -0.5 * (1 + noise * random.standard_normal())
             flops = 6 * gmacs * 1e9 * step * BATCH
-            points.append(Point(step, step * BATCH, flops, step * gmacs, {"fd": score("fd", fd)}))
+            points.append(TrainingPoint(step, step * BATCH, flops, step * gmacs, {"fd": score("fd", fd)}))
         found.append(
-            Result(
+            MemberResult(
                 member.name, member.values, member.seed, "done", None, 50_000, gmacs * 1e9,
                 100.0, points, [], None,
             )

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tessera.studies.comparison import ONE_SEED, Compared, compare, score_at
+from tessera.studies.comparison import ONE_SEED, AxisComparison, compare, interpolate_score
 
 
-def at(found: list[Compared], scale: str) -> Compared:
+def at(found: list[AxisComparison], scale: str) -> AxisComparison:
     (one,) = [each for each in found if each.scale == scale]
     return one
 
@@ -71,10 +71,10 @@ def test_all_are_compared_where_the_last_has_come_to(synthetic):
     one = next(result for result in results if result.name == "cross-attention-seed0")
     before, after = (point.scores["fd"].value for point in one.points[-2:])
     share = math.log(2 / 1.2) / math.log(2)  # from 500 steps to 1000
-    assert score_at(one, "fd", "flops", least).value == pytest.approx(before + share * (after - before))
-    assert score_at(one, "fd", "steps", 500).value == before
-    assert score_at(one, "fd", "steps", 100) is None
-    assert score_at(one, "fd", "steps", 1001) is None
+    assert interpolate_score(one, "fd", "flops", least).value == pytest.approx(before + share * (after - before))
+    assert interpolate_score(one, "fd", "steps", 500).value == before
+    assert interpolate_score(one, "fd", "steps", 100) is None
+    assert interpolate_score(one, "fd", "steps", 1001) is None
 
 
 def test_of_one_seed_nothing_is_decided(synthetic):
@@ -103,7 +103,7 @@ def test_members_that_are_not_done_take_no_part(synthetic):
     found = at(list(compare(study.compare, results, "fd")), "steps")
     assert found.x == 1000
     assert found.values[1].seeds == (1, 2)
-    assert found.missing == ["cross-attention-seed0: failed"]
+    assert found.excluded == ["cross-attention-seed0: failed"]
     nobody = [replace(result, points=[]) for result in results]
     assert list(compare(study.compare, nobody, "fd")) == []
 
@@ -111,7 +111,7 @@ def test_members_that_are_not_done_take_no_part(synthetic):
 def test_other_axes_are_held(synthetic):
     study = synthetic.scaling(compare={"axis": "size", "baseline": "S"})
     found = [each for each in compare(study.compare, synthetic.scaled(study), "fd") if each.scale == "steps"]
-    assert [each.alike for each in found] == [{"patch_size": "4"}, {"patch_size": "2"}]
+    assert [each.other_axes for each in found] == [{"patch_size": "4"}, {"patch_size": "2"}]
     assert [len(each.values) for each in found] == [4, 4]
 
 

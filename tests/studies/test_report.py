@@ -11,7 +11,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.planning import scaling_law
 from tessera.studies import figures, report
-from tessera.studies.seed_aggregation import check_alike, equal_steps, final_points, settings
+from tessera.studies.seed_aggregation import check_one_protocol, common_steps, final_points, average_seeds
 
 FIGURES = {"compute", "gmacs", "steps", "sampling", "images"}
 
@@ -73,13 +73,13 @@ def test_all_files_of_a_report_are_valid_and_agree(scaling, read_page, svg_text)
     sampling = list(csv.DictReader((path.parent / "sampling.csv").open()))
     assert len(sampling) == 8 * 3
     assert float(sampling[-1]["gmacs_per_image"]) == pytest.approx(64 * 1.2)
-    law = scaling_law.read(path.parent)
+    law = scaling_law.read_law(path.parent)
     assert (law.metric, law.source, len(law.points)) == ("fd", study.question, 32)
 
 
 def test_figures_are_reproducible(scaling):
     study, results, path = scaling
-    figure = figures.against_compute(study, settings(results, "fd"), "fd")
+    figure = figures.against_compute(study, average_seeds(results, "fd"), "fd")
     assert figure.svg == (path.parent / "figures/compute.svg").read_bytes()
 
 
@@ -110,7 +110,7 @@ def test_a_partial_study_names_what_is_missing(synthetic, tmp_path):
     assert "no data yet for the figure “Samples”" in text
     assert "3 of 4 members are not done" in text
     assert not (tmp_path / "figures" / "images.png").exists()
-    law = scaling_law.read(tmp_path)  # from the points that were scored so far
+    law = scaling_law.read_law(tmp_path)  # from the points that were scored so far
     assert {point.run for point in law.points} == {"S-2", "L-2"}
 
 
@@ -134,7 +134,7 @@ def test_a_study_that_has_not_started_has_a_report(synthetic, tmp_path):
 def test_scores_of_different_protocols_are_refused_by_name(synthetic, tmp_path):
     study = synthetic.scaling()
     results = synthetic.scaled(study)
-    check_alike(results)
+    check_one_protocol(results)
     other = replace(results[5].points[0], scores={"fd": synthetic.score("fd", 3.0, features="ffff")})
     mixed = [*results[:5], replace(results[5], points=[other]), *results[6:]]
     with pytest.raises(TesseraError, match=r"S-4 \(.*\) and L-2 \(.*features.weights: abcd and ffff"):
@@ -142,20 +142,20 @@ def test_scores_of_different_protocols_are_refused_by_name(synthetic, tmp_path):
     assert not list(tmp_path.iterdir())
     sampled = replace(results[5].drawn[0], scores={"fd": synthetic.score("fd", 3.0, steps=4, features="ffff")})
     with pytest.raises(TesseraError, match="fd of other sampling steps: S-4"):
-        check_alike([*results[:5], replace(results[5], drawn=[sampled]), *results[6:]])
+        check_one_protocol([*results[:5], replace(results[5], drawn=[sampled]), *results[6:]])
 
 
 def test_seeds_are_averaged_at_the_steps_that_all_have(synthetic):
     study = synthetic.designs()
     results = synthetic.designed(study)
     results[0] = replace(results[0], points=results[0].points[1:])  # in-context, seed 0, was not scored at 250
-    averaged = settings(results, "fd")
+    averaged = average_seeds(results, "fd")
     assert [setting.name for setting in averaged] == ["in-context", "cross-attention", "adaln-zero"]
     assert [point.step for point in averaged[0].points] == [500, 1000]
     values = [result.points[-1].scores["fd"].value for result in results if result.values["design"] == "in-context"]
     score = averaged[0].points[-1].score
     assert (score.value, score.low, score.high) == pytest.approx((sum(values) / 3, min(values), max(values)))
-    assert equal_steps(averaged) == [500, 1000]
+    assert common_steps(averaged) == [500, 1000]
     assert final_points(averaged, "gmacs").x == [0.1, 0.12, 0.1]
     assert final_points(averaged, "flops").x == [setting.points[-1].flops for setting in averaged]
 
@@ -165,4 +165,4 @@ def test_scores_that_are_not_finite_are_left_out(synthetic):
     results = synthetic.designed(study)
     not_finite = replace(results[0].points[-1], scores={"fd": synthetic.score("fd", float("nan"))})
     results[0] = replace(results[0], points=[*results[0].points[:-1], not_finite])
-    assert [point.step for point in settings(results, "fd")[0].points] == [250, 500]
+    assert [point.step for point in average_seeds(results, "fd")[0].points] == [250, 500]

@@ -40,14 +40,16 @@ def begins_at_once(monkeypatch):
 def run(asked, retry: bool = False, shard: str = "1/1") -> list[str]:
     """As the command does; what was said."""
     said: list[str] = []
-    found = study_plan.planned(asked, study_plan.prepare(asked), study_plan.kept(Path(asked.output)), "h100")
-    study_plan.begin(asked, found)
-    runner.run_study(asked, found, study_plan.share(found, parse_shard(shard)), retry, said.append)
+    found = study_plan.plan_study(
+        asked, study_plan.resolve_members(asked), study_plan.read_plan(Path(asked.output)), "h100"
+    )
+    study_plan.write_plan(asked, found)
+    runner.run_study(asked, found, study_plan.shard_members(found, parse_shard(shard)), retry, said.append)
     return said
 
 
-def told(asked) -> dict[str, results.Result]:
-    return {result.name: result for result in results.read(asked, Path(asked.output))}
+def told(asked) -> dict[str, results.MemberResult]:
+    return {result.name: result for result in results.read_results(asked, Path(asked.output))}
 
 
 def numbers(folder: Path) -> dict[str, list]:
@@ -79,7 +81,7 @@ def test_a_study_runs_and_its_results_are_read_from_its_files(whole):
     assert list(found) == ["S", "L"]
     for name, result in found.items():
         folder = Path(whole.output) / "members" / name
-        assert (result.state, result.fault, result.seed, result.values) == ("done", None, 0, {"size": name})
+        assert (result.state, result.error, result.seed, result.values) == ("done", None, 0, {"size": name})
         assert [point.step for point in result.points] == [3, 6]
         network = bundle.load(bundle.checkpoints(folder)[0]).network
         assert result.parameters == sum(parameter.numel() for parameter in network.parameters())
@@ -94,12 +96,12 @@ def test_a_study_runs_and_its_results_are_read_from_its_files(whole):
         assert 0 < first < last
         each = [32 / record["images_per_second"] for record in read_log(folder) if "images_per_second" in record]
         assert last == pytest.approx(2 * sum(each))  # a record every two steps
-        (drawn,) = result.drawn
-        assert (drawn.steps, drawn.macs) == (2, 2 * result.macs)
+        (drawn,) = result.sampling_points
+        assert (drawn.num_steps, drawn.macs) == (2, 2 * result.macs)
         steps = [(one.scores["kid"].protocol.sampling or {})["num_steps"] for one in (drawn, result.points[-1])]
         assert steps == [2, 3]
         assert drawn.scores["kid"].value != result.points[-1].scores["kid"].value
-        assert result.pictures == folder / "samples/step-000000006.png"
+        assert result.sample_grid == folder / "samples/step-000000006.png"
         assert (folder / "samples/step-000000006.png").exists()
     assert len({result.points[-1].scores["fd"].fingerprint for result in found.values()}) == 1
 
@@ -121,8 +123,8 @@ def test_what_is_done_is_not_done_again(write_study, whole, tmp_path):
     assert {result.state for result in told(asked).values()} == {"done"}
     assert len(run(more)) == 2
     for result in told(more).values():
-        assert [drawn.steps for drawn in result.drawn] == [2, 3]
-        assert result.drawn[1].scores == result.points[-1].scores
+        assert [drawn.num_steps for drawn in result.sampling_points] == [2, 3]
+        assert result.sampling_points[1].scores == result.points[-1].scores
 
 
 def test_a_member_that_fails_does_not_end_the_others(write_study):
@@ -140,21 +142,21 @@ def test_a_member_that_fails_does_not_end_the_others(write_study):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "run_member", go)
-        with pytest.raises(runner.Failed, match=r"2 of 3 members failed: D, K; .*--retry"):
+        with pytest.raises(runner.MembersFailed, match=r"2 of 3 members failed: D, K; .*--retry"):
             run(asked)
         found = told(asked)
         assert {name: result.state for name, result in found.items()} == {"D": "failed", "K": "failed", "S": "done"}
-        assert "diverged" in str(found["D"].fault)
-        assert "SIGKILL" in str(found["K"].fault)
-        with pytest.raises(runner.Failed):
+        assert "diverged" in str(found["D"].error)
+        assert "SIGKILL" in str(found["K"].error)
+        with pytest.raises(runner.MembersFailed):
             run(asked)
         assert not bundle.checkpoints(Path(asked.output) / "members/K")  # failed members are passed over
         (Path(asked.output) / "mended").touch()
-        with pytest.raises(runner.Failed, match="1 of 3 members failed: D"):
+        with pytest.raises(runner.MembersFailed, match="1 of 3 members failed: D"):
             run(asked, retry=True)
     found = told(asked)
     assert {name: result.state for name, result in found.items()} == {"D": "failed", "K": "done", "S": "done"}
-    assert (found["K"].fault, found["S"].fault) == (None, None)
+    assert (found["K"].error, found["S"].error) == (None, None)
 
 
 def test_a_member_whose_end_could_not_be_scored_has_failed(write_study, monkeypatch):
@@ -163,9 +165,9 @@ def test_a_member_whose_end_could_not_be_scored_has_failed(write_study, monkeypa
 
     monkeypatch.setattr(loop.scores.Scorer, "score", score)
     asked = write_study()
-    with pytest.raises(runner.Failed):
+    with pytest.raises(runner.MembersFailed):
         run(asked)
-    assert {str(result.fault).partition(",")[0] for result in told(asked).values()} == {"the end"}
+    assert {str(result.error).partition(",")[0] for result in told(asked).values()} == {"the end"}
 
 
 def test_a_member_is_run_by_one_command_at_a_time(write_study):
@@ -197,14 +199,14 @@ def life(asked) -> None:
     """One life of a command, its members in one group with it."""
     os.setpgrp()
     vars(multiprocessing.current_process())["_config"]["daemon"] = False  # so that it may have children
-    runner.START = "fork"
-    found = study_plan.kept(Path(asked.output))
+    runner.START_METHOD = "fork"
+    found = study_plan.read_plan(Path(asked.output))
     if found is None:
         taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
         taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
         study_plan.plan_for_recipe = lambda recipe, hardware: taken
-        found = study_plan.planned(asked, study_plan.prepare(asked), None, "h100")
-        study_plan.begin(asked, found)
+        found = study_plan.plan_study(asked, study_plan.resolve_members(asked), None, "h100")
+        study_plan.write_plan(asked, found)
     runner.run_study(asked, found, list(found.members), False, lambda text: None)
 
 
@@ -235,8 +237,8 @@ def ends_as(asked, whole, whole_state) -> None:
     for name, result in told(asked).items():
         one, other = (Path(each.output) / "members" / name for each in (asked, whole))
         assert whole_state(one) == whole_state(other)
-        assert result.pictures is not None
-        assert result.pictures.read_bytes() == (other / "samples" / result.pictures.name).read_bytes()
+        assert result.sample_grid is not None
+        assert result.sample_grid.read_bytes() == (other / "samples" / result.sample_grid.name).read_bytes()
         steps = [record["step"] for record in read_log(one) if "images_per_second" in record]
         assert steps == sorted(set(steps))
         assert math.isfinite(result.points[-1].seconds)

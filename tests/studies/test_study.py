@@ -3,7 +3,7 @@
 import pytest
 
 from tessera.errors import TesseraError
-from tessera.studies.study import members, read
+from tessera.studies.study import members, read_study
 
 
 def test_members_are_every_combination_for_each_seed(write_study):
@@ -27,9 +27,9 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
     path = tmp_path / "numbers.yaml"
     axes = "{patch: {2: {network: {patch_size: 2}}, 4: }}"
     path.write_text(f"question: q\nrecipe: tiny.yaml\naxes: {axes}\nbudget: {{steps: 1}}")
-    assert read(path).axes == {"patch": {"2": {"network.patch_size": 2}, "4": {}}}
-    assert read(path).output == "runs/numbers"
-    assert read(path).recipe == str(tmp_path / "tiny.yaml")
+    assert read_study(path).axes == {"patch": {"2": {"network.patch_size": 2}, "4": {}}}
+    assert read_study(path).output == "runs/numbers"
+    assert read_study(path).recipe == str(tmp_path / "tiny.yaml")
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_what_a_study_must_not_say(write_study, words, message):
 
 def test_a_study_that_is_not_there(tmp_path):
     with pytest.raises(TesseraError, match="there is no study"):
-        read(tmp_path / "nothing.yaml")
+        read_study(tmp_path / "nothing.yaml")

@@ -31,18 +31,18 @@ def really():
 
 
 def planned(asked, before=None):
-    return study_plan.planned(asked, study_plan.prepare(asked), before, CARD)
+    return study_plan.plan_study(asked, study_plan.resolve_members(asked), before, CARD)
 
 
 def test_marks_and_budget_become_steps():
     """By hand: a step of 100 FLOPs."""
-    assert study_plan.steps_of(Budget(flops=1040), 100) == 10
-    assert study_plan.steps_of(Budget(flops=1060), 100) == 11
-    assert study_plan.steps_of(Budget(flops=3), 100) == 1
-    assert study_plan.steps_of(Budget(steps=7), 100) == 7
-    assert study_plan.marks_of(Marks(flops=(240, 260, 20, 5000), steps=(3, 8, 20)), 100, 10) == (1, 2, 3, 8, 10)
-    assert study_plan.marks_of(Marks(steps=(10,)), 100, 10) == (10,)
-    assert study_plan.marks_of(Marks(), 100, 10) == (10,)
+    assert study_plan.training_steps(Budget(flops=1040), 100) == 10
+    assert study_plan.training_steps(Budget(flops=1060), 100) == 11
+    assert study_plan.training_steps(Budget(flops=3), 100) == 1
+    assert study_plan.training_steps(Budget(steps=7), 100) == 7
+    assert study_plan.evaluation_steps(Marks(flops=(240, 260, 20, 5000), steps=(3, 8, 20)), 100, 10) == (1, 2, 3, 8, 10)
+    assert study_plan.evaluation_steps(Marks(steps=(10,)), 100, 10) == (10,)
+    assert study_plan.evaluation_steps(Marks(), 100, 10) == (10,)
 
 
 def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study):
@@ -65,8 +65,8 @@ def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study)
 @pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance_scale=2", "guidance_interval=[0.2, 0.7]")])
 def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrained, words):
     asked = write_study(*(f"set.sampling.{word}" for word in words))
-    prepared = study_plan.prepare(asked)[0]
-    found = study_plan.drawing_macs(prepared.recipe, 1.0, (5,))
+    prepared = study_plan.resolve_members(asked)[0]
+    found = study_plan.sampling_macs(prepared.recipe, 1.0, (5,))
     network = prepared.recipe.network.build()
     model = untrained(network, prepared.recipe)
     rows: list[int] = []
@@ -97,9 +97,9 @@ def test_a_plan_says_what_each_member_takes_and_seeds_cost_alike(write_study, re
         assert other.recipe.training.seed == 1
         assert one.model_copy(update={"seed": 1, "recipe": other.recipe}) == other
         assert one.seconds > 0
-        assert one.scoring_seconds > 0
+        assert one.evaluation_seconds > 0
         assert one.parameters == sum(p.numel() for p in one.recipe.network.build().parameters())
-    told = study_plan.table(found)
+    told = study_plan.format_plan(found)
     assert all(name in told for name in found.members)
     assert f"{found.members['L-seed1'].parameters:,}" in told
     assert "4 members" in told
@@ -112,7 +112,7 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
         "axes.size.G={sampling.guidance_scale: 2, network.learn_null_class: false}",
     )
     with pytest.raises(TesseraError) as caught:
-        study_plan.prepare(asked)
+        study_plan.resolve_members(asked)
     told = str(caught.value)
     assert told.startswith("2 of the study's members cannot be:")
     assert "M: " in told
@@ -136,7 +136,7 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
 )
 def test_what_cannot_be_scored_alike_is_refused(write_study, words, message):
     with pytest.raises(TesseraError) as caught:
-        study_plan.prepare(write_study(*words))
+        study_plan.resolve_members(write_study(*words))
     assert message in str(caught.value)
 
 
@@ -144,20 +144,20 @@ def test_a_study_that_takes_too_much_is_refused_with_its_plan(write_study):
     asked = write_study("limit_minutes=1e-9")
     found = planned(asked)
     with pytest.raises(TesseraError, match="limit_minutes is 1e-09") as caught:
-        study_plan.check(asked, found)
-    assert study_plan.table(found) in str(caught.value)
+        study_plan.check_limits(asked, found)
+    assert study_plan.format_plan(found) in str(caught.value)
     large = found.members["L"].model_copy(update={"fits": False})
     with pytest.raises(TesseraError, match="these members do not fit in memory: L\n") as caught:
-        study_plan.check(write_study(), study_plan.StudyPlan(members={**found.members, "L": large}))
+        study_plan.check_limits(write_study(), study_plan.StudyPlan(members={**found.members, "L": large}))
     assert "does not fit" in str(caught.value)
-    study_plan.check(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
+    study_plan.check_limits(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
 
 
 def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
     asked = write_study()
     first = planned(asked)
-    study_plan.begin(asked, first)
-    assert study_plan.kept(tmp_path / "out") == first
+    study_plan.write_plan(asked, first)
+    assert study_plan.read_plan(tmp_path / "out") == first
     assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == asked
     moved = first.members["S"].model_copy(update={"seconds": 1234.0})
     before = study_plan.StudyPlan(members={**first.members, "S": moved})
@@ -172,7 +172,7 @@ def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
         planned(write_study("axes={size: {S: {network.hidden_size: 16}}}"), first)
     (tmp_path / "out/plan.json").write_text("{")
     with pytest.raises(TesseraError, match="cannot read"):
-        study_plan.kept(tmp_path / "out")
+        study_plan.read_plan(tmp_path / "out")
 
 
 costs = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
@@ -184,10 +184,10 @@ def test_shards_share_members_out_evenly(member, each, count):
     found = study_plan.StudyPlan.model_construct(
         members={f"m{number}": member.model_copy(update={"macs": cost}) for number, cost in enumerate(each)}
     )
-    shards = [study_plan.share(found, (index, count)) for index in range(count)]
+    shards = [study_plan.shard_members(found, (index, count)) for index in range(count)]
     assert sorted(name for shard in shards for name in shard) == sorted(found.members)
     assert all(names == [name for name in found.members if name in names] for names in shards)
-    cost = {name: one.all_flops for name, one in found.members.items()}
+    cost = {name: one.total_flops for name, one in found.members.items()}
     fullest = max(shards, key=lambda names: sum(cost[name] for name in names))
     last = min(cost[name] for name in fullest)
     assert sum(cost[name] for name in fullest) <= (sum(cost.values()) + (count - 1) * last) / count * (1 + 1e-9)
@@ -204,11 +204,11 @@ def member(tmp_path_factory):
     (folder / "study.yaml").write_text(
         f"question: q\nrecipe: tiny.yaml\noutput: {folder / 'out'}\naxes: {{a: {{b: {{}}}}}}\nbudget: {{steps: 3}}\n"
     )
-    asked = study.read(folder / "study.yaml")
-    prepared = study_plan.prepare(asked)[0]
-    told = study_plan.Planned(
-        values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1, drawing_macs={50: 0},
-        memory_bytes=1, fits=True, seconds=1, scoring_seconds=0,
+    asked = study.read_study(folder / "study.yaml")
+    prepared = study_plan.resolve_members(asked)[0]
+    told = study_plan.MemberPlan(
+        values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1, sampling_macs={50: 0},
+        memory_bytes=1, fits=True, seconds=1, evaluation_seconds=0,
     )  # fmt: skip
-    assert told.all_flops == told.flops == 6 * 256 * 3
+    assert told.total_flops == told.flops == 6 * 256 * 3
     return told

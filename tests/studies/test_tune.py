@@ -18,7 +18,7 @@ from tessera.settings import validate
 from tessera.studies.tuning import result, search_space, trials
 from tessera.studies.tuning import tuner as tuner_module
 from tessera.studies.tuning.trials import Trial
-from tessera.studies.tuning.tuner import Tuner, Tuning
+from tessera.studies.tuning.tuner import Tuner, TuningConfig
 
 pytest.importorskip("sklearn")
 BASELINE = ["sampler=ancestral", "num_steps=12"]
@@ -36,7 +36,7 @@ def tuner(tiny_model, digits, tmp_path):
 
     def make(model=tiny_model, folder=tmp_path / "tune", **tuning) -> Tuner:
         said: list[str] = []
-        asked = validate(Tuning, {"search": ["steps"], **SOON, **tuning}, "the test")
+        asked = validate(TuningConfig, {"search": ["steps"], **SOON, **tuning}, "the test")
         made = Tuner(model, DigitsConfig(), digits, folder, asked, BASELINE, said.append)
         made.said = said
         return made
@@ -61,7 +61,7 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
         config = model.config.model_dump() | {"diffusion": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
     present = SamplingConfig(num_steps=6)
-    found = search_space.solvers_and_grids(model, present)
+    found = search_space.solver_candidates(model, present)
     assert {config.sampler.calls_per_step * config.num_steps for config in found} == {10}
     assert len({config.model_dump_json() for config in found}) == len(found)
     kinds = {config.sampler.kind for config in found}
@@ -75,10 +75,11 @@ def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, proces
 
 def test_guidance_is_tried_around_the_present_and_off(tiny_model):
     scales = {
-        config.guidance_scale for config in search_space.guidances(tiny_model, SamplingConfig(guidance_scale=4.0))
+        config.guidance_scale
+        for config in search_space.guidance_candidates(tiny_model, SamplingConfig(guidance_scale=4.0))
     }
     assert {1.0, 2.5, 4.0, 5.5} <= scales
-    assert all(config.guidance_scale > 1 for config in search_space.guidances(tiny_model, SamplingConfig()))
+    assert all(config.guidance_scale > 1 for config in search_space.guidance_candidates(tiny_model, SamplingConfig()))
 
 
 def test_settings_are_told_in_a_line():
@@ -102,18 +103,18 @@ def test_a_difference_is_paired_picture_by_picture():
     numbers = np.random.default_rng(0)
     shared, own = numbers.normal(size=(2, 400))
     baseline, alike, apart = trial(2, pulls=shared), trial(3, pulls=shared + 0.01 * own), trial(3, pulls=own)
-    assert alike.against(baseline).value == apart.against(baseline).value == 1
-    assert alike.against(baseline).high - 1 == pytest.approx(1.96 * 0.01 / 20, rel=0.1)
-    assert apart.against(baseline).high - 1 == pytest.approx(1.96 * 2**0.5 / 20, rel=0.1)
+    assert alike.difference_to(baseline).value == apart.difference_to(baseline).value == 1
+    assert alike.difference_to(baseline).high - 1 == pytest.approx(1.96 * 0.01 / 20, rel=0.1)
+    assert apart.difference_to(baseline).high - 1 == pytest.approx(1.96 * 2**0.5 / 20, rel=0.1)
 
 
 def test_no_worse_is_within_chance_and_within_the_margin():
     noise = np.random.default_rng(0).normal(size=100)
     baseline = trial(2)
-    assert trial(2.05, pulls=noise).no_worse(baseline, 0.05)
-    assert not trial(2.15, pulls=noise).no_worse(baseline, 0.05), "chance may explain it, but the margin is passed"
-    assert not trial(2.05, pulls=0.1 * noise).no_worse(baseline, 0.05), "within the margin, but no chance"
-    assert trial(1.0).no_worse(baseline, 0.0)
+    assert trial(2.05, pulls=noise).is_acceptable(baseline, 0.05)
+    assert not trial(2.15, pulls=noise).is_acceptable(baseline, 0.05), "chance may explain it, but the margin is passed"
+    assert not trial(2.05, pulls=0.1 * noise).is_acceptable(baseline, 0.05), "within the margin, but no chance"
+    assert trial(1.0).is_acceptable(baseline, 0.0)
 
 
 def test_the_frontier_is_what_nothing_beats():
@@ -194,19 +195,21 @@ def test_an_interrupted_search_goes_on_and_ends_the_same(tuner, tmp_path):
     assert results["checked"][0]["count"] == 100
     result.plot(after, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
-    frontier, check = result.page(after).split("\n\n")
+    frontier, check = result.format_result(after).split("\n\n")
     assert "baseline: ancestral, 12 steps, uniform" in frontier
     assert len(check.splitlines()) == 2 + len(after.checked)
 
 
 def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, tiny_model, digits):
     tuner().begin()
-    later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), say=lambda text: None)
-    assert later.present == SamplingConfig(sampler=Ancestral(), num_steps=12) != tiny_model.config.sampling
-    later.begin()
-    other = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, Tuning(), ["num_steps=7"], lambda text: None)
+    later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, TuningConfig(), log=lambda text: None)
+    assert later.baseline_sampling == SamplingConfig(sampler=Ancestral(), num_steps=12) != tiny_model.config.sampling
+    later.claim()
+    other = Tuner(
+        tiny_model, DigitsConfig(), digits, tuner().folder, TuningConfig(), ["num_steps=7"], lambda text: None
+    )
     with pytest.raises(TesseraError, match=r"holds other work: baseline\.num_steps was 12, is 7"):
-        other.begin()
+        other.claim()
 
 
 def test_the_same_command_goes_on_when_its_choice_was_written(tuner, make_model):
@@ -245,7 +248,7 @@ def test_a_stage_alone_goes_on_from_the_baseline(tuner, stage):
 
 def test_a_search_for_nothing_is_refused():
     with pytest.raises(TesseraError, match="nothing to search: name some of solver, steps, guidance, caching"):
-        validate(Tuning, {"search": []}, "the test")
+        validate(TuningConfig, {"search": []}, "the test")
 
 
 def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
@@ -254,7 +257,7 @@ def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
     told.begin()
     looked = []
     reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
-    assert told.attempt("caching", search_space.changed(plain, num_steps=2000)) is None
+    assert told.attempt("caching", search_space.with_changes(plain, num_steps=2000)) is None
     assert "is left out: num_steps is 2000" in told.said[-1]
     told.left = lambda stage: -1.0
     assert told.attempt("caching", plain) is None
@@ -273,7 +276,9 @@ def test_caching_that_reuses_nothing_is_not_tried(tuner):
     told = tuner()
     told.begin()
     plain = SamplingConfig(num_steps=6)
-    never, always = (search_space.changed(plain, caching=FirstBlockCaching(threshold=threshold)) for threshold in (0, 1e9))
+    never, always = (
+        search_space.with_changes(plain, caching=FirstBlockCaching(threshold=threshold)) for threshold in (0, 1e9)
+    )
     assert not told.reuses(never)
     assert told.reuses(always)
     found = told.attempt("caching", always)
@@ -302,20 +307,24 @@ def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
 def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
     for step in (10, 20):
         bundle.save(tiny_model, tmp_path / f"run/checkpoints/step-{step:09d}")
-        assert result.folder_for(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
-    assert result.folder_for(bundle.checkpoints(tmp_path / "run")[0]).name == "tune-step-000000020"
+        assert result.default_folder(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
+    assert result.default_folder(bundle.checkpoints(tmp_path / "run")[0]).name == "tune-step-000000020"
 
 
 def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "model")
     weights = (tmp_path / "model/model.safetensors").read_bytes()
     chosen = SamplingConfig(sampler=DDIM(eta=0.5), num_steps=7)
-    result.record(tmp_path / "model", chosen, "by a test", tiny_model.network)
+    result.write_settings(tmp_path / "model", chosen, "by a test", tiny_model.network)
     read = bundle.load(tmp_path / "model")
-    assert read.config == tiny_model.config.model_copy(update={"sampling": chosen, "provenance": bundle.Provenance(sampling_chosen="by a test")})
+    assert read.config == tiny_model.config.model_copy(
+        update={"sampling": chosen, "provenance": bundle.Provenance(sampling_chosen="by a test")}
+    )
     assert (tmp_path / "model/model.safetensors").read_bytes() == weights
     assert "ddim, 7 steps" in (tmp_path / "model/README.md").read_text()
-    assert (generation.generate(read, [0]) == generation.generate(tiny_model, [0], sampler=DDIM(eta=0.5), num_steps=7)).all()
+    assert (
+        generation.generate(read, [0]) == generation.generate(tiny_model, [0], sampler=DDIM(eta=0.5), num_steps=7)
+    ).all()
 
 
 def test_the_note_says_when_by_what_and_both_scores():
@@ -323,6 +332,8 @@ def test_the_note_says_when_by_what_and_both_scores():
     score = Score.from_estimate("fd", Estimate(1, 0.9, 1.1), protocol, {}, "cpu")
     chosen = Trial(SamplingConfig(num_steps=7), "check", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
-    told = result.note(tuner_module.Outcome(baseline, [chosen], [baseline, chosen], chosen, [], Tuning()))
+    told = result.provenance_text(
+        tuner_module.TuningResult(baseline, [chosen], [baseline, chosen], chosen, [], TuningConfig())
+    )
     for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, uniform): fd 2", "4 s", "100 pictures", "mine"):
         assert part in told

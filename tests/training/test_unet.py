@@ -95,7 +95,7 @@ def train(recipe) -> None:
 def test_two_ranks_that_shard_the_weights_train_the_same(processes, tiny, tmp_path, weights):
     changes = (*RICH, "training.activation_checkpointing=blocks")
     loop.train(tiny("alone", *changes, network=UNET))
-    processes.together(2, train, tiny("two", *changes, "training.fsdp=all", network=UNET))
+    processes.together(2, train, tiny("two", *changes, "training.fsdp=full", network=UNET))
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "alone"), rtol=1e-5)
     expected = weights(tmp_path / "alone")
     # The tolerance is for Muon, which scales up the small gradients behind zero-initialized layers.

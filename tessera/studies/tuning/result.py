@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tessera import __version__, bundle
+from tessera import __version__, bundle, model_card
 from tessera.bundle import BundleConfig, Model
-from tessera.evaluation.intervals import Estimate
 from tessera.files import atomic_write, read_json
 from tessera.models.network import Network
+from tessera.reporting.estimates import Estimate
 from tessera.sampling import SamplingConfig
 from tessera.settings import validate
 from tessera.studies.tuning.trials import Trial, frontier
-from tessera.studies.tuning.tuner import Outcome
+from tessera.studies.tuning.tuner import TuningResult
 
 PLOT = "frontier.png"
-JUDGED = "as asked"  # the score of an oracle, where the truth is known
+JUDGED = "accuracy"  # the score of an oracle, where the truth is known
 
 
 # In a bundle
 
 
-def home(path: Path) -> Path | None:
+def find_bundle(path: Path) -> Path | None:
     """The bundle whose settings are to be written: a bundle itself, or the newest checkpoint of a run."""
     config = path / bundle.CONFIG
     if config.exists():
@@ -32,7 +32,7 @@ def home(path: Path) -> Path | None:
     return next(iter(bundle.checkpoints(path)), None) if path.is_dir() else None
 
 
-def folder_for(path: Path) -> Path:
+def default_folder(path: Path) -> Path:
     """Where the tuning of a model is kept: in a run's own folder by the checkpoint, beside anything else."""
     if path.is_dir() and not (path / bundle.CONFIG).exists() and (found := bundle.checkpoints(path)):
         return path / "tune" / found[0].name
@@ -40,50 +40,50 @@ def folder_for(path: Path) -> Path:
     return whole.with_name(f"tune-{whole.stem if whole.is_file() else whole.name}")
 
 
-def note(outcome: Outcome) -> str:
+def provenance_text(outcome: TuningResult) -> str:
     """What a bundle says of its settings: by what they were found, and what they cost."""
-    baseline, chosen = outcome.checked[0], outcome.chosen
+    baseline, chosen = outcome.finalists[0], outcome.chosen
     assert chosen is not None
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     score = chosen.scores[0].protocol
     return (
         f"by tessera tune {__version__}, {today}: fd {_shown(chosen.fd)}, {chosen.seconds:.3g} s a picture; before "
-        f"({baseline.name}): fd {_shown(baseline.fd)}, {baseline.seconds:.3g} s; {chosen.count} pictures, features "
-        f"{score.features['name']}, {outcome.tuning.choose}"
+        f"({baseline.name}): fd {_shown(baseline.fd)}, {baseline.seconds:.3g} s; {chosen.num_samples} pictures, features "
+        f"{score.features['name']}, {outcome.config.select}"
     )
 
 
-def record(folder: Path, sampling: SamplingConfig, said: str, network: Network) -> None:
+def write_settings(folder: Path, sampling: SamplingConfig, said: str, network: Network) -> None:
     """Write settings into a bundle's config.json and card, each whole or not at all. Raises TesseraError."""
     path = folder / bundle.CONFIG
     told = read_json(path)
     told["sampling"] = sampling.model_dump(mode="json")
-    told["origin"] = {**told.get("origin", {}), "sampling": said}
+    told["provenance"]["sampling_chosen"] = said
     config = validate(BundleConfig, told, str(path))
     atomic_write(path, json.dumps(told, indent=2) + "\n")
-    atomic_write(folder / bundle.CARD, bundle.card(Model(config, network)))
+    atomic_write(folder / bundle.CARD, model_card.render(Model(config, network)))
 
 
-def save(model: Model, folder: Path, sampling: SamplingConfig, said: str) -> None:
+def save_bundle(model: Model, folder: Path, sampling: SamplingConfig, said: str) -> None:
     """Write a new bundle with these settings. Raises TesseraError if the folder exists."""
-    origin = {**model.config.origin, "sampling": said}
-    config = model.config.model_copy(update={"sampling": sampling, "origin": origin})
+    provenance = model.config.provenance.model_copy(update={"sampling_chosen": said})
+    config = model.config.model_copy(update={"sampling": sampling, "provenance": provenance})
     bundle.save(Model(config, model.network, model.loaded_codec), folder)
 
 
 # For people
 
 
-def page(outcome: Outcome) -> str:
+def format_result(outcome: TuningResult) -> str:
     """Two plain tables: the frontier of the search, and the check."""
-    first = outcome.checked[0]
+    first = outcome.finalists[0]
     return "\n".join(
         [
-            f"frontier of {len(outcome.trials)} trials, {outcome.baseline.count} pictures each",
+            f"frontier of {len(outcome.trials)} trials, {outcome.baseline.num_samples} pictures each",
             *_table([outcome.baseline, *frontier(outcome.trials)], None),
             "",
-            f"check: {first.count} pictures each from fresh seeds, timed in turns",
-            *_table(outcome.checked, outcome.chosen),
+            f"check: {first.num_samples} pictures each from fresh seeds, timed in turns",
+            *_table(outcome.finalists, outcome.chosen),
         ]
     )
 
@@ -98,7 +98,7 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> list[str]:
         + "settings"
     ]
     for trial in trials:
-        apart, own = trial.against(baseline), trial is baseline
+        apart, own = trial.difference_to(baseline), trial is baseline
         difference = "" if own else f"{apart.value:+.3g} ({apart.low:+.3g} to {apart.high:+.3g})"
         share = next((f"{score.value:.1%}" for score in trial.scores if score.metric == JUDGED), "")
         lines.append(
@@ -115,7 +115,7 @@ def _shown(measured: Estimate) -> str:
     return f"{measured.value:.4g} ({measured.low:.4g} to {measured.high:.4g})"
 
 
-def plot(outcome: Outcome, path: Path) -> None:
+def plot(outcome: TuningResult, path: Path) -> None:
     """fd against seconds a picture, the trials and the check side by side, where matplotlib is installed.
 
     The settings that were checked have a ring among the trials; in the check a number, which a list explains.
@@ -126,19 +126,19 @@ def plot(outcome: Outcome, path: Path) -> None:
         return
     figure = Figure(figsize=(15, 5), layout="constrained")
     search, check = figure.subplots(1, 2)
-    first, *others = outcome.checked
+    first, *others = outcome.finalists
     kinds = list(dict.fromkeys(trial.sampling.sampler.kind for trial in (*outcome.trials, *others)))
     _panel(search, kinds, outcome.baseline, outcome.trials)
     names = {trial.name for trial in others}
     for trial in (trial for trial in outcome.trials if trial.name in names):
         search.plot(trial.seconds, trial.fd.value, "o", markersize=10, markerfacecolor="none", color="k")
-    search.set_title(f"{len(outcome.trials)} trials, {outcome.baseline.count} pictures each; ringed: checked")
+    search.set_title(f"{len(outcome.trials)} trials, {outcome.baseline.num_samples} pictures each; ringed: checked")
     _panel(check, kinds, first, others)
     for number, trial in enumerate(others, start=1):
         check.vlines(trial.seconds, trial.fd.low, trial.fd.high, color="0.6", linewidth=0.8, zorder=0)
         place, beside = (trial.seconds, trial.fd.value), (5, 6 if number % 2 else -15)  # neighbours often stand close
         check.annotate(str(number), place, beside, textcoords="offset points", fontsize=11, weight="bold")
-    check.set_title(f"check: {first.count} pictures each from fresh seeds, timed in turns")
+    check.set_title(f"check: {first.num_samples} pictures each from fresh seeds, timed in turns")
     listed = [f"baseline: {first.name}"]
     for number, trial in enumerate(others, start=1):
         listed.append(f"{number}: {trial.name}" + " (chosen)" * (trial is outcome.chosen))

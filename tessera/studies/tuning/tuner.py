@@ -28,27 +28,26 @@ import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from torch import nn
 
-from tessera import bundle
+from tessera import bundle, generation
 from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, reference, suite
 from tessera.evaluation.features import FeatureExtractor, Progress
-from tessera.evaluation.intervals import Estimate
 from tessera.evaluation.protocol import environment
 from tessera.evaluation.sources import ImageShard
 from tessera.files import atomic_write, exclusive_lock, write_array
-from tessera.generation import pipeline
-from tessera.generation.bulk import BulkRequest, BulkSamples, asked_by_policy
-from tessera.generation.resumable import PLAN, begin_work
+from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request
+from tessera.generation.resumable import PLAN, claim_folder
 from tessera.models.dit import DiT
 from tessera.models.network import Network
-from tessera.monitoring.logger import format_duration
+from tessera.reporting.estimates import Estimate
+from tessera.reporting.text import format_duration
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, unknown_name, validate
-from tessera.studies.tuning.search_space import cachings, guidances, solvers_and_grids, with_calls
-from tessera.studies.tuning.trials import Trial, facts, finalists, line, read
+from tessera.studies.tuning.search_space import caching_candidates, guidance_candidates, solver_candidates, with_calls
+from tessera.studies.tuning.trials import Trial, to_dict, finalists, summary, read_trial
 
 RESULTS, STATISTICS = "results.json", "reference.npz"
 CALLS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 35, 50)  # of the denoiser, in one drawing
@@ -64,15 +63,17 @@ SHARES = {"solver": 0.4, "steps": 0.8, "guidance": 0.95, "caching": 1.0}  # of t
 Say = Callable[[str], None]
 
 
-class Tuning(Settings):
+class TuningConfig(Settings):
     """What is asked for."""
 
-    count: PositiveInt = Field(default=500, ge=50, description="pictures of a trial; the check takes twice as many")
+    num_samples: PositiveInt = Field(
+        default=500, ge=50, description="pictures of a trial; the check takes twice as many"
+    )
     budget: PositiveFloat = Field(default=15.0, description="minutes, about")
-    choose: Literal["fastest-equal", "best", "none"] = "fastest-equal"
-    margin: float = Field(default=0.05, ge=0, description="share by which no worse may be above the baseline's fd")
+    select: Literal["fastest-equal", "best", "none"] = "fastest-equal"
+    tolerance: float = Field(default=0.05, ge=0, description="share by which no worse may be above the baseline's fd")
     search: tuple[str, ...] = STAGES
-    batch: PositiveInt = Field(default=50, description="pictures drawn at once")
+    batch_size: PositiveInt = Field(default=50, description="pictures drawn at once")
     precision: Precision = "float32"
 
     @field_validator("search")
@@ -87,7 +88,7 @@ class Tuning(Settings):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TuningResult:
     """What was tried from the baseline's seeds; baseline and finalists from fresh seeds, timed in turns; the choice.
 
     checked: the baseline first. chosen: one of the others, or None.
@@ -95,10 +96,10 @@ class Outcome:
 
     baseline: Trial
     trials: list[Trial]
-    checked: list[Trial]
+    finalists: list[Trial]
     chosen: Trial | None
     notes: list[str]
-    tuning: Tuning
+    config: TuningConfig
 
 
 class _Timed(BulkSamples):
@@ -133,58 +134,62 @@ class Tuner:
         against: str | AnyData,
         network: FeatureExtractor,
         folder: Path,
-        tuning: Tuning,
+        config: TuningConfig,
         baseline: Sequence[str] | None = None,
-        say: Say = print,
+        log: Say = print,
         progress: Callable[[str], Progress] | None = None,
     ) -> None:
-        self.model, self.against, self.network, self.folder, self.tuning = model, against, network, folder, tuning
-        self.say, self.progress = say, progress or (lambda what: None)
-        self.present = _begun_with(folder) or model.config.sampling
+        self.model, self.against, self.network, self.folder, self.tuning = model, against, network, folder, config
+        self.say, self.progress = log, progress or (lambda what: None)
+        self.baseline_sampling = _begun_with(folder) or model.config.sampling
         if baseline:  # said over what the folder began with, the same words change nothing
-            self.present = pipeline.sampling_config(self._drawing(self.present), overrides=baseline)
+            self.baseline_sampling = generation.sampling_config(
+                self._drawing(self.baseline_sampling), overrides=baseline
+            )
         self.weights = bundle.weights_hash(model.network)
         self.kept: dict[str, Trial] = {}  # by key
         self.trials: list[Trial] = []
         self.skipped: Counter[str] = Counter()  # trials of a stage that there was no time for
         self.began = self.searching = time.monotonic()
 
-    def run(self) -> Outcome:
+    def run(self) -> TuningResult:
         """Search, check and choose. Raises TesseraError if the folder holds other work, or time is too short."""
-        self.afford()
+        self.check_budget()
         with exclusive_lock(self.folder):
-            self.begin()
-            self.say(f"baseline: {line(self.baseline)}")
+            self.claim()
+            self.say(f"baseline: {summary(self.baseline)}")
             self.searching = time.monotonic()
             self.search()
-            return self.chosen(self.check())
+            return self.choose(self.compare_finalists())
 
     # One trial
 
-    def begin(self) -> None:
+    def claim(self) -> None:
         drawn = BulkSamples(self.model, self._asked(1, 0), self.folder)
         drawn.weights = self.weights
         against = self.against if isinstance(self.against, str) else self.against.model_dump(mode="json")
         how = {"reference": against, "features": self.network.identity, "precision": self.tuning.precision}
-        begin_work(self.folder, {**drawn.made_by, **how, "baseline": self.present.model_dump(mode="json")})
+        claim_folder(
+            self.folder, {**drawn.model_identity, **how, "baseline": self.baseline_sampling.model_dump(mode="json")}
+        )
 
     def trial(self, sampling: SamplingConfig, stage: str) -> Trial:
         """Draw and score one; kept, it costs nothing. The check takes more seeds, fresh ones, and the usual scores."""
         path = self._path(sampling, stage)
         if path.stem not in self.kept:
-            self.kept[path.stem] = read(path) if path.exists() else self._made(sampling, stage, path)
+            self.kept[path.stem] = read_trial(path) if path.exists() else self._made(sampling, stage, path)
         return self.kept[path.stem]
 
     def _pictures(self, stage: str) -> tuple[int, int]:
         """How many, and the first seed."""
-        return (self.tuning.count * MORE, FRESH) if stage == CHECK else (self.tuning.count, 0)
+        return (self.tuning.num_samples * MORE, FRESH) if stage == CHECK else (self.tuning.num_samples, 0)
 
     def _path(self, sampling: SamplingConfig, stage: str) -> Path:
         identity = json.dumps([sampling.model_dump(mode="json"), *self._pictures(stage)], sort_keys=True)
         return self.folder / "trials" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
     def _asked(self, count: int, first_seed: int) -> BulkRequest:
-        return asked_by_policy(self.model, count, "balanced", first_seed, precision=self.tuning.precision)
+        return bulk_request(self.model, count, "balanced", first_seed, precision=self.tuning.precision)
 
     def _drawing(self, sampling: SamplingConfig) -> Model:
         config = self.model.config.model_copy(update={"sampling": sampling})
@@ -193,7 +198,7 @@ class Tuner:
     def _made(self, sampling: SamplingConfig, stage: str, path: Path) -> Trial:
         work, moments_at = path.with_suffix(".work"), self.folder / STATISTICS
         count, first_seed = self._pictures(stage)
-        asked, batch = self._asked(count, first_seed), self.tuning.batch
+        asked, batch = self._asked(count, first_seed), self.tuning.batch_size
         drawn = _Timed(self._drawing(sampling), asked, work / "samples", batch, sampling.summary())
         drawn.weights = self.weights
         bar = self.progress(f"{stage}: {sampling.summary()}")
@@ -203,12 +208,12 @@ class Tuner:
             self.network,
             work,
             None if stage == CHECK else ["fd"],
-            batch=batch,
-            progress=lambda what: bar if what.startswith("drawing") else None,
+            batch_size=batch,
+            progress=lambda what: bar if what.startswith("sampling") else None,
             reference_folder=self.folder,
         )
         if not moments_at.exists():  # a folder of a million pictures is listed once, not for every trial
-            reference.save_statistics(done.reference, moments_at, kept=0)
+            reference.save_statistics(done.reference, moments_at, num_rows=0)
         if not drawn.pictures:  # all were drawn before an interruption
             with _rows(drawn.model.network) as seen:
                 drawn.seconds.append(self._seconds(sampling))
@@ -218,55 +223,57 @@ class Tuner:
         trial = Trial(
             sampling=sampling,
             stage=stage,
-            count=count,
+            num_samples=count,
             fd=Estimate(fd.value, fd.low, fd.high),
             calls=drawn.rows / drawn.pictures,
             seconds=float(np.median(drawn.seconds)),
-            pulls=distances.frechet_influences(pool, moments, done.reference.moments["pool"]),
+            influences=distances.frechet_influences(pool, moments, done.reference.moments["pool"]),
             scores=done.scores,
         )
-        write_array(path.with_suffix(".npy"), trial.pulls)
+        write_array(path.with_suffix(".npy"), trial.influences)
         scores = [score.model_dump(mode="json") for score in trial.scores]
-        atomic_write(path, json.dumps({**facts(trial), "scores": scores}, indent=1) + "\n")
+        atomic_write(path, json.dumps({**to_dict(trial), "scores": scores}, indent=1) + "\n")
         shutil.rmtree(work)
         return trial
 
     def _seconds(self, sampling: SamplingConfig) -> float:
         """Of a picture, in one batch."""
-        asked, batch = self._asked(self.tuning.batch, FRESH), self.tuning.batch
+        asked, batch = self._asked(self.tuning.batch_size, FRESH), self.tuning.batch_size
         began = time.monotonic()
-        pipeline.generate(self._drawing(sampling), asked.classes, asked.seeds, precision=asked.precision, batch=batch)
+        generation.generate(
+            self._drawing(sampling), asked.classes, asked.seeds, precision=asked.precision, batch_size=batch
+        )
         return (time.monotonic() - began) / batch
 
     # The time there is
 
-    def afford(self) -> None:
+    def check_budget(self) -> None:
         """Raise TesseraError if drawing the baseline alone, for trials and check, takes longer than the budget."""
-        if self._path(self.present, CHECK).exists():
+        if self._path(self.baseline_sampling, CHECK).exists():
             return
-        asked, steps = self._asked(self.tuning.batch, FRESH), self.present.num_steps
+        asked, steps = self._asked(self.tuning.batch_size, FRESH), self.baseline_sampling.num_steps
         began = time.monotonic()
-        for state in pipeline.generate_steps(
-            self._drawing(self.present), asked.classes, asked.seeds, precision=asked.precision
+        for state in generation.generate_steps(
+            self._drawing(self.baseline_sampling), asked.classes, asked.seeds, precision=asked.precision
         ):
             if state.step == 1 and steps > 1:
                 began = time.monotonic()  # the first step warms up
             if state.step == 3:
                 break
         each = (time.monotonic() - began) / len(asked.seeds) * steps / max(1, min(3, steps) - 1)
-        need = (self.tuning.count + self._check_pictures()) * each
+        need = (self.tuning.num_samples + self._check_pictures()) * each
         if need > 60 * self.tuning.budget:
             raise TesseraError(
-                f"the baseline alone ({self.present.summary()}) takes about {format_duration(need)} for trials and check, and the "
+                f"the baseline alone ({self.baseline_sampling.summary()}) takes about {format_duration(need)} for trials and check, and the "
                 f"budget is {format_duration(60 * self.tuning.budget)}: give --budget {math.ceil(need / 30)} (minutes), or a "
-                f"lower --count than {self.tuning.count}"
+                f"fewer --num-samples than {self.tuning.num_samples}"
             )
 
     def _check_pictures(self) -> float:
         """How many pictures of the baseline take as long as the whole check: the others are much quicker."""
-        return 1.25 * (self.tuning.count * MORE + ROUNDS * self.tuning.batch)
+        return 1.25 * (self.tuning.num_samples * MORE + ROUNDS * self.tuning.batch_size)
 
-    def left(self, stage: str) -> float:
+    def seconds_left(self, stage: str) -> float:
         """Seconds until the trials of a stage must end, so that later ones and the check have time too."""
         end = self.began + 60 * self.tuning.budget - self._check_pictures() * self.baseline.seconds
         return self.searching + SHARES[stage] * (end - self.searching) - time.monotonic()
@@ -275,35 +282,40 @@ class Tuner:
 
     @cached_property
     def baseline(self) -> Trial:
-        return self.trial(self.present, "baseline")
+        return self.trial(self.baseline_sampling, "baseline")
 
     def no_worse(self, trial: Trial) -> bool:
-        return trial.no_worse(self.baseline, self.tuning.margin)
+        return trial.is_acceptable(self.baseline, self.tuning.tolerance)
 
-    def attempt(self, stage: str, config: SamplingConfig) -> Trial | None:
+    def try_candidate(self, stage: str, config: SamplingConfig) -> Trial | None:
         """A trial, or None: no time is left for it, the model cannot draw so, or its caching has no effect."""
-        if config == self.present:
+        if config == self.baseline_sampling:
             return self.baseline
         path = self._path(config, stage)
         if path.with_suffix(SAME).exists():
             return None
         if not path.exists():
             rows = (
-                config.num_steps * config.sampler.calls_per_step * (1 if config.guidance_scale == 1 else 2) * self.tuning.count
+                config.num_steps
+                * config.sampler.calls_per_step
+                * (1 if config.guidance_scale == 1 else 2)
+                * self.tuning.num_samples
             )
-            if rows * self.baseline.seconds / self.baseline.calls > self.left(stage):
+            if rows * self.baseline.seconds / self.baseline.calls > self.seconds_left(stage):
                 self.skipped[stage] += 1
                 return None
             try:
                 self._begins(config)
-                if stage == "caching" and not self.reuses(config):
+                if stage == "caching" and not self.caching_has_effect(config):
                     atomic_write(path.with_suffix(SAME), config.summary() + "\n")
                     return None
                 trial = self.trial(config, stage)
             except TesseraError as error:
                 self.say(f"{stage}: {config.summary()} is left out: {error}")
                 return None
-            self.say(f"{stage}: {line(trial)}; {format_duration(max(self.left(stage), 0))} left for this stage")
+            self.say(
+                f"{stage}: {summary(trial)}; {format_duration(max(self.seconds_left(stage), 0))} left for this stage"
+            )
         trial = self.trial(config, stage)
         if trial not in self.trials:
             self.trials.append(trial)
@@ -313,24 +325,24 @@ class Tuner:
     def _begins(self, config: SamplingConfig) -> None:
         """Raise TesseraError if the model cannot draw so: before time is spent on it."""
         asked = self._asked(1, 0)
-        walk = pipeline.generate_steps(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
+        walk = generation.generate_steps(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
         next(walk)
         next(walk)
 
-    def reuses(self, config: SamplingConfig) -> bool:
+    def caching_has_effect(self, config: SamplingConfig) -> bool:
         """Whether caching has any effect: between few steps, which are long, it may have none."""
         asked = self._asked(8, 0)
         with _rows(self.model.network) as seen:
-            pipeline.generate(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
+            generation.generate(self._drawing(config), asked.classes, asked.seeds, precision=asked.precision)
         return not seen.even
 
     def search(self) -> None:
         """Stage by stage; each goes on from the best of those before."""
         search = self.tuning.search
-        contenders = [self.present]
+        contenders = [self.baseline_sampling]
         if "solver" in search:
-            for config in solvers_and_grids(self.model, self.present):
-                self.attempt("solver", config)
+            for config in solver_candidates(self.model, self.baseline_sampling):
+                self.try_candidate("solver", config)
             contenders = self.contenders() or contenders
         if "steps" in search:
             self.search_steps(contenders)
@@ -342,8 +354,8 @@ class Tuner:
             self.search_guidance()
         if "caching" in search and isinstance(self.model.network, DiT):
             for start in self.starts():
-                for config in cachings(start):
-                    self.attempt("caching", config)
+                for config in caching_candidates(start):
+                    self.try_candidate("caching", config)
 
     def contenders(self) -> list[SamplingConfig]:
         """The best of the trials so far, at most two of a solver."""
@@ -361,20 +373,20 @@ class Tuner:
         for calls in CALLS:
             for number, config in enumerate(contenders):
                 if reached[number] < 2:
-                    trial = self.attempt("steps", with_calls(config, calls))
+                    trial = self.try_candidate("steps", with_calls(config, calls))
                     reached[number] += trial is not None and self.no_worse(trial)
 
     def search_guidance(self) -> None:
         """Around the fastest that is no worse and around the best; then fewer steps with the guidance that was best."""
         for start in self.starts():
-            for config in guidances(self.model, start):
-                self.attempt("guidance", config)
+            for config in guidance_candidates(self.model, start):
+                self.try_candidate("guidance", config)
         guided = [trial for trial in self.trials if trial.stage == "guidance" and self.no_worse(trial)]
         if not guided:
             return
         best = min(guided, key=lambda trial: trial.fd.value).sampling
         for calls in reversed([calls for calls in CALLS if calls < best.num_steps * best.sampler.calls_per_step]):
-            trial = self.attempt("guidance", with_calls(best, calls))
+            trial = self.try_candidate("guidance", with_calls(best, calls))
             if trial is None or not self.no_worse(trial):
                 break
 
@@ -387,9 +399,9 @@ class Tuner:
 
     # The check
 
-    def check(self) -> list[Trial]:
+    def compare_finalists(self) -> list[Trial]:
         """The baseline and the finalists from fresh seeds; their times taken in turns, so that all share the load."""
-        found = finalists(self.trials, self.baseline, self.tuning.margin)
+        found = finalists(self.trials, self.baseline, self.tuning.tolerance)
         drawn = [self.trial(trial.sampling, CHECK) for trial in (self.baseline, *found)]
         bar = self.progress("timing in turns")
         seconds: list[list[float]] = [[] for _ in drawn]
@@ -402,14 +414,14 @@ class Tuner:
                     bar(turn * len(drawn) + number + 1, ROUNDS * len(drawn))
         return [replace(trial, seconds=statistics.median(each)) for trial, each in zip(drawn, seconds)]
 
-    def chosen(self, checked: list[Trial]) -> Outcome:
+    def choose(self, checked: list[Trial]) -> TuningResult:
         baseline, *others = checked
         notes = [
             f"the budget left out {count} trials of the stage {stage}: the same command goes on with them"
             for stage, count in self.skipped.items()
         ]
-        fine = [trial for trial in others if trial.no_worse(baseline, self.tuning.margin)]
-        match self.tuning.choose:
+        fine = [trial for trial in others if trial.is_acceptable(baseline, self.tuning.tolerance)]
+        match self.tuning.select:
             case "fastest-equal":
                 choice = min(fine, key=lambda trial: trial.seconds, default=None)
                 if choice is None or choice.seconds >= baseline.seconds:
@@ -423,16 +435,16 @@ class Tuner:
             case _:
                 choice = None
         self.write(checked, choice, notes)
-        return Outcome(self.baseline, self.trials, checked, choice, notes, self.tuning)
+        return TuningResult(self.baseline, self.trials, checked, choice, notes, self.tuning)
 
     def write(self, checked: Sequence[Trial], choice: Trial | None, notes: Sequence[str] = ()) -> None:
         """results.json, as far as the search has come."""
         results = {
             "format": 1,
             "features": self.network.identity,
-            "margin": self.tuning.margin,
+            "margin": self.tuning.tolerance,
             "environment": environment(str(self.model.device)),
-            "baseline": facts(self.baseline),
+            "baseline": to_dict(self.baseline),
             "trials": [self._compared(trial, self.baseline) for trial in self.trials],
             "checked": [self._compared(trial, checked[0]) for trial in checked],
             "chosen": None if choice is None else choice.name,
@@ -441,11 +453,11 @@ class Tuner:
         atomic_write(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _compared(self, trial: Trial, baseline: Trial) -> dict[str, Any]:
-        margin = self.tuning.margin
+        margin = self.tuning.tolerance
         return {
-            **facts(trial),
-            "against_baseline": asdict(trial.against(baseline)),
-            "no_worse": trial.no_worse(baseline, margin),
+            **to_dict(trial),
+            "against_baseline": asdict(trial.difference_to(baseline)),
+            "no_worse": trial.is_acceptable(baseline, margin),
         }
 
 
