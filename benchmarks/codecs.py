@@ -18,7 +18,7 @@ from tessera.codecs.resolve import resolve_codec
 from tessera.data.resolve import resolve_data as named_data
 from tessera.evaluation.features import load_extractor
 from tessera.evaluation.reconstruction import Reconstruction, reconstruct
-from tessera.training.codec import HELD_OUT, CodecTrainingConfig
+from tessera.training.codec import HELD_OUT_STREAM, CodecTrainingConfig
 
 CPU = torch.device("cpu")
 EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji" / "train.parquet"
@@ -81,8 +81,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     if options.what == "emoji":
         source = named_data(str(EMOJI), (64, 64)).open()
-        count = CodecTrainingConfig().held_out
-        chosen = np.sort(randomness.permutation(0, HELD_OUT, 0, len(source)).numpy()[:count])
+        count = CodecTrainingConfig().num_held_out
+        chosen = np.sort(randomness.permutation(0, HELD_OUT_STREAM, 0, len(source)).numpy()[:count])
         found = reconstruct(codec, source, chosen.tolist(), CPU, load_extractor("shapes", CPU))
         print(row(f"{found.count} emoji", "64 x 64", found))
         return

@@ -213,7 +213,7 @@ def message(code: int | None, said: str, run: Path) -> str:
     """How a run ended: exit code, and the last thing each process said of it."""
     if code is None:
         return f"**does not end within {ENOUGH:.0f} s**"
-    kinds = ("error:", "stopped at", "is damaged", "back to step", "kept out of the weights")
+    kinds = ("error:", "stopped at", "is damaged", "back to step", "is skipped")
     told: dict[tuple[str, str], str] = {}  # the last of each kind, of each process
     for line in said.splitlines():
         line = line.replace(str(run), "RUN").replace(str(run.parent), "..")
@@ -318,7 +318,7 @@ def damaged_file(harm: Callable[[Path], None]) -> Done:
         shutil.copytree(whole, run)
         harm(checkpoints(run)[0])
         code, said = Life(bench, run).end()
-        going = re.search(r"going on from step (\d+)", said)
+        going = re.search(r"resuming from step (\d+)", said)
         does = message(code, said, run) + (f"; goes on from step {going[1]}" if going else "")
         equal = compare(run, whole) if list(run.rglob("*.damaged")) else "**no: it was not seen**"
         return Row(what, bench.count, does, int(going[1]) if going else None, equal)
@@ -353,7 +353,7 @@ def signalled(
         life.signal(number, *whom(life))
         code, said = life.end()
         kept, does = newest(run), f"{message(code, said, run)}; ended after {life.seconds:.1f} s"
-        starts = re.findall(r"going on from step (\d+)", said)
+        starts = re.findall(r"resuming from step (\d+)", said)
         if restarts and starts:
             kept = int(starts[0])
             does = f"exit {code}: torchrun starts all processes again, which go on from step {', '.join(starts)}"

@@ -34,7 +34,7 @@ from tessera.training.recipe import Recipe
 from tessera.training.run import build_run
 from tessera.training.step import train_step
 
-LAYOUTS = [(1, 1), (2, 1), (2, "all"), (4, 1), (4, 2), (4, "all")]  # processes, and how many hold one copy
+LAYOUTS = [(1, 1), (2, 1), (2, "full"), (4, 1), (4, 2), (4, "full")]  # processes, and how many hold one copy
 
 
 def recipe(shard: int | str, width: int, depth: int, batch: int) -> Recipe:
@@ -140,7 +140,7 @@ def main() -> None:
             print(f"| processes | shard | {' | '.join(parts)} | held | plan | held / plan | gathered | resident |")
             print("|---|" + "---|" * 9)
         held = sum(found[part] for part in parts)
-        shards = count if shard == "all" else int(shard)
+        shards = count if shard == "full" else int(shard)
         plan = 20 * found["parameters"] / shards
         values = [*(found[part] for part in parts), held, plan]
         row = " | ".join(f"{value / 1e6:.1f}" for value in values)

@@ -25,15 +25,15 @@ class ParallelContext:
     """The ranks of a run: `replicas` copies of the weights, each in `shards` shards."""
 
     def __init__(self, world: Distributed = SINGLE, fsdp: int | str = 1, device: str = "cpu") -> None:
-        """fsdp: the number of ranks that hold one copy together, or "all". Raises TesseraError if it is no divisor."""
+        """fsdp: the number of ranks that hold one copy together, or "full". Raises TesseraError if it is no divisor."""
         self.world = world
-        self.shards = world.world_size if fsdp == "all" else int(fsdp)
+        self.shards = world.world_size if fsdp == "full" else int(fsdp)
         if world.world_size == 1:
             self.shards = 1  # the same recipe on one machine
         if world.world_size % self.shards:
             raise TesseraError(
                 f"training.fsdp is {fsdp}, but {world.world_size} processes cannot be divided into groups of {fsdp}: "
-                "choose a divisor, or all"
+                "choose a divisor, or full"
             )
         self.replicas = world.world_size // self.shards
         self.mesh: DeviceMesh | None = None

@@ -78,7 +78,7 @@ class TrainingConfig(Settings):
         description="activations recomputed in the backward pass to save memory; blocks: all; selective: all except "
         "matrix products, convolutions and attention",
     )
-    fsdp: PositiveInt | Literal["all"] = Field(
+    fsdp: PositiveInt | Literal["full"] = Field(
         default=1, description="ranks that hold one copy of the weights together; 1: each rank has a copy"
     )
     stability: StabilityConfig = StabilityConfig()

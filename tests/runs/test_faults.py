@@ -18,7 +18,7 @@ from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 
-CHANGES = ("training.steps=40", "training.checkpoint_every=10", "training.fsdp=all", "training.ema.extra_decays=[0.5]",
+CHANGES = ("training.steps=40", "training.checkpoint_every=10", "training.fsdp=full", "training.ema.extra_decays=[0.5]",
            "training.keep_last=9")  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tessera.training.recipe import read_recipe
 
 pytest.importorskip("sklearn")
 
-SHARDED = ("training.fsdp=all", "training.optimizer=muon", "training.ema.extra_decays=[0.9]", "network.depth=2")
+SHARDED = ("training.fsdp=full", "training.optimizer=muon", "training.ema.extra_decays=[0.9]", "network.depth=2")
 PATIENCE = 30  # seconds after which a rank that lost the other counts as hanging
 LOST = "TesseraError: process {} of 2 lost the others"
 

@@ -15,7 +15,7 @@ pytest.importorskip("sklearn")
 
 @pytest.mark.slow
 def test_torchrun_trains_the_same_as_one_process(tessera, recipe, tmp_path, environment):
-    words = ("train", str(recipe), "training.fsdp=all")
+    words = ("train", str(recipe), "training.fsdp=full")
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tessera", *words],
         env=environment, capture_output=True, text=True, check=False,

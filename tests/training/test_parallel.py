@@ -35,8 +35,8 @@ RICH = (
     "training.activation_checkpointing=blocks",
     "network.depth=2",
 )
-FAST = {((4, 2), "adamw", "adaln-zero"), ((2, "all"), "muon", "rope-swiglu")}  # the others run in `make prove`
-LAYOUTS = [(2, 1), (2, "all"), (4, 1), (4, 2), (4, "all")]  # number of ranks, training.fsdp
+FAST = {((4, 2), "adamw", "adaln-zero"), ((2, "full"), "muon", "rope-swiglu")}  # the others run in `make prove`
+LAYOUTS = [(2, 1), (2, "full"), (4, 1), (4, 2), (4, "full")]  # number of ranks, training.fsdp
 
 
 # Functions of the processes
@@ -175,7 +175,7 @@ def test_a_run_can_be_resumed_with_another_number_of_ranks(processes, tiny, tmp_
         "training.optimizer.kind=muon",
         "training.ema.extra_decays=0.9",
     )
-    parts = [(4, "all", 3), (2, 1, 8), (1, 1, 15), (4, 2, None)]  # ranks, training.fsdp, the step that stops
+    parts = [(4, "full", 3), (2, 1, 8), (1, 1, 15), (4, 2, None)]  # ranks, training.fsdp, the step that stops
     images: dict[int, bytes] = {}
     saved: dict[str, np.ndarray] = {}
     for count, fsdp, stop in parts:
@@ -204,7 +204,7 @@ def test_a_run_can_be_resumed_with_another_number_of_ranks(processes, tiny, tmp_
 
 @pytest.mark.parametrize(
     ("count", "fsdp"),
-    [pytest.param(*layout, marks=[] if layout == (2, "all") else pytest.mark.slow) for layout in LAYOUTS],
+    [pytest.param(*layout, marks=[] if layout == (2, "full") else pytest.mark.slow) for layout in LAYOUTS],
 )
 def test_a_distributed_run_that_is_stopped_twice_ends_bit_for_bit_the_same(
     processes, tiny, whole_state, tmp_path, count, fsdp
@@ -224,7 +224,7 @@ def test_a_distributed_run_that_is_stopped_twice_ends_bit_for_bit_the_same(
 
 def test_accumulation_makes_no_extra_reduction(processes, tiny):
     """Gradients are reduced once per step: one operation for each block and one for the rest."""
-    layouts = (1, "all")
+    layouts = (1, "full")
     recipes = [
         tiny("run", *RICH, f"training.micro_batch_size={micro}", f"training.fsdp={fsdp}")
         for fsdp in layouts
@@ -256,7 +256,7 @@ def test_samples_scores_and_health_are_those_of_one_process(processes, tiny, tmp
         "evaluation={every: 4, num_samples: 20, batch_size: 10, metrics: [kid, fd], reference: digits:ceiling}",
     )
     processes.together(1, train, tiny("whole", *changes))
-    processes.together(2, train, tiny("run", *changes, "training.fsdp=all"))
+    processes.together(2, train, tiny("run", *changes, "training.fsdp=full"))
     whole, run = tmp_path / "whole", tmp_path / "run"
     grids = sorted(path.name for path in (whole / "samples").iterdir())
     assert grids == sorted(path.name for path in (run / "samples").iterdir())
@@ -282,7 +282,7 @@ def test_samples_scores_and_health_are_those_of_one_process(processes, tiny, tmp
 def test_fsdp_that_does_not_divide_the_ranks_is_an_error_of_each_rank(processes, tiny):
     assert (
         processes.together(3, error_message, tiny("run", "training.fsdp=2"))
-        == ["training.fsdp is 2, but 3 processes cannot be divided into groups of 2: choose a divisor, or all"] * 3
+        == ["training.fsdp is 2, but 3 processes cannot be divided into groups of 2: choose a divisor, or full"] * 3
     )
 
 
