@@ -31,10 +31,9 @@ from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import apply_overrides, validate
 from tessera.training.ema import EMA
-from tessera.training.objective import TrainingObjective
 from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
-from tessera.training.run import open_data
+from tessera.training.run import build_objective, open_data
 from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
@@ -89,7 +88,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
 
     Raises TesseraError for invalid recipes.
     """
-    recipe, codec, images, notes = _resolved(recipe)
+    recipe, codec, images, notes = _resolve(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
     process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
     num_evaluations = evaluation.count(config.steps)
@@ -116,8 +115,8 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         compile_mode="blocks" if config.compile == "auto" else config.compile,
         trace_step=partial(trace_step, recipe),
         trace_call=trace_call,
-        trace_encode=partial(_encoded, autoencoder, recipe.data.size) if autoencoder and not cached else None,
-        trace_decode=partial(_decoded, autoencoder, network) if autoencoder else None,
+        trace_encode=partial(_trace_encode, autoencoder, recipe.data.size) if autoencoder and not cached else None,
+        trace_decode=partial(_trace_decode, autoencoder, network) if autoencoder else None,
         sampling=SamplingWork(
             grid_images=num_grids(recipe) * images_per_grid(recipe),
             scored_images=num_scored,
@@ -135,7 +134,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     )
 
 
-def _resolved(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str]]:
+def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str]]:
     """The resolved recipe, its codec, the number of images, and the assumptions."""
     recipe = infer_pixel_channels(recipe)
     notes: list[str] = []
@@ -213,16 +212,16 @@ class Latents:
 def trace_step(
     recipe: Recipe,
     network: NetworkConfig,
-    rows: int,
-    rounds: int,
+    micro_batch_size: int,
+    accumulation_steps: int,
     dtype: torch.dtype | None,
-    recompute: CheckpointingMode,
+    checkpointing: CheckpointingMode,
 ) -> StepTrace:
-    """One step of a resolved recipe with a given network, in accumulation steps (`rounds`) of `rows` samples.
+    """One step of a resolved recipe with a given network, in `accumulation_steps` micro batches.
 
     It is not the first step, in which the optimizer allocates its state. Encoding is left out.
     """
-    config, count = recipe.training, rows * rounds
+    config, count = recipe.training, micro_batch_size * accumulation_steps
     if network.num_classes:  # without a null class, labels are checked by value, which fake tensors do not have
         network = network.model_copy(update={"learn_null_class": True})
     process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
@@ -232,7 +231,7 @@ def trace_step(
         for each in (model, *ema.networks.values()):
             each.to_empty(device="cpu")
         ema.distribute(model, ParallelContext())
-        activation_checkpointing.checkpoint_activations(model, recompute)
+        activation_checkpointing.checkpoint_activations(model, checkpointing)
         optimizer = config.optimizer.build(model)
         laps: list[Trace] = []
         recorder = Recorder()
@@ -251,15 +250,8 @@ def trace_step(
         optimizer.step()  # allocates its state
         optimizer.zero_grad(set_to_none=True)
         optimizer.register_step_pre_hook(end_of_backward)
-        objective = TrainingObjective(
-            diffusion=process,
-            codec=Latents(),  # pyright: ignore[reportArgumentType]
-            hflip=recipe.data.hflip,
-            label_dropout=config.label_dropout,
-            num_classes=network.num_classes,
-            seed=config.seed,
-            dtype=dtype,
-        )
+        recipe = recipe.model_copy(update={"network": network})
+        objective = build_objective(recipe, process, Latents(), dtype)  # pyright: ignore[reportArgumentType]
         state = TrainState(model, forward, optimizer, config.optimizer, ParallelContext())
         with recorder:
             batch = Batch(
@@ -267,7 +259,7 @@ def trace_step(
                 torch.empty(count, dtype=torch.int64),
                 torch.empty(count, dtype=torch.int64),
             )
-            train_step(state, batch, objective, count, rounds, torch.empty(2))
+            train_step(state, batch, objective, count, accumulation_steps, torch.empty(2))
             ema.update(1)
             laps.append(recorder.lap())
         sizes = StepMemory(
@@ -295,13 +287,13 @@ def trace_call(network: NetworkConfig, rows: int) -> Trace:
         return recorder.lap()
 
 
-def _encoded(codec: Codec, size: tuple[int, int], rows: int) -> Trace:
+def _trace_encode(codec: Codec, size: tuple[int, int], rows: int) -> Trace:
     with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         codec.moments(torch.empty(rows, codec.pixel_channels, *size))
         return recorder.lap()
 
 
-def _decoded(codec: Codec, network: NetworkConfig, rows: int) -> Trace:
+def _trace_decode(codec: Codec, network: NetworkConfig, rows: int) -> Trace:
     with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         codec.decode(torch.empty(rows, codec.latent_channels, *network.input_size))
         return recorder.lap()

@@ -17,6 +17,7 @@ from tessera.data.buckets import Buckets
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
+from tessera.diffusion import DiffusionProcess
 from tessera.files import atomic_folder, atomic_write, remove_partials
 from tessera.interop import load
 from tessera.models.network import Network
@@ -103,7 +104,7 @@ def build_run(
     )
     ema = EMA(network, config.ema)
     ema_model = build_ema_model(recipe, loader.dataset.class_names, ema, codec)
-    objective = build_objective(recipe, ema_model, dtype)
+    objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     evaluates = recipe.evaluation.enabled
     scorer = Scorer(recipe.evaluation, ema_model, recipe.data, Path(recipe.run_dir)) if evaluates else None
     # The ranks communicate from here on. Each of them has raised the errors of the recipe before.
@@ -201,10 +202,12 @@ def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, code
     return bundle.Model(config, ema.network, codec)
 
 
-def build_objective(recipe: Recipe, model: bundle.Model, dtype: torch.dtype | None) -> TrainingObjective:
+def build_objective(
+    recipe: Recipe, diffusion: DiffusionProcess, codec: Codec, dtype: torch.dtype | None
+) -> TrainingObjective:
     return TrainingObjective(
-        diffusion=model.diffusion,
-        codec=model.codec,
+        diffusion=diffusion,
+        codec=codec,
         hflip=recipe.data.hflip,
         label_dropout=recipe.training.label_dropout,
         num_classes=recipe.network.num_classes,
