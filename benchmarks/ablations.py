@@ -1,7 +1,8 @@
 """What is each part of the modern recipe worth? One network size, equal training FLOPs, several seeds.
 
     python benchmarks/ablations.py run --data digits --out runs/ablations [--shard 0/2] [--seeds 0,1,2] [MEMBER ...]
-    python benchmarks/ablations.py report --data digits --out runs/ablations > table.md      # and runs/ablations/digits.png
+    python benchmarks/ablations.py report --data digits --out runs/ablations > table.md      # and
+    runs/ablations/digits.png
 
 A member is a list of overrides of one recipe. Each run is a `tessera train` that scores itself on a fixed schedule:
 kill it and run the same command again to go on. Members whose step costs other FLOPs, the optimizer's matrix products
@@ -90,18 +91,23 @@ SETTINGS = {
     "digits": Setting(
         "digits.yaml",
         (
-            "network.hidden_size=96", "network.depth=4", "network.num_heads=3", "sampling.guidance_scale=1", "sampling.num_steps=25",
+            "network.hidden_size=96", "network.depth=4", "network.num_heads=3", "sampling.guidance_scale=1",
+            "sampling.num_steps=25",
             "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "evaluation.num_samples=1000",
             "evaluation.reference=digits",
         ),
         steps=1500, every=250, seeds=(0, 1, 2),
     ),
-    "cifar10": Setting(  # expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (docs/explanation/ablations.md)
+    # Expects cifar10/train.parquet, and of it cifar10/features and cifar10/train.npz (docs/explanation/ablations.md).
+    "cifar10": Setting(
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4", "network.hidden_size=128",
-            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
-            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64", "evaluation.num_samples=1000",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
+            "network.hidden_size=128",
+            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim",
+            "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64",
+            "evaluation.num_samples=1000",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
         steps=400, every=200, seeds=(0,),
@@ -109,10 +115,14 @@ SETTINGS = {
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=2", "network.hidden_size=384",
-            "network.depth=8", "network.num_heads=6", "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
-            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.999", "training.global_batch_size=256", "evaluation.num_samples=5000",
-            "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz", "evaluation.batch_size=500",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=2",
+            "network.hidden_size=384",
+            "network.depth=8", "network.num_heads=6", "sampling.guidance_scale=1", "sampling.sampler=ddim",
+            "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.999", "training.global_batch_size=256",
+            "evaluation.num_samples=5000",
+            "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
+            "evaluation.batch_size=500",
         ),
         steps=6000, every=1500, seeds=(0,), rate=0.25,
     ),

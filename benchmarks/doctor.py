@@ -30,14 +30,17 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = (
     "network.hidden_size=96", "network.depth=4", "network.num_heads=4", "training.log_every=10",
     "training.health_every=20", "training.sample_every=1000", "training.checkpoint_every=1000",
-    "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup_steps=20", "training.device=cpu",
+    "training.sample_seeds=1", "training.tensorboard=false", "training.optimizer.warmup_steps=20",
+    "training.device=cpu",
     "training.ema.decay=0.97",
 )  # fmt: skip
 FOLDER = ("data.kind=folder", "data.size=8", "data.channels=1", "data.hflip=false")
 MODERN = (
-    "network.block=rope-swiglu", "diffusion.kind=flow", "diffusion.timestep_sampling.kind=logit-normal", "diffusion.timestep_sampling.std=0.7",
+    "network.block=rope-swiglu", "diffusion.kind=flow", "diffusion.timestep_sampling.kind=logit-normal",
+    "diffusion.timestep_sampling.std=0.7",
     "training.optimizer.kind=muon", "training.optimizer.learning_rate=0.01", "training.optimizer.warmup_steps=20",
-    "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.lr_schedule=wsd", "training.optimizer.grad_clip_norm=1.0",
+    "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.lr_schedule=wsd",
+    "training.optimizer.grad_clip_norm=1.0",
 )  # fmt: skip
 SPREAD = 5.0  # of latents left as the autoencoder makes them
 

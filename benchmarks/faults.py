@@ -31,11 +31,13 @@ HERE = Path(__file__).resolve()
 ROOT = Path(tessera.__file__).parents[1]
 STEPS, EVERY, BATCH = 60, 10, 32
 RECIPE = (
-    "network.hidden_size=48", "network.depth=2", "network.num_heads=2", "sampling.num_steps=2", f"training.global_batch_size={BATCH}",
+    "network.hidden_size=48", "network.depth=2", "network.num_heads=2", "sampling.num_steps=2",
+    f"training.global_batch_size={BATCH}",
     f"training.checkpoint_every={EVERY}", "training.keep_last=3", "training.log_every=1",
     "training.sample_every=1000", "training.sample_seeds=1", "training.tensorboard=false", "training.device=cpu",
     "training.health_every=20", "training.optimizer.lr_schedule=constant", "training.optimizer.warmup_steps=0",
-    "training.ema={decay: 0.99, extra_decays: [0.9]}", "training.stability.window=16", "training.stability.max_consecutive_bad=4",
+    "training.ema={decay: 0.99, extra_decays: [0.9]}", "training.stability.window=16",
+    "training.stability.max_consecutive_bad=4",
     "training.fsdp=full",
 )  # fmt: skip
 BAD = 34  # the step that meets the fault of the data, between two checkpoints

@@ -20,7 +20,7 @@ import torch
 
 from tessera import generation, runtime
 from tessera.acceleration.activation_checkpointing import CheckpointingMode, checkpoint_activations
-from tessera.acceleration.compilation import CompileMode, compiled
+from tessera.acceleration.compilation import CompileMode, compile_network
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
@@ -85,7 +85,7 @@ def training_rate(
     average = EMA(network, EMAConfig())
     checkpoint_activations(network, what)
     torch._dynamo.reset()  # a fresh compilation for each size
-    forward, reason = compiled(network, how)
+    forward, reason = compile_network(network, how)
     if reason is not None:
         sys.exit(f"cannot compile here: {reason}")
     learner = TrainState(network, forward, config.build(network), config, ParallelContext())

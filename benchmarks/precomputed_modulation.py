@@ -58,7 +58,7 @@ def main() -> None:
     for name in options.models.split(","):
         network = network_of(name)
         for rows in map(int, options.batches.split(",")):
-            size = PrecomputedModulation.size(network, STEPS, min(rows, 3)) / 2**20
+            size = PrecomputedModulation.table_bytes(network, STEPS, min(rows, 3)) / 2**20
             made, (looked_up, plain), calls = compared(network, rows, options.seconds)
             facts = f"{size:.1f} | {made:.1f} | {looked_up:.2f} | {plain:.2f} | {plain / looked_up:.3f} | {calls}"
             print(f"| {name} | {rows} | {facts} |", flush=True)

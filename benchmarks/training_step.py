@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tessera import randomness, runtime
-from tessera.acceleration.compilation import compiled
+from tessera.acceleration.compilation import compile_network
 from tessera.data import Batch
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
@@ -90,7 +90,7 @@ class Ours:
     def __init__(self, network: DiT, way: str) -> None:
         config = AdamWConfig(learning_rate=RATE)
         self.average = EMA(network, EMAConfig(decay=DECAY))
-        forward, reason = compiled(network, "off" if way == "eager" else way)
+        forward, reason = compile_network(network, "off" if way == "eager" else way)
         if reason:
             sys.exit(f"cannot compile here: {reason}")
         self.network, self.learner = (
@@ -99,7 +99,8 @@ class Ours:
         )
         self.tally = MetricAccumulator()
         self.task = TrainingObjective(
-            diffusion=GaussianDiffusionConfig(num_timesteps=STEPS).build(), codec=Latents(), hflip=False, label_dropout=DROPPED,
+            diffusion=GaussianDiffusionConfig(num_timesteps=STEPS).build(), codec=Latents(), hflip=False,
+            label_dropout=DROPPED,
             num_classes=network.config.num_classes, seed=0, dtype=None,
         )  # fmt: skip
         self.steps = 0

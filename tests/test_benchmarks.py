@@ -11,7 +11,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-SMALL = {  # arguments that make a script fast; {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
+# arguments that make a script fast; {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
+SMALL = {
     "against_diffusers": ["--models DiT-S/8 --batches 1 --rounds 1"],
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
     "block_speed": ["--grid 2 --batch 2 --rounds 1"],

@@ -5,13 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tessera import bundle, runtime
+from tessera import bundle, generation, runtime
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.data import Batch
 from tessera.diffusion.gaussian import GaussianDiffusionConfig
-from tessera.generation import pipeline
 from tessera.models.dit import DiTConfig
 from tessera.settings import validate
 from tessera.training import loop
@@ -53,8 +52,8 @@ def model() -> Model:
 def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
     bundle.save(model, tmp_path / "bundle")
     there = bundle.load(tmp_path / "bundle", "cuda")
-    here = pipeline.generate(model, [1, 2], [0, 1], steps=10, guidance=2.0)
-    gpu = pipeline.generate(there, [1, 2], [0, 1], steps=10, guidance=2.0)
+    here = generation.generate(model, [1, 2], [0, 1], steps=10, guidance_scale=2.0)
+    gpu = generation.generate(there, [1, 2], [0, 1], steps=10, guidance_scale=2.0)
     assert np.abs(here.astype(int) - gpu.astype(int)).max() <= 2
 
 

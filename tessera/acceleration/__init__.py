@@ -1,1 +1,1 @@
-"""Edits to a network from outside: what is computed, and how often, while its weights and its file stay as they are."""
+"""Faster or smaller evaluation of a network that leaves its weights and its saved format unchanged."""

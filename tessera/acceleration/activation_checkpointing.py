@@ -1,7 +1,6 @@
-"""Activations recomputed in the backward pass in place of being kept (Chen et al. 2016, "Training deep nets with
-sublinear memory cost"), from outside: less memory for more time.
-
-Shapes: B batch, L tokens, D width.
+"""Activation checkpointing: activations are recomputed in the backward pass instead of stored, which takes less memory
+and
+more time (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 """
 
 from functools import partial
@@ -17,8 +16,8 @@ from tessera.models.network import Network
 CheckpointingMode = Literal["none", "selective", "blocks"]
 
 aten = torch.ops.aten
-# What costs much to compute again: matrix products, convolutions, and attention in all the forms PyTorch chooses from.
-KEPT = frozenset(
+# Operations that are expensive to recompute: matrix products, convolutions, and all attention kernels of PyTorch.
+SAVED_OPERATIONS = frozenset(
     {
         aten.mm.default,
         aten.addmm.default,
@@ -35,35 +34,35 @@ KEPT = frozenset(
 )
 
 
-def checkpoint_activations(network: Network, what: CheckpointingMode) -> None:
-    """Choose what the blocks of a network compute again in the backward pass; in place, and names of weights stay.
+def checkpoint_activations(network: Network, mode: CheckpointingMode) -> None:
+    """Set in place what the blocks of a network recompute in the backward pass. The names of the weights do not change.
 
-    blocks: everything; each block keeps its input alone, and the forward pass is paid for twice. selective: all but
-    matrix products, convolutions and attention. none: nothing. Gradients are the same, to the bit where operations are
-    deterministic. Without gradients, as in drawing, nothing changes. Sharding and compilation come after it.
+    blocks: everything. Each block stores only its input, and the forward pass is computed twice. selective: everything
+    except matrix products, convolutions and attention. none: nothing. Gradients are the same, bit for bit if operations
+    are deterministic. Without gradients, as in sampling, it has no effect. Apply sharding and compilation afterwards.
     """
     for block in network.blocks:
         block.__dict__.pop("forward", None)
-        if what != "none":
-            # One function for all blocks, so that what is compiled for one serves the others.
-            block.forward = MethodType(_wholly if what == "blocks" else _selectively, block)
+        if mode != "none":
+            # The same function for all blocks, so that they share compiled code.
+            block.forward = MethodType(_recompute_all if mode == "blocks" else _recompute_selectively, block)
 
 
-def _wholly(block: nn.Module, x: Tensor, context: Any) -> Tensor:
-    return _recomputed(block, x, context)
+def _recompute_all(block: nn.Module, x: Tensor, context: Any) -> Tensor:
+    return _checkpointed(block, x, context)
 
 
-def _selectively(block: nn.Module, x: Tensor, context: Any) -> Tensor:
-    return _recomputed(block, x, context, context_fn=partial(create_selective_checkpoint_contexts, _keep))
+def _recompute_selectively(block: nn.Module, x: Tensor, context: Any) -> Tensor:
+    return _checkpointed(block, x, context, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 
 
-def _recomputed(block: nn.Module, x: Tensor, context: Any, **how: Any) -> Tensor:
+def _checkpointed(block: nn.Module, x: Tensor, context: Any, **options: Any) -> Tensor:
     forward = type(block).forward
     if not torch.is_grad_enabled():
         return forward(block, x, context)
-    # Nothing in a block is random: there is no state of a generator to keep.
-    return checkpoint(forward, block, x, context, use_reentrant=False, preserve_rng_state=False, **how)
+    # Blocks use no random numbers, so the state of the generator need not be saved.
+    return checkpoint(forward, block, x, context, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _keep(context: Any, operation: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in SAVED_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE

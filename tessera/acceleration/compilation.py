@@ -1,4 +1,4 @@
-"""A network compiled from outside: as a whole, or each of its blocks."""
+"""Compilation of a network with torch.compile: as a whole, or block by block."""
 
 import statistics
 import time
@@ -12,118 +12,120 @@ from tessera.conditioning import NetworkFunction
 from tessera.models.network import Network
 
 CompileMode = Literal["off", "blocks", "whole"]
-Sizes = Literal["fixed", "changing"]
-SIZES_OF_A_MAKE = 8  # of a batch, for which blocks are compiled
+RECOMPILES_PER_SHAPE = 8  # batch sizes for which blocks with the same parameter shapes may be compiled
 
 
-def compiled(network: Network, how: CompileMode, sizes: Sizes = "fixed") -> tuple[NetworkFunction, str | None]:
-    """What to call in place of a network; and, where this machine cannot compile, why, in one line.
+def compile_network(
+    network: Network, mode: CompileMode, dynamic_shapes: bool = False
+) -> tuple[NetworkFunction, str | None]:
+    """The function to call instead of a network and, if this machine cannot compile, the reason in one line.
 
-    blocks: in place and one by one; of those of one make (all of a DiT's) the first is compiled, and the others take
-    what was made for it. Whoever calls blocks by themselves (`tessera.acceleration.first_block_cache`) has them compiled, too. whole:
-    one graph of everything, which takes longer to make. off: not compiled, whatever it was before. Names of weights
-    stay in all.
+    blocks: compile each block in place. Blocks with the same parameter shapes (all blocks of a DiT) share the code of
+    the
+    first. Callers of single blocks, such as `tessera.acceleration.first_block_cache`, use the compiled blocks, too.
+    whole: compile one graph of the whole network, which takes longer. off: do not compile, and remove the compiled code
+    of an earlier call. The names of the weights do not change.
 
-    fixed: code for exactly the sizes that come, made anew for others, as in training. changing: code that serves all,
-    once a second size has come, as in drawing.
+    dynamic_shapes: if false, compile for the exact shapes of each input and recompile for others, as in training. If
+    true, the second shape leads to code for all shapes, as in sampling.
     """
-    _set_calls(network, [None] * len(network.blocks))
-    if how == "off":
+    _set_compiled_calls(network, [None] * len(network.blocks))
+    if mode == "off":
         return network, None
-    if reason := _no_compiler(next(network.parameters()).device):
+    if reason := _reason_not_to_compile(next(network.parameters()).device):
         return network, reason
-    dynamic = False if sizes == "fixed" else None
-    if how == "whole":
+    dynamic = None if dynamic_shapes else False
+    if mode == "whole":
         return torch.compile(network, dynamic=dynamic), None
-    # Beyond a limit PyTorch gives up and runs what is not compiled; its own is meant for sizes of one make.
-    makes = {tuple(parameter.shape for parameter in block.parameters()) for block in network.blocks}
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SIZES_OF_A_MAKE * len(makes))
+    # Above this limit PyTorch runs the function without compilation. Its default is too low for blocks of several
+    # shapes.
+    shapes = {tuple(parameter.shape for parameter in block.parameters()) for block in network.blocks}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES_PER_SHAPE * len(shapes))
     for block in network.blocks:
         block.compile(dynamic=dynamic)
     return network, None
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How long each way took, and which could not be taken."""
+class CompileTimings:
+    """The seconds of each compile mode, and the error of each mode that failed."""
 
     seconds: dict[CompileMode, float]
-    failed: dict[CompileMode, str]
+    errors: dict[CompileMode, str]
 
     @property
-    def best(self) -> CompileMode:
-        """The quickest way."""
+    def fastest(self) -> CompileMode:
         return min(self.seconds, key=self.seconds.__getitem__)
 
     def __str__(self) -> str:
-        """In one line, for a log."""
-        told = [
-            f"{how} {self.seconds['off'] / seconds:.2f} times as fast as off"
-            for how, seconds in self.seconds.items()
-            if how != "off"
+        """One line for a log."""
+        parts = [
+            f"{mode} {self.seconds['off'] / seconds:.2f} times as fast as off"
+            for mode, seconds in self.seconds.items()
+            if mode != "off"
         ]
-        told += [f"no {how}: {why}" for how, why in self.failed.items()]
-        return f"compile: {self.best} ({'; '.join(told)})"
+        parts += [f"{mode} failed: {error}" for mode, error in self.errors.items()]
+        return f"compile: {self.fastest} ({'; '.join(parts)})"
 
 
-def fastest(
-    network: Network, run_once: Callable[[NetworkFunction], None], synchronise: Callable[[], None], rounds: int = 5
-) -> Trial:
-    """Time the network as it is, with its blocks compiled, and compiled as a whole.
+def time_modes(
+    network: Network, run_once: Callable[[NetworkFunction], None], synchronize: Callable[[], None], rounds: int = 5
+) -> CompileTimings:
+    """Measure the time of every compile mode. Afterwards the network is not compiled and has no gradients.
 
-    Leaves it not compiled and without gradients. run_once: one forward and backward pass of what it is given, which
-    changes no weights. Each way is warmed up by two calls, then all take turns for some rounds, so that whatever else
-    the machine does weighs on all alike; medians count. synchronise: wait for the device. A way that fails is passed
-    over, but for the network as it is.
+    run_once: one forward and backward pass of its argument, without a change of weights. Each mode has two warm-up
+    calls.
+    Then the modes take turns, so that other load on the machine affects all of them alike, and the median counts.
+    synchronize: wait for the device. A mode that fails is recorded in `errors`; an error without compilation is raised.
     """
-    failed: dict[CompileMode, str] = {}
-    ways: dict[CompileMode, tuple[NetworkFunction, _Calls]] = {}
-    for how in get_args(CompileMode):
-        forward, reason = compiled(network, how)
+    errors: dict[CompileMode, str] = {}
+    functions: dict[CompileMode, tuple[NetworkFunction, _CompiledCalls]] = {}
+    for mode in get_args(CompileMode):
+        forward, reason = compile_network(network, mode)
         try:
             if reason is not None:
                 raise RuntimeError(reason)
             for _ in range(2):
                 network.zero_grad(set_to_none=True)
                 run_once(forward)
-            synchronise()
-            ways[how] = forward, _calls(network)
-        except Exception as error:  # whatever a compiler makes torch raise, or a lack of memory
-            if how == "off":
+            synchronize()
+            functions[mode] = forward, _compiled_calls(network)
+        except Exception as error:  # any error of a compiler, or too little memory
+            if mode == "off":
                 raise
-            failed[how] = _first_line(error)
-    seconds: dict[CompileMode, list[float]] = {how: [] for how in ways}
+            errors[mode] = _first_line(error)
+    seconds: dict[CompileMode, list[float]] = {mode: [] for mode in functions}
     for _ in range(rounds):
-        for how, (forward, calls) in ways.items():
-            _set_calls(network, calls)
+        for mode, (forward, calls) in functions.items():
+            _set_compiled_calls(network, calls)
             network.zero_grad(set_to_none=True)
-            began = time.perf_counter()
+            start = time.perf_counter()
             run_once(forward)
-            synchronise()
-            seconds[how].append(time.perf_counter() - began)
-    compiled(network, "off")
+            synchronize()
+            seconds[mode].append(time.perf_counter() - start)
+    compile_network(network, "off")
     network.zero_grad(set_to_none=True)
-    return Trial({how: statistics.median(taken) for how, taken in seconds.items()}, failed)
+    return CompileTimings({mode: statistics.median(times) for mode, times in seconds.items()}, errors)
 
 
-_Calls = list[Callable[..., Any] | None]  # of each block: what runs in its place
+_CompiledCalls = list[Callable[..., Any] | None]  # for each block, the compiled function that Module.__call__ uses
 
 
-def _calls(network: Network) -> _Calls:
+def _compiled_calls(network: Network) -> _CompiledCalls:
     return [block._compiled_call_impl for block in network.blocks]
 
 
-def _set_calls(network: Network, calls: _Calls) -> None:
-    # What Module.compile sets and Module.__call__ asks for; PyTorch has no way back.
+def _set_compiled_calls(network: Network, calls: _CompiledCalls) -> None:
+    # Module.compile sets this attribute and Module.__call__ reads it. PyTorch has no function that undoes it.
     for block, call in zip(network.blocks, calls, strict=True):
         block._compiled_call_impl = call
 
 
-def _no_compiler(device: torch.device) -> str | None:
-    """Why this machine cannot compile for a device, in one line."""
+def _reason_not_to_compile(device: torch.device) -> str | None:
+    """The first line of the error if a small function cannot be compiled for a device."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever a compiler that is absent, old or broken makes torch raise
+    except Exception as error:  # any error of a missing, old or broken compiler
         return _first_line(error)
     return None
 

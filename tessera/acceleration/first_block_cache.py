@@ -1,9 +1,11 @@
-"""Residuals of blocks, reused from one step of a drawing to the next.
+"""First-block cache: residuals of transformer blocks, reused from one sampling step to the next.
 
-The time in a drawing moves slowly, and so does what the blocks add to the tokens. Whether it has moved is read off the
-first block alone, as in "first block cache" and much like TeaCache (Liu et al. 2024, "Timestep Embedding Tells"), which
-looks at the input of the first block. Shapes: B batch, L tokens (with those of the condition, where they are appended),
-D width.
+Times change slowly during sampling, and so do the residuals of the blocks. If the residual of the first block has
+changed
+little, those of the others are assumed to have changed little, too, as in "first block cache". TeaCache (Liu et al.
+2024)
+looks at the input of the first block instead. Shapes: B batch, N tokens (with the condition tokens where they are
+appended), D width.
 """
 
 from collections.abc import Callable
@@ -17,14 +19,14 @@ from tessera.errors import TesseraError
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import NetworkConfig
-from tessera.sampling.caching import AnyCaching, FirstBlock
+from tessera.sampling.caching import AnyCaching, FirstBlockCaching
 
 EmbedCondition = Callable[[Tensor, Condition, tuple[int, int]], Context]
 
 
 def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
     """Raise TesseraError if a network has no residuals to reuse."""
-    if isinstance(caching, FirstBlock) and not isinstance(network, DiTConfig):
+    if isinstance(caching, FirstBlockCaching) and not isinstance(network, DiTConfig):
         raise TesseraError(
             f"{caching.kind} caching reuses the residuals of a transformer's blocks, and this network is a "
             f"{network.display_name}: set caching=none"
@@ -33,97 +35,113 @@ def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
 
 @dataclass
 class CacheStats:
-    """Evaluations of one block for one row: how many were asked for, and how many of them computed."""
+    """Evaluations of one block for one row: the number requested, and the number computed."""
 
-    asked: int = 0
+    requested: int = 0
     computed: int = 0
 
 
 class FirstBlockCache:
-    """network(x, t, condition) for one half of one drawing: its rows must stay the same from call to call.
+    """network(x, t, condition) for one half of one sampling run. Its rows must be the same in every call.
 
-    The error is controlled by one number: a row whose first residual has changed by `threshold` or more since all its
-    blocks were computed (the mean absolute difference over the mean absolute value then) has them computed again.
-    Otherwise the remembered residual of the blocks after the first is added in their place; with order 1 it goes on
-    along a line in t through the last two computed ones (Liu et al. 2025, "TaylorSeer", first order). Every row is
-    decided on by itself, and only the rows in need are computed, so that the batch changes nothing. A threshold of 0
-    computes all.
+    A row is computed in full if its first residual has changed by `threshold` or more since its last full evaluation
+    (mean
+    absolute difference, relative to the mean absolute value at that time). Otherwise the cached residual of the blocks
+    after the first is added. With order 1 it is extrapolated linearly in t from the last two full evaluations (Liu et
+    al.
+    2025, "TaylorSeer", first order). Rows are independent, and only the rows that need it are computed, so the batch
+    changes nothing. A threshold of 0 computes everything.
 
-    tell: what to tell the blocks, if not what `network.tell` says. tally: where to count; of its own by default.
+    embed_condition: a replacement for `network.embed_condition`. stats: where to count (by default its own).
     """
 
     def __init__(
-        self, network: DiT, settings: FirstBlock, *, tell: EmbedCondition | None = None, tally: CacheStats | None = None
+        self,
+        network: DiT,
+        settings: FirstBlockCaching,
+        *,
+        embed_condition: EmbedCondition | None = None,
+        stats: CacheStats | None = None,
     ) -> None:
         self.network = network
         self.settings = settings
-        self.tell = tell or network.embed_condition
-        self.tally = CacheStats() if tally is None else tally
-        self._memory: _Memory | None = None
+        self.embed_condition = embed_condition or network.embed_condition
+        self.stats = CacheStats() if stats is None else stats
+        self._cached: _CachedResiduals | None = None
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] -> [B, O, H, W]"""
         network = self.network
-        tokens, context = network.embed_patches(x, self.tell(t, condition, network.grid(x)))
+        tokens, context = network.embed_patches(x, self.embed_condition(t, condition, network.grid(x)))
         first = network.blocks[0](tokens, context)
         change = first - tokens
-        due = self._due(change)
-        self.tally.asked += len(x) * len(network.blocks)
-        self.tally.computed += len(x) + len(due) * (len(network.blocks) - 1)
-        if self._memory is None or len(due) == len(x):
-            tokens = self._others(first, context)
-            self._memory = _Memory.of(change, tokens - first, t, self._memory)
+        rows = self._rows_to_compute(change)
+        self.stats.requested += len(x) * len(network.blocks)
+        self.stats.computed += len(x) + len(rows) * (len(network.blocks) - 1)
+        if self._cached is None or len(rows) == len(x):
+            tokens = self._remaining_blocks(first, context)
+            self._cached = _CachedResiduals.after_full_evaluation(change, tokens - first, t, self._cached)
         else:
-            tokens = first + self._memory.guessed(t, self.settings.order)
-            if len(due):
-                computed = self._others(first[due], context.rows(due))
-                tokens = tokens.index_copy(0, due, computed)
-                self._memory.replace(due, change[due], computed - first[due], t[due])
+            tokens = first + self._cached.extrapolate(t, self.settings.order)
+            if len(rows):
+                computed = self._remaining_blocks(first[rows], context.rows(rows))
+                tokens = tokens.index_copy(0, rows, computed)
+                self._cached.update(rows, change[rows], computed - first[rows], t[rows])
         return network.head(tokens, context)
 
-    def _due(self, change: Tensor) -> Tensor:
-        """The rows whose blocks are to be computed: places, int64."""
-        if self._memory is None:
+    def _rows_to_compute(self, change: Tensor) -> Tensor:
+        """Indices (int64) of the rows whose blocks must be computed."""
+        if self._cached is None:
             return torch.arange(len(change), device=change.device)
-        if change.shape != self._memory.first.shape:
-            raise ValueError(f"a cache serves one drawing: got {list(change.shape)}, {list(self._memory.first.shape)}")
-        known = self._memory.first
-        distance = (change - known).abs().flatten(1).mean(dim=1) / known.abs().flatten(1).mean(dim=1)
-        return (~(distance < self.settings.threshold)).nonzero()[:, 0]  # what is not a number is computed
+        if change.shape != self._cached.first.shape:
+            raise ValueError(
+                f"a cache serves one sampling run: got tokens {list(change.shape)}, {list(self._cached.first.shape)}"
+            )
+        cached = self._cached.first
+        distance = (change - cached).abs().flatten(1).mean(dim=1) / cached.abs().flatten(1).mean(dim=1)
+        return (~(distance < self.settings.threshold)).nonzero()[:, 0]  # NaN counts as changed
 
-    def _others(self, tokens: Tensor, context: Context) -> Tensor:
+    def _remaining_blocks(self, tokens: Tensor, context: Context) -> Tensor:
         for block in self.network.blocks[1:]:
             tokens = block(tokens, context)
         return tokens
 
 
 @dataclass
-class _Memory:
-    """Of each row's last full computation: the residuals and the time, and those of the one before."""
+class _CachedResiduals:
+    """Residuals and time of each row's last full evaluation, and of the one before."""
 
-    first: Tensor  # [B, L, D]
-    others: Tensor  # [B, L, D]
+    first: Tensor  # [B, N, D]
+    remaining: Tensor  # [B, N, D]
     t: Tensor  # [B]
-    others_before: Tensor  # [B, L, D]
-    t_before: Tensor  # [B] the same as t where nothing was computed before
+    previous_remaining: Tensor  # [B, N, D]
+    previous_t: Tensor  # [B] equal to t if there was only one evaluation
 
     @staticmethod
-    def of(first: Tensor, others: Tensor, t: Tensor, before: "_Memory | None") -> "_Memory":
-        """All rows computed anew."""
-        return _Memory(first, others, t, others if before is None else before.others, t if before is None else before.t)
+    def after_full_evaluation(
+        first: Tensor, remaining: Tensor, t: Tensor, previous: "_CachedResiduals | None"
+    ) -> "_CachedResiduals":
+        """The residuals after all rows were computed."""
+        return _CachedResiduals(
+            first,
+            remaining,
+            t,
+            remaining if previous is None else previous.remaining,
+            t if previous is None else previous.t,
+        )
 
-    def replace(self, rows: Tensor, first: Tensor, others: Tensor, t: Tensor) -> None:
-        """Some rows computed anew."""
-        self.others_before = self.others_before.index_copy(0, rows, self.others[rows])
-        self.t_before = self.t_before.index_copy(0, rows, self.t[rows])
+    def update(self, rows: Tensor, first: Tensor, remaining: Tensor, t: Tensor) -> None:
+        """Store the residuals of the rows [R] that were computed."""
+        self.previous_remaining = self.previous_remaining.index_copy(0, rows, self.remaining[rows])
+        self.previous_t = self.previous_t.index_copy(0, rows, self.t[rows])
         self.first = self.first.index_copy(0, rows, first)
-        self.others = self.others.index_copy(0, rows, others)
+        self.remaining = self.remaining.index_copy(0, rows, remaining)
         self.t = self.t.index_copy(0, rows, t)
 
-    def guessed(self, t: Tensor, order: int) -> Tensor:
-        """The residual of the blocks after the first at t [B], computed nowhere: [B, L, D]"""
+    def extrapolate(self, t: Tensor, order: int) -> Tensor:
+        """The extrapolated residual of the blocks after the first at t [B]: [B, N, D]"""
         if order == 0:
-            return self.others
-        stride = self.t - self.t_before
-        reach = torch.where(stride == 0, 0, (t - self.t) / stride)[:, None, None]
-        return self.others + reach.to(self.others.dtype) * (self.others - self.others_before)
+            return self.remaining
+        interval = self.t - self.previous_t
+        ratio = torch.where(interval == 0, 0, (t - self.t) / interval)[:, None, None]
+        return self.remaining + ratio.to(self.remaining.dtype) * (self.remaining - self.previous_remaining)

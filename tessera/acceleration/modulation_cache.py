@@ -1,8 +1,8 @@
-"""Steering vectors computed once for all the times and classes of a drawing.
+"""Modulation parameters, precomputed for all times and classes of a sampling run.
 
-Every adaLN block regresses its shifts, scales and gates from the time and the class alone. All times of a drawing are
-known before it begins, so each regression is one product of matrices instead of a thin one in every step, which reads
-the same weights anew. Shapes: B batch, N times, K labels, P = N K pairs of the two, D width.
+An adaLN block computes its shifts, scales and gates from the time and the class alone. All times of a sampling run are
+known in advance, so each of these projections is one matrix product instead of a thin one in every step, each of which
+reads the same weights. Shapes: B batch, N times, K labels, P = N K pairs of time and label, D width.
 """
 
 from collections.abc import Mapping
@@ -20,59 +20,63 @@ from tessera.models.dit import DiT
 
 @dataclass(frozen=True)
 class CachedContext(Context):
-    """A context that looks steering vectors up."""
+    """A context that looks modulation parameters up in a table."""
 
     table: Mapping[Modulation, Tensor] = field(default_factory=dict)  # [P, 1, count D] each
-    places: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [B] of the rows in the table
+    # [B] row of the table for each sample
+    table_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
-    # Not compiled, or every block would be compiled anew for a key of its own.
+    # Not compiled: otherwise each block would be compiled separately, because its key differs.
     @torch.compiler.disable
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if isinstance(modulation, Modulation) and modulation in self.table:
-            return self.table[modulation][self.places]
+            return self.table[modulation][self.table_rows]
         return super().modulation_params(modulation)
 
     def rows(self, chosen: Tensor) -> Self:
-        return replace(super().rows(chosen), places=self.places[chosen])
+        return replace(super().rows(chosen), table_rows=self.table_rows[chosen])
 
 
 class PrecomputedModulation:
-    """network(x, t, condition) that draws at known times and labels; at others it is the network itself.
+    """network(x, t, condition) with precomputed modulation for known times and labels; for others it is the network
+    itself.
 
-    times [N] in the units of the network; labels [K], or None for a network without classes. The outputs are the
-    network's up to the rounding of float32: products of other shapes are summed in another order.
+    times [N] in the units of the network; labels [K], or None for a network without classes. The outputs
+    equal those of the network up to float32 rounding: matrix products of another shape are summed in another order.
     """
 
     def __init__(self, network: DiT, times: Tensor, labels: Tensor | None, grid: tuple[int, int]) -> None:
         self.network = network
         self.times = times.unique()
         self.labels = None if labels is None else labels.unique()
-        count = 1 if self.labels is None else len(self.labels)
+        num_labels = 1 if self.labels is None else len(self.labels)
         label = None if self.labels is None else self.labels.repeat(len(self.times))
-        told = network.embed_condition(self.times.repeat_interleave(count), Condition(label=label), grid)
+        context = network.embed_condition(self.times.repeat_interleave(num_labels), Condition(label=label), grid)
         self.table = {
-            module: told.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)
+            module: context.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)
         }
-        self.told = told
+        self.context = context
 
     @staticmethod
-    def size(network: DiT, times: int, labels: int) -> int:
-        """Bytes of the table for so many times and labels."""
-        found = [module.linear.out_features for module in network.modules() if isinstance(module, Modulation)]
-        return 4 * times * labels * sum(found)
+    def table_bytes(network: DiT, num_times: int, num_labels: int) -> int:
+        """The size of the table in bytes."""
+        out_features = [module.linear.out_features for module in network.modules() if isinstance(module, Modulation)]
+        return 4 * num_times * num_labels * sum(out_features)
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        """As `network.tell`."""
-        place = torch.searchsorted(self.times, t.contiguous()).clamp(max=len(self.times) - 1)
-        known = self.times[place] == t
+        """The same as `network.embed_condition`, with modulation from the table if it has all times and labels."""
+        table_rows = torch.searchsorted(self.times, t.contiguous()).clamp(max=len(self.times) - 1)
+        known = self.times[table_rows] == t
         if self.labels is not None and condition.label is not None:
-            of = torch.searchsorted(self.labels, condition.label.contiguous()).clamp(max=len(self.labels) - 1)
-            known &= self.labels[of] == condition.label
-            place = place * len(self.labels) + of
+            label_index = torch.searchsorted(self.labels, condition.label.contiguous()).clamp(max=len(self.labels) - 1)
+            known &= self.labels[label_index] == condition.label
+            table_rows = table_rows * len(self.labels) + label_index
         if not bool(known.all()):
             return self.network.embed_condition(t, condition, grid)
-        chosen = self.told.rows(place)
-        return CachedContext(c=chosen.c, cond_tokens=chosen.cond_tokens, grid=grid, table=self.table, places=place)
+        selected = self.context.rows(table_rows)
+        return CachedContext(
+            c=selected.c, cond_tokens=selected.cond_tokens, grid=grid, table=self.table, table_rows=table_rows
+        )
 
     def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] -> [B, O, H, W]"""

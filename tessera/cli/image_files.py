@@ -148,7 +148,7 @@ def _hash(pixels: np.ndarray) -> str:
 
 def compile_network(model: Model) -> None:
     """Compile the network of a model. If that fails, print the reason and continue without."""
-    _, reason = compilation.compiled(model.network, "blocks", sizes="changing")
+    _, reason = compilation.compile_network(model.network, "blocks", dynamic_shapes=True)
     if reason is not None:
         print_error(f"continuing without compilation: {reason}")
 
@@ -200,7 +200,7 @@ def write_images(
     columns = len(seeds) if row_per_class else min(count, 8)
     grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // len(sheet[0])))
     images.save_png(out if grid_only else out / "grid.png", grid, {**settings, "classes": classes, "seeds": seeds})
-    caching = f"; caching computed {stats.computed / stats.asked:.0%} of the blocks" if stats.asked else ""
+    caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
     print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
 
 

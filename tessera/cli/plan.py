@@ -73,7 +73,8 @@ def plan(
         )
     if not result.fits:
         print_error(
-            f"warning: the run does not fit: it needs {_bytes(result.memory_bytes)} of {_bytes(machine.usable_bytes)} usable; "
+            f"warning: the run does not fit: it needs {_bytes(result.memory_bytes)} of {_bytes(machine.usable_bytes)} "
+            "usable; "
             "see the alternatives that fit, or lower training.micro_batch_size"
         )
 
@@ -108,7 +109,8 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         work.name,
         f"network      {work.network.summary()}",
         f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs per forward pass",
-        f"training     {work.steps:,} steps of {work.global_batch_size} ({split.micro_batch_size} per device{micro_batches}): "
+        f"training     {work.steps:,} steps of {work.global_batch_size} "
+        f"({split.micro_batch_size} per device{micro_batches}): "
         f"{plan.flops_per_step / work.global_batch_size:.4g} FLOPs per sample, {plan.flops:.4g} in total",
         f"hardware     {hardware.title}: {hardware.source}",
         "",
@@ -137,11 +139,12 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
             else ""
         )
         + f", {format_duration(plan.evaluation_seconds)} for {work.sampling.grid_images:,} images in grids and "
-        f"{work.sampling.scored_images:,} in {work.sampling.num_evaluations} evaluations: {format_duration(plan.total_seconds)} total",
+        f"{work.sampling.scored_images:,} in {work.sampling.num_evaluations} evaluations: "
+        f"{format_duration(plan.total_seconds)} total",
         f"cost         {plan.device_hours:.4g} device hours"
         + (f", ${plan.cost:,.2f} at ${hardware.price:g} per hour" if hardware.price else ""),
-        f"disk         {_bytes(plan.disk_bytes)} for {work.num_checkpoints} checkpoints of {_bytes(plan.checkpoint_bytes)}"
-        + _data(plan),
+        f"disk         {_bytes(plan.disk_bytes)} for {work.num_checkpoints} checkpoints of "
+        f"{_bytes(plan.checkpoint_bytes)}" + _data(plan),
     ]
     if plan.budget is not None:
         outcome = plan.budget
@@ -187,7 +190,8 @@ def _optimal(plan: "Plan", law: "Law | None") -> list[str]:
         far = f"; extrapolated by a factor of {best.extrapolation:.3g}" if best.extrapolation > 1 else ""
         return [
             f"optimal      {law.source}: at {flops:.3g} FLOPs {best.gmacs:.3g} GMACs and {best.samples:,.0f} "
-            f"samples ({best.samples / plan.workload.global_batch_size:,.0f} steps of {plan.workload.global_batch_size}); expected {law.metric} "
+            f"samples ({best.samples / plan.workload.global_batch_size:,.0f} steps of {plan.workload.global_batch_size}); "
+            f"expected {law.metric} "
             f"{best.metric.value:.4g} ({best.metric.low:.4g} to {best.metric.high:.4g}){far}"
         ]
     from tessera.planning.budget import best_published

@@ -1,6 +1,6 @@
-"""The mathematics of noise: what is mixed in, what a raw output means, and what training minimises.
+"""Diffusion processes: how noise is added, what a raw output means, and the training loss.
 
-A process draws times, mixes noise in, and turns a raw output into x0 and eps; every solver asks it for alpha and sigma.
+A process samples times, adds noise, and converts a raw output to x0 and eps. Solvers use its alpha and sigma.
 """
 
 from typing import Annotated, Any
@@ -9,18 +9,18 @@ from pydantic import BeforeValidator, Field
 
 from tessera.diffusion.flow import FlowMatching, FlowMatchingConfig
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
-from tessera.settings import by_kind
+from tessera.settings import expand_kind
 
 DiffusionProcess = GaussianDiffusion | FlowMatching
 
 
-def _gaussian_unless_told(value: Any) -> Any:
-    value = by_kind(value)
+def _gaussian_by_default(value: Any) -> Any:
+    value = expand_kind(value)
     return {"kind": "gaussian", **value} if isinstance(value, dict) else value
 
 
 AnyDiffusionConfig = Annotated[
-    GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_unless_told), Field(discriminator="kind")
+    GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_by_default), Field(discriminator="kind")
 ]
 
 __all__ = [

@@ -13,11 +13,11 @@ from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor
 
 from tessera.diffusion.prediction import Losses, Prediction, expand, row_mean
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
 Parameterization = Literal["velocity", "x0", "epsilon"]
-BASE_DIMENSION = 4096  # numbers of a picture at which shift: dimension shifts nothing: the 32 x 32 x 4 latent of DiT
-T_EPS = 1e-5  # the time nearest to either end that training draws
+BASE_DIMENSION = 4096  # input dimensions at which `shift: dimension` changes nothing: the 32 x 32 x 4 latent of DiT
+T_EPS = 1e-5  # distance from both ends within which training samples no times
 
 
 class UniformTimesteps(Settings):
@@ -57,7 +57,7 @@ class FlowMatchingConfig(Settings):
         default="velocity", description="what the squared error is of, whatever the prediction"
     )
     timestep_sampling: Annotated[
-        UniformTimesteps | LogitNormalTimesteps, BeforeValidator(by_kind), Field(discriminator="kind")
+        UniformTimesteps | LogitNormalTimesteps, BeforeValidator(expand_kind), Field(discriminator="kind")
     ] = UniformTimesteps()
     shift: PositiveFloat | Literal["dimension"] = Field(
         default=1.0,
@@ -72,7 +72,7 @@ class FlowMatchingConfig(Settings):
         "an epsilon: in pure noise it would be an error divided by nothing",
     )
     network_times: tuple[float, float] = Field(
-        default=(0.0, 1000.0), description="what the network is told at the data and at the noise; SiT's: 1, 0"
+        default=(0.0, 1000.0), description="the network's time input at the data and at the noise; SiT's: 1, 0"
     )
 
     def build(self) -> "FlowMatching":
@@ -160,7 +160,7 @@ class FlowMatching:
         """A raw output [B, C, ...] at x [B, C, ...] and t [B] as x0 and eps."""
         raw = raw.to(x.dtype)
         alpha, sigma = self.alpha(t), self.sigma(t)
-        if self.config.prediction == "x0":  # at the data no noise is left to tell: any eps is as good
+        if self.config.prediction == "x0":  # without noise, eps is undetermined: any value works
             return Prediction(raw, (x - expand(alpha, x) * raw) / expand(sigma.clamp(min=T_EPS), x))
         if self.config.prediction == "epsilon":
             return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.min_weight), x), raw)

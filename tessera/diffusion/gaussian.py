@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_v
 from torch import Tensor
 
 from tessera.diffusion.prediction import Losses, Prediction, expand, row_mean
-from tessera.settings import Settings, by_kind
+from tessera.settings import Settings, expand_kind
 
 
 class LinearBetas(Settings):
@@ -70,7 +70,7 @@ class GaussianDiffusionConfig(Settings):
 
     kind: Literal["gaussian"] = "gaussian"
     num_timesteps: PositiveInt = 1000
-    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(by_kind), Field(discriminator="kind")] = (
+    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(expand_kind), Field(discriminator="kind")] = (
         LinearBetas()
     )
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
@@ -78,9 +78,9 @@ class GaussianDiffusionConfig(Settings):
         default="learned",
         description="learned between the two others, or fixed to one: posterior (small) or beta (large)",
     )
-    weighting: Annotated[UniformWeighting | MinSNRWeighting, BeforeValidator(by_kind), Field(discriminator="kind")] = (
-        UniformWeighting()
-    )
+    weighting: Annotated[
+        UniformWeighting | MinSNRWeighting, BeforeValidator(expand_kind), Field(discriminator="kind")
+    ] = UniformWeighting()
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the schedule so that the last step is pure noise (Lin et al. 2024)"
     )
@@ -88,7 +88,7 @@ class GaussianDiffusionConfig(Settings):
     @model_validator(mode="after")
     def _fits(self) -> "GaussianDiffusionConfig":
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction v or x0: of pure noise, epsilon tells nothing of x0")
+            raise ValueError("zero_terminal_snr needs prediction v or x0: at zero SNR, epsilon does not determine x0")
         if self.zero_terminal_snr and self.num_timesteps == 1:
             raise ValueError("zero_terminal_snr needs 2 steps or more: the first stays, the last is all noise")
         return self
@@ -102,9 +102,9 @@ class GaussianDiffusionConfig(Settings):
 
     def summary(self) -> str:
         """In one line, for people."""
-        told = f"Gaussian, {self.num_timesteps} steps, {self.schedule.kind} schedule, {self.prediction} prediction, "
-        told += f"{self.variance} variance" + (", zero terminal SNR" if self.zero_terminal_snr else "")
-        return told + (f", {self.weighting.kind} weighting" if self.weighting.kind != "uniform" else "")
+        text = f"Gaussian, {self.num_timesteps} steps, {self.schedule.kind} schedule, {self.prediction} prediction, "
+        text += f"{self.variance} variance" + (", zero terminal SNR" if self.zero_terminal_snr else "")
+        return text + (f", {self.weighting.kind} weighting" if self.weighting.kind != "uniform" else "")
 
 
 class GaussianDiffusion:
@@ -173,7 +173,7 @@ class GaussianDiffusion:
         return (1 - self._bar(t)).sqrt()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, a draw of q(x_t | x0). x0 and noise [B, ...], t [B]"""
+        """A sample x_t of q(x_t | x0). x0 and noise [B, ...], t [B]"""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     # What a raw output means

@@ -1,4 +1,4 @@
-"""What a network's raw output means, said once.
+"""The meaning of a network's raw output.
 
 Shapes: B batch.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 class Prediction:
     """The denoiser's answer at (x, t). Every target, velocity and score is linear in x0 and eps."""
 
-    x0: Tensor  # [B, ...] the clean picture
+    x0: Tensor  # [B, ...] the clean image
     eps: Tensor  # [B, ...] the noise in x
     var_fraction: Tensor | None = (
         None  # [B, ...] learned log-variance: 0 the posterior's, 1 log beta; None: not learned

@@ -70,7 +70,7 @@ def _network_factory(model: Model, conditions: Condition, batch: BatchSettings) 
     if (
         isinstance(network, DiT)
         and device.type == "cpu"
-        and PrecomputedModulation.size(network, len(batch.times), num_labels) <= MODULATION_TABLE_BYTES
+        and PrecomputedModulation.table_bytes(network, len(batch.times), num_labels) <= MODULATION_TABLE_BYTES
     ):
         with runtime.autocast(batch.dtype, device):
             plain = PrecomputedModulation(network, batch.times, conditions.label, batch.grid)
@@ -79,7 +79,7 @@ def _network_factory(model: Model, conditions: Condition, batch: BatchSettings) 
     def make() -> NetworkFunction:
         inner = plain
         if isinstance(caching, FirstBlockCaching) and isinstance(network, DiT):  # others are rejected by check_caching
-            inner = FirstBlockCache(network, caching, tell=embed_condition, tally=batch.cache_stats)
+            inner = FirstBlockCache(network, caching, embed_condition=embed_condition, stats=batch.cache_stats)
 
         def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             with runtime.autocast(batch.dtype, device):  # only around the network: not in the caller's loop

@@ -46,7 +46,7 @@ class RotaryAttention(Attention):
 
     def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, value_residual: bool) -> None:
         super().__init__(width, heads, bias)
-        self.sharpness = nn.Parameter(torch.ones(heads)) if qk_norm else None
+        self.qk_scale = nn.Parameter(torch.ones(heads)) if qk_norm else None
         self.v_residual_lambda = nn.Parameter(torch.full((1,), 0.5)) if value_residual else None
 
     def forward(self, x: Tensor, rotary: Tensor | None = None, values: Tensor | None = None) -> Tensor:
@@ -55,7 +55,7 @@ class RotaryAttention(Attention):
         v = v.squeeze(2)
         if qk.dtype in (torch.bfloat16, torch.float16):
             qk = qk.float()  # lengths and angles are not for half precision
-        length = None if self.sharpness is None else self._length(qk, self.sharpness)
+        length = None if self.qk_scale is None else self._length(qk, self.qk_scale)
         if rotary is not None:
             qk = rotate(qk, rotary)  # which leaves lengths alone: so they may be set afterwards
         if length is not None:
@@ -72,7 +72,7 @@ class RotaryAttention(Attention):
 
 
 class CrossAttention(nn.Module):
-    """Attention from the picture's tokens to the condition's."""
+    """Attention from the image tokens to the condition tokens."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class CrossAttention(nn.Module):
         x = scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def macs(self, tokens: int, told: int) -> int:
+    def macs(self, tokens: int, cond_tokens: int) -> int:
         """Multiply-adds for one sample: 2 L D^2 + 2 M D^2 in the projections, 2 L M D between the sequences."""
         width = self.proj.in_features
-        return 2 * (tokens + told) * width**2 + 2 * tokens * told * width
+        return 2 * (tokens + cond_tokens) * width**2 + 2 * tokens * cond_tokens * width

@@ -15,7 +15,7 @@ def sinusoid(t: Tensor, channels: int, divisor: float, period: float = 10000.0) 
 
     The GLIDE form (Nichol et al. 2021) divides by F/2; diffusers' DiT divides by F/2 - 1.
     """
-    # Multiplied before divided, as both do: at t = 999 the last bit of a frequency is seen in the network's output.
+    # Multiplied before divided, as both do: at t = 999 the last bit of a frequency changes the network's output.
     exponents = -math.log(period) * torch.arange(channels // 2, dtype=torch.float32, device=t.device) / divisor
     angles = t.to(torch.float32)[..., None] * torch.exp(exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -45,22 +45,24 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A learned vector for each class, and one more row for 'not told', which label dropout and guidance use."""
+    """A learned vector for each class, and one more for the null label, which label dropout and guidance use."""
 
-    def __init__(self, classes: int, width: int, null_class: bool = True) -> None:
+    def __init__(self, classes: int, width: int, learn_null_class: bool = True) -> None:
         super().__init__()
         self.classes = classes
-        self.null_class = null_class
-        self.embedding_table = nn.Embedding(classes + null_class, width)
+        self.learn_null_class = learn_null_class
+        self.embedding_table = nn.Embedding(classes + learn_null_class, width)
 
     def forward(self, label: Tensor, drop: Tensor | None = None) -> Tensor:
-        """label [B] (negative: told nothing), drop [B] forces 'told nothing' where true -> [B, D]
+        """label [B] (negative: the null label), drop [B] forces the null label where true -> [B, D]
 
-        Raises ValueError if a row is told nothing and the table was made without a null row.
+        Raises ValueError if a label is null and the table has no null row.
         """
-        untold = label < 0 if drop is None else (label < 0) | drop
-        if self.null_class:
-            label = torch.where(untold, self.classes, label)
-        elif bool(untold.any()):
-            raise ValueError("this network was made without a null class: it cannot be told nothing, so no guidance")
+        is_null = label < 0 if drop is None else (label < 0) | drop
+        if self.learn_null_class:
+            label = torch.where(is_null, self.classes, label)
+        elif bool(is_null.any()):
+            raise ValueError(
+                "this network has no null label (learn_null_class=false): no unconditional prediction and no guidance"
+            )
         return self.embedding_table(label)

@@ -1,6 +1,7 @@
-"""Steering tokens by a condition vector: shift, scale and gate (Perez et al. 2018; Peebles & Xie 2023, section 3.2).
+"""Modulation of tokens by a conditioning vector: shift, scale and gate (Perez et al. 2018; Peebles & Xie 2023, section
+3.2).
 
-Shapes: B batch, L tokens, D width; the steering vectors are [B, 1, D] or [B, L, D].
+Shapes: B batch, L tokens, D width; the modulation parameters are [B, 1, D] or [B, L, D].
 """
 
 from typing import cast
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Modulation(nn.Sequential):
-    """The steering vectors a condition regresses: SiLU, then one linear map.
+    """Modulation parameters from a conditioning vector: SiLU, then one linear map.
 
     channels: of each vector, if not as many as the condition has.
     """
@@ -28,7 +29,7 @@ class Modulation(nn.Sequential):
 
 
 class ScaleShiftTable(nn.Module):
-    """A block's own part of steering vectors that all blocks share: one learned table, added to them.
+    """A block's own offset to modulation parameters that all blocks share: one learned table, added to them.
 
     adaLN-single (Chen et al. 2023, "PixArt-alpha", section 2.3). It costs no multiply-adds.
     """

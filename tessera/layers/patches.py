@@ -1,4 +1,4 @@
-"""Pictures to tokens and back.
+"""Images to tokens and back.
 
 Shapes: B batch, C channels, H and W height and width, p patch side, h = H / p and w = W / p the token grid,
 L = h w tokens, D width.
@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
 def resample_patches(weight: Tensor, patch: int) -> Tensor:
     """The patch projection [D, C, p, p] for another patch size, [D, C, q, q].
 
-    The pseudo-inverse resize of FlexiViT (Beyer et al. 2023, equation 4): a picture resized like its patches
+    The pseudo-inverse resize of FlexiViT (Beyer et al. 2023, equation 4): an image resized like its patches
     gets the same tokens as before, exactly when q > p and in the least-squares sense otherwise.
     """
     old = weight.shape[-1]
@@ -51,7 +51,7 @@ def resample_patches(weight: Tensor, patch: int) -> Tensor:
 
 
 def resample_head(weight: Tensor, channels: int, patch: int) -> Tensor:
-    """The last layer's rows [p p C, ...] for another patch size, [q q C, ...]: the patch it draws is resized."""
+    """The last layer's rows [p p C, ...] for another patch size, [q q C, ...]: the output patch is resized."""
     rows = weight.double().unflatten(0, (-1, channels))  # (p p C) ... -> (p p) C ...
     resize = _resize_matrix(round(rows.shape[0] ** 0.5), patch)
     return torch.tensordot(resize, rows, dims=1).flatten(0, 1).to(weight.dtype)

@@ -4,18 +4,21 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from tessera.models.dit import DiTConfig
-from tessera.models.network import Network, NetworkConfig
-from tessera.models.presets import UNETS
-from tessera.models.unet import UNetConfig
-from tessera.settings import by_kind
+from tessera.models.dit import DiT, DiTConfig
+from tessera.models.network import Network, NetworkConfig, parameter_count
+from tessera.models.presets import PRESETS, UNETS
+from tessera.models.unet import UNet, UNetConfig
+from tessera.settings import expand_kind
 
-__all__ = ["AnyNetwork", "Network", "NetworkConfig", "with_kind"]
+__all__ = [
+    "PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "UNet", "UNetConfig", "parameter_count",
+    "with_kind",
+]  # fmt: skip
 
 
 def with_kind(value: Any) -> Any:
-    """Settings of a network that do not say of which kind it is: what their preset is, or a DiT."""
-    value = by_kind(value)
+    """Network settings with a kind: that of the preset if there is one, else a DiT."""
+    value = expand_kind(value)
     if not isinstance(value, dict) or "kind" in value:
         return value
     return {"kind": "unet" if str(value.get("preset")) in UNETS else "dit", **value}

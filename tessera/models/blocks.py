@@ -1,7 +1,7 @@
 """The four block designs of the DiT paper (Peebles & Xie 2023, section 3.2) and two later ones, each one class.
 
-A block is `block(x, context)`. Shapes: B batch, L tokens of the picture, M tokens of the condition, G condition
-vectors (one for the picture), D width, H channels of a head.
+A block is `block(x, context)`. Shapes: B batch, L tokens of the image, M tokens of the condition, G condition
+vectors (one per image), D width, H channels of a head.
 """
 
 from collections.abc import Callable
@@ -25,17 +25,20 @@ class Context:
 
     c: Tensor  # [B, G, D] the condition vectors: time + label
     cond_tokens: Tensor  # [B, M, D] the same as a sequence: time, then label
-    grid: tuple[int, int]  # (h, w) of the picture's tokens
+    grid: tuple[int, int]  # (h, w) of the image tokens
     # What `Shared` works out once for all blocks, in the designs that have it:
-    shared_modulation: Tensor | None = None  # [B, G, 6 D] steering vectors, to which every block adds its own offsets
+    shared_modulation: Tensor | None = (
+        None  # [B, G, 6 D] modulation parameters, to which every block adds its own offsets
+    )
     rope: Tensor | None = None  # [L, H / 2, 2] the angles of the grid
     v0: Tensor | None = None  # [B, L, D] the first values, of which every attention takes a share
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
-        """The steering vectors [B, G, count D] that a part regresses from the condition, or its offsets to shared ones.
+        """The modulation parameters [B, G, count D] that a module computes from the condition, or its offsets to
+        shared ones.
 
-        Every part asks here, so that a context that holds them already (of a whole drawing's times and classes) can
-        hand them out instead.
+        Blocks call this method instead of the module, so that a context with precomputed parameters (for all times and
+        classes of a sampling run) can return those.
         """
         if isinstance(modulation, Modulation):
             return modulation(self.c)
@@ -43,9 +46,9 @@ class Context:
         return modulation(self.shared_modulation)
 
     def rows(self, chosen: Tensor) -> Self:
-        """The chosen rows of the batch."""
-        told = {name: getattr(self, name) for name in ("c", "cond_tokens", "shared_modulation", "v0")}
-        return replace(self, **{name: value[chosen] for name, value in told.items() if value is not None})
+        """The selected rows of the batch."""
+        values = {name: getattr(self, name) for name in ("c", "cond_tokens", "shared_modulation", "v0")}
+        return replace(self, **{name: value[chosen] for name, value in values.items() if value is not None})
 
 
 def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
@@ -80,22 +83,24 @@ class SharedConditioning(nn.Module):
         """x [B, L, D] the embedded patches"""
         return replace(
             context,
-            shared_modulation=None if self.adaLN_modulation is None else context.modulation_params(self.adaLN_modulation),
+            shared_modulation=None
+            if self.adaLN_modulation is None
+            else context.modulation_params(self.adaLN_modulation),
             rope=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
             v0=None if self.values is None else self.values(self.norm(x)),
         )
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one sample."""
-        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
-        return steering + (0 if self.values is None else tokens * self.values.weight.numel())
+        modulation = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
+        return modulation + (0 if self.values is None else tokens * self.values.weight.numel())
 
 
 class Block(nn.Module):
     """What all designs share: attention, then an MLP, each behind a norm without weights of its own."""
 
-    appends_tokens: ClassVar[bool] = False  # the condition's tokens join the picture's for all blocks
-    modulated_head: ClassVar[bool] = False  # the final layer is steered by c, too
+    appends_tokens: ClassVar[bool] = False  # the condition tokens are appended to the image tokens for all blocks
+    modulated_head: ClassVar[bool] = False  # the final layer is modulated by c, too
 
     def __init__(
         self,
@@ -110,8 +115,8 @@ class Block(nn.Module):
         self.norm2 = norm(config.width, config.mlp_norm_eps)
         self.mlp = MLP(config.width, config.hidden) if mlp is None else mlp
 
-    def macs(self, tokens: int, told: int) -> int:
-        """Multiply-adds for one sample of L = tokens and M = told."""
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        """Multiply-adds for one sample with L = tokens and M = cond_tokens."""
         return self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
@@ -125,8 +130,8 @@ class InContextBlock(Block):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-    def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens + told, told)
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens + cond_tokens, cond_tokens)
 
 
 class CrossAttentionBlock(Block):
@@ -143,8 +148,8 @@ class CrossAttentionBlock(Block):
         x = x + self.cross_attn(self.norm_cross(x), context.cond_tokens)
         return x + self.mlp(self.norm2(x))
 
-    def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.cross_attn.macs(tokens, told)
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.cross_attn.macs(tokens, cond_tokens)
 
 
 class AdaLNBlock(Block):
@@ -162,8 +167,8 @@ class AdaLNBlock(Block):
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.adaLN_modulation.macs()
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
 
 
 class AdaLNZeroBlock(Block):
@@ -185,14 +190,15 @@ class AdaLNZeroBlock(Block):
         x = gated_residual(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
-    def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.adaLN_modulation.macs()
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
 
 
 class AdaLNSingleBlock(AdaLNZeroBlock):
     """The adaLN-Zero block, its six vectors those that all blocks share plus a table of its own.
 
-    PixArt-alpha draws the tables at random. Here they start at zero, as the shared layer does, so that a fresh block
+    PixArt-alpha initialises the tables at random. Here they start at zero, as the shared layer does, so that a fresh
+    block
     is the identity as in adaLN-Zero: trained from nothing, that is what made the difference to adaLN in the DiT paper.
     """
 
@@ -223,8 +229,8 @@ class RoPESwiGLUBlock(Block):
         x = gated_residual(x, gate1, attended)
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
-    def macs(self, tokens: int, told: int) -> int:
-        return super().macs(tokens, told) + self.adaLN_modulation.macs()
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
 
 
 class BlockConfig(Settings):
@@ -285,7 +291,8 @@ class AdaLNZero(BlockConfig):
 
 
 class AdaLNSingle(BlockConfig):
-    """adaLN-Zero with one layer for the steering vectors of all blocks: a quarter fewer parameters (PixArt-alpha)."""
+    """adaLN-Zero with one layer for the modulation parameters of all blocks: a quarter fewer parameters
+    (PixArt-alpha)."""
 
     kind: Literal["adaln-single"] = "adaln-single"
 
@@ -299,7 +306,8 @@ class AdaLNSingle(BlockConfig):
 class RoPESwiGLU(BlockConfig):
     """adaLN-Zero with the parts that later transformers found better, each of which can be switched back alone.
 
-    With `mlp: gelu, norm: layer, positions: sincos, modulation: per-block, qk_norm: false, value_residual: false, bias: true`
+    With `mlp: gelu, norm: layer, positions: sincos, modulation: per-block, qk_norm: false, value_residual: false,
+    bias: true`
     it is the paper's adaLN-Zero block.
     """
 
@@ -312,7 +320,8 @@ class RoPESwiGLU(BlockConfig):
         default="rotary", description="queries and keys turned by row and column, or a table added to the patches"
     )
     modulation: Literal["shared", "per-block"] = Field(
-        default="shared", description="one layer for the steering vectors of all blocks (adaLN-single), or one in each"
+        default="shared",
+        description="one layer for the modulation parameters of all blocks (adaLN-single), or one in each",
     )
     qk_norm: bool = Field(default=True, description="queries and keys of one length, times a learned one for each head")
     value_residual: bool = Field(default=True, description="each attention takes a learned share of the first values")

@@ -19,7 +19,7 @@ from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockDims, Context
 from tessera.models.network import Network, NetworkConfig
 from tessera.models.presets import PRESETS, UNETS
-from tessera.settings import by_kind, unknown
+from tessera.settings import expand_kind, unknown_name
 
 
 class DiTConfig(NetworkConfig):
@@ -32,21 +32,21 @@ class DiTConfig(NetworkConfig):
     hidden_size: PositiveInt = 1152
     num_heads: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
-    block: Annotated[AnyBlock, BeforeValidator(by_kind), Field(discriminator="kind")] = AdaLNZero()
+    block: Annotated[AnyBlock, BeforeValidator(expand_kind), Field(discriminator="kind")] = AdaLNZero()
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="of the time frequencies; diffusers' DiT was made with 127"
     )
     mlp_norm_eps: PositiveFloat = Field(default=1e-6, description="of the norm before the MLP; diffusers' DiT has 1e-5")
 
     @classmethod
-    def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
         if "preset" not in data:
             return data
         name = str(data["preset"])
         if name in UNETS:
             raise ValueError(f"{name} is a U-Net: say network.kind=unet, too")
         if name not in PRESETS:
-            raise ValueError(unknown("preset", name, PRESETS))
+            raise ValueError(unknown_name("preset", name, PRESETS))
         return {**PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
 
     @model_validator(mode="after")
@@ -69,14 +69,15 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"patch {self.patch_size} does not divide the size {size[0]} x {size[1]}")
 
     def summary(self) -> str:
-        return f"DiT, {self.block.summary()}, depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
+        sizes = f"depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
+        return f"DiT, {self.block.summary()}, {sizes}"
 
     def build(self) -> "DiT":
         return DiT(self)
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm and a linear map from a token to its patch; steered by the condition in the adaLN designs."""
+    """LayerNorm and a linear map from a token to its patch; modulated by the condition in the adaLN designs."""
 
     def __init__(self, width: int, outputs: int, modulated: bool) -> None:
         super().__init__()
@@ -94,12 +95,13 @@ class FinalLayer(nn.Module):
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one sample."""
-        steering = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
-        return tokens * self.linear.weight.numel() + steering
+        modulation = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
+        return tokens * self.linear.weight.numel() + modulation
 
 
 class DiT(Network):
-    """A transformer over patches, told the time and the class. Parameters are named as in the official checkpoints."""
+    """A transformer over patches, conditioned on the time and the class. Parameters are named as in the official
+    checkpoints."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -144,15 +146,15 @@ class DiT(Network):
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for linear in self.t_embedder.linears:
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero modulation makes a fresh block with gates the identity; a zero readout makes a fresh network draw zero.
+        # Zero modulation makes a fresh block with gates the identity; a zero head makes a fresh network predict zero.
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, ScaleShiftTable):
                 nn.init.zeros_(module.table)
             elif isinstance(module, RotaryAttention):  # a sharpness of 1; half of the values from the first
-                if module.sharpness is not None:
-                    nn.init.ones_(module.sharpness)
+                if module.qk_scale is not None:
+                    nn.init.ones_(module.qk_scale)
                 if module.v_residual_lambda is not None:
                     nn.init.constant_(module.v_residual_lambda, 0.5)
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -169,7 +171,7 @@ class DiT(Network):
         return self.head(tokens, context)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
-        """The picture as tokens [B, L, D] (L + M where the condition is appended) and what the blocks are told."""
+        """The image as tokens [B, L, D] (L + M where the condition is appended) and the context of the blocks."""
         return self.embed_patches(x, self.embed_condition(t, condition, self.grid(x)))
 
     def grid(self, x: Tensor) -> tuple[int, int]:
@@ -178,8 +180,8 @@ class DiT(Network):
         return x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        """As `embed`, where the time and the condition are told already."""
-        # As precise as the picture: under autocast the residuals are summed here.
+        """As `embed`, with the time and the condition already in the context."""
+        # In the input's precision: under autocast the residuals are summed here.
         tokens = self.x_embedder(x).to(x.dtype)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(context.grid, self.pos_embed)
@@ -188,23 +190,23 @@ class DiT(Network):
         return torch.cat((tokens, context.cond_tokens), dim=1) if self.appends_tokens else tokens, context
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        """What the blocks and the readout are told of a time and a condition: all of it that no picture is needed for.
+        """The context of the blocks and the head from a time and a condition: everything that does not depend on x.
 
         t [B], a token grid (h, w).
         """
-        time = self.t_embedder(t)[:, None]  # one condition vector a picture: G = 1
-        c, told = time, [time]
+        time = self.t_embedder(t)[:, None]  # one conditioning vector per image: G = 1
+        c, cond_tokens = time, [time]
         if self.y_embedder is not None:
             if condition.label is None:
                 raise ValueError(f"this network knows {self.config.num_classes} classes: give Condition(label=...)")
             label = self.y_embedder(condition.label)[:, None]
-            c, told = time + label, [time, label]
-        return Context(c=c, cond_tokens=torch.cat(told, dim=1), grid=grid)
+            c, cond_tokens = time + label, [time, label]
+        return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
 
     def head(self, tokens: Tensor, context: Context) -> Tensor:
         """tokens [B, L (+ M), D] -> [B, O, H, W]"""
-        drawn = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
-        return unpatchify(drawn, self.config.patch_size, context.grid)
+        patches = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
+        return unpatchify(patches, self.config.patch_size, context.grid)
 
     def _positions(self, grid: tuple[int, int], table: Tensor) -> Tensor:
         return table if grid == self.config.grid else sincos_grid(grid, self.config.hidden_size).to(table)
@@ -212,11 +214,11 @@ class DiT(Network):
     def macs(self, size: tuple[int, int] | None = None) -> int:
         height, width = size or self.config.input_size
         tokens = (height // self.config.patch_size) * (width // self.config.patch_size)
-        told = 1 if self.y_embedder is None else 2
+        cond_tokens = 1 if self.y_embedder is None else 2
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
             + (0 if self.shared is None else self.shared.macs(tokens))
-            + sum(block.macs(tokens, told) for block in self.blocks if isinstance(block, Block))
+            + sum(block.macs(tokens, cond_tokens) for block in self.blocks if isinstance(block, Block))
             + self.final_layer.macs(tokens)
         )

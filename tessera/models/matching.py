@@ -39,30 +39,31 @@ def matched(dit: DiTConfig, by: By) -> UNetConfig:
     Its width is searched, then its depth, then its multipliers. Raises TesseraError if none is near enough, as of a
     very small DiT.
     """
-    wanted = size_of(dit, by)
+    target = size_of(dit, by)
     levels = next(levels for levels in reversed(MULTIPLIERS) if levels == 1 or _has(dit.input_size, levels))
-    found: list[tuple[float, UNetConfig]] = []
+    candidates: list[tuple[float, UNetConfig]] = []
     for multipliers in MULTIPLIERS[levels]:
         shapes = [_unet(dit, multipliers, depth) for depth in DEPTHS]
         laws = [_Law.of(shape, by) for shape in shapes]
         for steps in STEPS:
             for shape, law in zip(shapes, laws):
                 for step in steps:
-                    width = max(1, round(law.width(wanted) / step)) * step
-                    found.append(
-                        (abs(law.size(width) / wanted - 1), shape.model_copy(update={"model_channels": width}))
+                    width = max(1, round(law.width(target) / step)) * step
+                    candidates.append(
+                        (abs(law.size(width) / target - 1), shape.model_copy(update={"model_channels": width}))
                     )
-                    if found[-1][0] <= WITHIN:
-                        return found[-1][1]
-    error, best = min(found, key=lambda pair: pair[0])
+                    if candidates[-1][0] <= WITHIN:
+                        return candidates[-1][1]
+    error, best = min(candidates, key=lambda pair: pair[0])
     raise TesseraError(
-        f"no U-Net has as many {by} as this DiT ({wanted:,}): the nearest, {best.summary()}, is {error:.1%} off; match a "
+        f"no U-Net has as many {by} as this DiT ({target:,}): the nearest, {best.summary()}, is {error:.1%} off; "
+        "match a "
         "larger DiT, or say the U-Net's own settings"
     )
 
 
 def size_of(network: NetworkConfig, by: By) -> int:
-    """Multiply-adds of a forward pass of one picture, or parameters."""
+    """Multiply-adds of a forward pass of one image, or parameters."""
     with torch.device("meta"):
         return MEASURES[by](network.build())
 
@@ -101,7 +102,7 @@ def _unet(dit: DiTConfig, multipliers: tuple[int, ...], depth: int) -> UNetConfi
 
 
 def _has(size: tuple[int, int], levels: int) -> bool:
-    """Whether so many levels are to be had, none after one that is deep enough; small pictures have two."""
+    """Whether this number of levels is possible, with none after one that is deep enough; small images have two."""
     halved = 2 ** (levels - 1)
     if any(side % halved for side in size):
         return False

@@ -33,7 +33,7 @@ class NetworkConfig(Settings, ABC):
         default=8, description="raw output channels: twice `channels` where the variance is learned"
     )
     num_classes: int = Field(default=1000, ge=0, description="0: unconditional")
-    learn_null_class: bool = Field(default=True, description="a learned 'told nothing' row, which guidance needs")
+    learn_null_class: bool = Field(default=True, description="a learned null label, which guidance needs")
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class NetworkConfig(Settings, ABC):
 
     @abstractmethod
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ValueError unless the network can see pictures of a size."""
+        """Raise ValueError unless the network accepts inputs of a size."""
 
     @abstractmethod
     def summary(self) -> str:
@@ -77,7 +77,7 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def macs(self, size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds of one forward pass of one picture of `size` (the configured one by default).
+        """Multiply-adds of one forward pass of one image of `size` (the configured one by default).
 
         The paper's "Gflops" are these; twice as many are the floating-point operations.
         """

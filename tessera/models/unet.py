@@ -1,5 +1,5 @@
 """The convolutional U-Net that diffusion transformers are measured against: the network of ADM (Dhariwal & Nichol 2021,
-"Diffusion models beat GANs on image synthesis", section 3), as it also draws latents (Rombach et al. 2022).
+"Diffusion models beat GANs on image synthesis", section 3), as also used for latents (Rombach et al. 2022).
 
 Shapes: B batch, C channels, O raw output channels, H W height and width, (h, w) of one level, K heads, E channels
 of the condition vector.
@@ -20,22 +20,17 @@ from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network, NetworkConfig
 from tessera.models.presets import UNETS
-from tessera.settings import unknown
+from tessera.settings import as_tuple, unknown_name
 
 GROUPS = 32  # of a norm, at most
 CHANNELS = 4  # of one group, at least
 
 
-def _several(value: Any) -> Any:
-    """One number stands for a list of one."""
-    return (value,) if isinstance(value, int) else value
-
-
-Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(_several)]
+Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 
 
 class UNetConfig(NetworkConfig):
-    """A U-Net of any size; `preset: UNet-B/4-gmacs` is as large as that DiT. The defaults: ADM's of 64 x 64 pictures.
+    """A U-Net of any size; `preset: UNet-B/4-gmacs` is as large as that DiT. The defaults: ADM's for 64 x 64 imares.
 
     Each level halves height and width of the one before. All levels have `depth` residual blocks on the way down and
     one more on the way up, of `width` times the level's multiplier channels.
@@ -54,12 +49,12 @@ class UNetConfig(NetworkConfig):
     num_head_channels: PositiveInt = Field(default=64, description="channels of an attention head, at most")
 
     @classmethod
-    def expand(cls, data: dict[str, Any]) -> dict[str, Any]:
+    def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
         if "preset" not in data:
             return data
         name = str(data["preset"])
         if name not in UNETS:
-            raise ValueError(unknown("preset of a U-Net", name, UNETS))
+            raise ValueError(unknown_name("preset of a U-Net", name, UNETS))
         return {**UNETS[name], **{key: value for key, value in data.items() if key != "preset"}}
 
     @model_validator(mode="after")
@@ -134,18 +129,18 @@ RESAMPLE = {"none": lambda x: x, "down": down, "up": up}
 
 
 class ResidualBlock(nn.Module):
-    """x + branch(x), the branch steered by scale and shift of its second norm (ADM's "adaptive group normalization").
+    """x + branch(x), the branch modulated by scale and shift of its second norm (ADM's "adaptive group normalization").
 
     A block that resamples does so behind its first activation, and to x itself (the BigGAN residual block). A fresh
     block adds nothing: its last convolution starts at zero.
     """
 
-    def __init__(self, entering: int, leaving: int, told: int, resampling: Resampling = "none") -> None:
+    def __init__(self, entering: int, leaving: int, cond_channels: int, resampling: Resampling = "none") -> None:
         super().__init__()
         self.resampling: Resampling = resampling
         self.norm1 = Norm(entering)
         self.conv1 = convolution(entering, leaving)
-        self.steering = Modulation(told, 2, leaving)
+        self.modulation = Modulation(cond_channels, 2, leaving)
         self.norm2 = Norm(leaving)
         self.conv2 = convolution(leaving, leaving)
         self.skip = nn.Identity() if entering == leaving else nn.Conv2d(entering, leaving, 1)
@@ -153,7 +148,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, C, h, w], c [B, E] -> [B, C', h', w']"""
         resample = RESAMPLE[self.resampling]
-        scale, shift = self.steering(c)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         branch = self.conv1(resample(silu(self.norm1(x))))
         branch = self.conv2(silu(torch.addcmul(shift, self.norm2(branch), 1 + scale)))
         return self.skip(resample(x)).to(x.dtype) + branch
@@ -161,7 +156,7 @@ class ResidualBlock(nn.Module):
     def macs(self, positions: int) -> int:
         """Multiply-adds for one sample of h' w' = positions."""
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
-        return positions * sum(each.weight.numel() for each in convolutions) + self.steering.macs()
+        return positions * sum(each.weight.numel() for each in convolutions) + self.modulation.macs()
 
 
 class SpatialAttention(nn.Module):
@@ -179,9 +174,9 @@ class SpatialAttention(nn.Module):
         """x [B, C, h, w] -> [B, C, h, w]"""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B C h w -> B (h w) C
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=-1))
-        seen = scaled_dot_product_attention(q, k, v)  # B L (K H) -> B K L H each
-        seen = self.proj(seen.transpose(1, 2).flatten(2))  # B K L H -> B L (K H)
-        return x + seen.transpose(1, 2).unflatten(2, x.shape[2:])
+        attended = scaled_dot_product_attention(q, k, v)  # B L (K H) -> B K L H each
+        attended = self.proj(attended.transpose(1, 2).flatten(2))  # B K L H -> B L (K H)
+        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def macs(self, positions: int) -> int:
         """Multiply-adds for one sample of L = positions: 4 L C^2 in the projections, 2 L^2 C between the positions."""
@@ -189,7 +184,7 @@ class SpatialAttention(nn.Module):
         return 4 * positions * channels**2 + 2 * positions**2 * channels
 
 
-Route = Literal["kept", "through", "joined"]
+Route = Literal["saved", "through", "joined"]
 
 
 class UNetBlock(nn.Module):
@@ -213,7 +208,7 @@ class UNetBlock(nn.Module):
         return x if self.attention is None else self.attention(x)
 
     def macs(self, size: tuple[int, int]) -> int:
-        """Multiply-adds for one picture of a size (H, W)."""
+        """Multiply-adds for one image of a size (H, W)."""
         positions = (size[0] >> self.halvings) * (size[1] >> self.halvings)
         return self.residual.macs(positions) + (0 if self.attention is None else self.attention.macs(positions))
 
@@ -238,11 +233,11 @@ class UNet(Network):
         super().__init__()
         config.check_size(config.input_size)
         self.config: UNetConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-        told, first = 4 * config.model_channels, config.model_channels * config.channel_mult[0]
+        cond_channels, first = 4 * config.model_channels, config.model_channels * config.channel_mult[0]
         self.stem = convolution(config.in_channels, first)
-        self.t_embedder = TimestepEmbedder(told)
+        self.t_embedder = TimestepEmbedder(cond_channels)
         self.y_embedder = (
-            LabelEmbedder(config.num_classes, told, config.learn_null_class) if config.num_classes else None
+            LabelEmbedder(config.num_classes, cond_channels, config.learn_null_class) if config.num_classes else None
         )
         self.blocks = nn.ModuleList(blocks(config))
         self.final_layer = FinalLayer(first, config.out_channels)
@@ -259,7 +254,7 @@ class UNet(Network):
                 nn.init.uniform_(module.bias, -reach, reach)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight)
-        # A fresh block hands its input on, and a fresh network draws zero.
+        # A fresh block is the identity, and a fresh network predicts zero.
         last = [module.conv2 for module in self.modules() if isinstance(module, ResidualBlock)]
         last += [module.proj for module in self.modules() if isinstance(module, SpatialAttention)]
         for module in (*last, self.final_layer.conv):
@@ -268,24 +263,24 @@ class UNet(Network):
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         x, context = self.embed(x, t, condition)
-        kept = [x]
+        skips = [x]
         for block in self.blocks:
             if block.route == "joined":
-                x = torch.cat((x, kept.pop()), dim=1)
+                x = torch.cat((x, skips.pop()), dim=1)
             x = block(x, context)
-            if block.route == "kept":
-                kept.append(x)
+            if block.route == "saved":
+                skips.append(x)
         return self.final_layer(x)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
-        """The first features [B, C, H, W] and what the blocks are told."""
+        """The first features [B, C, H, W] and the context of the blocks."""
         self.config.check_size((x.shape[-2], x.shape[-1]))
         c = self.t_embedder(t)
         if self.y_embedder is not None:
             if condition.label is None:
                 raise ValueError(f"this network knows {self.config.num_classes} classes: give Condition(label=...)")
             c = c + self.y_embedder(condition.label)
-        # As precise as the picture: under autocast the residuals are summed here.
+        # In the input's precision: under autocast the residuals are summed here.
         return self.stem(x).to(x.dtype), Context(c)
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
@@ -297,29 +292,36 @@ class UNet(Network):
 
 def blocks(config: UNetConfig) -> list[UNetBlock]:
     """All blocks in the order in which they are run."""
-    told, found = 4 * config.model_channels, list[UNetBlock]()
+    cond_channels = 4 * config.model_channels
+    unet_blocks: list[UNetBlock] = []
     levels = [(halvings, config.model_channels * multiplier) for halvings, multiplier in enumerate(config.channel_mult)]
 
     def add(entering: int, leaving: int, route: Route, halvings: int, attends: bool, how: Resampling = "none") -> None:
         attention = SpatialAttention(leaving, config.num_head_channels) if attends else None
-        found.append(UNetBlock(ResidualBlock(entering, leaving, told, how), attention, route, halvings))
+        unet_blocks.append(UNetBlock(ResidualBlock(entering, leaving, cond_channels, how), attention, route, halvings))
 
-    present, kept = levels[0][1], [levels[0][1]]  # channels
+    present, skip_channels = levels[0][1], [levels[0][1]]  # channels
     for halvings, channels in levels:
         if halvings:
-            add(present, present, "kept", halvings, attends=False, how="down")
-            kept.append(present)
+            add(present, present, "saved", halvings, attends=False, how="down")
+            skip_channels.append(present)
         for _ in range(config.num_res_blocks):
-            add(present, channels, "kept", halvings, attends=2**halvings in config.attention_levels)
-            kept.append(channels)
+            add(present, channels, "saved", halvings, attends=2**halvings in config.attention_levels)
+            skip_channels.append(channels)
             present = channels
     deepest = len(levels) - 1
     add(present, present, "through", deepest, attends=True)
     add(present, present, "through", deepest, attends=False)
     for halvings, channels in reversed(levels):
         for _ in range(config.num_res_blocks + 1):
-            add(present + kept.pop(), channels, "joined", halvings, attends=2**halvings in config.attention_levels)
+            add(
+                present + skip_channels.pop(),
+                channels,
+                "joined",
+                halvings,
+                attends=2**halvings in config.attention_levels,
+            )
             present = channels
         if halvings:
             add(present, present, "through", halvings - 1, attends=False, how="up")
-    return found
+    return unet_blocks

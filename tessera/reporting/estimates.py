@@ -100,7 +100,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Estimate:
     from scipy.stats import spearmanr
 
     _check_pairs(x, y, 4, "Spearman's")
-    value, count = float(spearmanr(x, y).statistic), len(x)
+    value, count = float(spearmanr(x, y).statistic), len(x)  # pyright: ignore[reportAttributeAccessIssue]
     nearest = 1 - 6 / (count * (count**2 - 1))
     return _fisher_interval(value, nearest, lambda rho: math.sqrt((1 + rho**2 / 2) / (count - 3)))
 
@@ -112,7 +112,7 @@ def kendall(x: Sequence[float], y: Sequence[float]) -> Estimate:
     from scipy.stats import kendalltau
 
     _check_pairs(x, y, 5, "Kendall's")
-    value, count = float(kendalltau(x, y).statistic), len(x)
+    value, count = float(kendalltau(x, y).statistic), len(x)  # pyright: ignore[reportAttributeAccessIssue]
     return _fisher_interval(value, 1 - 2 / (count * (count - 1)), lambda tau: math.sqrt(0.437 / (count - 4)))
 
 

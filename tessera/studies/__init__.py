@@ -1,1 +1,1 @@
-"""Many runs, or many ways to draw from one: what is learned by comparing them."""
+"""Grids of runs with comparisons and scaling laws, and the search for sampling settings."""

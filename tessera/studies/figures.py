@@ -16,7 +16,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.planning import published
-from tessera.planning.scaling_law import EvalPoint, fit, frontier, predict_held_out, largest_mask
+from tessera.planning.scaling_law import EvalPoint, fit, frontier, largest_mask, predict_held_out
 from tessera.reporting.estimates import Estimate
 from tessera.reporting.figures import COLORS, encode, label, new_figure, set_log_scale, style
 from tessera.reporting.metrics import HIGHER_IS_BETTER
@@ -27,9 +27,9 @@ from tessera.studies.seed_aggregation import (
     MeanPoint,
     Variant,
     active,
-    points_at_step,
     common_steps,
     final_points,
+    points_at_step,
 )
 from tessera.studies.study import Study
 

@@ -26,16 +26,16 @@ from tessera.reporting.estimates import Estimate, kendall, spearman
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.reporting.text import format_duration, format_number
 from tessera.studies import figures
-from tessera.studies.comparison import AxisComparison, Scale, ComparedValue, compare
+from tessera.studies.comparison import AxisComparison, ComparedValue, Scale, compare
 from tessera.studies.figures import StudyFigure, eval_points
 from tessera.studies.results import MemberResult
 from tessera.studies.seed_aggregation import (
     FinalPoints,
     Variant,
-    check_one_protocol,
-    main_metric,
-    final_points,
     average_seeds,
+    check_one_protocol,
+    final_points,
+    main_metric,
 )
 from tessera.studies.study import Study
 
@@ -97,7 +97,7 @@ def write(study: Study, results: Sequence[MemberResult], folder: Path) -> Path:
 
 def _state(results: Sequence[MemberResult]) -> str:
     text = f"{sum(result.state == 'done' for result in results)} of {len(results)} members are done."
-    for state in ("failed", "unfinished", "not begun"):
+    for state in ("failed", "unfinished", "not started"):
         names = [result.name for result in results if result.state == state]
         text += f" {state.capitalize()}: {', '.join(names)}." if names else ""
     return text

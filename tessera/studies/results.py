@@ -1,4 +1,4 @@
-"""What came of a study's members: where each stands, what it cost, how it scored on its way."""
+"""The results of a study's members: state, cost, and scores during and after training."""
 
 import math
 from collections.abc import Sequence
@@ -16,110 +16,110 @@ from tessera.studies.worker import FAILED, is_done, sampling_scores_path
 from tessera.training import scores
 from tessera.training.run import SAMPLES
 
+State = Literal["done", "unfinished", "failed", "not started"]
+
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """The scores of a member somewhere on its way."""
+    """The scores of a member at one step."""
 
     step: int
-    samples: int  # learned from so far
-    flops: float  # of training so far: 6 x multiply-adds x samples
-    seconds: float  # of training so far by the clock, without scoring, drawing and saving
-    scores: dict[str, Score]  # by metric, the deciding one first
+    samples: int  # training samples so far
+    flops: float  # training FLOPs so far: 6 x multiply-adds x samples
+    seconds: float  # wall-clock seconds of training so far, without evaluation, sampling and saving
+    scores: dict[str, Score]  # by metric, the main one first
 
 
 @dataclass(frozen=True)
 class SamplingPoint:
-    """The scores of a finished member that draws with another number of steps."""
+    """The scores of a finished member with another number of sampling steps."""
 
     num_steps: int
-    macs: float  # multiply-adds for one picture: all calls of the network, guidance included
+    macs: float  # multiply-adds of all network evaluations for one image, with guidance
     scores: dict[str, Score]
 
 
 @dataclass(frozen=True)
 class MemberResult:
-    """One member. `points` are in the order of steps; the last is the end, if state is done."""
+    """One member. `points` are in the order of steps; the last is the end of training if the state is "done"."""
 
     name: str
     values: dict[str, str]  # axis: value
     seed: int
-    state: Literal["done", "unfinished", "failed", "not begun"]
-    error: str | None  # why it failed, for people
+    state: State
+    error: str | None  # why it failed
     parameters: int
     macs: float  # multiply-adds of a forward pass of one sample
-    planned_seconds: float  # of training, as planned before it began
+    planned_seconds: float  # of training, as planned before it started
     points: list[TrainingPoint]
     sampling_points: list[SamplingPoint]
-    sample_grid: Path | None  # the last grid of samples, one column a class
+    sample_grid: Path | None  # the last one, with a column for each class
 
 
 def read_results(study: Study, folder: Path) -> list[MemberResult]:
-    """What the files of a study's folder say, whatever state they are in; members in the study's order.
+    """Read the results so far from a study's folder, in the order of the members.
 
-    Raises TesseraError if no study was begun there.
+    Raises TesseraError if no study was started there.
     """
-    planned = read_plan(folder)
-    if planned is None:
-        raise TesseraError(f"{folder} holds no study yet: begin it with `tessera study STUDY.yaml`")
+    plan = read_plan(folder)
+    if plan is None:
+        raise TesseraError(f"{folder} holds no study yet: start it with `tessera study STUDY.yaml`")
     names = [member.name for member in members(study)]
-    if unknown := [name for name in names if name not in planned.members]:
+    if unplanned := [name for name in names if name not in plan.members]:
         raise TesseraError(
-            f"{unknown[0]} is not planned in {folder}: the study has changed; begin it with `tessera study STUDY.yaml`"
+            f"{unplanned[0]} is not planned in {folder}: the study has changed; start it with "
+            "`tessera study STUDY.yaml`"
         )
-    return [_result(study, name, planned.members[name], folder / MEMBERS / name) for name in names]
+    return [_read_member(study, name, plan.members[name], folder / MEMBERS / name) for name in names]
 
 
-def _result(study: Study, name: str, planned: MemberPlan, run: Path) -> MemberResult:
-    log, batch = read_log(run), planned.recipe.training.global_batch_size
+def _read_member(study: Study, name: str, plan: MemberPlan, run_dir: Path) -> MemberResult:
+    log, batch_size = read_log(run_dir), plan.recipe.training.global_batch_size
     points = [
-        TrainingPoint(step, step * batch, planned.flops_per_step * step, training_seconds(log, batch, step), found)
-        for step, found in scores.history(run).items()
+        TrainingPoint(
+            step, step * batch_size, plan.flops_per_step * step, training_seconds(log, batch_size, step), by_metric
+        )
+        for step, by_metric in scores.history(run_dir).items()
     ]
-    drawn = [
-        SamplingPoint(steps, planned.sampling_macs[steps], _by_metric(sampling_scores_path(run, steps)))
-        for steps in sorted(study.sampling_steps)
-        if sampling_scores_path(run, steps).exists()
-    ]
-    failed = run / FAILED
-    state: Literal["done", "unfinished", "failed", "not begun"] = "not begun"
-    if is_done(run, planned.steps, study.sampling_steps):
+    sampling_points = []
+    for num_steps in sorted(study.sampling_steps):
+        path = sampling_scores_path(run_dir, num_steps)
+        if path.exists():
+            by_metric = {score.metric: score for score in protocol.load(path)}
+            sampling_points.append(SamplingPoint(num_steps, plan.sampling_macs[num_steps], by_metric))
+    state: State = "unfinished" if run_dir.exists() else "not started"
+    error = None
+    if is_done(run_dir, plan.steps, study.sampling_steps):
         state = "done"
-    elif failed.exists():
-        state = "failed"
-    elif run.exists():
-        state = "unfinished"
+    elif (run_dir / FAILED).exists():
+        state, error = "failed", (run_dir / FAILED).read_text(encoding="utf-8").strip()
     return MemberResult(
         name=name,
-        values=planned.values,
-        seed=planned.seed,
+        values=plan.values,
+        seed=plan.seed,
         state=state,
-        error=failed.read_text(encoding="utf-8").strip() if state == "failed" else None,
-        parameters=planned.parameters,
-        macs=planned.macs,
-        planned_seconds=planned.seconds,
+        error=error,
+        parameters=plan.parameters,
+        macs=plan.macs,
+        planned_seconds=plan.seconds,
         points=points,
-        sampling_points=drawn,
-        sample_grid=max((run / SAMPLES).glob("step-*.png"), default=None),
+        sampling_points=sampling_points,
+        sample_grid=max((run_dir / SAMPLES).glob("step-*.png"), default=None),
     )
 
 
-def _by_metric(path: Path) -> dict[str, Score]:
-    return {score.metric: score for score in protocol.load(path)}
+def training_seconds(log: Sequence[dict[str, Any]], batch_size: int, step: int) -> float:
+    """Seconds of training up to a step, from a run's log; NaN if the log is empty.
 
-
-def training_seconds(log: Sequence[dict[str, Any]], batch: int, step: int) -> float:
-    """Seconds of training up to a step, from a run's log; not a number where the log says nothing yet.
-
-    A record tells how fast the steps since the one before it went; those past the last one are taken to go as fast. Of
-    steps that were made twice, after an interruption, the log holds the second time alone.
+    A record has the rate of the steps since the previous record. Steps after the last record are assumed to have its
+    rate. For steps that were repeated after an interruption, the log holds only the second time.
     """
     rates = [(record["step"], record["images_per_second"]) for record in log if "images_per_second" in record]
     if not rates:
         return math.nan
-    seconds, at = 0.0, 0
-    for logged, rate in (*rates, (step, rates[-1][1])):
-        until = min(logged, step)
-        seconds += max(0, until - at) * batch / rate
-        at = max(at, until)
+    seconds, position = 0.0, 0
+    for logged_step, rate in (*rates, (step, rates[-1][1])):
+        end = min(logged_step, step)
+        seconds += max(0, end - position) * batch_size / rate
+        position = max(position, end)
     return seconds

@@ -1,12 +1,13 @@
-"""A study runs: one member after another, each in a process of its own, gone on with after whatever ended it.
+"""Running a study: one member after another, each in its own process, resumed after any interruption.
 
-A member that fails is noted and does not end the others. Several commands may work at one study, also on several
-machines that share its folder: a member is held by one of them at a time.
+A failed member is recorded and does not stop the others. Several commands may run one study at the same time, also on
+several machines that share its folder: a lock gives each member to one command.
 """
 
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -16,129 +17,121 @@ from tessera.errors import Interrupted, TesseraError
 from tessera.files import InUse, atomic_write, exclusive_lock
 from tessera.monitoring.logger import read_log
 from tessera.reporting.text import format_duration
-from tessera.studies import worker as apart
-from tessera.studies.results import MemberResult, read_results
+from tessera.studies import worker
+from tessera.studies.results import read_results
 from tessera.studies.study import Study
 from tessera.studies.study_plan import MEMBERS, MemberPlan, StudyPlan
 from tessera.training.signals import stop_signals
 
 LOCKS = "locks"
-START_METHOD = "spawn"  # how a process begins: from nothing, as one that is forked amid threads may hang
-PAUSE = 0.2  # seconds between looks at a member's process
+START_METHOD = "spawn"  # a process that is forked while threads run may hang
+POLL_SECONDS = 0.2
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class MembersFailed(TesseraError):
     """Members of a study failed; the others are done."""
 
 
-def run_study(study: Study, planned: StudyPlan, names: Sequence[str], retry: bool, say: Say) -> None:
-    """Run or go on with the members of these names, in this order. retry: also those that failed before.
+def run_study(study: Study, plan: StudyPlan, names: Sequence[str], retry: bool, log: Log) -> None:
+    """Run or resume these members, in this order. retry: also those that failed before.
 
-    Raises Interrupted when asked to stop by Ctrl-C or SIGTERM, all being saved; Failed at the end if members failed.
+    Raises Interrupted after Ctrl-C or SIGTERM, when everything is saved; MembersFailed at the end if members failed.
     """
     folder = Path(study.output)
-    with stop_signals() as stopping:
+    with stop_signals() as signals:
         for number, name in enumerate(names, start=1):
-            run, member = folder / MEMBERS / name, planned.members[name]
+            run_dir, member = folder / MEMBERS / name, plan.members[name]
+            failed = run_dir / worker.FAILED
             try:
                 with exclusive_lock(folder / LOCKS / name):
-                    if apart.is_done(run, member.steps, study.sampling_steps):
+                    if worker.is_done(run_dir, member.steps, study.sampling_steps):
                         continue
-                    if (run / apart.FAILED).exists() and not retry:
-                        say(f"{name} failed before and is passed over; --retry tries it again")
+                    if failed.exists() and not retry:
+                        log(f"{name} failed before and is skipped; --retry runs it again")
                         continue
-                    (run / apart.FAILED).unlink(missing_ok=True)
-                    say(f"member {number} of {len(names)}: {name}, {_times(study, planned, name, names)}")
-                    if (fault := _process_of(study, member, stopping)) is not None:
-                        atomic_write(run / apart.FAILED, fault + "\n")
-                        say(f"{name} failed: {fault.splitlines()[0]}")
+                    failed.unlink(missing_ok=True)
+                    log(f"member {number} of {len(names)}: {name}, {_time_estimate(study, plan, name, names)}")
+                    if (error := _run_in_process(study, member, signals)) is not None:
+                        atomic_write(failed, error + "\n")
+                        log(f"{name} failed: {error.splitlines()[0]}")
             except InUse:
-                say(f"{name} is being run by another command")
-            if stopping:
+                log(f"{name} is being run by another command")
+            if signals:
                 break
-    results = {result.name: result for result in read_results(study, folder)}
-    if stopping:
-        raise Interrupted(
-            f"stopped, everything saved in {folder}: {_standing([results[name] for name in names])}; run the same "
-            "command again to go on"
-        )
-    failed = [name for name in names if results[name].state == "failed"]
-    if failed:
+    states = {result.name: result.state for result in read_results(study, folder) if result.name in names}
+    if signals:
+        counts = Counter(states.values())
+        text = ", ".join(f"{counts[s]} {s}" for s in ("done", "unfinished", "failed", "not started") if counts[s])
+        raise Interrupted(f"stopped, everything saved in {folder}: {text}; run the same command again to resume")
+    failures = [name for name in names if states[name] == "failed"]
+    if failures:
         raise MembersFailed(
-            f"{len(failed)} of {len(names)} members failed: {', '.join(failed)}; "
-            f"{folder / MEMBERS}/NAME/{apart.FAILED} says why, --retry tries them again"
+            f"{len(failures)} of {len(names)} members failed: {', '.join(failures)}; "
+            f"{folder / MEMBERS}/NAME/{worker.FAILED} has the error, --retry runs them again"
         )
 
 
-def _process_of(study: Study, member: MemberPlan, stopping: list[int]) -> str | None:
-    """Run a member in a process of its own; why it failed, if it did. What arrives in `stopping` is handed on."""
+def _run_in_process(study: Study, member: MemberPlan, signals: list[int]) -> str | None:
+    """Run a member in its own process. Returns the error if it failed. A signal in `signals` is passed on."""
     context = multiprocessing.get_context(START_METHOD)
-    here, there = context.Pipe()
-    process = context.Process(target=apart.main, args=(member.recipe, study.sampling_steps, there))
-    with _held_back(signal.SIGINT):  # until it can take it: see `member.process`
+    connection, child_connection = context.Pipe()
+    process = context.Process(target=worker.main, args=(member.recipe, study.sampling_steps, child_connection))
+    with _block_signal(signal.SIGINT):  # until the process can handle it: see `worker.main`
         process.start()
-    there.close()
-    told = False
+    child_connection.close()
+    terminated = False
     try:
         while process.is_alive():
-            process.join(PAUSE)
-            if stopping and not told and process.pid is not None and process.is_alive():
+            process.join(POLL_SECONDS)
+            if signals and not terminated and process.pid is not None and process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)  # Ctrl-C in a terminal has reached it already
-                told = True
-        fault = here.recv() if here.poll() else None
+                terminated = True
+        error = connection.recv() if connection.poll() else None
     except EOFError:
-        fault = None
+        error = None
     finally:
         process.kill()
         process.join()
-        here.close()
+        connection.close()
     code = process.exitcode
-    if code == apart.STOPPED and not stopping:
-        stopping.append(signal.SIGTERM)  # the process alone was asked
-    if stopping or code == 0:
+    if code == worker.STOPPED and not signals:
+        signals.append(signal.SIGTERM)  # only the member's process received a signal
+    if signals or code == 0:
         return None
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        return f"its process was ended by {name}" + (
-            ": the system may have run out of memory" if name == "SIGKILL" else ""
-        )
-    return fault or f"its process ended with code {code}"
+        hint = ": the system may have run out of memory" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return error or f"its process ended with code {code}"
 
 
 @contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    """A signal waits, also in a process that begins here, where the system can."""
+def _block_signal(number: signal.Signals) -> Iterator[None]:
+    """Delay a signal, also in processes that start inside, where the system supports it."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # which multiprocessing begins with the first process, letting signals through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    resource_tracker.ensure_running()  # multiprocessing starts it with the first process, and unblocks signals there
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _times(study: Study, planned: StudyPlan, name: str, names: Sequence[str]) -> str:
-    """What the member was planned to take, and what the whole still takes if planned times are as wrong as so far."""
+def _time_estimate(study: Study, plan: StudyPlan, name: str, names: Sequence[str]) -> str:
+    """The planned time of a member, and the time left for all members, scaled by how wrong the plan was so far."""
     results = {result.name: result for result in read_results(study, Path(study.output))}
-    finished = [result for result in results.values() if result.state == "done" and result.points]
-    took, meant = sum(one.points[-1].seconds for one in finished), sum(one.planned_seconds for one in finished)
-    ratio = took / meant if meant else 1.0
+    done = [result for result in results.values() if result.state == "done" and result.points]
+    actual, planned = sum(each.points[-1].seconds for each in done), sum(each.planned_seconds for each in done)
+    ratio = actual / planned if planned else 1.0
     left = 0.0
-    for other in names:
-        member, result = planned.members[other], results[other]
-        if result.state in ("unfinished", "not begun"):
-            log = read_log(Path(study.output) / MEMBERS / other)
+    for each in names:
+        if results[each].state in ("unfinished", "not started"):
+            log, member = read_log(Path(study.output) / MEMBERS / each), plan.members[each]
             left += member.total_seconds * (1 - min(1.0, log[-1]["step"] / member.steps if log else 0.0))
-    scaled = f"; so far {ratio:.2g} times as long as planned" if finished else ""
-    return f"planned {format_duration(planned.members[name].total_seconds)}, about {format_duration(left * ratio)} left of all{scaled}"
-
-
-def _standing(results: Sequence[MemberResult]) -> str:
-    """How many members are where."""
-    states = ("done", "unfinished", "failed", "not begun")
-    counts = {state: sum(result.state == state for result in results) for state in states}
-    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    scale = f"; so far {ratio:.2g} times as long as planned" if done else ""
+    total = format_duration(plan.members[name].total_seconds)
+    return f"planned {total}, about {format_duration(left * ratio)} left in total{scale}"

@@ -1,4 +1,4 @@
-"""Members that differ in their seed alone, as one; which metric decides; that all was scored by one protocol."""
+"""Averages over members that differ only in their seed, the main metric, and the check for one protocol."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ Against = Literal["gmacs", "flops"]
 
 @dataclass(frozen=True)
 class MeanPoint:
-    """Scores of several seeds at one place. score: their mean, the lowest and the highest; of one seed its interval."""
+    """Scores of several seeds at one step: mean, lowest and highest; for one seed the score and its interval."""
 
     step: int
     samples: float
@@ -27,16 +27,16 @@ class MeanPoint:
 
 @dataclass(frozen=True)
 class MeanSamplingPoint:
-    """Scores of several seeds that draw with so many steps."""
+    """Scores of several seeds with one number of sampling steps."""
 
     num_steps: int
-    macs: float  # multiply-adds for one picture
+    macs: float  # multiply-adds for one image
     score: Estimate
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination of values. Seeds that are done stand for it; while none is, all that were scored."""
+    """One combination of axis values, averaged over the seeds that are done, or over all scored ones if none is."""
 
     name: str
     values: dict[str, str]
@@ -44,58 +44,60 @@ class Variant:
     done: bool
     parameters: int
     gmacs: float
-    points: list[MeanPoint]  # where all its seeds were scored
+    points: list[MeanPoint]  # the steps at which all its seeds were scored
     sampling_points: list[MeanSamplingPoint]
 
 
 def main_metric(results: Sequence[MemberResult]) -> str | None:
-    """The metric that decides: the first of the scores; None where nothing was scored."""
+    """The first metric of the scores; None if there are no scores."""
     scores = next((point.scores for result in results for point in result.points if point.scores), {})
     return next(iter(scores), None)
 
 
 def is_measured(scores: Mapping[str, Score], metric: str) -> bool:
-    """Whether the metric was scored as a number: a model that diverged may have none."""
+    """Whether the score is a finite number, which it may not be for a model that diverged."""
     return metric in scores and math.isfinite(scores[metric].value)
 
 
 def average_seeds(results: Sequence[MemberResult], metric: str) -> list[Variant]:
-    """In the order of the members; a combination that was never scored is left out."""
-    found: dict[tuple[str, ...], list[MemberResult]] = {}
+    """All variants that have been scored, in the order of the members."""
+    groups: dict[tuple[str, ...], list[MemberResult]] = {}
     for result in results:
         if any(is_measured(point.scores, metric) for point in result.points):
-            found.setdefault(tuple(result.values.values()), []).append(result)
-    return [_setting(alike, metric) for alike in found.values()]
+            groups.setdefault(tuple(result.values.values()), []).append(result)
+    return [_average(group, metric) for group in groups.values()]
 
 
-def _setting(alike: Sequence[MemberResult], metric: str) -> Variant:
-    done = [result for result in alike if result.state == "done"]
-    chosen = done or list(alike)
-    first = chosen[0]
-    steps = [{point.step: point for point in result.points if is_measured(point.scores, metric)} for result in chosen]
+def _average(group: Sequence[MemberResult], metric: str) -> Variant:
+    done = [result for result in group if result.state == "done"]
+    seeds = done or list(group)
+    first = seeds[0]
+    by_step = [{point.step: point for point in each.points if is_measured(point.scores, metric)} for each in seeds]
     points = []
-    for step in sorted(set.intersection(*(set(each) for each in steps))):
-        here = [each[step] for each in steps]
-        score = _mean([point.scores[metric] for point in here])
-        seconds = fmean(point.seconds for point in here)
-        points.append(MeanPoint(step, here[0].samples, here[0].flops, seconds, score))
-    drawn = [
-        {each.num_steps: each for each in result.sampling_points if is_measured(each.scores, metric)}
-        for result in chosen
+    for step in sorted(set.intersection(*map(set, by_step))):
+        at_step = [points_of_seed[step] for points_of_seed in by_step]
+        score = _mean([point.scores[metric] for point in at_step])
+        seconds = fmean(point.seconds for point in at_step)
+        points.append(MeanPoint(step, at_step[0].samples, at_step[0].flops, seconds, score))
+    by_num_steps = [
+        {point.num_steps: point for point in each.sampling_points if is_measured(point.scores, metric)}
+        for each in seeds
     ]
-    sampled = [
-        MeanSamplingPoint(count, drawn[0][count].macs, _mean([each[count].scores[metric] for each in drawn]))
-        for count in sorted(set.intersection(*(set(each) for each in drawn)))
+    sampling_points = [
+        MeanSamplingPoint(
+            number, by_num_steps[0][number].macs, _mean([points[number].scores[metric] for points in by_num_steps])
+        )
+        for number in sorted(set.intersection(*map(set, by_num_steps)))
     ]
     return Variant(
         name="-".join(first.values.values()),
         values=first.values,
-        seeds=tuple(result.seed for result in chosen),
+        seeds=tuple(result.seed for result in seeds),
         done=bool(done),
         parameters=first.parameters,
         gmacs=first.macs / 1e9,
         points=points,
-        sampling_points=sampled,
+        sampling_points=sampling_points,
     )
 
 
@@ -106,19 +108,21 @@ def _mean(scores: Sequence[Score]) -> Estimate:
     return Estimate(fmean(values), min(values), max(values))
 
 
-def active(found: Sequence[Variant]) -> list[Variant]:
-    """Those that are done; while none is, all."""
-    return [setting for setting in found if setting.done] or list(found)
+def active(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants that are done; all variants if none is."""
+    return [variant for variant in variants if variant.done] or list(variants)
 
 
-def common_steps(found: Sequence[Variant]) -> list[int]:
-    """The steps at which every setting was scored: the last is the end, if all trained for as many steps."""
-    return sorted(set.intersection(*({p.step for p in each.points if p.step > 0} for each in found))) if found else []
+def common_steps(variants: Sequence[Variant]) -> list[int]:
+    """The steps at which every variant was scored. If all trained equally long, the last is the end."""
+    if not variants:
+        return []
+    return sorted(set.intersection(*({p.step for p in variant.points if p.step > 0} for variant in variants)))
 
 
 @dataclass(frozen=True)
 class FinalPoints:
-    """Where settings had come to, by their compute: what a law is fitted to."""
+    """The last comparable scores of variants by their compute, to which a scaling law is fitted."""
 
     description: str  # "after 2,000 steps"
     variants: list[Variant]
@@ -130,55 +134,51 @@ class FinalPoints:
         return [score.value for score in self.y]
 
 
-def final_points(found: Sequence[Variant], against: Against) -> FinalPoints:
-    """By GMACs after as many steps, or by training FLOPs at each one's end. Empty where no step is common to all."""
-    chosen = [setting for setting in active(found) if setting.points]
+def final_points(variants: Sequence[Variant], against: Against) -> FinalPoints:
+    """By GMACs after equal steps, or by training FLOPs at the end of each. Empty if no step is common to all."""
+    scored = [variant for variant in active(variants) if variant.points]
     if against == "flops":
-        last = [setting.points[-1] for setting in chosen]
-        return FinalPoints(
-            "at the end of training", chosen, [point.flops for point in last], [point.score for point in last]
-        )
-    steps = common_steps(chosen)
-    if not steps:
-        return FinalPoints("", [], [], [])
-    return points_at_step(chosen, steps[-1])
+        last = [variant.points[-1] for variant in scored]
+        x, y = [point.flops for point in last], [point.score for point in last]
+        return FinalPoints("at the end of training", scored, x, y)
+    steps = common_steps(scored)
+    return points_at_step(scored, steps[-1]) if steps else FinalPoints("", [], [], [])
 
 
-def points_at_step(found: Sequence[Variant], step: int) -> FinalPoints:
-    """By GMACs after so many steps, at which all were scored."""
-    scores = [next(point.score for point in setting.points if point.step == step) for setting in found]
-    return FinalPoints(f"after {step:,} steps", list(found), [setting.gmacs for setting in found], scores)
-
-
-# One protocol
+def points_at_step(variants: Sequence[Variant], step: int) -> FinalPoints:
+    """By GMACs, at a step at which all variants were scored."""
+    scores = [next(point.score for point in variant.points if point.step == step) for variant in variants]
+    return FinalPoints(f"after {step:,} steps", list(variants), [variant.gmacs for variant in variants], scores)
 
 
 def check_one_protocol(results: Sequence[MemberResult]) -> None:
-    """Raises TesseraError, with the members' names, where scores of one metric were made by different protocols.
+    """Raises TesseraError with the members' names if scores of one metric have different protocols.
 
-    Scores along the way must agree in all; those of other sampling steps in all but the number of these steps.
+    Protocols of scores with other numbers of sampling steps may differ in that number.
     """
     first: dict[str, tuple[str, str, Score]] = {}
-    faults = []
+    errors = []
     for name, what, fingerprint, score in _protocols(results):
-        whose, known, reference = first.setdefault(what, (name, fingerprint, score))
-        if fingerprint != known:
-            apart = "; ".join(protocol_differences(reference, score)[:3])
-            faults.append(f"{what}: {whose} ({known}) and {name} ({fingerprint}), which differ in {apart}")
-    if faults:
+        first_name, first_fingerprint, first_score = first.setdefault(what, (name, fingerprint, score))
+        if fingerprint != first_fingerprint:
+            differences = "; ".join(protocol_differences(first_score, score)[:3])
+            errors.append(
+                f"{what}: {first_name} ({first_fingerprint}) and {name} ({fingerprint}), which differ in {differences}"
+            )
+    if errors:
         raise TesseraError(
-            "scores of different protocols cannot stand in one report. Expected one protocol for all members; score "
-            f"these again by one, or give the study another folder:{bullet_list(list(dict.fromkeys(faults)))}"
+            "scores of different protocols cannot be compared in one report. Expected one protocol for all members; "
+            f"score these again, or give the study another folder:{bullet_list(list(dict.fromkeys(errors)))}"
         )
 
 
 def _protocols(results: Iterable[MemberResult]) -> Iterator[tuple[str, str, str, Score]]:
-    """Member, metric, fingerprint of what must be alike, score."""
+    """Member, metric, fingerprint of what must be equal, score."""
     for result in results:
         for point in result.points:
             yield from ((result.name, metric, score.fingerprint, score) for metric, score in point.scores.items())
-        for drawn in result.sampling_points:
-            for metric, score in drawn.scores.items():
-                drawing = {key: told for key, told in (score.protocol.sampling or {}).items() if key != "num_steps"}
-                alike = score.protocol.model_copy(update={"sampling": drawing}).fingerprint
-                yield result.name, f"{metric} of other sampling steps", alike, score
+        for point in result.sampling_points:
+            for metric, score in point.scores.items():
+                sampling = {key: value for key, value in (score.protocol.sampling or {}).items() if key != "num_steps"}
+                fingerprint = score.protocol.model_copy(update={"sampling": sampling}).fingerprint
+                yield result.name, f"{metric} with other numbers of sampling steps", fingerprint, score

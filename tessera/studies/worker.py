@@ -1,8 +1,8 @@
-"""One member of a study in a process of its own: it trains, and draws with other numbers of steps when it is done.
+"""One member of a study in its own process: train it, and score the finished model with other sampling steps.
 
-OUTPUT/members/NAME                           a run like any other
-OUTPUT/members/NAME/sampling/steps-016.json   the scores of the finished model that draws with 16 steps
-OUTPUT/members/NAME/failed.txt                why it failed, if it did
+OUTPUT/members/NAME                           an ordinary run
+OUTPUT/members/NAME/sampling/steps-016.json   scores of the finished model with 16 sampling steps
+OUTPUT/members/NAME/failed.txt                the error of a failed member
 """
 
 import os
@@ -26,7 +26,7 @@ from tessera.files import exclusive_lock
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.monitoring.logger import TASK_INTERVAL
 from tessera.reporting.text import format_duration
-from tessera.runtime import Distributed, choose_device, keep_freed_memory
+from tessera.runtime import SINGLE, choose_device, keep_freed_memory
 from tessera.training import loop, scores
 from tessera.training.recipe import Recipe
 
@@ -34,25 +34,26 @@ SAMPLING, FAILED = "sampling", "failed.txt"
 STOPPED = Interrupted.exit_code
 
 
-def sampling_scores_path(run: Path, steps: int) -> Path:
-    """The scores of a finished member that draws with so many steps."""
-    return run / SAMPLING / f"steps-{steps:03d}.json"
+def sampling_scores_path(run_dir: Path, num_steps: int) -> Path:
+    """The scores of a finished member with this number of sampling steps."""
+    return run_dir / SAMPLING / f"steps-{num_steps:03d}.json"
 
 
-def is_done(run: Path, steps: int, sampling_steps: Sequence[int]) -> bool:
-    """Whether a member is trained, scored at its end, and has drawn with every other number of steps."""
-    end = run / scores.FOLDER / f"step-{steps:09d}.json"
-    return end.exists() and all(sampling_scores_path(run, number).exists() for number in sampling_steps)
+def is_done(run_dir: Path, steps: int, sampling_steps: Sequence[int]) -> bool:
+    """Whether a member is trained, scored at its end, and scored with every other number of sampling steps."""
+    end = run_dir / scores.FOLDER / f"step-{steps:09d}.json"
+    return end.exists() and all(sampling_scores_path(run_dir, number).exists() for number in sampling_steps)
 
 
 def main(recipe: Recipe, sampling_steps: tuple[int, ...], parent: Connection) -> None:
-    """What the process of a member does. It ends with 0 when all is done, with 130 when it was asked to stop, else with
-    1 and why in `parent`. If the other end of that closes, the study is gone, and so is this process.
+    """The main function of the process. Exit codes: 0 done, 130 stopped, 1 failed, with the error sent to `parent`.
+
+    The process exits when the other end of the connection closes, which means that the study's process has ended.
     """
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     try:
         if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # held back until here
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked until here by the parent
         run_member(recipe, sampling_steps)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(STOPPED)
@@ -65,8 +66,8 @@ def main(recipe: Recipe, sampling_steps: tuple[int, ...], parent: Connection) ->
         sys.exit(1)
 
 
-def _end_with(parent: Connection) -> None:
-    """Nothing is ever sent this way: reading ends when the other process does."""
+def _exit_with_parent(parent: Connection) -> None:
+    """The parent sends nothing, so receiving ends only when it exits."""
     try:
         parent.recv_bytes()
     except (EOFError, OSError):
@@ -74,75 +75,74 @@ def _end_with(parent: Connection) -> None:
 
 
 def run_member(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
-    """Train, or go on; then draw with each number of steps. What stands there is not made again."""
-    run = Path(recipe.run_dir)
-    if choose_device(recipe.training.device).type == "cpu":
+    """Train or resume, then score with each number of sampling steps that has no scores yet."""
+    run_dir, device = Path(recipe.run_dir), choose_device(recipe.training.device)
+    if device.type == "cpu":
         keep_freed_memory()
-    network = prepare_reference(recipe)
+    extractor = prepare_reference(recipe)
     loop.train(recipe)
-    if not is_done(run, recipe.training.steps, ()):
-        raise TesseraError(f"the end, step {recipe.training.steps}, could not be scored: see what was said before this")
-    missing = [number for number in sampling_steps if not sampling_scores_path(run, number).exists()]
-    model = bundle.load(bundle.checkpoints(run)[0], choose_device(recipe.training.device)) if missing else None
-    for number in missing:
-        assert model is not None
-        score_sampling_steps(recipe, model, network, number)
+    if not is_done(run_dir, recipe.training.steps, ()):
+        raise TesseraError(f"step {recipe.training.steps}, the last, could not be scored: see the messages before this")
+    if missing := [number for number in sampling_steps if not sampling_scores_path(run_dir, number).exists()]:
+        model = bundle.load(bundle.checkpoints(run_dir)[0], device)
+        for num_steps in missing:
+            score_sampling_steps(recipe, model, extractor, num_steps)
 
 
 def prepare_reference(recipe: Recipe) -> FeatureExtractor:
-    """Have the features of the reference in the study's folder, for all members, and return the network that looks."""
-    config, told = recipe.evaluation, recipe.evaluation.reference or recipe.data
+    """Extract the features of the reference once for all members. Returns the feature extractor."""
+    config, data = recipe.evaluation, recipe.evaluation.reference or recipe.data
     assert config.reference_folder is not None
-    network = load_extractor(config.features or suite.default_features(told), choose_device(recipe.training.device))
-    reference = resolve_reference(told, DatasetSource(recipe.data), network)
+    extractor = load_extractor(config.features or suite.default_features(data), choose_device(recipe.training.device))
+    reference = resolve_reference(data, DatasetSource(recipe.data), extractor)
     if isinstance(reference, FeatureSet):
-        return network
-    folder = features.features_path(Path(config.reference_folder), "reference", reference, network)
+        return extractor
+    folder = features.features_path(Path(config.reference_folder), "reference", reference, extractor)
     if not (folder / features.SUMMARY).exists():
-        with exclusive_lock(folder, lambda: _say("another command looks at the reference: waiting for it")):
-            extract(reference, network, folder, Distributed(), config.batch_size, _Told("looking at the reference"))
-    return network
+        with exclusive_lock(folder, lambda: _log("another command extracts features of the reference: waiting")):
+            progress = _ProgressLog("extracting features of the reference")
+            extract(reference, extractor, folder, SINGLE, config.batch_size, progress)
+    return extractor
 
 
-def score_sampling_steps(recipe: Recipe, model: bundle.Model, network: FeatureExtractor, steps: int) -> None:
-    """Score a finished model that draws with so many steps; all else is as at the marks."""
-    run, config = Path(recipe.run_dir), recipe.evaluation
-    path = sampling_scores_path(run, steps)
-    if steps == recipe.sampling.num_steps:  # as at the end
-        protocol.save(protocol.load(run / scores.FOLDER / f"step-{recipe.training.steps:09d}.json"), path)
+def score_sampling_steps(recipe: Recipe, model: bundle.Model, extractor: FeatureExtractor, num_steps: int) -> None:
+    """Score a finished model with this number of sampling steps, otherwise as at the marks."""
+    run_dir, config = Path(recipe.run_dir), recipe.evaluation
+    path = sampling_scores_path(run_dir, num_steps)
+    if num_steps == recipe.sampling.num_steps:  # scored at the end of training
+        protocol.save(protocol.load(run_dir / scores.FOLDER / f"step-{recipe.training.steps:09d}.json"), path)
         return
-    _say(f"drawing {config.num_samples} pictures with {steps} steps each")
+    _log(f"scoring {config.num_samples} images with {num_steps} sampling steps")
     work = path.with_suffix(".work")
-    asked = bulk_request(model, config.num_samples, "balanced", settings={"num_steps": steps})
-    found = suite.evaluate(
-        BulkSamples(model, asked, work / "samples", config.batch_size, f"{steps} steps"),
+    request = bulk_request(model, config.num_samples, "balanced", settings={"num_steps": num_steps})
+    evaluation = suite.evaluate(
+        BulkSamples(model, request, work / "samples", config.batch_size, f"{num_steps} steps"),
         config.reference or recipe.data,
-        network,
+        extractor,
         work,
         config.metrics,
         batch_size=config.batch_size,
-        progress=_Told,
-        reference_folder=Path(config.reference_folder or run / scores.FOLDER),
+        progress=_ProgressLog,
+        reference_folder=Path(config.reference_folder or run_dir / scores.FOLDER),
     )
-    protocol.save(found.scores, path)
+    protocol.save(evaluation.scores, path)
     shutil.rmtree(work)
 
 
-class _Told:
-    """A line now and then on work that takes long."""
+class _ProgressLog:
+    """Logs the progress of a long task once in a while."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.began = what, time.monotonic()
-        self.last = self.began
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self.start = self.last = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self.last > TASK_INTERVAL:
             self.last = now
-            _say(
-                f"  {self.what}: {done} of {total}, {format_duration((now - self.began) / max(done, 1) * (total - done))} left"
-            )
+            left = (now - self.start) / max(done, 1) * (total - done)
+            _log(f"  {self.task}: {done} of {total}, {format_duration(left)} left")
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

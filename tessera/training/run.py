@@ -239,12 +239,12 @@ def compile_network(
         most = -(-recipe.training.global_batch_size // world.world_size)
         device = next(network.parameters()).device
         run_once = _training_pass(recipe, objective, most // accumulation_steps, device)
-        trial = compilation.fastest(network, run_once, lambda: runtime.synchronize(device))
-        log(str(trial))
-        mode = world.broadcast(trial.best)
+        timings = compilation.time_modes(network, run_once, lambda: runtime.synchronize(device))
+        log(str(timings))
+        mode = world.broadcast(timings.fastest)
     if world.world_size > 1 and mode == "whole":
         mode = "blocks"  # FSDP communicates between the blocks
-    forward, reason = compilation.compiled(network, mode, "fixed" if loader.buckets is None else "changing")
+    forward, reason = compilation.compile_network(network, mode, dynamic_shapes=loader.buckets is not None)
     if reason is not None:
         log(f"training.compile={recipe.training.compile}, but this machine cannot compile: {reason}")
         mode = "off"

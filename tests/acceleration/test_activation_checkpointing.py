@@ -1,4 +1,4 @@
-"""What is recomputed changes the memory of a step and nothing else."""
+"""Activation checkpointing changes the memory of a step and nothing else."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
-from tessera.acceleration.compilation import compiled
+from tessera.acceleration.compilation import compile_network
 from tessera.conditioning import Condition
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.unet import UNetConfig
@@ -43,67 +43,67 @@ def loss(network) -> Tensor:
 def gradients(network: DiT, forward=None) -> dict[str, Tensor]:
     network.zero_grad(set_to_none=True)
     loss(forward or network).backward()
-    return {name: held.grad.clone() for name, held in network.named_parameters() if held.requires_grad}
+    return {name: weight.grad.clone() for name, weight in network.named_parameters() if weight.requires_grad}
 
 
 class Storages(TorchDispatchMode):
-    """Every storage that operations make beside a network's weights, for as long as it lives."""
+    """Records every storage that operations allocate, except a network's weights."""
 
     def __init__(self, network: DiT) -> None:
         super().__init__()
-        self.made: dict[StorageWeakRef, int] = {}
+        self.sizes: dict[StorageWeakRef, int] = {}
         self.weights = {StorageWeakRef(weight.untyped_storage()) for weight in network.parameters()}
 
-    def __torch_dispatch__(self, operation, types, inputs=(), named=None):
-        made = operation(*inputs, **(named or {}))
-        for tensor in tree_leaves(made):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                self.made[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        return made
+                self.sizes[StorageWeakRef(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return output
 
     def alive(self) -> int:
-        """Bytes."""
-        return sum(size for made, size in self.made.items() if not made.expired() and made not in self.weights)
+        """Bytes of the storages that still exist."""
+        return sum(size for ref, size in self.sizes.items() if not ref.expired() and ref not in self.weights)
 
 
-@pytest.mark.parametrize("what", ["blocks", "selective"])
-def test_a_unet_keeps_less_and_its_gradients_are_the_same_to_the_bit(what, randomise):
-    facts = {name: SIZES[name] for name in ("size", "channels", "outputs", "classes")}
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
+def test_a_unet_stores_less_and_its_gradients_are_bitwise_equal(mode, randomise):
+    sizes = {name: SIZES[name] for name in ("input_size", "in_channels", "out_channels", "num_classes")}
     network = randomise(
-        UNetConfig(**facts, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,)).build()
+        UNetConfig(**sizes, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(2,)).build()
     ).train()
     expected = gradients(network)
-    kept = {}
-    for each in ("none", what):
+    stored_bytes = {}
+    for each in ("none", mode):
         checkpoint_activations(network, each)
         with Storages(network) as storages:
-            held = loss(network)
-        kept[each] = storages.alive()
-        held.backward()
-    assert kept[what] < 0.8 * kept["none"]
-    found = gradients(network)
+            value = loss(network)
+        stored_bytes[each] = storages.alive()
+        value.backward()
+    assert stored_bytes[mode] < 0.8 * stored_bytes["none"]
+    got = gradients(network)
     for name, gradient in expected.items():
-        assert torch.equal(found[name], gradient), name
+        assert torch.equal(got[name], gradient), name
 
 
-@pytest.mark.parametrize("what", ["blocks", "selective"])
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
 @pytest.mark.parametrize("design", DESIGNS)
-def test_gradients_are_the_same_to_the_bit(design, what, make):
+def test_gradients_are_bitwise_equal(design, mode, make):
     network = make(design)
     expected, names = gradients(network), list(network.state_dict())
-    checkpoint_activations(network, what)
+    checkpoint_activations(network, mode)
     got = gradients(network)
     assert list(network.state_dict()) == names
     for name, gradient in expected.items():
         assert torch.equal(got[name], gradient), name
 
 
-def test_blocks_run_twice_and_without_gradients_once(make, monkeypatch):
+def test_blocks_run_twice_with_gradients_and_once_without(make, monkeypatch):
     network = make()
     passes = []
     network.blocks[0].norm2.register_forward_hook(lambda *_: passes.append(1))
-    for what, expected in (("none", 1), ("blocks", 2), ("selective", 2), ("none", 1)):
-        checkpoint_activations(network, what)
+    for mode, expected in (("none", 1), ("blocks", 2), ("selective", 2), ("none", 1)):
+        checkpoint_activations(network, mode)
         passes.clear()
         loss(network).backward()
         assert len(passes) == expected
@@ -115,39 +115,39 @@ def test_blocks_run_twice_and_without_gradients_once(make, monkeypatch):
         loss(network)
 
 
-def test_selective_multiplies_no_matrices_twice(make):
-    """Counted by PyTorch's own counter of operations, whose attention is part of it."""
+def test_selective_mode_recomputes_no_matrix_product(make):
+    """By PyTorch's FLOP counter, which includes attention."""
     from torch.utils.flop_counter import FlopCounterMode
 
     network, counts = make(), {}
-    for what in ("none", "selective", "blocks"):
-        checkpoint_activations(network, what)
+    for mode in ("none", "selective", "blocks"):
+        checkpoint_activations(network, mode)
         with FlopCounterMode(display=False) as counter:
             loss(network).backward()
-        counts[what] = counter.get_total_flops()
+        counts[mode] = counter.get_total_flops()
     assert counts["selective"] == counts["none"]
     assert 1.3 < counts["blocks"] / counts["none"] < 1.34  # nearly all of the work is in the blocks
 
 
-def test_what_a_block_keeps(make):
-    """Of adaLN-Zero: its input alone, or with it what the matrix products (q, k, v; projection; the MLP's two; the
-    steering vectors) and attention gave."""
+def test_bytes_that_a_block_stores(make):
+    """For adaLN-Zero: the input, and in selective mode the outputs of attention and of the matrix products (q, k, v;
+    the projection; the two of the MLP; modulation)."""
     batch, tokens, width, heads = 4, 16, 32, 4
     bytes_of = {"blocks": 4 * batch * tokens * width}
     bytes_of["selective"] = bytes_of["blocks"] * (1 + 3 + 1 + 1 + 4 + 1) + 4 * batch * (6 * width + heads * tokens)
-    for what, expected in bytes_of.items():
+    for mode, expected in bytes_of.items():
         alive = []
         for depth in (3, 4):
             network = make(depth=depth)
-            checkpoint_activations(network, what)
+            checkpoint_activations(network, mode)
             with Storages(network) as storages:
-                held = loss(network)
+                value = loss(network)
             alive.append(storages.alive())
-            del held
-        assert alive[1] - alive[0] == expected, what
+            del value
+        assert alive[1] - alive[0] == expected, mode
 
 
-def test_copies_made_before_and_after_are_of_their_own(make):
+def test_copies_made_before_and_after_are_independent(make):
     network = make()
     before = copy.deepcopy(network)
     checkpoint_activations(network, "blocks")
@@ -159,39 +159,41 @@ def test_copies_made_before_and_after_are_of_their_own(make):
     assert torch.equal(loss(before), loss(network))
 
 
-def without_a_compiler(monkeypatch) -> None:
-    """From now on compiling is all of it but the making of code, which takes a minute."""
-    true = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda call, **more: true(call, backend="aot_eager", **more))
+def use_eager_backend(monkeypatch) -> None:
+    """Compile without code generation, which takes a minute."""
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: original(function, backend="aot_eager", **options)
+    )
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("what", ["blocks", "selective"])
-def test_compiled_block_by_block_gradients_are_the_same(what, make, monkeypatch):
+@pytest.mark.parametrize("mode", ["blocks", "selective"])
+def test_compiled_block_by_block_gradients_are_the_same(mode, make, monkeypatch):
     network = make(depth=2)
     expected = gradients(network)
-    without_a_compiler(monkeypatch)
-    checkpoint_activations(network, what)
-    forward, reason = compiled(network, "blocks")
+    use_eager_backend(monkeypatch)
+    checkpoint_activations(network, mode)
+    forward, reason = compile_network(network, "blocks")
     assert reason is None
     got = gradients(network, forward)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("how", ["off", "blocks"])
-@pytest.mark.parametrize("what", ["none", "blocks", "selective"])
-def test_sharded_afterwards_gradients_are_the_same(what, how, make, monkeypatch):
-    """FSDP2 on one process: weights are gathered again before what is recomputed needs them."""
+@pytest.mark.parametrize("compile_mode", ["off", "blocks"])
+@pytest.mark.parametrize("mode", ["none", "blocks", "selective"])
+def test_sharded_afterwards_gradients_are_the_same(mode, compile_mode, make, monkeypatch):
+    """FSDP2 on one process: weights are gathered again before the recomputation."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     network = make()
     expected = gradients(network)
-    without_a_compiler(monkeypatch)
-    checkpoint_activations(network, what)
-    assert compiled(network, how) == (network, None)
+    use_eager_backend(monkeypatch)
+    checkpoint_activations(network, mode)
+    assert compile_network(network, compile_mode) == (network, None)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -199,8 +201,8 @@ def test_sharded_afterwards_gradients_are_the_same(what, how, make, monkeypatch)
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(network, mesh=mesh)
         loss(network).backward()
-        for name, held in network.named_parameters():
-            if held.requires_grad:
-                torch.testing.assert_close(held.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        for name, weight in network.named_parameters():
+            if weight.requires_grad:
+                torch.testing.assert_close(weight.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
     finally:
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Steering vectors looked up are those computed, for every design, and nothing is looked up that is not there."""
+"""Precomputed modulation equals computed modulation in every block design. Unknown times and labels are computed."""
 
 import pytest
 import torch
@@ -8,13 +8,13 @@ from tessera.conditioning import Condition
 from tessera.layers.modulation import Modulation
 from tessera.models.dit import DiT, DiTConfig
 
-BLOCKS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu"]
+BLOCK_KINDS = ["in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu"]
 TIMES, GRID = torch.tensor([999.0, 500.25, 0.0]), (4, 4)
 
 
 @pytest.fixture
 def make(randomise):
-    def made(block: str = "adaln-zero", classes: int = 3) -> DiT:
+    def build(block: str = "adaln-zero", num_classes: int = 3) -> DiT:
         size = {
             "input_size": 8,
             "in_channels": 2,
@@ -24,22 +24,22 @@ def make(randomise):
             "num_heads": 2,
             "depth": 2,
         }
-        return randomise(DiTConfig.model_validate({**size, "classes": classes, "block": block}).build())
+        return randomise(DiTConfig.model_validate({**size, "num_classes": num_classes, "block": block}).build())
 
-    return made
+    return build
 
 
 @pytest.fixture
-def regressions(monkeypatch) -> list[int]:
-    """How many rows every regression of steering vectors was asked for."""
-    asked, true = [], Modulation.forward
+def modulation_rows(monkeypatch) -> list[int]:
+    """The number of rows of every call of a modulation layer."""
+    rows, original = [], Modulation.forward
 
-    def counted(self, c):
-        asked.append(len(c))
-        return true(self, c)
+    def record(self, c):
+        rows.append(len(c))
+        return original(self, c)
 
-    monkeypatch.setattr(Modulation, "forward", counted)
-    return asked
+    monkeypatch.setattr(Modulation, "forward", record)
+    return rows
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -47,41 +47,41 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_tabulated_network_is_the_network(make, block, regressions):
+@pytest.mark.parametrize("block", BLOCK_KINDS)
+def test_precomputed_modulation_gives_the_output_of_the_network(make, block, modulation_rows):
     network, label = make(block), torch.tensor([2, -1, 2, 0])
-    table = PrecomputedModulation(network, TIMES, torch.tensor([2, 0, -1, -1, 2]), GRID)
-    assert set(regressions) <= {9}  # all three times with all three labels, at once
-    regressions.clear()
+    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([2, 0, -1, -1, 2]), GRID)
+    assert set(modulation_rows) <= {9}  # all three times with all three labels, at once
+    modulation_rows.clear()
     x, t, condition = normal(4, 2, 8, 8), torch.tensor([500.25, 999.0, 0.0, 999.0]), Condition(label)
-    drawn = table(x, t, condition)
-    assert regressions == []
-    torch.testing.assert_close(drawn, network(x, t, condition), rtol=1e-5, atol=1e-5)
+    output = precomputed(x, t, condition)
+    assert modulation_rows == []
+    torch.testing.assert_close(output, network(x, t, condition), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_network_without_classes(make):
-    network = make(classes=0)
-    table = PrecomputedModulation(network, TIMES, None, GRID)
+    network = make(num_classes=0)
+    precomputed = PrecomputedModulation(network, TIMES, None, GRID)
     x, t = normal(3, 2, 8, 8), torch.tensor([0.0, 999.0, 500.25])
-    torch.testing.assert_close(table(x, t, Condition()), network(x, t, Condition()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(precomputed(x, t, Condition()), network(x, t, Condition()), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("times", "labels"), [([500.0, 999.0], [0, 1]), ([1000.0, 0.0], [0, 1]), ([999.0, 0.0], [0, 2])]
 )
-def test_what_is_in_no_table_is_computed(make, times, labels):
+def test_unknown_times_and_labels_are_computed(make, times, labels):
     network = make()
-    table = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
+    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
     x, t, condition = normal(2, 2, 8, 8), torch.tensor(times), Condition(labels)
-    assert torch.equal(table(x, t, condition), network(x, t, condition))
+    assert torch.equal(precomputed(x, t, condition), network(x, t, condition))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", BLOCKS)
-def test_the_size_said_is_the_size_made(make, block):
+@pytest.mark.parametrize("block", BLOCK_KINDS)
+def test_table_bytes_is_the_size_of_the_table(make, block):
     network = make(block)
-    table = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
-    made = sum(vectors.numel() * vectors.element_size() for vectors in table.table.values())
-    assert PrecomputedModulation.size(network, 3, 2) == made
+    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
+    table_bytes = sum(vectors.numel() * vectors.element_size() for vectors in precomputed.table.values())
+    assert PrecomputedModulation.table_bytes(network, 3, 2) == table_bytes

@@ -1,4 +1,4 @@
-"""The container of what a network is told."""
+"""The container of what a network is conditioned on."""
 
 import dataclasses
 
@@ -8,20 +8,20 @@ import torch
 from tessera.conditioning import NULL_LABEL, Condition
 
 
-def test_a_list_becomes_class_numbers():
+def test_a_list_becomes_an_int64_tensor():
     label = Condition([0, 2]).label
     assert label.dtype == torch.int64
     assert label.tolist() == [0, 2]
 
 
-def test_rows():
+def test_indexing_selects_rows():
     condition = Condition([5, 6, 7])
     assert condition[1:].label.tolist() == [6, 7]
     assert condition[torch.tensor([True, False, True])].label.tolist() == [5, 7]
     assert condition[torch.tensor([2, 0, 2])].label.tolist() == [7, 5, 7]
 
 
-def test_drop_and_null_tell_nothing_and_change_no_original():
+def test_drop_and_null_give_the_null_label_and_leave_the_original_unchanged():
     condition = Condition([0, 2, 1])
     assert condition.drop(torch.tensor([True, False, True])).label.tolist() == [NULL_LABEL, 2, NULL_LABEL]
     assert condition.null().label.tolist() == [NULL_LABEL] * 3

@@ -12,15 +12,14 @@ import pytest
 import torch
 from scipy import stats
 
-from tessera import bundle
+from tessera import bundle, generation, model_card
 from tessera.diffusion import FlowMatching, FlowMatchingConfig, GaussianDiffusion
 from tessera.diffusion.flow import T_EPS, shifted
 from tessera.errors import TesseraError
-from tessera.generation import pipeline
 from tessera.sampling import DDIM, sample_loop
 from tessera.sampling.timesteps import Uniform
 from tessera.settings import validate
-from tessera.training.recipe import Recipe, pixels_like_data, read_recipe, resolve_recipe
+from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
 
 PATHS = ["linear", "gvp"]
 QUANTITIES = ["velocity", "x0", "epsilon"]
@@ -147,7 +146,7 @@ def test_drawing_by_epsilon_bears_a_small_error(path):
             eps = sigma / (alpha**2 * spread**2 + sigma**2) * (x - alpha * mean)
             return made.predict(eps + error, x, t)
 
-        denoise.process = made
+        denoise.diffusion = made
         return list(sample_loop(DDIM(), denoise, start, Uniform()(50, made), lambda: start))[-1].x
 
     assert float(drawn(0).mean()) == pytest.approx(mean, abs=0.05)
@@ -175,7 +174,7 @@ def test_uniform_times_are_the_uniform_numbers_and_stay_off_the_ends():
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.8, 0.8), (1.2, 2.0)])
 def test_logit_normal_times_have_its_quantiles(mean, std):
-    made = flow(times={"kind": "logit-normal", "mean": mean, "std": std})
+    made = flow(timestep_sampling={"kind": "logit-normal", "mean": mean, "std": std})
     share = np.linspace(0.001, 0.999, 999)
     drawn = made.sample_timesteps(torch.from_numpy(share)).numpy()
     np.testing.assert_allclose(drawn, 1 / (1 + np.exp(-stats.norm.ppf(share, mean, std))), rtol=1e-9)
@@ -183,7 +182,9 @@ def test_logit_normal_times_have_its_quantiles(mean, std):
 
 @pytest.mark.parametrize("std", [0.5, 30.0])
 def test_logit_normal_times_are_finite_at_both_ends(std):
-    drawn = flow(times={"kind": "logit-normal", "std": std}).sample_timesteps(torch.tensor([0.0, 1 - 2.0**-24]))
+    drawn = flow(timestep_sampling={"kind": "logit-normal", "std": std}).sample_timesteps(
+        torch.tensor([0.0, 1 - 2.0**-24])
+    )
     assert ((drawn >= T_EPS) & (drawn <= 1 - T_EPS + 1e-7)).all()
     assert drawn[0] < drawn[1]
 
@@ -195,11 +196,14 @@ def test_shift_multiplies_the_ratio_of_noise_to_data(factor):
     moved = shifted(t, factor)
     torch.testing.assert_close(moved / (1 - moved), factor * t / (1 - t), rtol=1e-12, atol=0)
     torch.testing.assert_close(flow(shift=factor).sample_timesteps(t), moved)
-    both = flow(shift=factor, times="logit-normal").sample_timesteps(
+    both = flow(shift=factor, timestep_sampling="logit-normal").sample_timesteps(
         t
     )  # a shift of logit-normal times moves their mean
     torch.testing.assert_close(
-        both, flow(times={"kind": "logit-normal", "mean": math.log(factor)}).sample_timesteps(t), rtol=1e-12, atol=0
+        both,
+        flow(timestep_sampling={"kind": "logit-normal", "mean": math.log(factor)}).sample_timesteps(t),
+        rtol=1e-12,
+        atol=0,
     )
 
 
@@ -291,22 +295,25 @@ def test_raw_outputs_in_bfloat16_are_weighed_in_float32():
 
 RECIPE = """
 data: {kind: digits}
-network: {patch_size: 4, width: 16, depth: 1, num_heads: 2}
+network: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}
 diffusion: PROCESS
 sampling: {num_steps: 5}
 training:
-  {steps: 60, batch: 32, optimizer: {learning_rate: 0.01}, ema: {decay: 0.5}, log_every: 1, sample_every: 1000,
+  {steps: 60, global_batch_size: 32, optimizer: {learning_rate: 0.01}, ema: {decay: 0.5}, log_every: 1, sample_every:
+  1000,
    sample_seeds: 1, checkpoint_every: 1000, tensorboard: false, device: cpu}
 """
 
 
-def recipe(tmp_path, process: str, *overrides: str) -> Recipe:
-    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("PROCESS", process))
-    return read_recipe(tmp_path / "tiny.yaml", [f"output={tmp_path / 'run'}", *overrides])
+def recipe(tmp_path, diffusion: str, *overrides: str) -> Recipe:
+    (tmp_path / "tiny.yaml").write_text(RECIPE.replace("PROCESS", diffusion))
+    return read_recipe(tmp_path / "tiny.yaml", [f"run_dir={tmp_path / 'run'}", *overrides])
 
 
-@pytest.mark.parametrize("told", ["{kind: gaussian, steps: 20, schedule: cosine}", "{steps: 20, prediction: v}"])
-@pytest.mark.parametrize("chosen", ["process=flow", "diffusion.kind=flow"])
+@pytest.mark.parametrize(
+    "told", ["{kind: gaussian, num_timesteps: 20, schedule: cosine}", "{num_timesteps: 20, prediction: v}"]
+)
+@pytest.mark.parametrize("chosen", ["diffusion=flow", "diffusion.kind=flow"])
 def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, chosen):
     assert recipe(tmp_path, told, chosen).diffusion == FlowMatchingConfig()
     assert recipe(tmp_path, told, chosen, "diffusion.path=gvp").diffusion == FlowMatchingConfig(path="gvp")
@@ -315,7 +322,7 @@ def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, ch
 
 
 @pytest.mark.parametrize(
-    ("process", "said"),
+    ("diffusion", "said"),
     [
         ("{kind: flow, steps: 20}", "unknown key 'steps'"),
         ("{kind: flow, shfit: 2}", "did you mean 'shift'"),
@@ -323,60 +330,62 @@ def test_choosing_flow_drops_what_was_of_the_gaussian_process(tmp_path, told, ch
         ("{kind: flow, shift: size}", "dimension"),
         ("{kind: flow, path: straight}", "'linear' or 'gvp'"),
         ("{kind: flow, prediction: v}", "'velocity', 'x0' or 'epsilon'"),
-        ("{kind: flow, times: {kind: logit-normal, std: 0}}", "greater than 0"),
-        ("{kind: flow, times: lognormal}", "logit-normal"),
-        ("{kind: flow, floor: 1}", "less than 1"),
+        ("{kind: flow, timestep_sampling: {kind: logit-normal, std: 0}}", "greater than 0"),
+        ("{kind: flow, timestep_sampling: lognormal}", "logit-normal"),
+        ("{kind: flow, min_weight: 1}", "less than 1"),
         ("flwo", "did you mean 'flow'"),
     ],
 )
-def test_faults_are_named(tmp_path, process, said):
+def test_faults_are_named(tmp_path, diffusion, said):
     with pytest.raises(TesseraError) as caught:
-        recipe(tmp_path, process)
+        recipe(tmp_path, diffusion)
     assert said in str(caught.value)
 
 
 def test_the_dimension_is_that_of_what_the_network_sees(tmp_path, make_model):
     """It stays a word in recipe and bundle, and is a number in each process that is built for a size."""
-    told = pixels_like_data(recipe(tmp_path, "{kind: flow, shift: dimension}"))
+    told = infer_pixel_channels(recipe(tmp_path, "{kind: flow, shift: dimension}"))
     resolved = resolve_recipe(told, told.data.open(), told.codec.build())
     assert resolved.diffusion == FlowMatchingConfig(shift="dimension")
     assert resolved.network.out_channels == 1
     for size, shift in ((8, 0.125), (16, 0.25)):  # the root of 8 x 8 x 1 over 4096
-        model = make_model(network={"out_channels": 1, "input_size": size}, sampling={"sampler": "euler", "steps": 2})
-        config = model.config.model_copy(update={"process": FlowMatchingConfig(shift="dimension")})
+        model = make_model(
+            network={"out_channels": 1, "input_size": size}, sampling={"sampler": "euler", "num_steps": 2}
+        )
+        config = model.config.model_copy(update={"diffusion": FlowMatchingConfig(shift="dimension")})
         bundle.save(bundle.Model(config, model.network), tmp_path / f"{size}")
         read = bundle.load(tmp_path / f"{size}")
-        assert json.loads((tmp_path / f"{size}" / bundle.CONFIG).read_text())["process"]["shift"] == "dimension"
+        assert json.loads((tmp_path / f"{size}" / bundle.CONFIG).read_text())["diffusion"]["shift"] == "dimension"
         assert (read.diffusion.shift, read.config.diffusion.summary().endswith("shifted by dimension")) == (shift, True)
-        assert pipeline.generate(read, [0]).shape == (1, size, size, 1)
+        assert generation.generate(read, [0]).shape == (1, size, size, 1)
 
 
 @pytest.mark.parametrize(
-    "process",
+    "diffusion",
     [
-        "{kind: flow, shift: dimension, times: logit-normal}",
+        "{kind: flow, shift: dimension, timestep_sampling: logit-normal}",
         "{kind: flow, path: gvp, prediction: x0, loss: velocity}",
     ],
 )
-def test_a_run_learns_and_its_bundle_draws(tmp_path, process):
+def test_a_run_learns_and_its_bundle_draws(tmp_path, diffusion):
     from tessera.monitoring.logger import read_log
     from tessera.training import loop
 
-    run = loop.train(recipe(tmp_path, process))
+    run = loop.train(recipe(tmp_path, diffusion))
     mse = [record["mse"] for record in read_log(run)]
     assert np.mean(mse[-10:]) < 0.9 * np.mean(mse[:5])
     folder = bundle.checkpoints(run)[0]
-    stored = json.loads((folder / bundle.CONFIG).read_text())["process"]
+    stored = json.loads((folder / bundle.CONFIG).read_text())["diffusion"]
     assert stored["kind"] == "flow"
-    assert stored["shift"] == ("dimension" if "dimension" in process else 1.0)
-    assert loop.train(recipe(tmp_path, process)) == run, "the word agrees with itself when the run goes on"
+    assert stored["shift"] == ("dimension" if "dimension" in diffusion else 1.0)
+    assert loop.train(recipe(tmp_path, diffusion)) == run, "the word agrees with itself when the run goes on"
     model = bundle.load(folder)
     assert model.config.diffusion == validate(FlowMatchingConfig, stored, "")
-    assert bundle.describe(model)["process"].startswith("flow, ")
-    pictures = pipeline.generate(model, [3, 5], [0])
+    assert model_card.describe(model)["diffusion"].startswith("flow, ")
+    pictures = generation.generate(model, [3, 5], [0])
     assert pictures.shape == (2, 8, 8, 1)
     assert pictures.std() > 5
-    with pytest.raises(TesseraError, match="ancestral sampling belongs to Gaussian processes"):
-        pipeline.generate(model, [3], [0], sampler="ancestral")
+    with pytest.raises(TesseraError, match="ancestral sampling needs a Gaussian diffusion process"):
+        generation.generate(model, [3], [0], sampler="ancestral")
     with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps"):
-        pipeline.generate(model, [3], [0], spacing="leading")
+        generation.generate(model, [3], [0], spacing="leading")

@@ -55,7 +55,7 @@ def test_cosine_is_its_closed_form_until_beta_is_capped():
 @pytest.mark.parametrize("steps", [250, 1000, 4000])
 def test_linear_ends_in_the_same_noise_for_any_number_of_steps(steps):
     """-log alpha_bar(1) tends to the integral of beta, 1000 (1e-4 + 0.02) / 2."""
-    assert float(-process(steps=steps).alpha_bar[-1].log()) == pytest.approx(10.05, rel=0.03)
+    assert float(-process(num_timesteps=steps).alpha_bar[-1].log()) == pytest.approx(10.05, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -70,7 +70,7 @@ def test_signal_and_noise_share_one_variance(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("kind", "steps"), [("linear", 1000), ("cosine", 1000), ("linear", 7), ("cosine", 4999)])
 def test_the_trained_steps_are_the_table_to_the_bit(kind, steps, dtype):
-    made = process(schedule=kind, steps=steps)
+    made = process(schedule=kind, num_timesteps=steps)
     bar = torch.cumprod(1 - made.config.schedule.betas(steps), dim=0)
     t = (torch.arange(1, steps + 1) / steps).to(dtype)
     assert torch.equal(made.alpha(t), bar.sqrt())
@@ -82,7 +82,7 @@ def test_the_trained_steps_are_the_table_to_the_bit(kind, steps, dtype):
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_between_the_trained_steps_alpha_bar_is_a_straight_line(kind):
-    made = process(schedule=kind, steps=50)
+    made = process(schedule=kind, num_timesteps=50)
     fine = torch.linspace(0, 1, 5001, dtype=torch.float64)
     bar = made.alpha(fine) ** 2
     assert (bar.diff() < 0).all()
@@ -95,7 +95,7 @@ def test_between_the_trained_steps_alpha_bar_is_a_straight_line(kind):
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_time_at_undoes_the_ratio_of_noise_to_data(kind, zero):
-    made = process(schedule=kind, steps=100, prediction="v", zero_terminal_snr=zero)
+    made = process(schedule=kind, num_timesteps=100, prediction="v", zero_terminal_snr=zero)
     t = torch.linspace(0.01, 1, 991, dtype=torch.float64)  # every trained step, and nine times between
     ratio = made.sigma(t) / made.alpha(t)
     torch.testing.assert_close(made.time_from_nsr(ratio), t, rtol=0, atol=1e-10)
@@ -109,9 +109,9 @@ def test_time_at_undoes_the_ratio_of_noise_to_data(kind, zero):
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [2, 10, 1000])
 def test_zero_terminal_snr_is_that_of_diffusers(kind, steps):
-    betas = process(schedule=kind, steps=steps).config.schedule.betas(steps)
+    betas = process(schedule=kind, num_timesteps=steps).config.schedule.betas(steps)
     expected = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
-    made = process(schedule=kind, steps=steps, prediction="v", zero_terminal_snr=True)
+    made = process(schedule=kind, num_timesteps=steps, prediction="v", zero_terminal_snr=True)
     torch.testing.assert_close(made.alpha_bar[1:], expected, rtol=1e-9, atol=1e-15)
     assert made.alpha_bar[-1] == 0
     assert made.alpha_bar[1] == pytest.approx(float(1 - betas[0]), rel=1e-12)  # the first step stays
@@ -139,7 +139,7 @@ def test_everything_is_finite_in_pure_noise(kind, variance):
     ("told", "said"),
     [
         ({"zero_terminal_snr": True}, "needs prediction v or x0"),
-        ({"zero_terminal_snr": True, "prediction": "x0", "steps": 1}, "needs 2 steps or more"),
+        ({"zero_terminal_snr": True, "prediction": "x0", "num_timesteps": 1}, "needs 2 steps or more"),
         ({"weighting": {"kind": "min-snr", "gamma": 0}}, "greater than 0"),
         ({"weighting": "min-snrr"}, "min-snr"),
         ({"shift": 2}, "unknown key 'shift'"),
@@ -158,12 +158,12 @@ def test_faults_are_named(told, said):
 def test_network_time_counts_the_steps(steps):
     """Times in float32, as they are drawn, lead to whole steps 0 .. steps - 1."""
     t = torch.arange(1, steps + 1) / steps
-    assert process(steps=steps).model_time(t).tolist() == list(range(steps))
+    assert process(num_timesteps=steps).model_time(t).tolist() == list(range(steps))
 
 
 @given(st.integers(1, 5000))
 def test_drawn_times_reach_both_ends(steps):
-    made = process(steps=steps)
+    made = process(num_timesteps=steps)
     ends = torch.tensor([0.0, 1 - 2.0**-24])  # of the uniform numbers of 24 bits
     assert made.model_time(made.sample_timesteps(ends)).tolist() == [0, steps - 1]
 
@@ -239,7 +239,7 @@ def chain(betas):
 @pytest.mark.parametrize(("later", "earlier"), [(2, 1), (12, 11), (20, 19), (20, 3), (7, 1)])
 def test_the_posterior_is_bayes_rule(later, earlier):
     """q(x_s | x_t, x_0), by conditioning the joint Gaussian of the whole chain; adjacent steps and long ones."""
-    made = process(steps=20)
+    made = process(num_timesteps=20)
     betas = np.linspace(50 * 1e-4, 50 * 0.02, 20).clip(max=0.999)
     mean, covariance = chain(betas)
     gain = covariance[earlier, later] / covariance[later, later]
@@ -314,7 +314,7 @@ def test_the_learned_variance_lies_between_the_two_others():
 
 
 def test_a_process_of_one_step():
-    made = process(steps=1)
+    made = process(num_timesteps=1)
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     mean, log_variance = made.p_mean_variance(x, Prediction(x0=x + 3, eps=x), torch.ones(1), torch.zeros(1))
     assert mean.item() == pytest.approx(3)

@@ -310,7 +310,7 @@ def test_an_image_is_the_same_alone_and_in_a_batch_with_every_option(make_model,
     request = {**EVERYTHING, "sampler": sampler, "guidance_model": weak, "mask": mask, "strength": 0.9}
     stats, classes, seeds = CacheStats(), [0, 1, 2, 0, 1], [3, 4, 5, 6, 7]
     together = generation.generate(model, classes, seeds, init_image=image, cache_stats=stats, **request)
-    assert 0 < stats.computed < stats.asked
+    assert 0 < stats.computed < stats.requested
     for row in range(5):
         part = slice(row, row + 1)
         close(generation.generate(model, classes[part], seeds[part], init_image=image[row], **request), together[part])

@@ -67,7 +67,7 @@ def test_without_a_null_row_nothing_can_be_dropped(randomise):
     embedder = randomise(LabelEmbedder(5, 8, learn_null_class=False))
     assert embedder.embedding_table.weight.shape == (5, 8)
     assert torch.equal(embedder(torch.tensor([4, 0])), embedder.embedding_table.weight[[4, 0]])
-    with pytest.raises(ValueError, match="null class"):
+    with pytest.raises(ValueError, match="null label"):
         embedder(torch.tensor([4, -1]))
-    with pytest.raises(ValueError, match="null class"):
+    with pytest.raises(ValueError, match="null label"):
         embedder(torch.tensor([4, 1]), drop=torch.tensor([False, True]))

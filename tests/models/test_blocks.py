@@ -43,7 +43,7 @@ class Explicit:
         x = self.linear("mlp.fc1", x)
         return self.linear("mlp.fc2", 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
-    def steering(self, c, count):
+    def modulation_params(self, c, count):
         return np.split(self.linear("adaLN_modulation.1", c / (1 + np.exp(-c))), count, axis=-1)
 
 

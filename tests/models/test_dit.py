@@ -67,7 +67,7 @@ def test_label_time_and_picture_each_change_their_own_row_alone(design, randomis
 @pytest.mark.parametrize("design", [*DESIGNS, *LATER])
 def test_all_designs_know_the_order_of_patches(design, randomise):
     """Without positions a transformer would only permute its output with its input."""
-    network = randomise(config(block=design, patch=4).build())
+    network = randomise(config(block=design, patch_size=4).build())
     x, t = inputs(2)
     with torch.no_grad():
         before = network(x, t, Condition([0, 1]))
@@ -77,7 +77,7 @@ def test_all_designs_know_the_order_of_patches(design, randomise):
 
 @pytest.mark.parametrize("classes", [1, 5, 1000])
 def test_told_nothing_is_the_row_after_the_last_class(classes, randomise):
-    network = randomise(config(classes=classes).build())
+    network = randomise(config(num_classes=classes).build())
     x, t = inputs()
     rows = torch.full((4,), classes)
     with torch.no_grad():
@@ -88,7 +88,7 @@ def test_told_nothing_is_the_row_after_the_last_class(classes, randomise):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_another_size_is_drawn_with_positions_of_its_own_grid(design, size, randomise):
     """The same weights in a network configured for the other size give the same picture."""
-    trained, other = config(block=design).build(), config(block=design, size=size).build()
+    trained, other = config(block=design).build(), config(block=design, input_size=size).build()
     randomise(trained)
     positions = sincos_grid((size[0] // 2, size[1] // 2), 32)[None]
     other.load_state_dict({**trained.state_dict(), "pos_embed": positions})
@@ -148,7 +148,7 @@ def test_labels_are_asked_for():
 
 
 def test_an_unconditional_network_has_no_table(randomise):
-    network = randomise(config(classes=0).build())
+    network = randomise(config(num_classes=0).build())
     assert network.y_embedder is None
     x, t = inputs()
     with torch.no_grad():
@@ -176,10 +176,10 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
     [
         ({"hidden_size": 30, "num_heads": 4}, "width 30 is not divisible by heads 4"),
         ({"hidden_size": 30, "num_heads": 3}, "width 30 is not divisible by 4"),
-        ({"size": 9}, "patch 2 does not divide the size 9 x 9"),
+        ({"input_size": 9}, "patch 2 does not divide the size 9 x 9"),
         ({"preset": "DiT-X/2"}, "did you mean 'DiT-"),
         ({"block": "adaln-one"}, "did you mean 'adaln-"),
-        ({"widht": 32}, "did you mean 'width'?"),
+        ({"hiden_size": 32}, "did you mean 'hidden_size'?"),
     ],
 )
 def test_configurations_that_cannot_be(settings, words):

@@ -43,7 +43,7 @@ def test_presets(preset):
 
 
 def test_xl2_at_512_pixels():
-    assert on_meta(preset="DiT-XL/2", size=64).macs() / 1e9 == pytest.approx(524.54, abs=0.005)
+    assert on_meta(preset="DiT-XL/2", input_size=64).macs() / 1e9 == pytest.approx(524.54, abs=0.005)
     assert on_meta(preset="DiT-XL/2").macs((64, 64)) / 1e9 == pytest.approx(524.54, abs=0.005)
 
 
@@ -73,7 +73,15 @@ def counted(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
 @pytest.mark.parametrize("design", DESIGNS)
 def test_macs_are_what_pytorch_counts(design, classes, patch, size):
     network = on_meta(
-        block=design, classes=classes, patch=patch, size=size, depth=2, width=24, heads=3, mlp_ratio=3, channels=3
+        block=design,
+        num_classes=classes,
+        patch_size=patch,
+        input_size=size,
+        depth=2,
+        hidden_size=24,
+        num_heads=3,
+        mlp_ratio=3,
+        in_channels=3,
     )
     assert counted(network, size) == 2 * network.macs()
     other = (size[0] * 2, size[1])

@@ -42,7 +42,7 @@ def test_the_other_designs_do_not_start_as_the_identity(design):
 @pytest.mark.parametrize("classes", [0, 5])
 @pytest.mark.parametrize("design", DESIGNS)
 def test_a_fresh_network_draws_zero(design, classes):
-    network = fresh(block=design, classes=classes)
+    network = fresh(block=design, num_classes=classes)
     label = torch.tensor([0, 4, -1]) if classes else None
     raw = network(normal(3, 4, 8, 12), torch.tensor([0.0, 500.0, 999.0]), Condition(label))
     assert raw.shape == (3, 8, 8, 12)
@@ -67,7 +67,7 @@ def check_normal(weight: torch.Tensor, std: float) -> None:
 
 @pytest.mark.parametrize("design", DESIGNS)
 def test_initial_weights(design):
-    network = fresh(block=design, width=128, classes=100)
+    network = fresh(block=design, hidden_size=128, num_classes=100)
     special = {network.t_embedder.mlp[0], network.t_embedder.mlp[2], network.final_layer.linear}
     for module in (*network.blocks, network.final_layer):
         if getattr(module, "adaLN_modulation", None) is not None:
@@ -87,7 +87,7 @@ def test_initial_weights(design):
 
 
 def test_the_patch_convolution_starts_as_a_xavier_matrix():
-    network = fresh(width=256, patch=4)
+    network = fresh(hidden_size=256, patch_size=4)
     check_xavier(network.x_embedder.proj.weight.detach().view(256, 4 * 4 * 4))
     assert not network.x_embedder.proj.bias.any()
 
@@ -102,5 +102,5 @@ def test_positions_are_a_frozen_parameter_in_the_state():
 def test_a_network_can_be_built_after_one_without_memory():
     """Loading a model builds its network on the meta device; the next network must still get real positions."""
     with torch.device("meta"):
-        fresh(size=(14, 22))
-    assert torch.equal(fresh(size=(14, 22)).pos_embed[0], sincos_grid((7, 11), 32))
+        fresh(input_size=(14, 22))
+    assert torch.equal(fresh(input_size=(14, 22)).pos_embed[0], sincos_grid((7, 11), 32))

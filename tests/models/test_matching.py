@@ -66,7 +66,7 @@ def test_small_networks_are_matched_too(dit, by):
     wanted = DiTConfig.model_validate(dit)
     found = matched(wanted, by)
     assert size_of(found, by) == pytest.approx(size_of(wanted, by), rel=0.03)
-    for fact in ("size", "channels", "outputs", "classes", "learn_null_class"):
+    for fact in ("input_size", "in_channels", "out_channels", "num_classes", "learn_null_class"):
         assert getattr(found, fact) == getattr(wanted, fact)
 
 

@@ -94,7 +94,7 @@ def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.P
     for block, residual, attention in zip(ours.blocks, residuals, attentions, strict=True):
         for one, other in (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")):
             both(getattr(block.residual, one), getattr(residual, other))
-        both(block.residual.modulation_params.linear, residual.time_emb_proj)
+        both(block.residual.modulation.linear, residual.time_emb_proj)
         if residual.conv_shortcut is not None:
             both(block.residual.skip, residual.conv_shortcut)
         assert (block.attention is None) == (attention is None)
@@ -157,7 +157,9 @@ def test_parameters_and_macs_are_those_that_were_published(name):
         "num_res_blocks": depth,
         "attention_levels": attention,
     }
-    network = on_meta(size=int(name[3:]), channels=3, outputs=6, classes=1000, learn_null_class=False, **shape)
+    network = on_meta(
+        input_size=int(name[3:]), in_channels=3, out_channels=6, num_classes=1000, learn_null_class=False, **shape
+    )
     assert parameter_count(network) / 1e6 == pytest.approx(millions, abs=0.5)
     if gmacs is not None:
         assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.5)
@@ -190,7 +192,7 @@ def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
     ],
 )
 def test_macs_are_what_pytorch_counts(settings):
-    network = on_meta(size=(32, 16), channels=4, outputs=8, **settings)
+    network = on_meta(input_size=(32, 16), in_channels=4, out_channels=8, **settings)
     for size in ((32, 16), (16, 64)):
         forward, both = counted(network, size)
         assert forward == 2 * network.macs(size)
@@ -232,7 +234,7 @@ def test_every_sample_is_by_itself(randomise):
 
 def test_a_position_sees_far_beyond_a_convolution(randomise):
     """The last corner depends on the first: down the levels, or by attention, everything sees everything."""
-    network, x = randomise(make(attention=()).build()), torch.randn(1, 3, 8, 8, requires_grad=True)
+    network, x = randomise(make(attention_levels=()).build()), torch.randn(1, 3, 8, 8, requires_grad=True)
     network(x, torch.tensor([50.0]), Condition([0]))[0, :, -1, -1].sum().backward()
     gradient: Tensor | None = x.grad
     assert gradient is not None
@@ -281,12 +283,12 @@ def test_under_autocast_residuals_are_summed_in_float32(randomise):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"size": (8, 6)}, r"3 levels needs multiples of 4, and the size is 8 x 6"),
-        ({"attention": (2, 8)}, r"factor of 8, but 3 multipliers make levels of 1, 2, 4"),
-        ({"attention": 3}, r"factor of 3"),
-        ({"channel_mult": ()}, r"multipliers: .*at least 1 item"),
-        ({"channel_mult": (1, 0)}, r"multipliers\.1: .*greater than 0"),
-        ({"patch_size": 2}, r"unknown key 'patch'.*kind: unet"),
+        ({"input_size": (8, 6)}, r"3 levels needs multiples of 4, and the size is 8 x 6"),
+        ({"attention_levels": (2, 8)}, r"factor of 8, but 3 multipliers make levels of 1, 2, 4"),
+        ({"attention_levels": 3}, r"factor of 3"),
+        ({"channel_mult": ()}, r"channel_mult: .*at least 1 item"),
+        ({"channel_mult": (1, 0)}, r"channel_mult\.1: .*greater than 0"),
+        ({"patch_size": 2}, r"unknown key 'patch_size'.*kind: unet"),
         ({"preset": "UNet-S/8-gmac"}, r"unknown preset of a U-Net 'UNet-S/8-gmac'; did you mean 'UNet-S/8-gmacs'"),
         ({"preset": "DiT-S/8"}, r"unknown preset of a U-Net 'DiT-S/8'"),
     ],
@@ -305,7 +307,7 @@ def test_what_a_forward_pass_lacks_is_named():
 
 
 def test_a_preset_fills_what_is_not_said():
-    config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "depth": 1})
+    config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "num_res_blocks": 1})
     assert config.num_res_blocks == 1
-    assert config.model_channels == UNETS["UNet-B/4-gmacs"]["width"]
+    assert config.model_channels == UNETS["UNet-B/4-gmacs"]["model_channels"]
     assert isinstance(config.build().final_layer, FinalLayer)

@@ -102,11 +102,11 @@ def test_guidance_on_all_channels_differs(official):
 
 
 def test_noising(official):
-    check(official.process.mix(official["x"], official["noise"], official.times), official["q_sample"], 1e-6)
+    check(official.process.add_noise(official["x"], official["noise"], official.times), official["q_sample"], 1e-6)
 
 
 def test_losses(official):
-    x = official.process.mix(official["x"], official["noise"], official.times)
+    x = official.process.add_noise(official["x"], official["noise"], official.times)
     raw = official.network(x, official.process.model_time(official.times), Condition(official["y"]))
     losses = official.process.loss(raw, official["x"], official["noise"], official.times)
     for got, name in ((losses.total, "train_loss"), (losses.mse, "train_mse"), (losses.vb, "train_vb")):
@@ -128,7 +128,7 @@ def test_reverse_distribution(official):
     x = official["noise"]
     t, s = grid[index].expand(len(x)), grid[index + 1].expand(len(x))
     prediction = official.denoiser()(x, t)
-    mean, log_variance = official.process.reverse(x, prediction, t, s)
+    mean, log_variance = official.process.p_mean_variance(x, prediction, t, s)
     check(prediction.x0, official["p_pred_xstart"], 1e-5)
     check(mean, official["p_mean"], 1e-5)
     check(log_variance, official["p_log_variance"], 1e-5)

@@ -22,48 +22,48 @@ axes:
 set: {evaluation: {num_samples: 40, batch_size: 40, metrics: [kid, fd]}}
 budget: {steps: 2}
 """
-CARD = ("--hardware", "h100")
+GPU = ("--hardware", "h100")
 
 
 @pytest.fixture
 def study(recipe, tmp_path, monkeypatch):
     """The file of a study. Its members are forked from this process, and planning is replaced, as both take seconds."""
-    plan = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
-    plan.call_seconds, plan.look_seconds = 1e-3, 1e-4
+    plan = SimpleNamespace(seconds=60.0, evaluation_seconds=30.0, memory_bytes=2**20, fits=True)
+    plan.call_seconds, plan.extract_seconds = 1e-3, 1e-4
     monkeypatch.setattr(study_plan, "plan_for_recipe", lambda recipe, hardware: plan)
-    monkeypatch.setattr(runner, "START", "fork")
+    monkeypatch.setattr(runner, "START_METHOD", "fork")
     path = tmp_path / "study.yaml"
     path.write_text(f"output: {tmp_path / 'out'}\n{STUDY}")
     return path
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tessera, study, tmp_path):
-    done = tessera("study", study, "--dry-run", *CARD, "--shard", "1/3")
+    done = tessera("study", study, "--dry-run", *GPU, "--shard", "1/3")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0].split() == ["member", "parameters", "GMACs", "steps", "FLOPs", "memory", "training", "scoring"]
+    assert lines[0].split() == ["member", "parameters", "GMACs", "steps", "FLOPs", "memory", "training", "evaluation"]
     assert [line.split()[0] for line in lines[1:3]] == ["S", "L"]
     assert "2 members" in lines[3]
     assert "3 min 0 s" in lines[3]
     assert lines[4] == "shard 1/3: L"
-    assert "shard 3/3: empty" in tessera("study", study, "--dry-run", *CARD, "--shard", "3/3").out
+    assert "shard 3/3: empty" in tessera("study", study, "--dry-run", *GPU, "--shard", "3/3").out
     assert not (tmp_path / "out").exists()
 
 
 def test_shards_share_the_members_and_each_writes_the_report(tessera, study, tmp_path):
-    first = tessera("study", study, *CARD, "--shard", "1/2")
+    first = tessera("study", study, *GPU, "--shard", "1/2")
     assert first.code == 0, first.err
     assert first.out == f"{tmp_path / 'out/report.md'}\n"
     assert "member 1 of 1: L" in first.err
     assert [path.name for path in (tmp_path / "out/members").iterdir()] == ["L"]
-    second = tessera("study", study, *CARD, "--shard", "2/2")
+    second = tessera("study", study, *GPU, "--shard", "2/2")
     assert second.code == 0, second.err
     assert len(bundle.checkpoints(tmp_path / "out/members/S")) > 0
     again = tessera("study", study, "--report")
     assert (again.code, again.out) == (0, first.out)
     assert tessera("doctor", tmp_path / "out/members/S").code == 0  # a run like any other
     assert tessera("info", tmp_path / "out/members/S").code == 0
-    other = tessera("study", study, "set.training.global_batch_size=16", *CARD)
+    other = tessera("study", study, "set.training.global_batch_size=16", *GPU)
     assert other.code == 1
     assert "training.global_batch_size was 32, is 16" in other.err
 
@@ -74,7 +74,7 @@ def test_a_study_with_failed_members_has_a_report_and_exit_code_1(tessera, study
         "set.training.stability.max_rollbacks=1",
         "budget.steps=40",
     )
-    done = tessera("study", study, *words, *CARD)
+    done = tessera("study", study, *words, *GPU)
     assert done.code == 1
     assert done.out == f"{tmp_path / 'out/report.md'}\n"
     assert "error: 1 of 2 members failed: L; " in done.err
@@ -106,7 +106,7 @@ def test_errors_are_one_message_and_write_nothing(tessera, study, tmp_path, word
 def test_members_end_with_a_killed_command_and_it_can_be_repeated(start, command, study, tmp_path):
     """With members that are spawned, not forked."""
     out = tmp_path / "out"
-    words = ("study", study, "budget.steps=200", "set.training.checkpoint_every=5", *CARD)
+    words = ("study", study, "budget.steps=200", "set.training.checkpoint_every=5", *GPU)
     killed = start(*words)
     while not (out / "members/S/checkpoints/step-000000005").exists() and killed.poll() is None:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Studies of tiny runs, and the results of studies that never were run."""
+"""Studies of tiny runs, and synthetic results."""
 
 import runpy
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from tessera.studies import runner
 from tessera.studies.study import Study, read_study
 
 RECIPE = """
@@ -42,13 +41,13 @@ sampling_steps: [2]
 
 @pytest.fixture(scope="session")
 def synthetic() -> SimpleNamespace:
-    """What `synthetic.py` has."""
+    """The functions of `synthetic.py`."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("synthetic.py"))))
 
 
 @pytest.fixture
 def write_study(tmp_path) -> Callable[..., Study]:
-    """A study in a folder of its own, with dotted overrides."""
+    """Writes a study into a temporary folder and reads it with dotted overrides."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     (tmp_path / "study.yaml").write_text(STUDY)
 
@@ -58,7 +57,8 @@ def write_study(tmp_path) -> Callable[..., Study]:
     return write
 
 
-@pytest.fixture
-def forked(monkeypatch) -> None:
-    """Members begin as copies of this process, in which all is imported."""
-    monkeypatch.setattr(runner, "START", "fork")
+@pytest.fixture(scope="session")
+def cost() -> SimpleNamespace:
+    """The plan of any member, in place of planning, which takes seconds."""
+    times = {"seconds": 60.0, "evaluation_seconds": 30.0, "call_seconds": 1e-3, "extract_seconds": 1e-4}
+    return SimpleNamespace(**times, memory_bytes=2**20, fits=True)

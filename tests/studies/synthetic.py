@@ -1,4 +1,4 @@
-"""Results of studies that were never run: numbers from a known law. Loaded by the fixture `synthetic`."""
+"""Synthetic results of studies, from a known law. Loaded by the fixture `synthetic`."""
 
 from functools import cache
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from tessera import images
-from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.studies.results import SamplingPoint, TrainingPoint, MemberResult
+from tessera.reporting.estimates import Estimate
+from tessera.studies.results import MemberResult, SamplingPoint, TrainingPoint
 from tessera.studies.study import Study, members
 
 SIZES = {"S": 0.05, "B": 0.2, "L": 0.7, "XL": 1.2}  # GMACs at patch 2
@@ -18,7 +18,7 @@ BATCH = 64
 
 
 @cache
-def _scored(metric: str, steps: int, features: str) -> Score:
+def _score(metric: str, steps: int, features: str) -> Score:
     protocol = Protocol(
         definition={"metric": metric},
         features={"name": "digits", "weights": features},
@@ -32,13 +32,13 @@ def _scored(metric: str, steps: int, features: str) -> Score:
 
 
 def score(metric: str, value: float, steps: int = 50, features: str = "abcd") -> Score:
-    """Its interval is 3 % to each side."""
+    """A score with an interval of 3 % to each side."""
     numbers = {"value": value, "low": 0.97 * value, "high": 1.03 * value}
-    return _scored(metric, steps, features).model_copy(update=numbers)
+    return _score(metric, steps, features).model_copy(update=numbers)
 
 
-def scaling(**changes: Any) -> Study:
-    told: dict[str, Any] = {
+def scaling_study(**changes: Any) -> Study:
+    settings: dict[str, Any] = {
         "question": "Does more compute mean a lower Fréchet distance?",
         "recipe": "digits.yaml",
         "output": "runs/scaling",
@@ -51,20 +51,20 @@ def scaling(**changes: Any) -> Study:
         "sampling_steps": [4, 16, 64],
         "law": {"held_out": 1},
     }
-    return Study.model_validate(told | changes)
+    return Study.model_validate(settings | changes)
 
 
-def scaled(
-    study: Study, exponent: float = 0.4, noise: float = 0.02, sheets: Path | None = None, seed: int = 0
+def scaling_results(
+    study: Study, exponent: float = 0.4, noise: float = 0.02, grids: Path | None = None, seed: int = 0
 ) -> list[MemberResult]:
     """fd = (2 GMACs^-exponent) (steps / 2000)^-0.3, with noise in its logarithm."""
-    random, found = np.random.default_rng(seed), []
+    random, results = np.random.default_rng(seed), []
     for number, member in enumerate(members(study)):
         macs = SIZES[member.values["size"]] * PATCHES[member.values["patch_size"]] * 1e9
 
         def fd(steps: int, macs: float = macs) -> float:
-            away = float(np.exp(noise * random.standard_normal()))
-            return 2 * (macs / 1e9) ** -exponent * (steps / 2000) ** -0.3 * away
+            factor = float(np.exp(noise * random.standard_normal()))
+            return 2 * (macs / 1e9) ** -exponent * (steps / 2000) ** -0.3 * factor
 
         points = [
             TrainingPoint(
@@ -74,23 +74,23 @@ def scaled(
             for step in (250, 500, 1000, 2000)
         ]  # fmt: skip
         final = points[-1].scores["fd"].value
-        drawn = [
+        sampling_points = [
             SamplingPoint(n, n * macs, {"fd": score("fd", final * (1 + 4 / n), steps=n)}) for n in study.sampling_steps
         ]
-        sheet = sheets / f"{member.name}.png" if sheets else None
-        if sheet:
-            images.save_png(sheet, images.grid(random.integers(0, 255, (40, 32, 32, 1), np.uint8), 10))
-        found.append(
+        grid = grids / f"{member.name}.png" if grids else None
+        if grid:
+            images.save_png(grid, images.grid(random.integers(0, 255, (40, 32, 32, 1), np.uint8), 10))
+        results.append(
             MemberResult(
                 member.name, member.values, member.seed, "done", None, 10_000 * (number + 1), macs,
-                points[-1].seconds * 0.9, points, drawn, sheet,
+                points[-1].seconds * 0.9, points, sampling_points, grid,
             )
         )  # fmt: skip
-    return found
+    return results
 
 
-def designs(**changes: Any) -> Study:
-    told: dict[str, Any] = {
+def design_study(**changes: Any) -> Study:
+    settings: dict[str, Any] = {
         "question": "Which block design is best?",
         "recipe": "digits.yaml",
         "output": "runs/blocks",
@@ -100,12 +100,12 @@ def designs(**changes: Any) -> Study:
         "marks": {"steps": [250, 500]},
         "compare": {"axis": "design", "baseline": "in-context"},
     }
-    return Study.model_validate(told | changes)
+    return Study.model_validate(settings | changes)
 
 
-def designed(study: Study, noise: float = 0.03) -> list[MemberResult]:
-    """adaln-zero is far better, cross-attention the same but dearer; seeds shift all designs alike."""
-    random, found = np.random.default_rng(0), []
+def design_results(study: Study, noise: float = 0.03) -> list[MemberResult]:
+    """adaln-zero is far better; cross-attention is equal at more compute; seeds shift all designs equally."""
+    random, results = np.random.default_rng(0), []
     level = {"in-context": (3.0, 0.10), "cross-attention": (3.0, 0.12), "adaln-zero": (1.5, 0.10)}
     shift = {seed: 1 + 0.2 * random.standard_normal() for seed in study.seeds}
     for member in members(study):
@@ -115,10 +115,10 @@ def designed(study: Study, noise: float = 0.03) -> list[MemberResult]:
             fd = value * shift[member.seed] * (step / 1000) ** -0.5 * (1 + noise * random.standard_normal())
             flops = 6 * gmacs * 1e9 * step * BATCH
             points.append(TrainingPoint(step, step * BATCH, flops, step * gmacs, {"fd": score("fd", fd)}))
-        found.append(
+        results.append(
             MemberResult(
                 member.name, member.values, member.seed, "done", None, 50_000, gmacs * 1e9,
                 100.0, points, [], None,
             )
         )  # fmt: skip
-    return found
+    return results

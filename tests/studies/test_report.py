@@ -11,7 +11,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.planning import scaling_law
 from tessera.studies import figures, report
-from tessera.studies.seed_aggregation import check_one_protocol, common_steps, final_points, average_seeds
+from tessera.studies.seed_aggregation import average_seeds, check_one_protocol, common_steps, final_points
 
 FIGURES = {"compute", "gmacs", "steps", "sampling", "images"}
 
@@ -29,8 +29,8 @@ def check_figures(folder, names):
 @pytest.fixture(scope="module")
 def scaling(synthetic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scaling")
-    study = synthetic.scaling()
-    results = synthetic.scaled(study, sheets=folder / "sheets")
+    study = synthetic.scaling_study()
+    results = synthetic.scaling_results(study, grids=folder / "sheets")
     (folder / "sheets" / "S-4.png").write_bytes(b"no image")
     return study, results, report.write(study, results, folder / "out")
 
@@ -84,8 +84,8 @@ def test_figures_are_reproducible(scaling):
 
 
 def test_a_comparison_names_the_best_design(synthetic, tmp_path):
-    study = synthetic.designs()
-    text = report.write(study, synthetic.designed(study), tmp_path).read_text()
+    study = synthetic.design_study()
+    text = report.write(study, synthetic.design_results(study), tmp_path).read_text()
     assert "At equal steps (1,000) adaln-zero has the best fd" in text
     assert "better at 95 %" in text
     assert "| cross-attention | 3 |" in text
@@ -94,16 +94,16 @@ def test_a_comparison_names_the_best_design(synthetic, tmp_path):
 
 
 def test_a_partial_study_names_what_is_missing(synthetic, tmp_path):
-    study = synthetic.scaling(axes={"size": {size: {} for size in synthetic.SIZES}, "patch_size": {"2": {}}})
-    results = synthetic.scaled(study)
-    results[1] = replace(results[1], state="failed", fault="out of memory\nand more", points=[], drawn=[])
-    results[2] = replace(results[2], state="unfinished", points=results[2].points[:1], drawn=[])
-    results[3] = replace(results[3], state="not begun", points=[], drawn=[])
+    study = synthetic.scaling_study(axes={"size": {size: {} for size in synthetic.SIZES}, "patch_size": {"2": {}}})
+    results = synthetic.scaling_results(study)
+    results[1] = replace(results[1], state="failed", error="out of memory\nand more", points=[], sampling_points=[])
+    results[2] = replace(results[2], state="unfinished", points=results[2].points[:1], sampling_points=[])
+    results[3] = replace(results[3], state="not started", points=[], sampling_points=[])
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "images.png").write_bytes(b"of an earlier report")
     (tmp_path / "law.json").write_text("of an earlier report")
     text = report.write(study, results, tmp_path).read_text()
-    assert "1 of 4 members are done. Failed: B-2. Unfinished: L-2. Not begun: XL-2." in text
+    assert "1 of 4 members are done. Failed: B-2. Unfinished: L-2. Not started: XL-2." in text
     assert "- B-2 failed: out of memory\n" in text
     assert "at least 4 pairs, got 1" in text
     assert "No law: it needs at least 3 points, got 1." in text
@@ -116,38 +116,40 @@ def test_a_partial_study_names_what_is_missing(synthetic, tmp_path):
 
 def test_a_study_without_a_law_names_the_best(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_figures", lambda *_: [])
-    study = synthetic.scaling(law=None)
-    text = report.write(study, synthetic.scaled(study), tmp_path).read_text()
+    study = synthetic.scaling_study(law=None)
+    text = report.write(study, synthetic.scaling_results(study), tmp_path).read_text()
     assert re.findall(r"^- Of size \w+, (\S+) has the best fd", text, re.MULTILINE) == ["S-2", "B-2", "L-2", "XL-2"]
     assert not (tmp_path / "law.json").exists()
 
 
 def test_a_study_that_has_not_started_has_a_report(synthetic, tmp_path):
-    study = synthetic.designs()
-    results = [replace(result, state="not begun", points=[]) for result in synthetic.designed(study)]
+    study = synthetic.design_study()
+    results = [replace(result, state="not started", points=[]) for result in synthetic.design_results(study)]
     text = report.write(study, results, tmp_path).read_text()
-    assert "0 of 9 members are done. Not begun: in-context-seed0" in text
+    assert "0 of 9 members are done. Not started: in-context-seed0" in text
     assert "Nothing is scored yet" in text
     assert not (tmp_path / "figures").exists()
 
 
 def test_scores_of_different_protocols_are_refused_by_name(synthetic, tmp_path):
-    study = synthetic.scaling()
-    results = synthetic.scaled(study)
+    study = synthetic.scaling_study()
+    results = synthetic.scaling_results(study)
     check_one_protocol(results)
     other = replace(results[5].points[0], scores={"fd": synthetic.score("fd", 3.0, features="ffff")})
     mixed = [*results[:5], replace(results[5], points=[other]), *results[6:]]
     with pytest.raises(TesseraError, match=r"S-4 \(.*\) and L-2 \(.*features.weights: abcd and ffff"):
         report.write(study, mixed, tmp_path)
     assert not list(tmp_path.iterdir())
-    sampled = replace(results[5].drawn[0], scores={"fd": synthetic.score("fd", 3.0, steps=4, features="ffff")})
-    with pytest.raises(TesseraError, match="fd of other sampling steps: S-4"):
-        check_one_protocol([*results[:5], replace(results[5], drawn=[sampled]), *results[6:]])
+    sampled = replace(
+        results[5].sampling_points[0], scores={"fd": synthetic.score("fd", 3.0, steps=4, features="ffff")}
+    )
+    with pytest.raises(TesseraError, match="fd with other numbers of sampling steps: S-4"):
+        check_one_protocol([*results[:5], replace(results[5], sampling_points=[sampled]), *results[6:]])
 
 
 def test_seeds_are_averaged_at_the_steps_that_all_have(synthetic):
-    study = synthetic.designs()
-    results = synthetic.designed(study)
+    study = synthetic.design_study()
+    results = synthetic.design_results(study)
     results[0] = replace(results[0], points=results[0].points[1:])  # in-context, seed 0, was not scored at 250
     averaged = average_seeds(results, "fd")
     assert [setting.name for setting in averaged] == ["in-context", "cross-attention", "adaln-zero"]
@@ -161,8 +163,8 @@ def test_seeds_are_averaged_at_the_steps_that_all_have(synthetic):
 
 
 def test_scores_that_are_not_finite_are_left_out(synthetic):
-    study = synthetic.designs(seeds=[0])
-    results = synthetic.designed(study)
+    study = synthetic.design_study(seeds=[0])
+    results = synthetic.design_results(study)
     not_finite = replace(results[0].points[-1], scores={"fd": synthetic.score("fd", float("nan"))})
     results[0] = replace(results[0], points=[*results[0].points[:-1], not_finite])
     assert [point.step for point in average_seeds(results, "fd")[0].points] == [250, 500]

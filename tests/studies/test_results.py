@@ -1,4 +1,4 @@
-"""What came of members, from the files they leave."""
+"""Results of members, read from their files."""
 
 import math
 
@@ -8,7 +8,7 @@ from tessera.studies.results import training_seconds
 
 
 def test_seconds_of_training_by_hand():
-    """Batches of 10. To step 4 at 20 images a second: 2 s. To step 8 at 40: 1 s more. After that nothing is known."""
+    """Batches of 10. To step 4 at 20 images/s: 2 s. To step 8 at 40 images/s: 1 s more. Later the last rate holds."""
     log = [
         {"step": 4, "images_per_second": 20.0},
         {"step": 6, "fd": 1.0},

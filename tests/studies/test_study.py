@@ -1,4 +1,4 @@
-"""A study's file: its members, their settings, and what it must not say."""
+"""The file of a study: its members, their settings, and invalid settings."""
 
 import pytest
 
@@ -8,10 +8,10 @@ from tessera.studies.study import members, read_study
 
 def test_members_are_every_combination_for_each_seed(write_study):
     study = write_study("axes.patch.2.network.patch_size=2", "axes.patch.4.network.patch_size=4", "seeds=[0,3]")
-    found = list(members(study))
-    one = ["S-2", "S-4", "L-2", "L-4"]
-    assert [member.name for member in found] == [f"{name}-seed{seed}" for seed in (0, 3) for name in one]
-    last = found[-1]
+    result = list(members(study))
+    names = ["S-2", "S-4", "L-2", "L-4"]
+    assert [member.name for member in result] == [f"{name}-seed{seed}" for seed in (0, 3) for name in names]
+    last = result[-1]
     assert (last.values, last.seed) == ({"size": "L", "patch": "4"}, 3)
     assert last.overrides == {"network.hidden_size": 32, "network.patch_size": 4, "training.seed": 3}
     assert [member.name for member in members(write_study("seeds=[5]"))] == ["S", "L"]
@@ -37,12 +37,12 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
     [
         (["axes={}"], "at least one axis with at least one value"),
         (["axes.size={}"], "at least one axis with at least one value"),
-        (["budget.flops=1e9"], "say budget.steps or budget.flops, one of the two"),
-        (["seeds=[]"], "name at least one, and each once"),
-        (["seeds=[1, 1]"], "name at least one, and each once"),
-        (["axes.size.S/2.network.hidden_size=16"], "the value 'S/2' is to be part of a folder's name"),
-        (["set.training.steps=5"], "training.steps is not a member's to set: say budget.steps or budget.flops"),
-        (["axes.size.S.training.seed=5"], "training.seed is not a member's to set: say seeds"),
+        (["budget.flops=1e9"], "set either budget.steps or budget.flops"),
+        (["seeds=[]"], "expected at least one, and no duplicates"),
+        (["seeds=[1, 1]"], "expected at least one, and no duplicates"),
+        (["axes.size.S/2.network.hidden_size=16"], "the value 'S/2' becomes part of a folder's name"),
+        (["set.training.steps=5"], "training.steps cannot be set for a member: set budget.steps or budget.flops"),
+        (["axes.size.S.training.seed=5"], "training.seed cannot be set for a member: set seeds"),
         (["compare={axis: sizes, baseline: S}"], "unknown axis 'sizes'; did you mean 'size'?"),
         (["compare={axis: size, baseline: M}"], "unknown value 'M'"),
         (["recipe=nowhere.yaml"], "there is no recipe at"),
@@ -50,12 +50,12 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
         (["questions=1"], "unknown key 'questions'; did you mean 'question'?"),
     ],
 )
-def test_what_a_study_must_not_say(write_study, words, message):
+def test_invalid_studies_are_refused(write_study, words, message):
     with pytest.raises(TesseraError) as caught:
         write_study(*words)
     assert message in str(caught.value)
 
 
-def test_a_study_that_is_not_there(tmp_path):
+def test_a_missing_study_is_refused(tmp_path):
     with pytest.raises(TesseraError, match="there is no study"):
         read_study(tmp_path / "nothing.yaml")

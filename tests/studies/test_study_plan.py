@@ -1,6 +1,4 @@
-"""A study before it runs: marks and budgets in steps, what is refused and why, and shards that share the work out."""
-
-from types import SimpleNamespace
+"""The plan of a study: marks and budgets in steps, refused studies, and shards."""
 
 import pytest
 from hypothesis import given
@@ -13,25 +11,16 @@ from tessera.studies import study, study_plan
 from tessera.studies.study import Budget, Marks
 
 pytest.importorskip("sklearn")
-CARD = "h100"  # rates from a table: nothing is measured
-
-
-@pytest.fixture(autouse=True)
-def no_planning(request, monkeypatch):
-    """What a member takes is found elsewhere, and takes seconds."""
-    if "really" not in request.fixturenames:
-        taken = SimpleNamespace(seconds=60.0, scoring_seconds=30.0, memory_bytes=2**20, fits=True)
-        taken.call_seconds, taken.look_seconds = 1e-3, 1e-4
-        monkeypatch.setattr(study_plan, "plan_for_recipe", lambda recipe, hardware: taken)
+GPU = "h100"  # rates from a table: nothing is measured
 
 
 @pytest.fixture
-def really():
-    """Plans are made."""
+def fixed_cost(monkeypatch, cost):
+    monkeypatch.setattr(study_plan, "plan_for_recipe", lambda recipe, hardware: cost)
 
 
-def planned(asked, before=None):
-    return study_plan.plan_study(asked, study_plan.resolve_members(asked), before, CARD)
+def make_plan(config, previous=None):
+    return study_plan.plan_study(config, study_plan.resolve_members(config), previous, GPU)
 
 
 def test_marks_and_budget_become_steps():
@@ -45,10 +34,10 @@ def test_marks_and_budget_become_steps():
     assert study_plan.evaluation_steps(Marks(), 100, 10) == (10,)
 
 
-def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study):
-    """Of a block of width D over N tokens, 2 x 2 of them: 12 N D^2 + 2 N^2 D multiply-adds and more around it."""
-    found = planned(write_study("budget={flops: 3e8}", "marks={flops: [1e8, 2e8]}"))
-    for member in found.members.values():
+def test_members_train_to_the_step_nearest_to_a_flops_budget(write_study, fixed_cost):
+    """A block of width D with N = 2 x 2 tokens has 12 N D^2 + 2 N^2 D multiply-adds; embedding and head have more."""
+    plan = make_plan(write_study("budget={flops: 3e8}", "marks={flops: [1e8, 2e8]}"))
+    for member in plan.members.values():
         step = 6 * member.macs * 32
         assert member.flops_per_step == step
         assert abs(member.flops - 3e8) <= step / 2
@@ -57,24 +46,24 @@ def test_members_of_one_budget_of_compute_train_as_long_as_they_can(write_study)
         assert abs(second * step - 2e8) <= step / 2
         assert last == member.steps == member.recipe.training.steps
         assert member.recipe.evaluation.every is None
-    small, large = found.members.values()
+    small, large = plan.members.values()
     assert small.steps > large.steps
     assert small.macs > 4 * (12 * 16**2 + 2 * 4 * 16)
 
 
 @pytest.mark.parametrize("words", [(), ("sampler=heun",), ("guidance_scale=2", "guidance_interval=[0.2, 0.7]")])
-def test_drawing_is_counted_as_a_model_that_draws_is_called(write_study, untrained, words):
-    asked = write_study(*(f"set.sampling.{word}" for word in words))
-    prepared = study_plan.resolve_members(asked)[0]
-    found = study_plan.sampling_macs(prepared.recipe, 1.0, (5,))
+def test_sampling_macs_count_the_network_evaluations_of_a_model(write_study, untrained, words):
+    config = write_study(*(f"set.sampling.{word}" for word in words))
+    prepared = study_plan.resolve_members(config)[0]
+    plan = study_plan.sampling_macs(prepared.recipe, 1.0, (5,))
     network = prepared.recipe.network.build()
     model = untrained(network, prepared.recipe)
     rows: list[int] = []
-    network.blocks[0].register_forward_pre_hook(lambda block, given: rows.append(len(given[0])))
+    network.blocks[0].register_forward_pre_hook(lambda block, args: rows.append(len(args[0])))
     for steps in (3, 5):
         rows.clear()
         generation.generate(model, [0], [0], num_steps=steps)
-        assert found[steps] == sum(rows)
+        assert plan[steps] == sum(rows)
 
 
 @pytest.fixture
@@ -88,37 +77,37 @@ def untrained():
     return build
 
 
-def test_a_plan_says_what_each_member_takes_and_seeds_cost_alike(write_study, really):
-    found = planned(write_study("seeds=[0, 1]"))
-    assert list(found.members) == ["S-seed0", "L-seed0", "S-seed1", "L-seed1"]
+def test_seeds_have_equal_cost(write_study):
+    plan = make_plan(write_study("seeds=[0, 1]"))
+    assert list(plan.members) == ["S-seed0", "L-seed0", "S-seed1", "L-seed1"]
     for name in "SL":
-        one, other = (found.members[f"{name}-seed{seed}"] for seed in (0, 1))
+        one, other = (plan.members[f"{name}-seed{seed}"] for seed in (0, 1))
         assert one.recipe.training.seed == 0
         assert other.recipe.training.seed == 1
         assert one.model_copy(update={"seed": 1, "recipe": other.recipe}) == other
         assert one.seconds > 0
         assert one.evaluation_seconds > 0
         assert one.parameters == sum(p.numel() for p in one.recipe.network.build().parameters())
-    told = study_plan.format_plan(found)
-    assert all(name in told for name in found.members)
-    assert f"{found.members['L-seed1'].parameters:,}" in told
-    assert "4 members" in told
-    assert study_plan.StudyPlan.model_validate_json(found.model_dump_json()) == found
+    table = study_plan.format_plan(plan)
+    assert all(name in table for name in plan.members)
+    assert f"{plan.members['L-seed1'].parameters:,}" in table
+    assert "4 members" in table
+    assert study_plan.StudyPlan.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_impossible_members_are_named_before_anything_starts(write_study, tmp_path):
-    asked = write_study(
+def test_invalid_members_are_listed_before_anything_starts(write_study, tmp_path):
+    config = write_study(
         "axes.size.M.network.hidden_size=33",
         "axes.size.G={sampling.guidance_scale: 2, network.learn_null_class: false}",
     )
     with pytest.raises(TesseraError) as caught:
-        study_plan.resolve_members(asked)
-    told = str(caught.value)
-    assert told.startswith("2 of the study's members cannot be:")
-    assert "M: " in told
-    assert "width 33 is not divisible by heads 2" in told
-    assert "G: " in told
-    assert "learn_null_class" in told
+        study_plan.resolve_members(config)
+    message = str(caught.value)
+    assert message.startswith("2 members of the study are invalid:")
+    assert "M: " in message
+    assert "33" in message
+    assert "G: " in message
+    assert "learn_null_class" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -131,63 +120,63 @@ def test_impossible_members_are_named_before_anything_starts(write_study, tmp_pa
         (["set.evaluation.metrics=[fd_inf]"], "features needs at least"),
         (["set.evaluation.features=nothing"], "unknown features 'nothing'"),
         (["sampling_steps=[50]"], "steps"),
-        (["axes.patch={a-b: {}, b: {}}", "axes.size={S: {}, S-a: {}}"], "two members would be called S-a-b"),
+        (["axes.patch={a-b: {}, b: {}}", "axes.size={S: {}, S-a: {}}"], "two members have the name S-a-b"),
     ],
 )
-def test_what_cannot_be_scored_alike_is_refused(write_study, words, message):
+def test_unequal_or_impossible_evaluations_are_refused(write_study, words, message):
     with pytest.raises(TesseraError) as caught:
         study_plan.resolve_members(write_study(*words))
     assert message in str(caught.value)
 
 
-def test_a_study_that_takes_too_much_is_refused_with_its_plan(write_study):
-    asked = write_study("limit_minutes=1e-9")
-    found = planned(asked)
+def test_a_study_over_its_limits_is_refused_with_its_plan(write_study, fixed_cost):
+    config = write_study("limit_minutes=1e-9")
+    plan = make_plan(config)
     with pytest.raises(TesseraError, match="limit_minutes is 1e-09") as caught:
-        study_plan.check_limits(asked, found)
-    assert study_plan.format_plan(found) in str(caught.value)
-    large = found.members["L"].model_copy(update={"fits": False})
+        study_plan.check_limits(config, plan)
+    assert study_plan.format_plan(plan) in str(caught.value)
+    large = plan.members["L"].model_copy(update={"fits": False})
     with pytest.raises(TesseraError, match="these members do not fit in memory: L\n") as caught:
-        study_plan.check_limits(write_study(), study_plan.StudyPlan(members={**found.members, "L": large}))
+        study_plan.check_limits(write_study(), study_plan.StudyPlan(members={**plan.members, "L": large}))
     assert "does not fit" in str(caught.value)
-    study_plan.check_limits(write_study(f"limit_minutes={found.seconds / 60 * 1.01}"), found)
+    study_plan.check_limits(write_study(f"limit_minutes={plan.seconds / 60 * 1.01}"), plan)
 
 
-def test_a_folder_keeps_its_study_which_may_grow(write_study, tmp_path):
-    asked = write_study()
-    first = planned(asked)
-    study_plan.write_plan(asked, first)
+def test_a_study_may_grow_but_not_change(write_study, fixed_cost, tmp_path):
+    config = write_study()
+    first = make_plan(config)
+    study_plan.write_plan(config, first)
     assert study_plan.read_plan(tmp_path / "out") == first
-    assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == asked
+    assert study.Study.model_validate(read_yaml(tmp_path / "out/study.yaml")) == config
     moved = first.members["S"].model_copy(update={"seconds": 1234.0})
     before = study_plan.StudyPlan(members={**first.members, "S": moved})
-    grown = planned(write_study("axes.size.M.network.hidden_size=24", "question=Another?", "limit_minutes=9"), before)
-    assert grown.members["S"].seconds == 1234  # as planned before it began
+    grown = make_plan(write_study("axes.size.M.network.hidden_size=24", "question=Another?", "limit_minutes=9"), before)
+    assert grown.members["S"].seconds == 1234  # as planned before it started
     assert list(grown.members) == ["S", "L", "M"]
     with pytest.raises(
-        TesseraError, match=r"of S training.global_batch_size was 32, is 16; .*give the study another output="
+        TesseraError, match=r"in member S training.global_batch_size was 32, is 16; .*give the study another output="
     ):
-        planned(write_study("set.training.global_batch_size=16"), first)
+        make_plan(write_study("set.training.global_batch_size=16"), first)
     with pytest.raises(TesseraError, match=r"L is not in this one, whose members are S"):
-        planned(write_study("axes={size: {S: {network.hidden_size: 16}}}"), first)
+        make_plan(write_study("axes={size: {S: {network.hidden_size: 16}}}"), first)
     (tmp_path / "out/plan.json").write_text("{")
     with pytest.raises(TesseraError, match="cannot read"):
         study_plan.read_plan(tmp_path / "out")
 
 
-costs = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
+COSTS = st.lists(st.floats(1, 1e6), min_size=1, max_size=40)
 
 
-@given(costs, st.integers(1, 12))
-def test_shards_share_members_out_evenly(member, each, count):
-    """Longest first, each to the shard that has least: that had no more than the mean before its last one came."""
-    found = study_plan.StudyPlan.model_construct(
-        members={f"m{number}": member.model_copy(update={"macs": cost}) for number, cost in enumerate(each)}
+@given(COSTS, st.integers(1, 12))
+def test_shards_have_equal_work(member, costs, count):
+    """Longest first, each to the shard with the least work, which had at most the mean before its last member."""
+    plan = study_plan.StudyPlan.model_construct(
+        members={f"m{number}": member.model_copy(update={"macs": cost}) for number, cost in enumerate(costs)}
     )
-    shards = [study_plan.shard_members(found, (index, count)) for index in range(count)]
-    assert sorted(name for shard in shards for name in shard) == sorted(found.members)
-    assert all(names == [name for name in found.members if name in names] for names in shards)
-    cost = {name: one.total_flops for name, one in found.members.items()}
+    shards = [study_plan.shard_members(plan, (index, count)) for index in range(count)]
+    assert sorted(name for shard in shards for name in shard) == sorted(plan.members)
+    assert all(names == [name for name in plan.members if name in names] for names in shards)
+    cost = {name: member.total_flops for name, member in plan.members.items()}
     fullest = max(shards, key=lambda names: sum(cost[name] for name in names))
     last = min(cost[name] for name in fullest)
     assert sum(cost[name] for name in fullest) <= (sum(cost.values()) + (count - 1) * last) / count * (1 + 1e-9)
@@ -195,7 +184,7 @@ def test_shards_share_members_out_evenly(member, each, count):
 
 @pytest.fixture(scope="module")
 def member(tmp_path_factory):
-    """One whose training is nearly all that it takes."""
+    """A member whose training is nearly all of its cost."""
     folder = tmp_path_factory.mktemp("one")
     (folder / "tiny.yaml").write_text(
         "data: {kind: digits}\nnetwork: {patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}\n"
@@ -204,11 +193,11 @@ def member(tmp_path_factory):
     (folder / "study.yaml").write_text(
         f"question: q\nrecipe: tiny.yaml\noutput: {folder / 'out'}\naxes: {{a: {{b: {{}}}}}}\nbudget: {{steps: 3}}\n"
     )
-    asked = study.read_study(folder / "study.yaml")
-    prepared = study_plan.resolve_members(asked)[0]
-    told = study_plan.MemberPlan(
-        values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1, sampling_macs={50: 0},
-        memory_bytes=1, fits=True, seconds=1, evaluation_seconds=0,
+    config = study.read_study(folder / "study.yaml")
+    prepared = study_plan.resolve_members(config)[0]
+    plan = study_plan.MemberPlan(
+        values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1,
+        sampling_macs={50: 0}, memory_bytes=1, fits=True, seconds=1, evaluation_seconds=0,
     )  # fmt: skip
-    assert told.total_flops == told.flops == 6 * 256 * 3
-    return told
+    assert plan.total_flops == plan.flops == 6 * 256 * 3
+    return plan

@@ -1,4 +1,4 @@
-"""Tuning: what is tried, what counts as no worse, and a search that goes on where it was interrupted."""
+"""Tuning: candidates, acceptance, an interrupted search, and the settings that are written."""
 
 import json
 
@@ -10,8 +10,8 @@ from tessera import bundle, generation
 from tessera.data import DigitsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation.features import load_extractor
-from tessera.reporting.estimates import Estimate
 from tessera.evaluation.protocol import Protocol, Score
+from tessera.reporting.estimates import Estimate
 from tessera.sampling import DDIM, Ancestral, FirstBlockCaching, Heun, SamplingConfig
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import validate
@@ -22,7 +22,7 @@ from tessera.studies.tuning.tuner import Tuner, TuningConfig
 
 pytest.importorskip("sklearn")
 BASELINE = ["sampler=ancestral", "num_steps=12"]
-SOON = {"num_samples": 50, "batch_size": 50, "budget": 60}
+QUICK = {"num_samples": 50, "batch_size": 50, "budget": 60}
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +32,14 @@ def digits():
 
 @pytest.fixture
 def tuner(tiny_model, digits, tmp_path):
-    """A tuner of a tiny model whose baseline takes 12 ancestral steps; what it says is in .said."""
+    """Tuners of a tiny model whose baseline takes 12 ancestral steps. The log is in `.lines`."""
 
     def make(model=tiny_model, folder=tmp_path / "tune", **tuning) -> Tuner:
-        said: list[str] = []
-        asked = validate(TuningConfig, {"search": ["steps"], **SOON, **tuning}, "the test")
-        made = Tuner(model, DigitsConfig(), digits, folder, asked, BASELINE, said.append)
-        made.said = said
-        return made
+        lines: list[str] = []
+        config = validate(TuningConfig, {"search": ["steps"], **QUICK, **tuning}, "the test")
+        tuner = Tuner(model, DigitsConfig(), digits, folder, config, BASELINE, lines.append)
+        tuner.lines = lines
+        return tuner
 
     return make
 
@@ -50,30 +50,30 @@ def trial(fd: float, seconds: float = 1.0, pulls=None, steps: int = 10, stage: s
     return Trial(SamplingConfig(num_steps=steps), stage, len(pulls), measured, 2.0 * steps, seconds, pulls, [])
 
 
-# What is tried
+# Candidates
 
 
 @pytest.mark.parametrize("process", [{}, {"kind": "flow", "prediction": "velocity"}])
-def test_every_solver_is_tried_on_every_grid_at_as_many_calls(make_model, process):
+def test_every_solver_is_a_candidate_with_every_spacing_at_equal_calls(make_model, process):
     outputs = {"out_channels": 1} if process else {}
     model = make_model(network=outputs, diffusion={"variance": "learned"} if not process else None)
     if process:
         config = model.config.model_dump() | {"diffusion": process}
         model = bundle.Model(bundle.BundleConfig.model_validate(config), model.network)
-    present = SamplingConfig(num_steps=6)
-    found = search_space.solver_candidates(model, present)
-    assert {config.sampler.calls_per_step * config.num_steps for config in found} == {10}
-    assert len({config.model_dump_json() for config in found}) == len(found)
-    kinds = {config.sampler.kind for config in found}
+    baseline = SamplingConfig(num_steps=6)
+    candidates = search_space.solver_candidates(model, baseline)
+    assert {config.sampler.calls_per_step * config.num_steps for config in candidates} == {10}
+    assert len({config.model_dump_json() for config in candidates}) == len(candidates)
+    kinds = {config.sampler.kind for config in candidates}
     assert {"ddim", "heun", "dpm++", "unipc"} <= kinds
     assert "euler" not in kinds
-    grids = [config.timestep_spacing for config in found if config.sampler == DDIM()]
-    visited = {tuple(timestep_grid(grid, 10, model.diffusion).tolist()) for grid in grids}
-    assert len(visited) == len(grids) >= 4
-    assert {config.timestep_spacing.kind for config in found[: len(search_space.solvers())]} == {"uniform"}
+    spacings = [config.timestep_spacing for config in candidates if config.sampler == DDIM()]
+    visited = {tuple(timestep_grid(spacing, 10, model.diffusion).tolist()) for spacing in spacings}
+    assert len(visited) == len(spacings) >= 4
+    assert {config.timestep_spacing.kind for config in candidates[: len(search_space.solvers())]} == {"uniform"}
 
 
-def test_guidance_is_tried_around_the_present_and_off(tiny_model):
+def test_guidance_candidates_surround_the_current_scale(tiny_model):
     scales = {
         config.guidance_scale
         for config in search_space.guidance_candidates(tiny_model, SamplingConfig(guidance_scale=4.0))
@@ -82,7 +82,7 @@ def test_guidance_is_tried_around_the_present_and_off(tiny_model):
     assert all(config.guidance_scale > 1 for config in search_space.guidance_candidates(tiny_model, SamplingConfig()))
 
 
-def test_settings_are_told_in_a_line():
+def test_the_summary_of_settings_is_one_line():
     config = SamplingConfig(
         sampler={"kind": "dpm++", "order": 3}, timestep_spacing="karras", num_steps=8, guidance_scale=1.5
     )  # pyright: ignore
@@ -90,50 +90,50 @@ def test_settings_are_told_in_a_line():
     config = SamplingConfig(
         guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7}
     )  # pyright: ignore
-    found = config.summary()
     assert (
-        found == "ddim, 50 steps, uniform, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
+        config.summary()
+        == "ddim, 50 steps, uniform, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
     )
 
 
-# What counts as no worse
+# Acceptance
 
 
-def test_a_difference_is_paired_picture_by_picture():
-    numbers = np.random.default_rng(0)
-    shared, own = numbers.normal(size=(2, 400))
-    baseline, alike, apart = trial(2, pulls=shared), trial(3, pulls=shared + 0.01 * own), trial(3, pulls=own)
-    assert alike.difference_to(baseline).value == apart.difference_to(baseline).value == 1
-    assert alike.difference_to(baseline).high - 1 == pytest.approx(1.96 * 0.01 / 20, rel=0.1)
-    assert apart.difference_to(baseline).high - 1 == pytest.approx(1.96 * 2**0.5 / 20, rel=0.1)
+def test_a_difference_is_paired_by_sample():
+    random = np.random.default_rng(0)
+    shared, own = random.normal(size=(2, 400))
+    baseline, similar, different = trial(2, pulls=shared), trial(3, pulls=shared + 0.01 * own), trial(3, pulls=own)
+    assert similar.difference_to(baseline).value == different.difference_to(baseline).value == 1
+    assert similar.difference_to(baseline).high - 1 == pytest.approx(1.96 * 0.01 / 20, rel=0.1)
+    assert different.difference_to(baseline).high - 1 == pytest.approx(1.96 * 2**0.5 / 20, rel=0.1)
 
 
-def test_no_worse_is_within_chance_and_within_the_margin():
+def test_an_acceptable_cachedis_within_chance_and_within_the_tolerance():
     noise = np.random.default_rng(0).normal(size=100)
     baseline = trial(2)
     assert trial(2.05, pulls=noise).is_acceptable(baseline, 0.05)
-    assert not trial(2.15, pulls=noise).is_acceptable(baseline, 0.05), "chance may explain it, but the margin is passed"
-    assert not trial(2.05, pulls=0.1 * noise).is_acceptable(baseline, 0.05), "within the margin, but no chance"
+    assert not trial(2.15, pulls=noise).is_acceptable(baseline, 0.05), "not significant, but above the tolerance"
+    assert not trial(2.05, pulls=0.1 * noise).is_acceptable(baseline, 0.05), "within the tolerance, but significant"
     assert trial(1.0).is_acceptable(baseline, 0.0)
 
 
-def test_the_frontier_is_what_nothing_beats():
+def test_the_frontier_is_not_beaten_in_time_and_fd():
     a, b, c, d = trial(5, 1), trial(3, 2), trial(4, 3), trial(1, 4)
     assert trials.frontier([d, c, b, a]) == [a, b, d]
 
 
-def test_finalists_are_the_fastest_no_worse_and_the_best():
+def test_finalists_are_the_fastest_acceptable_and_the_best():
     baseline = trial(2, 9, steps=99)
     fast, better, slower, best, bad = (
         trial(fd, seconds, steps=steps)
         for steps, (fd, seconds) in enumerate([(1.9, 1), (1.8, 2), (1.85, 3), (1.0, 8), (7, 0.1)], start=1)
     )
-    assert trials.finalists([bad, slower, best, better, fast], baseline, 0) == [fast, better, best]
-    assert trials.finalists([bad], baseline, 0) == [bad]
+    assert trials.select_finalists([bad, slower, best, better, fast], baseline, 0) == [fast, better, best]
+    assert trials.select_finalists([bad], baseline, 0) == [bad]
 
 
 @pytest.mark.parametrize(
-    ("select", "others", "chosen", "noted"),
+    ("select", "others", "chosen", "has_note"),
     [
         ("fastest-equal", [(1.9, 2, 1), (2.0, 1, 2), (3.0, 0.5, 3)], 2, False),
         ("fastest-equal", [(3.0, 0.5, 3)], None, True),
@@ -143,15 +143,15 @@ def test_finalists_are_the_fastest_no_worse_and_the_best():
         ("none", [(1.0, 1, 1)], None, False),
     ],
 )
-def test_one_is_chosen_by_what_fresh_seeds_say(tuner, select, others, chosen, noted):
-    told = tuner(select=select)
-    told.baseline = trial(2, 9, steps=99)
-    told.folder.mkdir()
-    checked = [told.baseline, *(trial(fd, seconds, steps=steps) for fd, seconds, steps in others)]
-    outcome = told.chosen(checked)
+def test_the_choice_follows_the_final_comparison(tuner, select, others, chosen, has_note):
+    search = tuner(select=select)
+    search.baseline = trial(2, 9, steps=99)
+    search.folder.mkdir()
+    finalists = [search.baseline, *(trial(fd, seconds, steps=steps) for fd, seconds, steps in others)]
+    outcome = search.choose(finalists)
     assert (None if outcome.chosen is None else outcome.chosen.sampling.num_steps) == chosen
-    assert bool(outcome.notes) == noted
-    assert json.loads((told.folder / "results.json").read_text())["chosen"] == (
+    assert bool(outcome.notes) == has_note
+    assert json.loads((search.folder / "results.json").read_text())["chosen"] == (
         outcome.chosen.name if outcome.chosen else None
     )
 
@@ -159,49 +159,49 @@ def test_one_is_chosen_by_what_fresh_seeds_say(tuner, select, others, chosen, no
 # A search
 
 
-def test_a_trial_counts_calls_and_scores_as_an_evaluation_does(tuner, tmp_path):
-    told = tuner()
-    told.begin()
-    plain = told.trial(SamplingConfig(num_steps=6), "steps")
+def test_a_trial_counts_calls_and_has_the_scores_of_an_evaluation(tuner, tmp_path):
+    search = tuner()
+    search.claim()
+    plain = search.trial(SamplingConfig(num_steps=6), "steps")
     assert (plain.calls, plain.count, len(plain.pulls)) == (6, 50, 50)
-    assert told.trial(SamplingConfig(num_steps=6, guidance_scale=2), "steps").calls == 12
-    assert told.trial(SamplingConfig(num_steps=4, sampler=Heun()), "steps").calls == 7
-    assert told.trial(SamplingConfig(num_steps=6), "check").count == 100
+    assert search.trial(SamplingConfig(num_steps=6, guidance_scale=2), "steps").calls == 12
+    assert search.trial(SamplingConfig(num_steps=4, sampler=Heun()), "steps").calls == 7
+    assert search.trial(SamplingConfig(num_steps=6), "final").count == 100
     half = plain.fd.high - plain.fd.value
     assert half == pytest.approx(1.96 * np.std(plain.pulls, ddof=1) / 50**0.5, rel=1e-3)
     assert plain.scores[0].protocol.sampling["num_steps"] == 6
     assert not list((tmp_path / "tune/trials").glob("*.work"))
 
 
-def test_an_interrupted_search_goes_on_and_ends_the_same(tuner, tmp_path):
+def test_an_interrupted_search_resumes_with_equal_results(tuner, tmp_path):
     whole = tuner(folder=tmp_path / "whole").run()
     part = tuner(folder=tmp_path / "part")
 
     def interrupted(text: str) -> None:
-        part.said.append(text)
-        if len(part.said) == 3:
+        part.lines.append(text)
+        if len(part.lines) == 3:
             raise KeyboardInterrupt
 
-    part.say = interrupted
+    part.log = interrupted
     with pytest.raises(KeyboardInterrupt):
         part.run()
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "part/trials").glob("*.json")}
-    assert 3 == len(kept) < len(list((tmp_path / "whole/trials").glob("*.json")))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "part/trials").glob("*.json")}
+    assert 3 == len(times) < len(list((tmp_path / "whole/trials").glob("*.json")))
     after = tuner(folder=tmp_path / "part").run()
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in times} == times
     assert [(each.name, each.fd) for each in after.trials] == [(each.name, each.fd) for each in whole.trials]
     results = json.loads((tmp_path / "part/results.json").read_text())
     assert [each["name"] for each in results["trials"]] == [each.name for each in whole.trials]
-    assert results["checked"][0]["count"] == 100
+    assert results["finalists"][0]["num_samples"] == 100
     result.plot(after, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").stat().st_size > 10_000
-    frontier, check = result.format_result(after).split("\n\n")
+    frontier, final = result.format_result(after).split("\n\n")
     assert "baseline: ancestral, 12 steps, uniform" in frontier
-    assert len(check.splitlines()) == 2 + len(after.checked)
+    assert len(final.splitlines()) == 2 + len(after.finalists)
 
 
 def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, tiny_model, digits):
-    tuner().begin()
+    tuner().claim()
     later = Tuner(tiny_model, DigitsConfig(), digits, tuner().folder, TuningConfig(), log=lambda text: None)
     assert later.baseline_sampling == SamplingConfig(sampler=Ancestral(), num_steps=12) != tiny_model.config.sampling
     later.claim()
@@ -212,99 +212,105 @@ def test_the_baseline_of_a_folder_stays_when_the_model_s_settings_change(tuner, 
         other.claim()
 
 
-def test_the_same_command_goes_on_when_its_choice_was_written(tuner, make_model):
-    """What the model draws with now is no part of the baseline that the same words stand for."""
+def test_the_same_command_resumes_after_its_choice_was_written(tuner, make_model):
+    """The model's new settings do not change the baseline of the folder."""
     first = tuner()
-    first.begin()
+    first.claim()
     chosen = make_model(sampling={"sampler": "heun", "num_steps": 3, "guidance_scale": 2.0})
     again = tuner(model=chosen)
     assert again.present == first.present
-    again.begin()
+    again.claim()
 
 
-def test_what_cannot_be_guided_is_not(tuner, make_model):
+def test_unconditional_models_have_no_guidance_candidates(tuner, make_model):
     model = make_model(network={"num_classes": 0})
-    told = tuner(model=model, search=["guidance"])
-    assert told.run().trials == []
+    search = tuner(model=model, search=["guidance"])
+    assert search.run().trials == []
 
 
-def test_what_a_model_cannot_draw_is_told_and_left_out(tuner):
-    told = tuner()
-    told.begin()
-    assert told.attempt("steps", SamplingConfig(num_steps=2000)) is None
-    assert "is left out: num_steps is 2000" in told.said[-1]
+def test_unsupported_candidates_are_logged_and_left_out(tuner):
+    search = tuner()
+    search.claim()
+    assert search.try_candidate("steps", SamplingConfig(num_steps=2000)) is None
+    assert "is left out: num_steps is 2000" in search.lines[-1]
 
 
 @pytest.mark.parametrize("stage", ["guidance", "caching"])
-def test_a_stage_alone_goes_on_from_the_baseline(tuner, stage):
-    told = tuner(search=[stage])
-    tried = []
-    told.attempt = lambda *words: tried.append(words)
-    told.search()
-    assert {name for name, _ in tried} == {stage}
-    assert {config.sampler for _, config in tried} == {Ancestral()}
-    assert {config.num_steps for _, config in tried} == ({12} if stage == "guidance" else {12, 24})
+def test_a_single_stage_starts_from_the_baseline(tuner, stage):
+    search = tuner(search=[stage])
+    candidates = []
+    search.try_candidate = lambda *args: candidates.append(args)
+    search.search()
+    assert {name for name, _ in candidates} == {stage}
+    assert {config.sampler for _, config in candidates} == {Ancestral()}
+    assert {config.num_steps for _, config in candidates} == ({12} if stage == "guidance" else {12, 24})
 
 
-def test_a_search_for_nothing_is_refused():
-    with pytest.raises(TesseraError, match="nothing to search: name some of solver, steps, guidance, caching"):
+def test_an_empty_search_is_refused():
+    with pytest.raises(TesseraError, match="nothing to search: expected some of solver, steps, guidance, caching"):
         validate(TuningConfig, {"search": []}, "the test")
 
 
-def test_caching_is_looked_at_once_within_the_time_and_what_can_be_drawn(tuner):
+def test_the_effect_of_caching_is_checked_once_within_the_budget(tuner):
     plain = SamplingConfig(num_steps=6, caching=FirstBlockCaching(threshold=0))
-    told = tuner()
-    told.begin()
-    looked = []
-    reuses, told.reuses = told.reuses, lambda config: looked.append(config) or reuses(config)
-    assert told.attempt("caching", search_space.with_changes(plain, num_steps=2000)) is None
-    assert "is left out: num_steps is 2000" in told.said[-1]
-    told.left = lambda stage: -1.0
-    assert told.attempt("caching", plain) is None
-    assert (looked, told.skipped) == ([], {"caching": 1})
-    del told.left
-    assert told.attempt("caching", plain) is told.attempt("caching", plain) is None
-    assert looked == [plain]
+    search = tuner()
+    search.claim()
+    checked = []
+    has_effect, search.caching_has_effect = (
+        search.caching_has_effect,
+        lambda config: checked.append(config) or has_effect(config),
+    )
+    assert search.try_candidate("caching", search_space.with_changes(plain, num_steps=2000)) is None
+    assert "is left out: num_steps is 2000" in search.lines[-1]
+    search.seconds_left = lambda stage: -1.0
+    assert search.try_candidate("caching", plain) is None
+    assert (checked, search.skipped) == ([], {"caching": 1})
+    del search.seconds_left
+    assert search.try_candidate("caching", plain) is search.try_candidate("caching", plain) is None
+    assert checked == [plain]
     again = tuner()
-    again.reuses = told.reuses
-    again.begin()
-    assert again.attempt("caching", plain) is None
-    assert (looked, len(again.trials)) == ([plain], 0)
+    again.caching_has_effect = search.caching_has_effect
+    again.claim()
+    assert again.try_candidate("caching", plain) is None
+    assert (checked, len(again.trials)) == ([plain], 0)
 
 
-def test_caching_that_reuses_nothing_is_not_tried(tuner):
-    told = tuner()
-    told.begin()
+def test_caching_without_effect_is_not_a_trial(tuner):
+    search = tuner()
+    search.claim()
     plain = SamplingConfig(num_steps=6)
     never, always = (
         search_space.with_changes(plain, caching=FirstBlockCaching(threshold=threshold)) for threshold in (0, 1e9)
     )
-    assert not told.reuses(never)
-    assert told.reuses(always)
-    found = told.attempt("caching", always)
-    assert found is not None
-    assert found.calls == (6 + 1) / 2, "of the two blocks the first is computed in 6 steps, the second in 1"
+    assert not search.caching_has_effect(never)
+    assert search.caching_has_effect(always)
+    cached = search.try_candidate("caching", always)
+    assert cached is not None
+    assert cached.calls == (6 + 1) / 2, "the first block runs in 6 steps, the second in 1"
 
 
-def test_stages_end_with_their_time(tuner):
-    told = tuner(budget=0.5)
-    told.begin()
-    assert told.baseline.calls == 12
-    told.left = lambda stage: -1.0
-    told.search()
-    assert (told.trials, told.skipped) == ([], {"steps": len(tuner_module.CALLS) - 1})  # the baseline is one of them
+def test_a_stage_ends_when_its_time_is_over(tuner):
+    search = tuner(budget=0.5)
+    search.claim()
+    assert search.baseline.calls == 12
+    search.seconds_left = lambda stage: -1.0
+    search.search()
+    assert (search.trials, search.skipped) == (
+        [],
+        {"steps": len(tuner_module.CALLS) - 1},
+    )  # the baseline is one of them
 
 
-def test_a_budget_that_the_baseline_alone_would_take_is_refused(tuner):
+def test_a_budget_below_the_time_of_the_baseline_is_refused(tuner):
     with pytest.raises(TesseraError, match=r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\), or a"):
         tuner(budget=1e-4).run()
     assert not tuner().folder.exists()
 
 
-# Written down
+# Output
 
 
-def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
+def test_each_checkpoint_of_a_run_has_its_own_folder(tiny_model, tmp_path):
     for step in (10, 20):
         bundle.save(tiny_model, tmp_path / f"run/checkpoints/step-{step:09d}")
         assert result.default_folder(tmp_path / "run") == tmp_path / f"run/tune/step-{step:09d}"
@@ -314,26 +320,32 @@ def test_each_checkpoint_of_a_run_has_a_folder_of_its_own(tiny_model, tmp_path):
 def test_settings_are_written_into_a_bundle(tiny_model, tmp_path):
     bundle.save(tiny_model, tmp_path / "model")
     weights = (tmp_path / "model/model.safetensors").read_bytes()
-    chosen = SamplingConfig(sampler=DDIM(eta=0.5), num_steps=7)
-    result.write_settings(tmp_path / "model", chosen, "by a test", tiny_model.network)
-    read = bundle.load(tmp_path / "model")
-    assert read.config == tiny_model.config.model_copy(
-        update={"sampling": chosen, "provenance": bundle.Provenance(sampling_chosen="by a test")}
+    sampling = SamplingConfig(sampler=DDIM(eta=0.5), num_steps=7)
+    result.write_settings(tmp_path / "model", sampling, "by a test", tiny_model.network)
+    model = bundle.load(tmp_path / "model")
+    assert model.config == tiny_model.config.model_copy(
+        update={"sampling": sampling, "provenance": bundle.Provenance(sampling_chosen="by a test")}
     )
     assert (tmp_path / "model/model.safetensors").read_bytes() == weights
     assert "ddim, 7 steps" in (tmp_path / "model/README.md").read_text()
     assert (
-        generation.generate(read, [0]) == generation.generate(tiny_model, [0], sampler=DDIM(eta=0.5), num_steps=7)
+        generation.generate(model, [0]) == generation.generate(tiny_model, [0], sampler=DDIM(eta=0.5), num_steps=7)
     ).all()
 
 
-def test_the_note_says_when_by_what_and_both_scores():
+def test_the_provenance_has_both_scores_and_the_features():
     protocol = Protocol(definition={}, features={"name": "mine"}, reference={}, samples=100, size=(8, 8), channels=1)
     score = Score.from_estimate("fd", Estimate(1, 0.9, 1.1), protocol, {}, "cpu")
-    chosen = Trial(SamplingConfig(num_steps=7), "check", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
+    chosen = Trial(SamplingConfig(num_steps=7), "final", 100, Estimate(1, 0.9, 1.1), 7, 0.25, np.zeros(100), [score])
     baseline = trial(2.0, 4.0, steps=50)
-    told = result.provenance_text(
+    text = result.provenance_text(
         tuner_module.TuningResult(baseline, [chosen], [baseline, chosen], chosen, [], TuningConfig())
     )
-    for part in ("fd 1 (0.9 to 1.1), 0.25 s", "before (ddim, 50 steps, uniform): fd 2", "4 s", "100 pictures", "mine"):
-        assert part in told
+    for part in (
+        "fd 1 (0.9 to 1.1), 0.25 s per image",
+        "before (ddim, 50 steps, uniform): fd 2",
+        "4 s",
+        "100 samples",
+        "mine",
+    ):
+        assert part in text
