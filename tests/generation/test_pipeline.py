@@ -340,7 +340,7 @@ def test_precomputed_modulation_changes_only_rounding(make_model, monkeypatch, s
         tables.append(args)
         return original(*args)
 
-    recorded.size = original.size
+    recorded.table_bytes = original.table_bytes
     monkeypatch.setattr(assembly, "PrecomputedModulation", recorded)
     *_, looked_up = generation.generate_steps(model, [0, 1, 1], [4, 9, 2], **request)
     assert len(tables) == 1
