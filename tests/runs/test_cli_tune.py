@@ -29,7 +29,7 @@ def test_the_settings_are_written_into_the_newest_checkpoint(tessera, run, tmp_p
     if results["chosen"] is None:
         assert "nothing is written" in done.err
         return
-    chosen = next(each for each in results["checked"] if each["name"] == results["chosen"])
+    chosen = next(each for each in results["finalists"] if each["name"] == results["chosen"])
     assert config.sampling.model_dump(mode="json") == chosen["sampling"]
     assert config.provenance.sampling_chosen.startswith("by tessera tune")
     assert f"into {checkpoint}" in done.out

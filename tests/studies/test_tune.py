@@ -44,10 +44,12 @@ def tuner(tiny_model, digits, tmp_path):
     return make
 
 
-def trial(fd: float, seconds: float = 1.0, pulls=None, steps: int = 10, stage: str = "steps") -> Trial:
-    pulls = np.zeros(100) if pulls is None else pulls
-    measured = Estimate.normal(fd, float(np.std(pulls, ddof=1)) / 10)
-    return Trial(SamplingConfig(num_steps=steps), stage, len(pulls), measured, 2.0 * steps, seconds, pulls, [])
+def trial(fd: float, seconds: float = 1.0, influences=None, steps: int = 10, stage: str = "steps") -> Trial:
+    influences = np.zeros(100) if influences is None else influences
+    measured = Estimate.normal(fd, float(np.std(influences, ddof=1)) / 10)
+    return Trial(
+        SamplingConfig(num_steps=steps), stage, len(influences), measured, 2.0 * steps, seconds, influences, []
+    )
 
 
 # Candidates
@@ -102,7 +104,11 @@ def test_the_summary_of_settings_is_one_line():
 def test_a_difference_is_paired_by_sample():
     random = np.random.default_rng(0)
     shared, own = random.normal(size=(2, 400))
-    baseline, similar, different = trial(2, pulls=shared), trial(3, pulls=shared + 0.01 * own), trial(3, pulls=own)
+    baseline, similar, different = (
+        trial(2, influences=shared),
+        trial(3, influences=shared + 0.01 * own),
+        trial(3, influences=own),
+    )
     assert similar.difference_to(baseline).value == different.difference_to(baseline).value == 1
     assert similar.difference_to(baseline).high - 1 == pytest.approx(1.96 * 0.01 / 20, rel=0.1)
     assert different.difference_to(baseline).high - 1 == pytest.approx(1.96 * 2**0.5 / 20, rel=0.1)
@@ -111,9 +117,11 @@ def test_a_difference_is_paired_by_sample():
 def test_an_acceptable_cachedis_within_chance_and_within_the_tolerance():
     noise = np.random.default_rng(0).normal(size=100)
     baseline = trial(2)
-    assert trial(2.05, pulls=noise).is_acceptable(baseline, 0.05)
-    assert not trial(2.15, pulls=noise).is_acceptable(baseline, 0.05), "not significant, but above the tolerance"
-    assert not trial(2.05, pulls=0.1 * noise).is_acceptable(baseline, 0.05), "within the tolerance, but significant"
+    assert trial(2.05, influences=noise).is_acceptable(baseline, 0.05)
+    assert not trial(2.15, influences=noise).is_acceptable(baseline, 0.05), "not significant, but above the tolerance"
+    assert not trial(2.05, influences=0.1 * noise).is_acceptable(baseline, 0.05), (
+        "within the tolerance, but significant"
+    )
     assert trial(1.0).is_acceptable(baseline, 0.0)
 
 
@@ -163,12 +171,12 @@ def test_a_trial_counts_calls_and_has_the_scores_of_an_evaluation(tuner, tmp_pat
     search = tuner()
     search.claim()
     plain = search.trial(SamplingConfig(num_steps=6), "steps")
-    assert (plain.calls, plain.count, len(plain.pulls)) == (6, 50, 50)
+    assert (plain.calls, plain.num_samples, len(plain.influences)) == (6, 50, 50)
     assert search.trial(SamplingConfig(num_steps=6, guidance_scale=2), "steps").calls == 12
     assert search.trial(SamplingConfig(num_steps=4, sampler=Heun()), "steps").calls == 7
-    assert search.trial(SamplingConfig(num_steps=6), "final").count == 100
+    assert search.trial(SamplingConfig(num_steps=6), "final").num_samples == 100
     half = plain.fd.high - plain.fd.value
-    assert half == pytest.approx(1.96 * np.std(plain.pulls, ddof=1) / 50**0.5, rel=1e-3)
+    assert half == pytest.approx(1.96 * np.std(plain.influences, ddof=1) / 50**0.5, rel=1e-3)
     assert plain.scores[0].protocol.sampling["num_steps"] == 6
     assert not list((tmp_path / "tune/trials").glob("*.work"))
 
@@ -218,7 +226,7 @@ def test_the_same_command_resumes_after_its_choice_was_written(tuner, make_model
     first.claim()
     chosen = make_model(sampling={"sampler": "heun", "num_steps": 3, "guidance_scale": 2.0})
     again = tuner(model=chosen)
-    assert again.present == first.present
+    assert again.baseline_sampling == first.baseline_sampling
     again.claim()
 
 
