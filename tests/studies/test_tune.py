@@ -85,17 +85,13 @@ def test_guidance_candidates_surround_the_current_scale(tiny_model):
 
 
 def test_the_summary_of_settings_is_one_line():
-    config = SamplingConfig(
-        sampler={"kind": "dpm++", "order": 3}, timestep_spacing="karras", num_steps=8, guidance_scale=1.5
-    )  # pyright: ignore
-    assert config.summary() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
-    config = SamplingConfig(
-        guidance_scale=2, guidance_interval=(0.2, 0.8), caching={"kind": "first-block", "threshold": 0.7}
-    )  # pyright: ignore
-    assert (
-        config.summary()
-        == "ddim, 50 steps, uniform, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
-    )
+    solver = {"kind": "dpm++", "order": 3}
+    settings = {"sampler": solver, "timestep_spacing": "karras", "num_steps": 8, "guidance_scale": 1.5}
+    assert SamplingConfig.model_validate(settings).summary() == "dpm++, 8 steps, karras, guidance 1.5, order 3"
+    caching = {"kind": "first-block", "threshold": 0.7}
+    settings = {"guidance_scale": 2, "guidance_interval": (0.2, 0.8), "caching": caching}
+    expected = "ddim, 50 steps, uniform, guidance 2, guidance interval (0.2, 0.8), caching first-block, threshold 0.7"
+    assert SamplingConfig.model_validate(settings).summary() == expected
 
 
 # Acceptance
