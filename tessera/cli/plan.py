@@ -190,8 +190,8 @@ def _optimal(plan: "Plan", law: "Law | None") -> list[str]:
         far = f"; extrapolated by a factor of {best.extrapolation:.3g}" if best.extrapolation > 1 else ""
         return [
             f"optimal      {law.source}: at {flops:.3g} FLOPs {best.gmacs:.3g} GMACs and {best.samples:,.0f} "
-            f"samples ({best.samples / plan.workload.global_batch_size:,.0f} steps of {plan.workload.global_batch_size}); "
-            f"expected {law.metric} "
+            f"samples ({best.samples / plan.workload.global_batch_size:,.0f} steps of "
+            f"{plan.workload.global_batch_size}); expected {law.metric} "
             f"{best.metric.value:.4g} ({best.metric.low:.4g} to {best.metric.high:.4g}){far}"
         ]
     from tessera.planning.budget import best_published

@@ -50,13 +50,9 @@ class Hardware(Settings):
         """FLOP/s of matrix products."""
         return self.bfloat16 if dtype in (torch.bfloat16, torch.float16) else self.float32
 
-    def seconds(self, *traces: Trace, compile_mode: CompileMode = "off") -> float:
-        """Roofline estimate: the sum over operators of compute or memory time, whichever is longer, and at least the
-        time in which the host launches them."""
-        return max(map(sum, zip(*(self.device_and_host_seconds(trace, compile_mode) for trace in traces))))
-
     def device_and_host_seconds(self, trace: Trace, compile_mode: CompileMode = "off") -> tuple[float, float]:
-        """Seconds of the device, and of the host that launches its work at the same time."""
+        """Roofline estimate: seconds of the device, the sum over operators of compute or memory time, whichever is
+        longer; and seconds in which the host launches them at the same time."""
         bytes_left, calls_left = (1.0, 1.0) if compile_mode == "off" else (FUSED_BYTES, FUSED_CALLS)
         device = sum(self._operator_seconds(operator, bytes_left) * n for operator, n in trace.operators.items())
         return device, trace.calls * self.call_overhead * calls_left

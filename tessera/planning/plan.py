@@ -211,41 +211,29 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON. Bytes are per device, seconds wall-clock, cost in dollars."""
-        hardware, workload = self.hardware, self.workload
+        workload = self.workload
         return {
             "name": workload.name,
             "network": workload.network.model_dump(mode="json"),
-            "hardware": hardware.model_dump(mode="json"),
-            "parameters": self.parameters,
-            "gmacs": self.gmacs,
+            "hardware": self.hardware.model_dump(mode="json"),
+            **{name: getattr(workload, name) for name in _WORKLOAD_KEYS},
+            **{name: getattr(self, name) for name in _PLAN_KEYS},
             "flops_per_sample": FLOPS_PER_MAC * self.gmacs * 1e9,
-            "flops_per_step": self.flops_per_step,
-            "flops": self.flops,
-            "steps": workload.steps,
-            "global_batch_size": workload.global_batch_size,
-            "layout": self.layout._asdict(),
-            "precision": self.precision,
-            "activation_checkpointing": workload.activation_checkpointing,
-            "memory": asdict(self.memory),
-            "fits": self.fits,
-            "alternatives": [asdict(alternative) for alternative in self.alternatives],
-            "largest_batch": self.largest_batch,
-            "largest_model": self.largest_model,
-            "step_seconds": self.step_seconds,
-            "images_per_second": self.images_per_second,
-            "mfu": self.mfu,
-            "seconds": self.seconds,
-            "evaluation_seconds": self.evaluation_seconds,
-            "device_hours": self.device_hours,
-            "cost": self.cost,
-            "checkpoint_bytes": self.checkpoint_bytes,
-            "disk_bytes": self.disk_bytes,
-            "latents_bytes": self.latents_bytes,
-            "num_images": workload.num_images,
             "pixels_bytes": None if workload.num_images is None else workload.num_images * workload.image_bytes,
+            "layout": self.layout._asdict(),
+            "memory": asdict(self.memory),
+            "alternatives": [asdict(alternative) for alternative in self.alternatives],
             "budget": None if self.budget is None else asdict(self.budget),
             "notes": list(self.notes),
         }
+
+
+_WORKLOAD_KEYS = ("steps", "global_batch_size", "activation_checkpointing", "num_images")
+_PLAN_KEYS = (
+    "parameters", "gmacs", "precision", "flops_per_step", "flops", "fits", "largest_batch", "largest_model",
+    "step_seconds", "images_per_second", "mfu", "seconds", "evaluation_seconds", "device_hours", "cost",
+    "checkpoint_bytes", "disk_bytes", "latents_bytes",
+)  # fmt: skip
 
 
 def budget_outcome(plan: Plan, budget: Budget) -> BudgetOutcome:

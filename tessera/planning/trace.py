@@ -83,11 +83,6 @@ class Trace:
         return sum(operator.flops * count for operator, count in self.operators.items())
 
     @property
-    def bytes(self) -> int:
-        """Bytes read and written."""
-        return sum(operator.bytes * count for operator, count in self.operators.items())
-
-    @property
     def calls(self) -> int:
         return self.operators.total() + self.views
 
@@ -111,11 +106,6 @@ class StepTrace:
     backward: Trace  # from there to the update: loss, gradients, further micro-batches
     update: Trace  # optimizer and EMA
     memory: StepMemory
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of matrix products, attention and convolutions."""
-        return self.forward.flops + self.backward.flops + self.update.flops
 
 
 class Recorder(TorchDispatchMode):
