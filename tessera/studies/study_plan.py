@@ -16,9 +16,7 @@ import torch
 
 from tessera.errors import TesseraError, bullet_list
 from tessera.evaluation import suite
-from tessera.evaluation.features import FeatureSet, Progress, load_extractor
-from tessera.evaluation.reference import resolve_reference
-from tessera.evaluation.sources import DatasetSource
+from tessera.evaluation.features import FeatureSet, Progress
 from tessera.files import atomic_file, read_json
 from tessera.interop import load
 from tessera.models.network import parameter_count
@@ -29,6 +27,7 @@ from tessera.runtime import choose_device
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, diff, to_yaml, validate
 from tessera.studies.study import Budget, Marks, Member, Study, members
+from tessera.studies.worker import load_reference
 from tessera.training import initialization
 from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
 from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
@@ -215,12 +214,9 @@ def _check_evaluation(resolved: Sequence[ResolvedMember]) -> None:
                 "set evaluation and sampling in the recipe or in `set`, for all members, and evaluation.reference if "
                 "the data differ"
             )
-    evaluation, data = first.recipe.evaluation, first.recipe.data
-    reference = evaluation.reference or data
-    device = choose_device(first.recipe.training.device)
-    extractor = load_extractor(evaluation.features or suite.default_features(reference), device)
-    resolved_reference = resolve_reference(reference, DatasetSource(data), extractor)
-    statistics = resolved_reference if isinstance(resolved_reference, FeatureSet) else None
+    evaluation = first.recipe.evaluation
+    extractor, reference = load_reference(first.recipe)
+    statistics = reference if isinstance(reference, FeatureSet) else None
     suite.check_metrics(evaluation.metrics, evaluation.num_samples, extractor, statistics)
 
 

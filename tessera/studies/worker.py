@@ -21,7 +21,7 @@ from tessera.errors import Interrupted, TesseraError
 from tessera.evaluation import features, protocol, suite
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, extract, load_extractor
 from tessera.evaluation.reference import resolve_reference
-from tessera.evaluation.sources import DatasetSource
+from tessera.evaluation.sources import DatasetSource, SampleSource
 from tessera.files import exclusive_lock
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.monitoring.logger import TASK_INTERVAL
@@ -89,14 +89,20 @@ def run_member(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
             score_sampling_steps(recipe, model, extractor, num_steps)
 
 
+def load_reference(recipe: Recipe) -> tuple[FeatureExtractor, FeatureSet | SampleSource]:
+    """The feature extractor of a recipe's evaluation, and the reference."""
+    config, data = recipe.evaluation, recipe.evaluation.reference or recipe.data
+    extractor = load_extractor(config.features or suite.default_features(data), choose_device(recipe.training.device))
+    return extractor, resolve_reference(data, DatasetSource(recipe.data), extractor)
+
+
 def prepare_reference(recipe: Recipe) -> FeatureExtractor:
     """Extract the features of the reference once for all members. Returns the feature extractor."""
-    config, data = recipe.evaluation, recipe.evaluation.reference or recipe.data
-    assert config.reference_folder is not None
-    extractor = load_extractor(config.features or suite.default_features(data), choose_device(recipe.training.device))
-    reference = resolve_reference(data, DatasetSource(recipe.data), extractor)
+    config = recipe.evaluation
+    extractor, reference = load_reference(recipe)
     if isinstance(reference, FeatureSet):
         return extractor
+    assert config.reference_folder is not None
     folder = features.features_path(Path(config.reference_folder), "reference", reference, extractor)
     if not (folder / features.SUMMARY).exists():
         with exclusive_lock(folder, lambda: _log("another command extracts features of the reference: waiting")):
