@@ -6,10 +6,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.bundle import load, save
-from tessera.model_card import describe, render
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.layers.modulation import ScaleShiftTable
+from tessera.model_card import describe, render
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import parameter_count
