@@ -387,5 +387,5 @@ def test_a_run_learns_and_its_bundle_draws(tmp_path, diffusion):
     assert pictures.std() > 5
     with pytest.raises(TesseraError, match="ancestral sampling needs a Gaussian diffusion process"):
         generation.generate(model, [3], [0], sampler="ancestral")
-    with pytest.raises(TesseraError, match="leading times belong to a process of discrete steps"):
-        generation.generate(model, [3], [0], spacing="leading")
+    with pytest.raises(TesseraError, match="leading"):
+        generation.generate(model, [3], [0], timestep_spacing="leading")
