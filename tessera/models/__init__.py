@@ -1,4 +1,4 @@
-"""Networks: `network(x, t, condition) -> raw`. They know nothing of noise schedules, devices or sharding."""
+"""Networks, called as `network(x, t, condition)`. They are independent of noise schedules, devices and sharding."""
 
 from typing import Annotated, Any
 
@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import Network, NetworkConfig, parameter_count
-from tessera.models.presets import PRESETS, UNETS
+from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.models.unet import UNet, UNetConfig
 from tessera.settings import expand_kind
 
@@ -17,11 +17,11 @@ __all__ = [
 
 
 def with_kind(value: Any) -> Any:
-    """Network settings with a kind: that of the preset if there is one, else a DiT."""
+    """Add the kind to network settings without one: that of the preset if there is one, else `dit`."""
     value = expand_kind(value)
     if not isinstance(value, dict) or "kind" in value:
         return value
-    return {"kind": "unet" if str(value.get("preset")) in UNETS else "dit", **value}
+    return {"kind": "unet" if str(value.get("preset")) in UNET_PRESETS else "dit", **value}
 
 
 AnyNetwork = Annotated[DiTConfig | UNetConfig, BeforeValidator(with_kind), Field(discriminator="kind")]

@@ -1,12 +1,12 @@
-"""The four block designs of the DiT paper (Peebles & Xie 2023, section 3.2) and two later ones, each one class.
+"""Transformer blocks: the four designs of the DiT paper (Peebles & Xie 2023, section 3.2) and two later ones.
 
-A block is `block(x, context)`. Shapes: B batch, L tokens of the image, M tokens of the condition, G condition
-vectors (one per image), D width, H channels of a head.
+Each design has its settings directly above its block. A block is `block(x, context)`. Shapes: B batch, N image tokens,
+M condition tokens, G conditioning vectors (1, or N), D width, E channels of a head.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -15,118 +15,141 @@ from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
 from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
-from tessera.layers.positions import rotary_grid
+from tessera.layers.positions import rope_grid
 from tessera.settings import Settings
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every block may look at beside the tokens it transforms."""
+    """The inputs that all blocks share, beside their tokens. `SharedConditioning` sets the last three if needed."""
 
-    c: Tensor  # [B, G, D] the condition vectors: time + label
-    cond_tokens: Tensor  # [B, M, D] the same as a sequence: time, then label
+    c: Tensor  # [B, G, D] conditioning vectors: time + label
+    cond_tokens: Tensor  # [B, M, D] the same as tokens: time, then label
     grid: tuple[int, int]  # (h, w) of the image tokens
-    # What `Shared` works out once for all blocks, in the designs that have it:
-    shared_modulation: Tensor | None = (
-        None  # [B, G, 6 D] modulation parameters, to which every block adds its own offsets
-    )
-    rope: Tensor | None = None  # [L, H / 2, 2] the angles of the grid
-    v0: Tensor | None = None  # [B, L, D] the first values, of which every attention takes a share
+    shared_modulation: Tensor | None = None  # [B, G, 6 D] parameters to which every block adds its offsets
+    rope: Tensor | None = None  # [N, E / 2, 2] angles of the grid
+    v0: Tensor | None = None  # [B, N, D] values of the first layer, which every attention mixes in
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
-        """The modulation parameters [B, G, count D] that a module computes from the condition, or its offsets to
-        shared ones.
+        """The parameters [B, G, num_params D] of a modulation module.
 
-        Blocks call this method instead of the module, so that a context with precomputed parameters (for all times and
-        classes of a sampling run) can return those.
+        Blocks call this method instead of the module, so that a context can return precomputed parameters.
         """
-        if isinstance(modulation, Modulation):
-            return modulation(self.c)
-        assert self.shared_modulation is not None, "Shared fills it before the first block"
-        return modulation(self.shared_modulation)
+        return modulation.params(self.c, self.shared_modulation)
 
-    def rows(self, chosen: Tensor) -> Self:
+    def rows(self, indices: Tensor) -> Self:
         """The selected rows of the batch."""
         values = {name: getattr(self, name) for name in ("c", "cond_tokens", "shared_modulation", "v0")}
-        return replace(self, **{name: value[chosen] for name, value in values.items() if value is not None})
-
-
-def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+        return replace(self, **{name: value[indices] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
 class BlockDims:
-    """The sizes a block is built from."""
+    """The sizes of a block."""
 
     width: int
-    heads: int
-    hidden: int
-    mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this one norm
+    num_heads: int
+    mlp_width: int
+    mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this norm only
+
+
+def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
+    """LayerNorm without learned weights."""
+    return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
 
 
 class SharedConditioning(nn.Module):
-    """What all blocks of a network have in common, worked out once a forward pass and handed to them in the context.
+    """Values that all blocks of a network share, computed once per forward pass and passed on in the context.
 
-    The first values are a linear map of the embedded patches, normalised. Zhou et al. (2024) take those of the first
-    block; a map of its own keeps all blocks alike, and nothing has to be carried from one block to another.
+    v0 is a linear layer of the normalized patch embeddings. Zhou et al. (2024) use the values of the first block. With
+    a layer of its own, all blocks are alike and no block returns more than its tokens.
     """
 
-    def __init__(self, config: BlockDims, modulation: bool, rotary: bool = False, values: bool = False) -> None:
+    def __init__(self, dims: BlockDims, modulation: bool, rope: bool = False, value_residual: bool = False) -> None:
         super().__init__()
-        self.adaLN_modulation = Modulation(config.width, 6) if modulation else None
-        self.rotary_channels = config.width // config.heads if rotary else 0
-        self.norm = RMSNorm(config.width)
-        self.values = nn.Linear(config.width, config.width, bias=False) if values else None
+        self.adaLN_modulation = Modulation(dims.width, 6) if modulation else None
+        self.rope_channels = dims.width // dims.num_heads if rope else 0
+        self.norm = RMSNorm(dims.width)
+        self.v0_proj = nn.Linear(dims.width, dims.width, bias=False) if value_residual else None
 
     def forward(self, x: Tensor, context: Context) -> Context:
-        """x [B, L, D] the embedded patches"""
+        """x [B, N, D]: the patch embeddings"""
+        modulation = self.adaLN_modulation
         return replace(
             context,
-            shared_modulation=None
-            if self.adaLN_modulation is None
-            else context.modulation_params(self.adaLN_modulation),
-            rope=rotary_grid(context.grid, self.rotary_channels, x.device) if self.rotary_channels else None,
-            v0=None if self.values is None else self.values(self.norm(x)),
+            shared_modulation=None if modulation is None else context.modulation_params(modulation),
+            rope=rope_grid(context.grid, self.rope_channels, x.device) if self.rope_channels else None,
+            v0=None if self.v0_proj is None else self.v0_proj(self.norm(x)),
         )
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for one sample."""
         modulation = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
-        return modulation + (0 if self.values is None else tokens * self.values.weight.numel())
+        return modulation + (0 if self.v0_proj is None else tokens * self.v0_proj.weight.numel())
 
 
 class Block(nn.Module):
-    """What all designs share: attention, then an MLP, each behind a norm without weights of its own."""
+    """The parts of all designs: attention, then an MLP, each behind a norm without learned weights."""
 
-    appends_tokens: ClassVar[bool] = False  # the condition tokens are appended to the image tokens for all blocks
-    modulated_head: ClassVar[bool] = False  # the final layer is modulated by c, too
+    appends_tokens: ClassVar[bool] = False  # condition tokens are appended to the image tokens of all blocks
+    modulated_head: ClassVar[bool] = False  # the final layer is modulated, too
 
     def __init__(
         self,
-        config: BlockDims,
+        dims: BlockDims,
         norm: Callable[[int, float], nn.Module] = layer_norm,
         attn: Attention | None = None,
         mlp: MLP | SwiGLU | None = None,
     ) -> None:
         super().__init__()
-        self.norm1 = norm(config.width, 1e-6)
-        self.attn = Attention(config.width, config.heads) if attn is None else attn
-        self.norm2 = norm(config.width, config.mlp_norm_eps)
-        self.mlp = MLP(config.width, config.hidden) if mlp is None else mlp
+        self.norm1 = norm(dims.width, 1e-6)
+        self.attn = Attention(dims.width, dims.num_heads) if attn is None else attn
+        self.norm2 = norm(dims.width, dims.mlp_norm_eps)
+        self.mlp = MLP(dims.width, dims.mlp_width) if mlp is None else mlp
 
     def macs(self, tokens: int, cond_tokens: int) -> int:
-        """Multiply-adds for one sample with L = tokens and M = cond_tokens."""
+        """Multiply-adds for one sample with N = tokens and M = cond_tokens."""
         return self.attn.macs(tokens) + self.mlp.macs(tokens)
 
 
+class BlockConfig(Settings):
+    """The settings of a block design. Its properties state what a network of such blocks needs in addition."""
+
+    def summary(self) -> str:
+        """The kind, and the settings that differ from the defaults."""
+        fields = type(self).model_fields
+        changes = [f"{name}={value}" for name, value in self if name != "kind" and value != fields[name].default]
+        return " ".join([fields["kind"].default, *changes])
+
+    @property
+    def absolute_positions(self) -> bool:
+        """Whether a table of positions is added to the patch embeddings."""
+        return True
+
+    def check(self, width: int, num_heads: int) -> None:
+        """Raise ValueError if a block cannot have these sizes."""
+
+    def shared(self, dims: BlockDims) -> SharedConditioning | None:
+        """The module that computes what the blocks share."""
+        return None
+
+
+class InContext(BlockConfig):
+    """Conditioning by two additional tokens: the cheapest design."""
+
+    kind: Literal["in-context"] = "in-context"
+
+    def build(self, dims: BlockDims) -> Block:
+        return InContextBlock(dims)
+
+
 class InContextBlock(Block):
-    """A plain transformer block; time and label are two more tokens of the sequence."""
+    """x + branch(norm(x)): a plain transformer block. Time and label are two more tokens of the sequence."""
 
     appends_tokens = True
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L + M, D] -> [B, L + M, D]"""
+        """x [B, N + M, D] -> [B, N + M, D]"""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -134,16 +157,25 @@ class InContextBlock(Block):
         return super().macs(tokens + cond_tokens, cond_tokens)
 
 
-class CrossAttentionBlock(Block):
-    """Self-attention, then attention to the two tokens of time and label, then the MLP."""
+class CrossAttend(BlockConfig):
+    """Conditioning by cross-attention: about 15 % more compute."""
 
-    def __init__(self, config: BlockDims) -> None:
-        super().__init__(config)
-        self.norm_cross = layer_norm(config.width)
-        self.cross_attn = CrossAttention(config.width, config.heads)
+    kind: Literal["cross-attention"] = "cross-attention"
+
+    def build(self, dims: BlockDims) -> Block:
+        return CrossAttentionBlock(dims)
+
+
+class CrossAttentionBlock(Block):
+    """x + branch(norm(x)): self-attention, then attention to the tokens of time and label, then the MLP."""
+
+    def __init__(self, dims: BlockDims) -> None:
+        super().__init__(dims)
+        self.norm_cross = layer_norm(dims.width)
+        self.cross_attn = CrossAttention(dims.width, dims.num_heads)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L, D], context.tokens [B, M, D] -> [B, L, D]"""
+        """x [B, N, D], context.cond_tokens [B, M, D] -> [B, N, D]"""
         x = x + self.attn(self.norm1(x))
         x = x + self.cross_attn(self.norm_cross(x), context.cond_tokens)
         return x + self.mlp(self.norm2(x))
@@ -152,17 +184,26 @@ class CrossAttentionBlock(Block):
         return super().macs(tokens, cond_tokens) + self.cross_attn.macs(tokens, cond_tokens)
 
 
+class AdaLN(BlockConfig):
+    """Conditioning by adaptive layer norm."""
+
+    kind: Literal["adaln"] = "adaln"
+
+    def build(self, dims: BlockDims) -> Block:
+        return AdaLNBlock(dims)
+
+
 class AdaLNBlock(Block):
-    """x + branch(norm(x) (1 + scale) + shift): the condition regresses shift and scale of both norms."""
+    """x + branch(norm(x) (1 + scale) + shift), for attention and then for the MLP."""
 
     modulated_head = True
 
-    def __init__(self, config: BlockDims) -> None:
-        super().__init__(config)
-        self.adaLN_modulation = Modulation(config.width, 4)
+    def __init__(self, dims: BlockDims) -> None:
+        super().__init__(dims)
+        self.adaLN_modulation = Modulation(dims.width, 4)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
+        """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
         shift1, scale1, shift2, scale2 = context.modulation_params(self.adaLN_modulation).chunk(4, dim=-1)
         x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -171,181 +212,123 @@ class AdaLNBlock(Block):
         return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
 
 
-class AdaLNZeroBlock(Block):
-    """x + gate * branch(norm(x) (1 + scale) + shift), for attention and then for the MLP.
-
-    A fresh block is the identity: the layer that makes the six vectors starts at zero.
-    """
-
-    modulated_head = True
-    regressed_by: ClassVar[type[Modulation] | type[ScaleShiftTable]] = Modulation
-
-    def __init__(self, config: BlockDims) -> None:
-        super().__init__(config)
-        self.adaLN_modulation = self.regressed_by(config.width, 6)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
-        x = gated_residual(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
-
-
-class AdaLNSingleBlock(AdaLNZeroBlock):
-    """The adaLN-Zero block, its six vectors those that all blocks share plus a table of its own.
-
-    PixArt-alpha initialises the tables at random. Here they start at zero, as the shared layer does, so that a fresh
-    block
-    is the identity as in adaLN-Zero: trained from nothing, that is what made the difference to adaLN in the DiT paper.
-    """
-
-    regressed_by = ScaleShiftTable
-
-
-class RoPESwiGLUBlock(Block):
-    """x + gate * branch(norm(x) (1 + scale) + shift), as adaLN-Zero, of the parts that `Modern` chooses.
-
-    A fresh block is the identity.
-    """
-
-    modulated_head = True
-
-    def __init__(self, config: BlockDims, design: "RoPESwiGLU") -> None:
-        super().__init__(
-            config,
-            norm=RMSNorm if design.norm == "rms" else layer_norm,
-            attn=RotaryAttention(config.width, config.heads, design.bias, design.qk_norm, design.value_residual),
-            mlp=(SwiGLU if design.mlp == "swiglu" else MLP)(config.width, config.hidden, design.bias),
-        )
-        self.adaLN_modulation = (ScaleShiftTable if design.modulation == "shared" else Modulation)(config.width, 6)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L, D], context.c [B, 1, D] -> [B, L, D]"""
-        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(x), shift1, scale1), context.rope, context.v0)
-        x = gated_residual(x, gate1, attended)
-        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
-
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
-
-
-class BlockConfig(Settings):
-    """The settings of a block design, which say what a network of such blocks needs beside them."""
-
-    def summary(self) -> str:
-        """The kind, and what is not as this design has it by default."""
-        own = {name: value for name, value in self if name != "kind" and value != type(self).model_fields[name].default}
-        return " ".join([type(self).model_fields["kind"].default, *(f"{name}={value}" for name, value in own.items())])
-
-    @property
-    def absolute_positions(self) -> bool:
-        """Whether a table of positions is added to the embedded patches."""
-        return True
-
-    def check(self, width: int, heads: int) -> None:
-        """Raise ValueError if a block of this width cannot be."""
-
-    def shared(self, config: BlockDims) -> SharedConditioning | None:
-        """What the blocks have in common."""
-        return None
-
-
-class InContext(BlockConfig):
-    """Condition by two more tokens: the cheapest design."""
-
-    kind: Literal["in-context"] = "in-context"
-
-    def build(self, config: BlockDims) -> Block:
-        return InContextBlock(config)
-
-
-class CrossAttend(BlockConfig):
-    """Condition by cross-attention: about 15 % more compute."""
-
-    kind: Literal["cross-attention"] = "cross-attention"
-
-    def build(self, config: BlockDims) -> Block:
-        return CrossAttentionBlock(config)
-
-
-class AdaLN(BlockConfig):
-    """Condition by adaptive layer norm."""
-
-    kind: Literal["adaln"] = "adaln"
-
-    def build(self, config: BlockDims) -> Block:
-        return AdaLNBlock(config)
-
-
 class AdaLNZero(BlockConfig):
-    """Condition by adaptive layer norm with zero-initialised gates: the paper's choice."""
+    """Conditioning by adaptive layer norm with zero-initialized gates: the paper's choice."""
 
     kind: Literal["adaln-zero"] = "adaln-zero"
 
-    def build(self, config: BlockDims) -> Block:
-        return AdaLNZeroBlock(config)
+    def build(self, dims: BlockDims) -> Block:
+        return AdaLNZeroBlock(dims)
+
+
+class AdaLNZeroBlock(Block):
+    """x + gate * branch(norm(x) (1 + scale) + shift), for attention and then for the MLP.
+
+    The modulation is zero-initialized, so a fresh block is the identity.
+    """
+
+    modulated_head = True
+
+    def __init__(
+        self, dims: BlockDims, modulation: type[Modulation] | type[ScaleShiftTable] = Modulation, **parts: Any
+    ) -> None:
+        """parts: `norm`, `attn` and `mlp` of `Block`"""
+        super().__init__(dims, **parts)
+        self.adaLN_modulation = modulation(dims.width, 6)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
+        x = gated_residual(x, gate1, self.attend(modulate(self.norm1(x), shift1, scale1), context))
+        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        """The attention branch: x [B, N, D] -> [B, N, D]"""
+        return self.attn(x)
+
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
 
 
 class AdaLNSingle(BlockConfig):
-    """adaLN-Zero with one layer for the modulation parameters of all blocks: a quarter fewer parameters
-    (PixArt-alpha)."""
+    """adaLN-Zero with one modulation layer for all blocks (PixArt-alpha): a quarter fewer parameters.
+
+    A block adds a learned table to the shared parameters. PixArt-alpha initializes the tables randomly. Here they and
+    the shared layer are zero-initialized, so that a fresh block is the identity: in the DiT paper this made the
+    difference between adaLN-Zero and adaLN.
+    """
 
     kind: Literal["adaln-single"] = "adaln-single"
 
-    def build(self, config: BlockDims) -> Block:
-        return AdaLNSingleBlock(config)
+    def build(self, dims: BlockDims) -> Block:
+        return AdaLNZeroBlock(dims, ScaleShiftTable)
 
-    def shared(self, config: BlockDims) -> SharedConditioning:
-        return SharedConditioning(config, modulation=True)
+    def shared(self, dims: BlockDims) -> SharedConditioning:
+        return SharedConditioning(dims, modulation=True)
 
 
 class RoPESwiGLU(BlockConfig):
-    """adaLN-Zero with the parts that later transformers found better, each of which can be switched back alone.
+    """adaLN-Zero with parts that later transformers found better. Each part can be switched back alone.
 
-    With `mlp: gelu, norm: layer, positions: sincos, modulation: per-block, qk_norm: false, value_residual: false,
-    bias: true`
-    it is the paper's adaLN-Zero block.
+    The paper's adaLN-Zero block is `mlp: gelu, norm: layer, positions: sincos, modulation: per-block, qk_norm: false,
+    value_residual: false, bias: true`.
     """
 
     kind: Literal["rope-swiglu"] = "rope-swiglu"
     mlp: Literal["swiglu", "gelu"] = Field(
         default="swiglu", description="SwiGLU (two thirds of the hidden width) or GELU"
     )
-    norm: Literal["rms", "layer"] = Field(default="rms", description="before attention and MLP; no weights in either")
+    norm: Literal["rms", "layer"] = Field(
+        default="rms", description="the norm before attention and MLP, without learned weights"
+    )
     positions: Literal["rotary", "sincos"] = Field(
-        default="rotary", description="queries and keys turned by row and column, or a table added to the patches"
+        default="rotary", description="queries and keys rotated by row and column, or a table added to the patches"
     )
     modulation: Literal["shared", "per-block"] = Field(
-        default="shared",
-        description="one layer for the modulation parameters of all blocks (adaLN-single), or one in each",
+        default="shared", description="one modulation layer for all blocks (adaLN-single), or one in each"
     )
-    qk_norm: bool = Field(default=True, description="queries and keys of one length, times a learned one for each head")
-    value_residual: bool = Field(default=True, description="each attention takes a learned share of the first values")
-    bias: bool = Field(default=False, description="of the linear layers of attention and MLP; the modulation keeps its")
+    qk_norm: bool = Field(default=True, description="normalize queries and keys, with a learned scale for each head")
+    value_residual: bool = Field(
+        default=True, description="interpolate the values of each attention with those of the first layer"
+    )
+    bias: bool = Field(default=False, description="biases in attention and MLP; the modulation always has them")
 
     @property
     def absolute_positions(self) -> bool:
         return self.positions == "sincos"
 
-    def check(self, width: int, heads: int) -> None:
-        if self.positions == "rotary" and width // heads % 4:
+    def check(self, width: int, num_heads: int) -> None:
+        if self.positions == "rotary" and width // num_heads % 4:
             raise ValueError(
-                f"width {width} over {heads} heads makes {width // heads} channels a head, and rotary positions need a "
-                f"multiple of 4: choose another width or number of heads, or block.positions=sincos"
+                f"hidden_size {width} and num_heads {num_heads} give {width // num_heads} channels per head, and "
+                f"rotary positions need a multiple of 4: change one of them, or set block.positions=sincos"
             )
 
-    def build(self, config: BlockDims) -> Block:
-        return RoPESwiGLUBlock(config, self)
+    def build(self, dims: BlockDims) -> Block:
+        return RoPESwiGLUBlock(dims, self)
 
-    def shared(self, config: BlockDims) -> SharedConditioning | None:
-        shared, rotary = self.modulation == "shared", self.positions == "rotary"
-        if not (shared or rotary or self.value_residual):
+    def shared(self, dims: BlockDims) -> SharedConditioning | None:
+        modulation, rope = self.modulation == "shared", self.positions == "rotary"
+        if not (modulation or rope or self.value_residual):
             return None
-        return SharedConditioning(config, modulation=shared, rotary=rotary, values=self.value_residual)
+        return SharedConditioning(dims, modulation, rope, self.value_residual)
+
+
+class RoPESwiGLUBlock(AdaLNZeroBlock):
+    """An adaLN-Zero block of the parts that its settings select."""
+
+    def __init__(self, dims: BlockDims, config: RoPESwiGLU) -> None:
+        mlp = SwiGLU if config.mlp == "swiglu" else MLP
+        super().__init__(
+            dims,
+            modulation=ScaleShiftTable if config.modulation == "shared" else Modulation,
+            norm=RMSNorm if config.norm == "rms" else layer_norm,
+            attn=RotaryAttention(dims.width, dims.num_heads, config.bias, config.qk_norm, config.value_residual),
+            mlp=mlp(dims.width, dims.mlp_width, config.bias),
+        )
+
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        return self.attn(x, context.rope, context.v0)
 
 
 AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU

@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers").
 
 Shapes: B batch, C channels, O raw output channels, H W height and width, p patch side, (h, w) = (H / p, W / p) the
-token grid, L = h w tokens, M condition tokens, G condition vectors, D width.
+token grid, L = h w image tokens, M condition tokens, G conditioning vectors of an image, D width.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,12 +18,15 @@ from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockDims, Context
 from tessera.models.network import Network, NetworkConfig
-from tessera.models.presets import PRESETS, UNETS
+from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.settings import expand_kind, unknown_name
 
 
 class DiTConfig(NetworkConfig):
-    """A DiT of any size; `preset: DiT-B/4` fills depth, width, heads and patch. The defaults: DiT-XL/2 on ImageNet."""
+    """A DiT of any size. `preset: DiT-B/4` sets depth, hidden_size, num_heads and patch_size.
+
+    The defaults are DiT-XL/2 for ImageNet latents.
+    """
 
     display_name: ClassVar[str] = "diffusion transformer"
     kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
@@ -34,17 +37,19 @@ class DiTConfig(NetworkConfig):
     mlp_ratio: PositiveFloat = 4.0
     block: Annotated[AnyBlock, BeforeValidator(expand_kind), Field(discriminator="kind")] = AdaLNZero()
     timestep_freq_divisor: PositiveInt = Field(
-        default=128, description="of the time frequencies; diffusers' DiT was made with 127"
+        default=128, description="divisor in the timestep frequencies; diffusers' DiT was trained with 127"
     )
-    mlp_norm_eps: PositiveFloat = Field(default=1e-6, description="of the norm before the MLP; diffusers' DiT has 1e-5")
+    mlp_norm_eps: PositiveFloat = Field(
+        default=1e-6, description="eps of the norm before the MLP; diffusers' DiT: 1e-5"
+    )
 
     @classmethod
     def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
         if "preset" not in data:
             return data
         name = str(data["preset"])
-        if name in UNETS:
-            raise ValueError(f"{name} is a U-Net: say network.kind=unet, too")
+        if name in UNET_PRESETS:
+            raise ValueError(f"{name} is a U-Net: set network.kind=unet, too")
         if name not in PRESETS:
             raise ValueError(unknown_name("preset", name, PRESETS))
         return {**PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
@@ -52,9 +57,9 @@ class DiTConfig(NetworkConfig):
     @model_validator(mode="after")
     def _fits(self) -> "DiTConfig":
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"width {self.hidden_size} is not divisible by heads {self.num_heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.hidden_size % 4:
-            raise ValueError(f"width {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
         self.block.check(self.hidden_size, self.num_heads)
         if "input_size" in self.model_fields_set:
             self.check_size(self.input_size)
@@ -66,7 +71,7 @@ class DiTConfig(NetworkConfig):
 
     def check_size(self, size: tuple[int, int]) -> None:
         if size[0] % self.patch_size or size[1] % self.patch_size:
-            raise ValueError(f"patch {self.patch_size} does not divide the size {size[0]} x {size[1]}")
+            raise ValueError(f"patch_size {self.patch_size} does not divide the size {size[0]} x {size[1]}")
 
     def summary(self) -> str:
         sizes = f"depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
@@ -77,12 +82,12 @@ class DiTConfig(NetworkConfig):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm and a linear map from a token to its patch; modulated by the condition in the adaLN designs."""
+    """LayerNorm and a linear map from a token to its patch. In the adaLN designs, the norm is modulated by c."""
 
-    def __init__(self, width: int, outputs: int, modulated: bool) -> None:
+    def __init__(self, width: int, out_features: int, modulated: bool) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(width, outputs)
+        self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = Modulation(width, 2) if modulated else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -100,14 +105,16 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Network):
-    """A transformer over patches, conditioned on the time and the class. Parameters are named as in the official
-    checkpoints."""
+    """A transformer over patches, conditioned on the timestep and the class.
+
+    Parameter names are those of the official checkpoints.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         config.check_size(config.input_size)
         self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-        block = BlockDims(
+        dims = BlockDims(
             config.hidden_size, config.num_heads, int(config.hidden_size * config.mlp_ratio), config.mlp_norm_eps
         )
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
@@ -117,11 +124,11 @@ class DiT(Network):
             if config.num_classes
             else None
         )
-        # Frozen, yet a parameter: official checkpoints hold it and the paper's counts include it.
+        # A frozen parameter, not a buffer: official checkpoints contain it, and the paper's counts include it.
         table = torch.zeros(1, config.grid[0] * config.grid[1], config.hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False) if config.block.absolute_positions else None
-        self.shared = config.block.shared(block)
-        blocks = [config.block.build(block) for _ in range(config.depth)]
+        self.shared = config.block.shared(dims)
+        blocks = [config.block.build(dims) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.appends_tokens = blocks[0].appends_tokens
         self.final_layer = FinalLayer(
@@ -131,7 +138,7 @@ class DiT(Network):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The official initial weights, in one place: every Linear Xavier, then the exceptions."""
+        """Initialise all weights as the official code does: Xavier for every Linear, then the exceptions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -139,20 +146,20 @@ class DiT(Network):
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
             self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.hidden_size))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the matrix it is
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # the fans of a linear layer
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for linear in self.t_embedder.linears:
             nn.init.normal_(linear.weight, std=0.02)
-        # Zero modulation makes a fresh block with gates the identity; a zero head makes a fresh network predict zero.
+        # With zero modulation, a new block with gates is the identity. With a zero head, a new network predicts zero.
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, ScaleShiftTable):
                 nn.init.zeros_(module.table)
-            elif isinstance(module, RotaryAttention):  # a sharpness of 1; half of the values from the first
+            elif isinstance(module, RotaryAttention):  # a scale of 1; half of the values from v0
                 if module.qk_scale is not None:
                     nn.init.ones_(module.qk_scale)
                 if module.v_residual_lambda is not None:
@@ -160,10 +167,10 @@ class DiT(Network):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x [B, C, H, W], t [B] in the units the network was trained in (0 .. 999 for the paper's) -> [B, O, H, W]
+        """x [B, C, H, W], t [B] in the units the network was trained in (0 to 999 in the paper) -> [B, O, H, W]
 
-        H and W may differ from the configured size: positions are made for any grid the patch divides.
-        Raises ValueError if the patch does not divide the size, or labels are missing.
+        H and W may differ from the configured size: positions are computed for any token grid.
+        Raises ValueError if patch_size does not divide H and W, or if labels are missing.
         """
         tokens, context = self.embed(x, t, condition)
         for block in self.blocks:
@@ -171,17 +178,17 @@ class DiT(Network):
         return self.head(tokens, context)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
-        """The image as tokens [B, L, D] (L + M where the condition is appended) and the context of the blocks."""
+        """Return the tokens [B, L, D] (L + M where the condition is appended) and the context of the blocks."""
         return self.embed_patches(x, self.embed_condition(t, condition, self.grid(x)))
 
     def grid(self, x: Tensor) -> tuple[int, int]:
-        """The token grid (h, w) of x [B, C, H, W]."""
+        """Return the token grid (h, w) of x [B, C, H, W]."""
         self.config.check_size((x.shape[-2], x.shape[-1]))
         return x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
-        """As `embed`, with the time and the condition already in the context."""
-        # In the input's precision: under autocast the residuals are summed here.
+        """Like `embed`, with a context that `embed_condition` returned."""
+        # Tokens in the dtype of the input: under autocast, residuals are then summed in float32.
         tokens = self.x_embedder(x).to(x.dtype)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(context.grid, self.pos_embed)
@@ -190,21 +197,22 @@ class DiT(Network):
         return torch.cat((tokens, context.cond_tokens), dim=1) if self.appends_tokens else tokens, context
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        """The context of the blocks and the head from a time and a condition: everything that does not depend on x.
-
-        t [B], a token grid (h, w).
+        """Return the context of blocks and head: everything that depends only on the timesteps t [B], the condition
+        and the token grid (h, w).
         """
-        time = self.t_embedder(t)[:, None]  # one conditioning vector per image: G = 1
+        time = self.t_embedder(t)[:, None]  # one conditioning vector for each image: G = 1
         c, cond_tokens = time, [time]
         if self.y_embedder is not None:
             if condition.label is None:
-                raise ValueError(f"this network knows {self.config.num_classes} classes: give Condition(label=...)")
+                raise ValueError(
+                    f"the network is conditioned on {self.config.num_classes} classes: pass Condition(label=)"
+                )
             label = self.y_embedder(condition.label)[:, None]
             c, cond_tokens = time + label, [time, label]
         return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
 
     def head(self, tokens: Tensor, context: Context) -> Tensor:
-        """tokens [B, L (+ M), D] -> [B, O, H, W]"""
+        """Map the tokens of the last block to the output: [B, L (+ M), D] -> [B, O, H, W]"""
         patches = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
         return unpatchify(patches, self.config.patch_size, context.grid)
 

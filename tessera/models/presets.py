@@ -1,4 +1,4 @@
-"""The twelve models of the DiT paper (Peebles & Xie 2023, table 1), and U-Nets as large as each of them."""
+"""The twelve models of the DiT paper (Peebles & Xie 2023, table 1), and U-Nets of the same sizes."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ SIZES = {  # depth, width, heads
     "L":  (24, 1024, 16),
     "XL": (28, 1152, 16),
 }
-# Of U-Nets that see 32 x 32 latents of 4 channels: width and depth with as many multiply-adds, and with as many
-# parameters, to 3 %. `matching.matched` found them.
+# U-Nets for 32 x 32 latents of 4 channels: model_channels and num_res_blocks with the DiT's multiply-adds, and with its
+# parameters, to 3 %. Computed with `matching.match_unet`.
 UNET_SIZES = {
     "S/8":  {"gmacs": ( 20, 3), "parameters": ( 86, 2)},
     "S/4":  {"gmacs": ( 46, 2), "parameters": ( 86, 2)},
@@ -33,7 +33,7 @@ PRESETS = {
     for patch in (8, 4, 2)
 }
 
-UNETS: dict[str, dict[str, Any]] = {
+UNET_PRESETS: dict[str, dict[str, Any]] = {
     f"UNet-{name}-{by}": {
         "model_channels": width,
         "channel_mult": (1, 2, 4),
@@ -44,4 +44,4 @@ UNETS: dict[str, dict[str, Any]] = {
     for by, (width, depth) in sizes.items()
 }
 
-HEADS_OF_WIDTH = {width: heads for _, width, heads in SIZES.values()}
+NUM_HEADS_BY_WIDTH = {width: heads for _, width, heads in SIZES.values()}

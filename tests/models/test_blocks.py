@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tessera.models.blocks import AdaLN, AdaLNZero, BlockDims, Context, CrossAttend, InContext
+from tessera.models.blocks import (
+    AdaLN,
+    AdaLNZero,
+    BlockDims,
+    Context,
+    CrossAttend,
+    InContext,
+)
 
 WIDTH, HEADS, HIDDEN = 12, 3, 20
 
@@ -23,8 +30,8 @@ def attend(q, k, v):
     return np.einsum("bklm,bmkh->blkh", weights, split[2]).reshape(q.shape)
 
 
-class Explicit:
-    """A block's parts by the names of its state dict."""
+class NumpyBlock:
+    """The layers of a block in numpy, with the weights of its state dict."""
 
     def __init__(self, block):
         self.weights = {name: value.numpy() for name, value in block.state_dict().items()}
@@ -72,33 +79,38 @@ def adaln_zero(e, x, c, tokens):
 
 @pytest.mark.parametrize(
     ("design", "formula"),
-    [(InContext(), in_context), (CrossAttend(), cross_attention), (AdaLN(), adaln), (AdaLNZero(), adaln_zero)],
+    [
+        (InContext(), in_context),
+        (CrossAttend(), cross_attention),
+        (AdaLN(), adaln),
+        (AdaLNZero(), adaln_zero),
+    ],
     ids=lambda value: getattr(value, "kind", ""),
 )
-def test_a_block_is_its_formula(design, formula, randomise):
+def test_block_matches_its_formula(design, formula, randomise):
     block = randomise(design.build(BlockDims(WIDTH, HEADS, HIDDEN)).double())
     generator = torch.Generator().manual_seed(1)
     x, c, tokens = (
         torch.randn(4, length, WIDTH, dtype=torch.float64, generator=generator) for length in (4, 1, 2)
-    )  # as many samples as tokens: a wrong broadcast gives other numbers, not an error
+    )  # batch size = number of tokens, so a wrong broadcast gives wrong numbers, not an error
     with torch.no_grad():
-        got = block(x, Context(c=c, cond_tokens=tokens, grid=(2, 2)))
-    expected = formula(Explicit(block), x.numpy(), c.numpy(), tokens.numpy())
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
+        output = block(x, Context(c=c, cond_tokens=tokens, grid=(2, 2)))
+    expected = formula(NumpyBlock(block), x.numpy(), c.numpy(), tokens.numpy())
+    np.testing.assert_allclose(output.numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
-def test_the_norm_before_the_mlp_may_have_the_eps_of_diffusers(eps, randomise):
-    """Only that norm. x is small, so that eps shows, and stays small: attention adds nothing."""
+def test_mlp_norm_eps_applies_to_the_norm_before_the_mlp_only(eps, randomise):
+    """x is small, so that eps has an effect, and stays small, because the attention branch is zero."""
     block = randomise(AdaLNZero().build(BlockDims(WIDTH, HEADS, HIDDEN, mlp_norm_eps=eps)).double())
     x = 1e-3 * torch.randn(2, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     c = torch.ones(2, 1, WIDTH, dtype=torch.float64)
     with torch.no_grad():
         block.attn.proj.weight.zero_()
         block.attn.proj.bias.zero_()
-        got = block(x, Context(c=c, cond_tokens=c, grid=(2, 2)))
-    e = Explicit(block)
+        output = block(x, Context(c=c, cond_tokens=c, grid=(2, 2)))
+    e = NumpyBlock(block)
     _, _, _, shift, scale, gate = e.modulation_params(c.numpy(), 6)
     expected = x.numpy() + gate * e.mlp(norm(x.numpy(), eps) * (1 + scale) + shift)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(output.numpy(), expected, rtol=1e-10, atol=1e-10)
     assert block.norm1.eps == 1e-6

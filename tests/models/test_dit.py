@@ -1,4 +1,4 @@
-"""The network as a whole: what its rows depend on, where gradients flow, sizes other than the trained one."""
+"""The network as a whole: dependence on the inputs, gradients, sizes other than the trained one."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tessera.models.dit import DiT, DiTConfig
 from tessera.settings import validate
 
 DESIGNS = ["in-context", "cross-attention", "adaln", "adaln-zero"]
-LATER = ["adaln-single", "rope-swiglu"]
+LATER_DESIGNS = ["adaln-single", "rope-swiglu"]
 
 
 def config(**settings) -> DiTConfig:
@@ -32,51 +32,53 @@ def inputs(rows=4, size=(8, 12), seed=0):
     return torch.randn(rows, 3, *size, generator=generator), torch.tensor([0.0, 17.0, 500.0, 999.0])[:rows]
 
 
-@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER_DESIGNS])
 def test_gradients_reach_every_weight_of_every_block(design, randomise):
     network = randomise(config(block=design).build()).train()
     x, t = inputs()
     network(x, t, Condition(torch.tensor([0, 1, 4, -1]))).square().mean().backward()
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
-    still = [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()]
-    assert still == []
+    without_gradient = [
+        name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without_gradient == []
     for block in network.blocks:
         assert all(parameter.grad.norm() > 1e-6 for parameter in block.parameters())
 
 
-@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
-def test_label_time_and_picture_each_change_their_own_row_alone(design, randomise):
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER_DESIGNS])
+def test_label_time_and_image_affect_only_their_own_row(design, randomise):
     network = randomise(config(block=design).build())
     x, t = inputs()
     label = torch.tensor([0, 1, 4, -1])
     with torch.no_grad():
         before = network(x, t, Condition(label))
         for row in range(4):
-            at = torch.zeros(4, dtype=torch.bool)
-            at[row] = True
+            mask = torch.zeros(4, dtype=torch.bool)
+            mask[row] = True
             for changed in (
-                network(x, t, Condition(torch.where(at, 2, label))),
-                network(x, torch.where(at, 321.0, t), Condition(label)),
-                network(torch.where(at.view(4, 1, 1, 1), -x, x), t, Condition(label)),
+                network(x, t, Condition(torch.where(mask, 2, label))),
+                network(x, torch.where(mask, 321.0, t), Condition(label)),
+                network(torch.where(mask.view(4, 1, 1, 1), -x, x), t, Condition(label)),
             ):
                 difference = (changed - before).abs().amax(dim=(1, 2, 3))
                 assert difference[row] > 1e-2
-                assert difference[~at].max() < 1e-5
+                assert difference[~mask].max() < 1e-5
 
 
-@pytest.mark.parametrize("design", [*DESIGNS, *LATER])
-def test_all_designs_know_the_order_of_patches(design, randomise):
+@pytest.mark.parametrize("design", [*DESIGNS, *LATER_DESIGNS])
+def test_output_depends_on_patch_order(design, randomise):
     """Without positions a transformer would only permute its output with its input."""
     network = randomise(config(block=design, patch_size=4).build())
     x, t = inputs(2)
     with torch.no_grad():
         before = network(x, t, Condition([0, 1]))
-        swapped = network(x.roll(4, dims=3), t, Condition([0, 1]))
-    assert (swapped - before.roll(4, dims=3)).abs().max() > 1e-2
+        rolled = network(x.roll(4, dims=3), t, Condition([0, 1]))
+    assert (rolled - before.roll(4, dims=3)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("classes", [1, 5, 1000])
-def test_told_nothing_is_the_row_after_the_last_class(classes, randomise):
+def test_null_label_is_the_row_after_the_last_class(classes, randomise):
     network = randomise(config(num_classes=classes).build())
     x, t = inputs()
     rows = torch.full((4,), classes)
@@ -86,8 +88,8 @@ def test_told_nothing_is_the_row_after_the_last_class(classes, randomise):
 
 @pytest.mark.parametrize("size", [(10, 6), (16, 24), (12, 8)])  # the last has as many patches as the trained size
 @pytest.mark.parametrize("design", DESIGNS)
-def test_another_size_is_drawn_with_positions_of_its_own_grid(design, size, randomise):
-    """The same weights in a network configured for the other size give the same picture."""
+def test_other_sizes_use_positions_of_their_own_grid(design, size, randomise):
+    """The same weights in a network configured for the other size give the same output."""
     trained, other = config(block=design).build(), config(block=design, input_size=size).build()
     randomise(trained)
     positions = sincos_grid((size[0] // 2, size[1] // 2), 32)[None]
@@ -99,8 +101,8 @@ def test_another_size_is_drawn_with_positions_of_its_own_grid(design, size, rand
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-def test_a_patch_is_drawn_where_it_was_seen(design, randomise):
-    """With silent branches a token goes through unmixed, and the readout is norm, steering by c, linear."""
+def test_output_patch_is_at_the_place_of_its_input_patch(design, randomise):
+    """With zero branches the tokens pass unchanged, and the head is norm, modulation by c, linear."""
     network = randomise(config(block=design).build())
     x, t = inputs()
     with torch.no_grad():
@@ -111,7 +113,7 @@ def test_a_patch_is_drawn_where_it_was_seen(design, randomise):
                     getattr(block, name).proj.bias.zero_()
             block.mlp.fc2.weight.zero_()
             block.mlp.fc2.bias.zero_()
-        got = network(x, t, Condition([0, 1, 4, -1]))
+        output = network(x, t, Condition([0, 1, 4, -1]))
         c = network.t_embedder(t) + network.y_embedder.embedding_table.weight[[0, 1, 4, 5]]
         final = network.final_layer
         for i in range(4):
@@ -122,13 +124,12 @@ def test_a_patch_is_drawn_where_it_was_seen(design, randomise):
                 if design in ("adaln", "adaln-zero"):
                     shift, scale = final.adaLN_modulation[1](c * c.sigmoid()).chunk(2, dim=1)
                     token = token * (1 + scale) + shift
-                drawn = final.linear(token).view(4, 2, 2, 6).permute(0, 3, 1, 2)  # rows, columns, then channels
-                expected = got[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
-                torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+                patch = final.linear(token).view(4, 2, 2, 6).permute(0, 3, 1, 2)  # rows, columns, then channels
+                expected = output[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+                torch.testing.assert_close(expected, patch, rtol=1e-4, atol=1e-4)
 
 
-def test_the_table_in_the_checkpoint_is_the_one_used(randomise):
-    """At the trained size the stored positions count, not a table made anew."""
+def test_stored_position_table_is_used_at_the_trained_size(randomise):
     network = randomise(config().build())
     x, t = inputs()
     with torch.no_grad():
@@ -137,17 +138,17 @@ def test_the_table_in_the_checkpoint_is_the_one_used(randomise):
         assert (network(x, t, Condition([0, 1, 2, 3])) - before).abs().max() > 1e-2
 
 
-def test_a_size_the_patch_does_not_divide():
-    with pytest.raises(ValueError, match="patch 2 does not divide the size 7 x 12"):
+def test_size_not_divisible_by_patch_size_is_an_error():
+    with pytest.raises(ValueError, match="patch_size 2 does not divide the size 7 x 12"):
         config().build()(*inputs(size=(7, 12)), Condition([0, 1, 2, 3]))
 
 
-def test_labels_are_asked_for():
+def test_missing_labels_are_an_error():
     with pytest.raises(ValueError, match="5 classes"):
         config().build()(*inputs(), Condition())
 
 
-def test_an_unconditional_network_has_no_table(randomise):
+def test_unconditional_network_has_no_label_table(randomise):
     network = randomise(config(num_classes=0).build())
     assert network.y_embedder is None
     x, t = inputs()
@@ -155,7 +156,7 @@ def test_an_unconditional_network_has_no_table(randomise):
         assert network(x, t, Condition()).shape == (4, 6, 8, 12)
 
 
-def test_recomputed_blocks_give_the_same_gradients(randomise):
+def test_activation_checkpointing_gives_the_same_gradients(randomise):
     """Blocks are called with (tokens, context) alone, so that they can be recomputed, compiled and sharded."""
     network = randomise(config().build())
     x, t = inputs()
@@ -172,20 +173,20 @@ def test_recomputed_blocks_give_the_same_gradients(randomise):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
-        ({"hidden_size": 30, "num_heads": 4}, "width 30 is not divisible by heads 4"),
-        ({"hidden_size": 30, "num_heads": 3}, "width 30 is not divisible by 4"),
-        ({"input_size": 9}, "patch 2 does not divide the size 9 x 9"),
+        ({"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not divisible by num_heads 4"),
+        ({"hidden_size": 30, "num_heads": 3}, "hidden_size 30 is not divisible by 4"),
+        ({"input_size": 9}, "patch_size 2 does not divide the size 9 x 9"),
         ({"preset": "DiT-X/2"}, "did you mean 'DiT-"),
         ({"block": "adaln-one"}, "did you mean 'adaln-"),
         ({"hiden_size": 32}, "did you mean 'hidden_size'?"),
     ],
 )
-def test_configurations_that_cannot_be(settings, words):
-    with pytest.raises(TesseraError) as caught:
+def test_invalid_configurations_are_errors(settings, message):
+    with pytest.raises(TesseraError) as error:
         validate(DiTConfig, settings, "the network")
-    assert words in str(caught.value)
+    assert message in str(error.value)
 
 
 def test_the_defaults_are_xl2_on_imagenet():

@@ -30,12 +30,12 @@ def on_meta(**settings) -> DiT:
         return DiTConfig.model_validate(settings).build()
 
 
-def test_the_presets_are_the_twelve_of_the_paper():
+def test_presets_are_the_twelve_models_of_the_paper():
     assert set(PRESETS) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_presets(preset):
+def test_preset_counts(preset):
     parameters, gmacs = PUBLISHED[preset]
     network = on_meta(preset=preset)
     assert parameter_count(network) == parameters
@@ -48,15 +48,15 @@ def test_xl2_at_512_pixels():
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-def test_designs(design):
+def test_block_design_counts(design):
     millions, gmacs = DESIGNS[design]
     network = on_meta(preset="DiT-XL/2", block=design)
     assert parameter_count(network) / 1e6 == pytest.approx(millions, abs=0.05)
     assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.05)
 
 
-def counted(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
-    """Floating-point operations of a forward pass, or of both, by PyTorch (on a CPU it counts attention as nothing)."""
+def count_flops(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
+    """Floating-point operations of a forward pass, or of both, counted by PyTorch (without attention on a CPU)."""
     with torch.device("meta"):
         x, t = torch.empty(1, network.config.in_channels, *size), torch.empty(1)
         label = torch.empty(1, dtype=torch.int64) if network.config.num_classes else None
@@ -71,7 +71,7 @@ def counted(network: DiT, size: tuple[int, int], backward: bool = False) -> int:
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("classes", [0, 7])
 @pytest.mark.parametrize("design", DESIGNS)
-def test_macs_are_what_pytorch_counts(design, classes, patch, size):
+def test_macs_match_pytorch_flop_counter(design, classes, patch, size):
     network = on_meta(
         block=design,
         num_classes=classes,
@@ -83,19 +83,19 @@ def test_macs_are_what_pytorch_counts(design, classes, patch, size):
         mlp_ratio=3,
         in_channels=3,
     )
-    assert counted(network, size) == 2 * network.macs()
+    assert count_flops(network, size) == 2 * network.macs()
     other = (size[0] * 2, size[1])
-    assert counted(network, other) == 2 * network.macs(other)
+    assert count_flops(network, other) == 2 * network.macs(other)
 
 
 @pytest.mark.parametrize("design", DESIGNS)
-def test_macs_of_the_full_model_are_what_pytorch_counts(design):
+def test_macs_of_the_full_model_match_pytorch_flop_counter(design):
     network = on_meta(preset="DiT-XL/2", block=design)
-    assert counted(network, (32, 32)) == 2 * network.macs()
+    assert count_flops(network, (32, 32)) == 2 * network.macs()
 
 
 @pytest.mark.parametrize("design", [*DESIGNS, "adaln-single", "rope-swiglu"])
-def test_both_passes_are_three_forward_ones(design):
-    """To 1 %: nobody asks the gradient of what the first layers are given."""
+def test_forward_and_backward_cost_three_forward_passes(design):
+    """To 1 %: the inputs of the first layers need no gradient."""
     network = on_meta(preset="DiT-S/2", block=design, depth=3)
-    assert counted(network, (32, 32), backward=True) == pytest.approx(6 * network.macs(), rel=0.01)
+    assert count_flops(network, (32, 32), backward=True) == pytest.approx(6 * network.macs(), rel=0.01)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.network import parameter_count
-from tessera.models.presets import UNETS
+from tessera.models.presets import UNET_PRESETS
 from tessera.models.unet import FinalLayer, Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig
 from tessera.settings import validate
 
@@ -35,11 +35,11 @@ def on_meta(**settings) -> UNet:
         return UNetConfig.model_validate(settings).build()
 
 
-# diffusers' network
+# Comparison with diffusers
 
 
-def theirs_of(config: UNetConfig) -> UNet2DModel:
-    """ADM's U-Net as diffusers builds it, but for two numbers of ours: the time's frequencies and the norms' groups."""
+def diffusers_unet(config: UNetConfig) -> UNet2DModel:
+    """ADM's U-Net in diffusers, with our number of timestep frequencies and of norm groups."""
     levels = range(len(config.channel_mult))
     down = ["AttnDownBlock2D" if 2**level in config.attention_levels else "ResnetDownsampleBlock2D" for level in levels]
     network = UNet2DModel(
@@ -56,7 +56,7 @@ def theirs_of(config: UNetConfig) -> UNet2DModel:
         resnet_time_scale_shift="scale_shift",
         attention_head_dim=config.num_head_channels,
         norm_num_groups=1,
-        attn_norm_num_groups=1,  # or the middle's attention would have no norm
+        attn_norm_num_groups=1,  # otherwise the middle attention has no norm
         norm_eps=1e-5,
         num_class_embeds=config.num_classes + 1,
     )
@@ -68,20 +68,20 @@ def theirs_of(config: UNetConfig) -> UNet2DModel:
     return network
 
 
-def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
-    """Each parameter of ours, with those of theirs that it is put together from."""
-    found: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+def parameter_pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+    """Pairs of one of our parameters and the diffusers parameters that it concatenates."""
+    pairs: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
 
-    def both(one: nn.Module, *others: nn.Module) -> None:
+    def pair(one: nn.Module, *others: nn.Module) -> None:
         for name, parameter in one.named_parameters():
-            found.append((parameter, [other.get_parameter(name) for other in others]))
+            pairs.append((parameter, [other.get_parameter(name) for other in others]))
 
     time = theirs.time_embedding
-    both(ours.stem, theirs.conv_in)
-    both(ours.t_embedder, nn.ModuleDict({"mlp": nn.ModuleList((time.linear_1, nn.Identity(), time.linear_2))}))
-    both(ours.y_embedder.embedding_table, theirs.class_embedding)
-    both(ours.final_layer.norm, theirs.conv_norm_out)
-    both(ours.final_layer.conv, theirs.conv_out)
+    pair(ours.stem, theirs.conv_in)
+    pair(ours.t_embedder, nn.ModuleDict({"mlp": nn.ModuleList((time.linear_1, nn.Identity(), time.linear_2))}))
+    pair(ours.y_embedder.embedding_table, theirs.class_embedding)
+    pair(ours.final_layer.norm, theirs.conv_norm_out)
+    pair(ours.final_layer.conv, theirs.conv_out)
     residuals, attentions = [], []
     for level in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks):
         middle = level is theirs.mid_block
@@ -93,16 +93,16 @@ def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.P
             attentions.append(None)
     for block, residual, attention in zip(ours.blocks, residuals, attentions, strict=True):
         for one, other in (("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2")):
-            both(getattr(block.residual, one), getattr(residual, other))
-        both(block.residual.modulation.linear, residual.time_emb_proj)
+            pair(getattr(block.residual, one), getattr(residual, other))
+        pair(block.residual.modulation.linear, residual.time_emb_proj)
         if residual.conv_shortcut is not None:
-            both(block.residual.skip, residual.conv_shortcut)
+            pair(block.residual.skip, residual.conv_shortcut)
         assert (block.attention is None) == (attention is None)
         if attention is not None:
-            both(block.attention.norm, attention.group_norm)
-            both(block.attention.qkv, attention.to_q, attention.to_k, attention.to_v)
-            both(block.attention.proj, attention.to_out[0])
-    return found
+            pair(block.attention.norm, attention.group_norm)
+            pair(block.attention.qkv, attention.to_q, attention.to_k, attention.to_v)
+            pair(block.attention.proj, attention.to_out[0])
+    return pairs
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def pairs(ours: UNet, theirs: UNet2DModel) -> list[tuple[nn.Parameter, list[nn.P
         ({"attention_levels": (1, 4), "num_res_blocks": 1, "model_channels": 40, "channel_mult": (1, 1, 3)}, (4, 12)),
     ],
 )
-def test_outputs_and_gradients_are_those_of_diffusers(changes, size, randomise):
-    """Structure, weights and arithmetic; in double precision, so that 1e-5 leaves nothing to chance."""
+def test_outputs_and_gradients_match_diffusers(changes, size, randomise):
+    """In double precision, so that 1e-5 is far above rounding errors."""
     config = make(**changes)
-    ours, theirs = randomise(config.build()).double(), theirs_of(config).eval().double()
-    matched = pairs(ours, theirs)
+    ours, theirs = randomise(config.build()).double(), diffusers_unet(config).eval().double()
+    matched = parameter_pairs(ours, theirs)
     assert {id(one) for one, _ in matched} == {id(one) for one in ours.parameters()}
     assert {id(one) for _, others in matched for one in others} == {id(one) for one in theirs.parameters()}
     with torch.no_grad():
@@ -126,11 +126,11 @@ def test_outputs_and_gradients_are_those_of_diffusers(changes, size, randomise):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 3, *size, generator=generator, dtype=torch.float64)
     t, label = torch.tensor([0.0, 17.0, 500.0, 999.0]), torch.tensor([0, 2, 1, -1])
-    got = ours(x, t, Condition(label))
+    output = ours(x, t, Condition(label))
     expected = theirs(x, t, class_labels=torch.where(label < 0, 3, label)).sample
-    assert got.shape == (4, 6, *size)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    got.square().mean().backward()
+    assert output.shape == (4, 6, *size)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    output.square().mean().backward()
     expected.square().mean().backward()
     for one, others in matched:
         torch.testing.assert_close(one.grad, torch.cat([other.grad for other in others]), rtol=1e-5, atol=1e-7)
@@ -148,14 +148,14 @@ PUBLISHED = {  # Dhariwal & Nichol 2021: millions of parameters; Peebles & Xie 2
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_and_macs_are_those_that_were_published(name):
-    """ADM's networks for 1000 classes and no null class. Its own at 64 pixels has 192 sinusoids of time, not 256."""
-    (width, multipliers, depth, attention), millions, gmacs = PUBLISHED[name]
+def test_parameters_and_macs_match_published_values(name):
+    """ADM's networks for 1000 classes and no null class. (At 64 pixels, ADM has 192 timestep frequencies, not 256.)"""
+    (model_channels, channel_mult, num_res_blocks, attention_levels), millions, gmacs = PUBLISHED[name]
     shape = {
-        "model_channels": width,
-        "channel_mult": multipliers,
-        "num_res_blocks": depth,
-        "attention_levels": attention,
+        "model_channels": model_channels,
+        "channel_mult": channel_mult,
+        "num_res_blocks": num_res_blocks,
+        "attention_levels": attention_levels,
     }
     network = on_meta(
         input_size=int(name[3:]), in_channels=3, out_channels=6, num_classes=1000, learn_null_class=False, **shape
@@ -165,7 +165,7 @@ def test_parameters_and_macs_are_those_that_were_published(name):
         assert network.macs() / 1e9 == pytest.approx(gmacs, abs=0.5)
 
 
-def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
+def count_flops(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
     """Floating-point operations of a forward pass, and of both passes, by PyTorch."""
     with torch.device("meta"):
         x, t = torch.empty(1, network.config.in_channels, *size), torch.empty(1)
@@ -191,19 +191,19 @@ def counted(network: UNet, size: tuple[int, int]) -> tuple[int, int]:
         },
     ],
 )
-def test_macs_are_what_pytorch_counts(settings):
+def test_macs_match_pytorch_flop_counter(settings):
     network = on_meta(input_size=(32, 16), in_channels=4, out_channels=8, **settings)
     for size in ((32, 16), (16, 64)):
-        forward, both = counted(network, size)
+        forward, both = count_flops(network, size)
         assert forward == 2 * network.macs(size)
-        # But for the first layers, of whose inputs nobody asks the gradient, both passes are three forward ones.
+        # Both passes cost three forward passes, except for the first layers, whose inputs need no gradient.
         assert both == pytest.approx(6 * network.macs(size), rel=0.01)
 
 
-# What it does
+# Behaviour
 
 
-def test_a_fresh_network_draws_zero_and_its_blocks_add_nothing():
+def test_new_network_predicts_zero_and_its_blocks_are_the_identity():
     network = make().build()
     x, t, condition = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 900.0]), Condition([0, -1])
     assert not network(x, t, condition).any()
@@ -214,17 +214,17 @@ def test_a_fresh_network_draws_zero_and_its_blocks_add_nothing():
     assert torch.equal(attention(inside), inside)
 
 
-def test_it_sees_the_time_the_label_and_that_it_is_told_nothing(randomise):
+def test_output_depends_on_time_label_and_null_label(randomise):
     network = randomise(make().build())
     x = torch.randn(1, 3, 8, 8).expand(5, -1, -1, -1)
     t = torch.tensor([10.0, 10.0, 10.0, 10.0, 700.0])
-    one, other, again, nothing, later = network(x, t, Condition([0, 1, 0, -1, 0]))
-    torch.testing.assert_close(one, again)
-    for different in (other, nothing, later):
-        assert not torch.allclose(one, different, atol=1e-3)
+    first, other_label, same, null_label, other_time = network(x, t, Condition([0, 1, 0, -1, 0]))
+    torch.testing.assert_close(first, same)
+    for different in (other_label, null_label, other_time):
+        assert not torch.allclose(first, different, atol=1e-3)
 
 
-def test_every_sample_is_by_itself(randomise):
+def test_rows_are_independent(randomise):
     network = randomise(make().build())
     x, t, condition = torch.randn(3, 3, 8, 8), torch.tensor([1.0, 50.0, 900.0]), Condition([0, 1, 2])
     together = network(x, t, condition)
@@ -232,8 +232,8 @@ def test_every_sample_is_by_itself(randomise):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_position_sees_far_beyond_a_convolution(randomise):
-    """The last corner depends on the first: down the levels, or by attention, everything sees everything."""
+def test_receptive_field_is_the_whole_image(randomise):
+    """The last corner of the output depends on the first corner of the input, even without attention levels."""
     network, x = randomise(make(attention_levels=()).build()), torch.randn(1, 3, 8, 8, requires_grad=True)
     network(x, torch.tensor([50.0]), Condition([0]))[0, :, -1, -1].sum().backward()
     gradient: Tensor | None = x.grad
@@ -241,8 +241,8 @@ def test_a_position_sees_far_beyond_a_convolution(randomise):
     assert gradient[0, :, 0, 0].abs().max() > 1e-6
 
 
-@given(channels=st.integers(1, 2000), head_channels=st.integers(1, 128))
-def test_norms_and_heads_of_any_width(channels, head_channels):
+@given(channels=st.integers(1, 2000), num_head_channels=st.integers(1, 128))
+def test_norm_groups_and_heads_for_any_width(channels, num_head_channels):
     norm = Norm(channels)
     assert channels % norm.num_groups == 0
     assert norm.num_groups <= 32
@@ -250,16 +250,16 @@ def test_norms_and_heads_of_any_width(channels, head_channels):
     if channels % 32 == 0 and channels >= 128:
         assert norm.num_groups == 32  # as published
     with torch.device("meta"):
-        heads = SpatialAttention(channels, head_channels).heads
+        heads = SpatialAttention(channels, num_head_channels).heads
     assert channels % heads == 0
-    assert channels // heads <= head_channels
-    if channels % head_channels == 0:
-        assert channels // heads == head_channels
+    assert channels // heads <= num_head_channels
+    if channels % num_head_channels == 0:
+        assert channels // heads == num_head_channels
 
 
 @pytest.mark.parametrize("resampling", ["none", "down", "up"])
-def test_a_residual_block_resamples(resampling, randomise):
-    """A constant picture stays one inside: means and copies of equal numbers are those."""
+def test_residual_block_resamples(resampling, randomise):
+    """Resampling keeps a constant image constant."""
     block = randomise(ResidualBlock(8, 8, 16, resampling))
     nn.init.zeros_(block.conv2.weight)
     nn.init.zeros_(block.conv2.bias)
@@ -267,25 +267,25 @@ def test_a_residual_block_resamples(resampling, randomise):
     assert torch.equal(block(torch.full((1, 8, 4, 4), 0.7), torch.zeros(1, 16)), torch.full((1, 8, side, side), 0.7))
 
 
-def test_under_autocast_residuals_are_summed_in_float32(randomise):
+def test_residuals_are_float32_under_autocast(randomise):
     network = randomise(make().build())
-    seen = []
+    dtypes = []
     for block in network.blocks:
-        block.register_forward_hook(lambda module, given, features: seen.append(features.dtype))
+        block.register_forward_hook(lambda module, inputs, features: dtypes.append(features.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         network(torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), Condition([0, 1]))
-    assert seen == [torch.float32] * len(network.blocks)
+    assert dtypes == [torch.float32] * len(network.blocks)
 
 
-# What is told wrong
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"input_size": (8, 6)}, r"3 levels needs multiples of 4, and the size is 8 x 6"),
-        ({"attention_levels": (2, 8)}, r"factor of 8, but 3 multipliers make levels of 1, 2, 4"),
-        ({"attention_levels": 3}, r"factor of 3"),
+        ({"attention_levels": (2, 8)}, r"factor 8, but the 3 entries of channel_mult make levels of 1, 2, 4"),
+        ({"attention_levels": 3}, r"factor 3"),
         ({"channel_mult": ()}, r"channel_mult: .*at least 1 item"),
         ({"channel_mult": (1, 0)}, r"channel_mult\.1: .*greater than 0"),
         ({"patch_size": 2}, r"unknown key 'patch_size'.*kind: unet"),
@@ -293,21 +293,21 @@ def test_under_autocast_residuals_are_summed_in_float32(randomise):
         ({"preset": "DiT-S/8"}, r"unknown preset of a U-Net 'DiT-S/8'"),
     ],
 )
-def test_what_cannot_be_is_named(settings, said):
-    with pytest.raises(TesseraError, match=said):
+def test_invalid_configurations_are_errors(settings, message):
+    with pytest.raises(TesseraError, match=message):
         make(**settings)
 
 
-def test_what_a_forward_pass_lacks_is_named():
+def test_invalid_inputs_are_errors():
     network = make().build()
     with pytest.raises(ValueError, match="multiples of 4, and the size is 8 x 10"):
         network(torch.zeros(1, 3, 8, 10), torch.zeros(1), Condition([0]))
-    with pytest.raises(ValueError, match="knows 3 classes"):
+    with pytest.raises(ValueError, match="conditioned on 3 classes"):
         network(torch.zeros(1, 3, 8, 8), torch.zeros(1), Condition())
 
 
-def test_a_preset_fills_what_is_not_said():
+def test_settings_override_the_preset():
     config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "num_res_blocks": 1})
     assert config.num_res_blocks == 1
-    assert config.model_channels == UNETS["UNet-B/4-gmacs"]["model_channels"]
+    assert config.model_channels == UNET_PRESETS["UNet-B/4-gmacs"]["model_channels"]
     assert isinstance(config.build().final_layer, FinalLayer)

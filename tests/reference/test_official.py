@@ -1,7 +1,8 @@
-"""The official network and process, number by number: arrays its code gave for weights made by a formula.
+"""Network, diffusion process and samplers against arrays that the official code computed.
 
-config is the network's; every weight is filled by its own name; x, noise, t, y are the inputs. The official code ran
-in float32 with float64 schedules: one forward pass agrees to 1e-5, the loops to 1e-4, relative.
+`config` holds the settings of the network, and x, noise, t, y are the inputs. Each weight is generated from its name,
+so that both codes use equal weights. The official code ran in float32 with float64 schedules: one forward pass agrees
+to 1e-5, the loops to 1e-4, relative.
 """
 
 import json
@@ -23,7 +24,7 @@ from tessera.sampling.timesteps import Uniform, timestep_grid
 
 FOLDER = Path(__file__).parent
 
-TEN = timestep_grid(Uniform(), 10, GaussianDiffusionConfig().build())
+GRID = timestep_grid(Uniform(), 10, GaussianDiffusionConfig().build())
 
 
 def fill(shape: tuple[int, ...], name: str, scale: float) -> Tensor:
@@ -36,7 +37,7 @@ class Official:
     name: str
     numbers: dict[str, Tensor]
     network: DiT
-    process: GaussianDiffusion
+    diffusion: GaussianDiffusion
 
     def __getitem__(self, name: str) -> Tensor:
         return self.numbers[name]
@@ -46,20 +47,20 @@ class Official:
         return (self["t"] + 1) / 1000
 
     def denoiser(self, guidance: float = 1.0, channels="all") -> Denoiser:
-        return Denoiser(self.network, self.process, Condition(self["y"]), guidance, channels)
+        return Denoiser(self.network, self.diffusion, Condition(self["y"]), guidance, channels)
 
 
 @pytest.fixture(scope="module", params=["tiny", "patch4"])
 def official(request) -> Official:
     numbers = np.load(FOLDER / f"{request.param}.npz")
-    told = json.loads(str(numbers["config"]))
+    config = json.loads(str(numbers["config"]))
     network = DiTConfig(
-        input_size=told["input_size"],
-        patch_size=told["patch_size"],
-        num_classes=told["num_classes"],
-        hidden_size=told["hidden_size"],
-        depth=told["depth"],
-        num_heads=told["num_heads"],
+        input_size=config["input_size"],
+        patch_size=config["patch_size"],
+        num_classes=config["num_classes"],
+        hidden_size=config["hidden_size"],
+        depth=config["depth"],
+        num_heads=config["num_heads"],
     ).build()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -76,12 +77,12 @@ def _no_gradients():
         yield
 
 
-def check(got: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert got.shape == expected.shape
-    assert float((got - expected).norm() / expected.norm()) < tolerance
+def check(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).norm() / expected.norm()) < tolerance
 
 
-def test_the_numbers_cover_the_first_step(official):
+def test_reference_includes_the_first_timestep(official):
     assert official["t"][0] == 0
     assert len(official["t"]) > 1
 
@@ -95,47 +96,47 @@ def test_guidance_on_three_channels(official):
 
 
 def test_guidance_on_all_channels_differs(official):
-    """The rule of three channels is not the default."""
+    """Guidance on three channels only, as in the official code, is not our default."""
     raw = official.denoiser(4.0).raw(official["x"], official.times)
     assert (raw[:, :3] - official["cfg3"][:, :3]).norm() / official["cfg3"][:, :3].norm() < 1e-5
     assert (raw[:, 3] - official["cfg3"][:, 3]).norm() / official["cfg3"][:, 3].norm() > 0.01
 
 
 def test_noising(official):
-    check(official.process.add_noise(official["x"], official["noise"], official.times), official["q_sample"], 1e-6)
+    check(official.diffusion.add_noise(official["x"], official["noise"], official.times), official["q_sample"], 1e-6)
 
 
 def test_losses(official):
-    x = official.process.add_noise(official["x"], official["noise"], official.times)
-    raw = official.network(x, official.process.model_time(official.times), Condition(official["y"]))
-    losses = official.process.loss(raw, official["x"], official["noise"], official.times)
-    for got, name in ((losses.total, "train_loss"), (losses.mse, "train_mse"), (losses.vb, "train_vb")):
-        torch.testing.assert_close(got, official[name], rtol=1e-4, atol=1e-6, msg=name)
+    x = official.diffusion.add_noise(official["x"], official["noise"], official.times)
+    raw = official.network(x, official.diffusion.model_time(official.times), Condition(official["y"]))
+    losses = official.diffusion.loss(raw, official["x"], official["noise"], official.times)
+    for actual, name in ((losses.total, "train_loss"), (losses.mse, "train_mse"), (losses.vb, "train_vb")):
+        torch.testing.assert_close(actual, official[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("count", [10, 250])
 def test_respaced_steps(official, count):
-    visited = timestep_grid(Uniform(), count, GaussianDiffusionConfig().build())
-    assert visited[-1] == 0
-    assert official.process.model_time(visited[:-1]).tolist() == sorted(
+    grid = timestep_grid(Uniform(), count, GaussianDiffusionConfig().build())
+    assert grid[-1] == 0
+    assert official.diffusion.model_time(grid[:-1]).tolist() == sorted(
         official[f"respace{count}"].tolist(), reverse=True
     )
 
 
 def test_reverse_distribution(official):
-    grid = TEN
-    index = 10 - 1 - 6  # the file counts from the data upwards
+    grid = GRID
+    index = 10 - 1 - 6  # the reference numbers the steps from the data
     x = official["noise"]
     t, s = grid[index].expand(len(x)), grid[index + 1].expand(len(x))
     prediction = official.denoiser()(x, t)
-    mean, log_variance = official.process.p_mean_variance(x, prediction, t, s)
+    mean, log_variance = official.diffusion.p_mean_variance(x, prediction, t, s)
     check(prediction.x0, official["p_pred_xstart"], 1e-5)
     check(mean, official["p_mean"], 1e-5)
     check(log_variance, official["p_log_variance"], 1e-5)
 
 
 def test_ten_steps_of_ddim(official):
-    *_, last = sample_loop(DDIM(), official.denoiser(), official["noise"], TEN, noise=None)
+    *_, last = sample_loop(DDIM(), official.denoiser(), official["noise"], GRID, noise=None)
     check(last.x, official["ddim10"], 1e-4)
 
 
@@ -145,5 +146,5 @@ def test_ten_ancestral_steps(official):
     def noise() -> Tensor:
         return fill(shape, f"{official.name}/step{next(step)}", 1.0)
 
-    *_, last = sample_loop(Ancestral(), official.denoiser(), official["noise"], TEN, noise)
+    *_, last = sample_loop(Ancestral(), official.denoiser(), official["noise"], GRID, noise)
     check(last.x, official["ancestral10"], 1e-4)

@@ -1,4 +1,4 @@
-"""adaLN-single and the modern block: what they reduce to, what they share, and that each part can be left out alone."""
+"""adaln-single and rope-swiglu: their special cases, shared modules, and each component switched off alone."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ OFF = {  # the paper's adaLN-Zero block
 VARIANTS = {
     "adaln-single": {"kind": "adaln-single"},
     "rope-swiglu": {"kind": "rope-swiglu"},
-    **{f"modern-{name}": {"kind": "rope-swiglu", name: value} for name, value in OFF.items()},
+    **{f"without-{name}": {"kind": "rope-swiglu", name: value} for name, value in OFF.items()},
     **{
-        f"zero+{name}": {"kind": "rope-swiglu", **{key: value for key, value in OFF.items() if key != name}}
+        f"adaln-zero-with-{name}": {"kind": "rope-swiglu", **{key: value for key, value in OFF.items() if key != name}}
         for name in OFF
     },
 }
@@ -58,30 +58,30 @@ def inputs(size=(8, 12)):
 
 
 @each_variant
-def test_a_fresh_network_draws_zero_and_its_blocks_are_the_identity(block):
+def test_new_network_predicts_zero_and_its_blocks_are_the_identity(block):
     network = build(block)
     x, t = inputs()
     assert not network(x, t, Condition(LABEL)).any()
     tokens, context = network.embed(x, t, Condition(LABEL))
-    for each in network.blocks:
-        assert torch.equal(each(tokens, context), tokens)
+    for block_module in network.blocks:
+        assert torch.equal(block_module(tokens, context), tokens)
 
 
 @each_variant
 def test_gradients_reach_every_weight(block, randomise):
     network = randomise(build(block)).train()
     network(*inputs(), Condition(LABEL)).square().mean().backward()
-    still = [
+    without_gradient = [
         name
         for name, parameter in network.named_parameters()
         if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
     ]
-    assert still == []
+    assert without_gradient == []
 
 
 @each_variant
-def test_a_fresh_network_learns(block):
-    """Zero gates and tables are no trap: a few steps bring the loss down and move the blocks."""
+def test_new_network_learns(block):
+    """With zero-initialised gates and tables, a few steps still reduce the loss and change the blocks."""
     network = build(block)
     x, t = inputs()
     target = torch.randn(4, 6, 8, 12, generator=torch.Generator().manual_seed(1))
@@ -95,11 +95,11 @@ def test_a_fresh_network_learns(block):
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
     tokens, context = network.embed(x, t, Condition(LABEL))
-    assert all((each(tokens, context) - tokens).abs().max() > 1e-3 for each in network.blocks)
+    assert all((block_module(tokens, context) - tokens).abs().max() > 1e-3 for block_module in network.blocks)
 
 
 @each_variant
-def test_rows_do_not_know_each_other_at_any_size(block, randomise):
+def test_rows_are_independent_at_any_size(block, randomise):
     network = randomise(build(block))
     for size in ((8, 12), (12, 8), (4, 20), (16, 16)):
         x, t = inputs(size)
@@ -111,7 +111,7 @@ def test_rows_do_not_know_each_other_at_any_size(block, randomise):
 
 
 @each_variant
-def test_multiply_adds_are_what_pytorch_counts(block):
+def test_macs_match_pytorch_flop_counter(block):
     for settings in ({}, {"num_classes": 0, "patch_size": 4, "mlp_ratio": 3}):
         with torch.device("meta"):
             network = build(block, **settings)
@@ -123,14 +123,14 @@ def test_multiply_adds_are_what_pytorch_counts(block):
 
 
 @each_variant
-def test_recomputed_blocks_give_the_same_gradients(block, randomise):
+def test_activation_checkpointing_gives_the_same_gradients(block, randomise):
     network = randomise(build(block))
     network(*inputs(), Condition(LABEL)).square().mean().backward()
     expected = {name: parameter.grad for name, parameter in network.named_parameters()}
     network.zero_grad(set_to_none=True)
     tokens, context = network.embed(*inputs(), Condition(LABEL))
-    for each in network.blocks:
-        tokens = checkpoint(each, tokens, context, use_reentrant=False)
+    for block_module in network.blocks:
+        tokens = checkpoint(block_module, tokens, context, use_reentrant=False)
     network.head(tokens, context).square().mean().backward()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -138,8 +138,8 @@ def test_recomputed_blocks_give_the_same_gradients(block, randomise):
 
 
 @pytest.mark.parametrize("kind", ["adaln-single", "rope-swiglu"])
-def test_compiled_whole_the_network_is_the_same(kind, randomise):
-    """In one graph, forward and backward, another size than configured included."""
+def test_compiled_network_gives_the_same_gradients(kind, randomise):
+    """In one graph, for the configured size and another one."""
     network = randomise(build(kind, depth=2))
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     for size in ((8, 12), (12, 4)):
@@ -153,7 +153,7 @@ def test_compiled_whole_the_network_is_the_same(kind, randomise):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_under_autocast_the_residuals_stay_in_float32(randomise):
+def test_residuals_are_float32_under_autocast(randomise):
     network = randomise(build("rope-swiglu"))
     with torch.no_grad():
         expected = network(*inputs(), Condition(LABEL))
@@ -161,23 +161,23 @@ def test_under_autocast_the_residuals_stay_in_float32(randomise):
             tokens, context = network.embed(*inputs(), Condition(LABEL))
             assert tokens.dtype == torch.float32
             assert network.blocks[0](tokens, context).dtype == torch.float32
-            got = network(*inputs(), Condition(LABEL))
-    assert (got.float() - expected).norm() < 0.1 * expected.norm()
+            output = network(*inputs(), Condition(LABEL))
+    assert (output.float() - expected).norm() < 0.1 * expected.norm()
 
 
-# What they reduce to
+# Special cases
 
 
-def test_modern_with_everything_off_is_adaln_zero(randomise):
-    modern, zero = build({"kind": "rope-swiglu", **OFF}), randomise(build("adaln-zero"))
-    modern.load_state_dict(zero.state_dict())
+def test_rope_swiglu_with_all_components_off_is_adaln_zero(randomise):
+    rope_swiglu, zero = build({"kind": "rope-swiglu", **OFF}), randomise(build("adaln-zero"))
+    rope_swiglu.load_state_dict(zero.state_dict())
     with torch.no_grad():
-        got, expected = modern(*inputs(), Condition(LABEL)), zero(*inputs(), Condition(LABEL))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        output, expected = rope_swiglu(*inputs(), Condition(LABEL)), zero(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("single", ["adaln-single", {"kind": "rope-swiglu", **OFF, "modulation": "shared"}])
-def test_shared_modulation_is_adaln_zero_whose_blocks_hold_the_sums(single, randomise):
+def test_shared_modulation_equals_adaln_zero_with_summed_biases(single, randomise):
     """shared(c) + table: in each block a layer of the shared weight, and as bias the shared one plus the table."""
     ours, zero = randomise(build(single)), build("adaln-zero")
     state = ours.state_dict()
@@ -188,45 +188,46 @@ def test_shared_modulation_is_adaln_zero_whose_blocks_hold_the_sums(single, rand
         state[f"blocks.{i}.adaLN_modulation.1.bias"] = bias + table.flatten()
     zero.load_state_dict(state)
     with torch.no_grad():
-        got, expected = ours(*inputs(), Condition(LABEL)), zero.eval()(*inputs(), Condition(LABEL))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        output, expected = ours(*inputs(), Condition(LABEL)), zero.eval()(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_no_share_of_the_first_values_is_no_value_residual(randomise):
+def test_zero_value_residual_weight_equals_no_value_residual(randomise):
     with_values = randomise(build("rope-swiglu"))
     without = build({"kind": "rope-swiglu", "value_residual": False}).eval()
     for block in with_values.blocks:
         torch.nn.init.zeros_(block.attn.v_residual_lambda)
     state = with_values.state_dict()
-    without.load_state_dict({k: v for k, v in state.items() if "value" not in k and "v_residual" not in k})
+    without.load_state_dict({k: v for k, v in state.items() if "v0_proj" not in k and "v_residual" not in k})
     with torch.no_grad():
-        got, expected = with_values(*inputs(), Condition(LABEL)), without(*inputs(), Condition(LABEL))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        output, expected = with_values(*inputs(), Condition(LABEL)), without(*inputs(), Condition(LABEL))
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-# What is where
+# Parameters
 
 
-def test_parameters():
-    """Against adaLN-Zero: one modulation layer instead of one a block, tables; then biases, positions, SwiGLU of 88
-    (two thirds of 128, rounded up to a multiple of 8), sharpness and share in each block, the first values."""
+def test_parameter_counts():
+    """Differences to adaLN-Zero: one modulation layer instead of one for each block, and tables; then biases,
+    positions, a SwiGLU width of 88 (two thirds of 128, rounded up to a multiple of 8), qk_scale and v_residual_lambda
+    in each block, and the linear map for v0."""
     depth, d, heads = 3, 32, 4
     zero = parameter_count(build("adaln-zero"))
     single = parameter_count(build("adaln-single"))
     assert zero - single == (depth - 1) * (6 * d * d + 6 * d) - depth * 6 * d
-    modern = parameter_count(build("rope-swiglu"))
+    rope_swiglu = parameter_count(build("rope-swiglu"))
     biases = depth * (3 * d + d + 4 * d + d)
     swiglu = depth * (3 * d * 88 - 2 * d * 128)
-    assert modern == single - biases - 24 * d + swiglu + depth * (heads + 1) + d * d
+    assert rope_swiglu == single - biases - 24 * d + swiglu + depth * (heads + 1) + d * d
 
 
-def test_rotary_needs_no_table():
+def test_rotary_positions_need_no_table():
     assert "pos_embed" not in build("rope-swiglu").state_dict()
     assert "pos_embed" in build({"kind": "rope-swiglu", "positions": "sincos"}).state_dict()
 
 
-def test_all_initial_steering_is_zero():
-    """Offsets and the shared layer alike: their sum holds the gates."""
+def test_all_initial_modulation_is_zero():
+    """The tables and the shared layer: the gates are their sum."""
     network = build("rope-swiglu")
     assert all(not module.table.any() for module in network.modules() if isinstance(module, ScaleShiftTable))
     assert not network.shared.adaLN_modulation.linear.weight.any()
@@ -235,7 +236,7 @@ def test_all_initial_steering_is_zero():
 
 @each_variant
 def test_all_modulation_parameters_come_from_the_context(block, randomise):
-    """A context that answers from elsewhere is enough to steer the network: no part reads c by another way."""
+    """A context that overrides `modulation_params` determines all modulation: no module reads c directly."""
 
     class Constant(Context):
         def modulation_params(self, modulation):
@@ -243,31 +244,31 @@ def test_all_modulation_parameters_come_from_the_context(block, randomise):
 
     network = randomise(build(block))
     x, t = inputs()
-    real = network.embed_condition
+    original = network.embed_condition
 
     def embed_condition(*inputs):
-        context = real(*inputs)
+        context = original(*inputs)
         return Constant(c=context.c, cond_tokens=context.cond_tokens, grid=context.grid)
 
     network.embed_condition = embed_condition
     with torch.no_grad():
-        got = network(x, t, Condition(LABEL))
-        assert torch.equal(got, network(x, t.flip(0), Condition([4, 3, 2, 1])))
-        assert (got - network(x.flip(0), t, Condition(LABEL))).abs().max() > 1e-2
+        output = network(x, t, Condition(LABEL))
+        assert torch.equal(output, network(x, t.flip(0), Condition([4, 3, 2, 1])))
+        assert (output - network(x.flip(0), t, Condition(LABEL))).abs().max() > 1e-2
 
 
 @each_variant
-def test_a_bundle_brings_it_back(block, make_model, tmp_path):
+def test_bundle_round_trip(block, make_model, tmp_path):
     model = make_model(network={"block": block})
     save(model, tmp_path / "bundle")
-    read = load(tmp_path / "bundle")
-    assert read.config == model.config
+    loaded = load(tmp_path / "bundle")
+    assert loaded.config == model.config
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 500.0])
     with torch.no_grad():
-        assert torch.equal(read.network(x, t, Condition([0, 2])), model.network(x, t, Condition([0, 2])))
+        assert torch.equal(loaded.network(x, t, Condition([0, 2])), model.network(x, t, Condition([0, 2])))
 
 
-def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
+def test_model_card_lists_the_design_and_changed_settings(make_model):
     model = make_model(network={"block": {"kind": "rope-swiglu", "mlp": "gelu", "qk_norm": False}})
     assert describe(model)["network"].startswith("DiT, rope-swiglu mlp=gelu qk_norm=False, depth 2")
     assert "rope-swiglu mlp=gelu qk_norm=False" in render(model)
@@ -275,20 +276,20 @@ def test_the_card_names_the_design_and_what_is_not_its_default(make_model):
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
-        ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "makes 10 channels a head"),
+        ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "10 channels per head"),
         ({"hidden_size": 40, "num_heads": 4, "block": "rope-swiglu"}, "block.positions=sincos"),
         ({"block": {"kind": "rope-swiglu", "qk_nrom": True}}, "did you mean 'qk_norm'?"),
         ({"block": {"kind": "rope-swiglu", "mlp": "relu"}}, "'swiglu' or 'gelu'"),
-        ({"block": "modrn"}, "rope-swiglu"),
+        ({"block": "rope-swiglo"}, "rope-swiglu"),
     ],
 )
-def test_configurations_that_cannot_be(settings, words):
-    with pytest.raises(TesseraError) as caught:
+def test_invalid_configurations_are_errors(settings, message):
+    with pytest.raises(TesseraError) as error:
         validate(DiTConfig, {**SIZES, **settings}, "the network")
-    assert words in str(caught.value)
+    assert message in str(error.value)
 
 
-def test_heads_that_cannot_turn_may_have_a_table():
+def test_sincos_positions_allow_any_head_size():
     assert build({"kind": "rope-swiglu", "positions": "sincos"}, hidden_size=40, num_heads=4)
