@@ -9,9 +9,13 @@ from pydantic import BeforeValidator, Field
 
 from tessera.diffusion.flow import FlowMatching, FlowMatchingConfig
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
+from tessera.diffusion.process import DiffusionProcess, Losses, Prediction
 from tessera.settings import expand_kind
 
-DiffusionProcess = GaussianDiffusion | FlowMatching
+__all__ = [
+    "AnyDiffusionConfig", "DiffusionProcess", "FlowMatching", "FlowMatchingConfig", "GaussianDiffusion",
+    "GaussianDiffusionConfig", "Losses", "Prediction",
+]  # fmt: skip
 
 
 def _gaussian_by_default(value: Any) -> Any:
@@ -21,13 +25,4 @@ def _gaussian_by_default(value: Any) -> Any:
 
 AnyDiffusionConfig = Annotated[
     GaussianDiffusionConfig | FlowMatchingConfig, BeforeValidator(_gaussian_by_default), Field(discriminator="kind")
-]
-
-__all__ = [
-    "AnyDiffusionConfig",
-    "DiffusionProcess",
-    "FlowMatching",
-    "FlowMatchingConfig",
-    "GaussianDiffusion",
-    "GaussianDiffusionConfig",
 ]

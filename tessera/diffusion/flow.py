@@ -1,8 +1,8 @@
-"""Flow matching: data and noise on one path, and a network that learns the velocity along it.
+"""Flow matching: a path from data to noise, and a network that learns the velocity along it.
 
 Rectified flow (Liu et al. 2023), flow matching (Lipman et al. 2023), stochastic interpolants (Albergo et al. 2023; Ma
-et al. 2024, "SiT"). Time runs from 0 (data) to 1 (noise) here; SiT's is 1 - t. Times are [B] tensors on the CPU, shares
-of data and noise float64. Shapes: B batch, C channels.
+et al. 2024, "SiT"). Time runs from 0 (data) to 1 (noise); SiT's is 1 - t. Times are [B] tensors on the CPU; alpha and
+sigma are float64. Shapes: B batch, C channels.
 """
 
 import math
@@ -12,16 +12,16 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor
 
-from tessera.diffusion.prediction import Losses, Prediction, expand, row_mean
+from tessera.diffusion.process import Losses, Prediction, expand, row_mean
 from tessera.settings import Settings, expand_kind
 
 Parameterization = Literal["velocity", "x0", "epsilon"]
-BASE_DIMENSION = 4096  # input dimensions at which `shift: dimension` changes nothing: the 32 x 32 x 4 latent of DiT
-T_EPS = 1e-5  # distance from both ends within which training samples no times
+BASE_DIMENSION = 4096  # values of an input for which `shift: dimension` is 1: DiT's latents of 32 x 32 x 4
+T_EPS = 1e-5  # distance of training times from 0 and 1
 
 
 class UniformTimesteps(Settings):
-    """Every time equally often."""
+    """Uniform times."""
 
     kind: Literal["uniform"] = "uniform"
 
@@ -30,9 +30,9 @@ class UniformTimesteps(Settings):
 
 
 class LogitNormalTimesteps(Settings):
-    """Times whose logit is normal: the middle of the path more often (Esser et al. 2024, section 3.1).
+    """Times whose logit is normal, most of them in the middle of the path (Esser et al. 2024, section 3.1).
 
-    mean > 0 moves towards the noise.
+    A mean above 0 shifts them to the noise.
     """
 
     kind: Literal["logit-normal"] = "logit-normal"
@@ -40,46 +40,46 @@ class LogitNormalTimesteps(Settings):
     std: PositiveFloat = 1.0
 
     def sample(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) -> times, by the inverse of the distribution function."""
+        """Times from uniform numbers in [0, 1), by the inverse of the distribution function."""
         inside = uniform.double().clamp(1e-7, 1 - 1e-7)
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(inside))
 
 
 class FlowMatchingConfig(Settings):
-    """The defaults are rectified flow with uniform times."""
+    """Settings of a flow matching process. The defaults are rectified flow with uniform times."""
 
     kind: Literal["flow"] = "flow"
     path: Literal["linear", "gvp"] = Field(
         default="linear", description="(1 - t) x0 + t eps, or cos and sin of t pi / 2 (SiT's GVP)"
     )
-    prediction: Parameterization = Field(default="velocity", description="what the network's output is")
+    prediction: Parameterization = Field(default="velocity", description="what the network predicts")
     loss: Parameterization = Field(
-        default="velocity", description="what the squared error is of, whatever the prediction"
+        default="velocity", description="the quantity of the squared error, independent of the prediction"
     )
     timestep_sampling: Annotated[
         UniformTimesteps | LogitNormalTimesteps, BeforeValidator(expand_kind), Field(discriminator="kind")
     ] = UniformTimesteps()
     shift: PositiveFloat | Literal["dimension"] = Field(
         default=1.0,
-        description="moves training times to the noise (above 1) or to the data (below); dimension: the square root of "
-        "the size of what the network sees over 4096, so that noise hides as much in any size",
+        description="shifts training times to the noise (above 1) or to the data (below 1); dimension: the square root "
+        "of the number of values of an input over 4096, so that noise destroys as much detail at every size",
     )
     min_weight: float = Field(
         default=0.05,
         gt=0,
         lt=1,
-        description="shares of data or noise below this count as this in a converted loss, and where x0 is read off "
-        "an epsilon: in pure noise it would be an error divided by nothing",
+        description="lower limit of alpha and sigma in a converted loss, and of alpha where x0 is computed from "
+        "epsilon: near pure noise, errors would be divided by almost 0",
     )
     network_times: tuple[float, float] = Field(
-        default=(0.0, 1000.0), description="the network's time input at the data and at the noise; SiT's: 1, 0"
+        default=(0.0, 1000.0), description="the network's time input for data and for noise; SiT: 1, 0"
     )
 
     def build(self) -> "FlowMatching":
         return FlowMatching(self)
 
-    def resolved(self, channels: int, size: tuple[int, int]) -> "FlowMatchingConfig":
-        """For a network that sees so many channels of such a size: with the shift as a number.
+    def resolve(self, channels: int, size: tuple[int, int]) -> "FlowMatchingConfig":
+        """The settings with shift as a number, for an input of these channels and this size.
 
         Esser et al. 2024, equation 23: sqrt(m / n).
         """
@@ -88,44 +88,44 @@ class FlowMatchingConfig(Settings):
         return self.model_copy(update={"shift": math.sqrt(channels * size[0] * size[1] / BASE_DIMENSION)})
 
     def summary(self) -> str:
-        """In one line, for people."""
-        by = self.shift if self.shift == "dimension" else f"{self.shift:.3g}"
-        shift = f", times shifted by {by}" if self.shift != 1 else ""
+        """The settings in one line."""
+        factor = self.shift if self.shift == "dimension" else f"{self.shift:.3g}"
+        shift = f", times shifted by {factor}" if self.shift != 1 else ""
         loss = f", {self.loss} loss" if self.loss != self.prediction else ""
         return f"flow, {self.path} path, {self.prediction} prediction{loss}, {self.timestep_sampling.kind} times{shift}"
 
 
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """t moved towards the noise by shift > 1, towards the data by shift < 1 (Esser et al. 2024, equation 23)."""
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+    """Shift t to the noise (shift > 1) or to the data (shift < 1) (Esser et al. 2024, equation 23)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 class FlowMatching:
     """x_t = alpha(t) x0 + sigma(t) eps from the data at t = 0 to the noise at t = 1."""
 
-    steps = None  # any time between 0 and 1
+    num_timesteps = None  # time is continuous
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         if config.shift == "dimension":
-            raise ValueError("shift: dimension needs the size of what the network sees: call FlowConfig.resolved first")
+            raise ValueError("shift: dimension needs the input size: call FlowMatchingConfig.resolve first")
         self.config = config
         self.shift = float(config.shift)
 
     def out_channels(self, channels: int) -> int:
-        """Raw output channels a network needs to serve this process."""
+        """Raw output channels of a network for an input of C channels."""
         return channels
 
     # Times
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Uniform numbers in [0, 1) -> the times of training. [B] -> [B]"""
-        t = shifted(self.config.timestep_sampling.sample(uniform), self.shift)
+        """Training times from uniform numbers in [0, 1): [B] -> [B]"""
+        t = shift_timesteps(self.config.timestep_sampling.sample(uniform), self.shift)
         return t.clamp(T_EPS, 1 - T_EPS).to(uniform.dtype)
 
     def model_time(self, t: Tensor) -> Tensor:
-        """t -> the units a network is trained in, float32."""
-        at_data, at_noise = self.config.network_times
-        return (at_data + (at_noise - at_data) * t.double()).to(torch.float32)
+        """t in the units the network was trained in: float32 [B]"""
+        start, end = self.config.network_times
+        return (start + (end - start) * t.double()).to(torch.float32)
 
     def time_from_nsr(self, ratio: Tensor) -> Tensor:
         """The time at which sigma / alpha is ratio, float64 [B]."""
@@ -135,29 +135,29 @@ class FlowMatching:
     # Noise
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The share of the data in x_t, float64 [B]."""
+        """The factor of the data in x_t, float64 [B]"""
         t = t.double()
-        return 1 - t if self.config.path == "linear" else torch.sin((1 - t) * math.pi / 2)  # 0 at t = 1 to the bit
+        return 1 - t if self.config.path == "linear" else torch.sin((1 - t) * math.pi / 2)  # exactly 0 at t = 1
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The share of the noise in x_t, float64 [B]."""
+        """The factor of the noise in x_t, float64 [B]"""
         t = t.double()
         return t if self.config.path == "linear" else torch.sin(t * math.pi / 2)
 
     def schedule_derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """How fast alpha and sigma change, d/dt, float64 [B] each."""
+        """The derivatives of alpha and sigma by t, float64 [B] each."""
         if self.config.path == "linear":
             return -torch.ones_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
         return -math.pi / 2 * self.sigma(t), math.pi / 2 * self.alpha(t)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t. x0 and noise [B, ...], t [B]"""
+        """x_t. x0 and noise [B, C, ...], t [B]"""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
-    # What a raw output means
+    # Predictions and targets
 
     def predict(self, raw: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """A raw output [B, C, ...] at x [B, C, ...] and t [B] as x0 and eps."""
+        """A raw output [B, C, ...] at x [B, C, ...] and t [B], converted to x0 and eps."""
         raw = raw.to(x.dtype)
         alpha, sigma = self.alpha(t), self.sigma(t)
         if self.config.prediction == "x0":  # without noise, eps is undetermined: any value works
@@ -166,12 +166,12 @@ class FlowMatching:
             return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.min_weight), x), raw)
         # v = alpha' x0 + sigma' eps and x = alpha x0 + sigma eps, solved for x0 and eps
         alpha_rate, sigma_rate = self.schedule_derivative(t)
-        turn = alpha * sigma_rate - alpha_rate * sigma
-        x0 = expand(sigma_rate / turn, x) * x - expand(sigma / turn, x) * raw
-        return Prediction(x0, expand(alpha / turn, x) * raw - expand(alpha_rate / turn, x) * x)
+        determinant = alpha * sigma_rate - alpha_rate * sigma
+        x0 = expand(sigma_rate / determinant, x) * x - expand(sigma / determinant, x) * raw
+        return Prediction(x0, expand(alpha / determinant, x) * raw - expand(alpha_rate / determinant, x) * x)
 
     def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the raw output is trained towards."""
+        """The target of a raw output."""
         if self.config.prediction == "x0":
             return x0
         if self.config.prediction == "epsilon":
@@ -182,19 +182,19 @@ class FlowMatching:
     # Training
 
     def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
-        """Mean squared error of the quantity that `loss` names, per sample [B].
+        """Mean squared error of the quantity `config.loss`, per sample [B].
 
-        At one x the errors of x0, eps and v are one error times 1, alpha / sigma and (alpha sigma' - alpha' sigma) /
-        sigma (Li & He 2025, "Back to Basics", table 1), so that any prediction can be trained under any loss.
+        At a given x, the errors of x0, eps and v are one error times 1, alpha / sigma and (alpha sigma' - alpha' sigma)
+        / sigma (Li & He 2025, "Back to Basics", table 1). So every prediction can be trained with every loss.
         """
         mse = row_mean(torch.square(raw.to(x0.dtype) - self.training_target(x0, noise, t)))
         if self.config.loss == self.config.prediction:
             return Losses(total=mse, mse=mse)
-        weight = self._error(self.config.loss, t) / self._error(self.config.prediction, t)
+        weight = self._error_factor(self.config.loss, t) / self._error_factor(self.config.prediction, t)
         return Losses(total=mse * expand(weight**2, mse), mse=mse)
 
-    def _error(self, quantity: Parameterization, t: Tensor) -> Tensor:
-        """The size of an error in a quantity that is 1 in x0, float64 [B]."""
+    def _error_factor(self, quantity: Parameterization, t: Tensor) -> Tensor:
+        """The error of a quantity for an error of 1 in x0, float64 [B]."""
         alpha, sigma = self.alpha(t).clamp(min=self.config.min_weight), self.sigma(t).clamp(min=self.config.min_weight)
         if quantity == "x0":
             return torch.ones_like(sigma)

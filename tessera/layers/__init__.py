@@ -1,1 +1,1 @@
-"""Tensors to tensors: the parts networks are made of, each stating its own multiply-adds."""
+"""The building blocks of networks, each of which counts its own multiply-adds."""

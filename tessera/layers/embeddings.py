@@ -1,4 +1,4 @@
-"""Times and labels to vectors, with the parameter names of the official checkpoints.
+"""Embeddings of timesteps and labels, with the parameter names of the official checkpoints.
 
 Shapes: B batch, D width, F sinusoid channels.
 """
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, nn
 
 
-def sinusoid(t: Tensor, channels: int, divisor: float, period: float = 10000.0) -> Tensor:
-    """t [...] -> [..., F]: cosines then sines of frequencies period^(-i / divisor), i = 0 .. F/2 - 1, in float32.
+def sinusoidal_embedding(t: Tensor, channels: int, freq_divisor: float, max_period: float = 10000.0) -> Tensor:
+    """t [...] -> [..., F]: cosines, then sines, of t max_period^(-i / freq_divisor), i = 0 .. F/2 - 1, in float32.
 
     The GLIDE form (Nichol et al. 2021) divides by F/2; diffusers' DiT divides by F/2 - 1.
     """
-    # Multiplied before divided, as both do: at t = 999 the last bit of a frequency changes the network's output.
-    exponents = -math.log(period) * torch.arange(channels // 2, dtype=torch.float32, device=t.device) / divisor
+    # Multiply before dividing, as both do: at t = 999 the last bit of a frequency changes the network's output.
+    exponents = -math.log(max_period) * torch.arange(channels // 2, dtype=torch.float32, device=t.device) / freq_divisor
     angles = t.to(torch.float32)[..., None] * torch.exp(exponents)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
-    """A sinusoid of the time, then a two-layer MLP."""
+    """A sinusoidal embedding of the time, then a two-layer MLP."""
 
     CHANNELS = 256
 
-    def __init__(self, width: int, divisor: int = CHANNELS // 2) -> None:
+    def __init__(self, width: int, freq_divisor: int = CHANNELS // 2) -> None:
         super().__init__()
-        self.divisor = divisor
+        self.freq_divisor = freq_divisor
         self.mlp = nn.Sequential(nn.Linear(self.CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
     @property
@@ -37,7 +37,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [...] in the units the network was trained in -> [..., D]"""
-        return self.mlp(sinusoid(t, self.CHANNELS, self.divisor).to(self.linears[0].weight.dtype))
+        return self.mlp(sinusoidal_embedding(t, self.CHANNELS, self.freq_divisor).to(self.linears[0].weight.dtype))
 
     def macs(self) -> int:
         """Multiply-adds for one time."""
@@ -45,22 +45,24 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A learned vector for each class, and one more for the null label, which label dropout and guidance use."""
+    """A learned vector per class, and one more for the null label, which label dropout and guidance use."""
 
-    def __init__(self, classes: int, width: int, learn_null_class: bool = True) -> None:
+    def __init__(self, num_classes: int, width: int, learn_null_class: bool = True) -> None:
         super().__init__()
-        self.classes = classes
+        self.num_classes = num_classes
         self.learn_null_class = learn_null_class
-        self.embedding_table = nn.Embedding(classes + learn_null_class, width)
+        self.embedding_table = nn.Embedding(num_classes + learn_null_class, width)
 
-    def forward(self, label: Tensor, drop: Tensor | None = None) -> Tensor:
-        """label [B] (negative: the null label), drop [B] forces the null label where true -> [B, D]
+    def forward(self, label: Tensor | None) -> Tensor:
+        """label [B], negative for the null label -> [B, D]
 
-        Raises ValueError if a label is null and the table has no null row.
+        Raises ValueError without labels, or if a label is null and the table has no null row.
         """
-        is_null = label < 0 if drop is None else (label < 0) | drop
+        if label is None:
+            raise ValueError(f"this network is conditioned on {self.num_classes} classes: pass Condition(label=...)")
+        is_null = label < 0
         if self.learn_null_class:
-            label = torch.where(is_null, self.classes, label)
+            label = torch.where(is_null, self.num_classes, label)
         elif bool(is_null.any()):
             raise ValueError(
                 "this network has no null label (learn_null_class=false): no unconditional prediction and no guidance"

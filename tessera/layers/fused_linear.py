@@ -1,14 +1,15 @@
-"""Several linear maps of one input in one matrix: queries, keys and values, or the two halves of a gated MLP."""
+"""Several linear projections of one input in one matrix: queries, keys and values, or the two halves of a gated MLP."""
 
 from torch import nn
 
 
 class FusedLinear(nn.Linear):
-    """A Linear whose output is that of `maps` maps of equal size, one after the other.
+    """A Linear whose output is the concatenated outputs of `num_projections` linear layers of equal size.
 
-    To the forward pass it is one matrix. An optimizer that treats matrices as wholes asks how many there are.
+    An optimizer that works on whole matrices reads `num_projections` to split the weight.
     """
 
-    def __init__(self, width: int, out: int, num_projections: int, bias: bool = True) -> None:
-        super().__init__(width, num_projections * out, bias=bias)
-        self.maps = num_projections
+    def __init__(self, in_features: int, out_features: int, num_projections: int, bias: bool = True) -> None:
+        """out_features: of each projection."""
+        super().__init__(in_features, num_projections * out_features, bias=bias)
+        self.num_projections = num_projections

@@ -1,6 +1,6 @@
 """The feed-forward half of a transformer block.
 
-Shapes: B batch, L tokens, D width.
+Shapes: B batch, N tokens, D width.
 """
 
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from tessera.layers.fused_linear import FusedLinear
 class MLP(nn.Module):
     """Linear, GELU (tanh form), Linear."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+    def __init__(self, width: int, hidden_width: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc1 = nn.Linear(width, hidden_width, bias=bias)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(hidden, width, bias=bias)
+        self.fc2 = nn.Linear(hidden_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L, D]"""
+        """x [B, N, D] -> [B, N, D]"""
         return self.fc2(self.act(self.fc1(x)))
 
     def macs(self, tokens: int) -> int:
@@ -28,19 +28,20 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(gate) * up), gate and up from one linear layer (Shazeer 2020, "GLU variants improve transformer").
+    """W2 (silu(gate) * up), with gate and up from one linear layer (Shazeer 2020, "GLU variants improve transformer").
 
-    hidden: of the MLP it replaces; two thirds of it, rounded up to a multiple of 8, cost as much in three matrices.
+    hidden_width: of the MLP it replaces. Two thirds of it, rounded up to a multiple of 8, cost the same in three
+    matrices.
     """
 
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+    def __init__(self, width: int, hidden_width: int, bias: bool = True) -> None:
         super().__init__()
-        hidden = -(-hidden // 12) * 8
-        self.fc1 = FusedLinear(width, hidden, num_projections=2, bias=bias)
-        self.fc2 = nn.Linear(hidden, width, bias=bias)
+        hidden_width = -(-hidden_width // 12) * 8
+        self.fc1 = FusedLinear(width, hidden_width, num_projections=2, bias=bias)
+        self.fc2 = nn.Linear(hidden_width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, L, D] -> [B, L, D]"""
+        """x [B, N, D] -> [B, N, D]"""
         gate, up = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(silu(gate) * up)
 

@@ -1,7 +1,7 @@
-"""Modulation of tokens by a conditioning vector: shift, scale and gate (Perez et al. 2018; Peebles & Xie 2023, section
-3.2).
+"""adaLN modulation: shift, scale and gate computed from a conditioning vector (Perez et al. 2018; Peebles & Xie 2023,
+section 3.2).
 
-Shapes: B batch, L tokens, D width; the modulation parameters are [B, 1, D] or [B, L, D].
+Shapes: B batch, N tokens, G conditioning vectors, D width. Shift, scale and gate are [B, 1, D] or [B, N, D].
 """
 
 from typing import cast
@@ -11,47 +11,56 @@ from torch import Tensor, nn
 
 
 class Modulation(nn.Sequential):
-    """Modulation parameters from a conditioning vector: SiLU, then one linear map.
+    """Shifts, scales and gates from a conditioning vector: SiLU, then one linear layer.
 
-    channels: of each vector, if not as many as the condition has.
+    width: of the conditioning vector. num_params: vectors computed. channels: of each of them (default: width).
     """
 
-    def __init__(self, width: int, count: int, channels: int | None = None) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, count * (channels or width)))
+    def __init__(self, width: int, num_params: int, channels: int | None = None) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, num_params * (channels or width)))
 
     @property
     def linear(self) -> nn.Linear:
         return cast(nn.Linear, self[1])
 
+    def params(self, c: Tensor, shared: Tensor | None) -> Tensor:
+        """Parameters [B, G, num_params D] from conditioning vectors c [B, G, D]; shared parameters are not used."""
+        return self(c)
+
     def macs(self) -> int:
-        """Multiply-adds for one condition vector."""
+        """Multiply-adds for one conditioning vector."""
         return self.linear.weight.numel()
 
 
 class ScaleShiftTable(nn.Module):
-    """A block's own offset to modulation parameters that all blocks share: one learned table, added to them.
+    """A learned offset of one block to modulation parameters that all blocks share.
 
-    adaLN-single (Chen et al. 2023, "PixArt-alpha", section 2.3). It costs no multiply-adds.
+    adaLN-single (Chen et al. 2023, "PixArt-alpha", section 2.3). It needs no multiply-adds.
     """
 
-    def __init__(self, width: int, count: int) -> None:
+    def __init__(self, width: int, num_params: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(count, width))
+        self.table = nn.Parameter(torch.zeros(num_params, width))
 
     def forward(self, shared: Tensor) -> Tensor:
-        """shared [B, G, count D] -> [B, G, count D]"""
+        """shared [B, G, num_params D] -> [B, G, num_params D]"""
         return shared + self.table.flatten()
 
+    def params(self, c: Tensor, shared: Tensor | None) -> Tensor:
+        """Parameters [B, G, num_params D] from the shared ones of the same shape; c is not used."""
+        assert shared is not None, "SharedConditioning computes these before the first block"
+        return self(shared)
+
     def macs(self) -> int:
-        """Multiply-adds for one condition vector."""
+        """Multiply-adds for one conditioning vector."""
         return 0
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, in one pass over x [B, L, D]."""
+    """x (1 + scale) + shift, in one pass over x [B, N, D]."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    """x + gate * branch, in one pass over x [B, L, D]."""
+    """x + gate * branch, in one pass over x [B, N, D]."""
     return torch.addcmul(x, gate, branch)

@@ -1,6 +1,6 @@
-"""Root mean square layer normalisation, without weights of its own (Zhang & Sennrich 2019, "RMSNorm").
+"""Root mean square normalization without learned weights (Zhang & Sennrich 2019, "RMSNorm").
 
-Shapes: D the channels normalised over.
+Shapes: D the channels normalized over.
 """
 
 import torch
@@ -14,7 +14,7 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x). Where it stands before a modulation or a linear layer, a weight of its own would say nothing new."""
+    """x / rms(x). It has no weight: the modulation or linear layer behind it can represent one."""
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -24,5 +24,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]"""
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return x * inverse_rms(x, self.eps)  # on a CPU PyTorch's own is not fused, and its backward is slow
+            return x * inverse_rms(x, self.eps)  # on a CPU, PyTorch's own is not fused and its backward pass is slow
         return functional.rms_norm(x, (self.width,), eps=self.eps)
