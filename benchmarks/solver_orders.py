@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
-from tessera.diffusion.prediction import Prediction, expand
+from tessera.diffusion.process import Prediction, expand
 from tessera.sampling import DDIM, SDE, DPMSolver, DPMSolverSDE, Euler, Heun, UniPC, sample_loop
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import Karras, Trailing, timestep_grid

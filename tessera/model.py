@@ -64,7 +64,7 @@ class Model:
     @cached_property
     def diffusion(self) -> DiffusionProcess:
         network = self.config.network
-        return self.config.diffusion.resolved(network.in_channels, network.input_size).build()
+        return self.config.diffusion.resolve(network.in_channels, network.input_size).build()
 
     @property
     def codec(self) -> Codec:

@@ -1,4 +1,4 @@
-"""What every test may use: small networks with random weights, and models that draw in milliseconds."""
+"""Fixtures for every test: small networks with random weights, and models that sample in milliseconds."""
 
 import base64
 import json
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from tessera import bundle
 from tessera.bundle import BundleConfig, Model
 
-hypothesis_settings.register_profile("tessera", deadline=None)  # speed lives in benchmarks/
+hypothesis_settings.register_profile("tessera", deadline=None)  # benchmarks/ measure speed, tests do not
 hypothesis_settings.load_profile("tessera")
-torch.set_num_threads(1)  # tests are tiny: threads only wait for each other
-# A shell that puts the tests into the background makes them, and all they start, deaf to Ctrl-C.
+torch.set_num_threads(1)  # for tiny tensors, more threads are slower
+# A shell that runs the tests in the background makes them and their child processes ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -38,7 +38,7 @@ SHAPES = {
 
 @torch.no_grad()
 def _randomise(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Every trained weight normal, so that nothing is hidden behind the zeros a fresh network starts with."""
+    """Set every trained weight to a normal number, because the zeros of a new network would hide errors."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         if parameter.requires_grad:
@@ -54,7 +54,7 @@ def randomise() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def processes() -> SimpleNamespace:
-    """What `processes.py` has: `together(2, function, ...)` and `start`."""
+    """The functions of `processes.py`: `together(2, function, ...)` and `start`."""
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("processes.py"))))
@@ -63,29 +63,29 @@ def processes() -> SimpleNamespace:
 def _whole_state(run: Path) -> dict[str, bytes]:
     newest = bundle.checkpoints(run)[0]
     reader = HuggingFaceStorageReader(str(newest / "state"))
-    held = {
-        name: torch.empty(tuple(told.size), dtype=told.properties.dtype)
-        for name, told in reader.read_metadata().state_dict_metadata.items()
+    tensors = {
+        name: torch.empty(tuple(metadata.size), dtype=metadata.properties.dtype)
+        for name, metadata in reader.read_metadata().state_dict_metadata.items()
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is one process, as there should be
-        load(held, storage_reader=reader, no_dist=True)
+        warnings.simplefilter("ignore")  # a warning that there is only one process
+        load(tensors, storage_reader=reader, no_dist=True)
     for path in (newest / bundle.WEIGHTS, *newest.glob("ema/*.safetensors")):
-        held |= {f"{path.relative_to(newest)}/{name}": tensor for name, tensor in load_file(path).items()}
-    place = json.loads((newest / "training.json").read_text())
-    told = {name: json.dumps(place[name]).encode() for name in ("step", "position", "spike_detector")}
-    return {name: tensor.numpy().tobytes() for name, tensor in held.items()} | told
+        tensors |= {f"{path.relative_to(newest)}/{name}": tensor for name, tensor in load_file(path).items()}
+    position = json.loads((newest / "training.json").read_text())
+    values = {name: json.dumps(position[name]).encode() for name in ("step", "position", "spike_detector")}
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()} | values
 
 
 @pytest.fixture
 def whole_state() -> Callable[[Path], dict[str, bytes]]:
-    """All that a run's newest checkpoint holds, bit for bit; of several processes, whoever wrote which part."""
+    """The bytes of everything in a run's newest checkpoint, independent of which rank wrote which part."""
     return _whole_state
 
 
 @pytest.fixture
 def make_model() -> Callable[..., Model]:
-    """A model of 8 x 8 pixels with random weights; sections of its configuration may be changed."""
+    """Make a model of 8 x 8 pixels with random weights. Sections of its configuration may be changed."""
 
     def make(network=None, diffusion=None, codec=None, seed: int = 0, **changes) -> Model:
         network = {
@@ -97,7 +97,7 @@ def make_model() -> Callable[..., Model]:
             **(network or {}),
         }
         network = SHAPES[network["kind"]] | network
-        # x0 prediction keeps the pictures of an untrained network inside the range of pixels.
+        # With x0 prediction, the images of an untrained network stay in the range of pixels.
         diffusion = {"prediction": "x0", **(diffusion or {})}
         config = BundleConfig.model_validate(
             {
@@ -116,13 +116,13 @@ def make_model() -> Callable[..., Model]:
 
 @pytest.fixture
 def tiny_model(make_model) -> Model:
-    """Grey, three classes named cat, dog and emu, learned variance; samples by DDIM in 6 steps."""
+    """A grey-scale model of three classes (cat, dog, emu) with learned variance. It samples with DDIM in 6 steps."""
     return make_model()
 
 
 @pytest.fixture(scope="session")
 def autoencoder_folder(tmp_path_factory) -> Path:
-    """A saved AutoencoderKL of 4 latent channels, 2 pixels a latent, tiles of 16 pixels; not to be written into."""
+    """A saved AutoencoderKL with 4 latent channels, a factor of 2 and tiles of 16 pixels. Do not write to it."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     autoencoder = diffusers.AutoencoderKL(
@@ -140,7 +140,7 @@ def autoencoder_folder(tmp_path_factory) -> Path:
 
 
 class Page(HTMLParser):
-    """An HTML page as a browser has it: tags, links, alt texts, text by section, text of code blocks."""
+    """A parsed HTML page: tags, links, alt texts, text by section, text of code blocks."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Page(HTMLParser):
             self.sections[self._section] = self.sections.get(self._section, "") + data
 
     def images(self, start: str = "") -> list[bytes]:
-        """The embedded images whose alt text begins so."""
+        """The embedded images whose alt text begins with `start`."""
         pairs = zip(self.links, self.alts)
         return [base64.b64decode(link.partition(",")[2]) for link, alt in pairs if alt.startswith(start)]
 
@@ -180,7 +180,7 @@ def read_page() -> type[Page]:
 
 @pytest.fixture
 def svg_text() -> Callable[[bytes], list[str]]:
-    """The texts in an SVG image, which must be valid XML."""
+    """Read the texts of an SVG image, which must be valid XML."""
 
     def read(image: bytes) -> list[str]:
         return ["".join(node.itertext()) for node in ElementTree.fromstring(image).iter() if node.tag.endswith("}text")]

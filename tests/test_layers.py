@@ -112,7 +112,7 @@ def test_imports_come_from_lower_layers_or_the_same_folder(file):
     ("file", "source"),
     [
         ("layers/attention.py", "from tessera.models.dit import DiT"),
-        ("layers/attention.py", "from tessera.diffusion.prediction import expand"),
+        ("layers/attention.py", "from tessera.diffusion.process import expand"),
         ("models/dit.py", "from tessera import sampling"),
         ("models/dit.py", "from ..sampling import sample_loop"),
         ("models/dit.py", "def f():\n    import tessera.generation.pipeline"),

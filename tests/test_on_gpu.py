@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped, saying so, where there is none."""
+"""Checks that need a GPU."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from PIL import Image
 
 from tessera import bundle, generation, runtime
 from tessera.bundle import BundleConfig, Model
+from tessera.checkpoint_files import read_tensors
 from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.data import Batch
@@ -49,23 +50,23 @@ def model() -> Model:
     )
 
 
-def test_the_same_picture_on_processor_and_gpu(model, tmp_path):
+def test_the_same_image_on_cpu_and_gpu(model, tmp_path):
     bundle.save(model, tmp_path / "bundle")
-    there = bundle.load(tmp_path / "bundle", "cuda")
-    here = generation.generate(model, [1, 2], [0, 1], steps=10, guidance_scale=2.0)
-    gpu = generation.generate(there, [1, 2], [0, 1], steps=10, guidance_scale=2.0)
-    assert np.abs(here.astype(int) - gpu.astype(int)).max() <= 2
+    cuda_model = bundle.load(tmp_path / "bundle", "cuda")
+    cpu_images = generation.generate(model, [1, 2], [0, 1], num_steps=10, guidance_scale=2.0)
+    gpu_images = generation.generate(cuda_model, [1, 2], [0, 1], num_steps=10, guidance_scale=2.0)
+    assert np.abs(cpu_images.astype(int) - gpu_images.astype(int)).max() <= 2
 
 
-def test_bfloat16_is_near_float32(model):
+def test_bfloat16_is_close_to_float32(model):
     network = model.network.to("cuda")
     x, t = torch.randn(8, 3, 32, 32, device="cuda"), torch.linspace(0, 999, 8, device="cuda")
     condition = Condition(label=torch.arange(8, device="cuda"))
     with torch.no_grad():
-        exact = network(x, t, condition)
+        expected = network(x, t, condition)
         with runtime.autocast(torch.bfloat16, x.device):
-            rough = network(x, t, condition)
-    assert float((rough.float() - exact).norm() / exact.norm()) < 0.03
+            result = network(x, t, condition)
+    assert float((result.float() - expected).norm() / expected.norm()) < 0.03
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(learning_rate=1e-3), MuonConfig(learning_rate=1e-3)])
@@ -73,52 +74,52 @@ def test_a_step_is_repeatable_on_the_gpu(config):
     def weights() -> list[torch.Tensor]:
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
-        task = TrainingObjective(
+        objective = TrainingObjective(
             GaussianDiffusionConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16
         )
-        learner = TrainState(network, network, config.build(network), config, ParallelContext())
+        state = TrainState(network, network, config.build(network), config, ParallelContext())
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
             batch = Batch(pixels, torch.arange(16) % 10, torch.arange(16) + 16 * number)
-            train_step(learner, batch, task, 16)
+            train_step(state, batch, objective, 16)
         return [parameter.detach().cpu() for parameter in network.parameters()]
 
     for first, second in zip(weights(), weights()):
         assert torch.allclose(first, second, atol=1e-6)
 
 
-def test_orthogonal_on_the_gpu_as_on_the_processor():
+def test_orthogonalize_is_the_same_on_cpu_and_gpu():
     matrices = torch.randn(6, 128, 512, generator=torch.Generator().manual_seed(0))
-    here, there = orthogonalize(matrices, 5), orthogonalize(matrices.cuda(), 5, torch.bfloat16).cpu()
-    assert float((here - there).norm() / here.norm()) < 0.03
+    cpu_result, gpu_result = orthogonalize(matrices, 5), orthogonalize(matrices.cuda(), 5, torch.bfloat16).cpu()
+    assert float((cpu_result - gpu_result).norm() / cpu_result.norm()) < 0.03
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_stopped_and_resumed_is_an_uninterrupted_one(tmp_path, optimizer):
-    """To rounding: kernels that add in any order are allowed; tokens enough (256) for attention to use them."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, optimizer):
+    """Up to rounding, because some kernels add in any order. Attention uses them for 256 tokens."""
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(16):
             pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
 
-    def run(output: str, steps: int) -> dict[str, torch.Tensor]:
+    def run(name: str, steps: int) -> dict[str, torch.Tensor]:
         data = {
-            "output": str(tmp_path / output),
+            "run_dir": str(tmp_path / name),
             "data": {"kind": "folder", "path": str(tmp_path / "data"), "size": 32},
             "network": {"hidden_size": 128, "depth": 4, "num_heads": 4, "patch_size": 2},
-            "sampling": {"steps": 2},
-            "training": {"steps": steps, "batch": 16, "tensorboard": False, "device": "cuda", "sample_every": 1000}
-            | {"optimizer": optimizer, "ema": {"also": [0.9]}},
+            "sampling": {"num_steps": 2},
+            "training": {"steps": steps, "global_batch_size": 16, "tensorboard": False, "device": "cuda"}
+            | {"sample_every": 1000, "optimizer": optimizer, "ema": {"extra_decays": [0.9]}},
         }
         folder = loop.train(validate(Recipe, data, "the test's recipe"))
         (shard,) = (bundle.checkpoints(folder)[0] / "state").iterdir()
-        return bundle.read_tensors(shard, "weights/")
+        return read_tensors(shard, "weights/")
 
     whole = run("whole", 8)
     run("part", 5)
     part = run("part", 8)
-    apart = max(float((whole[name] - part[name]).abs().max()) for name in whole)
-    print(f"largest difference of a weight after 8 steps: {apart:.3g} (0: bit for bit)")
-    assert apart < 1e-4
+    difference = max(float((whole[name] - part[name]).abs().max()) for name in whole)
+    print(f"largest difference of a weight after 8 steps: {difference:.3g} (0: bit for bit)")
+    assert difference < 1e-4

@@ -1,6 +1,6 @@
-"""Activation checkpointing: activations are recomputed in the backward pass instead of stored, which takes less memory
-and
-more time (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+"""Activation checkpointing: activations are recomputed in the backward pass instead of stored.
+
+It takes less memory and more time (Chen et al. 2016, "Training deep nets with sublinear memory cost").
 """
 
 from functools import partial

@@ -21,8 +21,7 @@ def compile_network(
     """The function to call instead of a network and, if this machine cannot compile, the reason in one line.
 
     blocks: compile each block in place. Blocks with the same parameter shapes (all blocks of a DiT) share the code of
-    the
-    first. Callers of single blocks, such as `tessera.acceleration.first_block_cache`, use the compiled blocks, too.
+    the first. Callers of single blocks, such as `tessera.acceleration.first_block_cache`, use the compiled blocks, too.
     whole: compile one graph of the whole network, which takes longer. off: do not compile, and remove the compiled code
     of an earlier call. The names of the weights do not change.
 
@@ -37,8 +36,7 @@ def compile_network(
     dynamic = None if dynamic_shapes else False
     if mode == "whole":
         return torch.compile(network, dynamic=dynamic), None
-    # Above this limit PyTorch runs the function without compilation. Its default is too low for blocks of several
-    # shapes.
+    # Above this limit PyTorch does not compile the function. The default is too low for blocks of several shapes.
     shapes = {tuple(parameter.shape for parameter in block.parameters()) for block in network.blocks}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES_PER_SHAPE * len(shapes))
     for block in network.blocks:
@@ -74,9 +72,9 @@ def time_modes(
     """Measure the time of every compile mode. Afterwards the network is not compiled and has no gradients.
 
     run_once: one forward and backward pass of its argument, without a change of weights. Each mode has two warm-up
-    calls.
-    Then the modes take turns, so that other load on the machine affects all of them alike, and the median counts.
-    synchronize: wait for the device. A mode that fails is recorded in `errors`; an error without compilation is raised.
+    calls. Then the modes take turns, so that other load on the machine affects all of them alike, and the median
+    counts. synchronize: wait for the device. A mode that fails is recorded in `errors`; an error without compilation is
+    raised.
     """
     errors: dict[CompileMode, str] = {}
     functions: dict[CompileMode, tuple[NetworkFunction, _CompiledCalls]] = {}

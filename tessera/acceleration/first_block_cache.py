@@ -1,11 +1,9 @@
 """First-block cache: residuals of transformer blocks, reused from one sampling step to the next.
 
 Times change slowly during sampling, and so do the residuals of the blocks. If the residual of the first block has
-changed
-little, those of the others are assumed to have changed little, too, as in "first block cache". TeaCache (Liu et al.
-2024)
-looks at the input of the first block instead. Shapes: B batch, N tokens (with the condition tokens where they are
-appended), D width.
+changed little, those of the others are assumed to have changed little, too, as in "first block cache". TeaCache (Liu et
+al. 2024) compares the input of the first block instead. Shapes: B batch, N tokens (with the condition tokens where they
+are appended), D width.
 """
 
 from collections.abc import Callable
@@ -45,12 +43,10 @@ class FirstBlockCache:
     """network(x, t, condition) for one half of one sampling run. Its rows must be the same in every call.
 
     A row is computed in full if its first residual has changed by `threshold` or more since its last full evaluation
-    (mean
-    absolute difference, relative to the mean absolute value at that time). Otherwise the cached residual of the blocks
-    after the first is added. With order 1 it is extrapolated linearly in t from the last two full evaluations (Liu et
-    al.
-    2025, "TaylorSeer", first order). Rows are independent, and only the rows that need it are computed, so the batch
-    changes nothing. A threshold of 0 computes everything.
+    (mean absolute difference, relative to the mean absolute value at that time). Otherwise the cached residual of the
+    blocks after the first is added. With order 1 it is extrapolated linearly in t from the last two full evaluations
+    (Liu et al. 2025, "TaylorSeer", first order). Rows are independent, and only the rows that need it are computed, so
+    the result of a row does not depend on its batch. A threshold of 0 computes everything.
 
     embed_condition: a replacement for `network.embed_condition`. stats: where to count (by default its own).
     """

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tessera.conditioning import Condition
 from tessera.layers.modulation import Modulation, ScaleShiftTable
@@ -22,27 +22,24 @@ from tessera.models.dit import DiT
 class CachedContext(Context):
     """A context that looks modulation parameters up in a table."""
 
-    table: Mapping[Modulation, Tensor] = field(default_factory=dict)  # [P, 1, count D] each
-    # [B] row of the table for each sample
-    table_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    table: Mapping[nn.Module, Tensor] = field(default_factory=dict)  # [P, 1, num_params D] each
+    table_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # [B] row of each sample
 
     # Not compiled: otherwise each block would be compiled separately, because its key differs.
     @torch.compiler.disable
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if isinstance(modulation, Modulation) and modulation in self.table:
-            return self.table[modulation][self.table_rows]
-        return super().modulation_params(modulation)
+        params = self.table.get(modulation)
+        return super().modulation_params(modulation) if params is None else params[self.table_rows]
 
-    def rows(self, chosen: Tensor) -> Self:
-        return replace(super().rows(chosen), table_rows=self.table_rows[chosen])
+    def rows(self, indices: Tensor) -> Self:
+        return replace(super().rows(indices), table_rows=self.table_rows[indices])
 
 
 class PrecomputedModulation:
-    """network(x, t, condition) with precomputed modulation for known times and labels; for others it is the network
-    itself.
+    """network(x, t, condition) with precomputed modulation for known times and labels. Others use the network itself.
 
-    times [N] in the units of the network; labels [K], or None for a network without classes. The outputs
-    equal those of the network up to float32 rounding: matrix products of another shape are summed in another order.
+    times [N] in the units of the network; labels [K], or None for a network without classes. The outputs equal those of
+    the network up to float32 rounding: matrix products of another shape are summed in another order.
     """
 
     def __init__(self, network: DiT, times: Tensor, labels: Tensor | None, grid: tuple[int, int]) -> None:
@@ -52,7 +49,7 @@ class PrecomputedModulation:
         num_labels = 1 if self.labels is None else len(self.labels)
         label = None if self.labels is None else self.labels.repeat(len(self.times))
         context = network.embed_condition(self.times.repeat_interleave(num_labels), Condition(label=label), grid)
-        self.table = {
+        self.table: dict[nn.Module, Tensor] = {
             module: context.modulation_params(module) for module in network.modules() if isinstance(module, Modulation)
         }
         self.context = context

@@ -27,7 +27,7 @@ from tessera.files import atomic_write
 from tessera.interop.common import relative_difference, require_dit
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
-from tessera.models.presets import HEADS_OF_WIDTH
+from tessera.models.presets import NUM_HEADS_BY_WIDTH
 from tessera.sampling import Ancestral, Heun, SamplingConfig
 from tessera.settings import unknown_name, validate
 
@@ -126,7 +126,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         messages.extend(f"  {line}" for line in lost)
     if network.block.kind != "adaln-zero":
         messages.append(f"the official code has only the adaln-zero block: only Tessera reads {network.block.kind}")
-    if HEADS_OF_WIDTH.get(network.hidden_size) != network.num_heads:
+    if NUM_HEADS_BY_WIDTH.get(network.hidden_size) != network.num_heads:
         messages.append(f"the file does not record the number of heads: load it with num_heads={network.num_heads}")
     if isinstance(model.config.codec, StoredConfig):
         messages.append(f"the autoencoder is not part of the file: {model.config.codec.source}")
@@ -170,7 +170,7 @@ def infer_config(
         first = ", ".join(list(tensors)[:3])
         raise TesseraError(f"{source} is not a DiT: it lacks {', '.join(missing)}; its first tensors are {first}")
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    if num_heads is None and width not in HEADS_OF_WIDTH:
+    if num_heads is None and width not in NUM_HEADS_BY_WIDTH:
         raise TesseraError(
             f"{source} has width {width}, which is not one of the paper's, and weights do not determine the number of "
             "heads: pass num_heads (--num-heads)"
@@ -183,7 +183,7 @@ def infer_config(
         "patch_size": patch,
         "depth": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
         "hidden_size": width,
-        "num_heads": num_heads or HEADS_OF_WIDTH[width],
+        "num_heads": num_heads or NUM_HEADS_BY_WIDTH[width],
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         "block": _block_kind(tensors, width, source),
     }

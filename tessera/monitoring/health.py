@@ -132,7 +132,7 @@ def probe(
 def stratified_timesteps(count: int, diffusion: DiffusionProcess) -> Tensor:
     """The centers of equal parts of 0 to 1; of a process in discrete steps, the steps there. float32 [count]"""
     centers = (torch.arange(count, dtype=torch.float32) + 0.5) / count
-    return centers if diffusion.steps is None else diffusion.sample_timesteps(centers)
+    return centers if diffusion.num_timesteps is None else diffusion.sample_timesteps(centers)
 
 
 def wrong_labels(label: Tensor, num_classes: int) -> Tensor:

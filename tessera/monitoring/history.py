@@ -64,7 +64,7 @@ class History:
     def diffusion(self) -> DiffusionProcess:
         config = validate(_DiffusionSection, {"diffusion": self.recipe["diffusion"]}, str(self.run_dir / "recipe.yaml"))
         network = self.recipe.network
-        return config.diffusion.resolved(network.in_channels, tuple(network.input_size)).build()
+        return config.diffusion.resolve(network.in_channels, tuple(network.input_size)).build()
 
     @cached_property
     def baselines(self) -> "Baselines":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, GaussianDiffusion
-from tessera.diffusion.prediction import expand
+from tessera.diffusion.process import expand
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver

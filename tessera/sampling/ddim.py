@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from tessera.diffusion.prediction import expand
+from tessera.diffusion.process import expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.euler import ddim_update
 from tessera.sampling.solver import Solver

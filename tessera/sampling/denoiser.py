@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.prediction import Prediction
+from tessera.diffusion.process import Prediction
 from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
 
 Noise = Callable[[], Tensor]  # returns a new standard normal tensor shaped like x at every call

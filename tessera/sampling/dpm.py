@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion.prediction import expand
+from tessera.diffusion.process import expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.exponential import History, NoiseLevel, exp_integrator_step, linear_combination, push_history
 from tessera.sampling.solver import Solver

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.prediction import Prediction, expand
+from tessera.diffusion.process import Prediction, expand
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.sampling.solver import Solver
 

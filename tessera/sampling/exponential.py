@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.prediction import expand
+from tessera.diffusion.process import expand
 
 
 @dataclass(frozen=True)

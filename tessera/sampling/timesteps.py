@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.flow import shifted
+from tessera.diffusion.flow import shift_timesteps
 from tessera.errors import TesseraError
 from tessera.settings import Settings, expand_kind
 
@@ -23,11 +23,11 @@ class Uniform(Settings):
     kind: Literal["uniform"] = "uniform"
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        if diffusion.steps is None:
+        if diffusion.num_timesteps is None:
             return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
         if num_steps == 1:  # the official code would use step 0 alone, which is hardly any noise
-            return times_of_steps([diffusion.steps - 1], diffusion)
-        stride = (diffusion.steps - 1) / (num_steps - 1)
+            return times_of_steps([diffusion.num_timesteps - 1], diffusion)
+        stride = (diffusion.num_timesteps - 1) / (num_steps - 1)
         steps, position = [], 0.0
         for _ in range(num_steps):  # summed as in the official code: a product rounds some steps differently
             steps.append(round(position))
@@ -41,11 +41,11 @@ class Leading(Settings):
     kind: Literal["leading"] = "leading"
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        if diffusion.steps is None:
+        if diffusion.num_timesteps is None:
             raise TesseraError(
                 "leading needs a process of discrete steps; this one is continuous: use uniform or shifted"
             )
-        stride = diffusion.steps // num_steps
+        stride = diffusion.num_timesteps // num_steps
         return times_of_steps([i * stride for i in range(num_steps)], diffusion)
 
 
@@ -55,7 +55,7 @@ class Trailing(Settings):
     kind: Literal["trailing"] = "trailing"
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        trained = diffusion.steps
+        trained = diffusion.num_timesteps
         if trained is None:
             return Uniform()(num_steps, diffusion)
         steps = [max(round(trained - i * trained / num_steps) - 1, 0) for i in range(num_steps)]
@@ -78,7 +78,9 @@ class Shifted(Settings):
     shift: PositiveFloat = 3.0
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        return within_trained(shifted(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), self.shift), diffusion)
+        return within_trained(
+            shift_timesteps(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), self.shift), diffusion
+        )
 
 
 class _NoiseRatioSpacing(Settings):
@@ -103,8 +105,8 @@ class _NoiseRatioSpacing(Settings):
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
         first, last = torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64)
-        if diffusion.steps is not None:
-            ends = torch.tensor([1, 1 / diffusion.steps], dtype=torch.float64)
+        if diffusion.num_timesteps is not None:
+            ends = torch.tensor([1, 1 / diffusion.num_timesteps], dtype=torch.float64)
             trained = diffusion.sigma(ends) / diffusion.alpha(ends)
             if self.sigma_max <= trained[1] or self.sigma_min >= trained[0]:
                 raise TesseraError(
@@ -144,17 +146,17 @@ TIMESTEP_SPACINGS = {spacing.model_fields["kind"].default: spacing for spacing i
 
 def times_of_steps(steps: list[int], diffusion: DiffusionProcess) -> Tensor:
     """Trained steps in any order -> decreasing times that end at 0."""
-    assert diffusion.steps is not None
+    assert diffusion.num_timesteps is not None
     return torch.tensor(
-        [*((step + 1) / diffusion.steps for step in sorted(steps, reverse=True)), 0.0], dtype=torch.float64
+        [*((step + 1) / diffusion.num_timesteps for step in sorted(steps, reverse=True)), 0.0], dtype=torch.float64
     )
 
 
 def within_trained(times: Tensor, diffusion: DiffusionProcess) -> Tensor:
     """A curve from 1 to 0; for a process of discrete steps, rescaled so that its last time above 0 is step 1."""
-    if diffusion.steps is None:
+    if diffusion.num_timesteps is None:
         return times
-    first = 1 / diffusion.steps
+    first = 1 / diffusion.num_timesteps
     return torch.where(times > 0, first + (1 - first) * times, 0)
 
 
@@ -163,9 +165,10 @@ def timestep_grid(spacing: AnyTimestepSpacing, num_steps: int, diffusion: Diffus
 
     Raises TesseraError if the process has fewer steps, or two times are too close to differ in float64.
     """
-    if diffusion.steps is not None and not 1 <= num_steps <= diffusion.steps:
+    if diffusion.num_timesteps is not None and not 1 <= num_steps <= diffusion.num_timesteps:
         raise TesseraError(
-            f"num_steps is {num_steps}; this model was trained with {diffusion.steps} steps: use 1 to {diffusion.steps}"
+            f"num_steps is {num_steps}; this model was trained with {diffusion.num_timesteps} steps: "
+            f"use 1 to {diffusion.num_timesteps}"
         )
     if num_steps < 1:
         raise TesseraError(f"num_steps is {num_steps}; use 1 or more")

@@ -151,7 +151,7 @@ def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> Reso
             "evaluation": recipe.evaluation.model_copy(update=evaluation),
         }
     )
-    process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
+    process = recipe.diffusion.resolve(recipe.network.in_channels, recipe.network.input_size).build()
     for num_steps in study.sampling_steps:
         timestep_grid(recipe.sampling.timestep_spacing, num_steps, process)  # raises for impossible numbers
     return ResolvedMember(member, recipe, parameter_count(network), macs)
@@ -224,7 +224,7 @@ def sampling_macs(recipe: Recipe, macs: float, sampling_steps: Iterable[int]) ->
     """Multiply-adds of all network evaluations for one image, with guidance, for the recipe's number of sampling steps
     and for others. Savings of caching are not subtracted.
     """
-    process = recipe.diffusion.resolved(recipe.network.in_channels, recipe.network.input_size).build()
+    process = recipe.diffusion.resolve(recipe.network.in_channels, recipe.network.input_size).build()
     result = {}
     for num_steps in sorted({recipe.sampling.num_steps, *sampling_steps}):
         sampling = recipe.sampling.model_copy(update={"num_steps": num_steps})

@@ -15,7 +15,7 @@ from tessera.conditioning import Condition, NetworkFunction
 from tessera.data import Batch
 from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.prediction import Losses
+from tessera.diffusion.process import Losses
 from tessera.monitoring import health
 
 # Random streams, one for each use. Never change a number: an old run could not be resumed exactly.

@@ -167,7 +167,7 @@ def hidden_matrices(network: Network) -> dict[str, int]:
     """
     modulation = {module.linear for module in network.blocks.modules() if isinstance(module, Modulation)}
     return {
-        f"blocks.{name}.weight": module.maps if isinstance(module, FusedLinear) else 1
+        f"blocks.{name}.weight": module.num_projections if isinstance(module, FusedLinear) else 1
         for name, module in network.blocks.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and module not in modulation and module.weight.requires_grad
     }

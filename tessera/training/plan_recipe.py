@@ -22,7 +22,7 @@ from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import suite
 from tessera.models.network import NetworkConfig
-from tessera.models.presets import PRESETS, UNETS
+from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.planning.hardware import Hardware, find
 from tessera.planning.plan import Plan, SamplingWork, Workload, plan
 from tessera.planning.trace import Recorder, StepMemory, StepTrace, Trace, fake_tensors, meta_network
@@ -68,7 +68,7 @@ def preset_recipe(name: str, overrides: list[str]) -> Recipe:
 
 def is_preset(target: str) -> bool:
     """Whether a target is the name of a network, not the path of a recipe."""
-    return target in PRESETS or target in UNETS
+    return target in PRESETS or target in UNET_PRESETS
 
 
 def resolve_target(target: str, overrides: list[str]) -> Recipe:
@@ -78,7 +78,7 @@ def resolve_target(target: str, overrides: list[str]) -> Recipe:
     if not target.endswith((".yaml", ".yml")) and not Path(target).exists():
         raise TesseraError(
             f"{target} is neither a recipe nor a preset: give the path of a .yaml file, or one of "
-            f"{', '.join((*PRESETS, *UNETS))}"
+            f"{', '.join((*PRESETS, *UNET_PRESETS))}"
         )
     return read_recipe(Path(target), overrides)
 
@@ -90,7 +90,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     """
     recipe, codec, images, notes = _resolve(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
-    process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
+    process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     num_evaluations = evaluation.count(config.steps)
     num_scored = evaluation.num_samples * num_evaluations
     features = evaluation.features or suite.default_features(evaluation.reference or recipe.data)
@@ -163,7 +163,7 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str
     else:  # the network of the recipe, for latents of an eighth of the image size by default
         network = recipe.network
         sizes: dict[str, Any] = {
-            "out_channels": recipe.diffusion.resolved(network.in_channels, network.input_size)
+            "out_channels": recipe.diffusion.resolve(network.in_channels, network.input_size)
             .build()
             .out_channels(network.in_channels)
         }
@@ -224,7 +224,7 @@ def trace_step(
     config, count = recipe.training, micro_batch_size * accumulation_steps
     if network.num_classes:  # without a null class, labels are checked by value, which fake tensors do not have
         network = network.model_copy(update={"learn_null_class": True})
-    process = recipe.diffusion.resolved(network.in_channels, network.input_size).build()
+    process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     model = copy.deepcopy(meta_network(network))
     ema = EMA(model, config.ema)
     with fake_tensors():

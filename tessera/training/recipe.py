@@ -171,7 +171,7 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec, num
     if height % codec.factor or width % codec.factor:
         raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
     size = (height // codec.factor, width // codec.factor)
-    process = recipe.diffusion.resolved(codec.latent_channels, size).build()
+    process = recipe.diffusion.resolve(codec.latent_channels, size).build()
     sizes = {
         "input_size": size,
         "in_channels": codec.latent_channels,

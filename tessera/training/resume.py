@@ -71,7 +71,7 @@ def check_compatible(run: TrainingRun, path: Path) -> None:
 
 def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:
     """The settings that must not change when a run is resumed."""
-    diffusion = config.diffusion.resolved(config.network.in_channels, config.network.input_size)
+    diffusion = config.diffusion.resolve(config.network.in_channels, config.network.input_size)
     return {
         "network": config.network.model_dump(mode="json"),
         "diffusion": diffusion.model_dump(mode="json"),

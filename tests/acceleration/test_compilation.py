@@ -60,7 +60,7 @@ def test_blocks_of_a_unet_with_the_same_shapes_are_compiled_once(make_model, gra
     """There are more shapes than PyTorch's default limit of recompilations of one function."""
     network = make_model({"kind": "unet", "channel_mult": (1, 2, 3), "attention_levels": (2, 4)}).network
     variants = {
-        (block.halvings, block.residual.resampling, *(weight.shape for weight in block.parameters()))
+        (block.level, block.residual.resampling, *(weight.shape for weight in block.parameters()))
         for block in network.blocks
     }
     assert len(variants) > 8

@@ -412,7 +412,7 @@ def test_missing_and_unexpected_weights_have_diffusers_names(exported):
         ({"attention_bias": False}, "attention_bias"),
         ({"norm_elementwise_affine": True}, "norm_elementwise_affine"),
         ({"interpolation_scale": 2}, "interpolation_scale 2"),
-        ({"sample_size": 9}, "patch 2 does not divide the size 9 x 9"),
+        ({"sample_size": 9}, "patch_size 2 does not divide the size 9 x 9"),
         ({"num_layers": 0}, "num_layers"),
         ({"num_layers": 3}, "missing transformer_blocks.2"),
     ],

@@ -15,7 +15,7 @@ from tessera.errors import TesseraError
 from tessera.interop import official
 from tessera.interop.common import relative_difference
 from tessera.models.dit import DiTConfig
-from tessera.models.presets import HEADS_OF_WIDTH
+from tessera.models.presets import NUM_HEADS_BY_WIDTH
 
 PAPER = {"prediction": "epsilon"}
 
@@ -53,7 +53,7 @@ def test_the_architecture_is_inferred_from_the_weights(make_model, tmp_path, blo
     assert same_weights(read, model)
 
 
-@pytest.mark.parametrize(("width", "heads"), HEADS_OF_WIDTH.items())
+@pytest.mark.parametrize(("width", "heads"), NUM_HEADS_BY_WIDTH.items())
 def test_the_papers_widths_determine_the_number_of_heads(width, heads):
     with torch.device("meta"):
         network = DiTConfig(hidden_size=width, num_heads=heads, depth=1, input_size=(8, 8)).build()

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
-from tessera.layers.positions import rotary_grid, rotate
+from tessera.layers.positions import apply_rope, rope_grid
 
 
-def explicit(q, k, v, heads):
-    """softmax(q k^T / sqrt(H)) v for every sample and head. q [B, L, D], k and v [B, M, D] -> [B, L, D]"""
+def attention_in_numpy(q, k, v, heads):
+    """softmax(q k^T / sqrt(E)) v for every sample and head. q [B, N, D], k and v [B, M, D] -> [B, N, D]"""
     size = q.shape[-1] // heads
     out = np.zeros_like(q)
     for b in range(len(q)):
@@ -26,54 +26,54 @@ def affine(layer, x):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(12, 1), (12, 3), (12, 12)])
-def test_self_attention_is_the_formula(width, heads, randomise):
+def test_self_attention_matches_the_formula(width, heads, randomise):
     attention = randomise(Attention(width, heads).double())
     x = torch.randn(2, 5, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     q, k, v = np.split(affine(attention.qkv, x.numpy()), 3, axis=-1)
-    expected = affine(attention.proj, explicit(q, k, v, heads))
+    expected = affine(attention.proj, attention_in_numpy(q, k, v, heads))
     np.testing.assert_allclose(attention(x).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("told", [1, 2, 7])
-def test_cross_attention_is_the_formula(told, randomise):
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+def test_cross_attention_matches_the_formula(num_tokens, randomise):
     attention = randomise(CrossAttention(12, 3).double())
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(2, 5, 12, dtype=torch.float64, generator=generator)
-    tokens = torch.randn(2, told, 12, dtype=torch.float64, generator=generator)
+    tokens = torch.randn(2, num_tokens, 12, dtype=torch.float64, generator=generator)
     k, v = np.split(affine(attention.kv_linear, tokens.numpy()), 2, axis=-1)
-    expected = affine(attention.proj, explicit(affine(attention.q_linear, x.numpy()), k, v, 3))
+    expected = affine(attention.proj, attention_in_numpy(affine(attention.q_linear, x.numpy()), k, v, 3))
     np.testing.assert_allclose(attention(x, tokens).detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def heads_of(x, heads=3):
-    """x [B, L, D] -> [B, L, K, H]"""
+def split_heads(x, heads=3):
+    """x [B, N, D] -> [B, N, K, E]"""
     return x.reshape(*x.shape[:2], heads, -1)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("value_residual", [False, True])
-def test_modern_attention_is_the_formula(qk_norm, rotary, value_residual, randomise):
-    """Norm by torch.nn.RMSNorm, sharpness, rotation, a share of the first values: in this order, each by itself."""
+def test_rotary_attention_matches_the_formula(qk_norm, rope, value_residual, randomise):
+    """torch.nn.RMSNorm, the scale, the rotation and the interpolation with the first values, one after the other."""
     attention = randomise(RotaryAttention(24, 3, True, qk_norm, value_residual).double())
-    x, values = torch.randn(2, 2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x, v0 = torch.randn(2, 2, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     q, k, v = (torch.tensor(part) for part in np.split(affine(attention.qkv, x.numpy()), 3, axis=-1))
     with torch.no_grad():
         if qk_norm:
             norm = torch.nn.RMSNorm(8, eps=1e-6, elementwise_affine=False)
-            q = (norm(heads_of(q)) * attention.qk_scale[:, None]).flatten(2)
-            k = norm(heads_of(k)).flatten(2)
-        if rotary:
-            table = rotary_grid((2, 3), 8)
-            q, k = (rotate(heads_of(part), table).flatten(2) for part in (q, k))
+            q = (norm(split_heads(q)) * attention.qk_scale[:, None]).flatten(2)
+            k = norm(split_heads(k)).flatten(2)
+        if rope:
+            table = rope_grid((2, 3), 8)
+            q, k = (apply_rope(split_heads(part), table).flatten(2) for part in (q, k))
         if value_residual:
-            v = (1 - attention.v_residual_lambda) * v + attention.v_residual_lambda * values
-        got = attention(x, rotary_grid((2, 3), 8) if rotary else None, values)
-    expected = affine(attention.proj, explicit(q.numpy(), k.numpy(), v.numpy(), 3))
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9, atol=1e-9)
+            v = (1 - attention.v_residual_lambda) * v + attention.v_residual_lambda * v0
+        result = attention(x, rope_grid((2, 3), 8) if rope else None, v0)
+    expected = affine(attention.proj, attention_in_numpy(q.numpy(), k.numpy(), v.numpy(), 3))
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_normalised_logits_do_not_grow_with_the_weights(randomise):
+def test_normalized_logits_do_not_grow_with_the_weights(randomise):
     attention = randomise(RotaryAttention(24, 3, False, True, False))
     x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -83,19 +83,19 @@ def test_normalised_logits_do_not_grow_with_the_weights(randomise):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_modern_attention_with_nothing_modern_is_attention(bias, randomise):
-    modern, plain = RotaryAttention(24, 3, bias, False, False), randomise(Attention(24, 3, bias))
-    modern.load_state_dict(plain.state_dict())
+def test_rotary_attention_without_its_options_is_attention(bias, randomise):
+    rotary, plain = RotaryAttention(24, 3, bias, False, False), randomise(Attention(24, 3, bias))
+    rotary.load_state_dict(plain.state_dict())
     x = torch.randn(2, 6, 24, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(modern(x), plain(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rotary(x), plain(x), rtol=1e-6, atol=1e-6)
 
 
-def test_under_autocast_it_stays_near_the_full_precision(randomise):
+def test_autocast_is_close_to_float32(randomise):
     attention = randomise(RotaryAttention(24, 3, False, True, True))
-    x, values = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(1))
-    table = rotary_grid((2, 3), 8)
+    x, v0 = torch.randn(2, 2, 6, 24, generator=torch.Generator().manual_seed(1))
+    table = rope_grid((2, 3), 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        got = attention(x, table, values.bfloat16())
-    assert got.dtype == torch.bfloat16
+        result = attention(x, table, v0.bfloat16())
+    assert result.dtype == torch.bfloat16
     with torch.no_grad():
-        torch.testing.assert_close(got.float(), attention(x, table, values), rtol=0.05, atol=0.05)
+        torch.testing.assert_close(result.float(), attention(x, table, v0), rtol=0.05, atol=0.05)

@@ -16,7 +16,7 @@ from tessera import randomness
 from tessera.codecs import PixelsConfig
 from tessera.data import Batch
 from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
-from tessera.layers.positions import rotary_grid, rotate
+from tessera.layers.positions import apply_rope, rope_grid
 from tessera.models.dit import DiTConfig
 from tessera.monitoring import health
 from tessera.monitoring.health import (
@@ -208,7 +208,7 @@ def test_attention_logits_by_hand_with_qk_norm_and_rope(make):
     q, k, _ = block.attn.qkv(entering).unflatten(-1, (3, 2, -1)).unbind(2)
     q, k = (nn.functional.rms_norm(each, (16,), eps=1e-6) for each in (q, k))
     q = q * block.attn.qk_scale[:, None]
-    q, k = (rotate(each, rotary_grid((4, 4), 16)) for each in (q, k))
+    q, k = (apply_rope(each, rope_grid((4, 4), 16)) for each in (q, k))
     expected = (torch.einsum("blkh,bmkh->bklm", q, k) / 4).abs().max().item()
     assert probe(network, network, inputs, objective)["attention_logits"][0] == pytest.approx(expected, rel=1e-4)
 
@@ -324,7 +324,7 @@ def test_a_probe_has_no_side_effects(make):
     network, inputs = make("rope-swiglu"), batch(4)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     probe(network, network, inputs, make_objective())
-    with pytest.raises(ValueError, match="give Condition"):
+    with pytest.raises(ValueError, match="pass Condition"):
         probe(network, network, inputs, make_objective(num_classes=0))
     for module in network.modules():
         assert not module._forward_hooks

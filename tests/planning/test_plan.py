@@ -156,9 +156,9 @@ def test_impossible_workloads_are_refused():
         divide_batch(work, 4)
     with pytest.raises(TesseraError, match="too small for 32 devices"):
         divide_batch(work, 32)
-    with pytest.raises(TesseraError, match="not divisible by heads"):
+    with pytest.raises(TesseraError, match="not divisible by num_heads"):
         plan_recipe.preset_recipe("DiT-S/2", ["network.num_heads=7"])
-    with pytest.raises(TesseraError, match="patch 3 does not divide"):
+    with pytest.raises(TesseraError, match="patch_size 3 does not divide"):
         plan_recipe.workload(tiny_recipe("network.patch_size=3"))
     with pytest.raises(TesseraError, match="neither a recipe nor a preset"):
         plan_recipe.resolve_target("DiT-M/2", [])

@@ -102,7 +102,7 @@ def test_a_network_without_a_null_row_cannot_be_guided(randomise):
         input_size=(4, 4), patch_size=2, depth=1, hidden_size=16, num_heads=2, num_classes=3, learn_null_class=False
     )
     network = randomise(config.build())
-    with torch.no_grad(), pytest.raises(ValueError, match="null class"):
+    with torch.no_grad(), pytest.raises(ValueError, match="null label"):
         Denoiser(network, PROCESS, Condition([0, 1, 2]), 2.0).raw(normal(3, 4, 4, 4), T)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera.conditioning import Condition
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
-from tessera.diffusion.prediction import Prediction, expand
+from tessera.diffusion.process import Prediction, expand
 from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, DPMSolverSDE, UniPC, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.exponential import History, NoiseLevel, lagrange_weights
@@ -70,7 +70,7 @@ solvers = pytest.mark.parametrize(
 
 
 def compare(solver, process: DiffusionProcess, grid: Tensor, expected: list[Tensor], noise=None) -> None:
-    denoise = Denoiser(network if process.steps else mean_channels, process, Condition())
+    denoise = Denoiser(network if process.num_timesteps else mean_channels, process, Condition())
     states = [state.x for state in sample_loop(solver, denoise, expected[0], grid, noise)]
     assert len(states) == len(expected)
     if getattr(solver, "variant", "") == "bh1":  # diffusers computes infinity times 0 where sigma is 0
@@ -163,7 +163,7 @@ class Smooth:
 def test_the_ends_are_reached_without_division_by_zero(name, solver, count):
     """alpha is 0 at the start and sigma 0 at the end; the last step returns the denoiser's x0."""
     process = ENDS[name]
-    if isinstance(solver, Ancestral) and process.steps is None:
+    if isinstance(solver, Ancestral) and process.num_timesteps is None:
         pytest.skip("ancestral sampling needs a Gaussian process")
     x, denoise = noise_from(3, (3, 2, 3, 3))().double(), Smooth(process)
     *_, before, last = sample_loop(solver, denoise, x, timestep_grid(Uniform(), count, process), noise_from(4, x.shape))
@@ -202,7 +202,7 @@ def rows_of(memory, part: slice):
 def test_rows_at_different_times_equal_the_rows_alone(name, solver):
     """As many rows as channels, height and width, so a wrong broadcast would give numbers; some begin and end early."""
     process = ENDS[name]
-    if isinstance(solver, Ancestral) and process.steps is None:
+    if isinstance(solver, Ancestral) and process.num_timesteps is None:
         pytest.skip("ancestral sampling needs a Gaussian process")
     denoise, x = Smooth(process), noise_from(3, (3, 3, 3, 3))().double()
     grid = torch.tensor([[1.0, 0.8, 0.3, 0.2, 0.1], [0.9, 0.7, 0.5, 0.3, 0.0], [0.6, 0.5, 0.2, 0.1, 0.05]]).double().T

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
-from tessera.diffusion.prediction import Prediction, expand
+from tessera.diffusion.process import Prediction, expand
 from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, DPMSolverSDE, Euler, Heun, UniPC, sample_loop
 from tessera.sampling.exponential import History, NoiseLevel
 from tessera.sampling.timesteps import Trailing, Uniform, timestep_grid

@@ -17,7 +17,7 @@ from torch import Tensor
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
-from tessera.diffusion.prediction import Prediction, expand
+from tessera.diffusion.process import Prediction, expand
 from tessera.errors import TesseraError
 from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, sample_loop
 from tessera.sampling.denoiser import Denoiser

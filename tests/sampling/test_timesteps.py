@@ -90,7 +90,7 @@ processes = pytest.mark.parametrize("name", PROCESSES)
 def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     """In time, and in the values that solvers divide by: no two times have the same noise."""
     process = PROCESSES[name].build()
-    if spacing == "leading" and process.steps is None:
+    if spacing == "leading" and process.num_timesteps is None:
         with pytest.raises(TesseraError, match="leading needs a process of discrete steps.*: use uniform"):
             timestep_grid(TIMESTEP_SPACINGS[spacing](), count, process)
         return
@@ -101,8 +101,8 @@ def test_every_grid_falls_from_noise_to_data(name, spacing, count):
     assert times[0] == 1 or spacing == "leading"
     assert (process.sigma(times).diff() < 0).all()
     assert (NoiseLevel.at(process, times).half_log_snr.diff() > 0).all()
-    if process.steps is not None:  # never beyond the first trained step
-        assert float(times[-2]) * process.steps > 1 - 1e-6
+    if process.num_timesteps is not None:  # never beyond the first trained step
+        assert float(times[-2]) * process.num_timesteps > 1 - 1e-6
         assert (process.model_time(times[:-1]) > -1e-3).all()
 
 
