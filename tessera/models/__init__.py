@@ -11,8 +11,8 @@ from tessera.models.unet import UNet, UNetConfig
 from tessera.settings import expand_kind
 
 __all__ = [
-    "PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "UNet", "UNetConfig", "parameter_count",
-    "with_kind",
+    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "UNet", "UNetConfig",
+    "parameter_count", "with_kind",
 ]  # fmt: skip
 
 

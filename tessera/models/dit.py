@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers").
 
-Shapes: B batch, C channels, O raw output channels, H W height and width, p patch side, (h, w) = (H / p, W / p) the
-token grid, L = h w image tokens, M condition tokens, G conditioning vectors of an image, D width.
+Shapes: B batch, C channels, O raw output channels, H W height and width, p patch size, (h, w) = (H / p, W / p) the
+token grid, N = h w image tokens, M condition tokens, G conditioning vectors of an image, D width.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,7 +29,7 @@ class DiTConfig(NetworkConfig):
     """
 
     display_name: ClassVar[str] = "diffusion transformer"
-    kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
+    kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
     patch_size: PositiveInt = 2
     depth: PositiveInt = 28
     hidden_size: PositiveInt = 1152
@@ -49,13 +49,13 @@ class DiTConfig(NetworkConfig):
             return data
         name = str(data["preset"])
         if name in UNET_PRESETS:
-            raise ValueError(f"{name} is a U-Net: set network.kind=unet, too")
+            raise ValueError(f"{name} is a U-Net: set network.kind=unet")
         if name not in PRESETS:
             raise ValueError(unknown_name("preset", name, PRESETS))
         return {**PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
 
     @model_validator(mode="after")
-    def _fits(self) -> "DiTConfig":
+    def _check(self) -> "DiTConfig":
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.hidden_size % 4:
@@ -91,7 +91,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(width, 2) if modulated else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, L, D], context.c [B, 1, D] -> [B, L, p p O]"""
+        """x [B, N, D], context.c [B, G, D] -> [B, N, p p O]"""
         x = self.norm_final(x)
         if self.adaLN_modulation is not None:
             shift, scale = context.modulation_params(self.adaLN_modulation).chunk(2, dim=-1)
@@ -113,32 +113,27 @@ class DiT(Network):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         config.check_size(config.input_size)
-        self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
-        dims = BlockDims(
-            config.hidden_size, config.num_heads, int(config.hidden_size * config.mlp_ratio), config.mlp_norm_eps
-        )
-        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_freq_divisor)
+        width = config.hidden_size
+        self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
+        dims = BlockDims(width, config.num_heads, int(width * config.mlp_ratio), config.mlp_norm_eps)
+        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
+        self.t_embedder = TimestepEmbedder(width, config.timestep_freq_divisor)
         self.y_embedder = (
-            LabelEmbedder(config.num_classes, config.hidden_size, config.learn_null_class)
-            if config.num_classes
-            else None
+            LabelEmbedder(config.num_classes, width, config.learn_null_class) if config.num_classes else None
         )
         # A frozen parameter, not a buffer: official checkpoints contain it, and the paper's counts include it.
-        table = torch.zeros(1, config.grid[0] * config.grid[1], config.hidden_size)
+        table = torch.zeros(1, config.grid[0] * config.grid[1], width)
         self.pos_embed = nn.Parameter(table, requires_grad=False) if config.block.absolute_positions else None
         self.shared = config.block.shared(dims)
         blocks = [config.block.build(dims) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.appends_tokens = blocks[0].appends_tokens
-        self.final_layer = FinalLayer(
-            config.hidden_size, config.patch_size**2 * config.out_channels, blocks[0].modulated_head
-        )
+        self.final_layer = FinalLayer(width, config.patch_size**2 * config.out_channels, blocks[0].modulated_head)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise all weights as the official code does: Xavier for every Linear, then the exceptions."""
+        """Initialize all weights as the official code does: Xavier for every Linear, then the exceptions."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -159,11 +154,8 @@ class DiT(Network):
                 nn.init.zeros_(module.linear.weight)
             elif isinstance(module, ScaleShiftTable):
                 nn.init.zeros_(module.table)
-            elif isinstance(module, RotaryAttention):  # a scale of 1; half of the values from v0
-                if module.qk_scale is not None:
-                    nn.init.ones_(module.qk_scale)
-                if module.v_residual_lambda is not None:
-                    nn.init.constant_(module.v_residual_lambda, 0.5)
+            elif isinstance(module, RotaryAttention):
+                module.reset_parameters()
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -178,7 +170,7 @@ class DiT(Network):
         return self.head(tokens, context)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
-        """Return the tokens [B, L, D] (L + M where the condition is appended) and the context of the blocks."""
+        """Return the tokens [B, N, D] (N + M where the condition is appended) and the context of the blocks."""
         return self.embed_patches(x, self.embed_condition(t, condition, self.grid(x)))
 
     def grid(self, x: Tensor) -> tuple[int, int]:
@@ -197,22 +189,16 @@ class DiT(Network):
         return torch.cat((tokens, context.cond_tokens), dim=1) if self.appends_tokens else tokens, context
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        """Return the context of blocks and head: everything that depends only on the timesteps t [B], the condition
-        and the token grid (h, w).
-        """
+        """Return what blocks and head need beside the image, for timesteps t [B] and a token grid (h, w)."""
         time = self.t_embedder(t)[:, None]  # one conditioning vector for each image: G = 1
         c, cond_tokens = time, [time]
         if self.y_embedder is not None:
-            if condition.label is None:
-                raise ValueError(
-                    f"the network is conditioned on {self.config.num_classes} classes: pass Condition(label=)"
-                )
             label = self.y_embedder(condition.label)[:, None]
             c, cond_tokens = time + label, [time, label]
         return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
 
     def head(self, tokens: Tensor, context: Context) -> Tensor:
-        """Map the tokens of the last block to the output: [B, L (+ M), D] -> [B, O, H, W]"""
+        """Map the tokens of the last block to the output: [B, N (+ M), D] -> [B, O, H, W]"""
         patches = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
         return unpatchify(patches, self.config.patch_size, context.grid)
 

@@ -1,8 +1,8 @@
 """The convolutional U-Net of ADM (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 3),
 also used for latents (Rombach et al. 2022): the baseline of diffusion transformers.
 
-Shapes: B batch, C channels, O raw output channels, H W height and width, (h, w) of one level, K heads, E channels
-of the conditioning vector.
+Shapes: B batch, C channels, O raw output channels, H W height and width, (h, w) of one level, K heads, D width of
+the conditioning vector.
 """
 
 import math
@@ -25,7 +25,7 @@ from tessera.settings import as_tuple, unknown_name
 MAX_GROUPS = 32  # of a norm
 MIN_GROUP_CHANNELS = 4
 
-Numbers = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+PositiveInts = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 
 
 class UNetConfig(NetworkConfig):
@@ -37,13 +37,13 @@ class UNetConfig(NetworkConfig):
     """
 
     display_name: ClassVar[str] = "diffusion U-Net"
-    kind: Literal["unet"] = "unet"  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
+    kind: Literal["unet"] = "unet"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
     model_channels: PositiveInt = Field(default=192, description="channels of the first level")
-    channel_mult: Annotated[Numbers, Field(min_length=1)] = Field(
+    channel_mult: Annotated[PositiveInts, Field(min_length=1)] = Field(
         default=(1, 2, 3, 4), description="channels of each level, as multiples of model_channels"
     )
     num_res_blocks: PositiveInt = Field(default=3, description="residual blocks of a level in the encoder")
-    attention_levels: Numbers = Field(
+    attention_levels: PositiveInts = Field(
         default=(2, 4, 8), description="downsampling factors (1, 2, 4 ...) of the levels with attention"
     )
     num_head_channels: PositiveInt = Field(default=64, description="largest number of channels of an attention head")
@@ -58,7 +58,7 @@ class UNetConfig(NetworkConfig):
         return {**UNET_PRESETS[name], **{key: value for key, value in data.items() if key != "preset"}}
 
     @model_validator(mode="after")
-    def _fits(self) -> "UNetConfig":
+    def _check(self) -> "UNetConfig":
         factors = [2**level for level in range(len(self.channel_mult))]
         for factor in self.attention_levels:
             if factor not in factors:
@@ -92,14 +92,14 @@ class UNetConfig(NetworkConfig):
 
 
 @dataclass(frozen=True)
-class Context:
+class UNetContext:
     """The inputs of a block beside the features."""
 
-    c: Tensor  # [B, E] the conditioning vector: time + label
+    c: Tensor  # [B, D] the conditioning vector: time + label
 
 
 class Norm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018): up to 32 groups, with at least 4 channels each where that is possible."""
+    """Group normalization (Wu & He 2018): up to 32 groups, with at least 4 channels each where that is possible."""
 
     def __init__(self, channels: int) -> None:
         counts = range(1, min(MAX_GROUPS, max(1, channels // MIN_GROUP_CHANNELS)) + 1)
@@ -112,7 +112,7 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling: [B, C, h, w] -> [B, C, 2 h, 2 w]"""
+    """Nearest-neighbor upsampling: [B, C, h, w] -> [B, C, 2 h, 2 w]"""
     return interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -129,7 +129,7 @@ class ResidualBlock(nn.Module):
     """x + branch(x), with scale and shift from c after the second norm (ADM's "adaptive group normalization").
 
     A block that resamples does so after the first activation, and on the skip connection (the BigGAN residual block).
-    The last convolution is zero-initialised, so a new block without resampling or change of channels is the identity.
+    The last convolution is zero-initialized, so a new block without resampling or change of channels is the identity.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x [B, C, h, w], c [B, E] -> [B, C', h', w']"""
+        """x [B, C, h, w], c [B, D] -> [B, C', h', w']"""
         resample = RESAMPLE[self.resampling]
         scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
         branch = self.conv1(resample(silu(self.norm1(x))))
@@ -164,7 +164,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, num_head_channels: int) -> None:
         super().__init__()
         min_heads = math.ceil(channels / num_head_channels)
-        self.heads = next(heads for heads in range(min_heads, channels + 1) if channels % heads == 0)
+        self.num_heads = next(heads for heads in range(min_heads, channels + 1) if channels % heads == 0)
         self.norm = Norm(channels)
         self.qkv = FusedLinear(channels, channels, num_projections=3)
         self.proj = nn.Linear(channels, channels)
@@ -172,13 +172,14 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, C, h, w]"""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # B C h w -> B (h w) C
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, dim=-1))
-        attended = scaled_dot_product_attention(q, k, v)  # B L (K H) -> B K L H each
-        attended = self.proj(attended.transpose(1, 2).flatten(2))  # B K L H -> B L (K H)
-        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
+        qkv = self.qkv(tokens).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)  # B N (K E) -> B K N E
+        branch = scaled_dot_product_attention(q, k, v)
+        branch = self.proj(branch.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
+        return x + branch.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def macs(self, positions: int) -> int:
-        """Multiply-adds for one sample of L = positions: 4 L C^2 in the projections, 2 L^2 C between the positions."""
+        """Multiply-adds for one sample of N = positions: 4 N C^2 in the projections, 2 N^2 C between the positions."""
         channels = self.proj.in_features
         return 4 * positions * channels**2 + 2 * positions**2 * channels
 
@@ -200,7 +201,7 @@ class UNetBlock(nn.Module):
         self.route: Route = route
         self.level = level
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
         """x [B, C, h, w] -> [B, C', h', w']"""
         x = self.residual(x, context.c)
         return x if self.attention is None else self.attention(x)
@@ -211,8 +212,8 @@ class UNetBlock(nn.Module):
         return self.residual.macs(positions) + (0 if self.attention is None else self.attention.macs(positions))
 
 
-class FinalLayer(nn.Module):
-    """Norm, SiLU, and a zero-initialised convolution."""
+class UNetFinalLayer(nn.Module):
+    """Norm, SiLU, and a zero-initialized convolution."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
@@ -230,7 +231,7 @@ class UNet(Network):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         config.check_size(config.input_size)
-        self.config: UNetConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (nobody writes it)
+        self.config: UNetConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
         cond_channels, first = 4 * config.model_channels, config.model_channels * config.channel_mult[0]
         self.stem = conv3x3(config.in_channels, first)
         self.t_embedder = TimestepEmbedder(cond_channels)
@@ -238,12 +239,12 @@ class UNet(Network):
             LabelEmbedder(config.num_classes, cond_channels, config.learn_null_class) if config.num_classes else None
         )
         self.blocks = nn.ModuleList(build_blocks(config))
-        self.final_layer = FinalLayer(first, config.out_channels)
+        self.final_layer = UNetFinalLayer(first, config.out_channels)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise all weights as ADM does: PyTorch's defaults, then the exceptions."""
+        """Initialize all weights as ADM does: PyTorch's defaults, then the exceptions."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 assert module.bias is not None
@@ -270,18 +271,14 @@ class UNet(Network):
                 skips.append(x)
         return self.final_layer(x)
 
-    def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
+    def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, UNetContext]:
         """Return the first features [B, C, H, W] and the context of the blocks."""
         self.config.check_size((x.shape[-2], x.shape[-1]))
         c = self.t_embedder(t)
         if self.y_embedder is not None:
-            if condition.label is None:
-                raise ValueError(
-                    f"the network is conditioned on {self.config.num_classes} classes: pass Condition(label=)"
-                )
             c = c + self.y_embedder(condition.label)
         # Features in the dtype of the input: under autocast, residuals are then summed in float32.
-        return self.stem(x).to(x.dtype), Context(c)
+        return self.stem(x).to(x.dtype), UNetContext(c)
 
     def macs(self, size: tuple[int, int] | None = None) -> int:
         size = size or self.config.input_size

@@ -12,7 +12,7 @@ from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.network import parameter_count
 from tessera.models.presets import UNET_PRESETS
-from tessera.models.unet import FinalLayer, Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig
+from tessera.models.unet import Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig, UNetFinalLayer
 from tessera.settings import validate
 
 SMALL = {
@@ -250,7 +250,7 @@ def test_norm_groups_and_heads_for_any_width(channels, num_head_channels):
     if channels % 32 == 0 and channels >= 128:
         assert norm.num_groups == 32  # as published
     with torch.device("meta"):
-        heads = SpatialAttention(channels, num_head_channels).heads
+        heads = SpatialAttention(channels, num_head_channels).num_heads
     assert channels % heads == 0
     assert channels // heads <= num_head_channels
     if channels % num_head_channels == 0:
@@ -310,4 +310,4 @@ def test_settings_override_the_preset():
     config = UNetConfig.model_validate({"preset": "UNet-B/4-gmacs", "num_res_blocks": 1})
     assert config.num_res_blocks == 1
     assert config.model_channels == UNET_PRESETS["UNet-B/4-gmacs"]["model_channels"]
-    assert isinstance(config.build().final_layer, FinalLayer)
+    assert isinstance(config.build().final_layer, UNetFinalLayer)

@@ -42,7 +42,7 @@ def test_one_override_makes_the_network_a_unet(tmp_path):
     changes = ["network.kind=unet", "network.model_channels=16", "network.attention_levels=2"]
     assert read_recipe(path, changes).network == UNetConfig(model_channels=16, attention_levels=(2,))
     assert read_recipe(path, []).network == DiTConfig(patch_size=2, hidden_size=32, depth=2, num_heads=2)
-    with pytest.raises(TesseraError, match=r"network: UNet-S/8-gmacs is a U-Net: say network\.kind=unet, too"):
+    with pytest.raises(TesseraError, match=r"network: UNet-S/8-gmacs is a U-Net: set network\.kind=unet"):
         read_recipe(path, ["network.preset=UNet-S/8-gmacs"])
     path.write_text("data: digits\nnetwork: {preset: UNet-S/8-gmacs}\n")
     assert isinstance(read_recipe(path, []).network, UNetConfig)
