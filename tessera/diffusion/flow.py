@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor
 
-from tessera.diffusion.process import Losses, Prediction, expand, row_mean
+from tessera.diffusion.process import DiffusionProcess, Losses, Prediction, expand, row_mean
 from tessera.settings import Settings, expand_kind
 
 Parameterization = Literal["velocity", "x0", "epsilon"]
@@ -100,10 +100,8 @@ def shift_timesteps(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-class FlowMatching:
+class FlowMatching(DiffusionProcess):
     """x_t = alpha(t) x0 + sigma(t) eps from the data at t = 0 to the noise at t = 1."""
-
-    num_timesteps = None  # time is continuous
 
     def __init__(self, config: FlowMatchingConfig) -> None:
         if config.shift == "dimension":
@@ -111,8 +109,11 @@ class FlowMatching:
         self.config = config
         self.shift = float(config.shift)
 
+    @property
+    def num_timesteps(self) -> None:
+        return None
+
     def out_channels(self, channels: int) -> int:
-        """Raw output channels of a network for an input of C channels."""
         return channels
 
     # Times
@@ -123,7 +124,6 @@ class FlowMatching:
         return t.clamp(T_EPS, 1 - T_EPS).to(uniform.dtype)
 
     def model_time(self, t: Tensor) -> Tensor:
-        """t in the units the network was trained in: float32 [B]"""
         start, end = self.config.network_times
         return (start + (end - start) * t.double()).to(torch.float32)
 
@@ -135,12 +135,10 @@ class FlowMatching:
     # Noise
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The factor of the data in x_t, float64 [B]"""
         t = t.double()
         return 1 - t if self.config.path == "linear" else torch.sin((1 - t) * math.pi / 2)  # exactly 0 at t = 1
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The factor of the noise in x_t, float64 [B]"""
         t = t.double()
         return t if self.config.path == "linear" else torch.sin(t * math.pi / 2)
 
@@ -149,10 +147,6 @@ class FlowMatching:
         if self.config.path == "linear":
             return -torch.ones_like(t, dtype=torch.float64), torch.ones_like(t, dtype=torch.float64)
         return -math.pi / 2 * self.sigma(t), math.pi / 2 * self.alpha(t)
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t. x0 and noise [B, C, ...], t [B]"""
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     # Predictions and targets
 
@@ -171,7 +165,6 @@ class FlowMatching:
         return Prediction(x0, expand(alpha / determinant, x) * raw - expand(alpha_rate / determinant, x) * x)
 
     def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The target of a raw output."""
         if self.config.prediction == "x0":
             return x0
         if self.config.prediction == "epsilon":

@@ -11,7 +11,7 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from tessera.diffusion.process import Losses, Prediction, expand, row_mean
+from tessera.diffusion.process import DiffusionProcess, Losses, Prediction, expand, row_mean
 from tessera.settings import Settings, expand_kind
 
 
@@ -107,7 +107,7 @@ class GaussianDiffusionConfig(Settings):
         return text + (f", {self.weighting.kind} weighting" if self.weighting.kind != "uniform" else "")
 
 
-class GaussianDiffusion:
+class GaussianDiffusion(DiffusionProcess):
     """x_t = alpha(t) x0 + sigma(t) eps with alpha^2 + sigma^2 = 1."""
 
     def __init__(self, config: GaussianDiffusionConfig) -> None:
@@ -121,11 +121,9 @@ class GaussianDiffusion:
 
     @property
     def num_timesteps(self) -> int:
-        """The number of times used in training."""
         return self.config.num_timesteps
 
     def out_channels(self, channels: int) -> int:
-        """Raw output channels O of a network for an input of C channels."""
         return 2 * channels if self.config.variance == "learned" else channels
 
     # Times
@@ -165,16 +163,10 @@ class GaussianDiffusion:
     # Noise
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The factor of the data in x_t, float64 [B]"""
         return self._alpha_bar_at(t).sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The factor of the noise in x_t, float64 [B]"""
         return (1 - self._alpha_bar_at(t)).sqrt()
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, a sample of q(x_t | x0). x0 and noise [B, C, ...], t [B]"""
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     # Predictions and targets
 
@@ -194,7 +186,6 @@ class GaussianDiffusion:
         return Prediction(x0, expand(sigma, x) * x + expand(alpha, x) * mean, fraction)
 
     def training_target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The target of the first C channels of a raw output."""
         if self.config.prediction == "epsilon":
             return noise
         if self.config.prediction == "x0":

@@ -30,10 +30,10 @@ class Losses:
 class DiffusionProcess(Protocol):
     """x_t = alpha(t) x0 + sigma(t) eps, from the data at t = 0 to noise at t = 1.
 
-    Times t are [B], on the CPU. Images, noise and raw outputs are [B, C or O, ...], on any device.
+    Times t are [B], on the CPU. Images and noise are [B, C, ...] and raw outputs [B, O, ...], on any device.
     """
 
-    config: Any
+    config: Any  # GaussianDiffusionConfig or FlowMatchingConfig
 
     @property
     def num_timesteps(self) -> int | None:
@@ -65,7 +65,7 @@ class DiffusionProcess(Protocol):
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, a sample of q(x_t | x0)"""
-        ...
+        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def predict(self, raw: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """A raw output at x and t, converted to x0 and eps"""
