@@ -189,7 +189,7 @@ def clock(run: Callable[[], float]) -> float:
 
 def cost(counts: list[int], width: int) -> None:
     names = ("moments", "frechet", "frechet_infinity", "kernel_distance", "inception_score")
-    names += ("precision_recall", "density_coverage", "nearest", "authenticity")
+    names += ("precision_recall", "density_coverage", "nearest_neighbors", "authenticity")
     row("rows", "distance", "seconds", "MiB")
     row(*["---"] * 4)
     for count in counts:

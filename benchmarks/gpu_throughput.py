@@ -115,14 +115,14 @@ def training_rate(
     return done * batch / (time.perf_counter() - began)
 
 
-def sample(model: str, batch: int, device: torch.device) -> None:
+def sample(model: str, batch: int, device: torch.device, samplers: list[tuple[str, int]]) -> None:
     print("| model | batch | sampler | guidance | precision | compiled | images/s |")
     print("|---|---|---|---|---|---|---|")
     config = DiTConfig.model_validate({"preset": model})
     network = config.build().to(device).eval()
     described = BundleConfig(network=config, diffusion=GaussianDiffusionConfig(), codec=PixelsConfig())
     eager, whole = Model(described, network), Model(described, torch.compile(network))
-    for sampler, steps in (("ddim", 20), ("ddim", 50), ("ancestral", 250)):
+    for sampler, steps in samplers:
         for guidance in (1.0, 4.0):
             for precision, chosen in (("float32", eager), ("bfloat16", eager), ("bfloat16", whole)):
                 if steps == 250 and precision == "float32":
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of measuring a row")
     parser.add_argument("--minutes", type=float, default=6, help="after which no row begins")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--samplers", default="ddim:20,ddim:50,ancestral:250", help="solver:steps, for --sample")
     parser.add_argument("--block", default="adaln-zero", help="design of the blocks, for --train")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     options = parser.parse_args()
@@ -169,7 +170,10 @@ def main() -> None:
     if options.train:
         train(options, device)
     if options.sample:
-        sample(options.model, options.batch, device)
+        samplers = [
+            (name, int(steps)) for name, _, steps in (word.partition(":") for word in options.samplers.split(","))
+        ]
+        sample(options.model, options.batch, device, samplers)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def begin(folder: Path, width: int, depth: int, batch: int) -> Trainer:
     told = {
         "run_dir": str(folder),
         "data": {"kind": "digits"},
-        "network": {"patch_size": 1, "hidden_size": width, "depth": depth, "num_heads": width // 64},
+        "network": {"patch_size": 1, "hidden_size": width, "depth": depth, "num_heads": max(1, width // 64)},
         "training": {"global_batch_size": batch, "device": "cpu", "keep_last": 1, "tensorboard": True},
     }
     run = build_run(validate(Recipe, told, "the benchmark's recipe"))

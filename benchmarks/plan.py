@@ -57,14 +57,14 @@ def changed(base: dict[str, Any], network: dict[str, Any] | None = None, **train
 
 CPU = {
     "digits, DiT 192 x 6": DIGITS,
-    "digits, batch 8": changed(DIGITS, batch=8),
-    "digits, batch 256, recompute blocks": changed(DIGITS, batch=256, recompute="blocks"),
-    "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch=16),
+    "digits, batch 8": changed(DIGITS, global_batch_size=8),
+    "digits, batch 256, recompute blocks": changed(DIGITS, global_batch_size=256, activation_checkpointing="blocks"),
+    "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch_size=16),
     "32 px, DiT 256 x 6": PICTURES,
     "32 px, modern, Muon": changed(PICTURES, {"block": "rope-swiglu"}, optimizer={"kind": "muon"}),
-    "32 px, U-Net": changed(PICTURES, {"kind": "unet", "width": 64}, batch=16),
+    "32 px, U-Net": changed(PICTURES, {"kind": "unet", "model_channels": 64}, global_batch_size=16),
     "32 px, DiT 384 x 4, patch 2": changed(
-        PICTURES, {"patch_size": 2, "hidden_size": 384, "depth": 4, "num_heads": 6}, batch=4
+        PICTURES, {"patch_size": 2, "hidden_size": 384, "depth": 4, "num_heads": 6}, global_batch_size=4
     ),
 }
 LARGE: dict[str, Any] = {
@@ -75,9 +75,9 @@ LARGE: dict[str, Any] = {
 CUDA = {
     "B/4, 32 px, batch 128": LARGE,
     "B/4, float32": changed(LARGE, precision="float32"),
-    "B/4, recompute blocks": changed(LARGE, recompute="blocks", batch=256),
+    "B/4, recompute blocks": changed(LARGE, activation_checkpointing="blocks", global_batch_size=256),
     "L/4": changed(LARGE, {"preset": "DiT-L/4"}),
-    "XL/4": changed(LARGE, {"preset": "DiT-XL/4"}, batch=64),
+    "XL/4": changed(LARGE, {"preset": "DiT-XL/4"}, global_batch_size=64),
     "B/4, modern": changed(LARGE, {"block": "rope-swiglu"}),
 }
 

@@ -41,7 +41,7 @@ def recipe(shard: int | str, width: int, depth: int, batch: int) -> Recipe:
     told = {
         "run_dir": str(Path(tempfile.gettempdir(), "never-written")),
         "data": {"kind": "digits"},
-        "network": {"patch_size": 2, "hidden_size": width, "depth": depth, "num_heads": width // 64},
+        "network": {"patch_size": 2, "hidden_size": width, "depth": depth, "num_heads": max(1, width // 64)},
         "training": {"global_batch_size": batch, "fsdp": shard, "device": "cpu"},
     }
     return validate(Recipe, apply_overrides(told, []), "the benchmark's recipe")
@@ -130,9 +130,10 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--batch", type=int, default=8, help="samples a step over all processes")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--max-processes", type=int, default=4, help="leave out layouts of more processes")
     options = parser.parse_args()
     parts = ("weights", "gradients", "optimizer", "average")
-    for count, shard in LAYOUTS:
+    for count, shard in [layout for layout in LAYOUTS if layout[0] <= options.max_processes]:
         found = together(count, recipe(shard, options.width, options.depth, options.batch), options.steps)
         small = together(count, recipe(shard, 64, 1, options.batch), options.steps)
         if count == 1:

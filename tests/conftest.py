@@ -186,3 +186,19 @@ def svg_text() -> Callable[[bytes], list[str]]:
         return ["".join(node.itertext()) for node in ElementTree.fromstring(image).iter() if node.tag.endswith("}text")]
 
     return read
+
+
+# Whole commands, trainings, processes and compilation: what `make test-fast` leaves out, beside what is marked by hand.
+RUNS = {
+    "runs", "data/test_cache.py", "data/test_check.py", "models/test_matching.py", "planning/test_plan.py",
+    "studies/test_report.py", "studies/test_runner.py", "studies/test_tune.py", "training/test_codec.py",
+    "training/test_parallel.py", "training/test_recovery.py", "training/test_scores.py", "training/test_unet.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(tests)
+        if path.parts[0] in RUNS or path.as_posix() in RUNS:
+            item.add_marker("run")

@@ -1,6 +1,7 @@
 """Every script in benchmarks/ runs, at sizes so small that it takes seconds. Its numbers mean nothing then."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,13 @@ SMALL = {
         "coverage --widths 16 --repeats 2",
         "cost --rows 100 --width 16",
     ],
-    "evaluation_real": ["--data {parquet} --features shapes --count 200"],
+    "evaluation_real": ["--data {parquet} --features shapes --count 390"],
     "evaluation_speed": ["memory --samples 64", "torchmetrics --scale 0.25 --rounds 1"],
     "faults": ["--processes 1 --out {tmp} nan"],
-    "gpu_throughput": ["--train --model DiT-S/8 --micro 1 --seconds 0.1", "--sample --model DiT-S/8 --batch 1"],
+    "gpu_throughput": [
+        "--train --model DiT-S/8 --micro 1 --seconds 0.1",
+        "--sample --model DiT-S/8 --batch 1 --samplers ddim:2",
+    ],
     "guidance_halves": ["--batches 1 --seconds 0.1 --widths 64 --sides 2"],
     "latent_cache": [
         "read --count 64 --threads 1 --rounds 1",
@@ -40,11 +44,12 @@ SMALL = {
     "loader": ["--only photos --photos 70 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],
-    "plan": ["--threads 1 --rounds 1 --only digits"],
+    "plan": ["--threads 1 --rounds 1 --only 'digits, batch 8'"],
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
-    "sharding": ["--width 32 --depth 1 --batch 4 --steps 1"],
+    "sharding": ["--width 32 --depth 1 --batch 4 --steps 1 --max-processes 1"],
     "solver_orders": ["--counts 4 8 --noise-counts 4 8"],
-    "training_step": ["--model digits --batch 2 --ways eager --seconds 10"],
+    "versions": [f"step --before {ROOT} --batch 2 --rounds 1", f"generate --before {ROOT} --count 4 --rounds 1"],
+    "training_step": ["--model digits --batch 2 --ways eager --seconds 1"],
 }
 
 
@@ -71,11 +76,11 @@ def places(tmp_path_factory) -> dict[str, Path]:
     (folder / "parquet").mkdir()
     for split in ("train", "test"):
         cells = []
-        for _ in range(400):
+        for _ in range(440):
             buffer = io.BytesIO()
             Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
             cells.append({"bytes": buffer.getvalue(), "path": None})
-        table = pa.table({"image": cells, "label": [row % 10 for row in range(400)]})
+        table = pa.table({"image": cells, "label": [row % 10 for row in range(440)]})
         pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
     return {"images": folder / "images", "codec": folder / "codec", "parquet": folder / "parquet"}
 
@@ -84,10 +89,10 @@ def test_every_script_is_in_the_table():
     assert sorted(SMALL) == SCRIPTS
 
 
-@pytest.mark.slow  # until all of them pass: see docs/log.md
+@pytest.mark.run
 @pytest.mark.parametrize(("script", "words"), [(name, words) for name, calls in SMALL.items() for words in calls])
 def test_a_script_runs(script, words, places, tmp_path):
-    arguments = words.format(tmp=tmp_path, **places).split()
+    arguments = shlex.split(words.format(tmp=tmp_path, **places))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments],
