@@ -1,13 +1,13 @@
-"""What is each part of the modern recipe worth? One network size, equal training FLOPs, several seeds.
+"""What does each part of the modern recipe contribute? One network size, equal training FLOPs, several seeds.
 
-    python benchmarks/ablations.py run --data digits --out runs/ablations [--shard 0/2] [--seeds 0,1,2] [MEMBER ...]
+    python benchmarks/ablations.py run --data digits --out runs/ablations [--shard 1/2] [--seeds 0,1,2] [MEMBER ...]
     python benchmarks/ablations.py report --data digits --out runs/ablations > table.md      # and
     runs/ablations/digits.png
 
-A member is a list of overrides of one recipe. Each run is a `tessera train` that scores itself on a fixed schedule:
-kill it and run the same command again to go on. Members whose step costs other FLOPs, the optimizer's matrix products
-counted, take fewer or more steps, so that all spend the same. `--shard i/n` takes every n-th run: two processes, or an
-array of jobs.
+A member is a list of overrides of one recipe. Each run is a `tessera train` with evaluations at fixed intervals. To
+resume after an interruption, run the same command again. Members whose steps have other FLOPs, including the
+optimizer's matrix products, take fewer or more steps, so that all use the same FLOPs. `--shard i/n` takes every n-th
+run: for two processes, or an array of jobs.
 """
 
 import argparse
@@ -57,7 +57,7 @@ FALLING = (
     "training.optimizer.warmup_steps=0",
 )  # a warm-up of 20 steps only delayed
 PAPER = (*GAUSSIAN, *BLOCK, *ADAM, *STEADY)
-MOST = (*FLOW, *TIMES, *MODERN, *MUON)  # all but the falling rate
+MOST = (*FLOW, *TIMES, *MODERN, *MUON)  # all but the decaying rate
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "paper": PAPER,
@@ -65,28 +65,28 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "paper + min-SNR": (*PAPER, "diffusion.weighting=min-snr"),
     "paper + v": (*PAPER, "diffusion.prediction=v"),
     "paper + adaLN-single": (*GAUSSIAN, "network.block=adaln-single", *ADAM, *STEADY),
-    "paper + modern block": (*GAUSSIAN, *MODERN, *ADAM, *STEADY),
+    "paper + rope-swiglu block": (*GAUSSIAN, *MODERN, *ADAM, *STEADY),
     "paper + Muon": (*GAUSSIAN, *BLOCK, *MUON, *STEADY),
-    "paper + falling rate": (*GAUSSIAN, *BLOCK, *ADAM, *FALLING),
+    "paper + decaying rate": (*GAUSSIAN, *BLOCK, *ADAM, *FALLING),
     "paper + flow": (*FLOW, *BLOCK, *ADAM, *STEADY),
     # in sequence
     "flow + logit-normal": (*FLOW, *TIMES, *BLOCK, *ADAM, *STEADY),
-    "... + modern block": (*FLOW, *TIMES, *MODERN, *ADAM, *STEADY),
+    "... + rope-swiglu block": (*FLOW, *TIMES, *MODERN, *ADAM, *STEADY),
     "... + Muon": (*MOST, *STEADY),
-    "modern (... + falling rate)": (*MOST, *FALLING),
+    "modern (... + decaying rate)": (*MOST, *FALLING),
     "modern, a quarter": (*MOST, *FALLING),
     "modern, an eighth": (*MOST, *FALLING),
-    # what else was tried, and what of the modern block matters: "... + Muon" with one thing changed
+    # other changes, and parts of the rope-swiglu block: "... + Muon" with one thing changed
     "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
     "shift by dimension": (*MOST, *STEADY, "diffusion.shift=dimension"),
-    "without modern block": (*FLOW, *TIMES, *BLOCK, *MUON, *STEADY),
+    "without rope-swiglu block": (*FLOW, *TIMES, *BLOCK, *MUON, *STEADY),
     "without rotary": (*MOST, *STEADY, "network.block.positions=sincos"),
     "without qk-norm": (*MOST, *STEADY, "network.block.qk_norm=false"),
     "without SwiGLU": (*MOST, *STEADY, "network.block.mlp=gelu"),
     "without value residual": (*MOST, *STEADY, "network.block.value_residual=false"),
     "without shared modulation": (*MOST, *STEADY, "network.block.modulation=per-block"),
 }
-BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; a falling rate falls within them
+BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; the rate decays within them
 SETTINGS = {
     "digits": Setting(
         "digits.yaml",
@@ -130,17 +130,24 @@ SETTINGS = {
 
 
 def overrides(data: str, member: str, seed: int, out: Path) -> list[str]:
-    """All of a run's settings, with the steps that spend the budget."""
+    """All settings of a run, with the number of steps that uses the budget."""
     setting = SETTINGS[data]
-    told = [*setting.common, *MEMBERS[member], f"training.seed={seed}", f"run_dir={out / folder(data, member, seed)}"]
-    told += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
+    settings = [
+        *setting.common,
+        *MEMBERS[member],
+        f"training.seed={seed}",
+        f"run_dir={out / folder(data, member, seed)}",
+    ]
+    settings += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
     # Optimizer settings that belong to every kind follow the kind that a member chooses.
-    told.sort(key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "diffusion=")))
-    told = [_scaled(line, setting.rate) for line in told]
-    share = flops_of_a_step(recipe_of(data, told)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
+    settings.sort(
+        key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "diffusion="))
+    )
+    settings = [_scaled(line, setting.rate) for line in settings]
+    share = flops_of_a_step(recipe_of(data, settings)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
     every = round(setting.every / share)
     steps = round(every * setting.steps / setting.every * BUDGETS.get(member, 1))
-    return [*told, f"training.steps={steps}", f"evaluation.every={every}", f"training.checkpoint_every={every}"]
+    return [*settings, f"training.steps={steps}", f"evaluation.every={every}", f"training.checkpoint_every={every}"]
 
 
 def _scaled(line: str, rate: float) -> str:
@@ -149,11 +156,11 @@ def _scaled(line: str, rate: float) -> str:
     return f"{key}={float(value) * rate:g}" if key.endswith("learning_rate") else line
 
 
-def recipe_of(data: str, told: list[str]):
+def recipe_of(data: str, overrides: list[str]):
     """The recipe with overrides, its sizes filled in."""
     from tessera.training.recipe import infer_pixel_channels, read_recipe, resolve_recipe
 
-    settings = [line for line in told if not line.startswith("run_dir")]
+    settings = [line for line in overrides if not line.startswith("run_dir")]
     recipe = infer_pixel_channels(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
     return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
@@ -202,7 +209,7 @@ class Curve:
 
 
 def curve(run: Path, metric: str) -> Curve | None:
-    """What a run has scored, if it is done."""
+    """The scores of a run, if it is done."""
     from tessera.bundle import checkpoints, load_config
     from tessera.training.scores import history
 
@@ -215,7 +222,7 @@ def curve(run: Path, metric: str) -> Curve | None:
     steps = np.array(sorted(scored))
     if steps[-1] < recipe.training.steps:
         return None
-    told = [scored[step][metric] for step in steps]
+    scores = [scored[step][metric] for step in steps]
     flops = steps * float(flops_of_a_step(recipe))
     return Curve(
         steps, flops, *(np.array([getattr(score, name) for score in told]) for name in ("value", "low", "high"))
@@ -223,7 +230,7 @@ def curve(run: Path, metric: str) -> Curve | None:
 
 
 def flops_of_a_step(recipe) -> int:
-    """Forward, backward (twice the forward pass) and the optimizer's matrix products; two operations a multiply-add."""
+    """Forward, backward (twice the forward pass) and the optimizer's matrix products; two FLOPs per multiply-add."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -237,27 +244,27 @@ def flops_of_a_step(recipe) -> int:
 
 
 def report(data: str, out: Path) -> None:
-    setting, found = SETTINGS[data], {}
+    setting, results = SETTINGS[data], {}
     for member in MEMBERS:
         runs = [curve(out / folder(data, member, seed), "fd") for seed in setting.seeds]
         kids = [curve(out / folder(data, member, seed), "kid") for seed in setting.seeds]
         pairs = [(fd, kid) for fd, kid in zip(runs, kids) if fd is not None and kid is not None]
         if pairs:
-            found[member] = pairs
-    if "paper" not in found:
-        raise SystemExit(f"no run of the paper's recipe in {out / data} is done: all else is compared with it")
-    paper = float(np.mean([fd.value[-1] for fd, _ in found["paper"]]))
-    spent = found["paper"][0][0].flops[-1]
+            results[member] = pairs
+    if "paper" not in results:
+        raise SystemExit(f"no run of the paper's recipe in {out / data} is done: the others are compared with it")
+    paper = float(np.mean([fd.value[-1] for fd, _ in results["paper"]]))
+    spent = results["paper"][0][0].flops[-1]
     print(f"Training FLOPs of a run: {spent:.3g}. The paper's recipe ends at FD {paper:.3g}.\n")
-    print("| member | seeds | FD | KID | FLOPs of a step | FLOPs to the paper's final FD |")
+    print("| recipe | seeds | FD | KID | FLOPs per step | FLOPs to the paper's final FD |")
     print("|---|---|---|---|---|---|")
-    for member, pairs in found.items():
+    for member, pairs in results.items():
         needed = [fd.reaches(paper) / spent for fd, _ in pairs]
-        told = "never" if all(map(math.isinf, needed)) else ", ".join(f"{share:.2f}" for share in sorted(needed))
+        fractions = "never" if all(map(math.isinf, needed)) else ", ".join(f"{share:.2f}" for share in sorted(needed))
         fd, kid = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-        step = pairs[0][0].flops[0] / pairs[0][0].steps[0] / (spent / found["paper"][0][0].steps[-1])
-        print(f"| {member} | {len(pairs)} | {fd} | {kid} | {step:.2f} | {told} |")
-    plot(found, paper, out / f"{data}.png")
+        step = pairs[0][0].flops[0] / pairs[0][0].steps[0] / (spent / results["paper"][0][0].steps[-1])
+        print(f"| {member} | {len(pairs)} | {fd} | {kid} | {step:.2f} | {fractions} |")
+    plot(results, paper, out / f"{data}.png")
 
 
 def mean(runs: list[Curve]) -> str:
@@ -269,12 +276,12 @@ def mean(runs: list[Curve]) -> str:
     return f"{last.mean():.3g} ± {half:.2g}"
 
 
-def plot(found: dict, paper: float, path: Path) -> None:
+def plot(results: dict, paper: float, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for member, pairs in found.items():
+    for member, pairs in results.items():
         length = min(len(fd.flops) for fd, _ in pairs)
         values = np.stack([fd.value[:length] for fd, _ in pairs])
         (line,) = axes.plot(

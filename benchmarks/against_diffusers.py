@@ -3,7 +3,7 @@
     python benchmarks/against_diffusers.py [--models DiT-S/4,DiT-S/2,DiT-B/4] [--batches 1,8,32] [--compile]
 
 Both run in one process, interleaved, on the same inputs; a row gives medians and their ratio (above 1: Tessera is
-faster). Share of peak counts 2 operations a multiply-add, against a 2048 x 2048 matrix product measured in the same
+faster). Share of peak counts 2 operations per multiply-add, against a 2048 x 2048 matrix product measured in the same
 process. A training step is compared in `training_step.py`.
 """
 
@@ -40,11 +40,11 @@ def pair(settings: dict[str, Any]) -> tuple[DiT, nn.Module]:
 
 
 def calls(ours: DiT, theirs: nn.Module, batch: int, compiled: bool) -> tuple[Callable, Callable]:
-    """What is timed: two functions without arguments, ours first."""
+    """The two timed functions, without arguments, Tessera's first."""
     x, t, label = torch.randn(batch, 4, 32, 32), torch.randint(0, 1000, (batch,)), torch.randint(0, 1000, (batch,))
     condition, time_ = Condition(label=label), t.to(torch.float32)
     if compiled:
-        torch._dynamo.reset()  # else the limit of compilations a process is reached, and the last rows run eagerly
+        torch._dynamo.reset()  # otherwise the last rows run eagerly, after the limit of compilations
         theirs = copy.deepcopy(ours)
     network = torch.compile(ours, dynamic=False) if compiled else ours
 
@@ -64,7 +64,7 @@ def calls(ours: DiT, theirs: nn.Module, batch: int, compiled: bool) -> tuple[Cal
 
 
 def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
-    """Median seconds of two functions, called in turn after one warm-up each."""
+    """Median seconds of two functions, called alternately after one warm-up each."""
     first(), second()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
@@ -76,7 +76,7 @@ def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, 
 
 
 def peak_flops() -> float:
-    """Floating-point operations a second of a 2048 x 2048 float32 product, the best of ten."""
+    """Floating-point operations per second of a 2048 x 2048 float32 product, the best of ten."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     best = math.inf
     for _ in range(10):

@@ -1,12 +1,12 @@
-"""Drawing with DPM-Solver++(2M): Tessera's whole loop against diffusers' scheduler and transformer of equal weights.
+"""Sampling with DPM-Solver++(2M): Tessera's whole loop against diffusers' scheduler and transformer of equal weights.
 
     python benchmarks/against_diffusers_solvers.py [--batches 1,16] [--steps 8] [--rounds 5]
 
-Their side is the loop of DiTPipeline, guidance included, around DPMSolverMultistepScheduler (dpmsolver++, order 2,
-midpoint, trailing times, last sigma 0) and DiTTransformer2DModel; ours is what `tessera.generate` walks, the solver
+diffusers' side is the loop of DiTPipeline, guidance included, around DPMSolverMultistepScheduler (dpmsolver++, order 2,
+midpoint, trailing times, last sigma 0) and DiTTransformer2DModel; ours is the loop of `tessera.generate`, the solver
 dpm++ on trailing times. Both start from the same noise and stop at the latents. The latents must agree to float error;
-then both are timed in turn, and a row gives medians and their ratio (above 1: Tessera is faster). The rows
-"none" leave the network out (it answers at once): what remains is the solver, guidance and the loop.
+then both are timed alternately, and a row gives medians and their ratio (above 1: Tessera is faster). The rows
+"none" replace the network by a function that returns at once: only the solver, guidance and the loop remain.
 """
 
 import argparse
@@ -67,15 +67,15 @@ def loop_of_theirs(transformer: Callable[..., Tensor], start: Tensor, label: Ten
         latents = torch.cat((half, half), dim=0)
         raw = transformer(latents, t[None].expand(len(latents)), labels)
         eps, rest = raw[:, :4], raw[:, 4:]
-        told, untold = torch.split(eps, len(eps) // 2, dim=0)
-        guided = untold + GUIDANCE * (told - untold)
+        conditional, unconditional = torch.split(eps, len(eps) // 2, dim=0)
+        guided = unconditional + GUIDANCE * (conditional - unconditional)
         raw = torch.cat((torch.cat((guided, guided), dim=0), rest), dim=1)
         latents = scheduler.step(torch.split(raw, 4, dim=1)[0], t, latents).prev_sample
     return latents.chunk(2, dim=0)[0]
 
 
 def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, float]:
-    """Median seconds of two functions, called in turn after one warm-up each; who begins alternates."""
+    """Median seconds of two functions, called alternately after one warm-up each; the order alternates."""
     first(), second()
     seconds: dict[Callable, list[float]] = {first: [], second: []}
     for number in range(rounds):
@@ -86,8 +86,8 @@ def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, 
     return statistics.median(seconds[first]), statistics.median(seconds[second])
 
 
-def silent(x: Tensor, t: Tensor, told: object) -> Tensor:
-    """A network that answers at once."""
+def zero_network(x: Tensor, t: Tensor, condition: object) -> Tensor:
+    """A network that returns at once."""
     return torch.cat((0.9 * x, x), dim=1)
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}, {options.model}, {options.steps} steps, {options.rounds} rounds\n"
     )
-    print("| network | batch | Tessera, ms an image | diffusers, ms an image | ratio | latents differ by |")
+    print("| network | batch | Tessera, ms per image | diffusers, ms per image | ratio | latents differ by |")
     print("|---|---|---|---|---|---|")
     for name in (options.model, "none"):
         for batch in map(int, options.batches.split(",")):
@@ -113,27 +113,29 @@ def main() -> None:
                 torch.tensor(classes),
             )
 
-            def draw(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
+            def sample_ours(name=name, classes=classes, seeds=seeds, start=start, label=label) -> Tensor:
                 if name != "none":
                     *_, last = generation.generate_steps(model, classes, seeds, num_steps=options.steps)
                     return last.x
-                denoise = Denoiser(silent, model.diffusion, Condition(label=label), GUIDANCE)
+                denoise = Denoiser(zero_network, model.diffusion, Condition(label=label), GUIDANCE)
                 visited = timestep_grid(Trailing(), options.steps, model.diffusion)
                 *_, last = sample_loop(DPMSolver(), denoise, start, visited, lambda: start)
                 return last.x
 
             def transformer(x: Tensor, t: Tensor, labels: Tensor, name=name) -> Tensor:
-                return silent(x, t, labels) if name == "none" else theirs(x, timestep=t, class_labels=labels).sample
+                return (
+                    zero_network(x, t, labels) if name == "none" else theirs(x, timestep=t, class_labels=labels).sample
+                )
 
-            def draw_theirs(start=start, label=label, transformer=transformer) -> Tensor:
+            def sample_theirs(start=start, label=label, transformer=transformer) -> Tensor:
                 return loop_of_theirs(transformer, start, label, options.steps)
 
-            difference = float((draw() - draw_theirs()).norm() / draw_theirs().norm())
+            difference = float((sample_ours() - sample_theirs()).norm() / sample_theirs().norm())
             assert difference < 1e-3, f"the latents differ by {difference:.2e}: nothing to compare"
             rounds = options.rounds if name != "none" else 40 * options.rounds
-            mine, other = (1e3 * one / batch for one in interleaved(draw, draw_theirs, rounds))
-            shown = f"{mine:.3g} | {other:.3g} | {other / mine:.3f}"
-            print(f"| {name} | {batch} | {shown} | {difference:.1e} |", flush=True)
+            mine, other = (1e3 * one / batch for one in interleaved(sample_ours, sample_theirs, rounds))
+            cells = f"{mine:.3g} | {other:.3g} | {other / mine:.3f}"
+            print(f"| {name} | {batch} | {cells} | {difference:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

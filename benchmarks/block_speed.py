@@ -1,8 +1,9 @@
-"""One training step (forward and backward) of each block design on this CPU, and of `modern` with one part back.
+"""A training step (forward and backward) of each block design on this CPU, and of variants of `rope-swiglu`.
 
     OMP_NUM_THREADS=1 python benchmarks/block_speed.py [--grid 8] [--rounds 9]
 
-Designs take turns, so that what else the machine does weighs on all alike; the table holds medians of CPU time.
+Designs are measured alternately, so that other work on the machine affects all equally. The table has medians of CPU
+time.
 """
 
 import argparse
@@ -19,13 +20,13 @@ DESIGNS = {
     "adaln-zero": {"kind": "adaln-zero"},
     "adaln-single": {"kind": "adaln-single"},
     "rope-swiglu": {"kind": "rope-swiglu"},
-    "modern, gelu": {"kind": "rope-swiglu", "mlp": "gelu"},
-    "modern, layer norm": {"kind": "rope-swiglu", "norm": "layer"},
-    "modern, sincos": {"kind": "rope-swiglu", "positions": "sincos"},
-    "modern, own modulation": {"kind": "rope-swiglu", "modulation": "per-block"},
-    "modern, no qk_norm": {"kind": "rope-swiglu", "qk_norm": False},
-    "modern, no value_residual": {"kind": "rope-swiglu", "value_residual": False},
-    "modern, bias": {"kind": "rope-swiglu", "bias": True},
+    "rope-swiglu, gelu": {"kind": "rope-swiglu", "mlp": "gelu"},
+    "rope-swiglu, layer norm": {"kind": "rope-swiglu", "norm": "layer"},
+    "rope-swiglu, sincos": {"kind": "rope-swiglu", "positions": "sincos"},
+    "rope-swiglu, per-block modulation": {"kind": "rope-swiglu", "modulation": "per-block"},
+    "rope-swiglu, no qk_norm": {"kind": "rope-swiglu", "qk_norm": False},
+    "rope-swiglu, no value_residual": {"kind": "rope-swiglu", "value_residual": False},
+    "rope-swiglu, bias": {"kind": "rope-swiglu", "bias": True},
 }
 
 
@@ -56,7 +57,7 @@ def main() -> None:
             network(x, t, condition).square().mean().backward()
             seconds[name].append(time.process_time() - start)
     base = statistics.median(seconds["adaln-zero"][1:])
-    print(f"| {options.grid**2} tokens, batch {options.batch} | ms | of adaln-zero | parameters | MMACs |")
+    print(f"| {options.grid**2} tokens, batch {options.batch} | ms | ratio to adaln-zero | parameters | MMACs |")
     print("|---|---|---|---|---|")
     for name, network in networks.items():
         median = statistics.median(seconds[name][1:])

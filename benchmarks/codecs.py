@@ -1,4 +1,4 @@
-"""What is left of pictures after a codec: photographs at their own size, and emoji.
+"""How well does a codec reconstruct images? Photographs at their own size, and emoji.
 
     python benchmarks/codecs.py photos CODEC [FOLDER]     scikit-learn's two photographs, and those of a folder
     python benchmarks/codecs.py emoji CODEC               those that a fit of recipes/codec-emoji.yaml holds out
@@ -25,7 +25,7 @@ EMOJI = Path(__file__).parents[2] / "shared" / "data" / "emoji" / "train.parquet
 
 
 class Photographs:
-    """Pictures of any size, as a source of data."""
+    """Images of any size, as a data source."""
 
     class_names = ()
 
@@ -49,23 +49,23 @@ class Photographs:
 def photographs(folder: Path | None) -> dict[str, np.ndarray]:
     from sklearn.datasets import load_sample_images
 
-    found: dict[str, np.ndarray] = {}
-    found |= zip(("china", "flower"), load_sample_images().images, strict=True)
+    photographs: dict[str, np.ndarray] = {}
+    photographs |= zip(("china", "flower"), load_sample_images().images, strict=True)
     for path in sorted(folder.iterdir()) if folder else []:
         with Image.open(path) as image:
-            found[path.stem] = np.asarray(image.convert("RGB"))
-    return found
+            photographs[path.stem] = np.asarray(image.convert("RGB"))
+    return photographs
 
 
-def row(name: str, size: str, found: Reconstruction) -> str:
-    fd = "" if found.fd is None else f"{found.fd.value:.3g} ({found.fd.low:.2g} to {found.fd.high:.2g})"
+def row(name: str, size: str, results: Reconstruction) -> str:
+    fd = "" if results.fd is None else f"{results.fd.value:.3g} ({results.fd.low:.2g} to {results.fd.high:.2g})"
     cells = [
         name,
         size,
-        f"{found.psnr.value:.2f}",
-        f"{found.ssim.value:.4f}",
+        f"{results.psnr.value:.2f}",
+        f"{results.ssim.value:.4f}",
         fd,
-        f"{found.latent_mean:.3f}, {found.latent_std:.3f}",
+        f"{results.latent_mean:.3f}, {results.latent_std:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -77,22 +77,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     options = parser.parse_args()
     codec = resolve_codec(options.codec).build()
-    print("| pictures | size | PSNR, dB | SSIM | FD (shapes, at 32 x 32) | latents: mean, standard deviation |")
+    print("| images | size | PSNR, dB | SSIM | FD (shapes, at 32 x 32) | latents: mean, standard deviation |")
     print("|---|---|---|---|---|---|")
     if options.what == "emoji":
         source = named_data(str(EMOJI), (64, 64)).open()
         count = CodecTrainingConfig().num_held_out
         chosen = np.sort(randomness.permutation(0, HELD_OUT_STREAM, 0, len(source)).numpy()[:count])
-        found = reconstruct(codec, source, chosen.tolist(), CPU, load_extractor("shapes", CPU))
-        print(row(f"{found.count} emoji", "64 x 64", found))
+        results = reconstruct(codec, source, chosen.tolist(), CPU, load_extractor("shapes", CPU))
+        print(row(f"{results.count} emoji", "64 x 64", results))
         return
     photos = Photographs(photographs(options.folder), codec.factor)
     ratios = []
     for index, name in enumerate(photos.names):
         height, width = photos.pixels(index).shape[1:]
-        found = reconstruct(codec, photos, [index], CPU)
-        ratios.append(found.psnr.value)
-        print(row(name, f"{height} x {width}", found))
+        results = reconstruct(codec, photos, [index], CPU)
+        ratios.append(results.psnr.value)
+        print(row(name, f"{height} x {width}", results))
     print(f"\nmean of {len(ratios)} photographs {np.mean(ratios):.2f} dB, lowest {min(ratios):.2f}")
 
 

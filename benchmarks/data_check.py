@@ -1,4 +1,4 @@
-"""Files a second of `tessera data check` by the number of processes, and what a million samples cost to tell of.
+"""Files per second of `tessera data check` by number of processes, and the cost of reporting a million samples.
 
 python benchmarks/data_check.py --data ../shared/data [--samples 1000000]
 """
@@ -20,7 +20,7 @@ from tessera.data import check, index
 from tessera.data.check import scan
 from tessera.data.files import FilesConfig, FilesDataset
 
-LOOK = """
+SCAN = """
 import os, sys, time
 from pathlib import Path
 from tessera.data.check import CheckRequest, scan_data
@@ -34,19 +34,18 @@ if __name__ == "__main__":
 """
 
 
-def looked(data: Path, workers: int) -> tuple[int, float, float]:
-    """How many samples there are, and the seconds that looking at them takes by the clock and of processors, the start
-    of processes among them."""
+def scan_cost(data: Path, workers: int) -> tuple[int, float, float]:
+    """The number of samples, and the wall-clock and processor seconds of scanning them, including process start-up."""
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "look.py")
-        script.write_text(LOOK)
+        script = Path(folder, "scan_data.py")
+        script.write_text(SCAN)
         words = [sys.executable, str(script), str(data), f"{folder}/out", str(workers)]
-        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
-    return int(told[0]), float(told[1]), float(told[2])
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    return int(output[0]), float(output[1]), float(output[2])
 
 
 def synthetic(count: int, folder: Path) -> check.CheckRequest:
-    """Parts as they would be of so many images, without the images: 1 % copies and 1 % near copies, evenly spread."""
+    """Synthetic scan results of `count` images: 1 % copies and 1 % near copies, uniformly distributed."""
     import pyarrow as pa
 
     generator = np.random.default_rng(0)
@@ -84,54 +83,54 @@ def synthetic(count: int, folder: Path) -> check.CheckRequest:
     return check.CheckRequest(str(folder / "index.parquet"), folder / "out")
 
 
-def told(count: int) -> dict[str, float]:
-    """Seconds and memory of telling what was found among so many samples, in a process of its own."""
+def report_cost(count: int) -> dict[str, float]:
+    """Seconds and memory of reporting the findings of `count` samples, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         synthetic(count, Path(folder))
-        words = [sys.executable, __file__, "--tell", folder]
+        words = [sys.executable, __file__, "--report", folder]
         return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def tell(folder: Path) -> None:
+def report(folder: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
     done = check.report_findings(
         check.CheckRequest(str(folder / "index.parquet"), folder / "out"), write_index=folder / "kept.parquet"
     )
     seconds = time.perf_counter() - began
-    found = {finding.kind: finding.count for finding in done.findings}
+    counts = {finding.kind: finding.count for finding in done.findings}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "MiB before": before, "MiB at most": most, **found}))
+    print(json.dumps({"seconds": seconds, "MiB before": before, "MiB at most": most, **counts}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("TESSERA_SHARED") or "../shared/data"))
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--tell", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("scan", "report"), help="one of the two measurements")
     options = parser.parse_args()
-    if options.tell:
-        tell(options.tell)
+    if options.report:
+        report(options.report)
         return
     if options.only != "report":
-        look(options.data)
+        measure_scan(options.data)
     if options.only != "scan":
-        print(f"telling of {options.samples:,}: {told(options.samples)}")
+        print(f"report of {options.samples:,}: {report_cost(options.samples)}")
 
 
-def look(data: Path) -> None:
+def measure_scan(data: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(data / "tiles/tiles.zip") as tiles:
             tiles.extractall(folder)
         for name, path in (("tiles", Path(folder)), ("CIFAR-10", data / "cifar10/train.parquet")):
             for workers in (1, 2):
-                count, seconds, processor = looked(path, workers)
+                count, seconds, processor = scan_cost(path, workers)
                 print(
-                    f"{name}, processes {workers}: {count} in {seconds:.1f} s, {count / seconds:,.0f} a second;",
+                    f"{name}, processes {workers}: {count} in {seconds:.1f} s, {count / seconds:,.0f} per second;",
                     end=" ",
                 )
-                print(f"processor time {count / processor:,.0f} a second (load {os.getloadavg()[0]:.1f})", flush=True)
+                print(f"processor time {count / processor:,.0f} per second (load {os.getloadavg()[0]:.1f})", flush=True)
 
 
 if __name__ == "__main__":

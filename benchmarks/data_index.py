@@ -1,14 +1,14 @@
-"""A data set of a million samples, as an index: how long it takes to open and to shuffle, and what memory it holds.
+"""A data set of a million samples, as an index: time to open and shuffle it, and memory.
 
     python benchmarks/data_index.py [--samples 1000000] [--epochs 3]
     python benchmarks/data_index.py --table cifar10/train.parquet
 
 Writes an index of paths, sizes, labels and captions (no images: none is read here), then opens it in a process of its
 own, shuffles epochs by the loader's order, and reads every sample's label, and one of every batch's name and caption,
-in that order. Memory is that of the process beyond what it held before it opened the index, in MiB (Linux).
+in that order. Memory is the growth of the process since before it opened the index, in MiB (Linux).
 
---table: instead, reads the encoded images of a parquet file in shuffled order, in three ways: by row groups (two are
-kept), all held in memory, and unpacked into an arrow file that is memory-mapped. Each way has a process of its own.
+--table: instead, reads the encoded images of a parquet file in shuffled order, in three ways: by row groups (two in
+memory), all in memory, and decompressed into an arrow file that is memory-mapped. Each way has a process of its own.
 Prints one table.
 """
 
@@ -35,19 +35,19 @@ WORDS = "a photograph of an old boat on a calm lake at dawn"
 
 def written(folder: Path, samples: int) -> Path:
     """An index as a check of images in class folders would write it."""
-    draw = np.random.default_rng(0)
-    labels = draw.integers(0, CLASSES, samples)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, CLASSES, samples)
     names = [f"class {number:04d}" for number in range(CLASSES)]
     target = folder / "index.parquet"
     table = index.build(
         folder,
         names,
         path=[f"{names[label]}/{number:09d}.jpg" for number, label in enumerate(labels.tolist())],
-        height=draw.integers(256, 2048, samples, np.int32),
-        width=draw.integers(256, 2048, samples, np.int32),
+        height=random.integers(256, 2048, samples, np.int32),
+        width=random.integers(256, 2048, samples, np.int32),
         label=labels.astype(np.int32),
         caption=[f"{WORDS[: 20 + number % 31]}, number {number}" for number in range(samples)],
-        hash=draw.integers(0, 2**64, samples, np.uint64),
+        hash=random.integers(0, 2**64, samples, np.uint64),
     )
     index.write(table, target)
     return target
@@ -61,7 +61,7 @@ def resident() -> float:
 
 @contextmanager
 def row(what: str, base: float):
-    """One row of a table: time on the clock, time of the processor, memory beyond `base`."""
+    """One row of a table: wall-clock time, processor time, memory beyond `base`."""
     start, busy = time.perf_counter(), time.process_time()
     yield
     took, worked = time.perf_counter() - start, time.process_time() - busy
@@ -118,7 +118,7 @@ def read_at_random(path: Path, way: str) -> None:
 
 
 def apart(call: Callable[..., None], *arguments: object) -> None:
-    """In a process of its own, so that the memory of one does not count for another."""
+    """In a process of its own, so that memory is measured separately."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(call, *arguments).result()
 

@@ -1,10 +1,11 @@
-"""Which recipe learns the digits? Train each variant for the same steps and let the judge read what it draws.
+"""Which recipe learns the digits? Train each variant for the same steps and classify its samples.
 
     python benchmarks/digit_recipes.py [--steps 600] ["override override" ...]
 
-A variant is a list of overrides of recipes/digits.yaml; without any, the ones behind that recipe are run. A row
-gives the share of 500 drawn digits read as asked, without and with guidance, and the spread within a class (mean
-distance of two drawn digits, pixels in 0..1; real digits: first line).
+A variant is a list of overrides of recipes/digits.yaml; without any, the variants that were compared for that recipe
+are run. A row has the fraction of 500 generated digits that a classifier reads as the requested digit, without and with
+guidance, and the spread within a class (mean distance of two generated digits, pixels in 0..1). The first line has the
+spread of real digits.
 """
 
 import argparse
@@ -49,11 +50,13 @@ def main() -> None:
     each_real = [real.images[real.labels == digit] for digit in range(10)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
     print(
-        f"judge on unseen real digits {judge.real_accuracy:.1%}; spread of real digits {mean_spread(each_real):.2f}\n"
+        f"classifier on held-out real digits {judge.real_accuracy:.1%}; spread of real digits {mean_spread(each_real):.2f}\n"
     )
-    print("| overrides of digits.yaml | seconds | loss | read as asked: guidance 1 / 1.5 / 2 | spread: 1 / 1.5 / 2 |")
+    print(
+        "| overrides of digits.yaml | seconds | loss | read as requested: guidance 1 / 1.5 / 2 | spread: 1 / 1.5 / 2 |"
+    )
     print("|---|---|---|---|---|")
-    asked = [digit for digit in range(10) for _ in range(options.each)]
+    labels = [digit for digit in range(10) for _ in range(options.each)]
     for variant in options.variants:
         with tempfile.TemporaryDirectory() as scratch:
             every = 10 * options.steps
@@ -67,13 +70,13 @@ def main() -> None:
             loss = read_log(folder)[-1]["loss"]
             shares, spreads = [], []
             for guidance in (1.0, 1.5, 2.0):
-                drawn = generation.generate(
-                    model, asked, list(range(options.each)) * 10, guidance_scale=guidance, batch_size=100
+                samples = generation.generate(
+                    model, labels, list(range(options.each)) * 10, guidance_scale=guidance, batch_size=100
                 )
-                shares.append(f"{judge.accuracy(drawn, asked):.1%}")
-                spreads.append(f"{mean_spread(np.split(drawn, 10)):.2f}")
-            found = (variant or "(none)", f"{seconds:.0f}", f"{loss:.4f}", " / ".join(shares), " / ".join(spreads))
-            print("|", " | ".join(found), "|", flush=True)
+                shares.append(f"{judge.accuracy(samples, labels):.1%}")
+                spreads.append(f"{mean_spread(np.split(samples, 10)):.2f}")
+            cells = (variant or "(none)", f"{seconds:.0f}", f"{loss:.4f}", " / ".join(shares), " / ".join(spreads))
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 def mean_spread(classes: list) -> float:

@@ -1,10 +1,10 @@
-"""Does `tessera doctor` name what is wrong, and nothing else? Break runs on purpose, leave others whole, and ask it.
+"""Does `tessera doctor` name what is wrong, and nothing else? Diagnose broken and healthy runs.
 
     python benchmarks/doctor.py [--out runs/doctor] [NAME ...]
 
-Each run is made by `tessera train` from a recipe and overrides, then read by `tessera doctor --json`. A row gives what
-was done to the run, the first finding, and all others; the last line counts the faults that were named first and the
-whole runs of which nothing was said.
+Each run is trained by `tessera train` from a recipe and overrides, then diagnosed by `tessera doctor --json`. A row has
+the change, the first finding, and all others. The last line counts the broken runs whose fault is the first finding
+and the healthy runs without a finding.
 """
 
 import argparse
@@ -42,12 +42,12 @@ MODERN = (
     "training.optimizer.adamw_learning_rate=0.004", "training.optimizer.lr_schedule=wsd",
     "training.optimizer.grad_clip_norm=1.0",
 )  # fmt: skip
-SPREAD = 5.0  # of latents left as the autoencoder makes them
+SPREAD = 5.0  # of latents that are not normalized
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run: what was done to it, and the finding that should come first (None: nothing is wrong)."""
+    """A run: the change, and the expected first finding (None: nothing is wrong)."""
 
     name: str
     done: str
@@ -64,7 +64,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_folder(folder: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[str, ...]:
-    """Pictures as PNG files, a folder a class."""
+    """Images as PNG files, one folder per class."""
     for number, (image, label) in enumerate(zip(pixels, labels)):
         place = folder / "data" / str(label)
         place.mkdir(parents=True, exist_ok=True)
@@ -81,13 +81,13 @@ def shuffled_labels(folder: Path) -> tuple[str, ...]:
     return as_folder(folder, pixels, labels[randomness.permutation(0, 0, 1, len(labels)).numpy()])
 
 
-def one_picture(folder: Path) -> tuple[str, ...]:
+def one_image(folder: Path) -> tuple[str, ...]:
     pixels, labels = digits()
     return as_folder(folder, np.broadcast_to(pixels[:1], pixels.shape), labels)
 
 
 def autoencoder(folder: Path, spread: float) -> tuple[str, ...]:
-    """An untrained autoencoder, sure of its latents, which for the digits are scaled to a standard deviation."""
+    """An untrained autoencoder with a narrow posterior. spread: the standard deviation of the digits' latents."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     pixels, labels = digits()
@@ -103,34 +103,35 @@ def autoencoder(folder: Path, spread: float) -> tuple[str, ...]:
         codec.register_to_config(scaling_factor=spread / raw.std().item(), shift_factor=raw.mean().item())
     with contextlib.redirect_stderr(io.StringIO()):
         codec.save_pretrained(folder / "autoencoder")
-    told = as_folder(folder, pixels, labels)
-    return (*told, "codec.kind=autoencoder-kl", f"codec.source={folder / 'autoencoder'}", "network.patch_size=1")
+    settings = as_folder(folder, pixels, labels)
+    return (*settings, "codec.kind=autoencoder-kl", f"codec.source={folder / 'autoencoder'}", "network.patch_size=1")
 
 
 CASES = (
     Case("digits", "nothing: recipes/digits.yaml, small", None),
-    Case("rope-swiglu", "nothing: the modern block, flow matching, Muon", None, MODERN),
+    Case("rope-swiglu", "nothing: the rope-swiglu block, flow matching, Muon", None, MODERN),
     Case("paper", "nothing: the paper's process (epsilon, learned variance)", None,
          ("diffusion.prediction=epsilon", "diffusion.variance=learned", "diffusion.schedule=linear")),
     Case("latents", "nothing: an autoencoder with its scale", None, prepare=lambda folder: autoencoder(folder, 1.0)),
     Case("unscaled", f"latents of standard deviation {SPREAD:g}", "latents not normalized",
          prepare=lambda folder: autoencoder(folder, SPREAD)),
     Case("rate", "learning rate x30", "learning rate too high", ("training.optimizer.learning_rate=0.06",)),
-    Case("rate-modern", "learning rates x30, modern and Muon", "learning rate too high",
+    Case("rate-modern", "learning rates x30, rope-swiglu and Muon", "learning rate too high",
          (*MODERN, "training.optimizer.learning_rate=0.3", "training.optimizer.adamw_learning_rate=0.12")),
     Case("warm-up", "learning rate x10, no warm-up", "no warm-up",
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=0")),
     Case("quick", "nothing: learning rate x10, with a warm-up", None,
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=50")),
     Case("labels", "labels shuffled", "labels are uninformative", prepare=shuffled_labels),
-    Case("ema", "average frozen", "EMA too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
-    Case("constant", "one picture a thousand times", "images hardly differ", prepare=one_picture),
-    Case("untold", "guidance without label dropout", "guidance without label dropout", ("training.label_dropout=0",)),
+    Case("ema", "EMA frozen", "EMA too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
+    Case("constant", "one image a thousand times", "images hardly differ", prepare=one_image),
+    Case("no-dropout", "guidance without label dropout", "guidance without label dropout",
+         ("training.label_dropout=0",)),
 )  # fmt: skip
 
 
 def train(recipe: Path, overrides: list[str]) -> str:
-    """`tessera train`; returns what it says where it ends in an error."""
+    """`tessera train`; returns the error message if it fails."""
     words = [sys.executable, "-m", "tessera", "train", str(recipe), *overrides]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
@@ -150,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     cases = [case for case in CASES if not options.names or case.name in options.names]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| run | what was done to it | seconds | first finding | others |\n|---|---|---|---|---|")
+    print("| run | change | seconds | first finding | others |\n|---|---|---|---|---|")
     right = 0
     for case in cases:
         folder = options.out / case.name
@@ -167,11 +168,11 @@ def main() -> None:
             ended = train(RECIPES / case.recipe, overrides)
             (folder / "made.json").write_text(json.dumps({"seconds": time.monotonic() - began, "ended": ended}))
         made = json.loads((folder / "made.json").read_text())
-        found = [f"{told['severity']}: {told['name']}" for told in findings(folder / "run")]
-        first, others = (found or ["nothing"])[0], ", ".join(found[1:]) or "none"
+        names = [f"{finding['severity']}: {finding['name']}" for finding in findings(folder / "run")]
+        first, others = (names or ["nothing"])[0], ", ".join(names[1:]) or "none"
         right += first == (f"error: {case.expected}" if case.expected else "nothing")
-        said = f"{case.done}{'; ended: ' + made['ended'] if made['ended'] else ''}"
-        print(f"| {case.name} | {said} | {made['seconds']:.0f} | {first} | {others} |", flush=True)
+        change = f"{case.done}{'; ended: ' + made['ended'] if made['ended'] else ''}"
+        print(f"| {case.name} | {change} | {made['seconds']:.0f} | {first} | {others} |", flush=True)
     print(f"\n{right} of {len(cases)} as expected")
 
 

@@ -1,19 +1,19 @@
-"""How far can the numbers of `tessera evaluate` be trusted, and what do they cost?
+"""Accuracy and cost of the distances of `tessera evaluate`.
 
     python benchmarks/evaluation_distances.py coverage [--widths 8 32 128] [--repeats 400]
     python benchmarks/evaluation_distances.py frechet [--widths 512 1024 2048] [--repeats 5]
     python benchmarks/evaluation_distances.py cost [--rows 10000] [--width 2048]
 
-coverage: how often 95 % intervals hold the truth, in simulations of which it is known. A cell gives percentages for
-samples of the reference's own distribution / near it / far from it. The reference has eigenvalues 1, 1/2, 1/3, ...;
+coverage: how often 95 % intervals contain the true value, in simulations where it is known. A cell has percentages for
+samples from the reference's own distribution / near it / far from it. The reference has eigenvalues 1, 1/2, 1/3, ...;
 the samples' covariance does not commute with it. Data are linear maps of independent normal numbers, of exponential
-ones, and of multivariate Student's t with 6 degrees of freedom. Compared, with the ones Tessera uses marked *:
+ones, and of multivariate Student's t with 6 degrees of freedom. The methods (Tessera uses those marked *):
 
-    FD    of the mean of FD over draws of n samples: delta method*, the same with the transport of one half and the
+    FD    of the mean of FD over sets of n samples: delta method*, the same with the transport of one half and the
           variance of the other (cross), 20-group jackknife
     FD∞   of the true distance, all with the error of the delta method: parabola*, the straight line through n and
           19/20 n (the jackknife's), the straight line through n, n/2, n/3, n/4 (Chong & Forsyth 2020)
-    KID   of the true discrepancy (its mean over draws; it is unbiased): at most 500 rows of each
+    KID   of the true discrepancy (its mean over sets of samples; it is unbiased): at most 500 rows of each
 
 frechet: seconds of the Fréchet distance of given moments against scipy.linalg.sqrtm(cov1 @ cov2), medians of
 interleaved runs, and their relative difference. The last line has half as many samples as dimensions.
@@ -81,8 +81,8 @@ def coverage(widths: list[int], repeats: int) -> None:
             if count < 16:
                 continue
             for data in DATA:
-                told = [simulate(width, count, data, apart, repeats) for apart in ((0, 0), NEAR, FAR)]
-                row(width, count, data, *(" / ".join(each[name] for each in told) for name in names))
+                results = [simulate(width, count, data, apart, repeats) for apart in ((0, 0), NEAR, FAR)]
+                row(width, count, data, *(" / ".join(each[name] for each in results) for name in names))
 
 
 def simulate(width: int, count: int, data: str, apart: tuple[float, float], repeats: int) -> dict[str, str]:
@@ -123,10 +123,10 @@ def simulate(width: int, count: int, data: str, apart: tuple[float, float], repe
         kid.append(distances.kernel_distance(rows[:500], real[:500]))
     mean_fd = np.mean([each.value for each in fd["FD: delta*"]])
     mean_kid = np.mean([each.value for each in kid]) if any(apart) else 0.0
-    shares = {name: held(found, mean_fd) for name, found in fd.items()}
-    shares |= {name: held(found, truth) for name, found in fd_inf.items()}
+    shares = {name: coverage_of(estimates, mean_fd) for name, estimates in fd.items()}
+    shares |= {name: coverage_of(estimates, truth) for name, estimates in fd_inf.items()}
     missing = dict.fromkeys(("jackknife", "FD∞: parabola*", "line, jackknife", "line, n to n/4"), "–")
-    return missing | shares | {"KID*": held(kid, float(mean_kid))}
+    return missing | shares | {"KID*": coverage_of(kid, float(mean_kid))}
 
 
 def problem(width: int, mixed: float, shift: float) -> tuple[np.ndarray, np.ndarray, Moments]:
@@ -143,12 +143,12 @@ def torch_moments(moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(moments.mean), torch.from_numpy(moments.cov)
 
 
-def append(found: dict[str, list[Estimate]], name: str, measured: Estimate) -> None:
-    found.setdefault(name, []).append(measured)
+def append(results: dict[str, list[Estimate]], name: str, measured: Estimate) -> None:
+    results.setdefault(name, []).append(measured)
 
 
-def held(found: list[Estimate], target: float) -> str:
-    return f"{100 * np.mean([each.low <= target <= each.high for each in found]):.0f}"
+def coverage_of(estimates: list[Estimate], target: float) -> str:
+    return f"{100 * np.mean([each.low <= target <= each.high for each in estimates]):.0f}"
 
 
 # Fréchet distance of given moments

@@ -1,10 +1,10 @@
-"""Do the distances order what everybody would order, and how do they move with the number of samples? On CIFAR-10.
+"""Do the distances order degraded images correctly, and how do they depend on the number of samples? On CIFAR-10.
 
     tessera evaluate train-features DATA/cifar10/train.parquet --size 32 --out cifar-features
     python benchmarks/evaluation_real.py --data DATA/cifar10 --features cifar-features
 
-The reference is the whole training set; what is scored are equally many pictures of the test set: as they are, without
-one class, blurred, with noise. Prints Markdown.
+The reference is the whole training set. Equally many images of the test set are scored: unchanged, without one class,
+blurred, with noise. Prints Markdown.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MISSING = 3  # the class that is left out: cats
 
 
 class Changed(DatasetSource):
-    """A data set whose pictures are changed one by one."""
+    """A data set whose images are changed one by one."""
 
     def __init__(self, config: FilesConfig, name: str, change: Callable[[np.ndarray, int], np.ndarray]) -> None:
         super().__init__(config)
@@ -40,25 +40,25 @@ class Changed(DatasetSource):
 
     def shard(self, index: int) -> ImageShard:
         shard = super().shard(index)
-        changed = [self.change(picture, int(row)) for picture, row in zip(shard.images, shard.indices)]
+        changed = [self.change(image, int(row)) for image, row in zip(shard.images, shard.indices)]
         return ImageShard(np.stack(changed), shard.indices, shard.labels)
 
 
 def blurred(radius: float) -> Callable[[np.ndarray, int], np.ndarray]:
-    return lambda picture, row: np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
+    return lambda image, row: np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
 def noised(deviation: float) -> Callable[[np.ndarray, int], np.ndarray]:
-    def change(picture: np.ndarray, row: int) -> np.ndarray:
-        noise = np.random.default_rng(row).normal(0, deviation, picture.shape)
-        return (picture + noise).round().clip(0, 255).astype(np.uint8)
+    def change(image: np.ndarray, row: int) -> np.ndarray:
+        noise = np.random.default_rng(row).normal(0, deviation, image.shape)
+        return (image + noise).round().clip(0, 255).astype(np.uint8)
 
     return change
 
 
 def rows(features: FeatureSet, chosen: np.ndarray) -> FeatureSet:
     """Some rows of a feature set, as a set of their own."""
-    kept = {part: np.asarray(values[chosen]) for part, values in features.rows.items()}
+    selected = {part: np.asarray(values[chosen]) for part, values in features.rows.items()}
     return FeatureSet(
         description=features.description,
         hash=features.hash,
@@ -66,8 +66,8 @@ def rows(features: FeatureSet, chosen: np.ndarray) -> FeatureSet:
         size=features.size,
         channels=features.channels,
         features=features.features,
-        moments={part: compute_moments(kept[part]) for part in features.moments},
-        rows=kept,
+        moments={part: compute_moments(selected[part]) for part in features.moments},
+        rows=selected,
     )
 
 
@@ -80,9 +80,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--features", default="cifar-features")
     parser.add_argument(
-        "--count", type=int, default=9000, help="images of each copy: all that the test set has without one class"
+        "--count", type=int, default=9000, help="images of each copy: the size of the test set without one class"
     )
-    parser.add_argument("--work", type=Path, help="folder for the features, to go on after an interruption")
+    parser.add_argument("--work", type=Path, help="folder for the features, to resume after an interruption")
     options = parser.parse_args()
     network: FeatureExtractor = load_extractor(options.features, torch.device("cpu"))
     work = options.work or Path(tempfile.mkdtemp())
@@ -108,14 +108,14 @@ def main() -> None:
     for name, change in changes.items():
         copies[name] = rows(look(Changed(config("test"), name, change), name), order[: options.count])
     names = ["fd", "fd_inf", "kid", "prdc"]
-    found = {
+    results = {
         name: {key: value for metric in names for key, value in suite.METRICS[metric].compute(copy, train).items()}
         for name, copy in copies.items()
     }
-    print(f"features {network.name}, weights {network.weights}; {options.count} pictures each against {train.count}\n")
-    print("| pictures | fd | fd_inf | 1000 kid | precision | recall | density | coverage |")
+    print(f"features {network.name}, weights {network.weights}; {options.count} images each against {train.count}\n")
+    print("| images | fd | fd_inf | 1000 kid | precision | recall | density | coverage |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, scores in found.items():
+    for name, scores in results.items():
         kid = scores["kid"]
         cells = [shown(scores["fd"]), shown(scores["fd_inf"])]
         cells.append(shown(Estimate(1000 * kid.value, 1000 * kid.low, 1000 * kid.high)))

@@ -1,10 +1,10 @@
-"""How fast and in how much memory are pictures scored? Extractors, the whole pipeline, and torchmetrics' FID beside it.
+"""Speed and memory of scoring: extractors, the whole pipeline, and a comparison with torchmetrics' FID.
 
     python benchmarks/evaluation_speed.py extractors
     python benchmarks/evaluation_speed.py memory --samples 10000 50000
     python benchmarks/evaluation_speed.py torchmetrics
 
-Weights of Inception and DINOv2 are random here: they cost the same as trained ones. Prints Markdown.
+The weights of Inception and DINOv2 are random, which does not affect speed. Prints Markdown.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def dinov2(width: int, depth: int, heads: int, device: torch.device) -> FeatureE
 
 
 def rate(work: Callable[[], object], count: int, rounds: int) -> float:
-    """Pictures a second: the median of some rounds, after one to warm up."""
+    """Images per second: the median of some rounds, after one to warm up."""
     work()
     seconds = []
     for _ in range(rounds):
@@ -74,7 +74,7 @@ def rate(work: Callable[[], object], count: int, rounds: int) -> float:
     return count / statistics.median(seconds)
 
 
-def pictures(count: int, side: int, channels: int = 3) -> np.ndarray:
+def noise_images(count: int, side: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
 
 
@@ -82,67 +82,70 @@ def extractors(device: torch.device, scale: float, rounds: int) -> None:
     many = scale * (1 if device.type == "cpu" else 40)
     own = feature_network.FeatureConfig(size=(32, 32), channels=3, num_classes=10).build().eval().to(device)
     chosen = [
-        (features.load_extractor("digits", device), pictures(math.ceil(500 * many), 8, 1)),
-        (FeatureExtractor("own, 32 px", "random", "", own, device), pictures(math.ceil(500 * many), 32)),
-        (inception(device), pictures(math.ceil(32 * many), 32)),
-        (inception(device), pictures(math.ceil(32 * many), 256)),
-        (dinov2(384, 12, 6, device), pictures(math.ceil(16 * many), 256)),
-        (dinov2(768, 12, 12, device), pictures(math.ceil(16 * many), 256)),
+        (features.load_extractor("digits", device), noise_images(math.ceil(500 * many), 8, 1)),
+        (FeatureExtractor("own, 32 px", "random", "", own, device), noise_images(math.ceil(500 * many), 32)),
+        (inception(device), noise_images(math.ceil(32 * many), 32)),
+        (inception(device), noise_images(math.ceil(32 * many), 256)),
+        (dinov2(384, 12, 6, device), noise_images(math.ceil(16 * many), 256)),
+        (dinov2(768, 12, 12, device), noise_images(math.ceil(16 * many), 256)),
     ]
-    print("| features | pictures | width | images/s, network alone | images/s, from .npz to features on disk |")
+    print("| features | images | width | images/s, network alone | images/s, from .npz to features on disk |")
     print("|---|---|---|---|---|")
     for network, shown in chosen:
         alone = rate(partial(network, shown, BATCH), len(shown), rounds)
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder) / "samples.npz", shown)
             subject = NpzSource(Path(folder) / "samples.npz")
-            whole = rate(partial(_anew, subject, network, Path(folder) / "features"), len(shown), rounds)
+            whole = rate(partial(_extract_again, subject, network, Path(folder) / "features"), len(shown), rounds)
         width = network(shown[:1], 1)["pool"].shape[1]
         size = f"{shown.shape[1]} x {shown.shape[2]} x {shown.shape[3]}"
         print(f"| {network.name} | {size} | {width} | {alone:.4g} | {whole:.4g} |", flush=True)
 
 
-def _anew(subject: NpzSource, network: FeatureExtractor, folder: Path) -> None:
+def _extract_again(subject: NpzSource, network: FeatureExtractor, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     extract(subject, network, folder, Distributed())
 
 
 class Fast(nn.Module):
-    """2048 features of a picture at next to no cost: what is left is the cost of the pipeline."""
+    """2048 features of an image at almost no cost, to measure the cost of the pipeline."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.mix = nn.Linear(3 * 8 * 8, 2048)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        small = nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 8)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        small = nn.functional.adaptive_avg_pool2d(images.float() / 255, 8)
         return torch.relu(self.mix(small.flatten(1)))
 
-    def parts(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"pool": self(pictures)}
+    def parts(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pool": self(images)}
 
 
 def _score(path: str, folder: str, count: int) -> tuple[int, float]:
-    """In a process of its own: its memory before and at most while scoring."""
+    """Scoring in a process of its own: the growth of its peak memory, and seconds."""
     network = FeatureExtractor("fast", "random", "", Fast().parts, CPU)
-    network(pictures(50, 64), 50)
+    network(noise_images(50, 64), 50)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    found = extract(NpzSource(Path(path), count), network, Path(folder), Distributed())
+    extracted = extract(NpzSource(Path(path), count), network, Path(folder), Distributed())
     frechet_distance(
-        found.moments["pool"].mean, found.moments["pool"].cov, found.moments["pool"].mean, found.moments["pool"].cov
+        extracted.moments["pool"].mean,
+        extracted.moments["pool"].cov,
+        extracted.moments["pool"].mean,
+        extracted.moments["pool"].cov,
     )
     seconds = time.perf_counter() - start
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, seconds
 
 
 def memory(samples: list[int]) -> None:
-    print("| samples (64 px, 2048 features) | pictures | features on disk | memory beyond the program | seconds |")
+    print("| samples (64 px, 2048 features) | images | features on disk | memory beyond the program | seconds |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         most = max(samples)
-        np.savez(Path(folder) / "samples.npz", pictures(most, 64))
+        np.savez(Path(folder) / "samples.npz", noise_images(most, 64))
         for count in samples:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 work = pool.submit(_score, str(Path(folder) / "samples.npz"), f"{folder}/{count}", count)
@@ -158,7 +161,9 @@ def torchmetrics(count: int, rounds: int) -> None:
 
     network = Fast().eval()
     network.num_features = 2048
-    real, fake = (torch.from_numpy(pictures(2 * count, 64).transpose(0, 3, 1, 2)[part::2].copy()) for part in (0, 1))
+    real, fake = (
+        torch.from_numpy(noise_images(2 * count, 64).transpose(0, 3, 1, 2)[part::2].copy()) for part in (0, 1)
+    )
     fake = (fake.float() * 0.9).to(torch.uint8)
 
     def theirs() -> float:
@@ -170,12 +175,12 @@ def torchmetrics(count: int, rounds: int) -> None:
 
     def ours() -> float:
         moments = []
-        for told in (real, fake):
+        for images in (real, fake):
             moments.append(Moments())
             for start in range(0, count, 1000):
                 with torch.no_grad():
-                    found = [network(told[at : at + 50]) for at in range(start, start + 1000, 50)]
-                moments[-1].add(torch.cat(found).numpy())
+                    rows = [network(images[at : at + 50]) for at in range(start, start + 1000, 50)]
+                moments[-1].add(torch.cat(rows).numpy())
         return frechet_distance(moments[0].mean, moments[0].cov, moments[1].mean, moments[1].cov)
 
     taken: dict[str, list[float]] = {"torchmetrics": [], "ours": []}
@@ -187,7 +192,7 @@ def torchmetrics(count: int, rounds: int) -> None:
                 values[name] = work()
             taken[name].append(time.perf_counter() - start)
     ratios = [theirs / ours for theirs, ours in zip(taken["torchmetrics"], taken["ours"])]
-    print(f"{count} against {count} pictures, the same network of 2048 features, {rounds} rounds interleaved\n")
+    print(f"{count} against {count} images, the same network of 2048 features, {rounds} rounds interleaved\n")
     print("| | value | seconds, median |\n|---|---|---|")
     for name, seconds in taken.items():
         print(f"| {name} | {values[name]:.6f} | {statistics.median(seconds):.2f} |")

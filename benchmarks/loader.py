@@ -5,8 +5,8 @@
 The same files, the same work: decode, crop to the size, uint8 batches of 64 in a shuffled order; two workers each
 (ours: threads; DataLoader: processes, kept between rounds). They take turns of --seconds each, and before its turn one
 lets the other finish what it reads ahead; a row gives medians, and the median of the ratios of a round. Ours as it is
-(a small data set stays in memory once it was read, and has been read when the clock starts), and "anew": decoded each
-time.
+(a small data set stays in memory once it was read, and has been read when the clock starts), and "decoded again": it is
+decoded each time.
 
 cifar    50,000 JPEGs of 32 x 32 in a parquet file
 emoji    2,789 PNGs of 64 x 64 in a parquet file
@@ -39,13 +39,13 @@ def made_up_photos(folder: Path, count: int, side: int) -> Path:
     random = np.random.default_rng(0)
     for number in range(count):
         height, width = random.integers(side * 3 // 4, side * 7 // 6, 2)
-        picture = np.zeros((height, width, 3))
+        pixels = np.zeros((height, width, 3))
         for cells in (4, 16, 64, 256):
             coarse = Image.fromarray(random.integers(0, 256, (cells, cells, 3), np.uint8))
-            picture += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float) / 4
+            pixels += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float) / 4
         place = folder / f"class {number % 4}"
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(place / f"{number}.jpg", quality=90)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.jpg", quality=90)
     return folder
 
 
@@ -57,8 +57,8 @@ class Transform:
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pixels = [np.asarray(centre_crop(image.convert("RGB"), (self.size, self.size))) for image in rows["image"]]
-        told = {"pixels": [torch.from_numpy(each.transpose(2, 0, 1).copy()) for each in pixels]}
-        return told | ({"label": rows["label"]} if "label" in rows else {})
+        columns = {"pixels": [torch.from_numpy(each.transpose(2, 0, 1).copy()) for each in pixels]}
+        return columns | ({"label": rows["label"]} if "label" in rows else {})
 
 
 def plain(path: Path, size: int, workers: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--photos", type=int, default=400, help="photographs that are made up")
+    parser.add_argument("--side", type=int, default=600, help="their size in pixels")
     parser.add_argument("--only", nargs="+", default=["cifar", "emoji", "photos"])
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,7 +135,7 @@ def main() -> None:
         sets = {
             "cifar": (options.data / "cifar10/train.parquet", 32),
             "emoji": (options.data / "emoji/train.parquet", 64),
-            "photos": (made_up_photos(Path(place, "photos"), options.photos, 600), 256),
+            "photos": (made_up_photos(Path(place, "photos"), options.photos, options.side), 256),
         }
         print("| data | ours | datasets + DataLoader, samples/s | tessera, samples/s | ratio | lowest, highest |")
         print("|---|---|---|---|---|---|")
@@ -142,11 +143,11 @@ def main() -> None:
             path, size = sets[name]
             other = plain(path, size, options.workers)
             ways = {
-                "as it is": ours(path, size, options.workers, True, "exact"),
-                "anew": ours(path, size, options.workers, False, "exact"),
+                "in memory": ours(path, size, options.workers, True, "exact"),
+                "decoded again": ours(path, size, options.workers, False, "exact"),
             }
             if name == "photos":
-                ways["anew, decoding: fast"] = ours(path, size, options.workers, False, "fast")
+                ways["decoded again, decoding: fast"] = ours(path, size, options.workers, False, "fast")
             rates: dict[str, list[float]] = {way: [] for way in ("plain", *ways)}
             for _ in range(options.rounds):
                 for way, batches in {"plain": other, **ways}.items():

@@ -49,12 +49,7 @@ def build_step(folder: Path, batch: int) -> Callable[[], None]:
         from tessera.training.run import set_up  # pyright: ignore[reportAttributeAccessIssue]
         from tessera.training.step import train_step
 
-        settings += [
-            f"training.batch={batch}",
-            f"output={folder / 'run'}",
-            "codec=pixels",
-            "training.precision=float32",
-        ]
+        settings += [f"training.batch={batch}", f"training.micro_batch={batch}", f"output={folder / 'run'}"]
         run = set_up(read(recipe, settings))
         state, objective, ema = run.learner, run.task, run.average
     else:

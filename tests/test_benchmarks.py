@@ -12,7 +12,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-# arguments that make a script fast; {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
+# Arguments that make a script fast. The first ones of each script run in every test run, the others in `make prove`.
+# {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
 SMALL = {
     "against_diffusers": ["--models DiT-S/8 --batches 1 --rounds 1"],
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
@@ -41,7 +42,7 @@ SMALL = {
         "encode --count 4 --size 32 --workers 1",
     ],
     "ablations": ["run --out {tmp} --steps 2 --seeds 0 paper"],
-    "loader": ["--only photos --photos 70 --rounds 1 --seconds 0.1 --workers 1"],
+    "loader": ["--only photos --photos 70 --side 350 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],
     "plan": ["--threads 1 --rounds 1 --only 'digits, batch 8'"],
@@ -90,7 +91,14 @@ def test_every_script_is_in_the_table():
 
 
 @pytest.mark.run
-@pytest.mark.parametrize(("script", "words"), [(name, words) for name, calls in SMALL.items() for words in calls])
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        pytest.param(name, words, marks=[pytest.mark.slow] if number else [])
+        for name, calls in SMALL.items()
+        for number, words in enumerate(calls)
+    ],
+)
 def test_a_script_runs(script, words, places, tmp_path):
     arguments = shlex.split(words.format(tmp=tmp_path, **places))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")}
