@@ -225,7 +225,7 @@ def curve(run: Path, metric: str) -> Curve | None:
     scores = [scored[step][metric] for step in steps]
     flops = steps * float(flops_of_a_step(recipe))
     return Curve(
-        steps, flops, *(np.array([getattr(score, name) for score in told]) for name in ("value", "low", "high"))
+        steps, flops, *(np.array([getattr(score, name) for score in scores]) for name in ("value", "low", "high"))
     )
 
 

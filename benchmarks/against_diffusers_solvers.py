@@ -86,7 +86,7 @@ def interleaved(first: Callable, second: Callable, rounds: int) -> tuple[float, 
     return statistics.median(seconds[first]), statistics.median(seconds[second])
 
 
-def zero_network(x: Tensor, t: Tensor, condition: object) -> Tensor:
+def cheap_network(x: Tensor, t: Tensor, condition: object) -> Tensor:
     """A network that returns at once."""
     return torch.cat((0.9 * x, x), dim=1)
 
@@ -117,14 +117,14 @@ def main() -> None:
                 if name != "none":
                     *_, last = generation.generate_steps(model, classes, seeds, num_steps=options.steps)
                     return last.x
-                denoise = Denoiser(zero_network, model.diffusion, Condition(label=label), GUIDANCE)
+                denoise = Denoiser(cheap_network, model.diffusion, Condition(label=label), GUIDANCE)
                 visited = timestep_grid(Trailing(), options.steps, model.diffusion)
                 *_, last = sample_loop(DPMSolver(), denoise, start, visited, lambda: start)
                 return last.x
 
             def transformer(x: Tensor, t: Tensor, labels: Tensor, name=name) -> Tensor:
                 return (
-                    zero_network(x, t, labels) if name == "none" else theirs(x, timestep=t, class_labels=labels).sample
+                    cheap_network(x, t, labels) if name == "none" else theirs(x, timestep=t, class_labels=labels).sample
                 )
 
             def sample_theirs(start=start, label=label, transformer=transformer) -> Tensor:

@@ -49,12 +49,12 @@ class Photographs:
 def photographs(folder: Path | None) -> dict[str, np.ndarray]:
     from sklearn.datasets import load_sample_images
 
-    photographs: dict[str, np.ndarray] = {}
-    photographs |= zip(("china", "flower"), load_sample_images().images, strict=True)
+    images: dict[str, np.ndarray] = {}
+    images |= zip(("china", "flower"), load_sample_images().images, strict=True)
     for path in sorted(folder.iterdir()) if folder else []:
         with Image.open(path) as image:
-            photographs[path.stem] = np.asarray(image.convert("RGB"))
-    return photographs
+            images[path.stem] = np.asarray(image.convert("RGB"))
+    return images
 
 
 def row(name: str, size: str, results: Reconstruction) -> str:

@@ -29,7 +29,7 @@ from tessera.data import FilesConfig, index
 from tessera.data.sampler import ShuffledOrder
 
 BATCH, CLASSES = 256, 1000
-HEAD = "| | seconds | of the processor | MiB |\n|---|---|---|---|"
+HEAD = "| | seconds | processor seconds | MiB |\n|---|---|---|---|"
 WORDS = "a photograph of an old boat on a calm lake at dawn"
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     each_real = [real.images[real.labels == digit] for digit in range(10)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.steps} steps")
     print(
-        f"classifier on held-out real digits {judge.real_accuracy:.1%}; spread of real digits {mean_spread(each_real):.2f}\n"
+        f"classifier on held-out digits {judge.real_accuracy:.1%}; spread of real digits {mean_spread(each_real):.2f}\n"
     )
     print(
         "| overrides of digits.yaml | seconds | loss | read as requested: guidance 1 / 1.5 / 2 | spread: 1 / 1.5 / 2 |"

@@ -91,14 +91,14 @@ def extractors(device: torch.device, scale: float, rounds: int) -> None:
     ]
     print("| features | images | width | images/s, network alone | images/s, from .npz to features on disk |")
     print("|---|---|---|---|---|")
-    for network, shown in chosen:
-        alone = rate(partial(network, shown, BATCH), len(shown), rounds)
+    for network, pixels in chosen:
+        alone = rate(partial(network, pixels, BATCH), len(pixels), rounds)
         with tempfile.TemporaryDirectory() as folder:
-            np.savez(Path(folder) / "samples.npz", shown)
+            np.savez(Path(folder) / "samples.npz", pixels)
             subject = NpzSource(Path(folder) / "samples.npz")
-            whole = rate(partial(_extract_again, subject, network, Path(folder) / "features"), len(shown), rounds)
-        width = network(shown[:1], 1)["pool"].shape[1]
-        size = f"{shown.shape[1]} x {shown.shape[2]} x {shown.shape[3]}"
+            whole = rate(partial(_extract_again, subject, network, Path(folder) / "features"), len(pixels), rounds)
+        width = network(pixels[:1], 1)["pool"].shape[1]
+        size = f"{pixels.shape[1]} x {pixels.shape[2]} x {pixels.shape[3]}"
         print(f"| {network.name} | {size} | {width} | {alone:.4g} | {whole:.4g} |", flush=True)
 
 
