@@ -1,13 +1,13 @@
-"""What becomes of a run that something befalls? Real runs of the command line, each disturbed in one way, then gone on.
+"""Does a run with an injected fault end as an uninterrupted run? Real runs of the command line, with one fault each.
 
     python benchmarks/faults.py [--out runs/faults] [NAME ...]
 
-Each row: a small run of digits is started by `tessera train` (two processes: by torchrun, weights divided), the fault
-is done to it, and the same command is run again. The last column compares all tensors of the final checkpoint (weights,
-averages, optimizer) and its place, bit for bit, with a run that nothing befell; where steps were kept out or batches
-passed over, with a run that was told to pass over the same batches.
+Each row: a small run of digits is started by `tessera train` (two processes: by torchrun, with sharded weights), the
+fault is injected, and the same command is run again. The last column compares all tensors of the final checkpoint
+(weights, EMA, optimizer) and its position, bit for bit, with a run without the fault; if steps or batches were
+skipped, with a run that skips the same batches.
 
-A full disk is a small tmpfs, which only root may mount: others miss one row. Linux.
+A full disk is a small tmpfs, which only root may mount: without root, one row is left out. Linux.
 """
 
 import argparse
@@ -40,15 +40,15 @@ RECIPE = (
     "training.stability.max_consecutive_bad=4",
     "training.fsdp=full",
 )  # fmt: skip
-BAD = 34  # the step that meets the fault of the data, between two checkpoints
-ENOUGH = 300.0  # seconds after which a run is said to hang
+BAD = 34  # the step with the bad data, between two checkpoints
+ENOUGH = 300.0  # seconds after which a run counts as hanging
 
 
-# Inside a disturbed run: python benchmarks/faults.py inject FAULT train ...
+# Inside a run with a fault: python benchmarks/faults.py inject FAULT train ...
 
 
 def inject(fault: str) -> None:
-    """Have this process meet a fault."""
+    """Inject a fault into this process."""
     import resource
 
     import torch
@@ -59,20 +59,20 @@ def inject(fault: str) -> None:
     bad = (BAD - 1) * BATCH
     prepare, train_step = step.prepare_batch, loop.train_step
 
-    def spoilt(batch, task, device):
-        """One sample of one batch, so that of two processes one alone meets it."""
+    def corrupt_sample(batch, task, device):
+        """Change one sample of one batch, so that only one of two processes has it."""
         x0, condition, position = prepare(batch, task, device)
         there = (batch.position == bad).view(-1, 1, 1, 1)
         return torch.where(there, x0 * {"nan": torch.nan, "spike": 1000.0}[name], x0), condition, position
 
     def damaged(learner, batch, *rest):
-        told = train_step(learner, batch, *rest)
+        metrics = train_step(learner, batch, *rest)
         start = int(batch.position[0]) // BATCH * BATCH
         if start == bad or (name == "ruin" and start > bad):
             with torch.no_grad():
                 for weight in learner.network.parameters():
                     parallel.local_tensor(weight).mul_(30)
-        return told
+        return metrics
 
     def limited(learner, batch, *rest):
         if int(batch.position[0]) // BATCH * BATCH == bad and os.environ.get("RANK", "0") == rank:
@@ -80,7 +80,7 @@ def inject(fault: str) -> None:
         return train_step(learner, batch, *rest)
 
     if name in ("nan", "spike"):
-        step.prepare_batch = spoilt
+        step.prepare_batch = corrupt_sample
     else:
         loop.train_step = {"damage": damaged, "ruin": damaged, "limit": limited}[name]
 
@@ -93,7 +93,7 @@ class Row:
     fault: str
     processes: int
     does: str
-    kept: int | None  # the last step that the run kept when it ended
+    last_saved: int | None  # the last saved step when the run ended
     equal: str
 
 
@@ -117,9 +117,15 @@ class Life:
         launcher += ["--max-restarts", str(restarts)] if restarts else []
         command = [sys.executable, *(launcher if count > 1 else []), *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        self._said = (bench.out / f"{run.parent.name}-{run.name}-{time.monotonic_ns()}.txt").open("w+")
+        self._output = (bench.out / f"{run.parent.name}-{run.name}-{time.monotonic_ns()}.txt").open("w+")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self._said, stderr=subprocess.STDOUT, text=True, process_group=0
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
         )
         self.disturbed = time.monotonic()
 
@@ -127,7 +133,7 @@ class Life:
         """The process of each rank."""
         if self.count == 1:
             return {0: self.process.pid}
-        found = {}
+        pids = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -136,11 +142,11 @@ class Life:
                 continue
             rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", environment)
             if parent == self.process.pid and rank:
-                found[int(rank[1])] = int(folder.name)
-        return found
+                pids[int(rank[1])] = int(folder.name)
+        return pids
 
     def reach(self, step: int) -> None:
-        """Until the log tells of a step."""
+        """Wait until the log has a step."""
         log = self.run / "log.jsonl"
         while self.process.poll() is None:
             if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
@@ -148,7 +154,7 @@ class Life:
             time.sleep(0.005)
 
     def writing(self, after: int) -> None:
-        """Until a checkpoint past a step is half-written."""
+        """Wait until a checkpoint after a step is partly written."""
         while self.process.poll() is None:
             half = (self.run / "checkpoints").glob("step-*.partial/state/*")
             if any(int(path.parents[1].name[5:14]) > after for path in half):
@@ -161,7 +167,7 @@ class Life:
             os.kill(pid, number)
 
     def end(self) -> tuple[int | None, str]:
-        """Exit code and what was said; None if it does not end, and has to be killed."""
+        """Exit code and output; the code is None if the run does not end and is killed."""
         try:
             code = self.process.wait(ENOUGH)
         except subprocess.TimeoutExpired:
@@ -170,24 +176,24 @@ class Life:
                 os.kill(pid, signal.SIGKILL)
             self.process.wait()
         self.seconds = time.monotonic() - self.disturbed
-        self._said.seek(0)
-        said = self._said.read()
-        self._said.close()
-        return code, said
+        self._output.seek(0)
+        output = self._output.read()
+        self._output.close()
+        return code, output
 
 
 def state(run: Path) -> dict[str, Any]:
-    """Tensors as bytes, by name, and the place, of the newest checkpoint; headers of files are in no fixed order."""
+    """Tensors as bytes, by name, and the position, of the newest checkpoint; headers of files have no fixed order."""
     from safetensors.torch import load_file
 
     newest = checkpoints(run)[0]
-    held: dict[str, Any] = {
+    tensors: dict[str, Any] = {
         f"{path.relative_to(newest)} {name}": tensor.numpy().tobytes()
         for path in sorted(newest.rglob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
     place = json.loads((newest / "training.json").read_text())
-    return held | {name: place[name] for name in ("step", "position", "spike_detector")}
+    return tensors | {name: place[name] for name in ("step", "position", "spike_detector")}
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -200,7 +206,7 @@ def newest(run: Path) -> int | None:
 
 
 def log(run: Path) -> list[dict]:
-    """The log without what differs from time to time, and without the counts of what went wrong."""
+    """The log without timings and without the counts of skipped steps and roll-backs."""
     timed = ("images_per_second", "mfu", "data_wait", "memory", "skipped_steps", "rollbacks")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
@@ -211,24 +217,24 @@ def passed(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def message(code: int | None, said: str, run: Path) -> str:
-    """How a run ended: exit code, and the last thing each process said of it."""
+def message(code: int | None, output: str, run: Path) -> str:
+    """How a run ended: exit code, and the last message of each kind from each process."""
     if code is None:
         return f"**does not end within {ENOUGH:.0f} s**"
     kinds = ("error:", "stopped at", "is damaged", "back to step", "is skipped")
-    told: dict[tuple[str, str], str] = {}  # the last of each kind, of each process
-    for line in said.splitlines():
+    messages: dict[tuple[str, str], str] = {}  # the last of each kind, of each process
+    for line in output.splitlines():
         line = line.replace(str(run), "RUN").replace(str(run.parent), "..")
         who = "process 1" if line.startswith("process 1") else ""
         for kind in kinds:
             if kind in line and not line.startswith(("torch", "[", "E1", "W1")):
-                told[who, kind] = line if len(line) < 200 else line[:200].rpartition(" ")[0] + " ..."
-    for (who, kind), line in list(told.items()):  # what both say is said once
-        if who and told.get(("", kind)) == line.removeprefix(f"{who}: "):
-            del told[who, kind]
-    ours = any(re.search(r'File ".*/tessera/', line) for line in said.splitlines())
+                messages[who, kind] = line if len(line) < 200 else line[:200].rpartition(" ")[0] + " ..."
+    for (who, kind), line in list(messages.items()):  # messages of both are printed once
+        if who and messages.get(("", kind)) == line.removeprefix(f"{who}: "):
+            del messages[who, kind]
+    ours = any(re.search(r'File ".*/tessera/', line) for line in output.splitlines())
     crashed = "; **a traceback**" if ours else ""
-    return f"exit {code}" + "".join(f'; "{line}"' for line in told.values()) + crashed
+    return f"exit {code}" + "".join(f'; "{line}"' for line in messages.values()) + crashed
 
 
 class Bench:
@@ -243,7 +249,7 @@ class Bench:
         return path
 
     def whole(self, passing: Iterable[int] = (), steps: int = STEPS) -> Path:
-        """A run that nothing befell, told to pass over these positions."""
+        """A run without a fault that skips these positions."""
         key = (*sorted(set(passing)), steps)
         if key not in self._whole:
             run = self.folder(f"whole{len(self._whole)}")
@@ -251,16 +257,16 @@ class Bench:
             records = [{"step": 1, "position": at, "outcome": "excluded", "samples": []} for at in key[:-1]]
             if records:
                 (run / "skipped_steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-            code, said = Life(self, run, steps=steps).end()
-            assert code == 0, said
+            code, output = Life(self, run, steps=steps).end()
+            assert code == 0, output
             self._whole[key] = run
         return self._whole[key]
 
-    def go_on(self, run: Path, whole: Path) -> str:
+    def resume(self, run: Path, whole: Path) -> str:
         """Run the same command again and compare."""
-        code, said = Life(self, run).end()
+        code, output = Life(self, run).end()
         if code != 0:
-            return f"**no: exit {code}** {message(code, said, run)}"
+            return f"**no: exit {code}** {message(code, output, run)}"
         return compare(run, whole)
 
 
@@ -275,20 +281,20 @@ def compare(run: Path, whole: Path) -> str:
     return "yes, bit for bit" + (f"; **left behind: {', '.join(left)}**" if left else "")
 
 
-# The faults: each a function of the bench, its name, and what is said of it
+# The faults: each is a function of the bench, its name, and its description
 
 Done = Callable[[Bench, str, str], Row]
 
 
-def as_told(bench: Bench, run: Path) -> Path:
-    """A run that was told to pass over what this one passed over."""
+def skipping_the_same(bench: Bench, run: Path) -> Path:
+    """A run that skips the batches that this one skipped."""
     return bench.whole(record["position"] for record in passed(run) if record["outcome"] == "excluded")
 
 
 def of_data(bench: Bench, name: str, what: str) -> Row:
-    """One batch is kept out: weights and the optimizer's memory are those of a run that never meets it."""
+    """One batch is skipped: weights and optimizer state are those of a run without it."""
     run = bench.folder(name)
-    code, said = Life(bench, run, name).end()
+    code, output = Life(bench, run, name).end()
     equal = f"**no: exit {code}**"
     if code == 0:
         whole = bench.whole([(BAD - 1) * BATCH], STEPS - 1)
@@ -299,30 +305,30 @@ def of_data(bench: Bench, name: str, what: str) -> Row:
             if one == other and noted
             else "**no**"
         )
-    return Row(what, bench.count, message(code, said, run), newest(run), equal)
+    return Row(what, bench.count, message(code, output, run), newest(run), equal)
 
 
 def damage(bench: Bench, name: str, what: str) -> Row:
     run = bench.folder(name)
-    code, said = Life(bench, run, name).end()
-    kept = newest(run)
-    whole = as_told(bench, run)
-    equal = compare(run, whole) if code == 0 else bench.go_on(run, whole)
-    equal = equal.replace("yes", "yes: as a run told to pass over the same batches")
-    return Row(what, bench.count, message(code, said, run), kept, equal)
+    code, output = Life(bench, run, name).end()
+    last_saved = newest(run)
+    whole = skipping_the_same(bench, run)
+    equal = compare(run, whole) if code == 0 else bench.resume(run, whole)
+    equal = equal.replace("yes", "yes: as a run that skips the same batches")
+    return Row(what, bench.count, message(code, output, run), last_saved, equal)
 
 
 def damaged_file(harm: Callable[[Path], None]) -> Done:
-    """A run that ended has a file of its newest checkpoint damaged, and is gone on with."""
+    """A file of the newest checkpoint of a finished run is damaged, and the run is resumed."""
 
     def done(bench: Bench, name: str, what: str) -> Row:
         whole, run = bench.whole(), bench.folder(name)
         shutil.copytree(whole, run)
         harm(checkpoints(run)[0])
-        code, said = Life(bench, run).end()
-        going = re.search(r"resuming from step (\d+)", said)
-        does = message(code, said, run) + (f"; goes on from step {going[1]}" if going else "")
-        equal = compare(run, whole) if list(run.rglob("*.damaged")) else "**no: it was not seen**"
+        code, output = Life(bench, run).end()
+        going = re.search(r"resuming from step (\d+)", output)
+        does = message(code, output, run) + (f"; resumes from step {going[1]}" if going else "")
+        equal = compare(run, whole) if list(run.rglob("*.damaged")) else "**no: it was not detected**"
         return Row(what, bench.count, does, int(going[1]) if going else None, equal)
 
     return done
@@ -346,49 +352,49 @@ def forget_place(checkpoint: Path) -> None:
 def signalled(
     number: signal.Signals, whom: Callable[[Life], list[int]], when: str = "between", restarts: int = 0
 ) -> Done:
-    """A signal between two checkpoints, or in the midst of writing one."""
+    """A signal between two checkpoints, or while one is written."""
 
     def done(bench: Bench, name: str, what: str) -> Row:
         run = bench.folder(name)
         life = Life(bench, run, restarts=restarts)
         life.writing(20) if when == "writing" else life.reach(25)
         life.signal(number, *whom(life))
-        code, said = life.end()
-        kept, does = newest(run), f"{message(code, said, run)}; ended after {life.seconds:.1f} s"
-        starts = re.findall(r"resuming from step (\d+)", said)
+        code, output = life.end()
+        last_saved, does = newest(run), f"{message(code, output, run)}; ended after {life.seconds:.1f} s"
+        starts = re.findall(r"resuming from step (\d+)", output)
         if restarts and starts:
-            kept = int(starts[0])
-            does = f"exit {code}: torchrun starts all processes again, which go on from step {', '.join(starts)}"
-        equal = compare(run, bench.whole()) if code == 0 else bench.go_on(run, bench.whole())
-        return Row(what, bench.count, does, kept, equal)
+            last_saved = int(starts[0])
+            does = f"exit {code}: torchrun restarts all processes, which resume from step {', '.join(starts)}"
+        equal = compare(run, bench.whole()) if code == 0 else bench.resume(run, bench.whole())
+        return Row(what, bench.count, does, last_saved, equal)
 
     return done
 
 
 def orphaned(bench: Bench, name: str, what: str) -> Row:
-    """torchrun alone dies, and the processes that it watched do not."""
+    """Only torchrun is killed, not its processes."""
     run = bench.folder(name)
     life = Life(bench, run)
     life.reach(25)
     left = life.ranks().values()
     life.signal(signal.SIGKILL)
     code, _ = life.end()
-    _, said = Life(bench, run).end()  # at once
-    refused = re.search(r"error: .* is in use by another process", said)
+    _, output = Life(bench, run).end()  # at once
+    refused = re.search(r"error: .* is in use by another process", output)
     while any(Path(f"/proc/{pid}").exists() for pid in left):
         time.sleep(0.1)
-    does = f"exit {code}; the two processes train on by themselves to step {newest(run)}"
+    does = f"exit {code}; the two processes continue to step {newest(run)}"
     does += "; until then the same command is refused: the folder is in use" if refused else ""
-    return Row(what, bench.count, does, newest(run), bench.go_on(run, bench.whole()))
+    return Row(what, bench.count, does, newest(run), bench.resume(run, bench.whole()))
 
 
 def everyone(life: Life) -> list[int]:
-    """As clusters do, torchrun included."""
+    """All processes and torchrun, as clusters do."""
     return [life.process.pid, *life.ranks().values()]
 
 
 def started(life: Life) -> list[int]:
-    """The process that was started: torchrun, of many."""
+    """The process that was started: torchrun if there are several."""
     return [life.process.pid]
 
 
@@ -408,7 +414,7 @@ def small_disk(at: Path):
 
 
 def full_disk(left: int) -> Done:
-    """All but so many bytes of a disk are taken between two checkpoints, and given back before the run goes on."""
+    """A disk is filled up to `left` bytes between two checkpoints, and freed before the run is resumed."""
 
     def done(bench: Bench, name: str, what: str) -> Row:
         with small_disk(bench.folder(name)) as disk:
@@ -419,22 +425,22 @@ def full_disk(left: int) -> Done:
                 while shutil.disk_usage(disk).free > left:
                     filler.write(bytes(4096))
             life.disturbed = time.monotonic()
-            code, said = life.end()
-            kept, does = newest(run), f"{message(code, said, run)}; ended after {life.seconds:.1f} s"
+            code, output = life.end()
+            last_saved, does = newest(run), f"{message(code, output, run)}; ended after {life.seconds:.1f} s"
             (disk / "filler").unlink()
-            return Row(what, bench.count, does, kept, bench.go_on(run, bench.whole()))
+            return Row(what, bench.count, does, last_saved, bench.resume(run, bench.whole()))
 
     return done
 
 
 def limited(rank: int, size: int) -> Done:
-    """One process can write no file longer than so many bytes: as a disk that is full for it alone."""
+    """One process can write no file longer than `size` bytes: a disk that is full for this process only."""
 
     def done(bench: Bench, name: str, what: str) -> Row:
         run = bench.folder(name)
-        code, said = Life(bench, run, f"limit:{rank}:{size}").end()
-        kept = newest(run)
-        return Row(what, bench.count, message(code, said, run), kept, bench.go_on(run, bench.whole()))
+        code, output = Life(bench, run, f"limit:{rank}:{size}").end()
+        last_saved = newest(run)
+        return Row(what, bench.count, message(code, output, run), last_saved, bench.resume(run, bench.whole()))
 
     return done
 
@@ -443,10 +449,10 @@ ANY, TWO = (1, 2), (2,)
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 RESTARTS = "under `torchrun --max-restarts 3`"
 CASES: dict[str, tuple[tuple[int, ...], str, Done]] = {
-    "nan": (ANY, f"a sample that is not a number, in step {BAD}", of_data),
+    "nan": (ANY, f"a NaN sample, in step {BAD}", of_data),
     "spike": (ANY, f"a sample 1000 times too large, in step {BAD}", of_data),
     "damage": (ANY, f"weights x 30 after step {BAD}", damage),
-    "ruin": (ANY, f"weights x 30 after each step from {BAD} on; then mended", damage),
+    "ruin": (ANY, f"weights x 30 after each step from {BAD} on; then no more", damage),
     "truncated": (ANY, "half of a file of the newest checkpoint's state is gone", damaged_file(truncate)),
     "bit": (ANY, "one bit of its model.safetensors is flipped", damaged_file(flip)),
     "place": (ANY, "its training.json is missing", damaged_file(forget_place)),
@@ -484,7 +490,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/faults"))
     parser.add_argument("--processes", type=int, choices=(1, 2))
     options = parser.parse_args()
-    print("| fault | processes | what the run does | last step kept | gone on: as if nothing had been? |", flush=True)
+    print(
+        "| fault | processes | what the run does | last saved step | resumed: equal to a run without the fault? |",
+        flush=True,
+    )
     print("|---|---|---|---|---|", flush=True)
     for count in (1, 2):
         bench = Bench(options.out.resolve(), count)
@@ -493,7 +502,7 @@ def main() -> None:
                 if name == "full" and os.geteuid():
                     continue
                 row = done(bench, name, what)
-                print(f"| {row.fault} | {row.processes} | {row.does} | {row.kept} | {row.equal} |", flush=True)
+                print(f"| {row.fault} | {row.processes} | {row.does} | {row.last_saved} | {row.equal} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""DiT-XL/2 at 256 px (32 x 32 x 4 latents) on one GPU: training and drawing rates, and model-FLOPs utilisation.
+"""DiT-XL/2 at 256 px (32 x 32 x 4 latents) on one GPU: training and sampling rates, and model FLOPs utilization.
 
     python benchmarks/gpu_throughput.py --train [--model DiT-XL/2] [--micro 32,64,96] [--compile off,blocks,whole]
-        [--recompute none,selective,blocks] [--rounds 1] [--within 24] [--block modern] [--optimizer muon]
+        [--recompute none,selective,blocks] [--rounds 1] [--within 24] [--block rope-swiglu] [--optimizer muon]
     python benchmarks/gpu_throughput.py --sample [--batch 64]
 
-Weights are random and the latents made up: rates do not depend on them. One table to standard output; rows for which
-there are no minutes left are left out, so that a call ends inside nine. --rounds: micro-batches a step; --within: GiB
-that the process may take of the card, to show that a run fits a smaller one. Utilisation = operations of the model (2 a
+Weights are random and latents synthetic: rates do not depend on them. Prints one table; rows that would exceed
+--minutes are left out, so that a call ends within nine minutes. --rounds: micro-batches per step; --within: GiB of
+memory that the process may use, to show that a run fits on a smaller card. Utilization = FLOPs of the model (2 per
 multiply-add; training 3 forward passes, whatever is recomputed) / time / peak, against the data sheet of the H100 (989
-TFLOP/s dense bf16) and against this card's measured peak. Runs on a CPU too, for a dry trial with a small --model.
+TFLOP/s dense bf16) and against this card's measured peak. Also runs on a CPU, to try it with a small --model.
 """
 
 import argparse
@@ -36,31 +36,31 @@ from tessera.training.step import MetricAccumulator, TrainState, train_step
 DATA_SHEET = 989e12
 
 
-def train(told: argparse.Namespace, device: torch.device) -> None:
+def train(options: argparse.Namespace, device: torch.device) -> None:
     dtype = runtime.autocast_dtype("auto", device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as a run does
-        if told.within is not None:
-            share = told.within * 2**30 / torch.cuda.get_device_properties(device).total_memory
+        if options.within is not None:
+            share = options.within * 2**30 / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(share)
     highest = runtime.peak_flops(device, dtype or torch.float32)
     print(f"measured peak {highest / 1e12:.4g} TFLOP/s ({dtype or torch.float32})\n")
-    print(f"| {told.model} | recomputed | micro-batch | images/s | of the data sheet | of the measured peak | GiB |")
+    print(f"| {options.model} | recomputed | micro-batch | images/s | of the data sheet | of the measured peak | GiB |")
     print("|---|---|---|---|---|---|---|")
-    config = DiTConfig.model_validate({"preset": told.model, "block": told.block})
-    operations = 6 * config.build().macs()  # an image
+    config = DiTConfig.model_validate({"preset": options.model, "block": options.block})
+    operations = 6 * config.build().macs()  # per image
     began = time.perf_counter()
-    for how, what in itertools.product(told.compile.split(","), told.recompute.split(",")):
-        for micro in map(int, told.micro.split(",")):
+    for how, what in itertools.product(options.compile.split(","), options.recompute.split(",")):
+        for micro in map(int, options.micro.split(",")):
             row = f"| {how} | {what} | {micro} |"
-            if time.perf_counter() - began > 60 * told.minutes:
-                print(f"{row} left out: the time is over | | | |", flush=True)
+            if time.perf_counter() - began > 60 * options.minutes:
+                print(f"{row} left out: no time left | | | |", flush=True)
                 continue
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                rate = training_rate(config.build().to(device), told, how, what, micro, dtype)
+                rate = training_rate(config.build().to(device), options, how, what, micro, dtype)
             except torch.OutOfMemoryError:
                 print(f"{row} out of memory | | | |", flush=True)
                 break  # more would not fit either
@@ -73,15 +73,15 @@ def train(told: argparse.Namespace, device: torch.device) -> None:
 
 def training_rate(
     network: DiT,
-    told: argparse.Namespace,
+    options: argparse.Namespace,
     how: CompileMode,
     what: CheckpointingMode,
     micro: int,
     dtype: torch.dtype | None,
 ) -> float:
-    """Images a second of whole training steps: forward, backward, optimizer, EMA."""
+    """Images per second of whole training steps: forward, backward, optimizer, EMA."""
     device, classes = next(network.parameters()).device, network.config.num_classes
-    config = AdamWConfig() if told.optimizer == "adamw" else MuonConfig()
+    config = AdamWConfig() if options.optimizer == "adamw" else MuonConfig()
     average = EMA(network, EMAConfig())
     checkpoint_activations(network, what)
     torch._dynamo.reset()  # a fresh compilation for each size
@@ -90,24 +90,24 @@ def training_rate(
         sys.exit(f"cannot compile here: {reason}")
     learner = TrainState(network, forward, config.build(network), config, ParallelContext())
     learner.optimizer.register_step_pre_hook(lambda *_: average.synchronize())
-    # The codec is the identity, as on cached latents: the autoencoder is no part of the step.
+    # The codec is the identity, as on cached latents: the autoencoder is not part of the step.
     task = TrainingObjective(GaussianDiffusionConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
-    batch = micro * told.rounds
+    batch = micro * options.rounds
     pixels = torch.randint(0, 256, (batch, 4, 32, 32), dtype=torch.uint8)
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels
     label = torch.randint(0, classes, (batch,))
     tally = MetricAccumulator()
 
     def step(number: int) -> None:
-        drawn = Batch(pixels, label, torch.arange(batch) + number * batch)
-        tally.add(train_step(learner, drawn, task, batch, told.rounds))
+        samples = Batch(pixels, label, torch.arange(batch) + number * batch)
+        tally.add(train_step(learner, samples, task, batch, options.rounds))
         average.update(number + 1)
 
     for warm in range(3):
         step(warm)
     runtime.synchronize(device)
     began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < told.seconds:
+    while time.perf_counter() - began < options.seconds:
         for _ in range(5 if device.type == "cuda" else 1):
             step(3 + done)
             done += 1
@@ -126,10 +126,10 @@ def sample(model: str, batch: int, device: torch.device, samplers: list[tuple[st
         for guidance in (1.0, 4.0):
             for precision, chosen in (("float32", eager), ("bfloat16", eager), ("bfloat16", whole)):
                 if steps == 250 and precision == "float32":
-                    continue  # known from the others; it would not fit the nine minutes
+                    continue  # follows from the others, and would exceed nine minutes
                 settings = {"sampler": sampler, "guidance_scale": guidance, "precision": precision}
-                drawing_seconds(chosen, batch, {**settings, "num_steps": 3})  # warms up, and compiles
-                rate = batch / drawing_seconds(chosen, batch, {**settings, "num_steps": steps})
+                sampling_seconds(chosen, batch, {**settings, "num_steps": 3})  # warms up, and compiles
+                rate = batch / sampling_seconds(chosen, batch, {**settings, "num_steps": steps})
                 print(
                     f"| {model} | {batch} | {sampler} {steps} | {guidance:g} | {precision} | "
                     f"{'no' if chosen is eager else 'yes'} | {rate:.4g} |",
@@ -137,8 +137,8 @@ def sample(model: str, batch: int, device: torch.device, samplers: list[tuple[st
                 )
 
 
-def drawing_seconds(model: Model, batch: int, settings: dict) -> float:
-    """Seconds to draw one batch of latents."""
+def sampling_seconds(model: Model, batch: int, settings: dict) -> float:
+    """Seconds to sample one batch of latents."""
     began = time.perf_counter()
     classes = [row % model.config.network.num_classes for row in range(batch)]
     for _ in generation.generate_steps(model, classes, list(range(batch)), **settings):
@@ -152,13 +152,13 @@ def main() -> None:
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--micro", default="32,64,96", help="samples on the card at once, rising")
+    parser.add_argument("--micro", default="32,64,96", help="samples per forward pass, increasing")
     parser.add_argument("--compile", default="off,blocks")
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--within", type=float)
-    parser.add_argument("--seconds", type=float, default=15, help="of measuring a row")
-    parser.add_argument("--minutes", type=float, default=6, help="after which no row begins")
+    parser.add_argument("--seconds", type=float, default=15, help="measuring time of a row")
+    parser.add_argument("--minutes", type=float, default=6, help="no row starts after this time")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--samplers", default="ddim:20,ddim:50,ancestral:250", help="solver:steps, for --sample")
     parser.add_argument("--block", default="adaln-zero", help="design of the blocks, for --train")

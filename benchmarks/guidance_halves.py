@@ -1,9 +1,9 @@
-"""Guidance asks a network twice, told and untold: both halves in one batch, or one after the other?
+"""Guidance evaluates a network with and without condition: both halves in one batch, or separately?
 
     python benchmarks/guidance_halves.py [--batches 1,4,16] [--seconds 3]
 
-One process, interleaved, medians; a ratio above 1 says that one batch is faster. The networks are adaLN-Zero DiTs of
-random weights, 6 blocks deep: what counts is width, tokens and batch.
+One process, interleaved, medians; a ratio above 1 means that one batch is faster. The networks are adaLN-Zero DiTs with
+random weights and 6 blocks: only width, tokens and batch matter.
 """
 
 import argparse
@@ -18,24 +18,24 @@ from tessera.models.dit import DiT, DiTConfig
 
 
 def halves(network: DiT, batch: int) -> tuple[Callable, Callable]:
-    """The two ways to the same numbers, as functions without arguments."""
+    """The two ways to compute the same numbers, as functions without arguments."""
     config = network.config
     x, t = torch.randn(batch, config.in_channels, *config.input_size), torch.full((batch,), 500.0)
-    told = Condition(label=torch.arange(batch) % config.num_classes)
-    untold = told.null()
-    both = Condition.cat((told, untold))
+    condition = Condition(label=torch.arange(batch) % config.num_classes)
+    null = condition.null()
+    both = Condition.cat((condition, null))
 
     def together() -> list[torch.Tensor]:
         return list(network(torch.cat((x, x)), torch.cat((t, t)), both).chunk(2))
 
     def apart() -> list[torch.Tensor]:
-        return [network(x, t, told), network(x, t, untold)]
+        return [network(x, t, condition), network(x, t, null)]
 
     return together, apart
 
 
 def medians(works: tuple[Callable, ...], seconds: float) -> list[float]:
-    """Milliseconds of each, taken in turn until the time is over."""
+    """Milliseconds of each, measured alternately for a given time."""
     taken: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--sides", default="4,8,16", help="of the token grid")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
-    print("| width | tokens | batch | one batch ms | apart ms | ratio |\n|---|---|---|---|---|---|")
+    print("| width | tokens | batch | one batch ms | separate ms | ratio |\n|---|---|---|---|---|---|")
     for width in map(int, options.widths.split(",")):
         for side in map(int, options.sides.split(",")):
             torch.manual_seed(0)

@@ -1,19 +1,18 @@
-"""Latents cached and read: latents/s from the memory map, memory over a million samples, images/s of encoding.
+"""The latent cache: latents/s from the memory map, memory for a million samples, images/s of encoding.
 
     OMP_NUM_THREADS=1 python benchmarks/latent_cache.py read [--count 20480] [--threads 1 2]
     OMP_NUM_THREADS=1 python benchmarks/latent_cache.py million [--counts 100000 1000000]
     OMP_NUM_THREADS=1 python benchmarks/latent_cache.py encode [--count 192] [--size 128] [--workers 1 2]
 
 read      latents [8, 32, 32] in float16, mean and deviation of an autoencoder of 4 channels at 256 pixels, both
-          orientations cached; gathered in random order in batches of 256, by threads that take turns with batches, as
-          the loader's do. All lies in the page cache: it is the reading that is measured, not the disk
+          orientations cached; gathered in random order in batches of 256, by threads that take batches alternately, as
+          in the loader. All files are in the page cache: reading is measured without the disk
 million   latents [2, 2, 2]: seconds and memory of writing, of opening, and of reading every sample once in random order
 encode    `tessera data cache` as a command, by number of processes, on random JPEG files, by an AutoencoderKL of random
-          weights with a quarter of the usual channels; start-up (imports, a codec for each) is in the time of the first
-          command, and taken off by a second measurement of few images
+          weights with a quarter of the usual channels; start-up (imports, a codec for each) is subtracted with a
+          second measurement of few images
 
-Memory is what the process holds itself (RssAnon), and the pages of files that it looks at (RssFile), which the system
-takes back when it needs them.
+Memory is that of the process itself (RssAnon), and the pages of files (RssFile), which the system can reclaim.
 """
 
 import argparse
@@ -41,13 +40,13 @@ BATCH = 256
 
 
 class Noise(Dataset):
-    """So many pictures of noise, of which 64 differ."""
+    """A number of noise images, of which 64 differ."""
 
     class_names = tuple(map(str, range(1000)))
 
     def __init__(self, count: int, side: int) -> None:
         self.count = count
-        self.pictures = np.random.default_rng(0).integers(0, 256, (64, 3, side, side), np.uint8)
+        self.images = np.random.default_rng(0).integers(0, 256, (64, 3, side, side), np.uint8)
 
     def __len__(self) -> int:
         return self.count
@@ -59,11 +58,11 @@ class Noise(Dataset):
         return f"noise {index}"
 
     def pixels(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        return self.pictures[index % 64]
+        return self.images[index % 64]
 
 
 class Pooling(Codec):
-    """Halves the sides; so many channels."""
+    """Halves height and width, and has a number of channels."""
 
     pixel_channels, factor, stochastic = 3, 2, True
 
@@ -78,7 +77,7 @@ class Pooling(Codec):
         return grey.repeat(1, 2 * self.latent_channels, 1, 1).abs()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("nothing is drawn here")
+        raise NotImplementedError("this codec only encodes")
 
     def fingerprint(self) -> str:
         return f"pooling {self.latent_channels}"
@@ -106,7 +105,7 @@ def write(out: Path, count: int, side: int, channels: int, flip: bool) -> None:
 
 
 def apart(call: Callable[..., None], *arguments: object) -> None:
-    """In a process of its own, so that the memory of one does not count for another."""
+    """In a process of its own, so that memory is measured separately."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(call, *arguments).result()
 
@@ -116,10 +115,10 @@ def home(out: Path) -> Path:
 
 
 def read_through(source: LatentsDataset, threads: int, most: int | None = None) -> float:
-    """Seconds for every sample once, in random order."""
-    draw = np.random.default_rng(1)
-    order = draw.permutation(len(source))[:most]
-    mirrored = draw.random(len(order)) < 0.5 if source.hflip else np.zeros(len(order), bool)
+    """Seconds to read every sample once, in random order."""
+    random = np.random.default_rng(1)
+    order = random.permutation(len(source))[:most]
+    mirrored = random.random(len(order)) < 0.5 if source.hflip else np.zeros(len(order), bool)
     starts = range(0, len(order), BATCH)
     began = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
@@ -156,7 +155,7 @@ def measure_millions(counts: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
             apart(write, Path(folder) / str(count), count, 2, 1, False)
-        print("\n| samples | opening, s | own memory grown, MiB: opened / read | of files, MiB | samples/s |")
+        print("\n| samples | opening, s | growth of own memory, MiB: opened / read | pages of files, MiB | samples/s |")
         print("|---|---|---|---|---|")
         for count in counts:
             apart(measure_memory, Path(folder) / str(count), count)
@@ -175,22 +174,22 @@ def measure_encoding(count: int, size: int, workers: list[int], width: int, devi
             layers_per_block=2,
             latent_channels=4,
         ).save_pretrained(folder / "codec")
-        draw = np.random.default_rng(0)
+        random = np.random.default_rng(0)
         for part, number in (("few", 2 * samples), ("many", count)):
             (folder / part).mkdir()
             for index in range(number):
-                coarse = Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8))
+                coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
                 coarse.resize((2 * size, 2 * size), Image.Resampling.BICUBIC).save(folder / part / f"{index:05d}.jpg")
         print("| processes | images/s |\n|---|---|")
         for number in workers:
             seconds = {}
             for part in ("few", "many"):
-                told = {
+                words = {
                     "--out": folder / f"out-{number}", "--size": size, "--shard-size": samples, "--workers": number,
                     "--device": device,
                 }  # fmt: skip
                 command = [sys.executable, "-m", "tessera", "data", "cache", folder / part]
-                command += [f"codec.source={folder}/codec", *(word for pair in told.items() for word in pair)]
+                command += [f"codec.source={folder}/codec", *(word for pair in words.items() for word in pair)]
                 began = time.perf_counter()
                 subprocess.run(list(map(str, command)), check=True, capture_output=True)
                 seconds[part] = time.perf_counter() - began

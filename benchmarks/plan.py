@@ -1,15 +1,15 @@
-"""What `tessera plan` says against what runs take, in one process: seconds a step, bytes held for the backward pass.
+"""Plans of `tessera plan` against measurements, in one process: seconds per step, bytes held for the backward pass.
 
     python benchmarks/plan.py [--threads 1,2] [--rounds 9] [--only "NAME; ..."]
-    python benchmarks/plan.py --threads 1 --clock process     # beside other work: processor time, of plan and run alike
-    python benchmarks/plan.py --device cuda          # needs a GPU; the row for gpu.md
+    python benchmarks/plan.py --threads 1 --clock process     # beside other work: processor time, for plan and run
+    python benchmarks/plan.py --device cuda          # needs a GPU; for gpu.md
 
-Every configuration is planned, then its own training steps are taken (data loaded, `train_step`, averages), and planned
-again: the ratio is the mean of both plans to the median step, so that a machine that grows busier or quieter in between
-is seen as the spread of the two. Saved: bytes of unique storages, parameters apart, that `saved_tensors_hooks` sees in
-the real forward pass, to those of the trace; where activations are computed again the hooks do not see all that is
-kept (outputs held for selective recomputation), so there the bytes of all live tensors are counted instead. On a GPU
-memory is torch.cuda.max_memory_allocated, which knows caches of libraries too.
+Every configuration is planned, then training steps are measured (loading data, `train_step`, EMA), then it is planned
+again. The ratio is that of the mean of both plans to the median step; a change of the machine's load in between shows
+as a difference of the two plans. Memory: bytes of unique storages, without parameters, that `saved_tensors_hooks`
+counts in the real forward pass, against those of the trace. With activation checkpointing the hooks do not count
+everything (outputs held for selective recomputation), so the bytes of all live tensors are counted instead. On a GPU
+memory is torch.cuda.max_memory_allocated, which includes caches of libraries.
 """
 
 import argparse
@@ -42,8 +42,8 @@ DIGITS: dict[str, Any] = {
         "tensorboard": False,
     },
 }
-# 32 x 32 pixels in colour: as large a step as CIFAR-10's, of pictures that need no file.
-PICTURES: dict[str, Any] = DIGITS | {
+# 32 x 32 color pixels: a step as large as for CIFAR-10, on synthetic images without files.
+IMAGES: dict[str, Any] = DIGITS | {
     "data": {"kind": "shapes"},
     "network": {"patch_size": 4, "hidden_size": 256, "depth": 6, "num_heads": 4},
     "training": DIGITS["training"] | {"global_batch_size": 32},
@@ -51,8 +51,8 @@ PICTURES: dict[str, Any] = DIGITS | {
 
 
 def changed(base: dict[str, Any], network: dict[str, Any] | None = None, **training: Any) -> dict[str, Any]:
-    kept = {} if network is not None and "kind" in network else base["network"]
-    return base | {"network": kept | (network or {}), "training": base["training"] | training}
+    defaults = {} if network is not None and "kind" in network else base["network"]
+    return base | {"network": defaults | (network or {}), "training": base["training"] | training}
 
 
 CPU = {
@@ -60,11 +60,11 @@ CPU = {
     "digits, batch 8": changed(DIGITS, global_batch_size=8),
     "digits, batch 256, recompute blocks": changed(DIGITS, global_batch_size=256, activation_checkpointing="blocks"),
     "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch_size=16),
-    "32 px, DiT 256 x 6": PICTURES,
-    "32 px, modern, Muon": changed(PICTURES, {"block": "rope-swiglu"}, optimizer={"kind": "muon"}),
-    "32 px, U-Net": changed(PICTURES, {"kind": "unet", "model_channels": 64}, global_batch_size=16),
+    "32 px, DiT 256 x 6": IMAGES,
+    "32 px, rope-swiglu, Muon": changed(IMAGES, {"block": "rope-swiglu"}, optimizer={"kind": "muon"}),
+    "32 px, U-Net": changed(IMAGES, {"kind": "unet", "model_channels": 64}, global_batch_size=16),
     "32 px, DiT 384 x 4, patch 2": changed(
-        PICTURES, {"patch_size": 2, "hidden_size": 384, "depth": 4, "num_heads": 6}, global_batch_size=4
+        IMAGES, {"patch_size": 2, "hidden_size": 384, "depth": 4, "num_heads": 6}, global_batch_size=4
     ),
 }
 LARGE: dict[str, Any] = {
@@ -85,7 +85,7 @@ CUDA = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", default="1,2", help="of the processor, one table each")
+    parser.add_argument("--threads", default="1,2", help="CPU threads, one table each")
     parser.add_argument("--rounds", type=int, default=9, help="steps measured")
     parser.add_argument("--only", help="configurations, by the beginnings of their names, separated by ;")
     parser.add_argument("--clock", choices=("wall", "process"), default="wall")
@@ -94,17 +94,19 @@ def main() -> None:
         time.perf_counter = time.process_time
     runtime.keep_freed_memory()
     chosen = CPU if options.device == "cpu" else CUDA
-    wanted = [name.strip() for name in options.only.split(";")] if options.only else [""]
+    prefixes = [name.strip() for name in options.only.split(";")] if options.only else [""]
     for threads in [int(number) for number in options.threads.split(",")] if options.device == "cpu" else [0]:
         if threads:
             torch.set_num_threads(threads)
         device = torch.device(options.device)
         what = f"{threads} thread{'s' * (threads > 1)}, " if threads else ""
         print(f"\n{runtime.device_name(device)}, {what}torch {torch.__version__}, {options.clock} clock\n")
-        print("| configuration | ms planned | measured | ratio | of both plans | MiB planned | measured | ratio |")
+        print(
+            "| configuration | ms planned | measured | ratio | ratios of both plans | MiB planned | measured | ratio |"
+        )
         print("|---|---|---|---|---|---|---|---|")
         for name, settings in chosen.items():
-            if any(name.startswith(start) for start in wanted):
+            if any(name.startswith(start) for start in prefixes):
                 print(row(name, settings, device, options.rounds), flush=True)
 
 
@@ -120,42 +122,42 @@ def row(name: str, settings: dict[str, Any], device: torch.device, rounds: int) 
         after = planning(recipe, device, Path(folder) / "after")
     plans = before.step_seconds, after.step_seconds
     mean = sum(plans) / 2
-    said = before.memory.peak if device.type == "cuda" else before.memory.activations
+    planned_bytes = before.memory.peak if device.type == "cuda" else before.memory.activations
     return (
         f"| {name} | {1000 * mean:.4g} | {1000 * seconds:.4g} | {mean / seconds:.2f} | "
-        f"{plans[0] / seconds:.2f}, {plans[1] / seconds:.2f} | {said / 2**20:.4g} | {memory / 2**20:.4g} | "
-        f"{said / memory:.3f} |"
+        f"{plans[0] / seconds:.2f}, {plans[1] / seconds:.2f} | {planned_bytes / 2**20:.4g} | {memory / 2**20:.4g} | "
+        f"{planned_bytes / memory:.3f} |"
     )
 
 
 def planning(recipe: Recipe, device: torch.device, folder: Path) -> Plan:
-    """Measured afresh."""
+    """A plan with new measurements."""
     return plan_recipe.plan_for_recipe(recipe, device.type, profiler=OpProfiler(device, folder))
 
 
 def measured(run: TrainingRun, device: torch.device, rounds: int) -> tuple[float, int]:
-    """Median seconds of a step, and bytes: kept for the backward pass, or on a GPU allocated at the highest."""
+    """Median seconds of a step, and bytes: held for the backward pass, or on a GPU the peak allocation."""
     config, batches = run.recipe.training, run.loader.batches()
     taken = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
         for step in range(3 + rounds):
-            batch = next(batches)  # read meanwhile, by other threads
+            batch = next(batches)  # read ahead by other threads
             began = time.perf_counter()
             train_step(run.state, batch, run.objective, config.global_batch_size, run.accumulation_steps)
             run.ema.update(step + 1)
             runtime.synchronize(device)
             taken.append(time.perf_counter() - began)
-        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else kept(run, next(batches))
+        memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else saved_bytes(run, next(batches))
     finally:
         batches.close()
     return statistics.median(taken[3:]), memory
 
 
-def kept(run: TrainingRun, batch: Any) -> int:
+def saved_bytes(run: TrainingRun, batch: Any) -> int:
     """Bytes held for the backward pass at the end of the first forward pass of a step."""
-    recorder, found = Recorder(), []
+    recorder, results = Recorder(), []
     saved: dict[int, torch.Tensor] = {}
     forward = run.state.forward
     again = run.recipe.training.activation_checkpointing != "none"
@@ -165,16 +167,16 @@ def kept(run: TrainingRun, batch: Any) -> int:
         return tensor
 
     def watched(*inputs: Any) -> torch.Tensor:
-        if found:
+        if results:
             return forward(*inputs)
         if again:
             raw = forward(*inputs)
-            found.append(recorder.lap().live_bytes)
+            results.append(recorder.lap().live_bytes)
             return raw
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             raw = forward(*inputs)
         own = {parameter.untyped_storage()._cdata for parameter in run.network.parameters()}
-        found.append(sum(one.untyped_storage().nbytes() for key, one in saved.items() if key not in own))
+        results.append(sum(one.untyped_storage().nbytes() for key, one in saved.items() if key not in own))
         saved.clear()
         return raw
 
@@ -184,7 +186,7 @@ def kept(run: TrainingRun, batch: Any) -> int:
             train_step(run.state, batch, run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
     else:
         train_step(run.state, batch, run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
-    return found[0]
+    return results[0]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Steering vectors looked up in a table of a whole drawing, against regressed from time and class in every step.
+"""Modulation looked up in a table computed once per sampling run, against computed from time and class in every step.
 
     python benchmarks/precomputed_modulation.py [--models digits,DiT-S/4] [--batches 1,2,4,32] [--seconds 9]
 
-Single calls of a network at the times of a drawing of 20 steps with two classes and none, in one process, in turn (and
-who begins changes, too), medians; a ratio above 1 says that the table is faster. What the table itself takes, once a
-drawing, stands beside. With guidance one picture is a batch of two. Random weights: what counts are the shapes.
+Single calls of a network at the times of 20 sampling steps with two classes and the null label, in one process,
+alternately (in alternating order), medians; a ratio above 1 means that the table is faster. Computing the table, once
+per sampling run, is listed separately. With guidance one image is a batch of two. Weights are random: only the shapes
+matter.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""The order of every solver, and what it makes of few calls of the denoiser, on data whose exact denoiser is known.
+"""The order of every solver, and its error with few calls of the denoiser, on data with a known exact denoiser.
 
     python benchmarks/solver_orders.py
 
-The data is a mixture of two Gaussians in one dimension. Errors are the largest of nine starting points' distance from
-the exact probability-flow path, which 2000 steps of the classical Runge-Kutta method follow along the angle of (alpha,
-sigma). "slope" is measured between the times 0.9 and 0.1, on times even in log SNR, where the solver alone limits it;
-the errors are of the whole way from noise to data, on even times (Heun has half as many steps for as many calls).
-Of solvers that draw noise the table gives the error of the standard deviation of what they draw from one Gaussian,
-which follows without drawing, as every step is affine there.
+The data is a mixture of two Gaussians in one dimension. Errors are the largest distance of nine starting points from
+the exact probability-flow path, computed by 2000 steps of the classical Runge-Kutta method along the angle of (alpha,
+sigma). "slope" is measured between the times 0.9 and 0.1, on times uniform in log SNR, where only the solver limits it.
+The errors are those of sampling from noise to data, on trailing times (Heun has half as many steps for as many calls).
+For stochastic solvers the table has the error of the standard deviation of samples from one Gaussian, which is computed
+without sampling, because every step is affine there.
 """
 
 import argparse
@@ -68,15 +68,15 @@ class Exact:
         return self.at(x, expand(self.diffusion.alpha(t), x), expand(self.diffusion.sigma(t), x))
 
     def path(self, x: Tensor, t: float, s: float, steps: int = 2000) -> Tensor:
-        """Where the exact flow takes x [B, ...] from time t to time s."""
+        """The exact flow of x [B, ...] from time t to time s."""
         ends = torch.tensor([t, s], dtype=torch.float64)
         alpha, sigma = self.diffusion.alpha(ends), self.diffusion.sigma(ends)
         angle, size = torch.atan2(sigma, alpha), torch.hypot(sigma, alpha)
         grid, z = torch.lerp(angle[0], angle[1], torch.linspace(0, 1, steps + 1, dtype=torch.float64)), x / size[0]
 
         def rate(z: Tensor, angle: Tensor) -> Tensor:
-            told = self.at(z, angle.cos(), angle.sin())
-            return told.eps * angle.cos() - told.x0 * angle.sin()
+            prediction = self.at(z, angle.cos(), angle.sin())
+            return prediction.eps * angle.cos() - prediction.x0 * angle.sin()
 
         for a, b in pairwise(grid):
             h, middle = b - a, (a + b) / 2
@@ -88,7 +88,7 @@ class Exact:
 
 
 def inside(process: DiffusionProcess, count: int) -> Tensor:
-    """Times even in log SNR from 0.9 to 0.1."""
+    """Times uniform in log SNR from 0.9 to 0.1."""
     ends = torch.tensor([0.9, 0.1], dtype=torch.float64)
     ratio = (process.sigma(ends) / process.alpha(ends)).log()
     return process.time_from_nsr(
@@ -97,7 +97,7 @@ def inside(process: DiffusionProcess, count: int) -> Tensor:
 
 
 def spread(solver: Solver, process: DiffusionProcess, grid: Tensor) -> float:
-    """The standard deviation of what is drawn from the Gaussian: one row holds the mean, one each what a noise adds."""
+    """The standard deviation of samples from the Gaussian: one row for the mean, one for each noise."""
     _, mu, s = GAUSSIAN[0]
     x = torch.full((len(grid) + 1, 1, 1, 1), float(process.alpha(grid[:1])) * mu, dtype=torch.float64)
     x[1] += torch.hypot(process.alpha(grid[:1]) * s, process.sigma(grid[:1]))
@@ -120,9 +120,11 @@ def slope(counts: tuple[int, ...], errors: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--counts", type=int, nargs="+", default=COUNTS, help="steps between which the slope is measured"
+        "--counts", type=int, nargs="+", default=COUNTS, help="numbers of steps that the slope is measured over"
     )
-    parser.add_argument("--noise-counts", type=int, nargs="+", default=(125, 250, 500), help="the same with noise")
+    parser.add_argument(
+        "--noise-counts", type=int, nargs="+", default=(125, 250, 500), help="the same for stochastic solvers"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
@@ -142,7 +144,7 @@ def main() -> None:
             few = [error(solver, exact, timestep_grid(Trailing(), n, process), whole) for n in steps]
             few.append(error(solver, exact, timestep_grid(Karras(), steps[1], process), whole))
             print(f"| {name} | {words} | {order} | {measured:.2f} | " + " | ".join(f"{one:.2g}" for one in few) + " |")
-    print("\n| process | solver with noise | order | slope | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
+    print("\n| process | stochastic solver | order | slope | " + " | ".join(f"{calls} calls" for calls in CALLS) + " |")
     print("|---|---|---|---|" + "---|" * len(CALLS))
     for name, process in PROCESSES.items():
         for words, solver, order in NOISY:
@@ -150,8 +152,8 @@ def main() -> None:
                 [abs(spread(solver, process, timestep_grid(Trailing(), n, process)) / GAUSSIAN[0][2] - 1) for n in some]
                 for some in (options.noise_counts, CALLS)
             )
-            shown = " | ".join(f"{one:.1%}" for one in few)
-            print(f"| {name} | {words} | {order} | {slope(options.noise_counts, far):.2f} | {shown} |")
+            cells = " | ".join(f"{one:.1%}" for one in few)
+            print(f"| {name} | {words} | {order} | {slope(options.noise_counts, far):.2f} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,17 @@
     python benchmarks/training_step.py --model DiT-S/4 --batch 8 [--ways eager,blocks,whole] [--seconds 480]
     python benchmarks/training_step.py --model DiT-S/4 --batch 8 --profile
 
-Ours is `train_step` of tessera.training.step and the update of the average, as a run takes them. The plain loop is what
-one writes with diffusers and PyTorch: DiTTransformer2DModel with our weights, its own few lines for the loss (epsilon,
-learned variance), torch.optim.AdamW as it comes, and an average over parameters in a Python loop. diffusers gives
-every block an embedding of time and class of its own, of which ours has one; here the blocks share one there too, so
-that both compute the same and their losses can be compared step by step, given the same random numbers; the script
-stops where they part. `--embedders each` leaves diffusers' as it is, which is more work for the plain loop.
+Tessera's step is `train_step` of tessera.training.step and the EMA update, as in a run. The plain loop is a typical
+loop with diffusers and PyTorch: DiTTransformer2DModel with our weights, a few lines for the loss (epsilon, learned
+variance), torch.optim.AdamW with its defaults, and an EMA over parameters in a Python loop. In diffusers every block
+has its own embedding of time and class; ours has one. Here diffusers' blocks share one, too, so that both compute the
+same and their losses can be compared step by step with the same random numbers; the script stops if they differ.
+`--embedders each` leaves diffusers' model unchanged, which is more work for the plain loop.
 
-Every way runs in a process of its own, as it would in earnest, and they take turns, one step each, while the others
-sleep; a row gives medians of wall and CPU time, and the median of the ratios to the plain loop's step of the same round
-(above 1: Tessera is faster). Share of peak: 2 operations a multiply-add, 3 forward passes a step, against the best
-float32 product of two 2048 x 2048 matrices. MiB: what the steps added to the process, at the highest (Linux).
+Every way runs in a process of its own, and they take one step alternately while the others wait; a row has medians of
+wall-clock and CPU time, and the median of the ratios to the plain loop's step of the same round
+(above 1: Tessera is faster). Fraction of peak: 2 FLOPs per multiply-add, 3 forward passes per step, against the
+best float32 product of two 2048 x 2048 matrices. MiB: the peak growth of the process over the steps (Linux).
 --profile: where the time of our step goes instead.
 """
 
@@ -66,7 +66,7 @@ DIGITS = {
 
 
 class Latents:
-    """A codec that takes bytes as latents: the autoencoder is no part of a step."""
+    """A codec that takes bytes as latents: the autoencoder is not part of a step."""
 
     stochastic = False
 
@@ -75,7 +75,7 @@ class Latents:
 
 
 def make_batch(config: DiTConfig, batch: int, number: int) -> Batch:
-    """The number-th batch of made-up pictures."""
+    """The number-th batch of synthetic images."""
     generator = torch.Generator().manual_seed(number)
     return Batch(
         torch.randint(0, 256, (batch, config.in_channels, *config.input_size), dtype=torch.uint8, generator=generator),
@@ -106,11 +106,11 @@ class Ours:
         self.steps = 0
 
     def step(self, batch: Batch) -> Tensor:
-        told = train_step(self.learner, batch, self.task, len(batch.position))
-        self.tally.add(told)
+        metrics = train_step(self.learner, batch, self.task, len(batch.position))
+        self.tally.add(metrics)
         self.steps += 1
         self.average.update(self.steps)
-        return told.values["loss"]
+        return metrics.values["loss"]
 
 
 class Plain:
@@ -128,19 +128,19 @@ class Plain:
         self.of_x0 = betas * self.bars_before.sqrt() / (1 - self.bars)
         self.of_x = (1 - self.bars_before) * (1 - betas).sqrt() / (1 - self.bars)
 
-    def step(self, batch: Batch, drawn: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
-        """drawn: times [B], noise like the pictures and dropped labels [B], if not PyTorch's own random numbers."""
+    def step(self, batch: Batch, numbers: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+        """numbers: times [B], noise like the images and dropped labels [B]; None: PyTorch's own random numbers."""
         x0 = batch.pixels.float() / 127.5 - 1
-        if drawn is None:
+        if numbers is None:
             t = torch.randint(0, STEPS, (len(x0),))
             noise = torch.randn_like(x0)
             dropped = torch.rand(len(x0)) < DROPPED
         else:
-            t, noise, dropped = drawn
+            t, noise, dropped = numbers
         label = torch.where(dropped, self.config.num_classes, batch.label)
         x = at(self.bars.sqrt(), t) * x0 + at((1 - self.bars).sqrt(), t) * noise
-        told, fraction = self.network(x, timestep=t, class_labels=label).sample.chunk(2, dim=1)
-        loss = ((told - noise) ** 2).mean() + self.bound(told.detach(), fraction, x0, x, t).mean()
+        eps_hat, fraction = self.network(x, timestep=t, class_labels=label).sample.chunk(2, dim=1)
+        loss = ((eps_hat - noise) ** 2).mean() + self.bound(eps_hat.detach(), fraction, x0, x, t).mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -150,11 +150,11 @@ class Plain:
         return loss.detach()
 
     def bound(self, eps: Tensor, fraction: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The variational bound's term of each picture in bits per dimension, which trains the variance. [B]"""
+        """The variational bound's term of each image in bits per dimension, which trains the variance. [B]"""
         fraction = (fraction + 1) / 2
         log_variance = fraction * at(self.most, t) + (1 - fraction) * at(self.least, t)
-        drawn = (x - at((1 - self.bars).sqrt(), t) * eps) / at(self.bars.sqrt(), t)
-        mean = at(self.of_x0, t) * drawn + at(self.of_x, t) * x
+        x0_hat = (x - at((1 - self.bars).sqrt(), t) * eps) / at(self.bars.sqrt(), t)
+        mean = at(self.of_x0, t) * x0_hat + at(self.of_x, t) * x
         true_mean, true_log_variance = at(self.of_x0, t) * x0 + at(self.of_x, t) * x, at(self.least, t)
         kl = true_log_variance - log_variance
         kl = 0.5 * (-1 - kl + kl.exp() + (true_mean - mean) ** 2 * torch.exp(-log_variance))
@@ -190,7 +190,7 @@ def plain_of(model: str, embedders: str) -> Plain:
     """The same weights as ours."""
     network, average = (pair(settings(model))[1] for _ in range(2))
     for each in (network, average):
-        each.eval()  # there diffusers drops labels by itself, in every block others
+        each.eval()  # in training mode diffusers drops labels in every block separately
         if embedders == "one":
             for block in each.transformer_blocks:
                 block.norm1.emb = each.transformer_blocks[0].norm1.emb
@@ -206,45 +206,45 @@ def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     return process.model_time(t).long(), noise, dropped
 
 
-def work(told: argparse.Namespace, way: str, pipe: Connection) -> None:
+def work(options: argparse.Namespace, way: str, pipe: Connection) -> None:
     """A process that holds one way. A failure is sent to the parent, which ends with it."""
     try:
-        take_steps(told, way, pipe)
+        take_steps(options, way, pipe)
     except BaseException:
         pipe.send(traceback.format_exc())
 
 
-def take_steps(told: argparse.Namespace, way: str, pipe: Connection) -> None:
+def take_steps(options: argparse.Namespace, way: str, pipe: Connection) -> None:
     """Take the steps that the parent requests and send the cost of each."""
     if way == "plain":
-        one = plain_of(told.model, told.embedders)
+        one = plain_of(options.model, options.embedders)
         config = one.config
     else:
         runtime.keep_freed_memory()  # as a run does
-        one = ours_of(told.model, way)
+        one = ours_of(options.model, way)
         config = one.network.config
     torch.manual_seed(0)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    held = resident("VmRSS")
+    resident_before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    while (asked := pipe.recv()) is not None:
-        number, same_numbers = asked
-        batch = make_batch(config, told.batch, number)
-        drawn = (numbers(batch, batch.pixels.shape),) if way == "plain" and same_numbers else ()
+    while (request := pipe.recv()) is not None:
+        number, same_numbers = request
+        batch = make_batch(config, options.batch, number)
+        extra = (numbers(batch, batch.pixels.shape),) if way == "plain" and same_numbers else ()
         wall, processor = time.perf_counter(), time.process_time()
-        loss = one.step(batch, *drawn)
+        loss = one.step(batch, *extra)
         taken = time.perf_counter() - wall, time.process_time() - processor
-        pipe.send((loss.item(), *taken, (resident("VmHWM") - held) / 1024))
+        pipe.send((loss.item(), *taken, (resident("VmHWM") - resident_before) / 1024))
 
 
-def measure(told: argparse.Namespace) -> None:
-    """Print the table. Stops where losses part."""
-    began, ways = time.perf_counter(), ["plain", *told.ways.split(",")]
+def measure(options: argparse.Namespace) -> None:
+    """Print the table. Stops if losses differ."""
+    began, ways = time.perf_counter(), ["plain", *options.ways.split(",")]
     context, pipes = multiprocessing.get_context("spawn"), {}
     for way in ways:
         pipes[way], end = context.Pipe()
-        context.Process(target=work, args=(told, way, end), daemon=True).start()
+        context.Process(target=work, args=(options, way, end), daemon=True).start()
         end.close()  # so that the end of the process ends `recv`
 
     def step(way: str, number: int, same_numbers: bool = False) -> tuple[float, float, float, float]:
@@ -260,21 +260,21 @@ def measure(told: argparse.Namespace) -> None:
     for number in range(WARM_UP):  # compiles, too
         losses = {way: step(way, number, same_numbers=True)[0] for way in ways}
         print(f"loss of step {number}: " + ", ".join(f"{loss:.7f} {way}" for way, loss in losses.items()), flush=True)
-        # Embeddings of their own learn apart after the first update.
-        allowed = 2e-5 if told.embedders == "one" or number == 0 else 1e-2
+        # Separate embeddings differ after the first update.
+        allowed = 2e-5 if options.embedders == "one" or number == 0 else 1e-2
         if any(abs(loss - losses["plain"]) > allowed * losses["plain"] for loss in losses.values()):
             sys.exit("the losses part: nothing to compare")
     peak, order, number = peak_flops(), list(ways), WARM_UP
     taken: dict[str, list[tuple[float, float, float, float]]] = {way: [] for way in ways}
-    while number < WARM_UP + 3 or time.perf_counter() - began < told.seconds:
+    while number < WARM_UP + 3 or time.perf_counter() - began < options.seconds:
         for way in order:
             taken[way].append(step(way, number))
-        order.append(order.pop(0))  # none is always the one after the plain loop
+        order.append(order.pop(0))  # so that the order changes
         number += 1
     peak = max(peak, peak_flops())
-    print(f"\n| {told.model}, batch {told.batch} | ms | CPU ms | faster | faster, CPU time | share of peak | MiB |")
+    print(f"\n| {options.model}, batch {options.batch} | ms | CPU ms | speedup | CPU speedup | of peak | MiB |")
     print("|---|---|---|---|---|---|---|")
-    operations = 6 * configured(told.model).build().macs() * told.batch
+    operations = 6 * configured(options.model).build().macs() * options.batch
     for way, times in taken.items():
         _, wall, processor, memory = (statistics.median(column) for column in zip(*times))
         ratios = [statistics.median(p[i] / w[i] for p, w in zip(taken["plain"], times)) for i in (1, 2)]
@@ -288,7 +288,7 @@ def measure(told: argparse.Namespace) -> None:
 
 
 def resident(what: str) -> int:
-    """KiB of this process: VmRSS now, VmHWM at its highest. Linux."""
+    """KiB of this process: VmRSS now, VmHWM at its peak. Linux."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith(what)).split()[1])
 
@@ -331,11 +331,11 @@ def share_out(one: Ours, batch: int, repeats: int = 5) -> dict[str, float]:
         setattr(randomness, name, labelled("random numbers", getattr(randomness, name)))
     GaussianDiffusion.loss = labelled("loss", GaussianDiffusion.loss)
     one.average.update = labelled("EMA", one.average.update)
-    given = [make_batch(one.network.config, batch, number) for number in range(2 + repeats)]
-    for each in given[:2]:
+    batches = [make_batch(one.network.config, batch, number) for number in range(2 + repeats)]
+    for each in batches[:2]:
         one.step(each)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for each in given[2:]:
+        for each in batches[2:]:
             one.step(each)
     seconds: dict[str, float] = defaultdict(float)
     for event in profiler.events():
@@ -371,20 +371,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-S/4", help="a preset, or digits")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--ways", default="eager,blocks,whole", help="of ours")
+    parser.add_argument("--ways", default="eager,blocks,whole", help="compilation modes of Tessera")
     parser.add_argument("--embedders", choices=("one", "each"), default="one", help="of the plain loop's blocks")
     parser.add_argument("--seconds", type=float, default=480, help="of the whole call, compiling included")
     parser.add_argument("--profile", action="store_true", help="where the time of our step goes")
-    told = parser.parse_args()
+    options = parser.parse_args()
     print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {torch.get_num_threads()} threads, "
         f"{platform.machine()}\n"
     )
-    if not told.profile:
-        return measure(told)
+    if not options.profile:
+        return measure(options)
     runtime.keep_freed_memory()  # as a run does
-    for way in told.ways.split(","):
-        print_shares(told.model, told.batch, way, ours_of(told.model, way))
+    for way in options.ways.split(","):
+        print_shares(options.model, options.batch, way, ours_of(options.model, way))
 
 
 if __name__ == "__main__":
