@@ -1,16 +1,16 @@
-"""Samples a second of our loader against a plain pipeline of Hugging Face `datasets` and PyTorch's DataLoader.
+"""Samples per second of our loader against a plain pipeline of Hugging Face `datasets` and PyTorch's DataLoader.
 
     python benchmarks/loader.py [--data ../shared/data] [--workers 2] [--rounds 7]
 
 The same files, the same work: decode, crop to the size, uint8 batches of 64 in a shuffled order; two workers each
-(ours: threads; DataLoader: processes, kept between rounds). They take turns of --seconds each, and before its turn one
-lets the other finish what it reads ahead; a row gives medians, and the median of the ratios of a round. Ours as it is
-(a small data set stays in memory once it was read, and has been read when the clock starts), and "decoded again": it is
-decoded each time.
+(ours: threads; DataLoader: processes, kept between rounds). They are measured alternately for --seconds each, after the
+other has finished reading ahead. A row has medians, and the median of the ratios of a round. "in memory": the default;
+a small data set stays in memory once it was read, and has been read before the measurement. "decoded again": every image
+is decoded each time.
 
 cifar    50,000 JPEGs of 32 x 32 in a parquet file
 emoji    2,789 PNGs of 64 x 64 in a parquet file
-photos   400 made-up JPEGs of about 600 x 500 in a folder, to 256 x 256
+photos   400 synthetic JPEGs of about 600 x 500 in a folder, to 256 x 256
 """
 
 import argparse
@@ -50,7 +50,7 @@ def made_up_photos(folder: Path, count: int, side: int) -> Path:
 
 
 class Transform:
-    """What one writes for `datasets`: decoded by it, cropped by the same function as ours."""
+    """The usual transform for `datasets`: it decodes, and the same function as ours crops."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -62,7 +62,7 @@ class Transform:
 
 
 def plain(path: Path, size: int, workers: int) -> Iterator[dict[str, torch.Tensor]]:
-    """datasets and DataLoader, for ever."""
+    """datasets and DataLoader, endless."""
     import datasets
     from torch.utils.data import DataLoader
 
@@ -95,8 +95,8 @@ def ours(path: Path, size: int, workers: int, kept: bool, decoding: str) -> Iter
 
 
 def rate(batches: Iterator[Any], seconds: float) -> float:
-    """Samples a second."""
-    for _ in range(20):  # until the other has stopped reading ahead; on a busy machine measure all the same
+    """Samples per second."""
+    for _ in range(20):  # until the other has stopped reading ahead; on a busy machine measure after 20 attempts
         if idle() > 0.8:
             break
     for _ in range(5):  # what was read ahead before
@@ -109,7 +109,7 @@ def rate(batches: Iterator[Any], seconds: float) -> float:
 
 
 def idle(seconds: float = 0.3) -> float:
-    """The share of the processors that had nothing to do. Linux."""
+    """The fraction of idle processor time. Linux."""
 
     def read() -> list[int]:
         return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4)
-    parser.add_argument("--photos", type=int, default=400, help="photographs that are made up")
+    parser.add_argument("--photos", type=int, default=400, help="number of synthetic photographs")
     parser.add_argument("--side", type=int, default=600, help="their size in pixels")
     parser.add_argument("--only", nargs="+", default=["cifar", "emoji", "photos"])
     options = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> None:
             "emoji": (options.data / "emoji/train.parquet", 64),
             "photos": (made_up_photos(Path(place, "photos"), options.photos, options.side), 256),
         }
-        print("| data | ours | datasets + DataLoader, samples/s | tessera, samples/s | ratio | lowest, highest |")
+        print("| data | mode | datasets + DataLoader, samples/s | Tessera, samples/s | ratio | lowest, highest |")
         print("|---|---|---|---|---|---|")
         for name in options.only:
             path, size = sets[name]

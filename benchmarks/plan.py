@@ -58,7 +58,7 @@ def changed(base: dict[str, Any], network: dict[str, Any] | None = None, **train
 CPU = {
     "digits, DiT 192 x 6": DIGITS,
     "digits, batch 8": changed(DIGITS, global_batch_size=8),
-    "digits, batch 256, recompute blocks": changed(DIGITS, global_batch_size=256, activation_checkpointing="blocks"),
+    "digits, batch 256, checkpointed blocks": changed(DIGITS, global_batch_size=256, activation_checkpointing="blocks"),
     "digits, in-context, micro-batch 16": changed(DIGITS, {"block": "in-context"}, micro_batch_size=16),
     "32 px, DiT 256 x 6": IMAGES,
     "32 px, rope-swiglu, Muon": changed(IMAGES, {"block": "rope-swiglu"}, optimizer={"kind": "muon"}),
@@ -75,7 +75,7 @@ LARGE: dict[str, Any] = {
 CUDA = {
     "B/4, 32 px, batch 128": LARGE,
     "B/4, float32": changed(LARGE, precision="float32"),
-    "B/4, recompute blocks": changed(LARGE, activation_checkpointing="blocks", global_batch_size=256),
+    "B/4, checkpointed blocks": changed(LARGE, activation_checkpointing="blocks", global_batch_size=256),
     "L/4": changed(LARGE, {"preset": "DiT-L/4"}),
     "XL/4": changed(LARGE, {"preset": "DiT-XL/4"}, global_batch_size=64),
     "B/4, modern": changed(LARGE, {"block": "rope-swiglu"}),
