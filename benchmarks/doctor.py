@@ -126,7 +126,7 @@ CASES = (
     Case("ema", "EMA frozen", "EMA too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
     Case("constant", "one image a thousand times", "images hardly differ", prepare=one_image),
     Case("no-dropout", "guidance without label dropout", "guidance without label dropout",
-         ("training.label_dropout=0",)),
+         ("training.condition_dropout=0",)),
 )  # fmt: skip
 
 

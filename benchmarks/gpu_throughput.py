@@ -23,6 +23,7 @@ from tessera.acceleration.activation_checkpointing import CheckpointingMode, che
 from tessera.acceleration.compilation import CompileMode, compile_network
 from tessera.bundle import BundleConfig, Model
 from tessera.codecs import PixelsConfig
+from tessera.conditioning import Condition
 from tessera.data import Batch
 from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
@@ -91,7 +92,8 @@ def training_rate(
     learner = TrainState(network, forward, config.build(network), config, ParallelContext())
     learner.optimizer.register_step_pre_hook(lambda *_: average.synchronize())
     # The codec is the identity, as on cached latents: the autoencoder is not part of the step.
-    task = TrainingObjective(GaussianDiffusionConfig().build(), PixelsConfig().build(), False, 0.1, classes, 0, dtype)
+    diffusion, codec = GaussianDiffusionConfig().build(), PixelsConfig().build()
+    task = TrainingObjective(diffusion, codec, False, 0.1, ("label",), 0, dtype)
     batch = micro * options.rounds
     pixels = torch.randint(0, 256, (batch, 4, 32, 32), dtype=torch.uint8)
     pixels = pixels.pin_memory() if device.type == "cuda" else pixels
@@ -99,7 +101,7 @@ def training_rate(
     tally = MetricAccumulator()
 
     def step(number: int) -> None:
-        samples = Batch(pixels, label, torch.arange(batch) + number * batch)
+        samples = Batch(pixels, Condition(label), torch.arange(batch) + number * batch)
         tally.add(train_step(learner, samples, task, batch, options.rounds))
         average.update(number + 1)
 

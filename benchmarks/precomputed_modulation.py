@@ -34,7 +34,7 @@ def compared(network: DiT, rows: int, seconds: float) -> tuple[float, list[float
     x = torch.randn(rows, network.config.in_channels, *network.config.input_size)
     times, label = torch.linspace(999, 0, STEPS), torch.arange(rows) % 3 - 1
     begun = time.perf_counter()
-    table = PrecomputedModulation(network, times, label, network.grid(x))
+    table = PrecomputedModulation(network, times, Condition(label), network.grid(x))
     made = 1000 * (time.perf_counter() - begun)
     taken: list[list[float]] = [[], []]
     end = time.perf_counter() + seconds
@@ -59,7 +59,7 @@ def main() -> None:
     for name in options.models.split(","):
         network = network_of(name)
         for rows in map(int, options.batches.split(",")):
-            size = PrecomputedModulation.table_bytes(network, STEPS, min(rows, 3)) / 2**20
+            size = PrecomputedModulation.table_bytes(network, STEPS, Condition(list(range(min(rows, 3))))) / 2**20
             made, (looked_up, plain), calls = compared(network, rows, options.seconds)
             facts = f"{size:.1f} | {made:.1f} | {looked_up:.2f} | {plain:.2f} | {plain / looked_up:.3f} | {calls}"
             print(f"| {name} | {rows} | {facts} |", flush=True)

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
-from tessera.diffusion.process import Prediction, expand
+from tessera.diffusion.process import Prediction
 from tessera.sampling import DDIM, SDE, DPMSolver, DPMSolverSDE, Euler, Heun, UniPC, sample_loop
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import Karras, Trailing, timestep_grid
+from tessera.times import expand
 
 PROCESSES: dict[str, DiffusionProcess] = {
     "Gaussian, linear": GaussianDiffusionConfig().build(),

@@ -41,6 +41,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tessera import randomness, runtime
 from tessera.acceleration.compilation import compile_network
+from tessera.conditioning import Condition
 from tessera.data import Batch
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
 from tessera.models.dit import DiT, DiTConfig
@@ -79,7 +80,7 @@ def make_batch(config: DiTConfig, batch: int, number: int) -> Batch:
     generator = torch.Generator().manual_seed(number)
     return Batch(
         torch.randint(0, 256, (batch, config.in_channels, *config.input_size), dtype=torch.uint8, generator=generator),
-        torch.randint(0, config.num_classes, (batch,), generator=generator),
+        Condition(torch.randint(0, config.num_classes, (batch,), generator=generator)),
         torch.arange(number * batch, (number + 1) * batch),
     )
 
@@ -100,8 +101,8 @@ class Ours:
         self.tally = MetricAccumulator()
         self.task = TrainingObjective(
             diffusion=GaussianDiffusionConfig(num_timesteps=STEPS).build(), codec=Latents(), hflip=False,
-            label_dropout=DROPPED,
-            num_classes=network.config.num_classes, seed=0, dtype=None,
+            condition_dropout=DROPPED,
+            null_fields=("label",), seed=0, dtype=None,
         )  # fmt: skip
         self.steps = 0
 
@@ -137,7 +138,7 @@ class Plain:
             dropped = torch.rand(len(x0)) < DROPPED
         else:
             t, noise, dropped = numbers
-        label = torch.where(dropped, self.config.num_classes, batch.label)
+        label = torch.where(dropped, self.config.num_classes, batch.condition.label)
         x = at(self.bars.sqrt(), t) * x0 + at((1 - self.bars).sqrt(), t) * noise
         eps_hat, fraction = self.network(x, timestep=t, class_labels=label).sample.chunk(2, dim=1)
         loss = ((eps_hat - noise) ** 2).mean() + self.bound(eps_hat.detach(), fraction, x0, x, t).mean()
@@ -202,7 +203,7 @@ def numbers(batch: Batch, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
     place, process = batch.position, GaussianDiffusionConfig(num_timesteps=STEPS).build()
     t = process.sample_timesteps(randomness.uniform(0, place, objective.TIMESTEP_STREAM)[:, 0])
     noise = randomness.normal(0, place, objective.NOISE_STREAM, tuple(shape[1:]))
-    dropped = randomness.uniform(0, place, objective.LABEL_DROPOUT_STREAM)[:, 0] < DROPPED
+    dropped = randomness.uniform(0, place, objective.CONDITION_DROPOUT_STREAM)[:, 0] < DROPPED
     return process.model_time(t).long(), noise, dropped
 
 

@@ -1,13 +1,13 @@
-"""Two versions of Tessera, in turns: a training step, and the generation of digits.
+"""Two versions of Tessera do the same work: is the later one slower?
 
-    git worktree add ../before v0.6.0
-    python benchmarks/versions.py step --before ../before [--batch 8] [--rounds 15]
-    python benchmarks/versions.py generate --before ../before [--count 1000] [--rounds 5]
+    git worktree add ../before COMMIT
+    python benchmarks/versions.py step --before ../before --batch 8        # a training step of DiT-S/4
+    python benchmarks/versions.py forward --before ../before               # a forward pass of DiT-S/4 of one image
+    python benchmarks/versions.py generate --before ../before --count 1000 # digits, 25 guided DDIM steps
 
-Each version runs in its own process, with its checkout on the path. The parent requests work of them in turns: one
-training step of DiT-S/4 on 32 x 32 images (64 tokens), or `--count` generated digits (the network of
-`recipes/digits.yaml`, 25 DDIM steps, guidance 1.5, batches of 100). A row gives the medians of CPU time, and the median
-and range of the ratios of each round (above 1: the second is faster).
+Each version runs in a process of its own, from its own checkout, with one thread. The two take turns: in every round
+each does the work once, in alternating order. The table gives medians and the ratio before / after of each round: above
+1 means that the later version is faster. Versions before 0.7 have other names.
 """
 
 import argparse
@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
+FORWARDS = 10  # passes of a round
 
 
 def images(folder: Path) -> Path:
-    """256 noise images of 32 x 32 pixels in four classes."""
-    import numpy as np
+    """Four classes of small PNGs."""
     from PIL import Image
 
     random = np.random.default_rng(0)
@@ -37,65 +39,74 @@ def images(folder: Path) -> Path:
     return folder
 
 
-def build_step(folder: Path, batch: int) -> Callable[[], None]:
-    """A function that takes one training step, in whichever version is on the path."""
+def recipe_path(name: str) -> Path:
+    """A recipe of the version on the path."""
     import tessera
 
+    return Path(tessera.__file__).parents[1] / "recipes" / name
+
+
+def build_step(folder: Path, batch: int) -> Callable[[], None]:
+    """A function that takes one training step."""
+    from tessera.training.recipe import read_recipe
+    from tessera.training.run import build_run
+    from tessera.training.step import train_step
+
     settings = ["network.preset=DiT-S/4", f"data.path={images(folder)}", "data.size=32", "codec=pixels"]
-    settings += ["training.device=cpu", "training.precision=float32"]
-    recipe = Path(tessera.__file__).parents[1] / "recipes" / "paper.yaml"
-    if tessera.__version__ < "0.7":
-        from tessera.training.recipe import read  # pyright: ignore[reportAttributeAccessIssue]
-        from tessera.training.run import set_up  # pyright: ignore[reportAttributeAccessIssue]
-        from tessera.training.step import train_step
-
-        settings += [f"training.batch={batch}", f"training.micro_batch={batch}", f"output={folder / 'run'}"]
-        run = set_up(read(recipe, settings))
-        state, objective, ema = run.learner, run.task, run.average
-    else:
-        from tessera.training.recipe import read_recipe
-        from tessera.training.run import build_run
-        from tessera.training.step import train_step
-
-        settings += [f"training.global_batch_size={batch}", f"training.micro_batch_size={batch}"]
-        run = build_run(read_recipe(recipe, [*settings, f"run_dir={folder / 'run'}"]))
-        state, objective, ema = run.state, run.objective, run.ema
+    settings += ["training.device=cpu", "training.precision=float32", f"run_dir={folder / 'run'}"]
+    settings += [f"training.global_batch_size={batch}", f"training.micro_batch_size={batch}"]
+    run = build_run(read_recipe(recipe_path("paper.yaml"), settings))
     batches, steps = run.loader.batches(), 0
 
     def step() -> None:
         nonlocal steps
         steps += 1
-        train_step(state, next(batches), objective, batch)
-        ema.update(steps)
+        train_step(run.state, next(batches), run.objective, batch)
+        run.ema.update(steps)
 
     return step
+
+
+def build_forward(folder: Path, batch: int) -> Callable[[], None]:
+    """A function that evaluates DiT-S/4 a few times without gradients."""
+    import torch
+
+    from tessera import Condition
+    from tessera.models import DiTConfig
+
+    network = DiTConfig.model_validate({"preset": "DiT-S/4"}).build().eval()
+    x, t = torch.randn(batch, 4, 32, 32), torch.full((batch,), 500.0)
+    condition = Condition(label=torch.arange(batch))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for _ in range(FORWARDS):
+                network(x, t, condition)
+
+    return forward
 
 
 def build_generate(folder: Path, count: int) -> Callable[[], None]:
     """A function that generates `count` digits with an untrained network of the digits' size."""
     import tessera
+    from tessera.training import loop
+    from tessera.training.recipe import read_recipe
 
-    recipe = Path(tessera.__file__).parents[1] / "recipes" / "digits.yaml"
-    old = tessera.__version__ < "0.7"
     settings = [
         "training.steps=1", "training.checkpoint_every=1", "training.sample_every=1000", "training.tensorboard=false",
-        "training.device=cpu", f"{'output' if old else 'run_dir'}={folder / 'run'}",
+        "training.device=cpu", f"run_dir={folder / 'run'}",
     ]  # fmt: skip
-    from tessera.training import loop
-
-    if old:
-        from tessera.training.recipe import read as read_recipe  # pyright: ignore[reportAttributeAccessIssue]
-    else:
-        from tessera.training.recipe import read_recipe
-    loop.train(read_recipe(recipe, settings))
+    loop.train(read_recipe(recipe_path("digits.yaml"), settings))
     model = tessera.load(folder / "run", "cpu")
     classes = [number % 10 for number in range(count)]
-    size = {"batch" if old else "batch_size": 100}
 
     def generate() -> None:
-        tessera.generate(model, classes, list(range(count)), **size)
+        tessera.generate(model, classes, list(range(count)), batch_size=100)
 
     return generate
+
+
+WORKS = {"step": build_step, "forward": build_forward, "generate": build_generate}
 
 
 def serve(what: str, amount: int) -> None:
@@ -104,7 +115,7 @@ def serve(what: str, amount: int) -> None:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        work = (build_step if what == "step" else build_generate)(Path(folder), amount)
+        work = WORKS[what](Path(folder), amount)
         work()
         for _ in sys.stdin:
             cpu, wall = time.process_time(), time.perf_counter()
@@ -114,20 +125,20 @@ def serve(what: str, amount: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "generate"))
+    parser.add_argument("what", choices=WORKS)
     parser.add_argument("--before", type=Path, required=True, help="checkout of the earlier version")
     parser.add_argument("--after", type=Path, default=ROOT, help="checkout of the later version")
-    parser.add_argument("--batch", type=int, default=8, help="of a training step")
+    parser.add_argument("--batch", type=int, help="of a training step (8) or of a forward pass (1)")
     parser.add_argument("--count", type=int, default=1000, help="of generated digits")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    amount = options.batch if options.what == "step" else options.count
+    batch = options.batch or (8 if options.what == "step" else 1)
     if options.serve:
-        serve(options.what, amount)
+        serve(options.what, options.count if options.what == "generate" else batch)
         return
     words = [sys.executable, str(Path(__file__).resolve()), options.what, "--before", str(options.before), "--serve"]
-    words += ["--batch", str(options.batch), "--count", str(options.count)]
+    words += ["--batch", str(batch), "--count", str(options.count)]
     children = {}
     for name in ("before", "after"):
         checkout = getattr(options, name).resolve()
@@ -156,11 +167,15 @@ def main() -> None:
         child.communicate("")
     ratios = [before[0] / after[0] for before, after in zip(seconds["before"], seconds["after"])]
     cpu = {name: statistics.median(each[0] for each in rows) for name, rows in seconds.items()}
-    title = f"training step, DiT-S/4, batch {amount}" if options.what == "step" else f"{amount} generated digits"
+    titles = {
+        "step": f"training step, DiT-S/4, batch {batch}",
+        "forward": f"{FORWARDS} forward passes, DiT-S/4, batch {batch}",
+        "generate": f"{options.count} generated digits",
+    }
     print("| work | before, CPU ms | after, CPU ms | before / after | lowest, highest | rounds |")
     print("|---|---|---|---|---|---|")
     print(
-        f"| {title} | {1000 * cpu['before']:.1f} | {1000 * cpu['after']:.1f} | {statistics.median(ratios):.3f} | "
+        f"| {titles[options.what]} | {1000 * cpu['before']:.1f} | {1000 * cpu['after']:.1f} | {statistics.median(ratios):.3f} | "
         f"{min(ratios):.3f}, {max(ratios):.3f} | {options.rounds} |"
     )
 

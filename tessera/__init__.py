@@ -3,12 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 
 if TYPE_CHECKING:
     from tessera.bundle import save as save
     from tessera.conditioning import Condition as Condition
     from tessera.errors import TesseraError as TesseraError
+    from tessera.generation import ContinuousSampler as ContinuousSampler
+    from tessera.generation import SampleRequest as SampleRequest
     from tessera.generation import decode as decode
     from tessera.generation import generate as generate
     from tessera.generation import generate_steps as generate_steps
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 _PUBLIC = {  # imported on first use: `tessera --help` must not import torch
     "Condition": "tessera.conditioning",
+    "ContinuousSampler": "tessera.generation",
     "Model": "tessera.model",
+    "SampleRequest": "tessera.generation",
     "TesseraError": "tessera.errors",
     "decode": "tessera.generation",
     "generate": "tessera.generation",
@@ -28,7 +32,10 @@ _PUBLIC = {  # imported on first use: `tessera --help` must not import torch
     "train": "tessera.training.api",
 }
 
-__all__ = ["Condition", "Model", "TesseraError", "decode", "generate", "generate_steps", "load", "save", "train"]
+__all__ = [
+    "Condition", "ContinuousSampler", "Model", "SampleRequest", "TesseraError", "decode", "generate", "generate_steps",
+    "load", "save", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str):

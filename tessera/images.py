@@ -1,6 +1,6 @@
 """Image files: grids, PNG files with their settings, and animations.
 
-Shapes: B images, H W height and width, C channels (1 or 3).
+Shapes: B images, T frames, H W height and width, C channels (1 or 3).
 """
 
 import io
@@ -16,13 +16,24 @@ from tessera.files import atomic_write
 KEY = "tessera"  # the PNG text chunk that holds the settings
 
 
+def filmstrips(clips: np.ndarray) -> np.ndarray:
+    """Clips [..., T, H, W, C] as images [..., H, T W, C], their frames side by side."""
+    *batch, frames, height, width, channels = clips.shape
+    return np.moveaxis(clips, -4, -3).reshape(*batch, height, frames * width, channels)
+
+
 def to_pil(image: np.ndarray) -> Image.Image:
-    """uint8 [H, W, C] -> a grayscale or RGB image."""
+    """uint8 [H, W, C] -> a grayscale or RGB image; a clip [T, H, W, C] becomes a filmstrip."""
+    image = filmstrips(image) if image.ndim == 4 else image
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def grid(images: np.ndarray, columns: int, gap: int = 1, zoom: int = 1) -> np.ndarray:
-    """uint8 [B, H, W, C] -> one image of all, row by row, with white gaps. zoom repeats pixels."""
+    """uint8 [B, H, W, C] -> one image of all, row by row, with white gaps. zoom repeats pixels.
+
+    Of clips [B, T, H, W, C], each is a filmstrip.
+    """
+    images = filmstrips(images) if images.ndim == 5 else images
     count, height, width, channels = images.shape
     rows = -(-count // columns)
     height, width = height * zoom, width * zoom

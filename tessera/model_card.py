@@ -9,11 +9,11 @@ def describe(model: Model) -> dict[str, str]:
     """The main facts about a model, for the card and for `tessera info`."""
     config = model.config
     network, codec = config.network, config.codec
-    height, width = network.input_size
+    size = " x ".join(map(str, network.input_size))
     classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
     return {
         "network": network.summary(),
-        "input": f"{network.in_channels} x {height} x {width}, {classes}",
+        "input": f"{network.in_channels} x {size}, {classes}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, StoredConfig) else ""),
         "diffusion": config.diffusion.summary(),
         "parameters": f"{parameter_count(model.network):,}",
@@ -29,6 +29,8 @@ def render(model: Model) -> str:
     classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
     network = model.config.network
     example = "classes=[0], " if network.num_classes else ""
+    samples = "clips = tessera.generate" if network.is_temporal else "images = tessera.generate"
+    shape = "[B, T, H, W, C]" if network.is_temporal else "[B, H, W, C]"
     return f"""---
 library_name: tessera
 tags: [diffusion, {network.kind}]
@@ -52,6 +54,6 @@ tessera sample FOLDER {"--classes all --per-class" if network.num_classes else "
 ```python
 import tessera
 model = tessera.load("FOLDER")
-images = tessera.generate(model, {example}seeds=[0])  # uint8 [B, H, W, C]
+{samples}(model, {example}seeds=[0])  # uint8 {shape}
 ```
 """

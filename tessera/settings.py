@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from tessera.errors import TesseraError
 
 # Height and width; one number stands for a square.
 Size = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v)]
+
+# Height and width, or frames, height and width; one number stands for a square image.
+InputSize = Annotated[
+    tuple[PositiveInt, ...],
+    BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v),
+    Field(min_length=2, max_length=3),
+]
 
 
 class Settings(BaseModel):

@@ -49,7 +49,11 @@ SMALL = {
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
     "sharding": ["--width 32 --depth 1 --batch 4 --steps 1 --max-processes 1"],
     "solver_orders": ["--counts 4 8 --noise-counts 4 8"],
-    "versions": [f"step --before {ROOT} --batch 2 --rounds 1", f"generate --before {ROOT} --count 4 --rounds 1"],
+    "versions": [
+        f"forward --before {ROOT} --rounds 1",
+        f"step --before {ROOT} --batch 2 --rounds 1",
+        f"generate --before {ROOT} --count 4 --rounds 1",
+    ],
     "training_step": ["--model digits --batch 2 --ways eager --seconds 1"],
 }
 

@@ -19,8 +19,8 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 
 LAYERS = [  # lowest first
     ("errors",),
-    ("settings", "files"),
-    ("conditioning", "reporting", "runtime", "randomness", "images", "checkpoint_files"),
+    ("settings", "files", "randomness", "rows", "times"),
+    ("conditioning", "reporting", "runtime", "images", "checkpoint_files"),
     ("diffusion", "layers", "encoders"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),

@@ -75,13 +75,19 @@ def test_a_step_is_repeatable_on_the_gpu(config):
         torch.manual_seed(0)
         network = CONFIG.build().to("cuda")
         objective = TrainingObjective(
-            GaussianDiffusionConfig().build(), PixelsConfig(channels=3).build(), True, 0.1, 10, 0, torch.bfloat16
+            GaussianDiffusionConfig().build(),
+            PixelsConfig(channels=3).build(),
+            True,
+            0.1,
+            ("label",),
+            0,
+            torch.bfloat16,
         )
         state = TrainState(network, network, config.build(network), config, ParallelContext())
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             pixels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, generator=generator)
-            batch = Batch(pixels, torch.arange(16) % 10, torch.arange(16) + 16 * number)
+            batch = Batch(pixels, Condition(torch.arange(16) % 10), torch.arange(16) + 16 * number)
             train_step(state, batch, objective, 16)
         return [parameter.detach().cpu() for parameter in network.parameters()]
 

@@ -7,7 +7,7 @@ are appended), D width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,9 +17,12 @@ from tessera.errors import TesseraError
 from tessera.models.blocks import Context
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import NetworkConfig
+from tessera.rows import Rows, pad
 from tessera.sampling.caching import AnyCaching, FirstBlockCaching
+from tessera.sampling.denoiser import CachedNetwork
+from tessera.times import mean_of_frames
 
-EmbedCondition = Callable[[Tensor, Condition, tuple[int, int]], Context]
+EmbedCondition = Callable[[Tensor, Condition, tuple[int, ...]], Context]
 
 
 def check_caching(network: NetworkConfig, caching: AnyCaching) -> None:
@@ -39,8 +42,49 @@ class CacheStats:
     computed: int = 0
 
 
-class FirstBlockCache:
-    """network(x, t, condition) for one half of one sampling run. Its rows must be the same in every call.
+@dataclass(frozen=True)
+class CachedResiduals(Rows):
+    """Residuals and time of each row's last full evaluation, and of the one before."""
+
+    first: Tensor = field(metadata=pad(0))  # [B, N, D]
+    remaining: Tensor = field(metadata=pad(0))  # [B, N, D]
+    t: Tensor  # [B] the mean of the frames, where they have their own times
+    previous_remaining: Tensor = field(metadata=pad(0))  # [B, N, D]
+    previous_t: Tensor  # [B] equal to t if there was only one evaluation
+    computed: Tensor  # bool [B] false for rows without an evaluation
+
+    @staticmethod
+    def empty(x: Tensor) -> "CachedResiduals":
+        """The state of rows without an evaluation."""
+        nothing, times = x.new_zeros(len(x), 0, 0), x.new_zeros(len(x))
+        return CachedResiduals(
+            nothing, nothing, times, nothing, times, torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        )
+
+    def updated(self, first: Tensor, remaining: Tensor, t: Tensor) -> "CachedResiduals":
+        """The state after an evaluation of all rows."""
+        previous = self.remaining if self.remaining.shape == remaining.shape else torch.zeros_like(remaining)
+        known = self.computed[:, None, None]
+        return CachedResiduals(
+            first,
+            remaining,
+            t,
+            torch.where(known, previous, remaining),
+            torch.where(self.computed, self.t, t),
+            torch.ones_like(self.computed),
+        )
+
+    def extrapolate(self, t: Tensor, order: int) -> Tensor:
+        """The extrapolated residual of the blocks after the first at t [B]: [B, N, D]"""
+        if order == 0:
+            return self.remaining
+        interval = self.t - self.previous_t
+        ratio = torch.where(interval == 0, 0, (t - self.t) / interval)[:, None, None]
+        return self.remaining + ratio.to(self.remaining.dtype) * (self.remaining - self.previous_remaining)
+
+
+class FirstBlockCache(CachedNetwork):
+    """A network that remembers residuals for each row, in a state that its caller keeps.
 
     A row is computed in full if its first residual has changed by `threshold` or more since its last full evaluation
     (mean absolute difference, relative to the mean absolute value at that time). Otherwise the cached residual of the
@@ -63,81 +107,51 @@ class FirstBlockCache:
         self.settings = settings
         self.embed_condition = embed_condition or network.embed_condition
         self.stats = CacheStats() if stats is None else stats
-        self._cached: _CachedResiduals | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x [B, C, H, W], t [B] -> [B, O, H, W]"""
+    def empty_state(self, x: Tensor) -> CachedResiduals:
+        return CachedResiduals.empty(x)
+
+    def evaluate(
+        self, x: Tensor, t: Tensor, condition: Condition, state: CachedResiduals
+    ) -> tuple[Tensor, CachedResiduals]:
+        new_state = state
+
+        def run_blocks(tokens: Tensor, context: Context) -> Tensor:
+            nonlocal new_state
+            tokens, new_state = self._run_blocks(tokens, context, mean_of_frames(t), state)
+            return tokens
+
+        context = self.embed_condition(t, condition, self.network.grid(x))
+        return self.network.output(x, context, run_blocks), new_state
+
+    def _run_blocks(
+        self, tokens: Tensor, context: Context, t: Tensor, state: CachedResiduals
+    ) -> tuple[Tensor, CachedResiduals]:
         network = self.network
-        tokens, context = network.embed_patches(x, self.embed_condition(t, condition, network.grid(x)))
-        first = network.blocks[0](tokens, context)
+        first = network.run_blocks(tokens, context, end=1)
         change = first - tokens
-        rows = self._rows_to_compute(change)
-        self.stats.requested += len(x) * len(network.blocks)
-        self.stats.computed += len(x) + len(rows) * (len(network.blocks) - 1)
-        if self._cached is None or len(rows) == len(x):
-            tokens = self._remaining_blocks(first, context)
-            self._cached = _CachedResiduals.after_full_evaluation(change, tokens - first, t, self._cached)
-        else:
-            tokens = first + self._cached.extrapolate(t, self.settings.order)
-            if len(rows):
-                computed = self._remaining_blocks(first[rows], context.rows(rows))
-                tokens = tokens.index_copy(0, rows, computed)
-                self._cached.update(rows, change[rows], computed - first[rows], t[rows])
-        return network.head(tokens, context)
+        rows = self._rows_to_compute(change, state)
+        self.stats.requested += len(tokens) * len(network.blocks)
+        self.stats.computed += len(tokens) + len(rows) * (len(network.blocks) - 1)
+        if len(rows) == len(tokens):
+            tokens = network.run_blocks(first, context, start=1)
+            return tokens, state.updated(change, tokens - first, t)
+        tokens = first + state.extrapolate(t, self.settings.order)
+        if len(rows):
+            computed = network.run_blocks(first[rows], context[rows], start=1)
+            tokens = tokens.index_copy(0, rows, computed)
+            updated = state[rows].updated(change[rows], computed - first[rows], t[rows])
+            state = state.put(rows, updated)
+        return tokens, state
 
-    def _rows_to_compute(self, change: Tensor) -> Tensor:
+    def _rows_to_compute(self, change: Tensor, state: CachedResiduals) -> Tensor:
         """Indices (int64) of the rows whose blocks must be computed."""
-        if self._cached is None:
+        cached = state.first
+        if not cached.shape[1]:
             return torch.arange(len(change), device=change.device)
-        if change.shape != self._cached.first.shape:
+        if change.shape != cached.shape:
             raise ValueError(
-                f"a cache serves one sampling run: got tokens {list(change.shape)}, {list(self._cached.first.shape)}"
+                f"a cache serves images of one size: got tokens {list(change.shape)}, {list(cached.shape)} before"
             )
-        cached = self._cached.first
         distance = (change - cached).abs().flatten(1).mean(dim=1) / cached.abs().flatten(1).mean(dim=1)
-        return (~(distance < self.settings.threshold)).nonzero()[:, 0]  # NaN counts as changed
-
-    def _remaining_blocks(self, tokens: Tensor, context: Context) -> Tensor:
-        for block in self.network.blocks[1:]:
-            tokens = block(tokens, context)
-        return tokens
-
-
-@dataclass
-class _CachedResiduals:
-    """Residuals and time of each row's last full evaluation, and of the one before."""
-
-    first: Tensor  # [B, N, D]
-    remaining: Tensor  # [B, N, D]
-    t: Tensor  # [B]
-    previous_remaining: Tensor  # [B, N, D]
-    previous_t: Tensor  # [B] equal to t if there was only one evaluation
-
-    @staticmethod
-    def after_full_evaluation(
-        first: Tensor, remaining: Tensor, t: Tensor, previous: "_CachedResiduals | None"
-    ) -> "_CachedResiduals":
-        """The residuals after all rows were computed."""
-        return _CachedResiduals(
-            first,
-            remaining,
-            t,
-            remaining if previous is None else previous.remaining,
-            t if previous is None else previous.t,
-        )
-
-    def update(self, rows: Tensor, first: Tensor, remaining: Tensor, t: Tensor) -> None:
-        """Store the residuals of the rows [R] that were computed."""
-        self.previous_remaining = self.previous_remaining.index_copy(0, rows, self.remaining[rows])
-        self.previous_t = self.previous_t.index_copy(0, rows, self.t[rows])
-        self.first = self.first.index_copy(0, rows, first)
-        self.remaining = self.remaining.index_copy(0, rows, remaining)
-        self.t = self.t.index_copy(0, rows, t)
-
-    def extrapolate(self, t: Tensor, order: int) -> Tensor:
-        """The extrapolated residual of the blocks after the first at t [B]: [B, N, D]"""
-        if order == 0:
-            return self.remaining
-        interval = self.t - self.previous_t
-        ratio = torch.where(interval == 0, 0, (t - self.t) / interval)[:, None, None]
-        return self.remaining + ratio.to(self.remaining.dtype) * (self.remaining - self.previous_remaining)
+        return (~(state.computed & (distance < self.settings.threshold))).nonzero()[:, 0]  # NaN counts as changed

@@ -23,6 +23,7 @@ from tessera.cli.options import (
     Precision,
     SamplingOverrides,
     Size,
+    parse_sample_size,
     parse_size,
     print_error,
     progress,
@@ -109,7 +110,7 @@ def score(
                 seed,
                 settings={"overrides": overrides or []},
                 precision=precision,
-                size=parse_size(size),
+                size=parse_sample_size(size),
             )
             samples = BulkSamples(model, request, folder / "samples", batch_size, target)
             data = reference or suite.training_data(model)

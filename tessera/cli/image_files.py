@@ -13,10 +13,11 @@ from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
 from tessera.cli.options import MAX_SAMPLES, print_error, progress
+from tessera.conditioning import LabelField
 from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
-from tessera.generation import bulk
-from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request
+from tessera.generation import SampleRequest, bulk
+from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.interop import load
 from tessera.model import Model
 
@@ -29,16 +30,17 @@ def make_request(
     per_class: int | None,
     seeds: str | None,
     num_samples: int | None,
-    policy: bulk.ClassPolicy,
+    policy: bulk.Policy,
     **settings: Any,
-) -> BulkRequest:
+) -> SampleRequest:
     """The request of the options: `num_samples` by a class policy, or every class with every seed."""
     if num_samples is not None:
         return bulk_request(model, num_samples, policy, **settings)
     seed_list, labels = parse_seeds(seeds, per_class), parse_classes(classes, model)
     if labels is None:
-        return BulkRequest(seed_list, None, "unconditional", **settings)
-    return BulkRequest(seed_list * len(labels), [label for label in labels for _ in seed_list], **settings)
+        return SampleRequest(seed_list, policy="unconditional", **settings)
+    condition = {"label": [label for label in labels for _ in seed_list]}
+    return SampleRequest(seed_list * len(labels), condition, **settings)
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
@@ -70,7 +72,7 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
         raise TesseraError(f"this model has {num_classes} classes: give --classes, for example 0,1,2 or all")
     if text is None or text == "all":
         return list(range(num_classes))
-    return generation.class_labels(model, [part.strip() for part in text.split(",")])
+    return LabelField().encode([part.strip() for part in text.split(",")], model.config).tolist()
 
 
 def read_inputs(
@@ -79,9 +81,9 @@ def read_inputs(
     init_image: str | None,
     strength: float | None,
     mask: str | None,
-    size: tuple[int, int] | None,
+    size: tuple[int, ...] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read --guidance-model, --init-image and --mask: arguments of `generation.generate`, and hashes of the contents.
+    """Read --guidance-model, --init-image and --mask: fields of the request, and hashes of the contents.
 
     Image and mask are cropped as training images are, to --size or to the size the model was trained at. Raises
     TesseraError for what does not fit the model.
@@ -100,8 +102,8 @@ def read_inputs(
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
         image = _read_image("--init-image", init_image, model.codec.pixel_channels)
-        height, width = model.config.network.input_size
-        size = size or (height * model.codec.factor, width * model.codec.factor)
+        height, width = (size or generation.image_size(model))[-2:]
+        size = height, width
         arguments["init_image"] = _crop(image, size)
         hashes["init_image_hash"] = _hash(arguments["init_image"])
         if mask is not None:
@@ -153,7 +155,7 @@ def compile_network(model: Model) -> None:
         print_error(f"continuing without compilation: {reason}")
 
 
-def write_npz(model: Model, request: BulkRequest, target: Path, batch_size: int, description: str) -> None:
+def write_npz(model: Model, request: SampleRequest, target: Path, batch_size: int, description: str) -> None:
     """Generate shards beside the target, shared by all processes, and join them into one .npz."""
     if target.suffix != ".npz":
         raise TesseraError(f"--npz {target} must end in .npz")
@@ -170,15 +172,12 @@ def write_npz(model: Model, request: BulkRequest, target: Path, batch_size: int,
         print(f"{samples.count} images in {target}")
 
 
-def write_images(
-    model: Model, request: BulkRequest, inputs: dict[str, Any], out: Path, batch_size: int, settings: dict[str, Any]
-) -> None:
+def write_images(model: Model, request: SampleRequest, out: Path, batch_size: int, settings: dict[str, Any]) -> None:
     """Write a PNG of each image and a grid into a folder, or the grid alone into a .png file.
 
-    An existing PNG with the same settings is not generated again. inputs: more arguments of `generation.generate`.
-    settings: stored in every PNG.
+    An existing PNG with the same settings is not generated again. settings: stored in every PNG.
     """
-    sampling = generation.sampling_config(model, **request.settings).model_dump(mode="json")
+    sampling = request.check(model).model_dump(mode="json")
     settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
     grid_only, count = out.suffix.lower() == ".png", len(request.seeds)
     if grid_only and count > MAX_COLUMNS * MAX_ROWS:
@@ -186,19 +185,18 @@ def write_images(
             f"a grid holds at most {MAX_COLUMNS * MAX_ROWS} images, not {count}: give a folder for --out"
         )
     stats, sheet = CacheStats(), []
-    inputs = {**inputs, "cache_stats": stats}
     with progress() as start:
         report = start(f"generating {count}")
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
-            batch = _generate(model, request, inputs, rows, None if grid_only else out, settings)
+            batch = _generate(model, request, stats, rows, None if grid_only else out, settings)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
     seeds = list(dict.fromkeys(request.seeds))
     classes = None if request.classes is None else list(dict.fromkeys(request.classes))
     row_per_class = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= MAX_COLUMNS
     columns = len(seeds) if row_per_class else min(count, 8)
-    grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // len(sheet[0])))
+    grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // sheet[0].shape[-3]))
     images.save_png(out if grid_only else out / "grid.png", grid, {**settings, "classes": classes, "seeds": seeds})
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
     print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
@@ -206,8 +204,8 @@ def write_images(
 
 def _generate(
     model: Model,
-    request: BulkRequest,
-    inputs: dict[str, Any],
+    request: SampleRequest,
+    cache_stats: CacheStats,
     rows: range,
     out: Path | None,
     settings: dict[str, Any],
@@ -223,15 +221,8 @@ def _generate(
             done[row] = image
     missing = [row for row in rows if row not in done]
     if missing:
-        generated = generation.generate(
-            model,
-            None if request.classes is None else [request.classes[row] for row in missing],
-            [request.seeds[row] for row in missing],
-            size=request.size,
-            precision=request.precision,
-            batch_size=len(missing),
-            **inputs,
-            **request.settings,
+        generated = generation.generate_request(
+            model, request.select(missing), batch_size=len(missing), cache_stats=cache_stats
         )
         for row, image in zip(missing, generated):
             done[row] = image

@@ -62,6 +62,16 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width or height)
 
 
+def parse_sample_size(text: str | None) -> tuple[int, ...] | None:
+    """As `parse_size`, and '16x256x384' -> frames, height and width. Raises TesseraError."""
+    frames, _, rest = (text or "").lower().partition("x")
+    if "x" not in rest or not frames.isdecimal():
+        return parse_size(text)
+    size = parse_size(rest)
+    assert size is not None  # there is a text
+    return int(frames), *size
+
+
 def print_error(text: str) -> None:
     """Print to stderr: progress, notes and warnings."""
     print(text, file=sys.stderr, flush=True)

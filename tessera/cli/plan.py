@@ -87,13 +87,12 @@ def _short(name: str, recipe: "Recipe", as_json: bool) -> str:
     if as_json:
         facts = {"name": name, "parameters": parameters, "gmacs": macs / 1e9, "flops_per_sample": FLOPS_PER_MAC * macs}
         return json.dumps(facts | {"network": recipe.network.model_dump(mode="json")}, indent=1)
-    height, width = recipe.network.input_size
+    size = " x ".join(map(str, (*recipe.network.input_size, recipe.network.in_channels)))
     return "\n".join(
         (
             f"{name}: {recipe.network.summary()}",
             f"parameters  {parameters:,}",
-            f"GMACs       {macs / 1e9:.2f} per forward pass of {height} x {width} x {recipe.network.in_channels} (the "
-            'paper\'s "Gflops")',
+            f'GMACs       {macs / 1e9:.2f} per forward pass of {size} (the paper\'s "Gflops")',
             f"training    {FLOPS_PER_MAC * macs:.4g} FLOPs per sample",
         )
     )

@@ -1,5 +1,6 @@
 """`tessera sample`."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from tessera.cli.options import (
     Precision,
     SamplingOverrides,
     Size,
-    parse_size,
+    parse_sample_size,
 )
 from tessera.errors import TesseraError
 
@@ -73,7 +74,7 @@ def sample(
         class_policy,
         settings={"overrides": overrides or []},
         precision=precision,
-        size=parse_size(size),
+        size=parse_sample_size(size),
     )
     inputs, hashes = image_files.read_inputs(loaded, guidance_model, init_image, strength, mask, request.size)
     if compile:
@@ -85,6 +86,7 @@ def sample(
             )
         image_files.write_npz(loaded, request, npz, batch_size, model)
         return
+    request = replace(request, **inputs)
     options = {
         "ema": ema,
         "checkpoint-type": checkpoint_type,
@@ -98,4 +100,4 @@ def sample(
         "mask": mask,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    image_files.write_images(loaded, request, inputs, out, batch_size, {"model": model, "options": options, **hashes})
+    image_files.write_images(loaded, request, out, batch_size, {"model": model, "options": options, **hashes})

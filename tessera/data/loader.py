@@ -3,13 +3,13 @@
 A position counts samples since the start of training. Any range of positions can be read at any time, by any number of
 threads or ranks, so the position is the only state needed to resume.
 
-Shapes: B batch, C channels, H W height and width.
+Shapes: B batch, C channels, T frames, H W height and width.
 """
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from threading import Lock
 
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from tessera import randomness
+from tessera.conditioning import Condition
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import LatentsDataset
 from tessera.data.sampler import BucketedOrder, ShuffledOrder
 from tessera.errors import TesseraError
+from tessera.rows import Rows
 
 FLIP_STREAM = 4  # random stream that decides which positions are flipped
 MEMORY_LIMIT = 2**30  # bytes; a data set whose pixels need no more stays in memory once it was read
@@ -31,15 +33,19 @@ MAX_INVALID = 200  # invalid images in a row that make the data set unusable
 
 
 @dataclass(frozen=True)
-class Batch:
-    """pixels uint8 [B, C, H, W], label int64 [B], position int64 [B]
+class Batch(Rows):
+    """pixels uint8 [B, C, H, W] or [B, C, T, H, W], the condition of each sample, position int64 [B]
 
     From a latent cache, `pixels` are the codec's raw moments instead, floating point [B, 2 C, H / f, W / f].
     """
 
     pixels: Tensor
-    label: Tensor
+    condition: Condition
     position: Tensor
+
+    def pin_memory(self) -> "Batch":
+        pinned = {name: value.pin_memory() for name, value in self.condition.present.items()}
+        return Batch(self.pixels.pin_memory(), replace(self.condition, **pinned), self.position.pin_memory())
 
 
 def flip_mask(seed: int, position: Tensor) -> Tensor:
@@ -68,9 +74,12 @@ class Loader:
         pin_memory: bool = False,
         buckets: Buckets | None = None,
         hflip: bool = False,
+        condition_type: type[Condition] = Condition,
+        condition_fields: Sequence[str] = ("label",),
     ) -> None:
         """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
-        size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading)."""
+        size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading);
+        condition_fields: the fields of the condition that are read."""
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -79,6 +88,8 @@ class Loader:
         self.pin_memory = pin_memory
         self.buckets = buckets
         self.hflip = hflip
+        self.condition_type = condition_type
+        self.condition_fields = condition_fields
         if buckets is None:
             self.order = ShuffledOrder(len(dataset), batch_size, seed)
         else:
@@ -117,26 +128,25 @@ class Loader:
             samples = self.order.batch(position)[self.rank_slice]
             flip = flip_mask(self.seed, positions)[:, 0].numpy() & self.hflip
             pixels = self.dataset.gather(samples, flip)
-            labels = torch.from_numpy(self.dataset.labels[samples].astype(np.int64))
         elif self._memory is not None and self._in_memory[samples := self.order.batch(position)[self.rank_slice]].all():
             pixels = torch.from_numpy(self._memory[samples])
-            labels = torch.tensor([self.dataset.label(index) for index in samples.tolist()])
         else:
-            images, labels = zip(*(self._sample(position, offset) for offset in offsets))
-            pixels, labels = torch.from_numpy(np.stack(images)), torch.tensor(labels)
-        if self.pin_memory:
-            return Batch(pixels.pin_memory(), labels.pin_memory(), positions.pin_memory())
-        return Batch(pixels, labels, positions)
+            images, samples = zip(*(self._sample(position, offset) for offset in offsets))
+            pixels = torch.from_numpy(np.stack(images))
+        numbers = [int(sample) for sample in samples]
+        batch = Batch(pixels, self.condition_type.load(self.condition_fields, self.dataset, numbers), positions)
+        return batch.pin_memory() if self.pin_memory else batch
 
     def names(self, position: int) -> list[str]:
         """The names of all samples of the batch at a position."""
         return [self.dataset.name(int(index)) for index in self.order.batch(position)]
 
     def _sample(self, start: int, offset: int) -> tuple[np.ndarray, int]:
+        """The pixels and the number of the sample at an offset in a batch, or of the valid one that replaces it."""
         tries, name, reason = 0, "", ""
         for index in islice(self.order.candidates(start, offset), MAX_INVALID):
             try:
-                return self._pixels(index, start), self.dataset.label(index)
+                return self._pixels(index, start), index
             except InvalidSample as error:
                 name, reason = self.dataset.name(index), str(error)
                 self.invalid_samples[name] = reason

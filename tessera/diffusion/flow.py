@@ -1,8 +1,8 @@
 """Flow matching: a path from data to noise, and a network that learns the velocity along it.
 
 Rectified flow (Liu et al. 2023), flow matching (Lipman et al. 2023), stochastic interpolants (Albergo et al. 2023; Ma
-et al. 2024, "SiT"). Time runs from 0 (data) to 1 (noise); SiT's is 1 - t. Times are [B] tensors on the CPU; alpha and
-sigma are float64. Shapes: B batch, C channels.
+et al. 2024, "SiT"). Time runs from 0 (data) to 1 (noise); SiT's is 1 - t. Times are [B] or [B, T] tensors on the CPU;
+alpha and sigma are float64. Shapes: B batch, C channels.
 """
 
 import math
@@ -12,8 +12,9 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat
 from torch import Tensor
 
-from tessera.diffusion.process import DiffusionProcess, Losses, Prediction, expand, row_mean
+from tessera.diffusion.process import DiffusionProcess, Losses, Prediction
 from tessera.settings import Settings, expand_kind
+from tessera.times import expand, mean_like, mean_of_frames, shared_time
 
 Parameterization = Literal["velocity", "x0", "epsilon"]
 BASE_DIMENSION = 4096  # values of an input for which `shift: dimension` is 1: DiT's latents of 32 x 32 x 4
@@ -78,14 +79,14 @@ class FlowMatchingConfig(Settings):
     def build(self) -> "FlowMatching":
         return FlowMatching(self)
 
-    def resolve(self, channels: int, size: tuple[int, int]) -> "FlowMatchingConfig":
+    def resolve(self, channels: int, size: tuple[int, ...]) -> "FlowMatchingConfig":
         """The settings with shift as a number, for an input of these channels and this size.
 
         Esser et al. 2024, equation 23: sqrt(m / n).
         """
         if self.shift != "dimension":
             return self
-        return self.model_copy(update={"shift": math.sqrt(channels * size[0] * size[1] / BASE_DIMENSION)})
+        return self.model_copy(update={"shift": math.sqrt(channels * math.prod(size) / BASE_DIMENSION)})
 
     def summary(self) -> str:
         """The settings in one line."""
@@ -180,11 +181,12 @@ class FlowMatching(DiffusionProcess):
         At a given x, the errors of x0, eps and v are one error times 1, alpha / sigma and (alpha sigma' - alpha' sigma)
         / sigma (Li & He 2025, "Back to Basics", table 1). So every prediction can be trained with every loss.
         """
-        mse = row_mean(torch.square(raw.to(x0.dtype) - self.training_target(x0, noise, t)))
+        t = shared_time(t)
+        mse = mean_like(torch.square(raw.to(x0.dtype) - self.training_target(x0, noise, t)), t)
         if self.config.loss == self.config.prediction:
-            return Losses(total=mse, mse=mse)
+            return Losses(total=mean_of_frames(mse), mse=mean_of_frames(mse))
         weight = self._error_factor(self.config.loss, t) / self._error_factor(self.config.prediction, t)
-        return Losses(total=mse * expand(weight**2, mse), mse=mse)
+        return Losses(total=mean_of_frames(mse * expand(weight**2, mse)), mse=mean_of_frames(mse))
 
     def _error_factor(self, quantity: Parameterization, t: Tensor) -> Tensor:
         """The error of a quantity for an error of 1 in x0, float64 [B]."""

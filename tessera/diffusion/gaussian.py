@@ -11,8 +11,9 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from tessera.diffusion.process import DiffusionProcess, Losses, Prediction, expand, row_mean
+from tessera.diffusion.process import DiffusionProcess, Losses, Prediction
 from tessera.settings import Settings, expand_kind
+from tessera.times import expand, mean_like, mean_of_frames, shared_time
 
 
 class LinearBetas(Settings):
@@ -96,7 +97,7 @@ class GaussianDiffusionConfig(Settings):
     def build(self) -> "GaussianDiffusion":
         return GaussianDiffusion(self)
 
-    def resolve(self, channels: int, size: tuple[int, int]) -> "GaussianDiffusionConfig":
+    def resolve(self, channels: int, size: tuple[int, ...]) -> "GaussianDiffusionConfig":
         """The same settings for every input size."""
         return self
 
@@ -235,19 +236,19 @@ class GaussianDiffusion(DiffusionProcess):
         The bound trains only the variance, because the mean in it is detached. It is not rescaled, as in DiT (Nichol &
         Dhariwal 2021, section 3.1, multiply it by 0.001, for a bound summed over the steps).
         """
-        channels = x0.shape[1]
+        channels, t = x0.shape[1], shared_time(t)
         raw = raw.to(x0.dtype)
         mean = raw[:, :channels]
-        mse = row_mean(torch.square(self.training_target(x0, noise, t) - mean))
+        mse = mean_like(torch.square(self.training_target(x0, noise, t) - mean), t)
         weighted = mse
         if isinstance(self.config.weighting, MinSNRWeighting):
             bar = self._alpha_bar_at(t)
             weighted = mse * expand(self.config.weighting.weight(bar / (1 - bar), self.config.prediction), mse)
         if self.config.variance != "learned":
-            return Losses(total=weighted, mse=mse)
+            return Losses(total=mean_of_frames(weighted), mse=mean_of_frames(mse))
         raw = torch.cat((mean.detach(), raw[:, channels:]), dim=1)
         vb = self.vlb_term(raw, x0, self.add_noise(x0, noise, t), t)
-        return Losses(total=weighted + vb, mse=mse, vb=vb)
+        return Losses(total=mean_of_frames(weighted) + vb, mse=mean_of_frames(mse), vb=vb)
 
     def vlb_term(self, raw: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """One term of the variational bound, in bits per dimension [B] (Ho et al. 2020, equation 5).
@@ -267,7 +268,7 @@ class GaussianDiffusion(DiffusionProcess):
         )
         likelihood = binned_log_likelihood(x0, mean, 0.5 * log_variance)
         is_first = (self._table_index(s) == 0).to(x.device, non_blocking=x.is_cuda)
-        return torch.where(is_first, row_mean(-likelihood), row_mean(kl)) / math.log(2)
+        return mean_of_frames(torch.where(is_first, mean_like(-likelihood, t), mean_like(kl, t))) / math.log(2)
 
 
 def binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

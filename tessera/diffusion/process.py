@@ -8,9 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from tessera.rows import Rows
+from tessera.times import expand
+
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Rows):
     """The meaning of a raw output at (x, t). Every target, velocity and score is linear in x0 and eps."""
 
     x0: Tensor  # [B, C, ...] the clean image
@@ -30,7 +33,8 @@ class Losses:
 class DiffusionProcess(Protocol):
     """x_t = alpha(t) x0 + sigma(t) eps, from the data at t = 0 to noise at t = 1.
 
-    Times t are [B], on the CPU. Images and noise are [B, C, ...] and raw outputs [B, O, ...], on any device.
+    Times t are [B], or [B, T] where the frames of a clip have their own, on the CPU. Images or clips and noise are
+    [B, C, ...] and raw outputs [B, O, ...], on any device.
     """
 
     config: Any  # GaussianDiffusionConfig or FlowMatchingConfig
@@ -78,15 +82,3 @@ class DiffusionProcess(Protocol):
     def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
         """The training losses of a raw output at x_t"""
         ...
-
-
-def expand(values: Tensor, x: Tensor) -> Tensor:
-    """Values [B], one per row, on the device and in the dtype of x and shaped to multiply x [B, ...]."""
-    # Convert the dtype first, because some devices have no float64. The copy does not wait for a GPU.
-    values = values.to(x.dtype).to(x.device, non_blocking=x.is_cuda)
-    return values.view(-1, *(1,) * (x.ndim - 1))
-
-
-def row_mean(x: Tensor) -> Tensor:
-    """The mean over everything but the batch: [B, ...] -> [B]"""
-    return x.flatten(1).mean(dim=1)

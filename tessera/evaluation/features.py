@@ -65,7 +65,13 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-        """uint8 [B, H, W, C] -> float32 [B, D] of each kind: pool, and spatial and logits if the network has them."""
+        """uint8 [B, H, W, C] -> float32 [B, D] of each kind: pool, and spatial and logits if the network has them.
+
+        Of clips uint8 [B, T, H, W, C], the mean over the frames: motion has no effect on it.
+        """
+        if images.ndim == 5:
+            frames = self(images.reshape(-1, *images.shape[2:]), batch_size)
+            return {kind: values.reshape(*images.shape[:2], -1).mean(axis=1) for kind, values in frames.items()}
         features: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.array(images[start : start + batch_size].transpose(0, 3, 1, 2), order="C"))
@@ -112,7 +118,7 @@ class FeatureSet:
     description: str
     hash: str
     count: int | None
-    size: tuple[int, int] | None
+    size: tuple[int, ...] | None
     channels: int | None
     features: dict[str, str] | None
     moments: dict[str, Moments]
@@ -170,9 +176,9 @@ def check_images(source: SampleSource, extractor: FeatureExtractor) -> None:
             f"{source.description} has {source.channels} channels, but the features {extractor.name} take "
             f"{extractor.channels[0]}: choose other --features"
         )
-    if extractor.size is not None and tuple(source.size) != tuple(extractor.size):
+    if extractor.size is not None and tuple(source.size[-2:]) != tuple(extractor.size):
         raise TesseraError(
-            f"{source.description} is {source.size[0]} x {source.size[1]}, but the features {extractor.name} take "
+            f"{source.description} is {source.size[-2]} x {source.size[-1]}, but the features {extractor.name} take "
             f"{extractor.size[0]} x {extractor.size[1]}: choose other --features, or --size"
         )
 
@@ -255,7 +261,7 @@ def _read_features(
         description=source.description,
         hash=summary["hash"],
         count=summary["count"],
-        size=(source.size[0], source.size[1]),
+        size=source.size,
         channels=source.channels,
         features=extractor.identity,
         moments={

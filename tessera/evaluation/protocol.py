@@ -15,7 +15,7 @@ from tessera import __version__
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.reporting.estimates import Estimate
-from tessera.settings import Settings, diff, validate
+from tessera.settings import InputSize, Settings, diff, validate
 
 FORMAT = 2
 PACKAGES = ("torch", "numpy", "pillow", "transformers")  # those that can change a score
@@ -28,7 +28,7 @@ class Protocol(Settings):
     features: dict[str, str] = Field(description="name, hash of the weights, resize")
     reference: dict[str, Any] = Field(description="hash and number of its images")
     samples: int
-    size: tuple[int, int] = Field(description="height and width of the images in pixels")
+    size: InputSize = Field(description="height and width of the images in pixels; of clips, frames first")
     channels: int
     sampling: dict[str, Any] | None = Field(
         default=None,

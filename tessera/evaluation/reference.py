@@ -98,7 +98,7 @@ def load_statistics(path: Path) -> FeatureSet:
         description=f"{path.name} ({metadata['description']})" if "description" in metadata else str(path),
         hash=metadata.get("hash", digest),
         count=count,
-        size=None if size is None else (size[0], size[1]),
+        size=None if size is None else tuple(size),
         channels=metadata.get("channels"),
         features=metadata.get("features"),
         moments=moments,
@@ -150,8 +150,10 @@ def resolve_reference(
     if isinstance(reference, str) and path.suffix == ".npz":
         source = NpzSource(path)
     else:
-        is_name = isinstance(reference, str)
-        source = DatasetSource(resolve_data(reference, samples.size, samples.channels) if is_name else reference)
+        if isinstance(reference, str):
+            height, width = samples.size[-2:]
+            reference = resolve_data(reference, (height, width), samples.channels)
+        source = DatasetSource(reference)
     _check_equal("size", tuple(source.size), tuple(samples.size), source.description, samples.description)
     _check_equal("channels", source.channels, samples.channels, source.description, samples.description)
     return source

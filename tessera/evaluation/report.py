@@ -65,7 +65,7 @@ def build_report(evaluation: Evaluation, command: str = "") -> Document:
 def _sample_grid(source: SampleSource) -> Figure:
     parts = (source.shard(index).images for index in range(shards.num_shards(source.count)))
     first = next(part for part in parts if len(part))[:MAX_IMAGES]
-    grid = images.grid(first, min(8, len(first)), zoom=max(1, MIN_SIDE // first.shape[1]))
+    grid = images.grid(first, min(8, len(first)), zoom=max(1, MIN_SIDE // first.shape[-3]))
     return Figure(images.to_png(grid), f"the first {len(first)} samples, not selected", file=GRID)
 
 
@@ -89,7 +89,7 @@ def _neighbors(evaluation: Evaluation) -> Iterator[Block]:
         "rows 1 and 2: the samples nearest to a reference image, and that image; rows 3 and 4: other samples, and the "
         f"reference image nearest to each. Mean distance to the nearest one, in features: {distance.mean():.4g}"
     )
-    grid = images.grid(sheet, count, gap=2, zoom=max(1, MIN_SIDE // sheet.shape[1]))
+    grid = images.grid(sheet, count, gap=2, zoom=max(1, MIN_SIDE // sheet.shape[-3]))
     yield Heading("Nearest reference images")
     yield Figure(images.to_png(grid), caption, file=NEIGHBORS)
 

@@ -31,7 +31,7 @@ class SampleSource(Protocol):
 
     description: str  # for reports and messages
     count: int
-    size: tuple[int, int]
+    size: tuple[int, ...]  # (H, W) of images, (T, H, W) of clips
     channels: int
     class_names: tuple[str, ...]  # empty: labels, if there are any, are class numbers
 
@@ -55,6 +55,8 @@ def subset_indices(total: int, limit: int | None) -> np.ndarray:
 
 class DatasetSource:
     """A data set as training reads it: images are cropped to its size, and invalid ones are skipped."""
+
+    size: tuple[int, ...]
 
     def __init__(self, config: AnyData, count: int | None = None) -> None:
         self.config, self.dataset = config, open_data(config)
@@ -92,6 +94,8 @@ class DatasetSource:
 
 class FolderSource:
     """A folder of samples, used exactly as they are: they must have one size, and every file must be readable."""
+
+    size: tuple[int, ...]
 
     def __init__(self, path: Path, count: int | None = None) -> None:
         dataset = open_data(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1)))
@@ -134,12 +138,18 @@ class FolderSource:
             )
         if self.channels == 1 and not _is_grayscale(image):
             raise TesseraError(f"{path} is in color, but {self.paths[0]} is gray: samples are scored as they are")
-        pixels = np.asarray(flatten(image, ImagesConfig(size=self.size, channels=1 if self.channels == 1 else 3)))
+        config = ImagesConfig(size=(image.height, image.width), channels=1 if self.channels == 1 else 3)
+        pixels = np.asarray(flatten(image, config))
         return pixels[..., None] if self.channels == 1 else pixels
 
 
 class NpzSource:
-    """The .npz of the ADM evaluation suite: arr_0 uint8 [N, H, W, C], and optionally the labels as arr_1."""
+    """The .npz of the ADM evaluation suite: arr_0 uint8 [N, H, W, C], and optionally the labels as arr_1.
+
+    Clips are [N, T, H, W, C].
+    """
+
+    size: tuple[int, ...]
 
     def __init__(self, path: Path, count: int | None = None) -> None:
         self.path, self.description = path, f"npz {path}"
@@ -160,14 +170,16 @@ class NpzSource:
             raise
         except Exception as error:  # readers raise any exception on damaged bytes
             raise TesseraError(f"{path} is truncated or not an .npz file: {error}") from None
-        if len(shape) != 4 or not shape[1] * shape[2] or shape[3] not in (1, 3) or dtype != np.uint8:
-            raise TesseraError(f"{path}: arr_0 is {dtype} {list(shape)}; expected uint8 [N, H, W, 3 or 1]")
+        if len(shape) not in (4, 5) or 0 in shape[1:] or shape[-1] not in (1, 3) or dtype != np.uint8:
+            raise TesseraError(
+                f"{path}: arr_0 is {dtype} {list(shape)}; expected uint8 [N, H, W, 3 or 1], or [N, T, H, W, 3 or 1]"
+            )
         if not shape[0]:
             raise TesseraError(f"{path} holds no images: arr_0 is {list(shape)}")
         self._shape = shape
         self._rows = _select(count, shape[0], self.description)
         self.count = len(self._rows)
-        self.size, self.channels = (shape[1], shape[2]), shape[3]
+        self.size, self.channels = tuple(shape[1:-1]), shape[-1]
         self.class_names: tuple[str, ...] = ()
         self._labels = None if labels is None else _check_labels(labels, shape[0], path)
 

@@ -349,7 +349,7 @@ def _protocol(name: str, source: SampleSource, samples: FeatureSet, reference: F
         features=(samples.features or {}) if metric is not None else {},
         reference=used_reference,
         samples=samples.count or 0,
-        size=(source.size[0], source.size[1]),
+        size=source.size,
         channels=source.channels,
         sampling=source.sampling_protocol if isinstance(source, BulkSamples) else None,
     )

@@ -7,7 +7,6 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,62 +14,45 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tessera import randomness, runtime
+from tessera import runtime
 from tessera.bundle import weights_hash
 from tessera.codecs import StoredCodec, StoredConfig
 from tessera.codecs.codec import listed_numbers
 from tessera.files import atomic_file, read_array, write_array
-from tessera.generation.pipeline import generate
-from tessera.generation.request import sampling_config
+from tessera.generation.pipeline import generate_request
+from tessera.generation.request import SampleRequest, image_size
 from tessera.generation.resumable import claim_folder
 from tessera.generation.shards import ImageShard, num_shards, shard_range
 from tessera.model import Model
-from tessera.runtime import Distributed, Precision
-from tessera.sampling import SamplingConfig
+from tessera.runtime import Distributed
 
-STREAM = 0x636C6173  # random stream of the class labels
-ClassPolicy = Literal["uniform", "balanced"]
+Policy = Literal["uniform", "balanced"]
 
 
-@dataclass(frozen=True)
-class BulkRequest:
-    """What to generate: image i has seeds[i] and, if the model has classes, classes[i]."""
+def bulk_request(model: Model, count: int, policy: Policy, first_seed: int = 0, **fields: Any) -> SampleRequest:
+    """A request for `count` images with consecutive seeds. Each condition chooses its inputs by the policy.
 
-    seeds: Sequence[int]
-    classes: Sequence[int] | None
-    class_policy: str = "listed"  # how the classes were chosen
-    settings: dict[str, Any] = field(default_factory=dict)  # changes to the model's sampling settings
-    guidance_scale: float | None = None
-    precision: Precision = "float32"
-    size: tuple[int, int] | None = None  # of the images; None: the trained size
-
-
-def bulk_request(model: Model, count: int, policy: ClassPolicy, first_seed: int = 0, **fields: Any) -> BulkRequest:
-    """`count` images with consecutive seeds. balanced: classes in turn; uniform: each a random class, by its seed.
-
-    fields: the other fields of the request.
+    balanced: classes in turn; uniform: each a random class, by its seed. fields: the other fields of the request.
+    Raises TesseraError for a condition that cannot choose.
     """
-    seeds, num_classes = range(first_seed, first_seed + count), model.config.network.num_classes
-    if not num_classes:
-        return BulkRequest(seeds, None, "unconditional", **fields)
-    if policy == "balanced":
-        return BulkRequest(seeds, [i % num_classes for i in range(count)], policy, **fields)
-    uniform = randomness.uniform(0, torch.tensor(list(seeds), dtype=torch.int64), STREAM)[:, 0]
-    return BulkRequest(seeds, (uniform.double() * num_classes).long().tolist(), policy, **fields)
+    seeds, network = range(first_seed, first_seed + count), model.config.network
+    rules = network.condition_type.rules()
+    condition = {name: rules[name].default_inputs(seeds, policy, model.config) for name in network.condition_fields}
+    return SampleRequest(seeds, condition, policy=policy if condition else "unconditional", **fields)
 
 
 class BulkSamples:
     """The images of a request, generated into a folder: evaluated as samples, and written by `tessera sample --npz`."""
 
     def __init__(
-        self, model: Model, request: BulkRequest, folder: Path, batch_size: int = 50, description: str = "a model"
+        self, model: Model, request: SampleRequest, folder: Path, batch_size: int = 50, description: str = "a model"
     ) -> None:
         self.model, self.request, self.folder = model, request, folder
         self.batch_size, self.description = batch_size, description
-        network, codec = model.config.network, model.codec
-        self.count = len(request.seeds)
-        self.size = request.size or (network.input_size[0] * codec.factor, network.input_size[1] * codec.factor)
-        self.channels = codec.pixel_channels
+        self.sampling = request.check(model)
+        self.count = len(request)
+        self.size = request.size or image_size(model)
+        self.channels = model.codec.pixel_channels
         self.class_names = tuple(model.config.class_names)
 
     def begin(self, ranks: Distributed) -> None:
@@ -78,10 +60,6 @@ class BulkSamples:
         if ranks.is_main:
             claim_folder(self.folder, self.plan)
         ranks.barrier()
-
-    @cached_property
-    def sampling(self) -> SamplingConfig:
-        return sampling_config(self.model, guidance_scale=self.request.guidance_scale, **self.request.settings)
 
     @cached_property
     def weights(self) -> str:
@@ -94,11 +72,14 @@ class BulkSamples:
         consecutive = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
         dtype = runtime.autocast_dtype(request.precision, self.model.device)  # "auto" resolved
         tf32 = self.model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        listed = f" {_hash(request.classes)}" if request.class_policy == "listed" else ""
+        hashes = {name: _hash(values) for name, values in request.condition.items()}
+        listed = f" {hashes.pop('label', '')}" if request.policy == "listed" and "label" in hashes else ""
+        hashes.pop("label", None)
         return {
             **self.sampling.model_dump(mode="json"),
             "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else _hash(seeds),
-            "class_policy": request.class_policy + listed,
+            "class_policy": request.policy + listed,
+            **({"condition": hashes} if hashes else {}),
             "precision": "tf32" if dtype is None and tf32 else str(dtype or torch.float32).removeprefix("torch."),
         }
 
@@ -128,22 +109,11 @@ class BulkSamples:
 
     def shard(self, index: int) -> ImageShard:
         """The images of a shard, generated if they are missing."""
-        positions, request, path = shard_range(index, self.count), self.request, self.path(index)
-        part = slice(positions.start, positions.stop)
-        classes = None if request.classes is None else list(request.classes[part])
+        positions, path = shard_range(index, self.count), self.path(index)
+        request = self.request.select(positions)
         if not path.exists():
-            images = generate(
-                self.model,
-                classes,
-                request.seeds[part],
-                size=request.size,
-                guidance_scale=request.guidance_scale,
-                precision=request.precision,
-                batch_size=self.batch_size,
-                **request.settings,
-            )
-            write_array(path, images)
-        labels = None if classes is None else np.array(classes, np.int64)
+            write_array(path, generate_request(self.model, request, self.batch_size))
+        labels = None if request.classes is None else np.array(request.classes, np.int64)
         return ImageShard(read_array(path), np.array(positions), labels)
 
 
@@ -176,5 +146,6 @@ def write_npz(samples: BulkSamples, target: Path) -> None:
                 np.lib.format.write_array(member, np.array(samples.request.classes, np.int64), allow_pickle=False)
 
 
-def _hash(values: Sequence[int] | None) -> str:
-    return hashlib.sha256(json.dumps(list(values or [])).encode()).hexdigest()[:8]
+def _hash(values: Sequence[Any]) -> str:
+    listed = [value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value for value in values]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8]

@@ -1,22 +1,72 @@
-"""Assembly of the denoiser of one batch: guidance, caches, and heuristics for the CPU."""
+"""Assembly of the denoiser of a batch: guidance, caches, and heuristics for the CPU."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tessera import runtime
-from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
+from tessera.acceleration.first_block_cache import CachedResiduals, CacheStats, FirstBlockCache
 from tessera.acceleration.modulation_cache import PrecomputedModulation
-from tessera.conditioning import Condition, NetworkFunction
+from tessera.conditioning import Condition
+from tessera.generation.request import ALL
 from tessera.model import Model
 from tessera.models.dit import DiT
-from tessera.sampling import Denoiser, FirstBlockCaching, GuidanceModel, SamplingConfig
+from tessera.sampling import CachedNetwork, FirstBlockCaching, Guidance, RowDenoiser, SamplingConfig, SamplingNetwork
 
 # With this many tokens a CPU is faster if guidance calls the network twice (benchmarks/guidance_halves.md).
-SEPARATE_HALVES_TOKENS = 512
+SEPARATE_CALLS_TOKENS = 512
 MODULATION_TABLE_BYTES = 64 * 2**20  # limit for modulation vectors computed ahead
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of guidance that rows may have: `all` lacks every condition, or is the output of a weaker model; others
+    lack the condition of that name."""
+
+    names: tuple[str, ...]
+    guidance_model: Model | None = None
+
+    @staticmethod
+    def of(config: SamplingConfig, scale: Tensor, guidance_model: Model | None = None) -> "Terms":
+        """The terms that some of these rows use. scale [B]"""
+        used = [ALL] if bool((scale != 1).any()) else []
+        return Terms((*used, *(name for name, value in config.guidance_scales.items() if value != 1)), guidance_model)
+
+    @staticmethod
+    def possible(model: Model, guidance_model: Model | None = None) -> "Terms":
+        """All terms that a model can have."""
+        null_fields = model.config.network.null_fields
+        return Terms((*([ALL] if null_fields or guidance_model else []), *null_fields), guidance_model)
+
+    def conditions(self, model: Model, condition: Condition) -> list[Condition]:
+        """The condition, and that of the weak output of each term."""
+        null_fields = model.config.network.null_fields
+        weak = [
+            (condition if self.guidance_model is not None else condition.null(null_fields))
+            if name == ALL
+            else condition.null([name])
+            for name in self.names
+        ]
+        return [condition, *weak]
+
+    def guidance(self, config: SamplingConfig, scale: Tensor) -> Guidance:
+        """scale [B]: of the term `all`"""
+        scales = [
+            scale if name == ALL else torch.full_like(scale, config.guidance_scales.get(name, 1.0))
+            for name in self.names
+        ]
+        return Guidance.build(
+            len(scale),
+            torch.stack(scales, dim=1) if scales else scale.new_zeros(len(scale), 0),
+            config.guidance_interval,
+            config.guidance_rescale,
+            config.guidance_channels,
+            config.guidance_schedule,
+        )
 
 
 @dataclass(frozen=True)
@@ -24,67 +74,65 @@ class BatchSettings:
     """Everything but the inputs that one batch is generated with."""
 
     config: SamplingConfig
-    times: Tensor  # [N] of the grid, in the units of the network
-    grid: tuple[int, int]  # of tokens
+    times: Tensor | None  # [N] of the grid, in the units of the network, if they are known in advance
+    grid: tuple[int, ...]  # of tokens
+    num_rows: int
     dtype: torch.dtype | None  # of matrix products
-    cache_stats: CacheStats | None
+    cache_stats: CacheStats | None = None
 
 
-def build_denoiser(
-    model: Model, condition: Condition, scales: Tensor, guidance_model: Model | None, batch: BatchSettings
-) -> Denoiser:
-    """The denoiser of a model with its guidance. scales [B]: guidance scales."""
-    config = batch.config
-    guided = bool((scales != 1).any())
-    classifier_free = guided and guidance_model is None
-    all_conditions = Condition.cat((condition, condition.null())) if classifier_free else condition
-    make_network = _network_factory(model, all_conditions, batch)
-    many_tokens = len(scales) * batch.grid[0] * batch.grid[1] >= SEPARATE_HALVES_TOKENS
-    weak = None
-    network = make_network()
-    if guided and guidance_model is not None:
-        weak = GuidanceModel(_network_factory(guidance_model, condition, batch)(), condition)
-    elif guided and (config.caching.kind != "none" or (model.device.type == "cpu" and many_tokens)):
-        weak = GuidanceModel(make_network(), condition.null())  # a cache remembers one half only
-    return Denoiser(
-        network,
-        model.diffusion,
-        condition,
-        scales,
-        config.guidance_channels,
-        guidance_model=weak,
-        guidance_interval=config.guidance_interval,
-        guidance_schedule=config.guidance_schedule,
-        guidance_rescale=config.guidance_rescale,
-    )
+def build_denoiser(model: Model, conditions: list[Condition], terms: Terms, batch: BatchSettings) -> RowDenoiser:
+    """The denoiser of a model with its terms of guidance. conditions: see `Terms.conditions`"""
+    own = [
+        condition
+        for name, condition in zip((None, *terms.names), conditions)
+        if name != ALL or terms.guidance_model is None
+    ]
+    network = _build_network(model, type(own[0]).cat(own), batch)
+    networks = [network] * len(conditions)
+    if terms.guidance_model is not None and ALL in terms.names:
+        index = 1 + terms.names.index(ALL)
+        networks[index] = _build_network(terms.guidance_model, conditions[index], batch)
+    many_tokens = batch.num_rows * math.prod(batch.grid) >= SEPARATE_CALLS_TOKENS
+    return RowDenoiser(networks, model.diffusion, model.device.type == "cpu" and many_tokens)
 
 
-def _network_factory(model: Model, conditions: Condition, batch: BatchSettings) -> Callable[[], NetworkFunction]:
-    """A function that makes networks for one batch, each with its own cache. conditions: all that they will get."""
+def _build_network(model: Model, conditions: Condition, batch: BatchSettings) -> SamplingNetwork:
+    """The network for one batch. conditions: all that it will get, if the times are known"""
     network, caching, device = model.network, batch.config.caching, model.device
-    plain: NetworkFunction = network
+    function: Callable[[Tensor, Tensor, Condition], Tensor] = network
     embed_condition = None
-    num_labels = 1 if conditions.label is None else len(conditions.label.unique())
     # Only on the CPU, where it was measured (benchmarks/precomputed_modulation.md); elsewhere a look-up would wait for
     # the device.
     if (
         isinstance(network, DiT)
         and device.type == "cpu"
-        and PrecomputedModulation.table_bytes(network, len(batch.times), num_labels) <= MODULATION_TABLE_BYTES
+        and batch.times is not None
+        and PrecomputedModulation.table_bytes(network, len(batch.times), conditions) <= MODULATION_TABLE_BYTES
     ):
         with runtime.autocast(batch.dtype, device):
-            plain = PrecomputedModulation(network, batch.times, conditions.label, batch.grid)
-        embed_condition = plain.embed_condition
+            function = PrecomputedModulation(network, batch.times, conditions, batch.grid)
+        embed_condition = function.embed_condition
+    if isinstance(caching, FirstBlockCaching) and isinstance(network, DiT):  # others are rejected by check_caching
+        cache = FirstBlockCache(network, caching, embed_condition=embed_condition, stats=batch.cache_stats)
+        return _AutocastCache(cache, batch.dtype, device)
 
-    def make() -> NetworkFunction:
-        inner = plain
-        if isinstance(caching, FirstBlockCaching) and isinstance(network, DiT):  # others are rejected by check_caching
-            inner = FirstBlockCache(network, caching, embed_condition=embed_condition, stats=batch.cache_stats)
+    def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        with runtime.autocast(batch.dtype, device):  # only around the network: not in the caller's loop
+            return function(x, t, condition)
 
-        def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            with runtime.autocast(batch.dtype, device):  # only around the network: not in the caller's loop
-                return inner(x, t, condition)
+    return run
 
-        return run
 
-    return make
+class _AutocastCache(CachedNetwork):
+    """A cache whose network runs under autocast."""
+
+    def __init__(self, cache: FirstBlockCache, dtype: torch.dtype | None, device: torch.device) -> None:
+        self.cache, self.dtype, self.device = cache, dtype, device
+
+    def empty_state(self, x: Tensor) -> CachedResiduals:
+        return self.cache.empty_state(x)
+
+    def evaluate(self, x: Tensor, t: Tensor, condition: Condition, state: Any) -> tuple[Tensor, Any]:
+        with runtime.autocast(self.dtype, self.device):
+            return self.cache.evaluate(x, t, condition, state)

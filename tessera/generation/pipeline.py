@@ -1,25 +1,120 @@
-"""`generate`: network, diffusion process, condition and codec together produce images.
+"""`generate`: network, diffusion process, condition and codec together produce images or clips.
 
-Shapes: B images, C latent channels, H W height and width.
+Shapes: B images, C latent channels, T frames, H W height and width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import randomness, runtime
-from tessera.acceleration.first_block_cache import CacheStats, check_caching
-from tessera.conditioning import Condition
-from tessera.generation.denoiser import BatchSettings, build_denoiser
-from tessera.generation.editing import as_images, as_masks, edit_source
-from tessera.generation.request import check_request, class_labels, latent_size, num_rows, sampling_config
+from tessera import runtime
+from tessera.acceleration.first_block_cache import CacheStats
+from tessera.diffusion.process import Prediction
+from tessera.errors import TesseraError
+from tessera.generation.denoiser import BatchSettings, Terms, build_denoiser
+from tessera.generation.editing import edit_source
+from tessera.generation.request import SampleRequest, SampleRows, latent_size
 from tessera.model import Model
-from tessera.sampling import SampleState, sample_loop, timestep_grid
+from tessera.sampling import (
+    ContinuousBatch,
+    DenoiserRows,
+    MaskedMemory,
+    MaskedSolver,
+    RowDenoiser,
+    RowState,
+    SampleState,
+    Stepper,
+    sample_loop,
+    sampling_noise,
+    timestep_grid,
+)
 
-STREAM = 0x64726177  # random stream of sampling; training uses others
+REQUEST_FIELDS = {"guidance_scale", "size", "init_image", "strength", "mask", "precision", "guidance_model"}
+
+
+def make_request(
+    classes: Sequence[int | str] | None = None,
+    seeds: Sequence[int] = (0,),
+    *,
+    condition: dict[str, Sequence[Any]] | None = None,
+    **options: Any,
+) -> SampleRequest:
+    """The request of keyword arguments: fields of SampleRequest by name, others are changes of sampling settings.
+
+    classes: the same as condition={"label": classes}.
+    """
+    condition = dict(condition or {}) | ({} if classes is None else {"label": classes})
+    fields = {name: value for name, value in options.items() if name in REQUEST_FIELDS}
+    settings = {name: value for name, value in options.items() if name not in REQUEST_FIELDS}
+    return SampleRequest(seeds, condition, settings=settings, **fields)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Everything that the first step of some rows needs."""
+
+    x: Tensor
+    times: Tensor  # [n + 1]
+    solver: Stepper
+    memory: Any
+    grid: tuple[int, ...]
+
+
+def _start(model: Model, rows: SampleRows) -> _Start:
+    config, network, device = rows.config, model.config.network, model.device
+    source = edit_source(model, rows)
+    size = latent_size(model, rows.request.size) if source is None else tuple(source.x0.shape[2:])
+    times = timestep_grid(config.timestep_spacing, config.num_steps, model.diffusion)
+    noise = sampling_noise(rows.seed, torch.zeros_like(rows.seed), (network.in_channels, *size)).to(device)
+    x, solver, memory = noise, config.sampler, None
+    if source is not None:
+        times = source.times_from_strength(times)
+        x = source.initial_state(model.diffusion, noise, times[0])
+        if source.mask is not None:
+            solver, memory = MaskedSolver(config.sampler), MaskedMemory(source, noise)
+    multiple = network.size_multiple
+    return _Start(x, times, solver, memory, (*size[:-2], *(side // multiple for side in size[-2:])))
+
+
+def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None = None) -> Iterator[SampleState]:
+    """Sample rows of a request as one batch, and yield every state."""
+    device, config, start = model.device, rows.config, _start(model, rows)
+    terms = Terms.of(config, rows.scale, rows.request.guidance_model)
+    conditions = terms.conditions(model, rows.condition.to(device))
+    settings = BatchSettings(
+        config,
+        model.diffusion.model_time(start.times[:-1]).to(device),
+        start.grid,
+        len(rows),
+        runtime.autocast_dtype(rows.request.precision, device),
+        cache_stats,
+    )
+    denoiser = build_denoiser(model, conditions, terms, settings)
+    noise_calls = 0
+
+    def noise() -> Tensor:
+        nonlocal noise_calls
+        noise_calls += 1
+        return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), start.x.shape[1:]).to(device)
+
+    inputs = DenoiserRows.build(conditions, terms.guidance(config, rows.scale), denoiser.networks, start.x)
+    denoise = _BatchDenoiser(denoiser, inputs)
+    yield from sample_loop(start.solver, denoise, start.x, start.times, noise, start.memory)
+
+
+class _BatchDenoiser:
+    """A `RowDenoiser` with its rows."""
+
+    def __init__(self, denoiser: RowDenoiser, inputs: DenoiserRows) -> None:
+        self.denoiser, self.inputs, self.diffusion = denoiser, inputs, denoiser.diffusion
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        prediction, self.inputs = self.denoiser(x, t, self.inputs)
+        return prediction
 
 
 @torch.no_grad()
@@ -28,80 +123,21 @@ def generate_steps(
     classes: Sequence[int | str] | None = None,
     seeds: Sequence[int] = (0,),
     *,
-    size: tuple[int, int] | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    guidance_model: Model | None = None,
-    init_image: np.ndarray | None = None,
-    strength: float | None = None,
-    mask: np.ndarray | None = None,
-    precision: runtime.Precision = "float32",
     cache_stats: CacheStats | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> Iterator[SampleState]:
     """Generate one batch step by step and yield every SampleState; `decode(model, state.x)` makes images of one.
 
-    classes and seeds are paired row by row; either may have one entry for all rows. Each seed determines its image,
-    independent of the batch. size: of the image in pixels (default: the trained size). guidance_scale: one number, or
-    one per row. guidance_model: a weaker model with the same condition, instead of the model itself without condition
-    (autoguidance). cache_stats: counts what caching saves. settings: any other key of SamplingConfig, and overrides.
-
-    init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
-    the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
-    mask: [B, H, W] or [H, W], 1 where to generate and 0 where the image stays: there every state is the image with the
-    row's own noise. A latent is generated if any of its pixels is; `generate` restores all other pixels.
-
-    Raises TesseraError for a request that the model cannot fulfill.
+    Arguments as for `generate`.
     """
-    config = sampling_config(model, **settings)
-    scales = torch.as_tensor(config.guidance_scale if guidance_scale is None else guidance_scale, dtype=torch.float32)
-    seeds = list(seeds)
-    check_request(model, classes, seeds, scales, guidance_model)
-    source = edit_source(model, init_image, strength, mask, size)
-    labels = None if classes is None else class_labels(model, classes)
-    rows = num_rows(
-        {
-            "classes": 1 if labels is None else len(labels),
-            "seeds": len(seeds),
-            "guidance scales": scales.numel(),
-            "images or masks": 1 if source is None else source.rows,
-        }
-    )
-    label = None if labels is None else torch.tensor(labels).expand(rows)
-    seed = torch.tensor(seeds, dtype=torch.int64).expand(rows)
-    network, device = model.config.network, model.device
-    height, width = latent_size(model, size) if source is None else source.x0.shape[2:]
-    noise_calls = 0
-
-    def noise() -> Tensor:
-        """The next noise of each row, from its own seed: first the initial state, then one for each stochastic step."""
-        nonlocal noise_calls
-        position = torch.full((rows,), noise_calls, dtype=torch.int64)
-        noise_calls += 1
-        return randomness.normal(seed, position, STREAM, (network.in_channels, height, width)).to(device)
-
-    config.sampler.check(model.diffusion)
-    check_caching(network, config.caching)
-    times = timestep_grid(config.timestep_spacing, config.num_steps, model.diffusion)
-    x, step = noise(), config.sampler
-    if source is not None:
-        times = source.times_from_strength(times)
-        x, step = source.initial_state(model.diffusion, x, times[0]), source.masked_step(step, x)
-    batch = BatchSettings(
-        config,
-        model.diffusion.model_time(times[:-1]).to(device),
-        (height // network.size_multiple, width // network.size_multiple),
-        runtime.autocast_dtype(precision, device),
-        cache_stats,
-    )
-    denoise = build_denoiser(model, Condition(label=label).to(device), scales.expand(rows), guidance_model, batch)
-    yield from sample_loop(step, denoise, x, times, noise)
+    yield from sample_steps(model, make_request(classes, seeds, **options).resolve(model), cache_stats)
 
 
 @torch.no_grad()
 def decode(model: Model, latents: Tensor) -> np.ndarray:
-    """latents [B, C, h, w] -> images uint8 [B, H, W, 3 or 1]"""
+    """latents [B, C, h, w] -> images uint8 [B, H, W, 3 or 1], or [B, C, T, h, w] -> clips uint8 [B, T, H, W, 3 or 1]"""
     pixels = model.codec.decode(latents.float())
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
 def generate(
@@ -109,56 +145,103 @@ def generate(
     classes: Sequence[int | str] | None = None,
     seeds: Sequence[int] = (0,),
     *,
-    size: tuple[int, int] | None = None,
-    guidance_scale: float | None = None,
-    guidance_model: Model | None = None,
-    init_image: np.ndarray | None = None,
-    strength: float | None = None,
-    mask: np.ndarray | None = None,
-    precision: runtime.Precision = "float32",
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
     cache_stats: CacheStats | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> np.ndarray:
-    """Generate images, uint8 [B, H, W, 3 or 1]: one for each pair of class and seed, `batch_size` at a time.
+    """Generate images, uint8 [B, H, W, 3 or 1], or clips, uint8 [B, T, H, W, 3 or 1]: one for each pair of class and
+    seed, `batch_size` at a time.
 
-    Arguments as for `generate_steps`. progress is called with (steps done, steps in total). Where a mask is 0 the
-    image is init_image, bit for bit.
+    classes and seeds are paired row by row; either may have one entry for all rows. Each seed determines its image,
+    independent of the batch. condition: other inputs by field of the model's condition, one per row or one for all.
+    progress is called with (steps done, steps in total). cache_stats: counts what caching saves.
+
+    options: guidance_scale, guidance_model, size, init_image, strength, mask and precision, as described in
+    `SampleRequest`; any other key of SamplingConfig; and `overrides`. Where a mask is 0 the image is init_image, bit
+    for bit. Raises TesseraError for a request that the model cannot fulfill.
     """
-    images = None if init_image is None else as_images(model, init_image)
-    masks = None if mask is None else as_masks(mask)
-    inputs = {"classes": classes, "seeds": seeds, "images": images, "masks": masks}
-    rows = num_rows({name: 1 if values is None else len(values) for name, values in inputs.items()})
-    results, num_batches = [], -(-rows // batch_size)
-    for start in range(0, rows, batch_size):
-        end = min(start + batch_size, rows)
-        batch: dict[str, Any] = {
-            name: values if values is None or len(values) == 1 else values[start:end] for name, values in inputs.items()
-        }
-        if len(seeds) == 1:
-            batch["seeds"] = list(seeds) * (end - start)
+    return generate_request(model, make_request(classes, seeds, **options), batch_size, progress, cache_stats)
+
+
+@torch.no_grad()
+def generate_request(
+    model: Model,
+    request: SampleRequest,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+    cache_stats: CacheStats | None = None,
+) -> np.ndarray:
+    """The images of a request, as `generate` returns them."""
+    all_rows = request.resolve(model)
+    results, num_batches = [], -(-len(all_rows) // batch_size)
+    for number in range(num_batches):
+        rows = all_rows[number * batch_size : (number + 1) * batch_size]
         latents = None
-        for state in generate_steps(
-            model,
-            batch["classes"],
-            batch["seeds"],
-            size=size,
-            guidance_scale=guidance_scale,
-            guidance_model=guidance_model,
-            init_image=batch["images"],
-            strength=strength,
-            mask=batch["masks"],
-            precision=precision,
-            cache_stats=cache_stats,
-            **settings,
-        ):
+        for state in sample_steps(model, rows, cache_stats):
             latents = state.x
             if progress is not None:
-                progress(start // batch_size * state.num_steps + state.step, state.num_steps * num_batches)
-        assert latents is not None  # generate_steps always yields
-        generated = decode(model, latents)
-        if images is not None and masks is not None:
-            generated = np.where(batch["masks"][..., None] != 0, generated, batch["images"])
-        results.append(generated)
+                progress(number * state.num_steps + state.step, state.num_steps * num_batches)
+        assert latents is not None  # sample_steps always yields
+        images = decode(model, latents)
+        if rows.image is not None and rows.mask is not None:
+            images = np.where(rows.mask.numpy()[..., None], images, rows.image.numpy())
+        results.append(images)
     return np.concatenate(results)
+
+
+class ContinuousSampler:
+    """Samples several requests to one model together. Requests may differ in all but caching, and join at any time.
+
+    Each image is the one that the request has alone, up to the rounding of matrix products of another batch size. All
+    requests have the same guidance model, precision and caching.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guidance_model: Model | None = None,
+        precision: runtime.Precision = "float32",
+        **settings: Any,
+    ) -> None:
+        """settings: of sampling, of which only `caching` matters"""
+        self.model = model
+        self.terms = Terms.possible(model, guidance_model)
+        self.request = SampleRequest(settings=settings, precision=precision)
+        dtype = runtime.autocast_dtype(precision, model.device)
+        batch = BatchSettings(self.request.sampling(model), None, model.config.network.grid, 0, dtype)
+        network = model.config.network
+        empty = network.condition_type.example(network.condition_fields, 0, network)
+        conditions = self.terms.conditions(model, empty)
+        self.batch = ContinuousBatch(build_denoiser(model, conditions, self.terms, batch))
+
+    @torch.no_grad()
+    def add(self, request: SampleRequest, names: Sequence[Any]) -> None:
+        """Rows that join at the next step, each with a name. Raises TesseraError."""
+        rows, model = request.resolve(self.model), self.model
+        if rows.config.caching != self.request.sampling(model).caching:
+            raise TesseraError("requests that are sampled together need the same caching")
+        if len(names) != len(rows):
+            raise ValueError(f"{len(rows)} rows need as many names, not {len(names)}")
+        start, count = _start(model, rows), len(rows)
+        conditions = self.terms.conditions(model, rows.condition.to(model.device))
+        guidance = self.terms.guidance(rows.config, rows.scale)
+        self.batch.add(
+            start.solver,
+            RowState(
+                name=list(names),
+                x=start.x,
+                times=start.times.expand(count, -1),
+                step=torch.zeros(count, dtype=torch.int64),
+                num_steps=torch.full((count,), len(start.times) - 1),
+                seed=rows.seed,
+                noise_calls=torch.ones(count, dtype=torch.int64),
+                inputs=DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x),
+                memory=start.memory,
+            ),
+        )
+
+    @torch.no_grad()
+    def step(self) -> dict[Any, Tensor]:
+        """One network call. Returns the latents [C, ...] of each row that is finished, by name."""
+        return {name: x for state in self.batch.step() for name, x in zip(state.name, state.x)}

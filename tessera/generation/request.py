@@ -1,19 +1,191 @@
-"""Validation of a request: sampling settings, classes, seeds, guidance and size."""
+"""A request for images or clips: which rows are sampled with which condition, seed, size, solver and guidance.
+
+Shapes: B rows, K terms of guidance, T frames, H W height and width, C channels of the pixels.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from tessera.acceleration.first_block_cache import check_caching
+from tessera.conditioning import Condition, check_inputs
 from tessera.errors import TesseraError
 from tessera.model import Model
+from tessera.rows import Rows
+from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
-from tessera.settings import apply_overrides, unknown_name, validate
+from tessera.settings import apply_overrides, validate
 
 # The settings of a diffusion process that decide what a raw output means; the others are of training alone.
 OUTPUT_SETTINGS = {
     "kind", "num_timesteps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times",
 }  # fmt: skip
+ALL = "all"  # the term of guidance whose weak output lacks every condition
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to sample. Whatever varies between rows is a sequence, with one entry for each row or one for all rows.
+
+    seeds: each determines its image, independent of the batch. condition: inputs by field of the model's condition,
+    such as {"label": [3, "cat"]}. guidance_scale: instead of that of the settings; one number, or one per row.
+    size: of the image in pixels, (H, W) or (T, H, W) (default: the trained size). settings: any key of SamplingConfig,
+    and `overrides`. guidance_model: a weaker model with the same condition, instead of the model itself without
+    condition (autoguidance).
+
+    init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
+    the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
+    mask: [B, H, W] or [H, W], 1 where to generate and 0 where the image stays. Clips have T before H.
+
+    policy: how the inputs were chosen, for the record.
+    """
+
+    seeds: Sequence[int] = (0,)
+    condition: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    guidance_scale: float | Sequence[float] | Tensor | None = None
+    size: tuple[int, ...] | None = None
+    init_image: np.ndarray | None = None
+    strength: float | None = None
+    mask: np.ndarray | None = None
+    precision: Precision = "float32"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    guidance_model: Model | None = None
+    policy: str = "listed"
+
+    @property
+    def classes(self) -> Sequence[int | str] | None:
+        return self.condition.get("label")
+
+    def __len__(self) -> int:
+        """The number of rows. Raises TesseraError if the lengths of the inputs differ."""
+        counts = {name: len(values) for name, values in self._sequences.items()}
+        if not all(counts.values()):
+            raise TesseraError("nothing to generate: pass at least one seed, and one input for each condition")
+        rows = max(counts.values())
+        for name, count in counts.items():
+            if count not in (1, rows):
+                raise TesseraError(
+                    f"{rows} images are requested, but there are {count} {name}: pass {rows}, or 1 for all"
+                )
+        return rows
+
+    @cached_property
+    def _sequences(self) -> dict[str, Sequence[Any]]:
+        """Every input with an entry for each row or one for all rows, by a readable name."""
+        scales = [] if self.guidance_scale is None else torch.as_tensor(self.guidance_scale).reshape(-1)
+        named = {{"label": "classes"}.get(name, name): values for name, values in self.condition.items()}
+        sequences = {"seeds": self.seeds, **named, "guidance scales": scales}
+        image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
+        sequences |= {} if image is None else {"images": image}
+        sequences |= {} if mask is None else {"masks": mask}
+        return {name: values for name, values in sequences.items() if name != "guidance scales" or len(values)}
+
+    def _with_rows(self, array: np.ndarray | None, axes: int) -> np.ndarray | None:
+        """An array [B, ...] of the same, or of an array for all rows. axes: of an array with rows, of images"""
+        if array is None:
+            return None
+        array, is_clip = np.asarray(array), self.size is not None and len(self.size) == 3
+        return array[None] if array.ndim == axes + is_clip - 1 else array
+
+    def select(self, rows: Sequence[int]) -> "SampleRequest":
+        """A request for some of the rows."""
+
+        def chosen(values: Any) -> Any:
+            repeated = list(rows) if len(values) != 1 else [0] * len(rows)
+            if isinstance(values, np.ndarray | Tensor):
+                return values[repeated]
+            return [values[row] for row in repeated]
+
+        image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
+        scale = self.guidance_scale
+        return replace(
+            self,
+            seeds=chosen(self.seeds),
+            condition={name: chosen(values) for name, values in self.condition.items()},
+            guidance_scale=scale if scale is None or isinstance(scale, int | float) else chosen(torch.as_tensor(scale)),
+            init_image=None if image is None else chosen(image),
+            mask=None if mask is None else chosen(mask),
+        )
+
+    def sampling(self, model: Model) -> SamplingConfig:
+        """The sampling settings, guidance_scale included if it is one number. Raises TesseraError."""
+        scale = self.guidance_scale
+        changes = {"guidance_scale": scale} if isinstance(scale, int | float) else {}
+        return sampling_config(model, **{**self.settings, **changes})
+
+    def check(self, model: Model) -> SamplingConfig:
+        """The sampling settings. Raises TesseraError for a request that the model cannot fulfill."""
+        config, network = self.sampling(model), model.config.network
+        len(self)
+        check_inputs(self.condition, network.condition_type, model.config)
+        if not all(0 <= seed < 2**63 for seed in self.seeds):
+            raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {list(self.seeds)}")
+        if unknown := sorted(config.guidance_scales.keys() - set(network.null_fields)):
+            known = ", ".join(network.null_fields) or "none"
+            raise TesseraError(
+                f"guidance_scales has {', '.join(unknown)}; the conditions of this model with a null value: {known}"
+            )
+        scales = self.scales(config)
+        guided = bool((scales != 1).any())
+        if self.guidance_model is not None:
+            check_guidance_model(model, self.guidance_model)
+            if not guided:
+                raise TesseraError("a guidance model needs a guidance_scale other than 1, for example guidance_scale=2")
+        elif guided and not network.null_fields:
+            raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
+        latent_size(model, self.size)
+        config.sampler.check(model.diffusion)
+        check_caching(network, config.caching)
+        return config
+
+    def scales(self, config: SamplingConfig) -> Tensor:
+        """The guidance scale of each row, float32 [B] or [1]."""
+        scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        return torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
+
+    def resolve(self, model: Model) -> "SampleRows":
+        """The rows of the request, all checked and paired. Raises TesseraError."""
+        config, num_rows = self.check(model), len(self)
+        condition = model.config.network.condition_type.encode(self.condition, model.config)
+        image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
+        if mask is not None and not np.isin(mask, (0, 1)).all():
+            raise TesseraError(
+                f"a mask is 1 where to generate and 0 where the image stays; got {mask.dtype} with other values"
+            )
+        return SampleRows(
+            seed=_expand(torch.tensor(list(self.seeds), dtype=torch.int64), num_rows),
+            condition=type(condition)(**{name: _expand(each, num_rows) for name, each in condition.present.items()}),
+            scale=_expand(self.scales(config), num_rows),
+            image=None if image is None else _expand(torch.from_numpy(np.ascontiguousarray(image)), num_rows),
+            mask=None if mask is None else _expand(torch.from_numpy(mask != 0), num_rows),
+            config=config,
+            request=self,
+        )
+
+
+@dataclass(frozen=True)
+class SampleRows(Rows):
+    """The rows of a request that was checked, with one entry for each row."""
+
+    seed: Tensor  # int64 [B]
+    condition: Condition
+    scale: Tensor  # float32 [B] of guidance
+    image: Tensor | None  # uint8 [B, H, W, C] to begin from
+    mask: Tensor | None  # bool [B, H, W] true where to generate
+    config: SamplingConfig
+    request: SampleRequest
+
+    def __len__(self) -> int:
+        return len(self.seed)
+
+
+def _expand(values: Tensor, num_rows: int) -> Tensor:
+    return values.expand(num_rows, *values.shape[1:])
 
 
 def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: Any) -> SamplingConfig:
@@ -26,61 +198,6 @@ def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: 
         return model.config.sampling
     data = {**model.config.sampling.model_dump(), **settings}
     return validate(SamplingConfig, apply_overrides(data, list(overrides), example="num_steps=20"), "sampling")
-
-
-def class_labels(model: Model, classes: Sequence[int | str]) -> list[int]:
-    """Class numbers or names -> numbers. Raises TesseraError for a class that the model does not have."""
-    count, names = model.config.network.num_classes, model.class_names
-    labels = []
-    for label in classes:
-        if isinstance(label, str):
-            if label in names:
-                label = names.index(label)
-            elif label.lstrip("-").isdigit():
-                label = int(label)
-            else:
-                raise TesseraError(unknown_name("class", label, names))
-        if not 0 <= label < count:
-            raise TesseraError(f"class {label} is out of range: this model has {count} classes, 0 to {count - 1}")
-        labels.append(int(label))
-    return labels
-
-
-def num_rows(counts: Mapping[str, int]) -> int:
-    """The number of images in a request. counts: how many of each input; each must be that number, or 1 for all images.
-
-    Raises TesseraError otherwise.
-    """
-    if not all(counts.values()):
-        raise TesseraError("nothing to generate: pass at least one class and one seed")
-    rows = max(counts.values())
-    for name, count in counts.items():
-        if count not in (1, rows):
-            raise TesseraError(f"{rows} images are requested, but there are {count} {name}: pass {rows}, or 1 for all")
-    return rows
-
-
-def check_request(
-    model: Model,
-    classes: Sequence[int | str] | None,
-    seeds: Sequence[int],
-    scales: Tensor,
-    guidance_model: Model | None,
-) -> None:
-    """Raise TesseraError for classes, seeds or guidance that the model does not support. scales: of guidance."""
-    network, guided = model.config.network, bool((scales != 1).any())
-    if classes is not None and not network.num_classes:
-        raise TesseraError("this model is unconditional: leave out classes")
-    if classes is None and network.num_classes:
-        raise TesseraError(f"this model has {network.num_classes} classes: pass some, for example classes=[0]")
-    if not all(0 <= seed < 2**63 for seed in seeds):
-        raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {list(seeds)}")
-    if guidance_model is not None:
-        check_guidance_model(model, guidance_model)
-        if not guided:
-            raise TesseraError("a guidance model needs a guidance_scale other than 1, for example guidance_scale=2")
-    elif guided and not (network.num_classes and network.learn_null_class):
-        raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
 
 
 def check_guidance_model(model: Model, guidance_model: Model) -> None:
@@ -103,12 +220,31 @@ def check_guidance_model(model: Model, guidance_model: Model) -> None:
         )
 
 
-def latent_size(model: Model, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the latents of an image size (None: the trained size). Raises TesseraError."""
+def image_size(model: Model) -> tuple[int, ...]:
+    """The size of an image or clip in pixels that the model was trained at: (H, W) or (T, H, W)."""
+    *frames, height, width = model.config.network.input_size
+    return *frames, height * model.codec.factor, width * model.codec.factor
+
+
+def latent_size(model: Model, size: Sequence[int] | None) -> tuple[int, ...]:
+    """The size of the latents of an image or clip (None: the trained size). Raises TesseraError."""
+    network = model.config.network
     if size is None:
-        return model.config.network.input_size
-    factor = model.codec.factor
-    multiple = factor * model.config.network.size_multiple
-    if size[0] % multiple or size[1] % multiple or min(size) < multiple:
-        raise TesseraError(f"size {size[0]} x {size[1]}: height and width must be multiples of {multiple} pixels")
-    return size[0] // factor, size[1] // factor
+        latents = network.input_size
+    else:
+        if len(size) not in (2, 3):
+            raise TesseraError(f"a size is (height, width) or (frames, height, width) in pixels; got {tuple(size)}")
+        *frames, height, width = size
+        factor = model.codec.factor
+        multiple = factor * network.size_multiple
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            raise TesseraError(f"size {height} x {width}: height and width must be multiples of {multiple} pixels")
+        latents = *frames, height // factor, width // factor
+    if len(latents) == 3 and not model.codec.takes_clips:
+        kind = model.config.codec.kind
+        raise TesseraError(f"clips of {latents[0]} frames need a codec for clips, but {kind} takes images")
+    try:
+        network.check_size(latents)
+    except ValueError as error:
+        raise TesseraError(f"size {' x '.join(map(str, size or latents))}: {error}") from None
+    return latents

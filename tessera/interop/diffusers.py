@@ -351,7 +351,9 @@ def _problems(model: Model, network: DiTConfig) -> list[str]:
         problems.append(f"diffusion is {model.config.diffusion.summary()}; only Gaussian is supported there")
     if network.block.kind != "adaln-zero":
         problems.append(f"block is {network.block.kind}; only adaln-zero is supported there")
-    if network.input_size[0] != network.input_size[1]:
+    if network.is_temporal:
+        problems.append(f"input_size is {network.input_size}; only images are supported there")
+    elif network.input_size[0] != network.input_size[1]:
         problems.append(
             f"input_size is {network.input_size[0]} x {network.input_size[1]}; only squares are supported there"
         )

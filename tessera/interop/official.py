@@ -105,8 +105,11 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         raise TesseraError(
             f"the official format has no {network.block.kind} blocks, only {', '.join(WRITABLE)}: convert to a bundle"
         )
+    if network.is_temporal:
+        raise TesseraError("the official format has no networks for clips: convert to a bundle")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    implied = infer_config(tensors, str(target), num_heads=network.num_heads, size=network.input_size)
+    height, width = network.input_size
+    implied = infer_config(tensors, str(target), num_heads=network.num_heads, size=(height, width))
     lost = _lost(network, model.config.diffusion, implied, str(target))
     if lost and not approximate:
         raise TesseraError(

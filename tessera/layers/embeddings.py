@@ -31,6 +31,12 @@ class TimestepEmbedder(nn.Module):
         self.freq_divisor = freq_divisor
         self.mlp = nn.Sequential(nn.Linear(self.CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in self.linears:
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
     @property
     def linears(self) -> tuple[nn.Linear, nn.Linear]:
         return cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
@@ -45,13 +51,21 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A learned vector per class, and one more for the null label, which label dropout and guidance use."""
+    """A learned vector per class, and one more for the null label, which label dropout and guidance use.
 
-    def __init__(self, num_classes: int, width: int, learn_null_class: bool = True) -> None:
+    std: of the initial weights.
+    """
+
+    def __init__(self, num_classes: int, width: int, learn_null_class: bool = True, std: float = 0.02) -> None:
         super().__init__()
+        self.std = std
         self.num_classes = num_classes
         self.learn_null_class = learn_null_class
         self.embedding_table = nn.Embedding(num_classes + learn_null_class, width)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding_table.weight, std=self.std)
 
     def forward(self, label: Tensor | None) -> Tensor:
         """label [B], negative for the null label -> [B, D]

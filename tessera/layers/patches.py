@@ -1,41 +1,76 @@
-"""Images to tokens and back.
+"""Images and clips to tokens and back. A function takes two axes (H, W) or three (T, H, W) alike.
 
-Shapes: B batch, C channels, H W height and width, p patch size, (h, w) = (H / p, W / p) the token grid, N = h w tokens,
-D width.
+Shapes: B batch, C channels, T frames, H W height and width, p patch size, (h, w) = (H / p, W / p) the token grid of an
+image, (t, h, w) that of a clip, whose patches are a x p x p with a = T / t, N = h w or t h w tokens, D width.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-
-def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """x [B, C, H, W] -> [B, N, p p C], tokens in row-major order; the inverse of `unpatchify`."""
-    x = x.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size))  # B C (h p) (w q) -> B C h p w q
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # -> B (h w) (p q C)
+PatchSize = int | Sequence[int]  # of height and width, and of one frame; or of each axis
 
 
-def unpatchify(tokens: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """tokens [B, N, p p C] on a grid (h, w) -> [B, C, h p, w p]"""
-    x = tokens.unflatten(1, grid).unflatten(3, (patch_size, patch_size, -1))  # B (h w) (p q C) -> B h w p q C
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # -> B C (h p) (w q)
+def patchify(x: Tensor, patch_size: PatchSize) -> Tensor:
+    """x [B, C, H, W] -> [B, N, p p C], or x [B, C, T, H, W] -> [B, N, a p p C]; the inverse of `unpatchify`.
+
+    Tokens are in row-major order, frame by frame.
+    """
+    axes = x.ndim - 2
+    for axis, length in enumerate(_patch(patch_size, axes)):
+        x = x.unflatten(2 + 2 * axis, (-1, length))  # B C (h p) (w q) -> B C h p w q
+    grid, inside = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+    return x.permute(0, *grid, *inside, 1).flatten(axes + 1).flatten(1, axes)  # -> B (h w) (p q C)
+
+
+def unpatchify(tokens: Tensor, patch_size: PatchSize, grid: Sequence[int]) -> Tensor:
+    """tokens [B, N, p p C] on a grid (h, w) -> [B, C, H, W], or [B, N, a p p C] on (t, h, w) -> [B, C, T, H, W]"""
+    axes = len(grid)
+    x = tokens.unflatten(1, tuple(grid)).unflatten(1 + axes, (*_patch(patch_size, axes), -1))  # -> B h w p q C
+    order = [axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes)) for axis in pair]
+    x = x.permute(0, x.ndim - 1, *order)  # -> B C h p w q
+    for axis in range(2, 2 + axes):
+        x = x.flatten(axis, axis + 1)  # -> B C (h p) (w q)
+    return x
+
+
+def _patch(patch_size: PatchSize, axes: int) -> Sequence[int]:
+    if not isinstance(patch_size, int):
+        return patch_size[-axes:]
+    return (1, patch_size, patch_size)[-axes:]
 
 
 class PatchEmbed(nn.Module):
-    """Patch embedding: a convolution with stride p, computed as a matrix product."""
+    """Patch embedding: a convolution whose stride is its kernel size, computed as a matrix product.
 
-    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+    temporal_patch_size: frames of a patch. With one frame, the weight is that of an image network.
+    """
+
+    def __init__(self, channels: int, patch_size: int, width: int, temporal_patch_size: int = 1) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_size = (temporal_patch_size, patch_size, patch_size)
+        if temporal_patch_size == 1:
+            self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        else:
+            self.proj = nn.Conv3d(channels, width, kernel_size=self.patch_size, stride=self.patch_size)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier, with the fans of a linear layer."""
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, N, D]"""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # D C p q -> D (p q C), the order of patchify
+        """x [B, C, H, W] or [B, C, T, H, W] -> [B, N, D]"""
+        # D C p q -> D (p q C), the order of patchify
+        weight = self.proj.weight.permute(0, *range(2, self.proj.weight.ndim), 1).flatten(1)
         return linear(patchify(x, self.patch_size), weight, self.proj.bias)
 
     def macs(self, tokens: int) -> int:
-        """Multiply-adds for one sample: p^2 C D for each token."""
+        """Multiply-adds for one sample: a p^2 C D for each token."""
         return tokens * self.proj.weight.numel()
 
 

@@ -1,14 +1,14 @@
 """Transformer blocks: the four designs of the DiT paper (Peebles & Xie 2023, section 3.2) and two later ones.
 
 Each design has its settings directly above its block. A block is `block(x, context)`. Shapes: B batch, N image tokens,
-M condition tokens, G conditioning vectors (1, or N), D width, E channels of a head.
+M condition tokens, G conditioning vectors (1, one for each frame, or N), D width, E channels of a head.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
@@ -16,18 +16,19 @@ from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
 from tessera.layers.positions import rope_grid
-from tessera.settings import Settings
+from tessera.rows import SHARED, Rows
+from tessera.settings import Settings, expand_kind
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Rows):
     """The inputs that all blocks share, beside their tokens. `SharedConditioning` sets the last three if needed."""
 
     c: Tensor  # [B, G, D] conditioning vectors: time + label
     cond_tokens: Tensor  # [B, M, D] the same as tokens: time, then label
-    grid: tuple[int, int]  # (h, w) of the image tokens
+    grid: tuple[int, ...]  # (h, w) of the image tokens, or (t, h, w) of those of a clip
     shared_modulation: Tensor | None = None  # [B, G, 6 D] parameters to which every block adds its offsets
-    rope: Tensor | None = None  # [N, E / 2, 2] angles of the grid
+    rope: Tensor | None = field(default=None, metadata=SHARED)  # [N, E / 2, 2] angles of the grid
     v0: Tensor | None = None  # [B, N, D] values of the first layer, which every attention mixes in
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
@@ -36,11 +37,6 @@ class Context:
         Blocks call this method instead of the module, so that a context can return precomputed parameters.
         """
         return modulation.params(self.c, self.shared_modulation)
-
-    def rows(self, indices: Tensor) -> Self:
-        """The selected rows of the batch."""
-        values = {name: getattr(self, name) for name in ("c", "cond_tokens", "shared_modulation", "v0")}
-        return replace(self, **{name: value[indices] for name, value in values.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,7 @@ class BlockDims:
     num_heads: int
     mlp_width: int
     mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this norm only
+    temporal: bool = False  # whether tokens are those of clips
 
 
 def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
@@ -69,6 +66,7 @@ class SharedConditioning(nn.Module):
         super().__init__()
         self.adaLN_modulation = Modulation(dims.width, 6) if modulation else None
         self.rope_channels = dims.width // dims.num_heads if rope else 0
+        self.temporal = dims.temporal
         self.norm = RMSNorm(dims.width)
         self.v0_proj = nn.Linear(dims.width, dims.width, bias=False) if value_residual else None
 
@@ -78,7 +76,7 @@ class SharedConditioning(nn.Module):
         return replace(
             context,
             shared_modulation=None if modulation is None else context.modulation_params(modulation),
-            rope=rope_grid(context.grid, self.rope_channels, x.device) if self.rope_channels else None,
+            rope=rope_grid(context.grid, self.rope_channels, x.device, self.temporal) if self.rope_channels else None,
             v0=None if self.v0_proj is None else self.v0_proj(self.norm(x)),
         )
 
@@ -126,8 +124,8 @@ class BlockConfig(Settings):
         """Whether a table of positions is added to the patch embeddings."""
         return True
 
-    def check(self, width: int, num_heads: int) -> None:
-        """Raise ValueError if a block cannot have these sizes."""
+    def check(self, width: int, num_heads: int, temporal: bool) -> None:
+        """Raise ValueError if a block cannot have these sizes. temporal: whether the network is for clips"""
 
     def shared(self, dims: BlockDims) -> SharedConditioning | None:
         """The module that computes what the blocks share."""
@@ -297,11 +295,12 @@ class RoPESwiGLU(BlockConfig):
     def absolute_positions(self) -> bool:
         return self.positions == "sincos"
 
-    def check(self, width: int, num_heads: int) -> None:
-        if self.positions == "rotary" and width // num_heads % 4:
+    def check(self, width: int, num_heads: int, temporal: bool) -> None:
+        channels, least = width // num_heads, 8 if temporal else 4
+        if self.positions == "rotary" and (channels % 4 or channels < least):
             raise ValueError(
-                f"hidden_size {width} and num_heads {num_heads} give {width // num_heads} channels per head, and "
-                f"rotary positions need a multiple of 4: change one of them, or set block.positions=sincos"
+                f"hidden_size {width} and num_heads {num_heads} give {channels} channels per head, and rotary "
+                f"positions need a multiple of 4, {least} or more: change one of them, or set block.positions=sincos"
             )
 
     def build(self, dims: BlockDims) -> Block:
@@ -331,4 +330,5 @@ class RoPESwiGLUBlock(AdaLNZeroBlock):
         return self.attn(x, context.rope, context.v0)
 
 
-AnyBlock = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU
+_Block = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU  # the one list of all designs
+AnyBlock = Annotated[_Block, BeforeValidator(expand_kind), Field(discriminator="kind")]

@@ -1,25 +1,29 @@
 """The diffusion transformer (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers").
 
-Shapes: B batch, C channels, O raw output channels, H W height and width, p patch size, (h, w) = (H / p, W / p) the
-token grid, N = h w image tokens, M condition tokens, G conditioning vectors of an image, D width.
+Shapes: B batch, C channels, O raw output channels, T frames, H W height and width, p patch size, (h, w) = (H / p,
+W / p) the token grid of an image, (t, h, w) that of a clip, N = h w or t h w tokens, M condition tokens, G conditioning
+vectors of an image or clip, D width.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from tessera.conditioning import Condition
-from tessera.layers.attention import RotaryAttention
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
-from tessera.layers.modulation import Modulation, ScaleShiftTable, modulate
+from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
-from tessera.layers.positions import sincos_grid
+from tessera.layers.positions import sincos_frames, sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockDims, Context
-from tessera.models.network import Network, NetworkConfig
+from tessera.models.network import Network, NetworkConfig, check_times, self_initialized
 from tessera.models.presets import PRESETS, UNET_PRESETS
-from tessera.settings import expand_kind, unknown_name
+from tessera.settings import unknown_name
+
+RunBlocks = Callable[[Tensor, Context], Tensor]  # as `DiT.run_blocks`
 
 
 class DiTConfig(NetworkConfig):
@@ -30,12 +34,13 @@ class DiTConfig(NetworkConfig):
 
     display_name: ClassVar[str] = "diffusion transformer"
     kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
-    patch_size: PositiveInt = 2
+    patch_size: PositiveInt = Field(default=2, description="height and width of a patch")
+    temporal_patch_size: PositiveInt = Field(default=1, description="frames of a patch, in a network for clips")
     depth: PositiveInt = 28
     hidden_size: PositiveInt = 1152
     num_heads: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
-    block: Annotated[AnyBlock, BeforeValidator(expand_kind), Field(discriminator="kind")] = AdaLNZero()
+    block: AnyBlock = AdaLNZero()
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers' DiT was trained with 127"
     )
@@ -60,7 +65,12 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
-        self.block.check(self.hidden_size, self.num_heads)
+        self.block.check(self.hidden_size, self.num_heads, self.is_temporal)
+        if self.temporal_patch_size > 1 and not self.is_temporal:
+            raise ValueError(
+                f"temporal_patch_size {self.temporal_patch_size} needs a network for clips: set input_size to "
+                f"(frames, height, width)"
+            )
         if "input_size" in self.model_fields_set:
             self.check_size(self.input_size)
         return self
@@ -69,13 +79,28 @@ class DiTConfig(NetworkConfig):
     def size_multiple(self) -> int:
         return self.patch_size
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        if size[0] % self.patch_size or size[1] % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide the size {size[0]} x {size[1]}")
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.token_grid(self.input_size)
+
+    def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The token grid (h, w) or (t, h, w) of an input of size (H, W) or (T, H, W)."""
+        patch = (self.temporal_patch_size, self.patch_size, self.patch_size)[-len(size) :]
+        return tuple(length // divisor for length, divisor in zip(size, patch))
+
+    def check_size(self, size: Sequence[int]) -> None:
+        super().check_size(size)
+        height, width = size[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide the size {height} x {width}")
+        frames = size[0] if len(size) == 3 else 1
+        if frames % self.temporal_patch_size:
+            raise ValueError(f"temporal_patch_size {self.temporal_patch_size} does not divide {frames} frames")
 
     def summary(self) -> str:
         sizes = f"depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
-        return f"DiT, {self.block.summary()}, {sizes}"
+        frames = f" x {self.temporal_patch_size} frames" if self.temporal_patch_size > 1 else ""
+        return f"DiT, {self.block.summary()}, {sizes}{frames}"
 
     def build(self) -> "DiT":
         return DiT(self)
@@ -89,6 +114,12 @@ class FinalLayer(nn.Module):
         self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = Modulation(width, 2) if modulated else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Zero: a new network predicts zero."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.c [B, G, D] -> [B, N, p p O]"""
@@ -115,68 +146,65 @@ class DiT(Network):
         config.check_size(config.input_size)
         width = config.hidden_size
         self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
-        dims = BlockDims(width, config.num_heads, int(width * config.mlp_ratio), config.mlp_norm_eps)
-        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
+        dims = BlockDims(
+            width, config.num_heads, int(width * config.mlp_ratio), config.mlp_norm_eps, config.is_temporal
+        )
+        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width, config.temporal_patch_size)
         self.t_embedder = TimestepEmbedder(width, config.timestep_freq_divisor)
         self.y_embedder = (
             LabelEmbedder(config.num_classes, width, config.learn_null_class) if config.num_classes else None
         )
         # A frozen parameter, not a buffer: official checkpoints contain it, and the paper's counts include it.
-        table = torch.zeros(1, config.grid[0] * config.grid[1], width)
+        # Of one frame: so the weights of an image network fit a network for clips.
+        table = torch.zeros(1, math.prod(config.grid[-2:]), width)
         self.pos_embed = nn.Parameter(table, requires_grad=False) if config.block.absolute_positions else None
         self.shared = config.block.shared(dims)
         blocks = [config.block.build(dims) for _ in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.appends_tokens = blocks[0].appends_tokens
-        self.final_layer = FinalLayer(width, config.patch_size**2 * config.out_channels, blocks[0].modulated_head)
+        patch_values = config.temporal_patch_size * config.patch_size**2
+        self.final_layer = FinalLayer(width, patch_values * config.out_channels, blocks[0].modulated_head)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialize all weights as the official code does: Xavier for every Linear, then the exceptions."""
+        """Initialize all weights as the official code does: Xavier for every Linear, then each module's own values."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if self.pos_embed is not None:
-            self.pos_embed.copy_(sincos_grid(self.config.grid, self.config.hidden_size))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # the fans of a linear layer
-        if self.x_embedder.proj.bias is not None:
-            nn.init.zeros_(self.x_embedder.proj.bias)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for linear in self.t_embedder.linears:
-            nn.init.normal_(linear.weight, std=0.02)
-        # With zero modulation, a new block with gates is the identity. With a zero head, a new network predicts zero.
-        for module in self.modules():
-            if isinstance(module, Modulation):
-                nn.init.zeros_(module.linear.weight)
-            elif isinstance(module, ScaleShiftTable):
-                nn.init.zeros_(module.table)
-            elif isinstance(module, RotaryAttention):
-                module.reset_parameters()
-        nn.init.zeros_(self.final_layer.linear.weight)
+            self.pos_embed.copy_(sincos_grid(self.config.grid[-2:], self.config.hidden_size))
+        # In this order, a seed gives the same weights as in earlier versions.
+        first: list[Any] = [self.x_embedder, *([] if self.y_embedder is None else [self.y_embedder]), self.t_embedder]
+        for module in (*first, *(module for module in self_initialized(self) if module not in first)):
+            module.reset_parameters()
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] in the units the network was trained in (0 to 999 in the paper) -> [B, O, H, W]
 
-        H and W may differ from the configured size: positions are computed for any token grid.
-        Raises ValueError if patch_size does not divide H and W, or if labels are missing.
+        For clips see `Network.forward`. Positions are computed for any token grid. Raises ValueError if the patch sizes
+        do not divide the size, for times of another shape, or if labels are missing.
         """
-        tokens, context = self.embed(x, t, condition)
-        for block in self.blocks:
-            tokens = block(tokens, context)
-        return self.head(tokens, context)
+        return self.output(x, self.embed_condition(check_times(t, x), condition, self.grid(x)))
+
+    def output(self, x: Tensor, context: Context, run_blocks: RunBlocks | None = None) -> Tensor:
+        """The forward pass with a context that `embed_condition` returned.
+
+        run_blocks: called as `run_blocks(tokens, context)` in place of the method of that name.
+        """
+        tokens, context = self.embed_patches(x, context)
+        return self.head((run_blocks or self.run_blocks)(tokens, context), context)
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
         """Return the tokens [B, N, D] (N + M where the condition is appended) and the context of the blocks."""
-        return self.embed_patches(x, self.embed_condition(t, condition, self.grid(x)))
+        return self.embed_patches(x, self.embed_condition(check_times(t, x), condition, self.grid(x)))
 
-    def grid(self, x: Tensor) -> tuple[int, int]:
-        """Return the token grid (h, w) of x [B, C, H, W]."""
-        self.config.check_size((x.shape[-2], x.shape[-1]))
-        return x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size
+    def grid(self, x: Tensor) -> tuple[int, ...]:
+        """Return the token grid (h, w) of x [B, C, H, W], or (t, h, w) of x [B, C, T, H, W]."""
+        self.config.check_size(x.shape[2:])
+        return self.config.token_grid(x.shape[2:])
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Like `embed`, with a context that `embed_condition` returned."""
@@ -188,26 +216,68 @@ class DiT(Network):
             context = self.shared(tokens, context)
         return torch.cat((tokens, context.cond_tokens), dim=1) if self.appends_tokens else tokens, context
 
-    def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, int]) -> Context:
-        """Return what blocks and head need beside the image, for timesteps t [B] and a token grid (h, w)."""
-        time = self.t_embedder(t)[:, None]  # one conditioning vector for each image: G = 1
-        c, cond_tokens = time, [time]
+    def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
+        """Return what blocks and head need beside the image or clip, for its token grid.
+
+        t [B], or [B, G]: a time for each frame (G = t), or for each token (G = N).
+        """
+        time = self.t_embedder(t if t.ndim == 2 else t[:, None])
+        c, cond_tokens = time, [time if time.shape[1] == 1 else time + self._positions_of_times(time, grid)]
         if self.y_embedder is not None:
             label = self.y_embedder(condition.label)[:, None]
-            c, cond_tokens = time + label, [time, label]
+            c = time + label
+            cond_tokens.append(label)
         return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
 
+    def _positions_of_times(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Positions [G, D] of time tokens [B, G, D], by the frame or the token that each belongs to."""
+        groups, width = time.shape[1:]
+        if groups == math.prod(grid):
+            return sincos_grid(grid, width).to(time)
+        if len(grid) == 3 and groups == grid[0]:
+            return sincos_frames(groups, width).to(time)
+        raise ValueError(
+            f"{groups} times for a token grid of {' x '.join(map(str, grid))}: expected one, one for each frame (with "
+            f"temporal_patch_size 1), or one for each token"
+        )
+
+    def run_blocks(
+        self,
+        tokens: Tensor,
+        context: Context,
+        start: int = 0,
+        end: int | None = None,
+        residuals: Mapping[int, Tensor] | None = None,
+        capture: dict[int, Tensor | None] | None = None,
+    ) -> Tensor:
+        """Apply the blocks start .. end - 1 (default: to the last) to the tokens: [B, N (+ M), D] -> the same shape.
+
+        residuals: added to the output of a block, by its number, as ControlNet does. capture: a dictionary with the
+        numbers of blocks as keys; their outputs become its values.
+        """
+        for number, block in enumerate(self.blocks[start:end], start):
+            tokens = block(tokens, context)
+            if residuals is not None and number in residuals:
+                tokens = tokens + residuals[number]
+            if capture is not None and number in capture:
+                capture[number] = tokens
+        return tokens
+
     def head(self, tokens: Tensor, context: Context) -> Tensor:
-        """Map the tokens of the last block to the output: [B, N (+ M), D] -> [B, O, H, W]"""
-        patches = self.final_layer(tokens[:, : context.grid[0] * context.grid[1]], context)
-        return unpatchify(patches, self.config.patch_size, context.grid)
+        """Map the tokens of the last block to the output: [B, N (+ M), D] -> [B, O, H, W] or [B, O, T, H, W]"""
+        patches = self.final_layer(tokens[:, : math.prod(context.grid)], context)
+        return unpatchify(patches, self.x_embedder.patch_size, context.grid)
 
-    def _positions(self, grid: tuple[int, int], table: Tensor) -> Tensor:
-        return table if grid == self.config.grid else sincos_grid(grid, self.config.hidden_size).to(table)
+    def _positions(self, grid: tuple[int, ...], table: Tensor) -> Tensor:
+        if grid[-2:] != self.config.grid[-2:]:
+            return sincos_grid(grid, self.config.hidden_size).to(table)
+        if len(grid) == 2 or grid[0] == 1:
+            return table
+        frames = sincos_frames(grid[0], self.config.hidden_size).to(table)
+        return (frames[:, None] + table).flatten(0, 1)
 
-    def macs(self, size: tuple[int, int] | None = None) -> int:
-        height, width = size or self.config.input_size
-        tokens = (height // self.config.patch_size) * (width // self.config.patch_size)
+    def macs(self, size: Sequence[int] | None = None) -> int:
+        tokens = math.prod(self.config.token_grid(size or self.config.input_size))
         cond_tokens = 1 if self.y_embedder is None else 2
         return (
             self.x_embedder.macs(tokens)

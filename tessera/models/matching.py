@@ -1,7 +1,7 @@
 """Find a U-Net with as many multiply-adds or parameters as a DiT, to compare the two at equal size."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +41,7 @@ def match_unet(dit: DiTConfig, by: By) -> UNetConfig:
     """
     target = network_size(dit, by)
     levels = next(
-        levels for levels in reversed(CHANNEL_MULTS) if levels == 1 or _supports_levels(dit.input_size, levels)
+        levels for levels in reversed(CHANNEL_MULTS) if levels == 1 or _supports_levels(dit.input_size[-2:], levels)
     )
     candidates: list[tuple[float, UNetConfig]] = []
     for channel_mult in CHANNEL_MULTS[levels]:
@@ -100,11 +100,11 @@ def _unet_like(dit: DiTConfig, channel_mult: tuple[int, ...], num_res_blocks: in
         **{name: getattr(dit, name) for name in (*DATA_DEPENDENT, "learn_null_class")},
         channel_mult=channel_mult,
         num_res_blocks=num_res_blocks,
-        attention_levels=tuple(factor for factor in factors if max(dit.input_size) <= MAX_ATTENTION_SIZE * factor),
+        attention_levels=tuple(factor for factor in factors if max(dit.input_size[-2:]) <= MAX_ATTENTION_SIZE * factor),
     )
 
 
-def _supports_levels(size: tuple[int, int], levels: int) -> bool:
+def _supports_levels(size: Sequence[int], levels: int) -> bool:
     """Whether a size can be halved to this number of levels, and needs the last one; small images have two levels."""
     factor = 2 ** (levels - 1)
     if any(side % factor for side in size):

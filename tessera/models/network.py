@@ -1,16 +1,19 @@
 """The interface of all networks: `network(x, t, condition) -> raw`, built from its settings.
 
-Shapes: B batch, C channels, O raw output channels, H W height and width.
+Shapes: B batch, C channels, O raw output channels, T frames, H W height and width.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
+import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from tessera.conditioning import Condition
-from tessera.settings import Settings, Size
+from tessera.settings import InputSize, Settings
+from tessera.times import shared_time
 
 # Settings that follow from the data, the codec and the diffusion process.
 DATA_DEPENDENT = ("input_size", "in_channels", "out_channels", "num_classes")
@@ -20,8 +23,11 @@ class NetworkConfig(Settings, ABC):
     """The settings that all networks have: their inputs and outputs."""
 
     display_name: ClassVar[str]
+    condition_type: ClassVar[type[Condition]] = Condition
     kind: str
-    input_size: Size = Field(default=(32, 32), description="height and width of the input (latents or pixels)")
+    input_size: InputSize = Field(
+        default=(32, 32), description="height and width of the input (latents or pixels); of clips: with frames first"
+    )
     in_channels: PositiveInt = Field(default=4, description="channels of the input")
     out_channels: PositiveInt = Field(
         default=8, description="raw output channels: twice in_channels if the variance is learned"
@@ -30,18 +36,39 @@ class NetworkConfig(Settings, ABC):
     learn_null_class: bool = Field(default=True, description="a learned null label, which guidance needs")
 
     @property
+    def condition_fields(self) -> tuple[str, ...]:
+        """The fields of its condition that the network uses, and needs."""
+        return ("label",) if self.num_classes else ()
+
+    @property
+    def null_fields(self) -> tuple[str, ...]:
+        """Those of them that have a null value, which dropout and guidance need."""
+        return tuple(name for name in self.condition_fields if name != "label" or self.learn_null_class)
+
+    @property
+    def is_temporal(self) -> bool:
+        """Whether the network is for clips. A network for clips takes images, too: a clip with one frame."""
+        return len(self.input_size) == 3
+
+    @property
     @abstractmethod
     def size_multiple(self) -> int:
         """Height and width of an input must be multiples of this."""
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """The input size over `size_multiple`: a DiT's token grid, a U-Net's deepest level."""
-        return self.input_size[0] // self.size_multiple, self.input_size[1] // self.size_multiple
+    def grid(self) -> tuple[int, ...]:
+        """The input size over `size_multiple`: a DiT's token grid, a U-Net's deepest level. Frames are not divided."""
+        return *self.input_size[:-2], *(side // self.size_multiple for side in self.input_size[-2:])
 
-    @abstractmethod
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ValueError unless the network accepts inputs of this size."""
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError unless the network accepts inputs of this size, (H, W) or (T, H, W)."""
+        if len(size) not in (2, 3):
+            raise ValueError(f"an input has the size (height, width) or (frames, height, width), not {tuple(size)}")
+        if len(size) == 3 and size[0] > 1 and not self.is_temporal:
+            raise ValueError(
+                f"this network is for images, and the input is a clip of {size[0]} frames: a network for clips has an "
+                f"input_size of (frames, height, width)"
+            )
 
     @abstractmethod
     def summary(self) -> str:
@@ -66,16 +93,46 @@ class Network(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], t [B] in the units the network was trained in -> [B, O, H, W]
 
-        H and W may differ from the configured size. Raises ValueError if the network does not accept the size, or if
-        labels are missing.
+        A network for clips takes x [B, C, T, H, W], and t [B] or, for frames with their own times, [B, T]. An image and
+        a clip of one frame have the same output, bit for bit, and so have a time t [B] and the same time for all frames
+        (on the CPU; on a GPU up to rounding).
+        T, H and W may differ from the configured size. Raises ValueError if the network does not accept the size or the
+        times, or if labels are missing.
         """
 
     @abstractmethod
-    def macs(self, size: tuple[int, int] | None = None) -> int:
-        """Multiply-adds of one forward pass of one image of `size` (by default the configured size).
+    def macs(self, size: Sequence[int] | None = None) -> int:
+        """Multiply-adds of one forward pass of one image or clip of `size` (by default the configured size).
 
-        The paper calls these "Gflops". The number of floating-point operations is twice as large.
+        The paper calls these "Gflops". The number of floating-point operations is twice as large. Times are those of
+        the whole image or clip.
         """
+
+
+def check_times(t: Tensor, x: Tensor) -> Tensor:
+    """Times t [B], or [B, T] for a clip x [B, C, T, H, W]; equal times of all frames of every clip become [B].
+
+    On a GPU they stay as they are, because the host would wait for their values. Raises ValueError for other shapes.
+    """
+    if t.shape == x.shape[:1]:
+        return t
+    if x.ndim != 5 or t.shape != (x.shape[0], x.shape[2]):
+        frames = f", or [{x.shape[0]}, {x.shape[2]}] for frames with their own times" if x.ndim == 5 else ""
+        raise ValueError(
+            f"the times have the shape {list(t.shape)}; expected [{x.shape[0]}]{frames}, for inputs {list(x.shape)}"
+        )
+    return shared_time(t) if t.device.type == "cpu" and not torch.compiler.is_compiling() else t
+
+
+def self_initialized(network: nn.Module) -> Iterator[Any]:
+    """The modules of a network that have their own initial weights: each defines `reset_parameters` itself.
+
+    Modules of PyTorch are left out, as are those that inherit the method from one.
+    """
+    for module in network.modules():
+        own = type(module).__dict__.get("reset_parameters")
+        if module is not network and own is not None and own.__module__.partition(".")[0] != "torch":
+            yield module
 
 
 def parameter_count(network: nn.Module) -> int:

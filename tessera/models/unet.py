@@ -1,11 +1,14 @@
 """The convolutional U-Net of ADM (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 3),
 also used for latents (Rombach et al. 2022): the baseline of diffusion transformers.
 
-Shapes: B batch, C channels, O raw output channels, H W height and width, (h, w) of one level, K heads, D width of
-the conditioning vector.
+Convolutions see one frame at a time; attention sees all positions of all frames. So the weights are those of an image
+network, and an image is a clip of one frame. Shapes: B batch, C channels, O raw output channels, T frames (1 for an
+image), H W height and width, (h, w) of one level, K heads, D width of the conditioning vector, G conditioning vectors
+(1, or one for each frame).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,8 +21,10 @@ from tessera.conditioning import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
-from tessera.models.network import Network, NetworkConfig
+from tessera.layers.positions import sincos_frames
+from tessera.models.network import Network, NetworkConfig, check_times, self_initialized
 from tessera.models.presets import UNET_PRESETS
+from tessera.rows import Rows
 from tessera.settings import as_tuple, unknown_name
 
 MAX_GROUPS = 32  # of a norm
@@ -74,11 +79,13 @@ class UNetConfig(NetworkConfig):
     def size_multiple(self) -> int:
         return 2 ** (len(self.channel_mult) - 1)
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        if size[0] % self.size_multiple or size[1] % self.size_multiple:
+    def check_size(self, size: Sequence[int]) -> None:
+        super().check_size(size)
+        height, width = size[-2:]
+        if height % self.size_multiple or width % self.size_multiple:
             raise ValueError(
                 f"a U-Net of {len(self.channel_mult)} levels needs multiples of {self.size_multiple}, and the size is "
-                f"{size[0]} x {size[1]}: shorten channel_mult"
+                f"{height} x {width}: shorten channel_mult"
             )
 
     def summary(self) -> str:
@@ -92,10 +99,11 @@ class UNetConfig(NetworkConfig):
 
 
 @dataclass(frozen=True)
-class UNetContext:
+class UNetContext(Rows):
     """The inputs of a block beside the features."""
 
-    c: Tensor  # [B, D] the conditioning vector: time + label
+    c: Tensor  # [B, G, D] conditioning vectors: time + label
+    frames: int = 1  # T
 
 
 class Norm(nn.GroupNorm):
@@ -139,15 +147,25 @@ class ResidualBlock(nn.Module):
         self.resampling: Resampling = resampling
         self.norm1 = Norm(in_channels)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.modulation = Modulation(cond_channels, 2, out_channels)
+        self.modulation = Modulation(cond_channels, 2, out_channels)  # not zero-initialized: it multiplies no gate
         self.norm2 = Norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x [B, C, h, w], c [B, D] -> [B, C', h', w']"""
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The branch of a new block is zero."""
+        nn.init.zeros_(self.conv2.weight)
+        if self.conv2.bias is not None:
+            nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, context: UNetContext) -> Tensor:
+        """x [B T, C, h, w], context.c [B, G, D] -> [B T, C', h', w']"""
         resample = RESAMPLE[self.resampling]
-        scale, shift = self.modulation(c)[:, :, None, None].chunk(2, dim=1)
+        params = self.modulation(context.c)  # B G (2 C)
+        if params.shape[1] != context.frames:
+            params = params.expand(-1, context.frames, -1)
+        scale, shift = params.flatten(0, 1)[:, :, None, None].chunk(2, dim=1)
         branch = self.conv1(resample(silu(self.norm1(x))))
         branch = self.conv2(silu(torch.addcmul(shift, self.norm2(branch), 1 + scale)))
         return self.skip(resample(x)).to(x.dtype) + branch
@@ -159,7 +177,10 @@ class ResidualBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """x + self-attention over all positions, in heads of at most `num_head_channels`. A new layer is the identity."""
+    """x + self-attention over all positions of all frames, in heads of at most `num_head_channels`.
+
+    A new layer is the identity.
+    """
 
     def __init__(self, channels: int, num_head_channels: int) -> None:
         super().__init__()
@@ -169,13 +190,23 @@ class SpatialAttention(nn.Module):
         self.qkv = FusedLinear(channels, channels, num_projections=3)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w] -> [B, C, h, w]"""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # B C h w -> B (h w) C
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new layer is the identity."""
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
+        """x [B T, C, h, w] of T = frames -> the same shape"""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B T) C h w -> (B T) (h w) C
+        if frames > 1:
+            tokens = tokens.unflatten(0, (-1, frames)).flatten(1, 2)  # -> B (T h w) C
         qkv = self.qkv(tokens).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)  # B N (K E) -> B K N E
         branch = scaled_dot_product_attention(q, k, v)
         branch = self.proj(branch.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
+        if frames > 1:
+            branch = branch.unflatten(1, (frames, -1)).flatten(0, 1)  # B (T h w) C -> (B T) (h w) C
         return x + branch.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def macs(self, positions: int) -> int:
@@ -202,13 +233,14 @@ class UNetBlock(nn.Module):
         self.level = level
 
     def forward(self, x: Tensor, context: UNetContext) -> Tensor:
-        """x [B, C, h, w] -> [B, C', h', w']"""
-        x = self.residual(x, context.c)
-        return x if self.attention is None else self.attention(x)
+        """x [B T, C, h, w] -> [B T, C', h', w']"""
+        x = self.residual(x, context)
+        return x if self.attention is None else self.attention(x, context.frames)
 
-    def macs(self, size: tuple[int, int]) -> int:
-        """Multiply-adds for one image of size (H, W)."""
-        positions = (size[0] >> self.level) * (size[1] >> self.level)
+    def macs(self, size: Sequence[int]) -> int:
+        """Multiply-adds for one image of size (H, W), or one clip of size (T, H, W)."""
+        frames, height, width = (1, *size)[-3:]
+        positions = frames * (height >> self.level) * (width >> self.level)
         return self.residual.macs(positions) + (0 if self.attention is None else self.attention.macs(positions))
 
 
@@ -220,8 +252,14 @@ class UNetFinalLayer(nn.Module):
         self.norm = Norm(channels)
         self.conv = conv3x3(channels, out_channels)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new network predicts zero."""
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> [B, O, H, W]"""
+        """x [B T, C, H, W] -> [B T, O, H, W]"""
         return self.conv(silu(self.norm(x)))
 
 
@@ -236,7 +274,9 @@ class UNet(Network):
         self.stem = conv3x3(config.in_channels, first)
         self.t_embedder = TimestepEmbedder(cond_channels)
         self.y_embedder = (
-            LabelEmbedder(config.num_classes, cond_channels, config.learn_null_class) if config.num_classes else None
+            LabelEmbedder(config.num_classes, cond_channels, config.learn_null_class, std=1.0)
+            if config.num_classes
+            else None
         )
         self.blocks = nn.ModuleList(build_blocks(config))
         self.final_layer = UNetFinalLayer(first, config.out_channels)
@@ -251,17 +291,17 @@ class UNet(Network):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.uniform_(module.bias, -bound, bound)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight)
-        # The branches of a new block are zero, and a new network predicts zero.
-        zero = [module.conv2 for module in self.modules() if isinstance(module, ResidualBlock)]
-        zero += [module.proj for module in self.modules() if isinstance(module, SpatialAttention)]
-        for module in (*zero, self.final_layer.conv):
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
+        for module in self_initialized(self):
+            if not isinstance(module, TimestepEmbedder | Modulation):  # ADM leaves these at PyTorch's defaults
+                module.reset_parameters()
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        x, context = self.embed(x, t, condition)
+        features, context = self.embed(x, t, condition)
+        raw = self.final_layer(self.run_blocks(features, context))
+        return raw if x.ndim == 4 else raw.unflatten(0, (-1, context.frames)).transpose(1, 2)
+
+    def run_blocks(self, x: Tensor, context: UNetContext) -> Tensor:
+        """Apply all blocks to the first features, with skip connections: [B T, C, H, W] -> [B T, C, H, W]"""
         skips = [x]
         for block in self.blocks:
             if block.route == "concat":
@@ -269,22 +309,29 @@ class UNet(Network):
             x = block(x, context)
             if block.route == "push":
                 skips.append(x)
-        return self.final_layer(x)
+        return x
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, UNetContext]:
-        """Return the first features [B, C, H, W] and the context of the blocks."""
-        self.config.check_size((x.shape[-2], x.shape[-1]))
-        c = self.t_embedder(t)
+        """Return the first features [B T, C, H, W] and the context of the blocks."""
+        self.config.check_size(x.shape[2:])
+        frames = x.shape[2] if x.ndim == 5 else 1
+        t = check_times(t, x)
+        c = self.t_embedder(t if t.ndim == 2 else t[:, None])
         if self.y_embedder is not None:
-            c = c + self.y_embedder(condition.label)
+            c = c + self.y_embedder(condition.label)[:, None]
+        images = x if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)  # B C T H W -> (B T) C H W
         # Features in the dtype of the input: under autocast, residuals are then summed in float32.
-        return self.stem(x).to(x.dtype), UNetContext(c)
+        features = self.stem(images).to(x.dtype)
+        if frames > 1:  # attention would not know the order of the frames
+            positions = sincos_frames(frames, features.shape[1]).to(features)[:, :, None, None]
+            features = (features.unflatten(0, (-1, frames)) + positions).flatten(0, 1)
+        return features, UNetContext(c, frames)
 
-    def macs(self, size: tuple[int, int] | None = None) -> int:
+    def macs(self, size: Sequence[int] | None = None) -> int:
         size = size or self.config.input_size
         ends = self.stem.weight.numel() + self.final_layer.conv.weight.numel()
         inside = sum(block.macs(size) for block in self.blocks if isinstance(block, UNetBlock))
-        return size[0] * size[1] * ends + self.t_embedder.macs() + inside
+        return math.prod(size) * ends + self.t_embedder.macs() + inside
 
 
 def build_blocks(config: UNetConfig) -> list[UNetBlock]:

@@ -319,16 +319,16 @@ def attention_logits(history: History) -> Finding | None:
 # Labels and EMA
 
 
-def guidance_without_label_dropout(history: History) -> Finding | None:
+def guidance_without_condition_dropout(history: History) -> Finding | None:
     recipe = history.recipe
-    if not recipe.network.num_classes or recipe.training.label_dropout or recipe.sampling.guidance_scale == 1:
+    if not recipe.network.num_classes or recipe.training.condition_dropout or recipe.sampling.guidance_scale == 1:
         return None
     return Finding(
         "guidance without label dropout",
         "error",
         "Guidance needs the unconditional prediction, but the null label was never trained.",
-        f"training.label_dropout is 0, sampling.guidance_scale is {recipe.sampling.guidance_scale:g}",
-        "training.label_dropout=0.1, or sampling.guidance_scale=1",
+        f"training.condition_dropout is 0, sampling.guidance_scale is {recipe.sampling.guidance_scale:g}",
+        "training.condition_dropout=0.1, or sampling.guidance_scale=1",
     )
 
 
@@ -363,16 +363,16 @@ def uninformative_labels(history: History) -> Finding | None:
     )
 
 
-def high_label_dropout(history: History) -> Finding | None:
-    dropout = history.recipe.training.label_dropout
+def high_condition_dropout(history: History) -> Finding | None:
+    dropout = history.recipe.training.condition_dropout
     if not history.recipe.network.num_classes or dropout <= HIGH_DROPOUT:
         return None
     return Finding(
         "most labels dropped",
         "warning",
         "Fewer than half of the images are trained with their label.",
-        f"training.label_dropout is {dropout:g}",
-        "training.label_dropout=0.1",
+        f"training.condition_dropout is {dropout:g}",
+        "training.condition_dropout=0.1",
     )
 
 
@@ -540,6 +540,7 @@ Rule = Callable[[History], Finding | None]
 # Causes before their consequences.
 RULES: tuple[Rule, ...] = (
     low_image_variety, unscaled_latents, many_invalid_images, no_warmup, learning_rate_too_high, no_learning,
-    attention_logits, guidance_without_label_dropout, uninformative_labels, slow_ema, growing_gradients, always_clipped,
-    poor_end_of_schedule, dead_patches, closed_gates, high_label_dropout, waiting_for_data, low_gpu_utilization,
+    attention_logits, guidance_without_condition_dropout, uninformative_labels, slow_ema, growing_gradients,
+    always_clipped, poor_end_of_schedule, dead_patches, closed_gates, high_condition_dropout, waiting_for_data,
+    low_gpu_utilization,
 )  # fmt: skip

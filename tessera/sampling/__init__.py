@@ -1,6 +1,7 @@
 """Sampling: solvers, timestep grids, guidance and the loop over steps.
 
-A solver is `solver(denoise, x, t, s, memory, noise) -> (x, memory)`; `sample_loop` applies it along a grid of times.
+A solver is `solver(denoise, x, t, s, memory, noise) -> (x, memory)`. `sample_loop` applies it along a grid of times;
+`ContinuousBatch` applies several to rows that share network calls.
 """
 
 from typing import Annotated, Literal, get_args
@@ -9,20 +10,29 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from tessera.sampling.ancestral import Ancestral
 from tessera.sampling.caching import AnyCaching, FirstBlockCaching, NoCaching
+from tessera.sampling.continuous import ContinuousBatch, RowState, sampling_noise
 from tessera.sampling.ddim import DDIM
-from tessera.sampling.denoiser import Denoiser, GuidanceModel
+from tessera.sampling.denoiser import (
+    CachedNetwork,
+    Denoiser,
+    DenoiserRows,
+    GuidanceModel,
+    RowDenoiser,
+    SamplingNetwork,
+)
 from tessera.sampling.dpm import DPMSolver, DPMSolverSDE
-from tessera.sampling.editing import EditSource
+from tessera.sampling.editing import EditSource, MaskedMemory, MaskedSolver
 from tessera.sampling.euler import Euler
 from tessera.sampling.guidance import (
     AnyGuidanceSchedule,
     ConstantGuidance,
     CosineGuidance,
+    Guidance,
     LinearGuidance,
     PoweredCosineGuidance,
 )
 from tessera.sampling.heun import Heun
-from tessera.sampling.loop import SampleState, sample_loop
+from tessera.sampling.loop import SampleState, Stepper, sample_loop
 from tessera.sampling.sde import SDE
 from tessera.sampling.solver import Solver
 from tessera.sampling.timesteps import (
@@ -52,6 +62,10 @@ class SamplingConfig(Settings):
     num_steps: PositiveInt = 50
     timestep_spacing: AnyTimestepSpacing = Field(default=Uniform(), description="the grid of times")
     guidance_scale: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
+    guidance_scales: dict[str, float] = Field(
+        default_factory=dict,
+        description="further guidance, away from the output without one condition: scales by field",
+    )
     guidance_channels: PositiveInt | Literal["all"] = Field(
         default="all", description="3 repeats the official code's rule"
     )
@@ -98,8 +112,10 @@ class SamplingConfig(Settings):
 
 __all__ = [
     "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyGuidanceSchedule", "AnySampler",
-    "AnyTimestepSpacing", "ConstantGuidance", "CosineGuidance", "DPMSolver", "DPMSolverSDE", "Denoiser", "EditSource",
-    "Euler", "FirstBlockCaching", "GuidanceModel", "Heun", "Karras", "Leading", "LinearGuidance", "LogSNR",
-    "NoCaching", "PoweredCosineGuidance", "Quadratic", "SampleState", "SamplingConfig", "Shifted", "Solver",
-    "Trailing", "UniPC", "Uniform", "sample_loop", "timestep_grid",
+    "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance", "ContinuousBatch", "CosineGuidance", "DPMSolver",
+    "DPMSolverSDE", "Denoiser", "DenoiserRows", "EditSource", "Euler", "FirstBlockCaching", "Guidance", "GuidanceModel",
+    "Heun", "Karras", "Leading", "LinearGuidance", "LogSNR", "MaskedMemory", "MaskedSolver", "NoCaching",
+    "PoweredCosineGuidance", "Quadratic", "RowDenoiser", "RowState", "SampleState", "SamplingConfig",
+    "SamplingNetwork", "Shifted", "Solver", "Stepper", "Trailing", "UniPC", "Uniform", "sample_loop", "sampling_noise",
+    "timestep_grid",
 ]  # fmt: skip

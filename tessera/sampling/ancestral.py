@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, GaussianDiffusion
-from tessera.diffusion.process import expand
 from tessera.errors import TesseraError
-from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.solver import Solver
+from tessera.sampling.denoiser import Noise
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 class Ancestral(Solver):
@@ -27,11 +27,12 @@ class Ancestral(Solver):
                 "ddim with eta=1 adds as much noise"
             )
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
-    ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take the mean."""
-        assert isinstance(denoise.diffusion, GaussianDiffusion)
-        mean, log_variance = denoise.diffusion.p_mean_variance(x, denoise(x, t), t, s)
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> Step[None]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take the mean."""
+        assert isinstance(diffusion, GaussianDiffusion)
+        prediction = yield x, t
+        mean, log_variance = diffusion.p_mean_variance(x, prediction, t, s)
         std = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
         return mean + std * noise(), memory

@@ -5,10 +5,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from tessera.diffusion.process import expand
-from tessera.sampling.denoiser import Denoise, Noise
+from tessera.diffusion import DiffusionProcess
+from tessera.sampling.denoiser import Noise
 from tessera.sampling.euler import ddim_update
-from tessera.sampling.solver import Solver
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 class DDIM(Solver):
@@ -17,11 +18,11 @@ class DDIM(Solver):
     kind: Literal["ddim"] = "ddim"
     eta: float = Field(default=0.0, ge=0, le=1)
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
-    ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]."""
-        diffusion, prediction = denoise.diffusion, denoise(x, t)
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> Step[None]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]."""
+        prediction = yield x, t
         if not self.eta:
             return ddim_update(diffusion, prediction, s), memory
         # Equation 16: eta times the standard deviation of the ancestral step, in a form for any alpha and sigma.

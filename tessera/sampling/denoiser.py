@@ -1,19 +1,21 @@
 """The denoiser that a solver calls: x0 and eps at (x, t), with guidance applied.
 
-Shapes: B batch, C channels.
+Shapes: B batch, C channels, T frames, K terms of guidance.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Prediction
-from tessera.sampling.guidance import AnyGuidanceSchedule, ConstantGuidance
+from tessera.rows import Rows
+from tessera.sampling.guidance import AnyGuidanceSchedule, Guidance
+from tessera.times import shared_time
 
 Noise = Callable[[], Tensor]  # returns a new standard normal tensor shaped like x at every call
 
@@ -24,24 +26,143 @@ class Denoise(Protocol):
     diffusion: DiffusionProcess
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """x [B, C, ...], t [B] -> Prediction"""
+        """x [B, C, ...], t [B] or [B, T] -> Prediction"""
         ...
+
+
+class CachedNetwork(ABC):
+    """A network that reuses parts of earlier calls. Its state is kept with the rows that it belongs to."""
+
+    @abstractmethod
+    def empty_state(self, x: Tensor) -> Rows:
+        """The state of rows that were not evaluated."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, t: Tensor, condition: Condition, state: Any) -> tuple[Tensor, Any]:
+        """x [B, C, ...], t [B] in the units of the network -> ([B, O, ...], the new state)"""
+
+
+SamplingNetwork = NetworkFunction | CachedNetwork
 
 
 @dataclass(frozen=True)
 class GuidanceModel:
     """The network that guidance leads away from, and its condition.
 
-    The same network without its condition is classifier-free guidance (Ho & Salimans 2022). A weaker network with the
-    same condition is autoguidance (Karras et al. 2024, "Guiding a diffusion model with a bad version of itself").
+    The same network without its condition is classifier-free guidance. A weaker network with the same condition is
+    autoguidance.
     """
 
-    network: NetworkFunction
+    network: SamplingNetwork
     condition: Condition
 
 
+@dataclass(frozen=True)
+class _Inputs(Rows):
+    """Inputs of a network."""
+
+    x: Tensor
+    t: Tensor
+    condition: Condition
+    state: Any
+
+
+@dataclass(frozen=True)
+class DenoiserRows(Rows):
+    """What the denoiser needs to know about each row beside x and t."""
+
+    conditions: tuple[Condition, ...]  # the condition, then that of the weak output of each term of guidance
+    guidance: Guidance
+    states: tuple[Any, ...]  # of a network with a cache, one for each condition; else None
+
+    @staticmethod
+    def build(
+        conditions: Sequence[Condition], guidance: Guidance, networks: Sequence[SamplingNetwork], x: Tensor
+    ) -> "DenoiserRows":
+        """Rows that were not evaluated. networks: of each condition; x: of the first evaluation"""
+        states = [network.empty_state(x) if isinstance(network, CachedNetwork) else None for network in networks]
+        return DenoiserRows(tuple(conditions), guidance, tuple(states))
+
+
+class RowDenoiser:
+    """Networks under a diffusion process: x0 and eps of rows, each with its own time, condition and guidance.
+
+    networks: the network, then that of each term of guidance; equal ones are called once, with the rows of all.
+    separate_calls: evaluate each term in a call of its own. A term is evaluated only for rows whose scale is not 1 at
+    their time. Times are CPU tensors, so no decision waits for the device.
+    """
+
+    def __init__(
+        self, networks: Sequence[SamplingNetwork], diffusion: DiffusionProcess, separate_calls: bool = False
+    ) -> None:
+        self.networks = list(networks)
+        self.diffusion = diffusion
+        self.separate_calls = separate_calls
+
+    def __call__(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Prediction, DenoiserRows]:
+        """x [B, C, ...], t [B] or [B, T] -> (Prediction, the rows with new states)"""
+        raw, rows = self.raw(x, t, rows)
+        return self.diffusion.predict(raw, x, t), rows
+
+    def raw(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Tensor, DenoiserRows]:
+        """The network's raw output [B, O, ...], guided, and the rows with new states."""
+        t = shared_time(t)
+        scales = rows.guidance.scales_at(t)
+        terms: list[tuple[int, Tensor | None]] = [(0, None)]  # each term with its rows; None: all
+        for number, scale in enumerate(scales, start=1):
+            guided = (scale != 1).flatten(1).any(dim=1) if scale.ndim > 1 else scale != 1
+            if guided.any():
+                terms.append((number, None if guided.all() else guided.nonzero()[:, 0]))
+        outputs, rows = self._evaluate(x, t, rows, terms)
+        if len(terms) == 1:
+            return outputs[0], rows
+        cond, weak = outputs[0], []
+        for (_, selection), output in zip(terms[1:], outputs[1:]):
+            # A row that was not evaluated has a scale of 1: any finite value works.
+            weak.append(output if selection is None else cond.index_copy(0, selection.to(cond.device), output))
+        raw = rows.guidance.combine(cond, weak, [scales[number - 1] for number, _ in terms[1:]], x.shape[1])
+        return raw, rows
+
+    def _evaluate(
+        self, x: Tensor, t: Tensor, rows: DenoiserRows, terms: list[tuple[int, Tensor | None]]
+    ) -> tuple[list[Tensor], DenoiserRows]:
+        """The raw output of each term for its rows."""
+        time = self.diffusion.model_time(t).to(x.device, non_blocking=x.is_cuda)
+        all_inputs = (_Inputs(x, time, rows.conditions[number], rows.states[number]) for number, _ in terms)
+        inputs = [
+            each if selection is None else each[selection.to(x.device)]
+            for each, (_, selection) in zip(all_inputs, terms)
+        ]
+        outputs: list[Tensor | None] = [None] * len(terms)
+        states = list(rows.states)
+        for group in self._groups([number for number, _ in terms]):
+            network, joined = self.networks[terms[group[0]][0]], _Inputs.cat([inputs[index] for index in group])
+            if isinstance(network, CachedNetwork):
+                raw, state = network.evaluate(joined.x, joined.t, joined.condition, joined.state)
+            else:
+                raw, state = network(joined.x, joined.t, joined.condition), None
+            raw, start = raw.to(x.dtype), 0
+            for index in group:
+                part = slice(start, start + len(inputs[index].x))
+                outputs[index], start = raw[part], part.stop
+                number, selection = terms[index]
+                if state is not None:
+                    new = state[part] if len(group) > 1 else state
+                    states[number] = new if selection is None else states[number].put(selection, new)
+        return [output for output in outputs if output is not None], replace(rows, states=tuple(states))
+
+    def _groups(self, numbers: list[int]) -> list[list[int]]:
+        """The indices of terms that are evaluated in one call."""
+        if self.separate_calls:
+            return [[index] for index in range(len(numbers))]
+        by_network: dict[int, list[int]] = {}
+        for index, number in enumerate(numbers):
+            by_network.setdefault(id(self.networks[number]), []).append(index)
+        return list(by_network.values())
+
+
 class Denoiser:
-    """A network under its diffusion process, with a condition and guidance.
+    """A network under its diffusion process, with a condition and guidance: the denoiser of one batch.
 
     guidance_scale: weak + scale (cond - weak), one number or one per row [B]; 1 is off and costs nothing.
     guidance_channels: guide only the first so many mean channels; "all" suits any model, 3 repeats the official code.
@@ -51,12 +172,12 @@ class Denoiser:
     guidance_schedule: how the guidance scale changes over time.
     guidance_rescale: 0 to 1, how far each guided output gets the standard deviation of the conditional one (Lin et al.
     2024, "Common diffusion noise schedules and sample steps are flawed", section 3.4).
-    The variance is that of the conditional output. Times are CPU tensors, so no decision waits for the device.
+    The variance is that of the conditional output. For several terms of guidance, see `RowDenoiser`.
     """
 
     def __init__(
         self,
-        network: NetworkFunction,
+        network: SamplingNetwork,
         diffusion: DiffusionProcess,
         condition: Condition,
         guidance_scale: float | Tensor = 1.0,
@@ -67,58 +188,23 @@ class Denoiser:
         guidance_schedule: AnyGuidanceSchedule | None = None,
         guidance_rescale: float = 0.0,
     ) -> None:
-        self.network = network
         self.diffusion = diffusion
-        self.condition = condition
-        self.guidance_scale = torch.as_tensor(guidance_scale, dtype=torch.float32).cpu()
-        self.guided = bool((self.guidance_scale != 1).any())
-        self.guidance_channels = guidance_channels
-        self.guidance_model = guidance_model
-        self.guidance_interval = guidance_interval
-        self.guidance_schedule = guidance_schedule or ConstantGuidance()
-        self.guidance_rescale = guidance_rescale
-        if self.guided and guidance_model is None:
-            self._cond_and_null = Condition.cat((condition, condition.null()))
+        weak = guidance_model or GuidanceModel(network, condition.null())
+        self._denoiser = RowDenoiser([network, weak.network], diffusion)
+        self._conditions = [condition, weak.condition]
+        self._guidance_settings = (
+            guidance_scale, guidance_interval, guidance_rescale, guidance_channels, guidance_schedule,
+        )  # fmt: skip
+        self._rows: DenoiserRows | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """x [B, C, ...], t [B] -> Prediction"""
+        """x [B, C, ...], t [B] or [B, T] -> Prediction"""
         return self.diffusion.predict(self.raw(x, t), x, t)
 
-    def scale(self, t: Tensor) -> Tensor:
-        """The guidance scale of each row at its time. t [B] on the CPU -> float32 [B]"""
-        weight = self.guidance_schedule.weight(t.to(torch.float32))
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            weight = torch.where((t >= low) & (t <= high), weight, 0)
-        return torch.lerp(torch.ones_like(self.guidance_scale), self.guidance_scale, weight)  # exact at weights 0 and 1
-
     def raw(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's raw output [B, out_channels, ...], guided."""
-        model_time = self.diffusion.model_time(t).to(x.device, non_blocking=x.is_cuda)
-        scale = self.scale(t) if self.guided else None
-        if scale is None or bool((scale == 1).all()):
-            return self.network(x, model_time, self.condition).to(x.dtype)
-        cond, weak = self._cond_and_weak(x, model_time)
-        channels = x.shape[1]
-        count = channels if self.guidance_channels == "all" else min(self.guidance_channels, channels)
-        scale = scale.to(cond.device, cond.dtype, non_blocking=x.is_cuda).view(-1, *(1,) * (x.ndim - 1))
-        guided = torch.cat((torch.lerp(weak[:, :count], cond[:, :count], scale), cond[:, count:channels]), dim=1)
-        if self.guidance_rescale:
-            guided = self._rescaled(guided, cond[:, :channels], scale)
-        return torch.cat((guided, cond[:, channels:]), dim=1)
-
-    def _rescaled(self, guided: Tensor, cond: Tensor, scale: Tensor) -> Tensor:
-        std = guided.flatten(1).std(dim=1)
-        # A new network outputs zeros: there is nothing to rescale.
-        ratio = torch.where(std > 0, cond.flatten(1).std(dim=1) / std, 1)
-        factor = torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale).view_as(scale)
-        return torch.where(scale == 1, cond, factor * guided)
-
-    def _cond_and_weak(self, x: Tensor, model_time: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of the network with its condition, and of the guidance model."""
-        if self.guidance_model is None:
-            raw = self.network(torch.cat((x, x)), torch.cat((model_time, model_time)), self._cond_and_null)
-            cond, weak = raw.to(x.dtype).chunk(2)
-            return cond, weak
-        cond = self.network(x, model_time, self.condition).to(x.dtype)
-        return cond, self.guidance_model.network(x, model_time, self.guidance_model.condition).to(x.dtype)
+        """The network's raw output [B, O, ...], guided."""
+        if self._rows is None:
+            guidance = Guidance.build(len(x), *self._guidance_settings)
+            self._rows = DenoiserRows.build(self._conditions, guidance, self._denoiser.networks, x)
+        raw, self._rows = self._denoiser.raw(x, t, self._rows)
+        return raw

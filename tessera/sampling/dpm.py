@@ -5,10 +5,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion.process import expand
-from tessera.sampling.denoiser import Denoise, Noise
+from tessera.diffusion import DiffusionProcess
+from tessera.sampling.denoiser import Noise
 from tessera.sampling.exponential import History, NoiseLevel, exp_integrator_step, linear_combination, push_history
-from tessera.sampling.solver import Solver
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 class DPMSolver(Solver):
@@ -25,12 +26,13 @@ class DPMSolver(Solver):
     def convergence_order(self) -> float:
         return self.order
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
-    ) -> tuple[Tensor, History]:
-        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take x0."""
-        history = push_history(memory, NoiseLevel.at(denoise.diffusion, t), denoise(x, t).x0, self.order)
-        return exp_integrator_step(x, NoiseLevel.at(denoise.diffusion, s), history), history
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
+    ) -> Step[History]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take x0."""
+        prediction = yield x, t
+        history = push_history(memory, NoiseLevel.at(diffusion, t), prediction.x0, self.order)
+        return exp_integrator_step(x, NoiseLevel.at(diffusion, s), history), history
 
 
 class DPMSolverSDE(Solver):
@@ -42,12 +44,13 @@ class DPMSolverSDE(Solver):
     def convergence_order(self) -> float:
         return 1.5  # as measured
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
-    ) -> tuple[Tensor, History]:
-        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take x0."""
-        level_t, level_s = NoiseLevel.at(denoise.diffusion, t), NoiseLevel.at(denoise.diffusion, s)
-        history = push_history(memory, level_t, denoise(x, t).x0, 2)
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: History | None, noise: Noise
+    ) -> Step[History]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take x0."""
+        prediction = yield x, t
+        level_t, level_s = NoiseLevel.at(diffusion, t), NoiseLevel.at(diffusion, s)
+        history = push_history(memory, level_t, prediction.x0, 2)
         exp_minus_h = level_t.alpha * level_s.sigma / (level_s.alpha * level_t.sigma)  # 0 at both ends: h is infinite
         noise_variance = 1 - exp_minus_h**2
         weights: list[Tensor] = []

@@ -13,22 +13,18 @@ from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
 from tessera.errors import TesseraError
-from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.loop import Step
+from tessera.rows import Rows
+from tessera.sampling.denoiser import Noise
+from tessera.sampling.solver import Solver, Step
 
 
 @dataclass(frozen=True)
-class EditSource:
+class EditSource(Rows):
     """The latents to begin from. strength: of the noise, 0 to 1; mask: true where to generate, false where x0 stays."""
 
-    x0: Tensor  # [B or 1, C, H, W]
+    x0: Tensor  # [B, C, H, W], or [B, C, T, H, W]
     strength: float
-    mask: Tensor | None = None  # bool [B or 1, 1, H, W]
-
-    @property
-    def rows(self) -> int:
-        """How many images this is for; 1 may stand for all rows."""
-        return max(len(self.x0), 1 if self.mask is None else len(self.mask))
+    mask: Tensor | None = None  # bool [B, 1, H, W]
 
     def times_from_strength(self, times: Tensor) -> Tensor:
         """The times of a decreasing grid [n + 1] that are at most strength. Raises TesseraError if no step is left."""
@@ -44,34 +40,36 @@ class EditSource:
     def initial_state(self, diffusion: DiffusionProcess, noise: Tensor, t: Tensor) -> Tensor:
         """x at time t [], from each row's own noise [B, C, H, W]."""
         if self.strength < 1:
-            return diffusion.add_noise(self.x0.expand_as(noise), noise, t.expand(len(noise)))
+            return diffusion.add_noise(self.x0, noise, t.expand(len(noise)))
         return self.put_back(diffusion, noise, noise, t.expand(len(noise)))
-
-    def masked_step(self, step: Step, noise: Tensor) -> Step:
-        """The step, followed by `put_back` with each row's own noise [B, C, H, W]."""
-        return step if self.mask is None else _MaskedStep(step, self, noise)
 
     def put_back(self, diffusion: DiffusionProcess, x: Tensor, noise: Tensor, s: Tensor) -> Tensor:
         """x, replaced by x0 with noise of time s where the mask is false."""
-        if self.mask is None:
-            return x
-        return torch.where(self.mask, x, diffusion.add_noise(self.x0.expand_as(noise), noise, s))
+        return x if self.mask is None else torch.where(self.mask, x, diffusion.add_noise(self.x0, noise, s))
 
 
 @dataclass(frozen=True)
-class _MaskedStep:
-    """A solver's step, after which the image is put back. The solver's memory is not changed."""
+class MaskedMemory(Rows):
+    """The memory of a `MaskedSolver`: that of its solver, and what to put back with which noise."""
 
-    step: Step
     source: EditSource
-    noise: Tensor
+    noise: Tensor  # [B, C, H, W] each row's own
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class MaskedSolver:
+    """A solver whose every step puts back the image where the mask is false. It needs a memory from the start."""
+
+    solver: Solver
 
     @property
     def kind(self) -> str:
-        return getattr(self.step, "kind", "the sampler")
+        return getattr(self.solver, "kind", "the sampler")
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
-    ) -> tuple[Tensor, Any]:
-        x, memory = self.step(denoise, x, t, s, memory, noise)
-        return self.source.put_back(denoise.diffusion, x, self.noise, s), memory
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: MaskedMemory, noise: Noise
+    ) -> Step[MaskedMemory]:
+        x, inner = yield from self.solver.step(diffusion, x, t, s, memory.memory, noise)
+        x = memory.source.put_back(diffusion, x, memory.noise, s)
+        return x, MaskedMemory(memory.source, memory.noise, inner)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.process import Prediction, expand
-from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.solver import Solver
+from tessera.diffusion.process import Prediction
+from tessera.sampling.denoiser import Noise
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 def ddim_update(
@@ -33,8 +34,9 @@ class Euler(Solver):
 
     kind: Literal["euler"] = "euler"
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
-    ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]."""
-        return ddim_update(denoise.diffusion, denoise(x, t), s), memory
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> Step[None]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]."""
+        prediction = yield x, t
+        return ddim_update(diffusion, prediction, s), memory

@@ -8,7 +8,8 @@ A solver replaces x0(lambda) by the polynomial through the denoiser's outputs at
 the polynomial is tau = (lambda - lambda_t) / h with h = lambda_s - lambda_t: 0 at t, 1 at s, negative at earlier times.
 
 lambda is minus infinity where alpha is 0 (pure noise) and infinity at the data. The polynomial does not extend there:
-an output at alpha = 0 gets weight 0, and a step to the data takes the last x0. Shapes: B batch.
+an output at alpha = 0 gets weight 0, and a step to the data takes the last x0. Shapes: B batch, T frames with their own
+times.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
-from tessera.diffusion.process import expand
+from tessera.rows import Rows
+from tessera.times import expand
 
 
 @dataclass(frozen=True)
-class NoiseLevel:
-    """alpha, sigma and lambda at a time: float64 [B] each, on the CPU."""
+class NoiseLevel(Rows):
+    """alpha, sigma and lambda at a time: float64 [B] or [B, T] each, on the CPU."""
 
     alpha: Tensor
     sigma: Tensor
@@ -37,7 +39,7 @@ class NoiseLevel:
 
 
 @dataclass(frozen=True)
-class History:
+class History(Rows):
     """The denoiser's outputs and their noise levels, newest first: the first is that of the step's start."""
 
     levels: tuple[NoiseLevel, ...]
@@ -71,8 +73,8 @@ def lagrange_weights(h: Tensor, nodes: list[Tensor]) -> list[Tensor]:
     integrals = exp_integrals(h, count + 1)
     taus = [torch.zeros_like(h), *nodes]
     # Divided differences, as weights of f(tau) - f(0): [count, B] each.
-    table = [torch.zeros(count, len(h), dtype=h.dtype)]
-    table += [row[:, None].expand(count, len(h)) for row in torch.eye(count, dtype=h.dtype)]
+    table = [h.new_zeros(count, *h.shape)]
+    table += [row.view(-1, *(1,) * h.ndim).expand(count, *h.shape) for row in torch.eye(count, dtype=h.dtype)]
     product = [torch.ones_like(h)]  # coefficients of (tau - taus[0]) (tau - taus[1]) ..., from tau^0 up
     weights = torch.zeros_like(table[0])
     for level in range(1, count + 1):

@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tessera.diffusion.process import expand
-from tessera.sampling.denoiser import Denoise, Noise
+from tessera.diffusion import DiffusionProcess
+from tessera.sampling.denoiser import Noise
 from tessera.sampling.euler import ddim_update
-from tessera.sampling.solver import Solver
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 class Heun(Solver):
@@ -26,16 +27,16 @@ class Heun(Solver):
     def convergence_order(self) -> float:
         return 2
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
-    ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take the Euler step."""
-        diffusion, prediction_t = denoise.diffusion, denoise(x, t)
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> Step[None]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take the Euler step."""
+        prediction_t = yield x, t
         x = ddim_update(diffusion, prediction_t, s)
         inside = s > 0
         if not inside.any():
             return x, memory
-        prediction_s = denoise(x, torch.where(inside, s, t))  # networks are not trained at time 0
+        prediction_s = yield x, torch.where(inside, s, t)  # networks are not trained at time 0
         half_d_alpha = 0.5 * inside * (diffusion.alpha(s) - diffusion.alpha(t))
         half_d_sigma = 0.5 * inside * (diffusion.sigma(s) - diffusion.sigma(t))
         x = x + expand(half_d_alpha, x) * (prediction_s.x0 - prediction_t.x0)

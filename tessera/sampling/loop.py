@@ -1,24 +1,37 @@
 """The sampling loop: one solver over a grid of times, yielding every state.
 
-Shapes: B batch.
+Shapes: B batch, T frames.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tessera.diffusion import DiffusionProcess
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise
+from tessera.sampling.solver import Step, run_step
 
-Step = Callable[[Denoise, Tensor, Tensor, Tensor, Any, Noise], tuple[Tensor, Any]]
+
+class Stepper(Protocol):
+    """A solver, or a solver that does more in each step."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
+    ) -> Step[Any]:
+        """See `Solver.step`."""
+        ...
 
 
 @dataclass(frozen=True)
 class SampleState:
-    """x [B, ...] at time t, after `step` of `num_steps` steps."""
+    """x [B, ...] at time t (of the noisiest frame), after `step` of `num_steps` steps."""
 
     x: Tensor
     t: float
@@ -26,36 +39,43 @@ class SampleState:
     num_steps: int
 
 
-def sample_loop(step: Step, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise) -> Iterator[SampleState]:
-    """Apply a step along decreasing times [n + 1] from x [B, ...] at times[0]; yields the start and every state.
+def sample_loop(
+    solver: Stepper, denoise: Denoise, x: Tensor, times: Tensor, noise: Noise, memory: Any = None
+) -> Iterator[SampleState]:
+    """Apply a solver along decreasing times from x [B, ...] at times[0]; yields the start and every state.
 
+    times: [n + 1], or [n + 1, T] if frames have their own. memory: of the solver before the first step.
     The last state holds the samples. Raises TesseraError instead of yielding it if a number in it is not finite.
     """
-    memory, num_steps = None, len(times) - 1
-    row_sums = [
-        x.flatten(1).sum(dim=1)
-    ]  # finite where all numbers of a row are; on x's device, which is not waited for
-    yield SampleState(x, float(times[0]), 0, num_steps)
+    num_steps = len(times) - 1
+    # Sums are finite where all numbers of a row are; on x's device, which is not waited for.
+    row_sums = [x.flatten(1).sum(dim=1)]
+    yield SampleState(x, float(times[0].max()), 0, num_steps)
     for number in range(1, num_steps + 1):
-        t, s = times[number - 1].expand(len(x)), times[number].expand(len(x))
-        x, memory = step(denoise, x, t, s, memory, noise)
+        t, s = (times[index].expand(len(x), *times.shape[1:]) for index in (number - 1, number))
+        x, memory = run_step(solver.step(denoise.diffusion, x, t, s, memory, noise), denoise)
         row_sums.append(x.flatten(1).sum(dim=1))
         if number == num_steps:
-            _check_finite(torch.stack(row_sums), times, step)
-        yield SampleState(x, float(times[number]), number, num_steps)
+            check_finite(row_sums, times, solver)
+        yield SampleState(x, float(times[number].max()), number, num_steps)
 
 
-def _check_finite(row_sums: Tensor, times: Tensor, step: Step) -> None:
-    """Raise TesseraError if rows of the last state are not finite. row_sums [n + 1, B], copied from the device once."""
-    finite = row_sums.cpu().isfinite()
+def check_finite(row_sums: Sequence[Tensor], times: Tensor | None, solver: Stepper) -> None:
+    """Raise TesseraError if rows of the last state are not finite. row_sums: [B] after each step, copied at once.
+
+    times: of the steps, if all states are given.
+    """
+    finite = torch.stack(list(row_sums)).cpu().isfinite()
     bad = ~finite[-1]
     if not bad.any():
         return
-    first = int((~finite[:, bad]).any(dim=1).nonzero()[0])
-    name, num_steps = getattr(step, "kind", "the sampler"), len(times) - 1
-    where = f"after step {first} of {num_steps} (time {float(times[max(first - 1, 0)]):.3g})"
+    where = "in the sample"
+    if times is not None:
+        first, num_steps = int((~finite[:, bad]).any(dim=1).nonzero()[0]), len(times) - 1
+        time = float(times[max(first - 1, 0)].max())
+        where = f"first after step {first} of {num_steps} (time {time:.3g})" if first else "first in the noise"
     raise TesseraError(
-        f"{int(bad.sum())} of {len(bad)} images contain numbers that are not finite, first "
-        f"{where if first else 'in the noise'} of {name}; try --precision float32, a smaller guidance scale, ddim or "
-        "more steps; if it fails without guidance too, the model's weights are damaged: use an earlier checkpoint"
+        f"{int(bad.sum())} of {len(bad)} images contain numbers that are not finite, {where} of {solver.kind}; try "
+        "--precision float32, a smaller guidance scale, ddim or more steps; if it fails without guidance too, the "
+        "model's weights are damaged: use an earlier checkpoint"
     )

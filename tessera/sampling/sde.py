@@ -6,10 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tessera.diffusion.process import expand
-from tessera.sampling.denoiser import Denoise, Noise
+from tessera.diffusion import DiffusionProcess
+from tessera.sampling.denoiser import Noise
 from tessera.sampling.euler import ddim_update
-from tessera.sampling.solver import Solver
+from tessera.sampling.solver import Solver, Step
+from tessera.times import expand
 
 
 class SDE(Solver):
@@ -32,11 +33,11 @@ class SDE(Solver):
     def convergence_order(self) -> float:
         return 0.5 if self.diffusion == "constant" and self.strength else 1
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
-    ) -> tuple[Tensor, None]:
-        """One step from t to s. x [B, ...], t and s [B]."""
-        diffusion, prediction = denoise.diffusion, denoise(x, t)
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: None, noise: Noise
+    ) -> Step[None]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]."""
+        prediction = yield x, t
         sigma_t, sigma_s = diffusion.sigma(t), diffusion.sigma(s)
         # The integral, by the geometric mean of both ends: exact for constant on the linear path, infinite at s = 0.
         rate_t, rate_s = {"sigma": (sigma_t, sigma_s), "linear": (t, s)}.get(self.diffusion, (sigma_t**0, sigma_s**0))

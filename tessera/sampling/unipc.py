@@ -6,13 +6,15 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from tessera.sampling.denoiser import Denoise, Noise
+from tessera.diffusion import DiffusionProcess
+from tessera.rows import Rows
+from tessera.sampling.denoiser import Noise
 from tessera.sampling.exponential import History, NoiseLevel, exp_integrator_step, push_history
-from tessera.sampling.solver import Solver
+from tessera.sampling.solver import Solver, Step
 
 
 @dataclass(frozen=True)
-class PredictorState:
+class PredictorState(Rows):
     """What the corrector of the next step needs: the start of the last step and the history until then."""
 
     x: Tensor  # [B, ...]
@@ -34,15 +36,16 @@ class UniPC(Solver):
     def convergence_order(self) -> float:
         return self.order + 1
 
-    def __call__(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: PredictorState | None, noise: Noise
-    ) -> tuple[Tensor, PredictorState]:
-        """One step from t to s. x [B, ...], t and s [B]; rows at s = 0 take x0."""
-        level_t, x0, bh1 = NoiseLevel.at(denoise.diffusion, t), denoise(x, t).x0, self.variant == "bh1"
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: PredictorState | None, noise: Noise
+    ) -> Step[PredictorState]:
+        """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take x0."""
+        x0 = (yield x, t).x0
+        level_t, bh1 = NoiseLevel.at(diffusion, t), self.variant == "bh1"
         history = None
         if memory is not None:
             history = memory.history
             x = exp_integrator_step(memory.x, level_t, history, x0_next=x0, bh1=bh1)
         history = push_history(history, level_t, x0, self.order)
-        x_next = exp_integrator_step(x, NoiseLevel.at(denoise.diffusion, s), history, bh1=bh1)
+        x_next = exp_integrator_step(x, NoiseLevel.at(diffusion, s), history, bh1=bh1)
         return x_next, PredictorState(x, history)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tessera import generation, runtime
 from tessera.errors import TesseraError
+from tessera.generation.bulk import bulk_request
 from tessera.reporting.text import format_duration
 from tessera.training import checkpoint
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
@@ -94,10 +95,11 @@ def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> RunEstimate
 
 def _sampling_seconds(run: TrainingRun) -> float:
     """The time of all grids and scored samples of a run, estimated from one batch with few steps."""
-    config, network, evaluation = run.recipe.training, run.recipe.network, run.recipe.evaluation
+    config, evaluation = run.recipe.training, run.recipe.evaluation
     count, num_steps = 16, min(2, run.recipe.sampling.num_steps)
     start = time.monotonic()
-    generation.generate(run.ema_model, [0] if network.num_classes else None, list(range(count)), num_steps=num_steps)
+    request = bulk_request(run.ema_model, count, "balanced", settings={"num_steps": num_steps})
+    generation.generate_request(run.ema_model, request)
     seconds = (time.monotonic() - start) / count / num_steps
     images = num_grids(run.recipe) * images_per_grid(run.recipe)
     images += evaluation.num_samples * evaluation.count(config.steps)

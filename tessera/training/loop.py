@@ -44,7 +44,7 @@ AFFECTS_LOSS = (
     "codec.",
     "diffusion.",
     "training.global_batch_size",
-    "training.label_dropout",
+    "training.condition_dropout",
     "training.optimizer.",
 )
 
@@ -271,7 +271,7 @@ class Trainer:
         names, _ = run.state.parameter_groups
         distance, norm = run.parallel.all_reduce_sum(run.ema.squared_distance())
         objective, inputs = run.objective, probe_inputs(batch, run.objective, run.state.device)
-        settings = objective.diffusion, objective.num_classes, objective.dtype
+        settings = objective.diffusion, run.recipe.network.num_classes, objective.dtype
         probe = health.probe(run.network, run.ema.network, *inputs, *settings)
         for network in (run.network, run.ema.network):
             parallel.reshard(network)

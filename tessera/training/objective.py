@@ -4,14 +4,15 @@ All randomness is a function of (seed, global position of the sample), so the re
 ranks, on restarts or on the micro batch size. Shapes: B batch, C channels, H W height and width, h w of the latents.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tessera import randomness, runtime
 from tessera.codecs import Codec
-from tessera.conditioning import Condition, NetworkFunction
+from tessera.conditioning import Condition, NetworkFunction, dropout_stream
 from tessera.data import Batch
 from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
@@ -19,7 +20,7 @@ from tessera.diffusion.process import Losses
 from tessera.monitoring import health
 
 # Random streams, one for each use. Never change a number: an old run could not be resumed exactly.
-TIMESTEP_STREAM, NOISE_STREAM, LABEL_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
+TIMESTEP_STREAM, NOISE_STREAM, CONDITION_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class TrainingObjective:
     diffusion: DiffusionProcess
     codec: Codec
     hflip: bool
-    label_dropout: float
-    num_classes: int
+    condition_dropout: float  # of all conditions together
+    null_fields: tuple[str, ...]  # the fields of the condition that have a null value
     seed: int
     dtype: torch.dtype | None  # of autocast
+    field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
 
 
 def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
-    """A batch on the device: latents [B, C, h, w] (flipped, encoded, scaled), condition, position [B].
+    """A batch on the device: latents [B, C, h, w] or [B, C, T, h, w] (flipped, encoded, scaled), condition, position.
 
     A batch from a latent cache holds the raw moments of images that were flipped and encoded before.
     """
@@ -46,33 +48,32 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
     if not cached:
         values = values / 127.5 - 1
         if objective.hflip:
-            values = torch.where(flip_mask(objective.seed, position)[..., None, None], values.flip(-1), values)
+            flipped = flip_mask(objective.seed, position).view(-1, *(1,) * (values.ndim - 1))
+            values = torch.where(flipped, values.flip(-1), values)
     noise = None
     if codec.stochastic:
         factor = 1 if cached else codec.factor
-        shape = (codec.latent_channels, *(side // factor for side in values.shape[-2:]))
+        *frames, height, width = values.shape[2:]
+        shape = (codec.latent_channels, *frames, height // factor, width // factor)
         noise = randomness.normal(objective.seed, position, POSTERIOR_STREAM, shape)
     x0 = codec.latents(values, noise) if cached else codec.encode(values, noise)
-    condition = Condition()
-    if objective.num_classes:
-        condition = Condition(label=batch.label.to(device, non_blocking=True))
-        if objective.label_dropout:
-            uniform = randomness.uniform(objective.seed, position, LABEL_DROPOUT_STREAM)[:, 0]
-            condition = condition.drop(uniform < objective.label_dropout)
+    condition = batch.condition.to(device)
+    if objective.condition_dropout:
+        uniform = randomness.uniform(objective.seed, position, CONDITION_DROPOUT_STREAM)[:, 0]
+        condition = condition.drop(uniform < objective.condition_dropout, objective.null_fields)
+    for name, rate in objective.field_dropout.items():
+        uniform = randomness.uniform(objective.seed, position, dropout_stream(name))[:, 0]
+        condition = condition.drop(uniform < rate, [name])
     return x0, condition, batch.position
-
-
-def batch_rows(batch: Batch, rows: slice | Tensor) -> Batch:
-    """Some rows of every field of a batch."""
-    return replace(batch, **{name: values[rows] for name, values in vars(batch).items()})
 
 
 @torch.no_grad()
 def probe_inputs(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
     """The first samples of a batch for `health.probe`: latents and noise as in training, condition without dropout."""
-    samples = batch_rows(batch, slice(health.probe_size(len(batch.position))))
+    samples = batch[: health.probe_size(len(batch.position))]
     with torch.compiler.set_stance("force_eager"):  # another batch size would trigger recompilation
-        x0, condition, position = prepare_batch(samples, replace(objective, label_dropout=0.0), device)
+        without_dropout = replace(objective, condition_dropout=0.0, field_dropout={})
+        x0, condition, position = prepare_batch(samples, without_dropout, device)
     return x0, condition, sample_noise(x0, position, objective)
 
 

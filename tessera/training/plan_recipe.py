@@ -4,7 +4,8 @@ The traced step is the trainer's own, so everything that a run does is counted.
 """
 
 import copy
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         checkpoints += config.steps // config.keep_every_n_steps
     height, width = recipe.data.size
     moments = 2 * network.in_channels if codec is None or codec.stochastic else network.in_channels
-    latent_bytes = 2 * moments * network.input_size[0] * network.input_size[1] * (2 if recipe.data.hflip else 1)
+    latent_bytes = 2 * moments * math.prod(network.input_size) * (2 if recipe.data.hflip else 1)
     return Workload(
         name=name or f"{network.summary()}, {recipe.data.description}",
         network=network,
@@ -185,7 +186,7 @@ def count_function_evaluations(recipe: Recipe, process: Any) -> int:
         rows += len(x)
         return x.new_zeros(len(x), network.out_channels, *x.shape[2:])
 
-    condition = Condition(torch.zeros(1, dtype=torch.int64) if network.num_classes else None)
+    condition = network.condition_type.example(network.condition_fields, 1, network)
     denoise = Denoiser(
         zeros,
         process,
@@ -256,7 +257,7 @@ def trace_step(
         with recorder:
             batch = Batch(
                 torch.empty(count, network.in_channels, *network.input_size, dtype=torch.uint8),
-                torch.empty(count, dtype=torch.int64),
+                network.condition_type.example(network.condition_fields, count, network),
                 torch.empty(count, dtype=torch.int64),
             )
             train_step(state, batch, objective, count, accumulation_steps, torch.empty(2))
@@ -280,14 +281,14 @@ def trace_call(network: NetworkConfig, rows: int) -> Trace:
     with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         model.to_empty(device="cpu")
         recorder.lap()
-        label = torch.empty(rows, dtype=torch.int64) if network.num_classes else None
+        condition = network.condition_type.example(network.condition_fields, rows, network)
         x = torch.empty(rows, network.in_channels, *network.input_size)
         with autocast(None, x.device):
-            model(x, torch.empty(rows), Condition(label))
+            model(x, torch.empty(rows), condition)
         return recorder.lap()
 
 
-def _trace_encode(codec: Codec, size: tuple[int, int], rows: int) -> Trace:
+def _trace_encode(codec: Codec, size: Sequence[int], rows: int) -> Trace:
     with fake_tensors(), torch.no_grad(), Recorder() as recorder:
         codec.moments(torch.empty(rows, codec.pixel_channels, *size))
         return recorder.lap()

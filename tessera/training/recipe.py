@@ -66,8 +66,12 @@ class TrainingConfig(Settings):
     )
     optimizer: AnyOptimizer = AdamWConfig()
     ema: EMAConfig = EMAConfig()
-    label_dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="fraction of labels replaced by the null label, for guidance"
+    condition_dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="fraction of samples without their condition (label), for guidance"
+    )
+    field_dropout: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=dict,
+        description="fraction of samples without one field of their condition, each by itself; for guidance_scales",
     )
     precision: Precision = Field(default="auto", description="of matrix products; auto: bfloat16 on GPUs that have it")
     compile: Annotated[Literal["off", "whole", "blocks", "auto"], BeforeValidator(_off_as_text)] = Field(
@@ -185,15 +189,22 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec, num
                 f"{value}"
             )
     network = validate(type(recipe.network), {**recipe.network.model_dump(), **sizes}, "network")
-    if class_names and recipe.training.label_dropout and not network.learn_null_class:
+    if class_names and recipe.training.condition_dropout and not network.learn_null_class:
         raise TesseraError(
-            "training.label_dropout needs network.learn_null_class=true: dropped labels become that class"
+            "training.condition_dropout needs network.learn_null_class=true: dropped labels become that class"
         )
-    if recipe.sampling.guidance_scale != 1 and not (class_names and network.learn_null_class):
+    if recipe.sampling.guidance_scale != 1 and not network.null_fields:
         raise TesseraError(
             f"sampling.guidance_scale is {recipe.sampling.guidance_scale:g}, but guidance needs classes and "
             "network.learn_null_class; set sampling.guidance_scale=1"
         )
+    for key in ("training.field_dropout", "sampling.guidance_scales"):
+        section, name = key.split(".")
+        if unknown := sorted(getattr(getattr(recipe, section), name).keys() - set(network.null_fields)):
+            raise TesseraError(
+                f"{key} has {', '.join(unknown)}, but the network has the conditions with a null value: "
+                f"{', '.join(network.null_fields) or 'none'}"
+            )
     if class_names and num_unlabeled and not network.learn_null_class:
         raise TesseraError(
             f"{num_unlabeled} samples have no class, which needs network.learn_null_class=true: set it, or give them a "

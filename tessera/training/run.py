@@ -11,7 +11,7 @@ from tessera import __version__, bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.codecs import Codec, StoredConfig
-from tessera.conditioning import Condition, NetworkFunction
+from tessera.conditioning import NetworkFunction
 from tessera.data import Loader
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesConfig, FilesDataset
@@ -151,6 +151,8 @@ def build_data(recipe: Recipe, codec: Codec, device: torch.device, world: Distri
         device.type == "cuda",
         buckets,
         recipe.data.hflip,
+        recipe.network.condition_type,
+        recipe.network.condition_fields,
     )
     return recipe, loader, accumulation_steps
 
@@ -209,10 +211,11 @@ def build_objective(
         diffusion=diffusion,
         codec=codec,
         hflip=recipe.data.hflip,
-        label_dropout=recipe.training.label_dropout,
-        num_classes=recipe.network.num_classes,
+        condition_dropout=recipe.training.condition_dropout,
+        null_fields=recipe.network.null_fields,
         seed=recipe.training.seed,
         dtype=dtype,
+        field_dropout=recipe.training.field_dropout,
     )
 
 
@@ -260,9 +263,9 @@ def _training_pass(
         config = recipe.network
         x = torch.randn(batch_size, config.in_channels, *config.input_size, device=device)
         t = torch.rand(batch_size, device=device)
-        label = torch.zeros(batch_size, dtype=torch.int64, device=device) if config.num_classes else None
+        condition = config.condition_type.example(config.condition_fields, batch_size, config).to(device)
         with runtime.autocast(objective.dtype, device):
-            raw = forward(x, t, Condition(label))
+            raw = forward(x, t, condition)
         raw.float().square().mean().backward()
 
     return run

@@ -27,5 +27,12 @@ def sample_grid(recipe: Recipe, model: bundle.Model) -> np.ndarray:
     classes, rows, columns = recipe.network.num_classes, recipe.training.sample_seeds, _columns(recipe)
     labels = [index * classes // columns for index in range(columns)] * rows if classes else None
     seeds = [row for row in range(rows) for _ in range(columns)] if classes else list(range(rows * columns))
-    samples = generation.generate(model, labels, seeds)
-    return images.grid(samples, columns, zoom=max(1, 32 // samples.shape[1]))
+    network = model.config.network
+    condition = {
+        name: rules.default_inputs(seeds, "balanced", model.config)
+        for name, rules in network.condition_type.rules().items()
+        if name in network.condition_fields
+    }
+    condition |= {} if labels is None else {"label": labels}
+    samples = generation.generate_request(model, generation.SampleRequest(seeds, condition))
+    return images.grid(samples, columns, zoom=max(1, 32 // samples.shape[-3]))

@@ -14,8 +14,9 @@ from tessera.conditioning import NetworkFunction
 from tessera.data import Batch
 from tessera.models.network import Network
 from tessera.monitoring import health
+from tessera.times import mean_of_frames
 from tessera.training import parallel
-from tessera.training.objective import TrainingObjective, batch_rows, compute_loss, prepare_batch
+from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
 from tessera.training.optimizers import OptimizerConfig
 from tessera.training.parallel import ParallelContext
 
@@ -71,7 +72,7 @@ def train_step(
     names: list[str] = []
     for number in range(accumulation_steps):
         rows = slice(batch_size * number // accumulation_steps, batch_size * (number + 1) // accumulation_steps)
-        x0, condition, position = prepare_batch(batch_rows(batch, rows), objective, device)
+        x0, condition, position = prepare_batch(batch[rows], objective, device)
         with parallel.gradient_sync(network, last=number == accumulation_steps - 1):
             losses, t = compute_loss(state.forward, x0, condition, position, objective)
             # sum / (global batch size / ranks): FSDP takes the mean over the ranks, so this is the mean over the batch.
@@ -81,7 +82,7 @@ def train_step(
         means = torch.stack(
             [value.detach().sum() / global_batch_size for value in by_name.values() if value is not None]
         )
-        sums.append(torch.cat((means, health.bin_by_timestep(losses.mse.detach(), t).flatten())))
+        sums.append(torch.cat((means, health.bin_by_timestep(losses.mse.detach(), mean_of_frames(t)).flatten())))
     gradients = parallel.collect_gradients(network, optimizer)
     group_names, index = state.parameter_groups
     norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]

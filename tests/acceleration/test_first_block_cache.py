@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
+from tessera.acceleration.first_block_cache import CachedResiduals, CacheStats, FirstBlockCache
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.models.dit import DiT, DiTConfig
@@ -51,6 +51,18 @@ def sample(
     grid = timestep_grid(Uniform(), steps, DIFFUSION)
     *_, last = sample_loop(SAMPLERS[sampler](), denoise, x, grid, lambda: normal(4, 2, 8, 8, seed=next(seeds))[rows])
     return last.x
+
+
+class Remembered:
+    """A cache with the state of its rows, called like a network."""
+
+    def __init__(self, cache: FirstBlockCache) -> None:
+        self.cache, self.state = cache, None
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        state = self.cache.empty_state(x) if self.state is None else self.state
+        raw, self.state = self.cache.evaluate(x, t, condition, state)
+        return raw
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -104,10 +116,11 @@ def test_only_rows_that_change_are_computed(make):
     x, t, condition = normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2])
     cached = FirstBlockCache(network, FirstBlockCaching(threshold=0.05))
     with torch.no_grad():
-        first = cached(x, t, condition)
+        call = Remembered(cached)
+        first = call(x, t, condition)
         assert torch.equal(first, network(x, t, condition))
         moved = torch.stack((x[0], -x[1], x[2]))
-        got, expected = cached(moved, t, condition), network(moved, t, condition)
+        got, expected = call(moved, t, condition), network(moved, t, condition)
     assert cached.stats == CacheStats(requested=18, computed=9 + 3 + 2)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -125,7 +138,7 @@ def test_order_1_is_exact_for_a_linear_residual(make):
             return x + 0.1 + self.slope * context.c
 
     network.blocks = torch.nn.ModuleList([Linear(0.0), Linear(1.0)])
-    network.t_embedder.forward = lambda t: (t / 1000)[:, None] * torch.linspace(-1, 1, 32)
+    network.t_embedder.forward = lambda t: (t / 1000)[..., None] * torch.linspace(-1, 1, 32)
     network.y_embedder.forward = lambda label: torch.zeros(len(label), 32)
     x, condition = normal(2, 2, 8, 8), Condition([0, 1])
 
@@ -135,12 +148,13 @@ def test_order_1_is_exact_for_a_linear_residual(make):
     with torch.no_grad():
         for order, exact in ((0, False), (1, True)):
             cached = FirstBlockCache(network, FirstBlockCaching(threshold=0, order=order))
-            cached(x, at(900.0), condition)
-            cached(x, at(800.0), condition)
+            call = Remembered(cached)
+            call(x, at(900.0), condition)
+            call(x, at(800.0), condition)
             cached.settings = FirstBlockCaching(threshold=1e9, order=order)
-            got, expected = cached(x, at(650.0), condition), network(x, at(650.0), condition)
+            got, expected = call(x, at(650.0), condition), network(x, at(650.0), condition)
             assert (error(got, expected) < 1e-5) == exact
-            again = cached(x, at(800.0), condition)
+            again = call(x, at(800.0), condition)
             torch.testing.assert_close(again, network(x, at(800.0), condition), rtol=1e-4, atol=1e-4)
 
 
@@ -155,12 +169,32 @@ def test_each_half_of_guidance_has_its_own_cache(make):
     assert error(got, sample(network, unconditional=network, steps=30, guidance_interval=(0.3, 0.7))) < 0.1
 
 
-def test_another_batch_shape_is_rejected(make):
-    cached = FirstBlockCache(make(), FirstBlockCaching())
+def test_rows_join_leave_and_change_places(make):
+    """The state follows its rows: one that was reordered, joined by a new row and reduced gives the same as before."""
+    network, t = make(), torch.full((3,), 500.0)
+    cached = FirstBlockCache(network, FirstBlockCaching(threshold=0.9, order=1))
+    x, condition = normal(3, 2, 8, 8), Condition([0, 1, 2])
+    later, order = x + 0.05 * normal(3, 2, 8, 8, seed=1), torch.tensor([2, 0])
     with torch.no_grad():
-        cached(normal(3, 2, 8, 8), torch.full((3,), 500.0), Condition([0, 1, 2]))
-        with pytest.raises(ValueError, match="a cache serves one sampling run"):
-            cached(normal(2, 2, 8, 8), torch.full((2,), 500.0), Condition([0, 1]))
+        _, state = cached.evaluate(x, t, condition, cached.empty_state(x))
+        expected, _ = cached.evaluate(later, t - 10, condition, state)
+        new = normal(1, 2, 8, 8, seed=2)
+        joined = CachedResiduals.cat([cached.empty_state(new), state[order]])
+        got, _ = cached.evaluate(
+            torch.cat((new, later[order])), t - 10, Condition.cat((Condition([1]), condition[order])), joined
+        )
+        torch.testing.assert_close(got[1:], expected[order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[:1], network(new, t[:1] - 10, Condition([1])), rtol=1e-4, atol=1e-5)
+        assert error(expected, network(later, t - 10, condition)) > 1e-6  # residuals were reused
+
+
+def test_another_size_is_rejected(make):
+    cached, t = FirstBlockCache(make(), FirstBlockCaching()), torch.full((3,), 500.0)
+    x, condition = normal(3, 2, 8, 8), Condition([0, 1, 2])
+    with torch.no_grad():
+        _, state = cached.evaluate(x, t, condition, cached.empty_state(x))
+        with pytest.raises(ValueError, match="a cache serves images of one size"):
+            cached.evaluate(normal(3, 2, 4, 8), t, condition, state)
 
 
 def test_a_network_of_one_block_is_unchanged(make):

@@ -50,7 +50,7 @@ def normal(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("block", BLOCK_KINDS)
 def test_precomputed_modulation_gives_the_output_of_the_network(make, block, modulation_rows):
     network, label = make(block), torch.tensor([2, -1, 2, 0])
-    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([2, 0, -1, -1, 2]), GRID)
+    precomputed = PrecomputedModulation(network, TIMES, Condition(torch.tensor([2, 0, -1, -1, 2])), GRID)
     assert set(modulation_rows) <= {9}  # all three times with all three labels, at once
     modulation_rows.clear()
     x, t, condition = normal(4, 2, 8, 8), torch.tensor([500.25, 999.0, 0.0, 999.0]), Condition(label)
@@ -62,7 +62,7 @@ def test_precomputed_modulation_gives_the_output_of_the_network(make, block, mod
 @torch.no_grad()
 def test_a_network_without_classes(make):
     network = make(num_classes=0)
-    precomputed = PrecomputedModulation(network, TIMES, None, GRID)
+    precomputed = PrecomputedModulation(network, TIMES, Condition(), GRID)
     x, t = normal(3, 2, 8, 8), torch.tensor([0.0, 999.0, 500.25])
     torch.testing.assert_close(precomputed(x, t, Condition()), network(x, t, Condition()), rtol=1e-5, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_a_network_without_classes(make):
 )
 def test_unknown_times_and_labels_are_computed(make, times, labels):
     network = make()
-    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
+    precomputed = PrecomputedModulation(network, TIMES, Condition(torch.tensor([0, 1])), GRID)
     x, t, condition = normal(2, 2, 8, 8), torch.tensor(times), Condition(labels)
     assert torch.equal(precomputed(x, t, condition), network(x, t, condition))
 
@@ -82,6 +82,6 @@ def test_unknown_times_and_labels_are_computed(make, times, labels):
 @pytest.mark.parametrize("block", BLOCK_KINDS)
 def test_table_bytes_is_the_size_of_the_table(make, block):
     network = make(block)
-    precomputed = PrecomputedModulation(network, TIMES, torch.tensor([0, 1]), GRID)
+    precomputed = PrecomputedModulation(network, TIMES, Condition(torch.tensor([0, 1])), GRID)
     table_bytes = sum(vectors.numel() * vectors.element_size() for vectors in precomputed.table.values())
-    assert PrecomputedModulation.table_bytes(network, 3, 2) == table_bytes
+    assert PrecomputedModulation.table_bytes(network, 3, Condition([0, 1, 1])) == table_bytes

@@ -84,11 +84,11 @@ def test_a_batch_may_span_epochs():
     batch = next(batches)
     batches.close()
     assert batch.position.tolist() == list(range(8, 16))
-    assert batch.position.dtype == batch.label.dtype == torch.int64
+    assert batch.position.dtype == batch.condition.label.dtype == torch.int64
     assert batch.pixels.dtype == torch.uint8
     assert batch.pixels.shape == (8, 1, 1, 1)
     assert batch.pixels.flatten().tolist() == loader.order.batch(8).tolist()
-    assert batch.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
+    assert batch.condition.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
 
 
 def test_a_batch_may_be_larger_than_the_data():
@@ -111,7 +111,7 @@ def test_an_invalid_sample_is_replaced_by_the_next_valid_one_and_reported():
 def test_labels_follow_the_replacement():
     loader = Loader(Numbers(10, invalid=(2, 5, 6)), 10, seed=0)
     batch = loader.load_batch(0)
-    assert batch.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
+    assert batch.condition.label.tolist() == [index % 3 for index in batch.pixels.flatten().tolist()]
 
 
 def test_replacements_do_not_depend_on_the_workers():

@@ -28,7 +28,7 @@ def test_cifar10_opens_with_ten_classes():
     loader = Loader(source, 64, seed=0)
     batch = loader.load_batch(0)
     assert batch.pixels.shape == (64, 3, 32, 32)
-    assert len(set(batch.label.tolist())) > 5
+    assert len(set(batch.condition.label.tolist())) > 5
     assert not loader.invalid_samples
 
 

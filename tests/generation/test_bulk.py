@@ -8,8 +8,8 @@ import pytest
 
 from tessera import generation
 from tessera.errors import TesseraError
-from tessera.generation import bulk, shards
-from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request, generate_shards, write_npz
+from tessera.generation import SampleRequest, bulk, shards
+from tessera.generation.bulk import BulkSamples, bulk_request, generate_shards, write_npz
 from tessera.generation.shards import num_shards
 from tessera.runtime import Distributed
 
@@ -25,7 +25,8 @@ def all_images(samples: BulkSamples) -> np.ndarray:
 
 
 def test_images_are_those_of_their_classes_and_seeds(tiny_model, small_shards, tmp_path):
-    request = BulkRequest([5, 9, 2, 30] * 12, [0, 1, 2, 1] * 12, settings={"num_steps": 3}, guidance_scale=2.0)
+    seeds, classes = [5, 9, 2, 30] * 12, [0, 1, 2, 1] * 12
+    request = SampleRequest(seeds, {"label": classes}, settings={"num_steps": 3}, guidance_scale=2.0)
     samples = BulkSamples(tiny_model, request, tmp_path, batch_size=20)
     generate_shards(samples, Distributed())
     expected = generation.generate(
@@ -40,7 +41,7 @@ def test_images_are_those_of_their_classes_and_seeds(tiny_model, small_shards, t
 def test_a_model_without_classes_and_another_size(make_model, small_shards, tmp_path):
     model = make_model({"num_classes": 0})
     request = bulk_request(model, 25, "uniform", first_seed=7, size=(4, 8))
-    assert (request.classes, request.class_policy, list(request.seeds)) == (None, "unconditional", list(range(7, 32)))
+    assert (request.classes, request.policy, list(request.seeds)) == (None, "unconditional", list(range(7, 32)))
     samples = BulkSamples(model, request, tmp_path, batch_size=20)
     shard = samples.shard(1)
     assert (shard.labels, shard.images.shape) == (None, (5, 4, 8, 1))
@@ -55,8 +56,8 @@ def test_only_missing_shards_are_generated(tiny_model, small_shards, tmp_path, m
         (tmp_path / "part" / name).unlink()
     (tmp_path / "part/000003.npy.partial").write_text("half")
     seeds = []
-    original = generation.generate
-    monkeypatch.setattr(bulk, "generate", lambda *a, **k: seeds.append(list(a[2])) or original(*a, **k))
+    original = generation.generate_request
+    monkeypatch.setattr(bulk, "generate_request", lambda *a: seeds.append(list(a[1].seeds)) or original(*a))
     progress = []
     generate_shards(BulkSamples(tiny_model, request, tmp_path / "part"), Distributed(), lambda *at: progress.append(at))
     assert seeds == [list(range(20, 40)), list(range(60, 70))]
@@ -105,7 +106,7 @@ def test_a_folder_of_another_model_or_other_classes_is_refused(make_model, tiny_
     BulkSamples(tiny_model, request, tmp_path).begin(Distributed())
     with pytest.raises(TesseraError, match="weights was"):
         BulkSamples(make_model(seed=1), request, tmp_path).begin(Distributed())
-    for other in (bulk_request(tiny_model, 30, "uniform"), BulkRequest(request.seeds, [1] * 30)):
+    for other in (bulk_request(tiny_model, 30, "uniform"), SampleRequest(request.seeds, {"label": [1] * 30})):
         with pytest.raises(TesseraError, match=r"sampling\.class_policy was balanced"):
             BulkSamples(tiny_model, other, tmp_path).begin(Distributed())
 
@@ -144,7 +145,7 @@ def test_uniform_classes_are_uniform_and_depend_on_their_seeds(make_model):
 
 
 def test_the_protocol_records_seeds_and_class_policy(tiny_model, tmp_path):
-    def protocol(request: BulkRequest) -> dict:
+    def protocol(request: SampleRequest) -> dict:
         return BulkSamples(tiny_model, request, tmp_path).sampling_protocol
 
     one = protocol(bulk_request(tiny_model, 30, "uniform", settings={"num_steps": 4}, guidance_scale=2.5))
@@ -152,7 +153,7 @@ def test_the_protocol_records_seeds_and_class_policy(tiny_model, tmp_path):
     assert (one["num_steps"], one["guidance_scale"]) == (4, 2.5)
     assert one["sampler"] == {"kind": "ddim", "eta": 0.0}
     listed = [
-        protocol(BulkRequest(seeds, classes))
+        protocol(SampleRequest(seeds, {"label": classes}))
         for seeds, classes in (([4, 2], [0, 1]), ([2, 4], [0, 1]), ([4, 2], [1, 0]))
     ]
     assert len({str(each) for each in listed}) == 3

@@ -6,12 +6,12 @@ import torch
 
 from tessera import generation, randomness
 from tessera.acceleration.first_block_cache import CacheStats
-from tessera.conditioning import Condition
+from tessera.conditioning import Condition, LabelField
 from tessera.diffusion import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.generation import denoiser as assembly
-from tessera.generation.pipeline import STREAM
 from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, sample_loop
+from tessera.sampling.continuous import STREAM
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import Uniform, timestep_grid
 
@@ -147,11 +147,11 @@ def test_fixed_variance(make_model):
 
 
 def test_classes_by_name_number_and_digits(tiny_model):
-    assert generation.class_labels(tiny_model, ["dog", 2, "0", np.int64(1)]) == [1, 2, 0, 1]
+    assert LabelField().encode(["dog", 2, "0", np.int64(1)], tiny_model.config).tolist() == [1, 2, 0, 1]
 
 
 def test_a_class_name_of_digits_takes_precedence(make_model):
-    assert generation.class_labels(make_model(class_names=("2", "0", "1")), ["2", 2]) == [0, 2]
+    assert LabelField().encode(["2", 2], make_model(class_names=("2", "0", "1")).config).tolist() == [0, 2]
 
 
 def test_one_class_for_many_seeds_and_one_seed_for_many_classes(tiny_model):
@@ -213,7 +213,7 @@ def test_an_unknown_class_name(tiny_model):
 
 
 def test_missing_classes(tiny_model):
-    assert generate_error(tiny_model).startswith("this model has 3 classes: pass some")
+    assert generate_error(tiny_model).startswith("this model needs classes: it has 3 classes; pass some")
 
 
 def test_classes_for_an_unconditional_model(make_model):
@@ -351,9 +351,9 @@ def test_precomputed_modulation_changes_only_rounding(make_model, monkeypatch, s
 
 
 def test_separate_calls_for_guidance_change_only_rounding(tiny_model, monkeypatch):
-    monkeypatch.setattr(assembly, "SEPARATE_HALVES_TOKENS", 1)
+    monkeypatch.setattr(assembly, "SEPARATE_CALLS_TOKENS", 1)
     *_, apart = generation.generate_steps(tiny_model, [0, 1], [4, 9], guidance_scale=3.0)
-    monkeypatch.setattr(assembly, "SEPARATE_HALVES_TOKENS", 10**9)
+    monkeypatch.setattr(assembly, "SEPARATE_CALLS_TOKENS", 10**9)
     *_, together = generation.generate_steps(tiny_model, [0, 1], [4, 9], guidance_scale=3.0)
     torch.testing.assert_close(apart.x, together.x, rtol=1e-4, atol=1e-4)
 
@@ -531,11 +531,11 @@ def test_the_size_is_that_of_the_image(tiny_model):
         ({"init_image": make_image(), "strength": 0.0}, "strength is 0.0; expected more than 0"),
         ({"init_image": make_image(), "strength": 1.1}, "strength is 1.1"),
         ({"init_image": make_image(), "strength": 0.0005}, "strength 0.0005 leaves no step"),
-        ({"init_image": make_image(channels=3)}, "[H, W, 1]; got uint8 [8, 8, 3]"),
+        ({"init_image": make_image(channels=3)}, "[H, W, 1]; got uint8 [1, 8, 8, 3]"),
         ({"init_image": make_image()[..., 0]}, "[H, W, 1]; got uint8 [8, 8]"),
         (
             {"init_image": make_image(), "mask": right_half()[None, None]},
-            "a mask is [B, H, W] or [H, W]; got uint8 [1, 1, 8, 8]",
+            "a mask is [B, 8, 8] or [8, 8], 1 where to generate and 0 where the image stays; got shape [1, 1, 8, 8]",
         ),
         ({"init_image": make_image() / 255}, "got float64"),
         ({"init_image": make_image(size=(7, 8))}, "size 7 x 8: height and width"),

@@ -12,7 +12,15 @@ from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.network import parameter_count
 from tessera.models.presets import UNET_PRESETS
-from tessera.models.unet import Norm, ResidualBlock, SpatialAttention, UNet, UNetConfig, UNetFinalLayer
+from tessera.models.unet import (
+    Norm,
+    ResidualBlock,
+    SpatialAttention,
+    UNet,
+    UNetConfig,
+    UNetContext,
+    UNetFinalLayer,
+)
 from tessera.settings import validate
 
 SMALL = {
@@ -264,7 +272,8 @@ def test_residual_block_resamples(resampling, randomise):
     nn.init.zeros_(block.conv2.weight)
     nn.init.zeros_(block.conv2.bias)
     side = {"none": 4, "down": 2, "up": 8}[resampling]
-    assert torch.equal(block(torch.full((1, 8, 4, 4), 0.7), torch.zeros(1, 16)), torch.full((1, 8, side, side), 0.7))
+    context = UNetContext(torch.zeros(1, 1, 16))
+    assert torch.equal(block(torch.full((1, 8, 4, 4), 0.7), context), torch.full((1, 8, side, side), 0.7))
 
 
 def test_residuals_are_float32_under_autocast(randomise):

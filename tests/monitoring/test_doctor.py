@@ -130,7 +130,7 @@ def test_a_healthy_run_has_no_findings_at_any_age(made, steps):
         ((), values(invalid_samples=9), values()),
         (LATENTS, values(), values(data_std=0.8, data_spread=0.7, data_mean=-0.3)),
         ((), values(), values(data_std=0.4, data_mean=0.8, data_spread=0.3)),  # pixels may be of any brightness
-        (("training.label_dropout=0", "sampling.guidance_scale=1"), values(), values()),
+        (("training.condition_dropout=0", "sampling.guidance_scale=1"), values(), values()),
         (("training.steps=400000", "training.ema.decay=0.9999"), values(), values(loss_ema=1.8)),  # still catching up
         (("network.num_classes=0",), values(), drop("loss_wrong_labels")),
         (
@@ -190,15 +190,15 @@ FINDINGS = {
         "network.block=rope-swiglu",
     ),
     "guidance without label dropout": (
-        ("training.label_dropout=0", "sampling.guidance_scale=1.5"), values(), values(), "error", "1.5",
-        "training.label_dropout=0.1",
+        ("training.condition_dropout=0", "sampling.guidance_scale=1.5"), values(), values(), "error", "1.5",
+        "training.condition_dropout=0.1",
     ),
     "labels are uninformative": (
         (), values(), values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
         "error", "probes", "data.classes=none",
     ),
     "most labels dropped": (
-        ("training.label_dropout=0.8",), values(), values(), "warning", "0.8", "training.label_dropout=0.1",
+        ("training.condition_dropout=0.8",), values(), values(), "warning", "0.8", "training.condition_dropout=0.1",
     ),
     "EMA too slow": (
         ("training.ema.decay=0.9999",), values(), values(loss_ema=1.2), "error", "10000 steps",

@@ -14,6 +14,7 @@ from torch.nn.functional import layer_norm
 
 from tessera import randomness
 from tessera.codecs import PixelsConfig
+from tessera.conditioning import Condition
 from tessera.data import Batch
 from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.layers.positions import apply_rope, rope_grid
@@ -36,19 +37,23 @@ def batch(count: int, start: int = 0, size: int = 8) -> Batch:
     generator = torch.Generator().manual_seed(start)
     pixels = torch.randint(0, 256, (count, 1, size, size), dtype=torch.uint8, generator=generator)
     position = torch.arange(start, start + count)
-    return Batch(pixels, position % 3, position)
+    return Batch(pixels, Condition(position % 3), position)
+
+
+def without_labels(inputs: Batch) -> Batch:
+    return Batch(inputs.pixels, Condition(), inputs.position)
 
 
 def make_objective(**changes) -> TrainingObjective:
-    defaults = {"hflip": False, "label_dropout": 0.0, "num_classes": 3, "seed": 7, "dtype": None}
+    defaults = {"hflip": False, "condition_dropout": 0.0, "null_fields": ("label",), "seed": 7, "dtype": None}
     defaults |= {"diffusion": FlowMatchingConfig().build(), "codec": PixelsConfig(channels=1).build()}
     return TrainingObjective(**{**defaults, **changes})
 
 
-def probe(network, ema_network, inputs: Batch, objective: TrainingObjective) -> dict:
+def probe(network, ema_network, inputs: Batch, objective: TrainingObjective, num_classes: int = 3) -> dict:
     device = next(network.parameters()).device
     tensors = probe_inputs(inputs, objective, device)
-    return health.probe(network, ema_network, *tensors, objective.diffusion, objective.num_classes, objective.dtype)
+    return health.probe(network, ema_network, *tensors, objective.diffusion, num_classes, objective.dtype)
 
 
 @pytest.fixture
@@ -265,9 +270,9 @@ def test_losses_of_weights_ema_and_wrong_labels(make, randomise):
 
 def test_labels_are_not_dropped_and_only_the_first_samples_are_used(make):
     network, inputs, objective = make(), batch(40), make_objective()
-    first = Batch(inputs.pixels[:32], inputs.label[:32], inputs.position[:32])
+    first = inputs[:32]
     expected = probe(network, network, first, objective)
-    assert probe(network, network, inputs, replace(objective, label_dropout=0.9)) == expected
+    assert probe(network, network, inputs, replace(objective, condition_dropout=0.9)) == expected
 
 
 def test_timesteps_of_a_discrete_process_are_those_of_training(make):
@@ -275,13 +280,13 @@ def test_timesteps_of_a_discrete_process_are_those_of_training(make):
     timesteps = []
     network.t_embedder.register_forward_pre_hook(lambda module, args: timesteps.append(args[0]))
     metrics = probe(network, network, batch(4), make_objective(diffusion=diffusion))
-    assert timesteps[0].tolist() == [2, 7, 12, 17]
+    assert timesteps[0][:, 0].tolist() == [2, 7, 12, 17]
     assert math.isfinite(metrics["loss_probe"])
 
 
 def test_without_classes_there_are_no_wrong_labels(make):
     network = make(num_classes=0)
-    assert "loss_wrong_labels" not in probe(network, network, batch(4), make_objective(num_classes=0))
+    assert "loss_wrong_labels" not in probe(network, network, without_labels(batch(4)), make_objective())
 
 
 def test_data_statistics_by_numpy(make):
@@ -325,7 +330,7 @@ def test_a_probe_has_no_side_effects(make):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     probe(network, network, inputs, make_objective())
     with pytest.raises(ValueError, match="pass Condition"):
-        probe(network, network, inputs, make_objective(num_classes=0))
+        probe(network, network, without_labels(inputs), make_objective())
     for module in network.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks

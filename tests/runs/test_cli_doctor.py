@@ -14,7 +14,7 @@ def run(tmp_path, recipe):
     folder = tmp_path / "run"
     folder.mkdir()
     recipe = apply_overrides(
-        read_yaml(recipe), ["training.label_dropout=0", "sampling.guidance_scale=2", "network.num_classes=10"]
+        read_yaml(recipe), ["training.condition_dropout=0", "sampling.guidance_scale=2", "network.num_classes=10"]
     )
     (folder / "recipe.yaml").write_text(to_yaml(validate(Recipe, recipe, "the recipe")))
     (folder / "log.jsonl").write_text('{"step": 4, "loss": 0.9, "mse": 0.9, "grad_norm": 1.0}\n')
@@ -25,7 +25,7 @@ def test_findings_as_text(tessera, run):
     done = tessera("doctor", run)
     assert done.code == 0
     assert done.out.startswith("1. error: guidance without label dropout\n")
-    assert "training.label_dropout=0.1, or sampling.guidance_scale=1" in done.out
+    assert "training.condition_dropout=0.1, or sampling.guidance_scale=1" in done.out
 
 
 def test_findings_as_json(tessera, run):

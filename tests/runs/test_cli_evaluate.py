@@ -211,8 +211,8 @@ def test_an_interrupted_sample_generates_only_missing_images(tessera, trained, t
     for path in names[5:9]:
         path.unlink()
     names[2].write_bytes(before[names[2]][:60])  # cut short
-    seeds, original = [], generation.generate
-    monkeypatch.setattr(generation, "generate", lambda *a, **k: seeds.extend(a[2]) or original(*a, **k))
+    seeds, original = [], generation.generate_request
+    monkeypatch.setattr(generation, "generate_request", lambda *a, **k: seeds.extend(a[1].seeds) or original(*a, **k))
     assert tessera(*words).code == 0
     assert seeds == [2, 5, 6, 7, 8]
     for path, content in before.items():
@@ -295,7 +295,7 @@ def test_help_imports_nothing_heavy(environment, verb):
         (["{model}", "--num-samples", "20", "num_steps=99"], "99"),
         (["{model}", "--num-samples", "20", "sampler=dimm"], "did you mean 'ddim'?"),
         (["{model}", "--num-samples", "20", "guidance_scale=.nan"], "guidance_scale"),
-        (["{model}", "--num-samples", "20", "--size", "10"], "size differ"),
+        (["{model}", "--num-samples", "20", "--size", "12"], "size differ"),
         (["{model}", "--num-samples", "20", "--seed", "99999999999999999999"], "--seed"),
         (["{model}", "--num-samples", "99999999999999"], "--num-samples"),
         (["stats", "digits", "--out", "stats.txt"], "must end in .npz"),

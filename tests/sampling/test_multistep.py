@@ -9,11 +9,12 @@ from torch import Tensor
 
 from tessera.conditioning import Condition
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
-from tessera.diffusion.process import Prediction, expand
+from tessera.diffusion.process import Prediction
 from tessera.sampling import SAMPLERS, Ancestral, DPMSolver, DPMSolverSDE, UniPC, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.exponential import History, NoiseLevel, lagrange_weights
 from tessera.sampling.timesteps import Uniform, timestep_grid
+from tessera.times import expand
 
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}

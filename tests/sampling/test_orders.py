@@ -14,11 +14,12 @@ from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
-from tessera.diffusion.process import Prediction, expand
+from tessera.diffusion.process import Prediction
 from tessera.sampling import DDIM, SDE, Ancestral, DPMSolver, DPMSolverSDE, Euler, Heun, UniPC, sample_loop
 from tessera.sampling.exponential import History, NoiseLevel
 from tessera.sampling.timesteps import Trailing, Uniform, timestep_grid
 from tessera.sampling.unipc import PredictorState
+from tessera.times import expand
 
 PROCESSES = {
     "cosine": GaussianDiffusionConfig(num_timesteps=4096, schedule=CosineBetas()),

@@ -17,11 +17,12 @@ from torch import Tensor
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig
 from tessera.diffusion.gaussian import GaussianDiffusion, GaussianDiffusionConfig
-from tessera.diffusion.process import Prediction, expand
+from tessera.diffusion.process import Prediction
 from tessera.errors import TesseraError
 from tessera.sampling import DDIM, SAMPLERS, SDE, Ancestral, Euler, Heun, SamplingConfig, sample_loop
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import TIMESTEP_SPACINGS, Trailing, Uniform, timestep_grid
+from tessera.times import expand
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 

@@ -56,7 +56,7 @@ def test_run_dir_defaults_to_the_name_of_the_file(tmp_path):
         ("training.global_batch_size=1.5", r"training\.global_batch_size: .*integer.*got 1\.5"),
         ("training.optimizer.learning_rate=-1", r"learning_rate: .*greater than 0.*got -1"),
         ("training.optimizer.betas=[0.9, 1.5]", r"betas.*less than 1.*got 1\.5"),
-        ("training.label_dropout=1", r"label_dropout: .*less than 1"),
+        ("training.condition_dropout=1", r"condition_dropout: .*less than 1"),
         ("training.optimizer=moun", r"training\.optimizer.*'moun'.*'muon'"),
         ("training.optimizer=mun", r"unknown optimizer 'mun'; did you mean 'muon'\?"),
         ("network.block=rope-swigl", r"network\.block: unknown block 'rope-swigl'; did you mean 'rope-swiglu'\?"),
@@ -179,9 +179,9 @@ def test_a_resolved_recipe_written_and_read_is_the_same(tiny, tmp_path):
         (["network.in_channels=4"], "network.in_channels is 4 in the recipe, .* need 1"),
         (["codec={kind: pixels, channels: 3}"], "the codec takes 3 channels, but data.channels is 1"),
         (["network.patch_size=3"], "3 does not divide .*8 x 8"),
-        (["network.learn_null_class=false"], r"label_dropout needs network\.learn_null_class=true"),
+        (["network.learn_null_class=false"], r"condition_dropout needs network\.learn_null_class=true"),
         (
-            ["network.learn_null_class=false", "training.label_dropout=0", "sampling.guidance_scale=2"],
+            ["network.learn_null_class=false", "training.condition_dropout=0", "sampling.guidance_scale=2"],
             r"sampling\.guidance_scale is 2, but guidance needs classes and network\.learn_null_class",
         ),
         (["sampling.num_steps=21"], r"steps is 21; .* 20"),
@@ -209,7 +209,7 @@ def test_a_single_extra_decay_needs_no_list(tiny):
 def test_the_defaults_are_those_of_the_paper():
     recipe = Recipe(run_dir="x", data=DigitsConfig())
     training, network, diffusion = recipe.training, recipe.network, recipe.diffusion
-    assert (training.global_batch_size, training.steps, training.label_dropout) == (256, 400_000, 0.1)
+    assert (training.global_batch_size, training.steps, training.condition_dropout) == (256, 400_000, 0.1)
     assert (training.optimizer.learning_rate, training.optimizer.weight_decay) == (1e-4, 0.0)
     assert (training.optimizer.kind, training.optimizer.lr_schedule.kind) == ("adamw", "constant")
     assert (training.optimizer.warmup_steps, training.optimizer.grad_clip_norm) == (0, None)

@@ -280,7 +280,7 @@ def elapsed(counter: list[int]) -> bool:
 @pytest.mark.parametrize(
     ("change", "reset"),
     [("training.optimizer.learning_rate=0.002", True), ("training.global_batch_size=16", True),
-     ("training.label_dropout=0", True), ("training.steps=30", False), ("training.seed=1", False)],
+     ("training.condition_dropout=0", True), ("training.steps=30", False), ("training.seed=1", False)],
 )  # fmt: skip
 def test_changes_that_affect_the_loss_reset_the_limits(tiny, change, reset):
     loop.train(tiny("run", *WINDOW, "training.steps=20"))

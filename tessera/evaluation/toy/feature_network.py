@@ -178,7 +178,9 @@ def train(
     for step in range(steps):
         batch = next(batches)
         images = random_shift(batch.pixels, batch.position, hflip).to(device)
-        loss = functional.cross_entropy(network(images)["logits"], batch.label.to(device), label_smoothing=0.1)
+        assert batch.condition.label is not None
+        label = batch.condition.label.to(device)
+        loss = functional.cross_entropy(network(images)["logits"], label, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -204,7 +206,7 @@ def accuracy(network: FeatureNetwork, dataset: Dataset, device: torch.device | N
     for start in range(0, len(dataset), 100):
         batch = loader.load_batch(start)
         predictions = network(batch.pixels.to(device))["logits"].argmax(1).cpu()
-        correct += int((predictions == batch.label)[: len(dataset) - start].sum())
+        correct += int((predictions == batch.condition.label)[: len(dataset) - start].sum())
     return correct / len(dataset)
 
 

@@ -37,7 +37,7 @@ from tessera.evaluation.protocol import environment
 from tessera.evaluation.reference import save_statistics
 from tessera.evaluation.sources import ImageShard
 from tessera.files import atomic_write, exclusive_lock, write_array
-from tessera.generation.bulk import BulkRequest, BulkSamples, bulk_request
+from tessera.generation.bulk import BulkSamples, SampleRequest, bulk_request
 from tessera.generation.resumable import PLAN, claim_folder
 from tessera.model import Model
 from tessera.models.dit import DiT
@@ -183,7 +183,7 @@ class Tuner:
         identity = json.dumps([sampling.model_dump(mode="json"), *self._seeds(stage)], sort_keys=True)
         return self.folder / "trials" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
-    def _request(self, count: int, first_seed: int) -> BulkRequest:
+    def _request(self, count: int, first_seed: int) -> SampleRequest:
         return bulk_request(self.model, count, "balanced", first_seed, precision=self.config.precision)
 
     def _model_with(self, sampling: SamplingConfig) -> Model:
@@ -237,18 +237,12 @@ class Tuner:
         self._generate(sampling, self._request(self.config.batch_size, FINAL_SEED))
         return (time.monotonic() - start) / self.config.batch_size
 
-    def _generate(self, sampling: SamplingConfig, request: BulkRequest) -> None:
-        generation.generate(
-            self._model_with(sampling),
-            request.classes,
-            request.seeds,
-            precision=request.precision,
-            batch_size=len(request.seeds),
-        )
+    def _generate(self, sampling: SamplingConfig, request: SampleRequest) -> None:
+        generation.generate_request(self._model_with(sampling), request, batch_size=len(request))
 
-    def _sample_states(self, sampling: SamplingConfig, request: BulkRequest) -> Iterator[Any]:
+    def _sample_states(self, sampling: SamplingConfig, request: SampleRequest) -> Iterator[Any]:
         model = self._model_with(sampling)
-        return generation.generate_steps(model, request.classes, request.seeds, precision=request.precision)
+        return generation.sample_steps(model, request.resolve(model))
 
     # The time budget
 

@@ -1,0 +1,113 @@
+"""What a network is conditioned on beside the noisy image: a small frozen container.
+
+Shapes: B rows.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tessera.conditioning.fields import ConditionField, LabelField, condition_field
+from tessera.errors import TesseraError
+from tessera.rows import Rows
+
+
+@dataclass(frozen=True)
+class Condition(Rows):
+    """The condition of each row. A field is None if the network does not have it.
+
+    label: class ids, int64 [B], NULL_LABEL for unconditional rows.
+    """
+
+    label: Tensor | None = condition_field(LabelField())
+
+    def __post_init__(self) -> None:
+        for name, rules in self.rules().items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Tensor):
+                object.__setattr__(self, name, torch.as_tensor(value, dtype=rules.dtype))
+
+    @classmethod
+    def rules(cls) -> dict[str, ConditionField]:
+        """The rules of each field, by name."""
+        return {each.name: each.metadata["rules"] for each in fields(cls)}
+
+    @property
+    def present(self) -> dict[str, Tensor]:
+        """The fields that are not absent, by name."""
+        return {name: value for name in self.rules() if (value := getattr(self, name)) is not None}
+
+    def null(self, names: Iterable[str] | None = None) -> Self:
+        """The same rows with the null value in these fields (default: in all): an unconditional part of guidance."""
+        rules, present = self.rules(), self.present
+        chosen = [name for name in (present if names is None else names) if name in present]
+        return replace(self, **{name: rules[name].null_like(present[name]) for name in chosen})
+
+    def drop(self, mask: Tensor, names: Iterable[str] | None = None) -> Self:
+        """Null values where mask [B] is true: condition dropout in training (Ho & Salimans 2022)."""
+        changed = {}
+        for name, null in self.null(names).present.items():
+            value = self.present[name]
+            if null is not value:
+                rows = mask.to(value.device).view(-1, *(1,) * (value.ndim - 1))
+                changed[name] = torch.where(rows, null, value)
+        return replace(self, **changed)
+
+    def keys(self) -> Tensor | None:
+        """Whole numbers that are equal where conditions are equal: int64 [B, fields]; None if a field is not discrete
+        or all are absent."""
+        rules, present = self.rules(), self.present
+        if not present or not all(rules[name].discrete for name in present):
+            return None
+        return torch.stack([value.to(torch.int64) for value in present.values()], dim=1)
+
+    @classmethod
+    def load(cls, names: Sequence[str], dataset: Any, samples: Sequence[int]) -> Self:
+        """The conditions of some samples of a data set, with these fields."""
+        rules = cls.rules()
+        return cls(**{name: rules[name].load(dataset, samples) for name in names})
+
+    @classmethod
+    def example(cls, names: Sequence[str], num_rows: int, network: Any) -> Self:
+        """Any valid conditions with these fields, to measure a network with. network: its settings"""
+        rules = cls.rules()
+        return cls(**{name: rules[name].example(num_rows, network) for name in names})
+
+    @classmethod
+    def encode(cls, inputs: Mapping[str, Sequence[Any]], model: Any) -> Self:
+        """What a user asks for, by field, as rows. model: its configuration. Raises TesseraError."""
+        rules = cls.rules()
+        return cls(**{name: rules[name].encode(values, model) for name, values in inputs.items()})
+
+
+def check_inputs(names: Iterable[str], condition_type: type[Condition], model: Any) -> None:
+    """Raise TesseraError unless a request has inputs for exactly the fields that a model has.
+
+    names: of the fields with inputs. model: its configuration.
+    """
+    rules, needed, present = condition_type.rules(), set(model.network.condition_fields), set(names)
+
+    def listed(fields: Iterable[str]) -> str:
+        return ", ".join((rules[name].input_name if name in rules else "") or name for name in sorted(fields))
+
+    if unknown := present - needed:
+        known = f"has the conditions {listed(needed)}" if needed else "is unconditional"
+        raise TesseraError(f"this model {known}: leave out {listed(unknown)}")
+    missing = [name for name in rules if name in needed - present]
+    if missing:
+        hints = [
+            f"{listed([name])}: {hint}" if (hint := rules[name].hint(model)) else listed([name]) for name in missing
+        ]
+        raise TesseraError(f"this model needs {'; '.join(hints)}")
+
+
+def dropout_stream(name: str) -> int:
+    """The random stream that decides where one field alone is dropped in training: 32 bits of its name."""
+    return zlib.crc32(name.encode())
+
+
+NetworkFunction = Callable[[Tensor, Tensor, Condition], Tensor]  # network(x, t, condition) -> raw output

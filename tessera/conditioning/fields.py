@@ -1,0 +1,105 @@
+"""What each field of a condition declares about itself, and the class label as the first of them.
+
+A field is one object of a subclass of `ConditionField`, given in the declaration of `Condition`. All other code treats
+fields alike: it never names one. Shapes: B rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tessera import randomness
+from tessera.errors import TesseraError
+from tessera.settings import unknown_name
+
+NULL_LABEL = -1  # no class; the network's embedding table maps it to its own null row
+CLASS_STREAM = 0x636C6173  # random stream of the class labels of bulk sampling
+
+
+class ConditionField:
+    """The rules of one field. The methods are given the settings of the network, or the configuration of a model.
+
+    dtype: of the values. null: the value of all entries of an unconditional row; override `null_like` for a null value
+    with several entries. pad: fills up rows of different lengths. input_name: of what users give, where it differs from
+    the name of the field. discrete: whether the values are whole numbers [B]
+    that decide everything; sampling then precomputes what depends on the condition.
+    """
+
+    dtype: ClassVar[torch.dtype] = torch.float32
+    null: ClassVar[float] = 0
+    pad: ClassVar[float] = 0
+    input_name: ClassVar[str] = ""
+    discrete: ClassVar[bool] = False
+
+    def null_like(self, value: Tensor) -> Tensor:
+        """The unconditional rows that replace these rows [B, ...]."""
+        return torch.full_like(value, self.null)
+
+    def example(self, num_rows: int, network: Any) -> Tensor:
+        """Any valid rows [B, ...], to measure a network with."""
+        raise NotImplementedError
+
+    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
+        """The rows of some samples of a data set."""
+        raise NotImplementedError
+
+    def encode(self, inputs: Sequence[Any], model: Any) -> Tensor:
+        """What a user asks for, as rows [B, ...]. model: its configuration. Raises TesseraError."""
+        raise NotImplementedError
+
+    def default_inputs(self, seeds: Sequence[int], policy: str, model: Any) -> list[Any]:
+        """Inputs for images of which only the number is requested, in bulk sampling. Raises TesseraError."""
+        raise TesseraError("this model needs an input for each image: list them")
+
+    def hint(self, model: Any) -> str:
+        """How to give the inputs, for a message about a missing one."""
+        return ""
+
+
+class LabelField(ConditionField):
+    """Class ids, int64 [B]; NULL_LABEL for unconditional rows."""
+
+    dtype, null, discrete, input_name = torch.int64, NULL_LABEL, True, "classes"
+
+    def example(self, num_rows: int, network: Any) -> Tensor:
+        return torch.zeros(num_rows, dtype=torch.int64)
+
+    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
+        return torch.tensor([dataset.label(sample) for sample in samples], dtype=torch.int64)
+
+    def encode(self, inputs: Sequence[int | str], model: Any) -> Tensor:
+        """Class numbers or names -> ids"""
+        count = model.network.num_classes
+        names = list(model.class_names) or [str(number) for number in range(count)]
+        labels = []
+        for label in inputs:
+            if isinstance(label, str):
+                if label in names:
+                    label = names.index(label)
+                elif label.lstrip("-").isdigit():
+                    label = int(label)
+                else:
+                    raise TesseraError(unknown_name("class", label, names))
+            if not 0 <= label < count:
+                raise TesseraError(f"class {label} is out of range: this model has {count} classes, 0 to {count - 1}")
+            labels.append(int(label))
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def default_inputs(self, seeds: Sequence[int], policy: str, model: Any) -> list[int]:
+        """balanced: classes in turn; uniform: each image a random class, by its seed."""
+        count = model.network.num_classes
+        if policy == "balanced":
+            return [position % count for position in range(len(seeds))]
+        uniform = randomness.uniform(0, torch.tensor(list(seeds), dtype=torch.int64), CLASS_STREAM)[:, 0]
+        return (uniform.double() * count).long().tolist()
+
+    def hint(self, model: Any) -> str:
+        return f"it has {model.network.num_classes} classes; pass some, for example classes=[0]"
+
+
+def condition_field(rules: ConditionField) -> Any:
+    """A field of `Condition`: absent by default, with these rules."""
+    return field(default=None, metadata={"rules": rules, "pad": rules.pad})

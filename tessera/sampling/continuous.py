@@ -1,0 +1,146 @@
+"""Continuous batching: rows with different solvers, times and guidance share network calls, and join between steps.
+
+Rows that are at the same point of the same solver advance as one group; all groups share one network call. So a row can
+join while others are half done. Its image is the one that it has alone, up to the rounding of matrix products of
+another batch size. Shapes: B rows, n steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tessera import randomness
+from tessera.diffusion.process import Prediction
+from tessera.rows import Rows, pad, structure
+from tessera.sampling.denoiser import DenoiserRows, RowDenoiser
+from tessera.sampling.loop import Stepper
+from tessera.sampling.solver import Step
+
+STREAM = 0x64726177  # random stream of sampling; training uses others
+
+
+def sampling_noise(seed: Tensor, calls: Tensor, shape: Sequence[int]) -> Tensor:
+    """The noise number `calls` [B] of each seed [B]; number 0 is the initial state: float32 [B, *shape] on the CPU"""
+    return randomness.normal(seed, calls, STREAM, tuple(shape))
+
+
+@dataclass(frozen=True)
+class RowState(Rows):
+    """Rows during sampling, between two steps. Everything but x is on the CPU."""
+
+    name: list[Any]  # [B] of the row, for the caller
+    x: Tensor  # [B, C, ...]
+    times: Tensor = field(metadata=pad(0))  # float64 [B, n + 1]
+    step: Tensor  # int64 [B] steps done
+    num_steps: Tensor  # int64 [B]
+    seed: Tensor  # int64 [B]
+    noise_calls: Tensor  # int64 [B] noises used
+    inputs: DenoiserRows
+    memory: Any  # of the solver
+
+    def time(self, offset: int) -> Tensor:
+        """The time of each row, `offset` steps ahead: float64 [B]"""
+        return self.times.gather(1, (self.step + offset)[:, None])[:, 0]
+
+    @property
+    def finished(self) -> Tensor:
+        return self.step >= self.num_steps
+
+
+@dataclass
+class _Group:
+    """Rows that advance together, between steps or within one."""
+
+    solver: Stepper
+    state: RowState
+    running: Step[Any] | None = None
+    point: tuple[Tensor, Tensor] | None = None  # where the running step needs a prediction
+    noises: int = 0  # used in the running step
+
+    def begin(self, denoiser: RowDenoiser) -> None:
+        state, self.noises = self.state, 0
+        self.running = self.solver.step(
+            denoiser.diffusion, state.x, state.time(0), state.time(1), state.memory, self._noise
+        )
+        self.point = next(self.running)
+
+    def advance(self, prediction: Prediction, inputs: DenoiserRows) -> None:
+        assert self.running is not None
+        self.state = replace(self.state, inputs=inputs)
+        try:
+            self.point = self.running.send(prediction)
+        except StopIteration as end:
+            x, memory = end.value
+            state = self.state
+            self.state = replace(
+                state, x=x, memory=memory, step=state.step + 1, noise_calls=state.noise_calls + self.noises
+            )
+            self.running = self.point = None
+
+    def _noise(self) -> Tensor:
+        state, number = self.state, self.noises
+        self.noises += 1
+        return sampling_noise(state.seed, state.noise_calls + number, state.x.shape[1:]).to(state.x.device)
+
+
+class ContinuousBatch:
+    """Rows that are sampled together. `add` rows at any time; each `step` makes one network call for every size."""
+
+    def __init__(self, denoiser: RowDenoiser) -> None:
+        self.denoiser = denoiser
+        self._groups: list[_Group] = []
+        self._leaving: set[Any] = set()
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(group.state.x) for group in self._groups)
+
+    def add(self, solver: Stepper, state: RowState) -> None:
+        """Rows that join at the next step."""
+        self._groups.append(_Group(solver, state))
+
+    def remove(self, names: set[Any]) -> None:
+        """Rows that leave without being finished, at the end of the step that they are in."""
+        self._leaving |= names
+
+    def step(self) -> list[RowState]:
+        """One network call for every size of x. Returns the rows that are finished."""
+        for group in self._groups:
+            if group.running is None:
+                group.begin(self.denoiser)
+        by_size: dict[Any, list[_Group]] = {}
+        for group in self._groups:
+            by_size.setdefault(group.state.x.shape[1:], []).append(group)
+        for groups in by_size.values():
+            points = [group.point for group in groups if group.point is not None]
+            x, t = torch.cat([x for x, _ in points]), torch.cat([t for _, t in points])
+            prediction, inputs = self.denoiser(x, t, DenoiserRows.cat([group.state.inputs for group in groups]))
+            start = 0
+            for group in groups:
+                rows = slice(start, start + len(group.state.x))
+                group.advance(prediction[rows], inputs[rows])
+                start = rows.stop
+        return self._regroup()
+
+    def _regroup(self) -> list[RowState]:
+        """Take out finished rows, and join groups of the same solver whose memories have the same structure."""
+        finished, waiting, running = [], {}, []
+        for group in self._groups:
+            if group.running is not None:
+                running.append(group)
+                continue
+            state = group.state
+            if self._leaving:
+                state = state[torch.tensor([name not in self._leaving for name in state.name])]
+            done = state.finished
+            if done.any():
+                finished.append(state[done])
+                state = state[~done]
+            if len(state.x):
+                waiting.setdefault((group.solver, state.x.shape[1:], structure(state)), []).append(state)
+        self._groups = running + [_Group(key[0], RowState.cat(states)) for key, states in waiting.items()]
+        self._leaving &= {name for group in running for name in group.state.name}
+        return finished
