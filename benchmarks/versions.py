@@ -174,10 +174,9 @@ def main() -> None:
     }
     print("| work | before, CPU ms | after, CPU ms | before / after | lowest, highest | rounds |")
     print("|---|---|---|---|---|---|")
-    print(
-        f"| {titles[options.what]} | {1000 * cpu['before']:.1f} | {1000 * cpu['after']:.1f} | {statistics.median(ratios):.3f} | "
-        f"{min(ratios):.3f}, {max(ratios):.3f} | {options.rounds} |"
-    )
+    before, after, ratio = 1000 * cpu["before"], 1000 * cpu["after"], statistics.median(ratios)
+    interval = f"{min(ratios):.3f}, {max(ratios):.3f}"
+    print(f"| {titles[options.what]} | {before:.1f} | {after:.1f} | {ratio:.3f} | {interval} | {options.rounds} |")
 
 
 if __name__ == "__main__":

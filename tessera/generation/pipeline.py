@@ -32,6 +32,7 @@ from tessera.sampling import (
     sampling_noise,
     timestep_grid,
 )
+from tessera.sampling.loop import not_finite
 
 REQUEST_FIELDS = {"guidance_scale", "size", "init_image", "strength", "mask", "precision", "guidance_model"}
 
@@ -242,6 +243,14 @@ class ContinuousSampler:
         )
 
     @torch.no_grad()
-    def step(self) -> dict[Any, Tensor]:
-        """One network call. Returns the latents [C, ...] of each row that is finished, by name."""
-        return {name: x for state in self.batch.step() for name, x in zip(state.name, state.x)}
+    def step(self) -> dict[Any, Tensor | TesseraError]:
+        """One network call. Returns the latents [C, ...] of each row that is finished, by name.
+
+        A row whose numbers are not finite has an error instead, and the others are not affected.
+        """
+        results: dict[Any, Tensor | TesseraError] = {}
+        for state in self.batch.step():
+            finite = state.x.flatten(1).sum(dim=1).isfinite().tolist()
+            for name, x, is_finite in zip(state.name, state.x, finite, strict=True):
+                results[name] = x if is_finite else not_finite(f"{name} contains", "at the last step")
+        return results

@@ -3,7 +3,7 @@
 Shapes: B batch, T frames.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,26 +56,25 @@ def sample_loop(
         x, memory = run_step(solver.step(denoise.diffusion, x, t, s, memory, noise), denoise)
         row_sums.append(x.flatten(1).sum(dim=1))
         if number == num_steps:
-            check_finite(row_sums, times, solver)
+            _check_finite(torch.stack(row_sums), times, solver)
         yield SampleState(x, float(times[number].max()), number, num_steps)
 
 
-def check_finite(row_sums: Sequence[Tensor], times: Tensor | None, solver: Stepper) -> None:
-    """Raise TesseraError if rows of the last state are not finite. row_sums: [B] after each step, copied at once.
-
-    times: of the steps, if all states are given.
-    """
-    finite = torch.stack(list(row_sums)).cpu().isfinite()
+def _check_finite(row_sums: Tensor, times: Tensor, solver: Stepper) -> None:
+    """Raise TesseraError if rows of the last state are not finite. row_sums [n + 1, B], copied from the device once."""
+    finite = row_sums.cpu().isfinite()
     bad = ~finite[-1]
     if not bad.any():
         return
-    where = "in the sample"
-    if times is not None:
-        first, num_steps = int((~finite[:, bad]).any(dim=1).nonzero()[0]), len(times) - 1
-        time = float(times[max(first - 1, 0)].max())
-        where = f"first after step {first} of {num_steps} (time {time:.3g})" if first else "first in the noise"
-    raise TesseraError(
-        f"{int(bad.sum())} of {len(bad)} images contain numbers that are not finite, {where} of {solver.kind}; try "
-        "--precision float32, a smaller guidance scale, ddim or more steps; if it fails without guidance too, the "
-        "model's weights are damaged: use an earlier checkpoint"
+    first, num_steps = int((~finite[:, bad]).any(dim=1).nonzero()[0]), len(times) - 1
+    time = float(times[max(first - 1, 0)].max())
+    where = f"after step {first} of {num_steps} (time {time:.3g})" if first else "in the noise"
+    raise not_finite(f"{int(bad.sum())} of {len(bad)} images contain", f"first {where} of {solver.kind}")
+
+
+def not_finite(subject: str, where: str) -> TesseraError:
+    """The error about numbers that are not finite, with the remedies."""
+    return TesseraError(
+        f"{subject} numbers that are not finite, {where}; try --precision float32, a smaller guidance scale, ddim or "
+        "more steps; if it fails without guidance too, the model's weights are damaged: use an earlier checkpoint"
     )

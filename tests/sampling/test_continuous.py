@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tessera import generation
+from tessera.conditioning import Condition
 from tessera.generation import ContinuousSampler, SampleRequest
 from tessera.sampling import SAMPLERS
 
@@ -209,6 +210,25 @@ def test_requests_that_cannot_be_sampled_together(make_model):
     with pytest.raises(ValueError, match="1 rows need as many names, not 2"):
         sampler.add(SampleRequest([1], {"label": [0]}), ["x", "y"])
     assert sampler.batch.num_rows == 0
+
+
+@torch.no_grad()
+def test_a_row_that_is_not_finite_does_not_affect_others(make_model):
+    model, settings = make_model({}), {"sampler": "dpm++", "num_steps": 4}
+    original = model.network.forward
+
+    def broken(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        raw = original(x, t, condition)
+        return torch.where((condition.label == 1).view(-1, 1, 1, 1), torch.nan, raw)
+
+    model.network.forward = broken
+    request = SampleRequest([1, 2, 3], {"label": [0, 1, 2]}, settings=settings)
+    with without_table():
+        done = run(model, {0: [("x", request)]})
+    assert isinstance(done["x.1"], generation.pipeline.TesseraError)
+    assert "x.1 contains numbers that are not finite" in str(done["x.1"])
+    assert torch.isfinite(done["x.0"]).all()
+    assert torch.isfinite(done["x.2"]).all()
 
 
 class without_table:  # noqa: N801
