@@ -95,7 +95,7 @@ def check_inputs(names: Iterable[str], condition_type: type[Condition], model: A
         return ", ".join((rules[name].input_name if name in rules else "") or name for name in sorted(fields))
 
     if unknown := present - needed:
-        known = f"has the conditions {listed(needed)}" if needed else "is unconditional"
+        known = f"is conditioned on {listed(needed)}" if needed else "is unconditional"
         raise TesseraError(f"this model {known}: leave out {listed(unknown)}")
     missing = [name for name in rules if name in needed - present]
     if missing:

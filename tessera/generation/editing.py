@@ -39,8 +39,10 @@ def check_images(model: Model, images: Tensor) -> tuple[int, ...]:
     if images.dtype != torch.uint8 or images.ndim != axes + 1 or images.shape[-1] != channels or not images.numel():
         shape = "T, H, W" if axes == 4 else "H, W"
         dtype = str(images.dtype).removeprefix("torch.")
+        hint = ", with size=(T, H, W) for one clip" if axes == 4 else ""
         raise TesseraError(
-            f"an image is uint8 [B, {shape}, {channels}] or [{shape}, {channels}]; got {dtype} {list(images.shape)}"
+            f"an image is uint8 [B, {shape}, {channels}] or [{shape}, {channels}]{hint}; got {dtype} "
+            f"{list(images.shape)}"
         )
     return tuple(images.shape[1:-1])
 

@@ -107,7 +107,7 @@ class SampleRequest:
             self,
             seeds=chosen(self.seeds),
             condition={name: chosen(values) for name, values in self.condition.items()},
-            guidance_scale=scale if scale is None or isinstance(scale, int | float) else chosen(torch.as_tensor(scale)),
+            guidance_scale=scale if scale is None or not torch.as_tensor(scale).ndim else chosen(torch.as_tensor(scale)),
             init_image=None if image is None else chosen(image),
             mask=None if mask is None else chosen(mask),
         )
@@ -115,7 +115,8 @@ class SampleRequest:
     def sampling(self, model: Model) -> SamplingConfig:
         """The sampling settings, guidance_scale included if it is one number. Raises TesseraError."""
         scale = self.guidance_scale
-        changes = {"guidance_scale": scale} if isinstance(scale, int | float) else {}
+        is_number = scale is not None and torch.as_tensor(scale).ndim == 0
+        changes = {"guidance_scale": float(scale)} if is_number else {}  # pyright: ignore[reportArgumentType]
         return sampling_config(model, **{**self.settings, **changes})
 
     def check(self, model: Model) -> SamplingConfig:
@@ -123,8 +124,8 @@ class SampleRequest:
         config, network = self.sampling(model), model.config.network
         len(self)
         check_inputs(self.condition, network.condition_type, model.config)
-        if not all(0 <= seed < 2**63 for seed in self.seeds):
-            raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {list(self.seeds)}")
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63]:
+            raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {', '.join(map(str, bad[:5]))}")
         if unknown := sorted(config.guidance_scales.keys() - set(network.null_fields)):
             known = ", ".join(network.null_fields) or "none"
             raise TesseraError(

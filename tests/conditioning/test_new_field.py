@@ -359,7 +359,7 @@ def test_rows_with_different_values_share_network_calls(config_type, make):
     [
         ({}, r"this model needs classes: it has 10 classes; .*; extra: condition=\{'notes'"),
         ({"label": [1]}, r"this model needs extra: condition=\{'notes'"),
-        ({"label": [1], "extra": [[1.0]], "mood": [3]}, "has the conditions extra, classes: leave out mood"),
+        ({"label": [1], "extra": [[1.0]], "mood": [3]}, "is conditioned on extra, classes: leave out mood"),
         ({"label": [1, 2, 3], "extra": [[1.0], [2.0]]}, "3 images are requested, but there are 2 extra"),
         ({"label": [1], "extra": []}, "nothing to generate"),
     ],
