@@ -19,6 +19,7 @@ SMALL = {
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
     "block_speed": ["--grid 2 --batch 2 --rounds 1"],
     "codecs": ["photos {codec} {images}"],
+    "continuous": ["--rows 4 --steps 2 --rounds 1"],
     "data_check": ["--only report --samples 2000"],
     "data_index": ["--samples 2000 --epochs 1"],
     "digit_recipes": ["--steps 2 --each 1 training.seed=1"],
