@@ -69,8 +69,8 @@ class FlowMatchingConfig(Settings):
         default=0.05,
         gt=0,
         lt=1,
-        description="lower limit of alpha and sigma in a converted loss, and of alpha where x0 is computed from "
-        "epsilon: near pure noise, errors would be divided by almost 0",
+        description="lower limit of alpha and sigma in the weight of a converted loss: near pure noise and near the "
+        "data, errors would be divided by almost 0",
     )
     network_times: tuple[float, float] = Field(
         default=(0.0, 1000.0), description="the network's time input for data and for noise; SiT: 1, 0"
@@ -157,8 +157,8 @@ class FlowMatching(DiffusionProcess):
         alpha, sigma = self.alpha(t), self.sigma(t)
         if self.config.prediction == "x0":  # without noise, eps is undetermined: any value works
             return Prediction(raw, (x - expand(alpha, x) * raw) / expand(sigma.clamp(min=T_EPS), x))
-        if self.config.prediction == "epsilon":
-            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.clamp(min=self.config.min_weight), x), raw)
+        if self.config.prediction == "epsilon":  # in pure noise, x0 is undetermined: 0, and see `solver.start_step`
+            return Prediction((x - expand(sigma, x) * raw) / expand(alpha.masked_fill(alpha == 0, math.inf), x), raw)
         # v = alpha' x0 + sigma' eps and x = alpha x0 + sigma eps, solved for x0 and eps
         alpha_rate, sigma_rate = self.schedule_derivative(t)
         determinant = alpha * sigma_rate - alpha_rate * sigma

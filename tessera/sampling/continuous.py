@@ -16,8 +16,7 @@ from tessera import randomness
 from tessera.diffusion.process import Prediction
 from tessera.rows import Rows, pad, structure
 from tessera.sampling.denoiser import DenoiserRows, RowDenoiser
-from tessera.sampling.loop import Stepper
-from tessera.sampling.solver import Step
+from tessera.sampling.solver import Step, Stepper, start_step
 
 STREAM = 0x64726177  # random stream of sampling; training uses others
 
@@ -62,8 +61,8 @@ class _Group:
 
     def begin(self, denoiser: RowDenoiser) -> None:
         state, self.noises = self.state, 0
-        self.running = self.solver.step(
-            denoiser.diffusion, state.x, state.time(0), state.time(1), state.memory, self._noise
+        self.running = start_step(
+            self.solver, denoiser.diffusion, state.x, state.time(0), state.time(1), state.memory, self._noise
         )
         self.point = next(self.running)
 

@@ -5,28 +5,14 @@ Shapes: B batch, T frames.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tessera.diffusion import DiffusionProcess
 from tessera.errors import TesseraError
 from tessera.sampling.denoiser import Denoise, Noise
-from tessera.sampling.solver import Step, run_step
-
-
-class Stepper(Protocol):
-    """A solver, or a solver that does more in each step."""
-
-    @property
-    def kind(self) -> str: ...
-
-    def step(
-        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
-    ) -> Step[Any]:
-        """See `Solver.step`."""
-        ...
+from tessera.sampling.solver import Stepper, run_step, start_step
 
 
 @dataclass(frozen=True)
@@ -53,7 +39,7 @@ def sample_loop(
     yield SampleState(x, float(times[0].max()), 0, num_steps)
     for number in range(1, num_steps + 1):
         t, s = (times[index].expand(len(x), *times.shape[1:]) for index in (number - 1, number))
-        x, memory = run_step(solver.step(denoise.diffusion, x, t, s, memory, noise), denoise)
+        x, memory = run_step(start_step(solver, denoise.diffusion, x, t, s, memory, noise), denoise)
         row_sums.append(x.flatten(1).sum(dim=1))
         if number == num_steps:
             _check_finite(torch.stack(row_sums), times, solver)

@@ -1,14 +1,17 @@
 """The base class of all solvers: settings with one pure step."""
 
 from collections.abc import Generator
-from typing import Any, ClassVar, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Prediction
 from tessera.sampling.denoiser import Denoise, Noise
 from tessera.settings import Settings
+from tessera.times import expand
 
 Memory = TypeVar("Memory")
 # A step that asks for predictions: it yields (x, t), is sent the prediction there, and returns (x, memory).
@@ -46,7 +49,52 @@ class Solver(Settings):
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
     ) -> tuple[Tensor, Any]:
         """(x, memory) after a step."""
-        return run_step(self.step(denoise.diffusion, x, t, s, memory, noise), denoise)
+        return run_step(start_step(self, denoise.diffusion, x, t, s, memory, noise), denoise)
+
+
+class Stepper(Protocol):
+    """A solver, or a solver that does more in each step."""
+
+    @property
+    def kind(self) -> str: ...
+
+    def step(
+        self, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
+    ) -> Step[Any]:
+        """See `Solver.step`."""
+        ...
+
+
+def start_step(
+    solver: Solver | Stepper, diffusion: DiffusionProcess, x: Tensor, t: Tensor, s: Tensor, memory: Any, noise: Noise
+) -> Step[Any]:
+    """A step of a solver. Where it begins in pure noise (alpha = 0) and the network predicts epsilon, x0 is taken from
+    the middle of the step.
+
+    At alpha = 0 epsilon is x itself and does not determine x0. At the middle time m, the same noise sigma(m) x has an
+    x0 that is right to the second order of the step's length, and an error of epsilon in it is multiplied by
+    sigma(m) / alpha(m), which the step's alpha(s) makes about 2. A fixed lower limit of alpha would either bias all
+    steps or multiply errors without limit.
+    """
+    step = solver.step(diffusion, x, t, s, memory, noise)
+    if diffusion.config.prediction != "epsilon" or (diffusion.alpha(t) > 0).all():
+        return step
+    return _with_x0(step, diffusion, s)
+
+
+def _with_x0(step: Step[Memory], diffusion: DiffusionProcess, s: Tensor) -> Step[Memory]:
+    """A step to s whose predictions have an x0 also at alpha = 0. See `start_step`."""
+    prediction: Any = None
+    while True:
+        try:
+            x, t = step.send(prediction)
+        except StopIteration as end:
+            return end.value
+        noise_only = diffusion.alpha(t) == 0
+        middle = torch.where(noise_only, (t + s) / 2, t)
+        prediction = yield expand(torch.where(noise_only, diffusion.sigma(middle), 1.0), x) * x, middle
+        eps = torch.where(expand(noise_only, x).bool(), x, prediction.eps)
+        prediction = replace(prediction, eps=eps)
 
 
 def run_step(step: Step[Memory], denoise: Denoise) -> tuple[Tensor, Memory]:

@@ -55,12 +55,13 @@ def grey_levels(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() * 127.5)
 
 
-@pytest.fixture(params=["dit", "rope-swiglu", "flow", "unet"])
+@pytest.fixture(params=["dit", "rope-swiglu", "flow", "flow-epsilon", "unet"])
 def model(request, make_model):
     if request.param == "unet":
         return make_model({"kind": "unet", "model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1})
-    if request.param == "flow":
-        return make_model({"out_channels": 1}, diffusion={"kind": "flow"})
+    if request.param.startswith("flow"):
+        prediction = {"flow": "velocity", "flow-epsilon": "epsilon"}[request.param]
+        return make_model({"out_channels": 1}, diffusion={"kind": "flow", "prediction": prediction})
     return make_model({"block": "rope-swiglu"} if request.param == "rope-swiglu" else {})
 
 

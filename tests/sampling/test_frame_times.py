@@ -14,6 +14,7 @@ PROCESSES = {
     "gaussian-v": GaussianDiffusionConfig(prediction="v", variance="posterior", schedule="cosine"),
     "min-snr": GaussianDiffusionConfig(weighting="min-snr"),
     "flow": FlowMatchingConfig(),
+    "flow-epsilon": FlowMatchingConfig(prediction="epsilon"),
     "flow-x0": FlowMatchingConfig(prediction="x0", loss="velocity", path="gvp"),
 }
 SHAPE = (2, 3, 4, 2, 2)  # two clips of three channels and four frames
