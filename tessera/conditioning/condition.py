@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning.fields import ConditionField, LabelField, condition_field
+from tessera.conditioning.text import SizeField, TextField, TextMaskField
 from tessera.errors import TesseraError
 from tessera.rows import Rows
 
@@ -20,10 +21,15 @@ from tessera.rows import Rows
 class Condition(Rows):
     """The condition of each row. A field is None if the network does not have it.
 
-    label: class ids, int64 [B], NULL_LABEL for unconditional rows.
+    label: class ids, int64 [B], NULL_LABEL for unconditional rows. text: tokens of a text encoder, float32 [B, M, E],
+    NaN for unconditional rows; text_mask: which of them are valid, bool [B, M]. size: height, width and their ratio,
+    float32 [B, 3].
     """
 
     label: Tensor | None = condition_field(LabelField())
+    text: Tensor | None = condition_field(TextField())
+    text_mask: Tensor | None = condition_field(TextMaskField())
+    size: Tensor | None = condition_field(SizeField())
 
     def __post_init__(self) -> None:
         for name, rules in self.rules().items():

@@ -79,10 +79,12 @@ class LabelField(ConditionField):
             if isinstance(label, str):
                 if label in names:
                     label = names.index(label)
-                elif label.lstrip("-").isdigit():
+                elif label.removeprefix("-").isdecimal():
                     label = int(label)
                 else:
                     raise TesseraError(unknown_name("class", label, names))
+            if label != int(label):
+                raise TesseraError(f"a class is a name or a whole number; got {label}")
             if not 0 <= label < count:
                 raise TesseraError(f"class {label} is out of range: this model has {count} classes, 0 to {count - 1}")
             labels.append(int(label))

@@ -89,11 +89,14 @@ class CrossAttention(nn.Module):
         self.kv_linear = FusedLinear(width, width, num_projections=2)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cond_tokens: Tensor) -> Tensor:
-        """x [B, N, D], cond_tokens [B, M, D] -> [B, N, D]"""
+    def forward(self, x: Tensor, cond_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, N, D], cond_tokens [B, M, D] -> [B, N, D]
+
+        mask: bool [B, M], which condition tokens are attended to; at least one in each row
+        """
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B N (K E) -> B K N E
         k, v = self.kv_linear(cond_tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        x = scaled_dot_product_attention(q, k, v)
+        x = scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def macs(self, tokens: int, cond_tokens: int) -> int:

@@ -6,13 +6,14 @@ from pydantic import BeforeValidator, Field
 
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import Network, NetworkConfig, parameter_count
+from tessera.models.pixart import PixArt, PixArtConfig
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.models.unet import UNet, UNetConfig
 from tessera.settings import expand_kind
 
 __all__ = [
-    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "UNet", "UNetConfig",
-    "parameter_count", "with_kind",
+    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "PixArt", "PixArtConfig",
+    "UNet", "UNetConfig", "parameter_count", "with_kind",
 ]  # fmt: skip
 
 
@@ -24,4 +25,4 @@ def with_kind(value: Any) -> Any:
     return {"kind": "unet" if str(value.get("preset")) in UNET_PRESETS else "dit", **value}
 
 
-AnyNetwork = Annotated[DiTConfig | UNetConfig, BeforeValidator(with_kind), Field(discriminator="kind")]
+AnyNetwork = Annotated[DiTConfig | PixArtConfig | UNetConfig, BeforeValidator(with_kind), Field(discriminator="kind")]

@@ -16,7 +16,7 @@ from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
 from tessera.layers.positions import rope_grid
-from tessera.rows import SHARED, Rows
+from tessera.rows import SHARED, Rows, pad
 from tessera.settings import Settings, expand_kind
 
 
@@ -30,6 +30,8 @@ class Context(Rows):
     shared_modulation: Tensor | None = None  # [B, G, 6 D] parameters to which every block adds its offsets
     rope: Tensor | None = field(default=None, metadata=SHARED)  # [N, E / 2, 2] angles of the grid
     v0: Tensor | None = None  # [B, N, D] values of the first layer, which every attention mixes in
+    text: Tensor | None = field(default=None, metadata=pad(0))  # [B, M, D] text tokens
+    text_mask: Tensor | None = field(default=None, metadata=pad(0))  # bool [B, M] which of them are valid; None: all
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
         """The parameters [B, G, num_params D] of a modulation module.

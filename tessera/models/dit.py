@@ -141,12 +141,13 @@ class DiT(Network):
     Parameter names are those of the official checkpoints.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, config: DiTConfig, reset: bool = True) -> None:
+        """reset: initialize the weights. A subclass with more modules does it after it has made them."""
         super().__init__()
         config.check_size(config.input_size)
         width = config.hidden_size
         self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
-        dims = BlockDims(
+        self.dims = dims = BlockDims(
             width, config.num_heads, int(width * config.mlp_ratio), config.mlp_norm_eps, config.is_temporal
         )
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width, config.temporal_patch_size)
@@ -164,7 +165,8 @@ class DiT(Network):
         self.appends_tokens = blocks[0].appends_tokens
         patch_values = config.temporal_patch_size * config.patch_size**2
         self.final_layer = FinalLayer(width, patch_values * config.out_channels, blocks[0].modulated_head)
-        self.reset_parameters()
+        if reset:
+            self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -232,10 +234,11 @@ class DiT(Network):
     def _positions_of_times(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Positions [G, D] of time tokens [B, G, D], by the frame or the token that each belongs to."""
         groups, width = time.shape[1:]
-        if groups == math.prod(grid):
-            return sincos_grid(grid, width).to(time)
-        if len(grid) == 3 and groups == grid[0]:
+        frames = grid[0] * self.config.temporal_patch_size if len(grid) == 3 else None
+        if groups == frames == grid[0]:
             return sincos_frames(groups, width).to(time)
+        if groups == math.prod(grid) != frames:
+            return sincos_grid(grid, width).to(time)
         raise ValueError(
             f"{groups} times for a token grid of {' x '.join(map(str, grid))}: expected one, one for each frame (with "
             f"temporal_patch_size 1), or one for each token"
@@ -255,7 +258,7 @@ class DiT(Network):
         residuals: added to the output of a block, by its number, as ControlNet does. capture: a dictionary with the
         numbers of blocks as keys; their outputs become its values.
         """
-        for number, block in enumerate(self.blocks[start:end], start):
+        for number, block in enumerate(list(self.blocks)[start:end], start):  # a slice of a ModuleList is a new module
             tokens = block(tokens, context)
             if residuals is not None and number in residuals:
                 tokens = tokens + residuals[number]

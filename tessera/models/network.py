@@ -124,6 +124,13 @@ def check_times(t: Tensor, x: Tensor) -> Tensor:
     return shared_time(t) if t.device.type == "cpu" and not torch.compiler.is_compiling() else t
 
 
+def check_rows(condition: Condition, x: Tensor) -> None:
+    """Raise ValueError unless each condition has as many rows as x; a single row would be broadcast."""
+    for name, value in condition.present.items():
+        if len(value) != len(x):
+            raise ValueError(f"the condition {name} has {len(value)} rows, and the input has {len(x)}")
+
+
 def self_initialized(network: nn.Module) -> Iterator[Any]:
     """The modules of a network that have their own initial weights: each defines `reset_parameters` itself.
 

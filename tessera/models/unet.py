@@ -22,7 +22,7 @@ from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.layers.positions import sincos_frames
-from tessera.models.network import Network, NetworkConfig, check_times, self_initialized
+from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
 from tessera.models.presets import UNET_PRESETS
 from tessera.rows import Rows
 from tessera.settings import as_tuple, unknown_name
@@ -314,6 +314,7 @@ class UNet(Network):
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, UNetContext]:
         """Return the first features [B T, C, H, W] and the context of the blocks."""
         self.config.check_size(x.shape[2:])
+        check_rows(condition, x)
         frames = x.shape[2] if x.ndim == 5 else 1
         t = check_times(t, x)
         c = self.t_embedder(t if t.ndim == 2 else t[:, None])

@@ -1,0 +1,291 @@
+"""PixArt-alpha and PixArt-sigma: a diffusion transformer conditioned on text (Chen et al. 2023 and 2024).
+
+Shapes: B batch, N image tokens on a grid (h, w), M text tokens, E channels of the text encoder, D width, G conditioning
+vectors.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from tessera.conditioning import Condition
+from tessera.layers.attention import Attention, CrossAttention
+from tessera.layers.embeddings import TimestepEmbedder, sinusoidal_embedding
+from tessera.layers.mlp import MLP
+from tessera.layers.modulation import ScaleShiftTable, gated_residual, modulate
+from tessera.layers.positions import sincos
+from tessera.models.blocks import AdaLNZeroBlock, BlockConfig, BlockDims, Context, SharedConditioning
+from tessera.models.dit import DiT, DiTConfig
+
+Compression = Literal["conv", "uniform", "every"]
+
+
+class PixArtBlockConfig(BlockConfig):
+    """The block of PixArt: adaLN-single, self-attention, cross-attention to text, MLP."""
+
+    kind: Literal["pixart"] = "pixart"
+    qk_norm: bool = Field(default=False, description="layer norm of queries and keys over the whole width")
+    compression: Compression = Field(
+        default="conv",
+        description="of keys and values: a learned convolution of 2 x 2, every second row and column, or every second "
+        "token",
+    )
+    compressed_layers: tuple[int, ...] = Field(default=(), description="blocks with compressed keys and values")
+
+    @property
+    def absolute_positions(self) -> bool:
+        return False  # of its own kind: see `PixArt.positions`
+
+    def build(self, dims: BlockDims) -> "PixArtBlock":
+        return PixArtBlock(dims, self, compressed=False)
+
+    def shared(self, dims: BlockDims) -> SharedConditioning:
+        return SharedConditioning(dims, modulation=True)
+
+
+class PixArtConfig(DiTConfig):
+    """A PixArt of any size. The defaults are PixArt-alpha XL/2 at 512 pixels."""
+
+    display_name: ClassVar[str] = "text-conditional diffusion transformer"
+    kind: Literal["pixart"] = "pixart"  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_classes: int = 0
+    block: PixArtBlockConfig = PixArtBlockConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    text_channels: PositiveInt = Field(default=4096, description="channels of the text encoder")
+    text_tokens: PositiveInt = Field(default=120, description="text tokens in training: 120 (alpha), 300 (sigma)")
+    position_base: PositiveInt = Field(default=32, description="side of the token grid of the pretraining")
+    position_scale: PositiveFloat = Field(
+        default=1.0, description="divisor of positions: 0.5 for 256 pixels (sigma), 1 for 512, 2 for 1024, 4 for 2048"
+    )
+    size_conditions: bool = Field(default=False, description="conditioned on height, width and ratio (alpha 1024)")
+
+    @model_validator(mode="after")
+    def _check_pixart(self) -> "PixArtConfig":
+        if self.size_conditions and self.hidden_size % 3:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 3, as size_conditions needs")
+        if any(layer >= self.depth for layer in self.block.compressed_layers):
+            raise ValueError(f"compressed_layers {self.block.compressed_layers} exceed the depth {self.depth}")
+        return self
+
+    @property
+    def condition_fields(self) -> tuple[str, ...]:
+        return ("text", "text_mask", *(("size",) if self.size_conditions else ()))
+
+    @property
+    def null_fields(self) -> tuple[str, ...]:
+        return ("text",)
+
+    def build(self) -> "PixArt":
+        return PixArt(self)
+
+
+class PixArtAttention(Attention):
+    """Self-attention with optional norms of queries and keys, and compression of keys and values by 2 x 2 (sigma)."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, compression: Compression | None) -> None:
+        super().__init__(width, num_heads)
+        self.q_norm = nn.LayerNorm(width) if qk_norm else None
+        self.k_norm = nn.LayerNorm(width) if qk_norm else None
+        self.compression = compression
+        self.sr = nn.Conv2d(width, width, 2, stride=2, groups=width) if compression == "conv" else None
+        self.norm = nn.LayerNorm(width) if compression == "conv" else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A fresh compression is the mean of 2 x 2 tokens."""
+        if self.sr is not None:
+            nn.init.constant_(self.sr.weight, 0.25)
+            assert self.sr.bias is not None
+            nn.init.zeros_(self.sr.bias)
+
+    def forward(self, x: Tensor, grid: Sequence[int] = ()) -> Tensor:
+        """x [B, N, D] on a token grid -> [B, N, D]"""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.compression is not None:
+            k, v = self._compress(k, grid), self._compress(v, grid)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _compress(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """[B, N, D] -> [B, N / 4, D], or half of the tokens if every second one stays"""
+        if self.compression == "every":
+            return tokens[:, ::2]
+        image = tokens.transpose(1, 2).unflatten(2, tuple(grid[-2:]))
+        if self.sr is None or self.norm is None:
+            return image[..., ::2, ::2].flatten(2).transpose(1, 2)
+        return self.norm(self.sr(image).flatten(2).transpose(1, 2))
+
+    def macs(self, tokens: int) -> int:
+        if self.compression is None:
+            return super().macs(tokens)
+        width, keys = self.proj.in_features, tokens // (2 if self.compression == "every" else 4)
+        convolutions = 0 if self.sr is None else 2 * keys * self.sr.weight.numel()
+        return 4 * tokens * width**2 + 2 * tokens * keys * width + convolutions
+
+
+class PixArtBlock(AdaLNZeroBlock):
+    """x + gate * branch(norm(x) (1 + scale) + shift) for attention and MLP; between them x + cross(x, text), which has
+    neither norm nor gate. Shift, scale and gate are those that all blocks share, plus a table."""
+
+    def __init__(self, dims: BlockDims, config: PixArtBlockConfig, compressed: bool) -> None:
+        attn = PixArtAttention(dims.width, dims.num_heads, config.qk_norm, config.compression if compressed else None)
+        super().__init__(dims, modulation=ScaleShiftTable, attn=attn, mlp=MLP(dims.width, dims.mlp_width))
+        self.cross_attn = CrossAttention(dims.width, dims.num_heads)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D], context.text [B, M, D] -> [B, N, D]"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
+        x = gated_residual(x, gate1, self.attend(modulate(self.norm1(x), shift1, scale1), context))
+        assert context.text is not None  # PixArt.embed_condition sets it
+        x = x + self.cross_attn(x, context.text, context.text_mask)
+        return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        return self.attn(x, context.grid)
+
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        return super().macs(tokens, cond_tokens) + self.cross_attn.macs(tokens, cond_tokens)
+
+
+class CaptionEmbedder(nn.Module):
+    """An MLP from the text encoder to the width, after null rows were replaced by a fixed embedding."""
+
+    def __init__(self, channels: int, width: int, tokens: int) -> None:
+        super().__init__()
+        self.y_proj = MLP(channels, width)
+        self.y_proj.fc2 = nn.Linear(width, width)
+        # Random or the encoding of an empty text; never trained.
+        self.register_buffer("y_embedding", torch.randn(tokens, channels) / channels**0.5)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for linear in (self.y_proj.fc1, self.y_proj.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """text [B, M, E], NaN in null rows -> [B, M, D]"""
+        null = torch.as_tensor(self.y_embedding)[: text.shape[1]]
+        return self.y_proj(torch.where(text.isnan(), null, text))
+
+
+class SizeEmbedder(nn.Module):
+    """Numbers [B, n] through sinusoids and an MLP, concatenated: [B, n D]"""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TimestepEmbedder.CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        channels = TimestepEmbedder.CHANNELS
+        return self.mlp(sinusoidal_embedding(numbers, channels, channels // 2)).flatten(1)
+
+
+class PixArtFinalLayer(nn.Module):
+    """LayerNorm, modulated by the time embedding plus a table, and a linear map from a token to its patch."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(width, out_features)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, width))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.scale_shift_table, std=self.scale_shift_table.shape[1] ** -0.5)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D], context.c [B, G, D] -> [B, N, p p O]"""
+        shift, scale = (self.scale_shift_table[index] + context.c for index in (0, 1))
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one sample."""
+        return tokens * self.linear.weight.numel()
+
+
+class PixArt(DiT):
+    """The network of PixArt-alpha and PixArt-sigma. `interop` maps parameter names to those of the official files."""
+
+    def __init__(self, config: PixArtConfig) -> None:
+        super().__init__(config, reset=False)
+        self.config: PixArtConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
+        width = config.hidden_size
+        for number in config.block.compressed_layers:
+            self.blocks[number] = PixArtBlock(self.dims, config.block, compressed=True)
+        self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens)  # pyright: ignore[reportAttributeAccessIssue]
+        self.csize_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
+        self.ar_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
+        self.final_layer = PixArtFinalLayer(width, config.patch_size**2 * config.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialize all weights as the official code does: a fresh block is not the identity."""
+        super().reset_parameters()
+        for module in self.modules():
+            if isinstance(module, ScaleShiftTable):
+                nn.init.normal_(module.table, std=module.table.shape[1] ** -0.5)
+            elif isinstance(module, CrossAttention):
+                nn.init.zeros_(module.proj.weight)
+        assert self.shared is not None
+        assert self.shared.adaLN_modulation is not None
+        nn.init.normal_(self.shared.adaLN_modulation.linear.weight, std=0.02)
+
+    def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
+        if condition.text is None:
+            raise ValueError("this network is conditioned on text: pass Condition(text=..., text_mask=...)")
+        c = self.t_embedder(t if t.ndim == 2 else t[:, None])
+        if self.csize_embedder is not None and self.ar_embedder is not None:
+            if condition.size is None:
+                raise ValueError("this network is conditioned on height, width and ratio: pass Condition(size=...)")
+            sizes = (self.csize_embedder(condition.size[:, :2]), self.ar_embedder(condition.size[:, 2:]))
+            c = c + torch.cat(sizes, dim=1)[:, None]
+        text = self.y_embedder(condition.text)  # pyright: ignore[reportOptionalCall]
+        return Context(c=c, cond_tokens=c[:, :0], grid=grid, text=text, text_mask=condition.text_mask)
+
+    def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        tokens = self.x_embedder(x).to(x.dtype)
+        tokens = tokens + self.positions(context.grid).to(tokens)
+        assert self.shared is not None
+        return tokens, self.shared(tokens, replace(context))
+
+    def positions(self, grid: Sequence[int]) -> Tensor:
+        """The position table of a token grid (h, w): float32 [N, D].
+
+        Coordinates span 0 to base / scale on both axes, whatever their length.
+        """
+        base, scale, width = self.config.position_base, self.config.position_scale, self.config.hidden_size
+        rows, columns = (torch.arange(length, dtype=torch.float32) / (length / base) / scale for length in grid[-2:])
+        row, column = torch.meshgrid(rows.double(), columns.double(), indexing="ij")
+        return torch.cat((sincos(column.flatten(), width // 2), sincos(row.flatten(), width // 2)), dim=1).float()
+
+    def macs(self, size: Sequence[int] | None = None) -> int:
+        config = self.config
+        tokens = math.prod(config.token_grid(size or config.input_size))
+        assert self.shared is not None
+        embedders = [module for module in (self.csize_embedder, self.ar_embedder) if module is not None]
+        sizes = sum(
+            count * linear.weight.numel()
+            for embedder, count in zip(embedders, (2, 1))
+            for linear in embedder.mlp
+            if isinstance(linear, nn.Linear)
+        )
+        text = config.text_tokens * (config.text_channels + config.hidden_size) * config.hidden_size
+        return (
+            self.x_embedder.macs(tokens)
+            + self.t_embedder.macs()
+            + sizes
+            + text
+            + self.shared.macs(tokens)
+            + sum(block.macs(tokens, config.text_tokens) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+            + self.final_layer.macs(tokens)
+        )
