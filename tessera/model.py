@@ -31,7 +31,8 @@ class Provenance(Settings):
     ema_decay: float | None = Field(default=None, description="of the weights in this bundle")
     init_from: str | None = Field(default=None, description="the model that training started from")
     converted_from: str | None = Field(default=None, description="the file or folder of another format")
-    not_converted: str | None = Field(default=None, description="settings of that format that Tessera does not have")
+    not_converted: str | None = Field(default=None, description="what that file or folder holds and Tessera left out")
+    assumed: str | None = Field(default=None, description="what that file or folder does not record")
     sampling_chosen: str | None = Field(default=None, description="how the sampling settings were chosen")
 
     def facts(self) -> dict[str, Any]:

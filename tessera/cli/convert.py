@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumHeads
+from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads
 
 
 def convert(
@@ -18,6 +18,7 @@ def convert(
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
     codec: Codec = None,
 ) -> None:
     """Convert a model to another format. The weights stay bit-identical."""
@@ -32,6 +33,7 @@ def convert(
             ema=ema,
             checkpoint_type=checkpoint_type,
             num_heads=num_heads,
+            num_classes=num_classes,
             codec=codec,
         )
     )

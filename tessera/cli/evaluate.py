@@ -19,6 +19,7 @@ from tessera.cli.options import (
     DataPath,
     Device,
     Features,
+    NumClasses,
     NumHeads,
     Precision,
     SamplingOverrides,
@@ -48,7 +49,7 @@ app = typer.Typer(
 )
 
 MODEL_PARAMETERS = (  # that have no effect on existing samples
-    *("overrides", "class_policy", "seed", "precision", "ema", "checkpoint_type", "num_heads", "codec"),
+    *("overrides", "class_policy", "seed", "precision", "ema", "checkpoint_type", "num_heads", "num_classes", "codec"),
 )
 
 
@@ -74,6 +75,7 @@ def score(
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
     codec: Codec = None,
     out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
 ) -> None:
@@ -101,6 +103,7 @@ def score(
                 ema=ema,
                 checkpoint_type=checkpoint_type,
                 num_heads=num_heads,
+                num_classes=num_classes,
                 codec=codec,
             )
             request = bulk_request(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, NumHeads
+from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads
 from tessera.errors import TesseraError
 
 
@@ -16,6 +16,7 @@ def info(
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
     codec: Codec = None,
 ) -> None:
     """Print the facts of a model and its training, or the command that reproduces an image."""
@@ -26,7 +27,15 @@ def info(
     from tessera.interop.load import ema_decays, load
     from tessera.model_card import describe
 
-    loaded = load(model, device="cpu", ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    loaded = load(
+        model,
+        device="cpu",
+        ema=ema,
+        checkpoint_type=checkpoint_type,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        codec=codec,
+    )
     class_names = loaded.config.class_names
     names = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")
     facts = {**describe(loaded), "classes": names or "without names", "weights": weights_hash(loaded.network)}

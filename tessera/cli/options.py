@@ -26,7 +26,11 @@ SamplingOverrides = Annotated[
 EMA = Annotated[float | None, typer.Option("--ema", help="decay of the EMA to load, of a run with several (the first)")]
 NumHeads = Annotated[int | None, typer.Option(help="attention heads, for a .pt of unusual width")]
 CheckpointType = Annotated[
-    str | None, typer.Option(help="what a .pt was trained as: dit, sit or sit-gvp (dit, or as recorded in the file)")
+    str | None,
+    typer.Option(help="what a .pt was trained as, if unrecorded: dit, sit, sit-gvp, repa, repa-cosine"),
+]
+NumClasses = Annotated[
+    int | None, typer.Option(help="classes of a .pt, without the null label (one less than its label vectors)")
 ]
 Codec = Annotated[str | None, typer.Option(help="autoencoder folder, hub id or 'pixels', instead of the model's own")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]

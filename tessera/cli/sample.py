@@ -14,6 +14,7 @@ from tessera.cli.options import (
     Codec,
     Device,
     ModelPath,
+    NumClasses,
     NumHeads,
     Precision,
     SamplingOverrides,
@@ -53,6 +54,7 @@ def sample(
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
     codec: Codec = None,
 ) -> None:
     """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
@@ -64,7 +66,15 @@ def sample(
 
     if num_samples is not None and (classes or per_class or seeds):
         raise TesseraError("--num-samples sets classes and seeds: leave out --classes, --per-class and --seeds")
-    loaded = load.load(model, device=device, ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    loaded = load.load(
+        model,
+        device=device,
+        ema=ema,
+        checkpoint_type=checkpoint_type,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        codec=codec,
+    )
     request = image_files.make_request(
         loaded,
         classes,
@@ -91,6 +101,7 @@ def sample(
         "ema": ema,
         "checkpoint-type": checkpoint_type,
         "num-heads": num_heads,
+        "num-classes": num_classes,
         "codec": codec,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),

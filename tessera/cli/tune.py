@@ -11,6 +11,7 @@ from tessera.cli.options import (
     Device,
     Features,
     ModelPath,
+    NumClasses,
     NumHeads,
     Precision,
     print_error,
@@ -44,6 +45,7 @@ def tune(
     device: Device = "auto",
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
     codec: Codec = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for all results (RUN/tune/CHECKPOINT, or tune-NAME beside the model)")
@@ -84,7 +86,14 @@ def tune(
             f"{model} is neither a bundle nor a run, so it cannot hold settings: give --save-to FOLDER for a new "
             "bundle, or --select none"
         )
-    loaded = load.load(home or path, device=device, checkpoint_type=checkpoint_type, num_heads=num_heads, codec=codec)
+    loaded = load.load(
+        home or path,
+        device=device,
+        checkpoint_type=checkpoint_type,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        codec=codec,
+    )
     data = reference or suite.training_data(loaded)
     if isinstance(data, str):
         check_reference(data)

@@ -1,5 +1,6 @@
 """`load` recognizes a format and reads it; `convert` writes another one."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,7 @@ import torch
 
 from tessera import bundle, runtime
 from tessera.bundle import Model
+from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_file
 from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.errors import TesseraError
 from tessera.files import read_json
@@ -15,14 +17,15 @@ from tessera.models.dit import DiTConfig
 from tessera.settings import unknown_name
 
 ACCEPTED = (
-    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint (.pt, .pth or "
-    ".safetensors), or a folder of diffusers' DiTPipeline or of its transformer"
+    "expected a bundle (a folder with config.json), a run's folder, an official checkpoint "
+    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of diffusers' DiTPipeline or of its transformer"
 )
 TYPE_IS_RECORDED = (
-    "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights (.pt, .pth, "
-    ".safetensors)"
+    "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights"
 )
 Format = Literal["bundle", "official", "diffusers"]
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -33,31 +36,71 @@ def load(
     checkpoint_type: str | None = None,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
     codec: CodecSource | None = None,
 ) -> Model:
-    """Load a model from a bundle, a run (its newest checkpoint), an official .pt or .pth file, or a diffusers folder.
+    """Load a model from a bundle, a run (its newest checkpoint), an official checkpoint, or a diffusers folder.
 
     device: auto, cpu, cuda or mps. ema: the decay of the EMA weights of a run that saved several (default: the first).
-    checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit or sit-gvp.
-    num_heads, size: what weights alone may not determine (see `official.read`); elsewhere they must match the source.
-    codec: instead of the source's own: "pixels", a folder or a hub id. Nothing is downloaded.
+    checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit, sit-gvp, repa or repa-cosine.
+    num_heads, size, num_classes: what weights alone may not determine (see `official.read`); elsewhere they must match
+    the source. codec: instead of the source's own: "pixels", a folder or a hub id. Nothing is downloaded.
+    What was left out or assumed is in the provenance of the model, and logged as a warning.
     Raises TesseraError if no model is recognized, or the files are damaged.
     """
     path, device = Path(path).expanduser(), runtime.choose_device(str(device))
-    if path.is_file() and path.suffix in official.READABLE:
-        _reject_ema(path, ema)
-        return official.read(path, device, checkpoint_type=checkpoint_type, num_heads=num_heads, size=size, codec=codec)
-    model = _load_folder(path, device, codec, ema)
+    options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
+    model = _load_official(path, device, ema, codec=codec, **options)
+    if model is None:
+        model = _load_folder(path, device, codec, ema)
+        _check_options(path, model, **options)
+        model = model if codec is None else _with_codec(model, codec)
+    return model
+
+
+def _load_official(path: Path, device: torch.device, ema: float | None, **options: Any) -> Model | None:
+    """The model of a file of weights, or of a folder that holds nothing else; None for other paths."""
+    if not (is_weights_file(path) if path.is_file() else _is_weights_folder(path)):
+        return None
+    _reject_ema(path, ema)
+    return _reported(path, official.read(path, device, **options))
+
+
+def _is_weights_folder(path: Path) -> bool:
+    """Whether a folder holds weights without any configuration."""
+    names = (bundle.CONFIG, diffusers.INDEX, "checkpoints", "recipe.yaml")
+    return not any((path / name).exists() for name in names) and find_weight_files(path) is not None
+
+
+def _reported(path: Path, model: Model) -> Model:
+    """The model, after a warning about what was left out or assumed."""
+    provenance = model.config.provenance
+    for what, text in (("left out", provenance.not_converted), ("assumed", provenance.assumed)):
+        if text is not None:
+            logger.warning("%s (%s): %s: %s", path, provenance.converted_from, what, text)
+    return model
+
+
+def _check_options(
+    path: Path,
+    model: Model,
+    checkpoint_type: str | None,
+    num_heads: int | None,
+    size: int | tuple[int, int] | None,
+    num_classes: int | None,
+) -> None:
+    """Raise TesseraError for options that contradict what a source records."""
+    network = model.config.network
     if checkpoint_type is not None:
         raise TesseraError(TYPE_IS_RECORDED.format(path, model.config.diffusion.summary()))
-    network = model.config.network
     if num_heads is not None and not isinstance(network, DiTConfig):
         raise TesseraError(f"{path} holds a {network.display_name}, which has no num_heads: leave it out")
     if num_heads is not None and num_heads != getattr(network, "num_heads", None):
         raise TesseraError(f"{path} has num_heads {getattr(network, 'num_heads', None)}, not {num_heads}: leave it out")
     if size is not None and network.input_size not in (size, (size, size)):
         raise TesseraError(f"{path} has size {network.input_size}, not {size}: leave it out")
-    return model if codec is None else _with_codec(model, codec)
+    if num_classes is not None and network.num_classes != num_classes:
+        raise TesseraError(f"{path} has {network.num_classes} classes, not {num_classes}: leave out num_classes")
 
 
 def ema_decays(path: str | Path) -> list[float]:
@@ -72,7 +115,9 @@ def is_model(path: str | Path) -> bool:
     """Whether `load` is likely to read a path, judged by file names only."""
     path = Path(path).expanduser()
     names = (bundle.CONFIG, diffusers.INDEX, "checkpoints", "recipe.yaml")
-    return path.suffix in official.READABLE if path.is_file() else any((path / name).exists() for name in names)
+    if path.is_file():
+        return is_weights_file(path)
+    return any((path / name).exists() for name in names) or _is_weights_folder(path)
 
 
 def convert(
@@ -85,6 +130,7 @@ def convert(
     checkpoint_type: str | None = None,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
     codec: CodecSource | None = None,
 ) -> str:
     """Write a model, or anything that `load` reads, in another format; returns a message about what was written.
@@ -96,9 +142,8 @@ def convert(
     if to not in writers:
         raise TesseraError(unknown_name("format", to, writers))
     if not isinstance(source, Model):
-        source = load(
-            source, "cpu", ema=ema, checkpoint_type=checkpoint_type, num_heads=num_heads, size=size, codec=codec
-        )
+        options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
+        source = load(source, "cpu", ema=ema, codec=codec, **options)
     elif ema is not None:
         raise TesseraError(f"the weights of this model are loaded already: leave out ema {ema}")
     elif checkpoint_type is not None:
@@ -123,7 +168,7 @@ def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, em
         return bundle.load(path, device, ema)
     if "_class_name" in config or (path / diffusers.INDEX).exists():
         _reject_ema(path, ema)
-        return diffusers.read(path, device, codec=codec)
+        return _reported(path, diffusers.read(path, device, codec=codec))
     if checkpoints := bundle.checkpoints(path):
         return bundle.load(checkpoints[0], device, ema)
     if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():

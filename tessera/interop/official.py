@@ -1,8 +1,10 @@
 """Checkpoints of the official DiT code (facebookresearch/DiT): a .pt file of weights alone <-> a Model.
 
-The file is the released state dict, or the training script's dict of model, ema, opt and args. Its keys are those
-of Tessera's DiT; the architecture is inferred from the tensors or passed as an argument. SiT's checkpoints (Ma et al.
-2024; willisma/SiT) have the same keys and shapes with flow matching. They are read too, with `checkpoint_type`.
+The file is the released state dict, or the training script's dict of model, ema, opt and args. Wrappers and containers
+of other programs are read, too (`weights`). The keys are those of Tessera's DiT; the architecture is inferred from the
+tensors or passed as an argument. SiT's checkpoints (Ma et al. 2024; willisma/SiT) have the same keys and shapes with
+flow matching, and REPA's (Yu et al. 2025; sihyun-yu/REPA) those of SiT with time reversed and projectors beside them.
+Both are read with `checkpoint_type`.
 
 Shapes: C channels, O output channels, H W height and width, p patch side, L tokens, D width.
 """
@@ -18,21 +20,21 @@ import torch
 from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, Provenance, assemble
-from tessera.checkpoint_files import read_pickle, read_tensors
+from tessera.checkpoint_files import find_weight_files, read_stored
 from tessera.codecs import StoredConfig
 from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.diffusion import AnyDiffusionConfig, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.interop.common import relative_difference, require_dit
+from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.models.presets import NUM_HEADS_BY_WIDTH
-from tessera.sampling import Ancestral, Heun, SamplingConfig
+from tessera.sampling import Ancestral, Euler, Heun, SamplingConfig
 from tessera.settings import unknown_name, validate
 
-SUFFIXES = (".pt", ".pth")
-READABLE = (*SUFFIXES, ".safetensors")  # the same state dict in a safer file
+SUFFIXES = (".pt", ".pth")  # of files that are written
 LABEL_TABLE, HEAD = "y_embedder.embedding_table.weight", "final_layer.linear."
 REQUIRED = {  # the tensors that determine the architecture, with their numbers of axes
     "x_embedder.proj.weight": 4,  # [D, C, p, p]
@@ -44,9 +46,20 @@ REQUIRED = {  # the tensors that determine the architecture, with their numbers 
 }
 BLOCKS = {6: "adaln-zero", 4: "adaln"}  # by the number of modulation vectors
 WRITABLE = ("adaln-zero", "adaln", "cross-attention", "in-context")  # the block designs of the DiT paper
-CHECKPOINT_TYPES = ("dit", "sit", "sit-gvp")
-PATHS = {"sit": "linear", "sit-gvp": "gvp"}
-TYPE_OF_PATH = {"Linear": "sit", "GVP": "sit-gvp"}  # by path_type in the arguments of SiT's training script
+FLOWS = {  # the path and the network's times for data and noise, of the types with flow matching
+    "sit": ("linear", (1, 0)),
+    "sit-gvp": ("gvp", (1, 0)),
+    "repa": ("linear", (0, 1)),
+    "repa-cosine": ("gvp", (0, 1)),
+}
+CHECKPOINT_TYPES = ("dit", *FLOWS)
+# By path_type in the arguments of the training script: SiT's are written Linear and GVP, REPA's linear and cosine.
+TYPE_OF_PATH = {"Linear": "sit", "GVP": "sit-gvp", "linear": "repa", "cosine": "repa-cosine"}
+# Heads that training alone uses, such as REPA's: outputs of the network do not depend on them.
+TRAINING_HEADS = re.compile(
+    r"(?:\w+_)?(?:projectors?|projections?|proj_heads?|projection_heads?|align(?:ment)?_heads?)\."
+)
+IMAGENET_ROWS = 1001  # of the paper's label tables: 1000 classes and the null label
 
 
 def read(
@@ -56,38 +69,66 @@ def read(
     checkpoint_type: str | None = None,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
+    num_classes: int | None = None,
     codec: CodecSource | None = None,
 ) -> Model:
     """A Model from an official checkpoint, with the diffusion process of its paper and the settings of sample.py.
 
-    checkpoint_type: what the weights were trained as: dit (default), sit, or sit-gvp (SiT's GVP path); recorded in
-    checkpoints of SiT's training script. num_heads: needed if the width is not one of the paper's. size: of the input,
-    needed if the position table does not determine it. codec: "pixels", a folder or a hub id; by default that of the
-    official code for 4 channels, and pixels for 1 or 3. Raises TesseraError if the file is damaged, holds objects other
-    than tensors, or is not a DiT.
+    path: a file, or a folder of one set of weights. checkpoint_type: what the weights were trained as: dit (default),
+    sit, sit-gvp (SiT's GVP path), repa or repa-cosine; recorded in checkpoints of the training scripts of SiT and REPA.
+    num_heads: needed if the width is not one of the paper's. size: of the input, needed if the position table does not
+    determine it. num_classes: without the null label, the last row of a label table that has one row more (default: as
+    recorded in the file, else one less than the rows). codec: "pixels", a folder or a hub id; by default that of the
+    official code for 4 channels, and pixels for 1 or 3.
+    Raises TesseraError if the file is damaged, holds objects other than tensors, or is not a DiT.
     """
     path = Path(path)
-    stored = read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path, [argparse.Namespace])
-    tensors, args, part = _weights(stored, path)
-    network = infer_config(tensors, str(path), num_heads=num_heads, size=size, num_classes=args.get("num_classes"))
+    files = find_weight_files(path) if path.is_dir() else None
+    stored = read_stored(path) if files is None else files.read()
+    tensors, part, left_out = find_weights(stored, REQUIRED, str(path))
+    heads = [name for name in tensors if TRAINING_HEADS.match(name)]
+    args = _arguments(stored)
+    recorded = args.get("num_classes") if isinstance(args.get("num_classes"), int) else None
+    network = infer_config(
+        tensors, str(path), num_heads=num_heads, size=size, num_classes=recorded if num_classes is None else num_classes
+    )
+    if "pos_embed" not in tensors:
+        tensors["pos_embed"] = sincos_grid(network.grid, network.hidden_size)[None]
     diffusion: AnyDiffusionConfig = implied_diffusion(network, str(path))
-    checkpoint_type = _checkpoint_type(checkpoint_type, args, tensors[f"{HEAD}weight"], network, str(path))
+    checkpoint_type = _checkpoint_type(checkpoint_type, args, tensors, network, bool(heads), str(path))
+    for name in heads:
+        del tensors[name]
+    if heads:
+        left_out.append(
+            f"heads of training ({len(heads)} tensors: {', '.join(sorted({_first(name) for name in heads}))})"
+        )
     if checkpoint_type != "dit":
         diffusion = _flow(checkpoint_type, args, str(path))
         tensors |= _flow_head(tensors, network, diffusion)
         network = network.model_copy(update={"out_channels": network.in_channels})
-    project, decoder = (
-        "official DiT" if checkpoint_type == "dit" else "SiT",
-        "mse" if args.get("vae") == "mse" else "ema",
-    )
+    decoder = "mse" if args.get("vae") == "mse" else "ema"
+    project = {"dit": "official DiT", "sit": "SiT", "repa": "REPA"}[checkpoint_type.partition("-")[0]]
+    assumed = None
+    if network.num_classes and recorded is None and num_classes is None and network.num_classes + 1 != IMAGENET_ROWS:
+        rows = network.num_classes + 1
+        assumed = (
+            f"the last of its {rows} label vectors is the null label, so it has {rows - 1} classes; if it was trained "
+            f"without label dropout, it has {rows}: pass num_classes={rows} (--num-classes {rows}, in a recipe "
+            f"training.init_num_classes)"
+        )
+    variant = f", variant {files.variant}" if files is not None and files.variant else ""
     config = BundleConfig(
         network=network,
         diffusion=diffusion,
         codec=resolve_codec(codec, network.in_channels, decoder),
-        sampling=_sampling(network, diffusion),
-        provenance=Provenance(converted_from=f"{project} checkpoint {path.name} ({part})"),
+        sampling=_sampling(network, checkpoint_type),
+        provenance=Provenance(
+            converted_from=f"{project} checkpoint {path.name} ({part}{variant})",
+            not_converted="; ".join(left_out) or None,
+            assumed=assumed,
+        ),
     )
-    return assemble(config, tensors, str(path), device)
+    return assemble(config, {name: tensor.clone() for name, tensor in tensors.items()}, str(path), device)
 
 
 def write(model: Model, target: Path, approximate: bool = False) -> str:
@@ -136,23 +177,20 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     return "\n".join(messages)
 
 
-def _weights(stored: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """(state dict, arguments of the training script, name of the part): the EMA weights where there are any."""
-    args, part = {}, "state dict"
-    if isinstance(stored, dict):
-        if isinstance(stored.get("args"), argparse.Namespace):
-            args = vars(stored["args"])
-        name = next((name for name in ("ema", "model") if isinstance(stored.get(name), dict)), None)
-        if name is not None:
-            stored, part = stored[name], name
-    if not isinstance(stored, dict) or not stored or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise TesseraError(
-            f"{path} holds no weights: expected a state dict, or a training checkpoint with 'ema' or 'model'"
-        )
-    for wrapper in ("module.", "_orig_mod."):  # left by DistributedDataParallel and torch.compile
-        if all(name.startswith(wrapper) for name in stored):
-            stored = {name.removeprefix(wrapper): tensor for name, tensor in stored.items()}
-    return {name: tensor.clone() for name, tensor in stored.items()}, args, part  # copies: the file is memory-mapped
+def _arguments(stored: Any) -> dict[str, Any]:
+    """The arguments of the training script that a checkpoint records."""
+    stored = stored if isinstance(stored, dict) else {}
+    for name in ("args", "config", "hyper_parameters", "hparams"):
+        args = stored.get(name)
+        if isinstance(args, argparse.Namespace):
+            return vars(args)
+        if isinstance(args, dict) and args:
+            return args
+    return {}
+
+
+def _first(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def infer_config(
@@ -166,9 +204,16 @@ def infer_config(
     """The architecture of a state dict.
 
     num_classes: if known; the label table may lack its last, null row. Raises TesseraError if these are not the weights
-    of a DiT, or do not determine something that is not passed.
+    of a DiT, or do not determine something that is not passed. A position table that is missing is the sin-cos table.
     """
     missing = [name for name, axes in REQUIRED.items() if name not in tensors or tensors[name].ndim != axes]
+    if missing == ["pos_embed"] and missing[0] not in tensors:
+        if size is None:
+            raise TesseraError(
+                f"{source} has no position table (pos_embed), so the size of its input is unknown: pass "
+                "size=(height, width) of the network's input"
+            )
+        missing = []
     if missing:
         first = ", ".join(list(tensors)[:3])
         raise TesseraError(f"{source} is not a DiT: it lacks {', '.join(missing)}; its first tensors are {first}")
@@ -179,7 +224,7 @@ def infer_config(
             "heads: pass num_heads (--num-heads)"
         )
     config = {
-        "input_size": _size(tensors["pos_embed"], patch, size, source),
+        "input_size": _size(tensors.get("pos_embed"), patch, size, source),
         "in_channels": channels,
         "out_channels": tensors["final_layer.linear.weight"].shape[0] // patch**2,
         **_classes(tensors.get(LABEL_TABLE), num_classes, source),
@@ -193,9 +238,12 @@ def infer_config(
     return validate(DiTConfig, config, f"the architecture inferred from {source}")
 
 
-def _size(table: Tensor, patch: int, size: int | tuple[int, int] | None, source: str) -> tuple[int, int]:
+def _size(table: Tensor | None, patch: int, size: int | tuple[int, int] | None, source: str) -> tuple[int, int]:
     """Height and width of the input, from the position table [1, N, D]: the grid of N patches that has this
     sin-cos table, or a square grid if it is another table."""
+    if table is None:
+        assert size is not None  # checked by the caller
+        return (size, size) if isinstance(size, int) else size
     _, tokens, width = table.shape
     if size is not None:
         rows, columns = (size, size) if isinstance(size, int) else size
@@ -224,8 +272,8 @@ def _classes(table: Tensor | None, num_classes: int | None, source: str) -> dict
     rows = table.shape[0]
     if num_classes is not None and rows not in (num_classes, num_classes + 1):
         raise TesseraError(
-            f"{source} has {rows} label vectors, but its args have num_classes={num_classes}: expected {num_classes}, "
-            "or one more"
+            f"{source} has {rows} label vectors, but num_classes={num_classes} was passed or is recorded in it: "
+            f"expected {num_classes}, or one more for the null label"
         )
     learn_null_class = num_classes != rows
     return {"num_classes": rows - learn_null_class, "learn_null_class": learn_null_class}
@@ -260,55 +308,79 @@ def implied_diffusion(network: DiTConfig, source: str) -> GaussianDiffusionConfi
     return GaussianDiffusionConfig(variance="learned" if network.out_channels == 2 * network.in_channels else "beta")
 
 
-def _sampling(network: DiTConfig, diffusion: AnyDiffusionConfig) -> SamplingConfig:
+def _sampling(network: DiTConfig, checkpoint_type: str) -> SamplingConfig:
     """As in the official sample.py: 250 calls of the network, guidance scale 4 on three channels; SiT with Heun's
-    method along its ODE, two calls per step (Ma et al. 2024)."""
+    method along its ODE, two calls per step (Ma et al. 2024); REPA's generate.py: Euler's method, scale 1.5."""
     guided = bool(network.num_classes) and network.learn_null_class
-    sampler, steps = (Ancestral(), 250) if isinstance(diffusion, GaussianDiffusionConfig) else (Heun(), 125)
+    if checkpoint_type.startswith("repa"):
+        return SamplingConfig(sampler=Euler(), num_steps=50, guidance_scale=1.5 if guided else 1.0)
+    sampler, steps = (Ancestral(), 250) if checkpoint_type == "dit" else (Heun(), 125)
     return SamplingConfig(sampler=sampler, num_steps=steps, guidance_scale=4.0 if guided else 1.0, guidance_channels=3)
 
 
-# SiT
+# SiT and REPA
 
 
-def _checkpoint_type(requested: str | None, args: dict[str, Any], head: Tensor, network: DiTConfig, source: str) -> str:
-    """One of CHECKPOINT_TYPES: as recorded by SiT's training script, as requested, or dit."""
+def _checkpoint_type(
+    requested: str | None,
+    args: dict[str, Any],
+    tensors: dict[str, Tensor],
+    network: DiTConfig,
+    heads: bool,
+    source: str,
+) -> str:
+    """One of CHECKPOINT_TYPES: as recorded by the training scripts of SiT and REPA, as requested, or dit.
+
+    heads: whether the file holds heads of training, which DiT and SiT do not have.
+    """
     if requested is not None and requested not in CHECKPOINT_TYPES:
         raise TesseraError(unknown_name("checkpoint type", requested, CHECKPOINT_TYPES))
     if (path := args.get("path_type")) is not None:
         if path not in TYPE_OF_PATH:
-            raise TesseraError(f"{source} is a SiT with the {path} path; Tessera supports {' and '.join(TYPE_OF_PATH)}")
+            raise TesseraError(
+                f"{source} is a SiT with the {path} path; Tessera supports Linear and GVP, and REPA's linear and cosine"
+            )
         if requested not in (None, TYPE_OF_PATH[path]):
             raise TesseraError(
                 f"{source} records that it is {TYPE_OF_PATH[path]}, not {requested}: leave out --checkpoint-type"
             )
         return TYPE_OF_PATH[path]
+    choices = "(--checkpoint-type {}, in a recipe training.init_type), or {}"
+    if requested is None and heads:
+        raise TesseraError(
+            f"{source} holds heads of training, as REPA's checkpoints do, but weights do not record what they were "
+            f"trained as: pass checkpoint_type='repa' {choices.format('repa', 'one of ' + ', '.join(CHECKPOINT_TYPES))}"
+        )
     # SiT discards the half of the outputs with which DiT learns the variance: those weights stay zero.
+    head = tensors[f"{HEAD}weight"]
     used = _used_rows(head, network)
     if requested is None and not used.all() and head[used].any() and not head[~used].any():
         raise TesseraError(
             f"half the outputs of {source} are untrained, as in SiT, but weights do not record what they were trained "
-            "as: pass checkpoint_type='sit' (--checkpoint-type sit, in a recipe training.init_type), or 'dit'"
+            f"as: pass checkpoint_type='sit' {choices.format('sit', repr('dit'))}"
         )
     return requested or "dit"
 
 
 def _flow(checkpoint_type: str, args: dict[str, Any], source: str) -> FlowMatchingConfig:
-    """SiT's process: its network's time runs from 0 (noise) to 1 (data), unscaled."""
-    predictions = {"velocity": "velocity", "noise": "epsilon"}
-    predicted = args.get("prediction", "velocity")
+    """The process of SiT, whose network's time runs from 0 (noise) to 1 (data), or of REPA, where it is reversed."""
+    is_sit = checkpoint_type.startswith("sit")
+    predictions = {"velocity": "velocity", "noise": "epsilon"} if is_sit else {"v": "velocity"}
+    predicted = args.get("prediction", next(iter(predictions)))
     if predicted not in predictions:
         raise TesseraError(
-            f"{source} is a SiT that predicts the {predicted}; Tessera supports {' and '.join(predictions)}"
+            f"{source} is a {'SiT' if is_sit else 'REPA'} that predicts the {predicted}; Tessera supports "
+            f"{' and '.join(predictions)}"
         )
+    path, times = FLOWS[checkpoint_type]
     prediction = predictions[predicted]
-    data = {"path": PATHS[checkpoint_type], "prediction": prediction, "loss": prediction, "network_times": (1, 0)}
+    data = {"path": path, "prediction": prediction, "loss": prediction, "network_times": times}
     return validate(FlowMatchingConfig, data, source)
 
 
 def _flow_head(tensors: dict[str, Tensor], network: DiTConfig, diffusion: FlowMatchingConfig) -> dict[str, Tensor]:
-    """The head without the half that SiT discards; the sign of its velocity is reversed, from data to noise."""
-    sign = -1 if diffusion.prediction == "velocity" else 1
+    """The head without the half that SiT discards. SiT's velocity leads from noise to data: its sign is reversed."""
+    sign = -1 if diffusion.prediction == "velocity" and diffusion.network_times == (1, 0) else 1
     head = {name: tensor for name, tensor in tensors.items() if name.startswith(HEAD)}
     return {name: sign * tensor[_used_rows(tensor, network)] for name, tensor in head.items()}
 

@@ -18,7 +18,6 @@ from tessera.errors import TesseraError, bullet_list
 from tessera.evaluation import suite
 from tessera.evaluation.features import FeatureSet, Progress
 from tessera.files import atomic_file, read_json
-from tessera.interop import load
 from tessera.models.network import parameter_count
 from tessera.planning import FLOPS_PER_MAC
 from tessera.planning.hardware import Hardware, find
@@ -31,7 +30,7 @@ from tessera.studies.worker import load_reference
 from tessera.training import initialization
 from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
 from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
-from tessera.training.run import open_data
+from tessera.training.run import load_init_model, open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
 # Settings that do not change the results of a member.
@@ -132,8 +131,8 @@ def resolve_members(study: Study) -> list[ResolvedMember]:
 
 
 def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> ResolvedMember:
-    overrides = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
     run_dir = Path(study.output) / MEMBERS / member.name
+    overrides = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
     recipe = resolve(read_recipe(Path(study.recipe), [*overrides, f"run_dir={json.dumps(str(run_dir))}"]), cache)
     with torch.device("meta"):
         network = recipe.network.build()
@@ -162,9 +161,7 @@ def resolve(recipe: Recipe, cache: dict[str, Any]) -> Recipe:
     config = recipe.training
     if config.init_from is not None:
         if config.init_from not in cache:
-            cache[config.init_from] = load.load(
-                config.init_from, "cpu", num_heads=config.init_num_heads, checkpoint_type=config.init_type
-            )
+            cache[config.init_from] = load_init_model(recipe, None)
         recipe = initialization.inherit_settings(recipe, cache[config.init_from])
     recipe = infer_pixel_channels(recipe)
     key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()

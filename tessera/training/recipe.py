@@ -95,7 +95,10 @@ class TrainingConfig(Settings):
     init_num_heads: PositiveInt | None = Field(
         default=None, description="attention heads of init_from, where a .pt does not determine them"
     )
-    init_type: Literal["dit", "sit", "sit-gvp"] | None = Field(
+    init_num_classes: PositiveInt | None = Field(
+        default=None, description="classes of init_from without the null label, where a .pt does not determine them"
+    )
+    init_type: Literal["dit", "sit", "sit-gvp", "repa", "repa-cosine"] | None = Field(
         default=None, description="the family of init_from, where a .pt does not determine it"
     )
     log_every: PositiveInt = 100

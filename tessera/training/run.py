@@ -130,7 +130,13 @@ def load_init_model(recipe: Recipe, checkpoint_dir: Path | None) -> bundle.Model
         return None
     if checkpoint_dir is not None:
         return initialization.with_recipe_sampling(bundle.load(checkpoint_dir))
-    return load.load(config.init_from, "cpu", num_heads=config.init_num_heads, checkpoint_type=config.init_type)
+    return load.load(
+        config.init_from,
+        "cpu",
+        num_heads=config.init_num_heads,
+        num_classes=config.init_num_classes,
+        checkpoint_type=config.init_type,
+    )
 
 
 def build_data(recipe: Recipe, codec: Codec, device: torch.device, world: Distributed) -> tuple[Recipe, Loader, int]:

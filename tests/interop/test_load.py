@@ -127,7 +127,7 @@ def test_everything_else_is_one_error_that_lists_what_is_accepted(tmp_path, name
     message = load_error(tmp_path / name)
     assert str(tmp_path / name) in message
     assert "expected a bundle" in message
-    assert "official checkpoint (.pt, .pth or .safetensors)" in message
+    assert "official checkpoint (.pt, .pth, .ckpt, .bin, .safetensors" in message
     assert len(message.splitlines()) == 1
 
 
