@@ -76,14 +76,16 @@ class Rows:
 
 
 def structure(value: Any) -> Any:
-    """What two values must have in common to be concatenated: types, lengths of tuples and absent fields."""
+    """What two values must have in common to be concatenated: types, lengths of tuples, and values of all samples."""
     if isinstance(value, Rows):
         return type(value), *(
             id(part) if each.metadata.get("shared") else structure(part)
             for each in fields(value)
             for part in [getattr(value, each.name)]
         )
-    return tuple(structure(part) for part in value) if isinstance(value, tuple) else type(value)
+    if isinstance(value, tuple):
+        return tuple(structure(part) for part in value)
+    return type(value) if isinstance(value, Tensor | list) else (type(value), value)
 
 
 def _select(value: Any, rows: Tensor | slice) -> Any:

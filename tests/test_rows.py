@@ -103,5 +103,10 @@ def test_rows_that_do_not_belong_together_are_an_error(change, words):
 
 def test_structure_is_equal_exactly_where_rows_can_be_joined():
     assert structure(rows(1)) == structure(rows(2, 3, length=7))
-    for change in ({"absent": torch.zeros(1)}, {"history": (Inner(torch.zeros(1)),)}, {"table": dict(TABLE)}):
+    for change in (
+        {"absent": torch.zeros(1)},
+        {"history": (Inner(torch.zeros(1)),)},
+        {"table": dict(TABLE)},
+        {"number": 0.7},
+    ):
         assert structure(rows(1, **change)) != structure(rows(1))

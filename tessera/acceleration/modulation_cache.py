@@ -7,6 +7,7 @@ which reads the same weights. Shapes: B batch, N times, K conditions, P = N K pa
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,13 +70,13 @@ class PrecomputedModulation:
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
         """The same as `network.embed_condition`, with modulation from the table if it has all times and conditions."""
-        table_rows = None if t.ndim > 1 else self._table_rows(t, condition)
+        # Condition tokens depend on the number of frames.
+        known = t.ndim == 1 and grid[:-2] == self.context.grid[:-2]
+        table_rows = self._table_rows(t, condition) if known else None
         if table_rows is None:
             return self.network.embed_condition(t, condition, grid)
-        selected = self.context[table_rows]
-        return CachedContext(
-            c=selected.c, cond_tokens=selected.cond_tokens, grid=grid, table=self.table, table_rows=table_rows
-        )
+        selected: dict[str, Any] = {**vars(self.context[table_rows]), "grid": grid}
+        return CachedContext(**selected, table=self.table, table_rows=table_rows)
 
     def _table_rows(self, t: Tensor, condition: Condition) -> Tensor | None:
         """The row of the table for each time [B] and condition; None if one of them is not in the table."""

@@ -17,7 +17,7 @@ from tessera.diffusion.process import Prediction
 from tessera.errors import TesseraError
 from tessera.generation.denoiser import BatchSettings, Terms, build_denoiser
 from tessera.generation.editing import edit_source
-from tessera.generation.request import SampleRequest, SampleRows, latent_size
+from tessera.generation.request import SampleRequest, SampleRows, latent_size, sampling_config
 from tessera.model import Model
 from tessera.sampling import (
     ContinuousBatch,
@@ -77,10 +77,10 @@ def _start(model: Model, rows: SampleRows) -> _Start:
         x = source.initial_state(model.diffusion, noise, times[0])
         if source.mask is not None:
             solver, memory = MaskedSolver(config.sampler), MaskedMemory(source, noise)
-    multiple = network.size_multiple
-    return _Start(x, times, solver, memory, (*size[:-2], *(side // multiple for side in size[-2:])))
+    return _Start(x, times, solver, memory, network.token_grid(size))
 
 
+@torch.no_grad()
 def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None = None) -> Iterator[SampleState]:
     """Sample rows of a request as one batch, and yield every state."""
     device, config, start = model.device, rows.config, _start(model, rows)
@@ -102,7 +102,8 @@ def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None 
         noise_calls += 1
         return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), start.x.shape[1:]).to(device)
 
-    inputs = DenoiserRows.build(conditions, terms.guidance(config, rows.scale), denoiser.networks, start.x)
+    guidance = terms.guidance(config, rows.scale)
+    inputs = DenoiserRows.build(conditions, guidance, denoiser.networks, start.x, config.clipping)
     denoise = _BatchDenoiser(denoiser, inputs)
     yield from sample_loop(start.solver, denoise, start.x, start.times, noise, start.memory)
 
@@ -118,7 +119,6 @@ class _BatchDenoiser:
         return prediction
 
 
-@torch.no_grad()
 def generate_steps(
     model: Model,
     classes: Sequence[int | str] | None = None,
@@ -165,7 +165,6 @@ def generate(
     return generate_request(model, make_request(classes, seeds, **options), batch_size, progress, cache_stats)
 
 
-@torch.no_grad()
 def generate_request(
     model: Model,
     request: SampleRequest,
@@ -174,6 +173,8 @@ def generate_request(
     cache_stats: CacheStats | None = None,
 ) -> np.ndarray:
     """The images of a request, as `generate` returns them."""
+    if batch_size < 1:
+        raise TesseraError(f"batch_size is {batch_size}; use 1 or more")
     all_rows = request.resolve(model)
     results, num_batches = [], -(-len(all_rows) // batch_size)
     for number in range(num_batches):
@@ -206,11 +207,10 @@ class ContinuousSampler:
         **settings: Any,
     ) -> None:
         """settings: of sampling, of which only `caching` matters"""
-        self.model = model
+        self.model, self.precision, self.config = model, precision, sampling_config(model, **settings)
         self.terms = Terms.possible(model, guidance_model)
-        self.request = SampleRequest(settings=settings, precision=precision)
         dtype = runtime.autocast_dtype(precision, model.device)
-        batch = BatchSettings(self.request.sampling(model), None, model.config.network.grid, 0, dtype)
+        batch = BatchSettings(self.config, None, model.config.network.grid, 0, dtype)
         network = model.config.network
         empty = network.condition_type.example(network.condition_fields, 0, network)
         conditions = self.terms.conditions(model, empty)
@@ -220,8 +220,15 @@ class ContinuousSampler:
     def add(self, request: SampleRequest, names: Sequence[Any]) -> None:
         """Rows that join at the next step, each with a name. Raises TesseraError."""
         rows, model = request.resolve(self.model), self.model
-        if rows.config.caching != self.request.sampling(model).caching:
-            raise TesseraError("requests that are sampled together need the same caching")
+        guided = bool((rows.scale != 1).any())
+        same = {
+            "caching": rows.config.caching == self.config.caching,
+            "precision": request.precision == self.precision,
+            "guidance model": not guided or request.guidance_model is self.terms.guidance_model,
+        }
+        if not all(same.values()):
+            different = " and ".join(name for name, is_same in same.items() if not is_same)
+            raise TesseraError(f"requests that are sampled together need the same {different} as the sampler")
         if len(names) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many names, not {len(names)}")
         start, count = _start(model, rows), len(rows)
@@ -237,7 +244,9 @@ class ContinuousSampler:
                 num_steps=torch.full((count,), len(start.times) - 1),
                 seed=rows.seed,
                 noise_calls=torch.ones(count, dtype=torch.int64),
-                inputs=DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x),
+                inputs=DenoiserRows.build(
+                    conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping
+                ),
                 memory=start.memory,
             ),
         )

@@ -107,7 +107,9 @@ class SampleRequest:
             self,
             seeds=chosen(self.seeds),
             condition={name: chosen(values) for name, values in self.condition.items()},
-            guidance_scale=scale if scale is None or not torch.as_tensor(scale).ndim else chosen(torch.as_tensor(scale)),
+            guidance_scale=scale
+            if scale is None or not torch.as_tensor(scale).ndim
+            else chosen(torch.as_tensor(scale)),
             init_image=None if image is None else chosen(image),
             mask=None if mask is None else chosen(mask),
         )
@@ -124,7 +126,7 @@ class SampleRequest:
         config, network = self.sampling(model), model.config.network
         len(self)
         check_inputs(self.condition, network.condition_type, model.config)
-        if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63]:
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63 or seed != int(seed)]:
             raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {', '.join(map(str, bad[:5]))}")
         if unknown := sorted(config.guidance_scales.keys() - set(network.null_fields)):
             known = ", ".join(network.null_fields) or "none"
@@ -198,7 +200,7 @@ def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: 
     if not settings and not overrides:
         return model.config.sampling
     data = {**model.config.sampling.model_dump(), **settings}
-    return validate(SamplingConfig, apply_overrides(data, list(overrides), example="num_steps=20"), "sampling")
+    return validate(SamplingConfig, apply_overrides(data, overrides, SamplingConfig, "num_steps=20"), "sampling")
 
 
 def check_guidance_model(model: Model, guidance_model: Model) -> None:

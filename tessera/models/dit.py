@@ -50,8 +50,8 @@ class DiTConfig(NetworkConfig):
 
     @classmethod
     def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if "preset" not in data:
-            return data
+        if data.get("preset") is None:  # also a preset that an override unsets
+            return {key: value for key, value in data.items() if key != "preset"}
         name = str(data["preset"])
         if name in UNET_PRESETS:
             raise ValueError(f"{name} is a U-Net: set network.kind=unet")
@@ -79,12 +79,7 @@ class DiTConfig(NetworkConfig):
     def size_multiple(self) -> int:
         return self.patch_size
 
-    @property
-    def grid(self) -> tuple[int, ...]:
-        return self.token_grid(self.input_size)
-
     def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The token grid (h, w) or (t, h, w) of an input of size (H, W) or (T, H, W)."""
         patch = (self.temporal_patch_size, self.patch_size, self.patch_size)[-len(size) :]
         return tuple(length // divisor for length, divisor in zip(size, patch))
 
@@ -224,25 +219,33 @@ class DiT(Network):
         t [B], or [B, G]: a time for each frame (G = t), or for each token (G = N).
         """
         time = self.t_embedder(t if t.ndim == 2 else t[:, None])
-        c, cond_tokens = time, [time if time.shape[1] == 1 else time + self._positions_of_times(time, grid)]
+        c, cond_tokens = time, [self._time_tokens(time, grid)]
         if self.y_embedder is not None:
             label = self.y_embedder(condition.label)[:, None]
             c = time + label
             cond_tokens.append(label)
         return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
 
-    def _positions_of_times(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Positions [G, D] of time tokens [B, G, D], by the frame or the token that each belongs to."""
+    def _time_tokens(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
+        """Time vectors [B, G, D] as condition tokens, with the positions of the frames or tokens that they belong to.
+
+        The time of a whole clip is a token for each frame, so equal times of all frames are one time.
+        """
         groups, width = time.shape[1:]
-        frames = grid[0] * self.config.temporal_patch_size if len(grid) == 3 else None
-        if groups == frames == grid[0]:
-            return sincos_frames(groups, width).to(time)
-        if groups == math.prod(grid) != frames:
-            return sincos_grid(grid, width).to(time)
+        frames = self._frames_with_times(grid)
+        if groups in (1, frames):
+            return time if frames == 1 else time + sincos_frames(frames, width).to(time, non_blocking=time.is_cuda)
+        of_frames = len(grid) == 3 and groups == grid[0] * self.config.temporal_patch_size
+        if groups == math.prod(grid) and not of_frames:
+            return time + sincos_grid(grid, width).to(time, non_blocking=time.is_cuda)
         raise ValueError(
             f"{groups} times for a token grid of {' x '.join(map(str, grid))}: expected one, one for each frame (with "
             f"temporal_patch_size 1), or one for each token"
         )
+
+    def _frames_with_times(self, grid: Sequence[int]) -> int:
+        """The number of frames that may have their own times."""
+        return grid[0] if len(grid) == 3 and self.config.temporal_patch_size == 1 else 1
 
     def run_blocks(
         self,
@@ -273,15 +276,16 @@ class DiT(Network):
 
     def _positions(self, grid: tuple[int, ...], table: Tensor) -> Tensor:
         if grid[-2:] != self.config.grid[-2:]:
-            return sincos_grid(grid, self.config.hidden_size).to(table)
+            return sincos_grid(grid, self.config.hidden_size).to(table, non_blocking=table.is_cuda)
         if len(grid) == 2 or grid[0] == 1:
             return table
-        frames = sincos_frames(grid[0], self.config.hidden_size).to(table)
+        frames = sincos_frames(grid[0], self.config.hidden_size).to(table, non_blocking=table.is_cuda)
         return (frames[:, None] + table).flatten(0, 1)
 
     def macs(self, size: Sequence[int] | None = None) -> int:
-        tokens = math.prod(self.config.token_grid(size or self.config.input_size))
-        cond_tokens = 1 if self.y_embedder is None else 2
+        grid = self.config.token_grid(size or self.config.input_size)
+        tokens = math.prod(grid)
+        cond_tokens = self._frames_with_times(grid) + (self.y_embedder is not None)
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()

@@ -57,8 +57,12 @@ class NetworkConfig(Settings, ABC):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The input size over `size_multiple`: a DiT's token grid, a U-Net's deepest level. Frames are not divided."""
-        return *self.input_size[:-2], *(side // self.size_multiple for side in self.input_size[-2:])
+        """The token grid of the configured input size."""
+        return self.token_grid(self.input_size)
+
+    def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """A DiT's grid of patches, a U-Net's deepest level: (h, w) of an input (H, W), (t, h, w) of (T, H, W)."""
+        return *size[:-2], *(side // self.size_multiple for side in size[-2:])
 
     def check_size(self, size: Sequence[int]) -> None:
         """Raise ValueError unless the network accepts inputs of this size, (H, W) or (T, H, W)."""

@@ -55,8 +55,8 @@ class UNetConfig(NetworkConfig):
 
     @classmethod
     def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
-        if "preset" not in data:
-            return data
+        if data.get("preset") is None:  # also a preset that an override unsets
+            return {key: value for key, value in data.items() if key != "preset"}
         name = str(data["preset"])
         if name not in UNET_PRESETS:
             raise ValueError(unknown_name("preset of a U-Net", name, UNET_PRESETS))
@@ -71,6 +71,8 @@ class UNetConfig(NetworkConfig):
                     f"attention_levels contains the downsampling factor {factor}, but the {len(factors)} entries of "
                     f"channel_mult make levels of {', '.join(map(str, factors))}: choose some of these"
                 )
+        if self.is_temporal and self.model_channels * self.channel_mult[0] % 2:
+            raise ValueError(f"model_channels {self.model_channels} is odd: positions of frames need an even number")
         if "input_size" in self.model_fields_set:
             self.check_size(self.input_size)
         return self
@@ -324,7 +326,7 @@ class UNet(Network):
         # Features in the dtype of the input: under autocast, residuals are then summed in float32.
         features = self.stem(images).to(x.dtype)
         if frames > 1:  # attention would not know the order of the frames
-            positions = sincos_frames(frames, features.shape[1]).to(features)[:, :, None, None]
+            positions = sincos_frames(frames, features.shape[1]).to(features, non_blocking=x.is_cuda)[:, :, None, None]
             features = (features.unflatten(0, (-1, frames)) + positions).flatten(0, 1)
         return features, UNetContext(c, frames)
 

@@ -14,6 +14,7 @@ from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Prediction
 from tessera.rows import Rows
+from tessera.sampling.clipping import AnyClipping, NoClipping, clipped
 from tessera.sampling.guidance import AnyGuidanceSchedule, Guidance
 from tessera.times import shared_time
 
@@ -74,14 +75,19 @@ class DenoiserRows(Rows):
     conditions: tuple[Condition, ...]  # the condition, then that of the weak output of each term of guidance
     guidance: Guidance
     states: tuple[Any, ...]  # of a network with a cache, one for each condition; else None
+    clipping: list[AnyClipping]  # [B] of x0
 
     @staticmethod
     def build(
-        conditions: Sequence[Condition], guidance: Guidance, networks: Sequence[SamplingNetwork], x: Tensor
+        conditions: Sequence[Condition],
+        guidance: Guidance,
+        networks: Sequence[SamplingNetwork],
+        x: Tensor,
+        clipping: AnyClipping | None = None,
     ) -> "DenoiserRows":
         """Rows that were not evaluated. networks: of each condition; x: of the first evaluation"""
         states = [network.empty_state(x) if isinstance(network, CachedNetwork) else None for network in networks]
-        return DenoiserRows(tuple(conditions), guidance, tuple(states))
+        return DenoiserRows(tuple(conditions), guidance, tuple(states), [clipping or NoClipping()] * len(x))
 
 
 class RowDenoiser:
@@ -102,7 +108,7 @@ class RowDenoiser:
     def __call__(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Prediction, DenoiserRows]:
         """x [B, C, ...], t [B] or [B, T] -> (Prediction, the rows with new states)"""
         raw, rows = self.raw(x, t, rows)
-        return self.diffusion.predict(raw, x, t), rows
+        return clipped(self.diffusion.predict(raw, x, t), rows.clipping), rows
 
     def raw(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Tensor, DenoiserRows]:
         """The network's raw output [B, O, ...], guided, and the rows with new states."""
@@ -112,14 +118,15 @@ class RowDenoiser:
         for number, scale in enumerate(scales, start=1):
             guided = (scale != 1).flatten(1).any(dim=1) if scale.ndim > 1 else scale != 1
             if guided.any():
-                terms.append((number, None if guided.all() else guided.nonzero()[:, 0]))
+                selected = None if guided.all() else guided.nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
+                terms.append((number, selected))
         outputs, rows = self._evaluate(x, t, rows, terms)
         if len(terms) == 1:
             return outputs[0], rows
         cond, weak = outputs[0], []
         for (_, selection), output in zip(terms[1:], outputs[1:]):
             # A row that was not evaluated has a scale of 1: any finite value works.
-            weak.append(output if selection is None else cond.index_copy(0, selection.to(cond.device), output))
+            weak.append(output if selection is None else cond.index_copy(0, selection, output))
         raw = rows.guidance.combine(cond, weak, [scales[number - 1] for number, _ in terms[1:]], x.shape[1])
         return raw, rows
 
@@ -129,10 +136,7 @@ class RowDenoiser:
         """The raw output of each term for its rows."""
         time = self.diffusion.model_time(t).to(x.device, non_blocking=x.is_cuda)
         all_inputs = (_Inputs(x, time, rows.conditions[number], rows.states[number]) for number, _ in terms)
-        inputs = [
-            each if selection is None else each[selection.to(x.device)]
-            for each, (_, selection) in zip(all_inputs, terms)
-        ]
+        inputs = [each if selection is None else each[selection] for each, (_, selection) in zip(all_inputs, terms)]
         outputs: list[Tensor | None] = [None] * len(terms)
         states = list(rows.states)
         for group in self._groups([number for number, _ in terms]):

@@ -1,5 +1,7 @@
 """Precomputed modulation equals computed modulation in every block design. Unknown times and labels are computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,9 +16,9 @@ TIMES, GRID = torch.tensor([999.0, 500.25, 0.0]), (4, 4)
 
 @pytest.fixture
 def make(randomise):
-    def build(block: str = "adaln-zero", num_classes: int = 3) -> DiT:
+    def build(block: str = "adaln-zero", num_classes: int = 3, input_size: int | tuple[int, ...] = 8) -> DiT:
         size = {
-            "input_size": 8,
+            "input_size": input_size,
             "in_channels": 2,
             "out_channels": 2,
             "patch_size": 2,
@@ -57,6 +59,29 @@ def test_precomputed_modulation_gives_the_output_of_the_network(make, block, mod
     output = precomputed(x, t, condition)
     assert modulation_rows == []
     torch.testing.assert_close(output, network(x, t, condition), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_every_field_of_the_context_reaches_the_blocks(make):
+    """Also one that the cache does not know, here the text tokens."""
+    network, seen = make(), []
+    embed, run = network.embed_condition, network.run_blocks
+    network.embed_condition = lambda *inputs: replace(context := embed(*inputs), text=2 * context.c)
+    network.run_blocks = lambda tokens, context: seen.append(context) or run(tokens, context)
+    condition = Condition([2, 0, 1])
+    PrecomputedModulation(network, TIMES, condition, GRID)(normal(3, 2, 8, 8), TIMES, condition)
+    assert seen[0].text.shape == (3, 1, 32)
+    torch.testing.assert_close(seen[0].text, 2 * seen[0].c)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 3, 4])
+def test_a_clip_of_any_number_of_frames(make, frames):
+    """Condition tokens are one for each frame: those of another number are computed."""
+    network, x = make("cross-attention", input_size=(3, 8, 8)), normal(3, 2, frames, 8, 8)
+    condition = Condition([2, 0, 1])
+    precomputed = PrecomputedModulation(network, TIMES, condition, (3, *GRID))
+    torch.testing.assert_close(precomputed(x, TIMES, condition), network(x, TIMES, condition), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -212,6 +212,22 @@ def test_an_unknown_class_name(tiny_model):
     assert generate_error(tiny_model, ["dgo"]) == "unknown class 'dgo'; did you mean 'dog'?"
 
 
+@pytest.mark.parametrize("label", ["--3", "²"])
+def test_a_class_that_is_no_number(tiny_model, label):
+    assert generate_error(tiny_model, [label]).startswith(f"unknown class '{label}'")
+
+
+def test_numbers_that_are_not_whole(tiny_model):
+    assert generate_error(tiny_model, [1.5]) == "a class is a name or a whole number; got 1.5"
+    assert generate_error(tiny_model, [1], [0.5]) == "seeds are integers from 0 to 2^63 - 1; got 0.5"
+    assert generate_error(tiny_model, [1], batch_size=0) == "batch_size is 0; use 1 or more"
+
+
+def test_states_have_no_gradients(tiny_model):
+    *_, last = generation.sample_steps(tiny_model, generation.SampleRequest([0], {"label": [1]}).resolve(tiny_model))
+    assert not last.x.requires_grad
+
+
 def test_missing_classes(tiny_model):
     assert generate_error(tiny_model).startswith("this model needs classes: it has 3 classes; pass some")
 

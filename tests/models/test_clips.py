@@ -107,6 +107,16 @@ def without_attention(network: Network) -> None:
 
 
 @torch.no_grad()
+@NETWORKS
+def test_a_clip_with_one_time_does_not_depend_on_the_others_of_its_batch(make, kind):
+    """Where another clip of the batch has a time for each frame, it has them, too."""
+    network, x = make(kind, CLIP), normal(2, 2, 3, 4, 6)
+    both = network(x, torch.tensor([[3.0, 3.0, 3.0], [40.0, 500.0, 900.0]]), Condition(LABEL))
+    alone = network(x[:1], TIMES[:1], Condition(LABEL[:1]))
+    torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["adaln", "adaln-zero", "adaln-single", "rope-swiglu"])
 def test_a_time_for_each_token_of_a_frame_is_the_time_of_the_frame(make, kind):
     """G = N conditioning vectors, repeated for the tokens of each frame, against G = T."""
@@ -272,3 +282,19 @@ def test_times_of_frames_need_a_temporal_patch_size_of_1():
     with pytest.raises(ValueError, match="temporal_patch_size 1"):
         network(torch.zeros(1, 2, 4, 4, 6), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Condition([0]))
     assert math.prod(network.config.grid) == 12
+    network = config("adaln-zero", (4, 2, 4), temporal_patch_size=2).build()  # as many tokens as frames
+    with pytest.raises(ValueError, match="temporal_patch_size 1"):
+        network(torch.zeros(1, 2, 4, 2, 4), torch.tensor([[1.0, 2.0, 3.0, 4.0]]), Condition([0]))
+
+
+@NETWORKS
+@pytest.mark.parametrize(("rows", "labels"), [(4, 1), (1, 4)])
+def test_a_condition_of_another_number_of_rows_is_not_broadcast(make, kind, rows, labels):
+    network = make(kind, IMAGE)
+    with pytest.raises((ValueError, RuntimeError), match=r"label has|must match"):
+        network(normal(rows, 2, *IMAGE), torch.ones(rows), Condition([0] * labels))
+
+
+def test_frames_need_an_even_number_of_channels():
+    with pytest.raises(ValueError, match="model_channels 7 is odd"):
+        UNetConfig(input_size=CLIP, model_channels=7, channel_mult=(1, 2), attention_levels=(2,))

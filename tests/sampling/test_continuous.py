@@ -162,6 +162,8 @@ def test_inpainting_image_to_image_and_new_images_together(make_model):
         SampleRequest([2], {"label": [1]}, 2.0, settings=settings, init_image=image, strength=0.5),
         SampleRequest([3], {"label": [2]}, 2.0, settings=settings),
         SampleRequest([4], {"label": [2]}, 2.0, settings=settings, init_image=image, mask=~mask),
+        SampleRequest([5], {"label": [2]}, 2.0, settings=settings, init_image=image, mask=mask, strength=0.9),
+        SampleRequest([6], {"label": [2]}, 2.0, settings=settings, init_image=image, mask=mask, strength=0.6),
     ]
     done = run(model, {number: [(str(number), row)] for number, row in enumerate(rows)})
     for number, row in enumerate(rows):
@@ -208,6 +210,13 @@ def test_requests_that_cannot_be_sampled_together(make_model):
     request = SampleRequest([1], {"label": [0]}, settings={"caching": "first-block"})
     with pytest.raises(generation.pipeline.TesseraError, match="the same caching"):
         sampler.add(request, ["x"])
+    with pytest.raises(generation.pipeline.TesseraError, match="the same precision"):
+        sampler.add(SampleRequest([1], {"label": [0]}, precision="bfloat16"), ["x"])
+    guided = SampleRequest([1], {"label": [0]}, 2.0, guidance_model=make_model({"depth": 1}))
+    with pytest.raises(generation.pipeline.TesseraError, match="the same guidance model"):
+        sampler.add(guided, ["x"])
+    with pytest.raises(generation.pipeline.TesseraError, match="the same guidance model"):
+        ContinuousSampler(make_model({}), make_model({"depth": 1})).add(replace(guided, guidance_model=None), ["x"])
     with pytest.raises(ValueError, match="1 rows need as many names, not 2"):
         sampler.add(SampleRequest([1], {"label": [0]}), ["x", "y"])
     assert sampler.batch.num_rows == 0
