@@ -58,6 +58,7 @@ class _Group:
     running: Step[Any] | None = None
     point: tuple[Tensor, Tensor] | None = None  # where the running step needs a prediction
     noises: int = 0  # used in the running step
+    leaving: set[Any] = field(default_factory=set)  # names of rows that are removed after the running step
 
     def begin(self, denoiser: RowDenoiser) -> None:
         state, self.noises = self.state, 0
@@ -79,6 +80,12 @@ class _Group:
             )
             self.running = self.point = None
 
+    def leave(self) -> None:
+        """Take out the rows that are leaving."""
+        if self.leaving:
+            self.state = self.state[torch.tensor([name not in self.leaving for name in self.state.name])]
+            self.leaving = set()
+
     def _noise(self) -> Tensor:
         state, number = self.state, self.noises
         self.noises += 1
@@ -91,19 +98,25 @@ class ContinuousBatch:
     def __init__(self, denoiser: RowDenoiser) -> None:
         self.denoiser = denoiser
         self._groups: list[_Group] = []
-        self._leaving: set[Any] = set()
 
     @property
     def num_rows(self) -> int:
         return sum(len(group.state.x) for group in self._groups)
 
     def add(self, solver: Stepper, state: RowState) -> None:
-        """Rows that join at the next step."""
+        """Rows that join at the next step. Raises ValueError if two rows have the same name."""
+        names = [name for group in self._groups for name in group.state.name if name not in group.leaving] + state.name
+        if len(set(names)) < len(names):
+            raise ValueError(f"rows that are sampled together need different names; got {state.name}")
         self._groups.append(_Group(solver, state))
 
     def remove(self, names: set[Any]) -> None:
-        """Rows that leave without being finished, at the end of the step that they are in."""
-        self._leaving |= names
+        """Rows that leave without being finished: at once, or at the end of the step that they are in."""
+        for group in self._groups:
+            group.leaving |= names & set(group.state.name)
+            if group.running is None:
+                group.leave()
+        self._groups = [group for group in self._groups if len(group.state.x)]
 
     def step(self) -> list[RowState]:
         """One network call for every size of x. Returns the rows that are finished."""
@@ -131,9 +144,8 @@ class ContinuousBatch:
             if group.running is not None:
                 running.append(group)
                 continue
+            group.leave()
             state = group.state
-            if self._leaving:
-                state = state[torch.tensor([name not in self._leaving for name in state.name])]
             done = state.finished
             if done.any():
                 finished.append(state[done])
@@ -141,5 +153,4 @@ class ContinuousBatch:
             if len(state.x):
                 waiting.setdefault((group.solver, state.x.shape[1:], structure(state)), []).append(state)
         self._groups = running + [_Group(key[0], RowState.cat(states)) for key, states in waiting.items()]
-        self._leaving &= {name for group in running for name in group.state.name}
         return finished

@@ -205,6 +205,24 @@ def test_rows_leave_between_steps(make_model):
     assert grey_levels(done["c"], last.x[2]) < 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["ddim", "heun"], ids=["between steps", "within a step"])
+def test_a_name_is_free_once_its_row_is_removed(make_model, sampler):
+    model, settings = make_model({}), {"sampler": sampler, "num_steps": 4}
+    one, two = (SampleRequest([seed], {"label": [0]}, settings=settings) for seed in (1, 2))
+    continuous, done = ContinuousSampler(model), {}
+    continuous.add(one, ["a"])
+    continuous.step()
+    with pytest.raises(ValueError, match="different names"):
+        continuous.add(two, ["a"])
+    continuous.batch.remove({"a"})
+    assert continuous.batch.num_rows == (sampler == "heun")
+    continuous.add(two, ["a"])
+    while continuous.batch.num_rows:
+        done |= continuous.step()
+    assert grey_levels(done["a"], alone(model, two)) < 1
+
+
 def test_requests_that_cannot_be_sampled_together(make_model):
     sampler = ContinuousSampler(make_model({}))
     request = SampleRequest([1], {"label": [0]}, settings={"caching": "first-block"})
