@@ -26,10 +26,12 @@ from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.diffusion import AnyDiffusionConfig, FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
+from tessera.interop import pixart
 from tessera.interop.common import relative_difference, require_dit
 from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
+from tessera.models.pixart import PixArt
 from tessera.models.presets import NUM_HEADS_BY_WIDTH
 from tessera.sampling import Ancestral, Euler, Heun, SamplingConfig
 from tessera.settings import unknown_name, validate
@@ -85,6 +87,8 @@ def read(
     path = Path(path)
     files = find_weight_files(path) if path.is_dir() else None
     stored = read_stored(path) if files is None else files.read()
+    if pixart.is_pixart(stored, str(path)):
+        return pixart.read(stored, path, device, num_heads=num_heads, codec=codec)
     tensors, part, left_out = find_weights(stored, REQUIRED, str(path))
     heads = [name for name in tensors if TRAINING_HEADS.match(name)]
     args = _arguments(stored)
@@ -137,6 +141,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     The file cannot record every configuration: TesseraError is raised if it would be read back as another one, unless
     approximate, which writes it anyway and measures the difference. Nothing is overwritten.
     """
+    if isinstance(model.network, PixArt):
+        return pixart.write(model, Path(target))
     target, network = Path(target), require_dit(model, "an official checkpoint").config
     if target.suffix not in SUFFIXES:
         raise TesseraError(f"an official checkpoint is a file that ends in {' or '.join(SUFFIXES)}; got {target}")

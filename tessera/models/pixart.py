@@ -63,6 +63,7 @@ class PixArtConfig(DiTConfig):
         default=1.0, description="divisor of positions: 0.5 for 256 pixels (sigma), 1 for 512, 2 for 1024, 4 for 2048"
     )
     size_conditions: bool = Field(default=False, description="conditioned on height, width and ratio (alpha 1024)")
+    null_embedding: bool = Field(default=True, description="an embedding of no text, which guidance needs")
 
     @model_validator(mode="after")
     def _check_pixart(self) -> "PixArtConfig":
@@ -78,7 +79,7 @@ class PixArtConfig(DiTConfig):
 
     @property
     def null_fields(self) -> tuple[str, ...]:
-        return ("text",)
+        return ("text",) if self.null_embedding else ()
 
     def build(self) -> "PixArt":
         return PixArt(self)
@@ -157,12 +158,15 @@ class PixArtBlock(AdaLNZeroBlock):
 class CaptionEmbedder(nn.Module):
     """An MLP from the text encoder to the width, after null rows were replaced by a fixed embedding."""
 
-    def __init__(self, channels: int, width: int, tokens: int) -> None:
+    y_embedding: Tensor | None
+
+    def __init__(self, channels: int, width: int, tokens: int, null_embedding: bool) -> None:
         super().__init__()
         self.y_proj = MLP(channels, width)
         self.y_proj.fc2 = nn.Linear(width, width)
         # Random or the encoding of an empty text; never trained.
-        self.register_buffer("y_embedding", torch.randn(tokens, channels) / channels**0.5)
+        embedding = torch.randn(tokens, channels) / channels**0.5 if null_embedding else None
+        self.register_buffer("y_embedding", embedding)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -171,8 +175,9 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """text [B, M, E], NaN in null rows -> [B, M, D]"""
-        null = torch.as_tensor(self.y_embedding)[: text.shape[1]]
-        return self.y_proj(torch.where(text.isnan(), null, text))
+        if self.y_embedding is not None:
+            text = torch.where(text.isnan(), self.y_embedding[: text.shape[1]], text)
+        return self.y_proj(text)
 
 
 class SizeEmbedder(nn.Module):
@@ -212,6 +217,16 @@ class PixArtFinalLayer(nn.Module):
         return tokens * self.linear.weight.numel()
 
 
+def position_table(grid: Sequence[int], base: int, scale: float, width: int) -> Tensor:
+    """The position table of a token grid (h, w): float32 [N, D].
+
+    Coordinates span 0 to base / scale on both axes, whatever their length.
+    """
+    rows, columns = (torch.arange(length, dtype=torch.float32) / (length / base) / scale for length in grid[-2:])
+    row, column = torch.meshgrid(rows.double(), columns.double(), indexing="ij")
+    return torch.cat((sincos(column.flatten(), width // 2), sincos(row.flatten(), width // 2)), dim=1).float()
+
+
 class PixArt(DiT):
     """The network of PixArt-alpha and PixArt-sigma. `interop` maps parameter names to those of the official files."""
 
@@ -221,7 +236,7 @@ class PixArt(DiT):
         width = config.hidden_size
         for number in config.block.compressed_layers:
             self.blocks[number] = PixArtBlock(self.dims, config.block, compressed=True)
-        self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens)  # pyright: ignore[reportAttributeAccessIssue]
+        self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens, config.null_embedding)  # pyright: ignore[reportAttributeAccessIssue]
         self.csize_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
         self.ar_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
         self.final_layer = PixArtFinalLayer(width, config.patch_size**2 * config.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
@@ -259,14 +274,9 @@ class PixArt(DiT):
         return tokens, self.shared(tokens, replace(context))
 
     def positions(self, grid: Sequence[int]) -> Tensor:
-        """The position table of a token grid (h, w): float32 [N, D].
-
-        Coordinates span 0 to base / scale on both axes, whatever their length.
-        """
-        base, scale, width = self.config.position_base, self.config.position_scale, self.config.hidden_size
-        rows, columns = (torch.arange(length, dtype=torch.float32) / (length / base) / scale for length in grid[-2:])
-        row, column = torch.meshgrid(rows.double(), columns.double(), indexing="ij")
-        return torch.cat((sincos(column.flatten(), width // 2), sincos(row.flatten(), width // 2)), dim=1).float()
+        """The position table of a token grid (h, w): float32 [N, D]"""
+        config = self.config
+        return position_table(grid, config.position_base, config.position_scale, config.hidden_size)
 
     def macs(self, size: Sequence[int] | None = None) -> int:
         config = self.config
