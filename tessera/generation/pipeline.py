@@ -102,8 +102,7 @@ def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None 
         noise_calls += 1
         return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), start.x.shape[1:]).to(device)
 
-    guidance = terms.guidance(config, rows.scale)
-    inputs = DenoiserRows.build(conditions, guidance, denoiser.networks, start.x, config.clipping)
+    inputs = DenoiserRows.build(conditions, terms.guidance(config, rows.scale), denoiser.networks, start.x)
     denoise = _BatchDenoiser(denoiser, inputs)
     yield from sample_loop(start.solver, denoise, start.x, start.times, noise, start.memory)
 
@@ -244,9 +243,7 @@ class ContinuousSampler:
                 num_steps=torch.full((count,), len(start.times) - 1),
                 seed=rows.seed,
                 noise_calls=torch.ones(count, dtype=torch.int64),
-                inputs=DenoiserRows.build(
-                    conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping
-                ),
+                inputs=DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x),
                 memory=start.memory,
             ),
         )
