@@ -3,9 +3,11 @@
 import copy
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -101,7 +103,9 @@ def _field_path(fault: Mapping[str, Any], data: Any) -> list[str]:
 
 
 def _message(fault: Mapping[str, Any]) -> str:
-    """pydantic's message, except for a choice among kinds, where pydantic's own would mention union tags."""
+    """pydantic's message, except for text, and for a choice among kinds, where pydantic's would mention union tags."""
+    if fault["type"] == "string_type":
+        return "expected text: put it in quotes, so that YAML does not read it as something else"
     if fault["type"] == "union_tag_invalid":
         what = next((part for part in reversed(fault["loc"]) if isinstance(part, str)), "kind")
         return unknown_name(what, fault["ctx"]["tag"], re.findall("'([^']*)'", fault["ctx"]["expected_tags"]))
@@ -111,7 +115,16 @@ def _message(fault: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but with the floats of YAML 1.2: 1e-4 is a number, not text."""
+    """YAML 1.1, but with the floats of YAML 1.2: 1e-4 is a number, not text. A key that is repeated is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in keys:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is repeated", problem_mark=key.start_mark)
+            keys.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -121,16 +134,126 @@ class _Dumper(yaml.SafeDumper):
 for _class in (_Loader, _Dumper):
     _exponent = re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$")
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _exponent, list("-+.0123456789"))
+# PyYAML raises other errors than its own for dates that do not exist (2024-13-01), for tags that do not fit (!!int x)
+# and for a thousand brackets.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping. Raises TesseraError."""
+@dataclass(frozen=True)
+class KeysOf:
+    """Annotation of a mapping whose dotted keys are those of a settings class."""
+
+    kind: type[Settings]
+
+
+def _types(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
+    """The types that a value of an annotation may have."""
+    keys = [each.kind for each in metadata if isinstance(each, KeysOf)]
+    if keys:
+        yield from keys
+    elif get_origin(annotation) is Annotated:
+        yield from _types(annotation.__origin__, annotation.__metadata__)
+    elif get_origin(annotation) in (Union, UnionType):
+        for each in get_args(annotation):
+            yield from _types(each)
+    else:
+        yield annotation
+
+
+def _types_at(types: Sequence[Any], path: Sequence[str], section: Any = None) -> list[Any]:
+    """The types that a value may have at a path below values of some types. section: the data there so far"""
+    for name in path:
+        models = [each for each in types if isinstance(each, type) and issubclass(each, Settings)]
+        section = expand_kind(section) if isinstance(section, str | dict) else {}
+        # The kind of the section selects the class; without one, all classes with such a field are possible.
+        of_kind = [each for each in models if "kind" in section and _kind_of(each) == section["kind"]]
+        fields = [each.model_fields[name] for each in of_kind or models if name in each.model_fields]
+        below = [each for field in fields for each in _types(field.annotation, field.metadata)]
+        below += [each for kind in types if get_origin(kind) is dict for each in _types(get_args(kind)[1])]
+        types, section = below, section.get(name)
+    return list(types)
+
+
+def _kind_of(model: type[Settings]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
+def _is_text(kind: Any) -> bool:
+    return kind in (str, Path)
+
+
+def _takes_text(text: str, types: Sequence[Any]) -> bool:
+    """Whether a text is taken as it is: for a field of text, for a choice of words, and for one of the words."""
+    choices = [get_args(kind) for kind in types if get_origin(kind) is Literal]
+    words = [word for choice in choices for word in choice if isinstance(word, str)]
+    only_words = all(kind is NoneType or get_origin(kind) is Literal for kind in types)
+    return any(map(_is_text, types)) or text in words or (only_words and bool(words))
+
+
+def _items(types: Sequence[Any]) -> list[Any]:
+    """The types of the items of lists."""
+    lists = [get_args(kind) for kind in types if get_origin(kind) in (list, tuple)]
+    return [each for arguments in lists for item in arguments if item is not ... for each in _types(item)]
+
+
+def _read_text(text: str, types: Sequence[Any]) -> Any:
+    """A value on the command line, for a field that may have some types.
+
+    Text is taken as it is, except that null unsets what can be unset, and that [a, b] is a list for a text or a list of
+    texts. Everything else is read as YAML. Raises an error of YAML.
+    """
+    if text == "null" and NoneType in types:
+        return None
+    is_list = any(map(_is_text, _items(types))) and re.fullmatch(r"\[.*,.*\]", text, re.DOTALL)
+    return text if _takes_text(text, types) and not is_list else _load(text, types, comments=False)
+
+
+def _load(text: str, types: Sequence[Any], comments: bool = True) -> Any:
+    """The value of a YAML text, in which text stays as it is written where a type asks for text: 007 is not 7."""
+    loader = _Loader(text)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        node = loader.get_single_node()
+        if not comments and text[0 if node is None else node.end_mark.index :].strip():
+            raise yaml.YAMLError("a comment at the end would be dropped")
+        return None if node is None else _construct(loader, node, types)
+    finally:
+        loader.dispose()
+
+
+def _construct(loader: _Loader, node: yaml.Node, types: Sequence[Any]) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        is_null = node.tag == "tag:yaml.org,2002:null" and (NoneType in types or not node.value)
+        return node.value if _takes_text(node.value, types) and not is_null else loader.construct_document(node)
+    if isinstance(node, yaml.SequenceNode) and (items := _items(types)):
+        return [_construct(loader, each, items) for each in node.value]
+    value = loader.construct_document(node)
+    if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
+        return value
+    text_keys = any(get_origin(kind) is dict and get_args(kind)[0] is str for kind in types)
+    children = {
+        loader.construct_document(key): (key.value, child)
+        for key, child in node.value
+        if isinstance(key, yaml.ScalarNode)
+    }
+    result = {}
+    for key, made in value.items():
+        name, child = children.get(key, (str(key), None))
+        below = _types_at(types, name.split("."), value)
+        result[name if text_keys else key] = made if child is None or not below else _construct(loader, child, below)
+    return result
+
+
+def read_yaml(path: Path, kind: type[Settings] | None = None) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping. Raises TesseraError.
+
+    kind: the class of the settings. Where its fields are text, the text of the file is taken as it is written.
+    """
+    try:
+        data = _load(path.read_text(encoding="utf-8"), [kind])
     except FileNotFoundError:
         raise TesseraError(f"no recipe at {path}: give the path of a .yaml file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise TesseraError(f"{path} is not readable as YAML: {error}") from None
+    except (*_YAML_ERRORS, OSError) as error:
+        raise TesseraError(f"{path} is not readable as YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):
         raise TesseraError(
             f"{path} holds {type(data).__name__}; expected a mapping of sections such as data: and network:"
@@ -138,33 +261,57 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, in one line."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if isinstance(error, yaml.MarkedYAMLError) and mark is not None:
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
 def to_yaml(settings: Settings) -> str:
     """The settings as YAML text. Reading it gives equal settings."""
     return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def apply_overrides(data: dict[str, Any], overrides: list[str], example: str = "training.steps=1000") -> dict[str, Any]:
-    """A copy of nested mappings with dotted overrides (`training.steps=1000`) applied. Values are read as YAML.
+def apply_overrides(
+    data: dict[str, Any],
+    overrides: Sequence[str | tuple[str, Any]],
+    kind: type[Settings] | None = None,
+    example: str = "training.steps=1000",
+) -> dict[str, Any]:
+    """A copy of nested mappings with dotted overrides applied: words such as `training.steps=1000`, or (path, value).
 
-    Selecting another kind (`diffusion.schedule=cosine`, `data.kind=parquet`) drops the fields of the previous kind.
-    example: an override for the error message about a malformed one.
+    kind: the class of the settings. The type of a field decides how the text of a word is read: literally for text,
+    else as YAML. Without kind, everything is read as YAML. Selecting another kind (`diffusion.schedule=cosine`,
+    `data.kind=parquet`) drops the fields of the previous kind. example: an override for the error message about a
+    malformed one.
     """
     result = copy.deepcopy(data)
     for override in overrides:
-        path, equals, text = override.partition("=")
+        path, equals, text = override.partition("=") if isinstance(override, str) else (override[0], "=", "")
         if not equals or not path:
             raise TesseraError(f"'{override}' is not an override; write key=value, for example {example}")
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError:
-            raise TesseraError(f"cannot read the value of '{override}' as YAML; quote it if it is text") from None
-        *parents, last = path.split(".")
+        names = path.split(".")
+        if isinstance(override, str):
+            try:
+                override.encode()
+                value = _read_text(text, _types_at([kind], names, result))
+            except UnicodeEncodeError:
+                raise TesseraError(f"{override!a} is not valid UTF-8: rename the file or folder") from None
+            except _YAML_ERRORS:
+                raise TesseraError(f"cannot read the value of '{override}' as YAML; quote it if it is text") from None
+            if value == "" and not text:
+                raise TesseraError(f"'{override}' has no value: give one, or null if the setting can be unset")
+        else:
+            value = copy.deepcopy(override[1])
+        *parents, last = names
         section: dict[str, Any] = result
         for depth, parent in enumerate(parents):
             child = section.get(parent)
             child = {} if child is None else expand_kind(child)
             if not isinstance(child, dict):
-                raise TesseraError(f"'{override}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+                raise TesseraError(f"'{path}': {'.'.join(parents[: depth + 1])} is a value, not a section")
             section[parent] = child
             section = child
         if last == "kind" and section.get("kind") not in (None, value):

@@ -1,7 +1,8 @@
 """Configuration: error messages with path and nearest key, overrides, presets, YAML."""
 
 import math
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,17 @@ from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
 from tessera.sampling import SamplingConfig
-from tessera.settings import Settings, apply_overrides, expand_kind, read_yaml, to_yaml, unknown_name, validate
+from tessera.settings import (
+    KeysOf,
+    Settings,
+    apply_overrides,
+    expand_kind,
+    read_yaml,
+    to_yaml,
+    unknown_name,
+    validate,
+)  # fmt: skip
+from tessera.training.recipe import Recipe, read_recipe
 
 
 class Round(Settings):
@@ -206,6 +217,167 @@ def test_values_are_read_as_yaml_with_exponents(text, value):
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_every_float_that_python_prints_is_read_back(number):
     assert apply_overrides({}, [f"key={number!r}"])["key"] == number
+
+
+# The type of a field decides whether its value is text or YAML
+
+TEXTS = [
+    "set #3", "2024_11_28", "2024-11-28", "2024-13-45", "007", "1e5", "0x10", "1_000", "12:30:45", "[x]", "[a, b",
+    "{x}", "yes", "No", "off", "~", "Null", "true", ".inf", "key: value", "a: b: c", "- a", "#3", " a", "a ", "a\tb",
+    "'quoted'", '"quoted"', "it's", "&a", "*a", "!!int 3", "%TAG", "@x", "`x`", "|", ">", "?", "a=b", "=",
+    "café/日本", "C:\\new", "a\nb",
+]  # fmt: skip
+
+
+class FolderChoice(Settings):
+    kind: Literal["folder"] = "folder"
+    place: str = ""
+    size: int = 1
+
+
+class NumberChoice(Settings):
+    kind: Literal["number"] = "number"
+    place: int = 0
+
+
+class Texts(Settings):
+    text: str = ""
+    maybe: str | None = "x"
+    path: Path = Path()
+    annotated: Annotated[str, Field(min_length=1)] = "x"
+    several: str | list[str] = ""
+    names: tuple[str, ...] = ()
+    table: dict[str, str] = {}
+    numbers: dict[str, float] = {}
+    word: Literal["on", "off"] = "on"
+    mixed: float | Literal["off"] = "off"
+    count: int | None = None
+    inner: Inner = Inner()
+    choice: Annotated[FolderChoice | NumberChoice, BeforeValidator(expand_kind), Field(discriminator="kind")] = (
+        FolderChoice()
+    )
+    other: Annotated[dict[str, Any], KeysOf(Inner)] = {}
+
+
+def read(*overrides: str, data: dict | None = None) -> Texts:
+    return validate(Texts, apply_overrides(data or {}, overrides, Texts), "the command line")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "null"])
+def test_a_value_of_a_text_field_is_taken_as_it_is(text):
+    got = read(
+        f"text={text}", f"annotated={text}", f"path={text}", f"several={text}", f"table.x={text}", f"inner.name={text}",
+        "choice=folder", f"choice.place={text}", f"other.name={text}",
+    )  # fmt: skip
+    assert (got.text, got.annotated, got.path, got.several, got.table) == (text, text, Path(text), text, {"x": text})
+    assert (got.inner.name, got.other) == (text, {"name": text})
+    assert got.choice == FolderChoice(place=text)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_is_taken_as_it_is(text):
+    assert read(f"text={text}").text == text
+    assert read(f"maybe={text}").maybe == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_only_null_unsets_a_text(text):
+    assert read(f"maybe={text}").maybe == text
+    assert read("maybe=null").maybe is None
+    assert read("count=null", data={"count": 3}).count is None
+
+
+def test_lists_and_mappings_of_texts_are_yaml_whose_items_are_texts():
+    assert read("names=[007, yes, 'a, b', 1e5, null]").names == ("007", "yes", "a, b", "1e5", "null")
+    assert read("several=[007, yes]").several == ["007", "yes"]
+    assert read("several=[007]").several == "[007]"  # a list of one is never needed
+    assert read("table={007: yes, b: 2024-01-01, c: 'x y'}").table == {"007": "yes", "b": "2024-01-01", "c": "x y"}
+    assert read("numbers={7: 1e3}").numbers == {"7": 1000.0}
+    assert read("inner={name: 007, steps: 7}").inner == Inner(name="007", steps=7)
+    assert read("other={name: 007, steps: 7}").other == {"name": "007", "steps": 7}
+
+
+def test_the_kind_of_a_choice_decides():
+    assert read("choice={kind: folder, place: 007}").choice == FolderChoice(place="007")
+    assert read("choice={kind: number, place: 7}").choice == NumberChoice(place=7)
+    assert read("choice=number", "choice.place=7").choice == NumberChoice(place=7)
+    assert read("choice.place=7", data={"choice": "number"}).choice == NumberChoice(place=7)
+    assert read("choice.place=7", data={"choice": {"kind": "folder"}}).choice == FolderChoice(place="7")
+
+
+def test_words_and_numbers():
+    assert read("word=off").word == read("mixed=off").mixed == "off"
+    assert read("mixed=1e3").mixed == 1000.0
+    assert read("count=0x10").count == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("text=", "'text=' has no value: give one, or null"),
+        ("word=maybe", "word: "),
+        ("word=yes", "(got 'yes')"),
+        ("count=7 #3", "cannot read the value of 'count=7 #3' as YAML"),
+        ("inner.steps=7 apples", "inner.steps: "),
+        ("count=2024-13-45", "cannot read the value of 'count=2024-13-45' as YAML"),
+        ("count=!!int x", "cannot read the value of 'count=!!int x'"),
+        ("count=" + "[" * 5000, "cannot read the value of 'count=[[["),
+        ("text=caf\udce9", "not valid UTF-8"),
+    ],
+)
+def test_an_error_names_the_field(override, words):
+    with pytest.raises(TesseraError) as caught:
+        read(override)
+    assert words in str(caught.value)
+
+
+def test_text_in_a_file_is_the_text_that_stands_there(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "text: 007\nmaybe: 2024-11-28\npath: 1e5\nseveral: [yes, 'x: y']\nnames: [null, ~]\ntable: {1: 2}\n"
+        "inner: {name: 1_000, steps: 7}\nchoice: {kind: folder, place: no, size: 0x10}\nmixed: 1e3\n"
+    )
+    assert validate(Texts, read_yaml(path, Texts), "") == Texts(
+        text="007", maybe="2024-11-28", path=Path("1e5"), several=["yes", "x: y"], names=("null", "~"), mixed=1000.0,
+        table={"1": "2"}, inner=Inner(name="1_000", steps=7), choice=FolderChoice(place="no", size=16),
+    )  # fmt: skip
+    path.write_text("text: ''\nmaybe: ~\ninner: {name: }")
+    data = read_yaml(path, Texts)
+    assert data == {"text": "", "maybe": None, "inner": {"name": None}}
+    with pytest.raises(TesseraError, match="inner.name: expected text: put it in quotes"):
+        validate(Texts, data, "")
+
+
+def test_a_number_for_a_text_in_python_is_an_error_that_names_the_field():
+    with pytest.raises(TesseraError, match=r"text: expected text: put it in quotes.*\(got 7\)"):
+        validate(Texts, {"text": 7}, "")
+
+
+@pytest.mark.parametrize("content", ["a: 1\nb: 2\na: 3\n", "inner: {x: 1, x: 2}", "a: 1\n'a': 2"])
+def test_a_repeated_key_is_an_error(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(TesseraError, match=r"the key '[ax]' is repeated \(line \d, column \d+\)$"):
+        read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_anchors_and_merged_keys_are_read(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("inner: &i {name: x, steps: 3}\nother: {<<: *i, steps: 4}\n")
+    assert read_yaml(tmp_path / "recipe.yaml", Texts)["other"] == {"name": "x", "steps": 4}
+
+
+def test_paths_and_names_of_a_recipe(tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text("data: {path: 007, size: 32, cache: 1e5}\nnetwork: {preset: DiT-S/8}\nrun_dir: 2024_11_28\n")
+    recipe = read_recipe(path)
+    assert (recipe.run_dir, recipe.data.path, recipe.data.cache) == ("2024_11_28", "007", "1e5")
+    recipe = read_recipe(path, ["data.path=set #3", "data.cache=null", "run_dir=null", "network.preset=null"])
+    assert (recipe.run_dir, recipe.data.path, recipe.data.cache) == ("null", "set #3", None)
+    assert recipe.network == DiTConfig()
+    assert read_recipe(path, ["data.path=[a, 007]", ("run_dir", "'x'")]).data.path == ["a", "007"]
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(recipe), encoding="utf-8")
+    assert read_yaml(again, Recipe) == read_yaml(again)
+    assert read_recipe(again) == recipe
 
 
 def test_another_kind_drops_the_fields_of_the_one_it_replaces():

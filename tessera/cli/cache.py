@@ -113,7 +113,8 @@ def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any
                 "codec.source=stabilityai/sd-vae-ft-ema"
             )
         sections = {"data": data, "codec": {"kind": "autoencoder-kl"}}
-        config = validate(Sections, apply_overrides(sections, overrides, "codec.source=FOLDER"), "the command line")
+        sections = apply_overrides(sections, overrides, Sections, "codec.source=FOLDER")
+        config = validate(Sections, sections, "the command line")
     if isinstance(config.codec, PixelsConfig):
         raise TesseraError(f"the codec of {target} is pixels, which has no latents to cache: give codec.source=FOLDER")
     return config.data, config.codec, config.data.open() if from_recipe else open_data(config.data)

@@ -200,7 +200,7 @@ def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: 
     if not settings and not overrides:
         return model.config.sampling
     data = {**model.config.sampling.model_dump(), **settings}
-    return validate(SamplingConfig, apply_overrides(data, list(overrides), example="num_steps=20"), "sampling")
+    return validate(SamplingConfig, apply_overrides(data, overrides, SamplingConfig, "num_steps=20"), "sampling")
 
 
 def check_guidance_model(model: Model, guidance_model: Model) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import Settings, apply_overrides, flatten, read_yaml, unknown_name, validate
+from tessera.settings import KeysOf, Settings, apply_overrides, flatten, read_yaml, unknown_name, validate
+from tessera.training.recipe import Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of an axis value, which is a part of a folder's name
 RESERVED = {  # settings that a study decides itself, and what to set instead
@@ -39,7 +40,7 @@ def _text_keys(value: Any) -> Any:
 
 
 # Settings of a recipe by their dotted names, as on the command line: {"network.depth": 3}.
-Overrides = Annotated[dict[str, Any], BeforeValidator(_flatten_overrides)]
+Overrides = Annotated[dict[str, Any], BeforeValidator(_flatten_overrides), KeysOf(Recipe)]
 Values = Annotated[dict[str, Overrides], BeforeValidator(_text_keys)]
 
 
@@ -147,7 +148,9 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
-    data = apply_overrides({"output": f"runs/{path.stem}", **read_yaml(path)}, list(overrides), "budget.steps=500")
+    data = apply_overrides(
+        {"output": f"runs/{path.stem}", **read_yaml(path, Study)}, overrides, Study, "budget.steps=500"
+    )
     study = validate(Study, data, f"study {path}")
     recipe = path.parent / study.recipe
     if not recipe.exists():

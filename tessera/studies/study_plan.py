@@ -132,8 +132,8 @@ def resolve_members(study: Study) -> list[ResolvedMember]:
 
 def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> ResolvedMember:
     run_dir = Path(study.output) / MEMBERS / member.name
-    overrides = [f"{name}={json.dumps(value)}" for name, value in member.overrides.items()]
-    recipe = resolve(read_recipe(Path(study.recipe), [*overrides, f"run_dir={json.dumps(str(run_dir))}"]), cache)
+    overrides = [*member.overrides.items(), ("run_dir", str(run_dir))]
+    recipe = resolve(read_recipe(Path(study.recipe), overrides), cache)
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()

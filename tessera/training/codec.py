@@ -90,8 +90,8 @@ class CodecRecipe(Settings):
 
 def read_codec_recipe(path: Path, overrides: list[str]) -> CodecRecipe:
     """Read a recipe file and apply dotted overrides. `run_dir` defaults to runs/<name of the file>. TesseraError."""
-    data = {"run_dir": f"runs/{path.stem}", **read_yaml(path)}
-    return validate(CodecRecipe, apply_overrides(data, overrides), f"recipe {path}")
+    data = {"run_dir": f"runs/{path.stem}", **read_yaml(path, CodecRecipe)}
+    return validate(CodecRecipe, apply_overrides(data, overrides, CodecRecipe), f"recipe {path}")
 
 
 def train_codec(recipe: CodecRecipe) -> Path:

@@ -63,7 +63,7 @@ def plan_for_recipe(
 
 def preset_recipe(name: str, overrides: list[str]) -> Recipe:
     """A preset trained as in the DiT paper on latents of 256 x 256 pixels, with overrides. Raises TesseraError."""
-    data = apply_overrides({**PRESET_SETTINGS, "network": {"preset": name}}, overrides)
+    data = apply_overrides({**PRESET_SETTINGS, "network": {"preset": name}}, overrides, Recipe)
     return validate(Recipe, data, f"{name} with these settings")
 
 

@@ -139,13 +139,13 @@ class Recipe(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]] = ()) -> Recipe:
     """Read a recipe file, or a mapping with its content, and apply dotted overrides. Raises TesseraError.
 
     `run_dir` defaults to runs/<name of the file>.
     """
     if isinstance(recipe, Path):
-        data, source = {"run_dir": f"runs/{recipe.stem}", **read_yaml(recipe)}, f"recipe {recipe}"
+        data, source = {"run_dir": f"runs/{recipe.stem}", **read_yaml(recipe, Recipe)}, f"recipe {recipe}"
     else:
         data, source = copy.deepcopy(dict(recipe)), "the recipe"
     # Default kinds are written out so that overrides such as training.optimizer.kind=muon replace them.
@@ -154,7 +154,7 @@ def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str] = ())
     for section, key, default in ((data, "diffusion", "gaussian"), (data.get("training"), "optimizer", "adamw")):
         if isinstance(section, dict) and isinstance(section.get(key), dict):
             section[key] = {"kind": default, **section[key]}
-    return validate(Recipe, apply_overrides(data, list(overrides)), source)
+    return validate(Recipe, apply_overrides(data, overrides, Recipe), source)
 
 
 def infer_pixel_channels(recipe: Recipe) -> Recipe:
