@@ -84,7 +84,7 @@ def score(
     To resume after an interruption, repeat the command. With torchrun, the processes share the work.
     """
     from tessera import runtime
-    from tessera.evaluation import report, suite
+    from tessera.evaluation import protocol, report, suite
     from tessera.evaluation.features import load_extractor
     from tessera.evaluation.reference import check_reference
     from tessera.files import exclusive_lock
@@ -134,9 +134,7 @@ def score(
             report.write(result, folder, shlex.join(["tessera", *sys.argv[1:]]))
     for note in result.notes:
         print_error(f"note: {note}")
-    print(f"{'metric':<18}{'value':<12}{'95 % interval':<26}fingerprint")
-    for line in result.scores:
-        print(line)
+    print(protocol.score_table(result.scores))
     print(f"{result.samples.count} samples against {result.reference.description}; report in {folder / 'report.html'}")
 
 

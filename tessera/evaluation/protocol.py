@@ -73,9 +73,6 @@ class Score(Settings):
             environment=environment(device),
         )
 
-    def __str__(self) -> str:
-        return f"{self.metric:<18}{self.value:<12.5g}{f'{self.low:.5g} to {self.high:.5g}':<26}{self.fingerprint}"
-
 
 def environment(device: str) -> dict[str, str]:
     """Versions and hardware. They are recorded, but scores that differ only in them can be compared."""
@@ -111,6 +108,14 @@ def load(path: Path) -> list[Score]:
                 f"{FORMAT}, and its protocols differ: run `tessera evaluate` again"
             )
     return [validate(Score, score, str(path)) for score in contents]
+
+
+def score_table(scores: Sequence[Score]) -> str:
+    """The scores in aligned columns, for a terminal."""
+    rows = [("metric", "value", "95 % interval", "fingerprint")]
+    rows += [(s.metric, f"{s.value:.5g}", f"{s.low:.5g} to {s.high:.5g}", s.fingerprint) for s in scores]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
 def protocol_differences(first: Score, second: Score) -> list[str]:

@@ -121,6 +121,17 @@ def test_the_environment_is_recorded():
     assert {"tessera", "python", "device", "torch", "numpy"} <= set(score().environment)
 
 
+@pytest.mark.parametrize("value", [0.5, -1.23456e-05, -1.23456e-100, float("inf")])
+def test_columns_of_the_table_of_scores_are_separate(value):
+    """Also of the longest interval: each line has the same cells, two spaces apart."""
+    line = score("a_metric_of_a_long_name", value).model_copy(update={"low": value, "high": value})
+    header, *lines = protocol.score_table([score(), line]).splitlines()
+    columns = [header.index(name) for name in ("metric", "value", "95 %", "fingerprint")]
+    cells = [[text[start:end].strip() for start, end in zip(columns, [*columns[1:], None])] for text in lines]
+    assert cells[1] == [line.metric, f"{value:.5g}", f"{value:.5g} to {value:.5g}", line.fingerprint]
+    assert all(text[start - 2 : start] == "  " for text in lines for start in columns[1:])
+
+
 def test_comparing_scores_of_one_protocol_does_not_warn():
     table = protocol.compare([score(), score("kid", 5)], [score(value=3.5), score("kid", 1.0), score("is", 1)])
     assert "warning" not in table
