@@ -34,8 +34,8 @@ class SampleRequest:
 
     seeds: each determines its image, independent of the batch. condition: inputs by field of the model's condition,
     such as {"label": [3, "cat"]}. guidance_scale: instead of that of the settings; one number, or one per row.
-    size: of the image in pixels, (H, W) or (T, H, W) (default: the trained size). settings: any key of SamplingConfig,
-    and `overrides`. guidance_model: a weaker model with the same condition, instead of the model itself without
+    size: of the image in pixels, (H, W), (T, H, W) or one number for a square (default: the trained size). settings:
+    any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same condition, instead of the model itself without
     condition (autoguidance).
 
     init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
@@ -48,7 +48,7 @@ class SampleRequest:
     seeds: Sequence[int] = (0,)
     condition: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     guidance_scale: float | Sequence[float] | Tensor | None = None
-    size: tuple[int, ...] | None = None
+    size: tuple[int, ...] | None = None  # a number becomes a square
     init_image: np.ndarray | None = None
     strength: float | None = None
     mask: np.ndarray | None = None
@@ -56,6 +56,10 @@ class SampleRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     guidance_model: Model | None = None
     policy: str = "listed"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", (self.size, self.size))
 
     @property
     def classes(self) -> Sequence[int | str] | None:
@@ -78,7 +82,8 @@ class SampleRequest:
     def _sequences(self) -> dict[str, Sequence[Any]]:
         """Every input with an entry for each row or one for all rows, by a readable name."""
         scales = [] if self.guidance_scale is None else torch.as_tensor(self.guidance_scale).reshape(-1)
-        named = {{"label": "classes"}.get(name, name): values for name, values in self.condition.items()}
+        names = {name: rules.input_name or name for name, rules in Condition.rules().items()}
+        named = {names.get(name, name): values for name, values in self.condition.items()}
         sequences = {"seeds": self.seeds, **named, "guidance scales": scales}
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         sequences |= {} if image is None else {"images": image}
@@ -206,7 +211,7 @@ def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: 
 def check_guidance_model(model: Model, guidance_model: Model) -> None:
     """Raise TesseraError unless the outputs of two models can be combined."""
     problems = []
-    for name in ("in_channels", "input_size", "num_classes"):
+    for name in ("in_channels", "input_size", "num_classes", "condition_fields"):
         expected, value = getattr(model.config.network, name), getattr(guidance_model.config.network, name)
         if value != expected:
             problems.append(f"{name} {value}, not {expected}")

@@ -19,7 +19,7 @@ from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_frames, sincos_grid
 from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockDims, Context
-from tessera.models.network import Network, NetworkConfig, check_times, self_initialized
+from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.settings import unknown_name
 
@@ -184,7 +184,7 @@ class DiT(Network):
         For clips see `Network.forward`. Positions are computed for any token grid. Raises ValueError if the patch sizes
         do not divide the size, for times of another shape, or if labels are missing.
         """
-        return self.output(x, self.embed_condition(check_times(t, x), condition, self.grid(x)))
+        return self.output(x, self._context(x, t, condition))
 
     def output(self, x: Tensor, context: Context, run_blocks: RunBlocks | None = None) -> Tensor:
         """The forward pass with a context that `embed_condition` returned.
@@ -196,7 +196,11 @@ class DiT(Network):
 
     def embed(self, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Context]:
         """Return the tokens [B, N, D] (N + M where the condition is appended) and the context of the blocks."""
-        return self.embed_patches(x, self.embed_condition(check_times(t, x), condition, self.grid(x)))
+        return self.embed_patches(x, self._context(x, t, condition))
+
+    def _context(self, x: Tensor, t: Tensor, condition: Condition) -> Context:
+        check_rows(condition, x)
+        return self.embed_condition(check_times(t, x), condition, self.grid(x))
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         """Return the token grid (h, w) of x [B, C, H, W], or (t, h, w) of x [B, C, T, H, W]."""

@@ -253,6 +253,10 @@ def test_steps_out_of_range(tiny_model, steps):
         assert "1 to 1000" in message
 
 
+def test_one_number_is_a_square(make_model):
+    assert generation.generate(make_model({"input_size": (4, 8)}), [0], size=8, num_steps=1).shape == (1, 8, 8, 1)
+
+
 @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8), (-2, 8)])
 def test_a_size_that_is_not_a_multiple(tiny_model, size):
     message = generate_error(tiny_model, [0], size=size)

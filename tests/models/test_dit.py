@@ -192,3 +192,10 @@ def test_invalid_configurations_are_errors(settings, message):
 def test_the_defaults_are_xl2_on_imagenet():
     assert DiTConfig() == DiTConfig.model_validate({"preset": "DiT-XL/2"})
     assert isinstance(config().build(), DiT)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_as_many_labels_as_inputs(rows):
+    network = DiTConfig(input_size=(4, 4), depth=1, hidden_size=16, num_heads=2, num_classes=3).build()
+    with pytest.raises(ValueError, match=f"label has {rows} rows, and the input has 4"):
+        network(torch.zeros(4, 4, 4, 4), torch.zeros(4), Condition(torch.zeros(rows, dtype=torch.int64)))
