@@ -35,8 +35,8 @@ class SampleRequest:
     seeds: each determines its image, independent of the batch. condition: inputs by field of the model's condition,
     such as {"label": [3, "cat"]}. guidance_scale: instead of that of the settings; one number, or one per row.
     size: of the image in pixels, (H, W), (T, H, W) or one number for a square (default: the trained size). settings:
-    any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same condition, instead of the model itself without
-    condition (autoguidance).
+    any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same condition, instead of the
+    model itself without condition (autoguidance).
 
     init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
     the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
