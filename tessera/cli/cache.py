@@ -83,7 +83,7 @@ def cache(
             print_error(f"shard {index + 1}/{count} is done: {existing} of {len(writer)} files exist")
         else:
             print_error(_summary(summary, codec))
-            print_error(f"to train on it: data.cache={folder}")
+            print_error(f"to train on it: {shlex.quote(f'data.cache={folder}')}")
         print(writer.folder)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; the complete files are in {folder}: repeat the command to resume") from None

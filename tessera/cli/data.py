@@ -73,7 +73,7 @@ def check(
     _print_findings(result)
     print(f"{result.keep.sum():,} of {len(result.keep):,} samples accepted; report in {folder / REPORT}")
     if write_index is not None:
-        print(f"to train on the accepted samples: data.path={write_index}")
+        print(f"to train on the accepted samples: {shlex.quote(f'data.path={write_index}')}")
     elif not result.keep.all():
         print("nothing was changed; --write-index accepted.parquet writes an index of the accepted samples")
 

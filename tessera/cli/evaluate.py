@@ -81,7 +81,7 @@ def score(
 ) -> None:
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
 
-    To resume after an interruption, repeat the command. With torchrun, the processes share the work.
+    To resume after an interruption, repeat the command. With torchrun, all ranks share the work.
     """
     from tessera import runtime
     from tessera.evaluation import protocol, report, suite

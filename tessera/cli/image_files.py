@@ -1,7 +1,11 @@
 """Generated images as files, for `tessera sample`: PNGs with a grid, or one .npz."""
 
 import hashlib
+import re
 import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from tessera import __version__, generation, images, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
-from tessera.cli.options import MAX_SAMPLES, print_error, progress
+from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, split_names
 from tessera.conditioning import LabelField
 from tessera.data.images import centre_crop
 from tessera.errors import TesseraError
@@ -21,6 +25,8 @@ from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.interop import load
 from tessera.model import Model
 
+FORBIDDEN = re.compile(r'[\x00-\x1f\x7f"*/:<>?\\|%~\ud800-\udfff]')  # in file names, and the marks of `file_stems`
+MAX_STEM = 150  # bytes; a file name has at most 255
 MAX_COLUMNS, MAX_ROWS = 16, 32  # of the grid
 
 
@@ -72,7 +78,42 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
         raise TesseraError(f"this model has {num_classes} classes: give --classes, for example 0,1,2 or all")
     if text is None or text == "all":
         return list(range(num_classes))
-    return LabelField().encode([part.strip() for part in text.split(",")], model.config).tolist()
+    names = model.class_names
+    parts = [part if part in names else part.strip() for part in split_names("--classes", text)]
+    if len(parts) > 1 and text in names:  # one class, whose name has a comma
+        if all(part in names for part in parts):
+            raise TesseraError(f"--classes {text} is the name of one class and of {len(parts)} classes; {QUOTING}")
+        parts = [text]
+    try:
+        return LabelField().encode(parts, model.config).tolist()
+    except TesseraError as error:
+        raise TesseraError(f"{error}; {QUOTING}" if len(parts) > 1 else str(error)) from None
+
+
+def class_text(model: Model, label: int) -> str:
+    """The name of a class, or its number if another class has the same name."""
+    names = model.class_names
+    return names[label] if names.count(names[label]) == 1 else str(label)
+
+
+def _percent(match: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in match[0].encode(errors="surrogatepass"))
+
+
+def file_stems(names: Sequence[str]) -> list[str]:
+    """A part of a file name for each class: its name, where every system allows it as a file name.
+
+    Other characters are written as in URLs (%2F). The number of the class is added to long names, and to names that are
+    equal in upper and lower case.
+    """
+    stems = [FORBIDDEN.sub(_percent, name) for name in names]
+    keys = Counter(unicodedata.normalize("NFC", stem).casefold() for stem in stems)
+    result = []
+    for label, stem in enumerate(stems):
+        unique = keys[unicodedata.normalize("NFC", stem).casefold()] == 1
+        short = stem.encode()[:MAX_STEM].decode(errors="ignore")
+        result.append(stem if unique and short == stem else f"{short}~{label}")
+    return result
 
 
 def read_inputs(
@@ -193,11 +234,13 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
     seeds = list(dict.fromkeys(request.seeds))
-    classes = None if request.classes is None else list(dict.fromkeys(request.classes))
+    classes = None if request.classes is None else [int(label) for label in dict.fromkeys(request.classes)]
     row_per_class = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= MAX_COLUMNS
     columns = len(seeds) if row_per_class else min(count, 8)
     grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // sheet[0].shape[-3]))
-    images.save_png(out if grid_only else out / "grid.png", grid, {**settings, "classes": classes, "seeds": seeds})
+    class_names = None if classes is None else [class_text(model, label) for label in classes]
+    settings |= {"classes": classes, "class_names": class_names, "seeds": seeds}
+    images.save_png(out if grid_only else out / "grid.png", grid, settings)
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
     print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
 
@@ -213,11 +256,15 @@ def _generate(
     """The images of some rows of a request: read from the folder where they exist, else generated and written."""
     done: dict[int, np.ndarray] = {}
     files = {}
+    stems = file_stems(model.class_names)
     for row in rows:
-        label, seed = None if request.classes is None else request.classes[row], request.seeds[row]
-        name = f"seed-{seed}.png" if label is None else f"class-{label}-seed-{seed}.png"
-        files[row] = name, {**settings, "classes": label if label is None else [label], "seeds": [seed]}
-        if out is not None and (image := images.load_png(out / name, files[row][1])) is not None:
+        seed, classes, class_names, prefix = request.seeds[row], None, None, ""
+        if request.classes is not None:
+            label = int(request.classes[row])
+            classes, class_names, prefix = [label], [class_text(model, label)], f"class-{stems[label]}-"
+        settings = {**settings, "classes": classes, "class_names": class_names, "seeds": [seed]}
+        files[row] = f"{prefix}seed-{seed}.png", settings
+        if out is not None and (image := images.load_png(out / files[row][0], files[row][1])) is not None:
             done[row] = image
     missing = [row for row in rows if row not in done]
     if missing:

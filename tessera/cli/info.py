@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads
+from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, join_names
 from tessera.errors import TesseraError
+
+SETTINGS = {"model", "sampling", "options", "class_names", "seeds", "weights"}  # of an image
 
 
 def info(
@@ -54,17 +56,18 @@ def _command(path: Path) -> str:
 
     try:
         settings = read_settings(path)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise TesseraError(f"cannot read {path}: {error}") from None
-    if settings is None or "sampling" not in settings:
-        raise TesseraError(f"{path} holds no settings: it was not written by `tessera sample`")
-    words = ["tessera", "sample", settings["model"]]
+    if not isinstance(settings, dict) or not settings.keys() >= SETTINGS:
+        raise TesseraError(f"{path} holds no settings: it was not written by `tessera sample` of this version")
+    model = settings["model"]
+    words = ["tessera", "sample", f"./{model}" if model.startswith("-") else model]
     words += [word for name, value in settings["sampling"].items() for word in _overrides(name, value)]
     for option, value in settings["options"].items():
         words += [f"--{option}", str(value)]
-    for option in ("classes", "seeds"):
-        if settings[option] is not None:
-            words += [f"--{option}", ",".join(map(str, settings[option]))]
+    if settings["class_names"] is not None:
+        words += ["--classes", join_names(settings["class_names"])]
+    words += ["--seeds", ",".join(map(str, settings["seeds"]))]
     return f"{shlex.join(words)}\n# weights {settings['weights']}; compare with `tessera info` of the model"
 
 

@@ -1,8 +1,10 @@
 """Arguments and options that several commands share. Imports nothing heavy."""
 
+import csv
+import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
@@ -10,6 +12,7 @@ import typer
 
 from tessera.errors import TesseraError
 
+QUOTING = "write a name with a comma in double quotes, and a double quote in it twice: '\"red, blue\",cat'"
 MAX_SAMPLES = 1_000_000  # per command; more is most likely a typing error
 
 ModelPath = Annotated[str, typer.Argument(help="a bundle, the folder of a run, an official .pt or a diffusers folder")]
@@ -74,6 +77,23 @@ def parse_sample_size(text: str | None) -> tuple[int, ...] | None:
     size = parse_size(rest)
     assert size is not None  # there is a text
     return int(frames), *size
+
+
+def split_names(option: str, text: str) -> list[str]:
+    """Names that are separated by commas, as in CSV: '"red, blue",cat' -> ['red, blue', 'cat']. Raises TesseraError."""
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise TesseraError(f"{option} {text} is not valid: {error}; {QUOTING}") from None
+    if len(rows) > 1:
+        raise TesseraError(f"{option} {text} has several lines; {QUOTING}")
+    return rows[0] if rows and rows[0] else [""]
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The text that `split_names` splits into these names."""
+    special = [name in ("", "all") or name != name.strip() or any(c in name for c in ',"\r\n') for name in names]
+    return ",".join('"' + name.replace('"', '""') + '"' if quote else name for name, quote in zip(names, special))
 
 
 def print_error(text: str) -> None:

@@ -27,7 +27,9 @@ from tessera.errors import TesseraError
 def sample(
     model: ModelPath,
     overrides: SamplingOverrides = None,
-    classes: Annotated[str | None, typer.Option(help="numbers or names, as in 3,7, or all")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="names or numbers: cat,dog or 3,7 or all; as in CSV: '\"red, blue\",cat'")
+    ] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="images of each class (1)")] = None,
     seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; the seed determines the image")] = None,
     num_samples: Annotated[
@@ -59,7 +61,7 @@ def sample(
 ) -> None:
     """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
 
-    To resume after an interruption, repeat the command. With torchrun and --npz, the processes share the work.
+    To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
     """
     from tessera.cli import image_files
     from tessera.interop import load

@@ -5,12 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import Overrides, Shard, parse_shard, print_error, progress
+from tessera.cli.options import Shard, parse_shard, print_error, progress
 
 
 def study(
     file: Annotated[Path, typer.Argument(metavar="STUDY", help="a study, such as recipes/studies/scaling.yaml")],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value]...", help="settings of the study: budget.steps=500 set.training.global_batch_size=64"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and exit")] = False,
     shard: Shard = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed members again")] = False,

@@ -4,6 +4,7 @@ A field is one object of a subclass of `ConditionField`, given in the declaratio
 fields alike: it never names one. Shapes: B rows.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from tessera.errors import TesseraError
 from tessera.settings import unknown_name
 
 NULL_LABEL = -1  # no class; the network's embedding table maps it to its own null row
+INTEGER = re.compile(r"-?[0-9]{1,18}")
 CLASS_STREAM = 0x636C6173  # random stream of the class labels of bulk sampling
 
 
@@ -73,13 +75,19 @@ class LabelField(ConditionField):
     def encode(self, inputs: Sequence[int | str], model: Any) -> Tensor:
         """Class numbers or names -> ids"""
         count = model.network.num_classes
-        names = list(model.class_names) or [str(number) for number in range(count)]
+        numbers = [str(number) for number in range(count)]
+        names = list(model.class_names) or numbers
+        # Where classes have other numbers as names, such as 5 and 7, a number is never the position of a class.
+        positions = names == numbers or not any(INTEGER.fullmatch(name) for name in names)
         labels = []
         for label in inputs:
             if isinstance(label, str):
+                if names.count(label) > 1:
+                    same = ", ".join(number for number, name in zip(numbers, names) if name == label)
+                    raise TesseraError(f"several classes have the name '{label}': give the number, {same}")
                 if label in names:
                     label = names.index(label)
-                elif label.removeprefix("-").isdecimal():
+                elif positions and INTEGER.fullmatch(label):
                     label = int(label)
                 else:
                     raise TesseraError(unknown_name("class", label, names))
