@@ -5,6 +5,8 @@ Shapes: B images, T frames, H W height and width, C channels (1 or 3).
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def save_png(path: Path, image: np.ndarray, settings: dict[str, Any] | None = No
 
 def limit_width(path: Path, width: int) -> bytes:
     """An image file as a PNG of at most this width. Raises OSError or ValueError if it cannot be read."""
-    with Image.open(path) as file:
+    with _decoding_errors(), Image.open(path) as file:
         image = file.convert("L" if file.mode == "L" else "RGB")
     if image.width > width:
         image = image.resize((width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS)
@@ -71,10 +73,21 @@ def limit_width(path: Path, width: int) -> bytes:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings stored in an image, or None if it holds none."""
-    with Image.open(path) as image:
+    """The settings stored in an image, or None if it holds none. Raises OSError or ValueError if it cannot be read."""
+    with _decoding_errors(), Image.open(path) as image:
         text = getattr(image, "text", {}).get(KEY)
-    return None if text is None else json.loads(text)
+        return None if text is None else json.loads(text)
+
+
+@contextmanager
+def _decoding_errors() -> Iterator[None]:
+    """Any error of a decoder, except OSError, as ValueError: on damaged bytes they raise anything."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(str(error) or type(error).__name__) from None
 
 
 def load_png(path: Path, settings: dict[str, Any]) -> np.ndarray | None:
@@ -82,9 +95,9 @@ def load_png(path: Path, settings: dict[str, Any]) -> np.ndarray | None:
     try:
         if not path.exists() or read_settings(path) != json.loads(json.dumps(settings)):
             return None
-        with Image.open(path) as image:
+        with _decoding_errors(), Image.open(path) as image:
             pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
+    except (OSError, ValueError):
         return None
     return pixels[..., None] if pixels.ndim == 2 else pixels
 

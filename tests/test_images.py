@@ -1,9 +1,14 @@
 """Grids, PNG files with settings, animations."""
 
+import re
+import struct
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from tessera import images
 from tessera.errors import TesseraError
 from tessera.images import grid, read_settings, save_gif, save_png
 
@@ -66,3 +71,16 @@ def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TesseraError, match="cannot write"):
         save_png(tmp_path / "file" / "a.png", random_images(1, 4, 4, 3)[0])
+
+
+@pytest.mark.parametrize("function", ["read_settings", "limit_width", "load_png"])
+def test_any_error_of_a_decoder_is_one_that_callers_expect(tmp_path, monkeypatch, function):
+    images.save_png(tmp_path / "a.png", random_images(1, 4, 4, 3)[0], {"seed": 1})
+    arguments = {"read_settings": (), "limit_width": (8,), "load_png": ({"seed": 1},)}[function]
+    for error in (struct.error("odd"), IndexError(), SyntaxError("broken PNG file"), EOFError(), TypeError("odd")):
+        monkeypatch.setattr(images.Image, "open", Mock(side_effect=error))
+        if function == "load_png":
+            assert images.load_png(tmp_path / "a.png", *arguments) is None
+        else:
+            with pytest.raises(ValueError, match=re.escape(str(error) or type(error).__name__)):
+                getattr(images, function)(tmp_path / "a.png", *arguments)
