@@ -1,10 +1,12 @@
 """The command line. Each command imports what it needs when it runs, so `tessera --help` imports neither torch nor
 pydantic."""
 
+import logging
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -46,9 +48,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
 
 def main() -> None:
     """Run a command. An error is one message on stderr and a non-zero exit code."""
-    rank = int(os.environ.get("RANK", 0))  # of torchrun
-    prefix = f"rank {rank}: error: " if rank else "error: "
+    rank = os.environ.get("RANK", "0")  # of torchrun
+    prefix = "error: " if rank == "0" else f"rank {rank}: error: "
     code = 1
+    # `tessera data check` reports what is odd about an image; Pillow's own lines on stderr do not name the file.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         app()
         return
@@ -56,7 +61,7 @@ def main() -> None:
         code = error.exit_code
         if code == 1:
             print(f"{prefix}{error}", file=sys.stderr)
-        elif rank == 0:  # interrupted: all ranks stop, one reports it
+        elif rank == "0":  # interrupted: all ranks stop, one reports it
             print(error, file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -69,11 +74,16 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TESSERA_DEBUG"):
             raise
-        with tempfile.NamedTemporaryFile("w", prefix="tessera-", suffix=".txt", delete=False) as file:
-            traceback.print_exc(file=file)
-        print(
-            f"{prefix}unexpected {type(error).__name__}: {error}\nThe traceback is in {file.name}; TESSERA_DEBUG=1 "
-            "prints it instead.",
-            file=sys.stderr,
-        )
+        print(f"{prefix}{_report_unexpected(error)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _report_unexpected(error: Exception) -> str:
+    """One sentence about an error that no message was written for. The traceback is stored in a file."""
+    message = f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:500]}".rstrip(": ")
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="tessera-", suffix=".txt", delete=False, encoding="utf-8") as file:
+            file.write("".join(traceback.format_exception(error)).encode(errors="backslashreplace").decode())
+    except OSError:  # the disk is full
+        return f"{message}; TESSERA_DEBUG=1 prints the traceback"
+    return f"{message}; the traceback is in {file.name}, and TESSERA_DEBUG=1 prints it"
