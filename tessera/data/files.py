@@ -1,6 +1,8 @@
 """Images in files of any common layout as one data set. The files are indexed, and samples are read by the index."""
 
+import functools
 import os
+import sys
 import tarfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,10 @@ from pydantic import Field
 from tessera.data import layouts, tables
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
 from tessera.data.index import TABLE_SUFFIXES, int_column, labels, metadata
+from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
-    import pyarrow
+    pass
 
 TAR_HEADER = 512  # bytes before the content of a member
 
@@ -40,6 +43,10 @@ class FilesConfig(ImagesConfig):
     caption: str | None = Field(
         default="auto", description="the column of captions; auto: caption or text, if there is one; null: none"
     )
+    split: str | None = Field(
+        default=None,
+        description="train, validation or test, by the names of files or folders; null: train, or the only one",
+    )
 
     @property
     def paths(self) -> list[str]:
@@ -50,16 +57,34 @@ class FilesConfig(ImagesConfig):
         return f"{self.kind} {', '.join(self.paths)}"
 
     def open(self) -> "FilesDataset":
-        return FilesDataset(self)
+        """The data set for training; what it leaves out is printed. Raises TesseraError if its layout is not valid."""
+        dataset = FilesDataset(self)
+        for note in dataset.notes:
+            if note.severity == "error":
+                raise TesseraError(note.text)
+        for note in dataset.notes:
+            if note.severity == "warning":
+                _print_once(note.text)
+        return dataset
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    """Print a note on the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"data: {text}", file=sys.stderr, flush=True)
 
 
 class FilesDataset:
-    """The samples of an index: encoded files, their labels and captions. It can be pickled."""
+    """The samples of an index: encoded files, their labels and captions. It can be pickled.
 
-    def __init__(self, config: FilesConfig, table: "pyarrow.Table | None" = None) -> None:
-        """table: an index to read instead of indexing the path."""
+    Attributes:
+        notes: what the index leaves out. Data with errors are for `tessera data check` only.
+    """
+
+    def __init__(self, config: FilesConfig) -> None:
         self.config = config
-        self.table = layouts.build_index(config) if table is None else table
+        self.table, self.notes = layouts.build_index(config)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -72,7 +97,7 @@ class FilesDataset:
         self._tables = dict(zip(paths, tables.open_images([self.root / path for path in paths], self.config.image)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "table": self.table}
+        return {"config": self.config, "table": self.table, "notes": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,7 +118,9 @@ class FilesDataset:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
             return str(path)
-        return f"{path} row {offset}" if path.suffix in TABLE_SUFFIXES else f"{path} {_member_name(path, offset)}"
+        return (
+            f"{path} row {offset}" if path.suffix.lower() in TABLE_SUFFIXES else f"{path} {_member_name(path, offset)}"
+        )
 
     def encoded(self, index: int) -> Path | bytes:
         """The encoded image: a file, or its bytes from a larger file. Raises InvalidSample."""

@@ -63,7 +63,7 @@ def schema() -> "pyarrow.Schema":
 
 
 def build(root: Path, class_names: Sequence[str] = (), **columns: Any) -> "pyarrow.Table":
-    """An index from arrays or sequences [N] by column name; other columns are null.
+    """An index from arrays or sequences [N] by column name; other columns are null, and so are labels of -1.
 
     root: the absolute folder that the paths are relative to.
     """
@@ -83,6 +83,8 @@ def _column(values: Any, kind: Any) -> Any:
     pa = arrow()
     if isinstance(values, pa.ChunkedArray | pa.Array):
         return values if values.type == kind else values.cast(kind)
+    if isinstance(values, np.ndarray):
+        return pa.array(values, kind, mask=values < 0)
     return pa.array(values, kind)
 
 
@@ -115,6 +117,7 @@ def concat(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
         prefix = table_root.relative_to(root).as_posix() if root.is_absolute() else table_root.as_posix()
         if prefix != ".":
             paths = pc.binary_join_element_wise(prefix, table["path"], "/")
+            paths = pc.if_else(pc.starts_with(table["path"], "/"), table["path"], paths)  # outside the root
             table = table.set_column(table.schema.get_field_index("path"), "path", paths)
         renumbered = pa.array([number[name] for name in table_names], pa.int32()).take(table["label"].combine_chunks())
         parts.append(table.set_column(table.schema.get_field_index("label"), "label", renumbered))

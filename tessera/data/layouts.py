@@ -1,44 +1,70 @@
 """Indexing of files: the layout is detected from the content of a path.
 
 A path holds an index, tables (parquet, arrow, a data set saved by Hugging Face's `datasets`), WebDataset tars, or image
-files, whose captions and labels are in metadata files, text files or folder names.
+files, whose captions and labels are in metadata files, text files or folder names. Every function returns an index and
+notes about what it leaves out: training and `tessera data check` read the same samples, and training refuses those with
+notes of errors.
 """
 
 import glob
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from tessera.data import index, tables
-from tessera.data.index import arrow, compute
+from tessera.data import index, tables, tars
+from tessera.data.columns import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    ColumnOptions,
+    Labels,
+    TextColumn,
+    can_be_text,
+    decode_text,
+    encode_labels,
+    encoding_notes,
+    find_key,
+    read_texts,
+    unused_columns,
+)
+from tessera.data.folders import FolderListing, image_suffixes, list_folder
+from tessera.data.index import arrow
+from tessera.data.metadata_files import (
+    FILE_NAME,
+    METADATA_FILES,
+    MetadataRows,
+    caption_values,
+    label_values,
+    path_values,
+    read_metadata,
+)
+from tessera.data.notes import Note, about, printable
+from tessera.data.splits import TRAIN, choose_split, split_at, split_depth, split_of_file
 from tessera.errors import TesseraError
-from tessera.files import atomic_file
 
 if TYPE_CHECKING:
     import pyarrow
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"  # the column of a metadata file with the path of the image, relative to its folder
-TEXT_TYPES = ("string", "large_string", "list<element: string>", "list<item: string>")  # column types of captions
+CAPTION_SUFFIXES = (".txt", ".caption")  # of text files beside images
+DOCUMENT_SUFFIXES = {".md", ".rst", ".yaml", ".yml", ".html", ".htm", ".xml"}  # of files that are ignored unsaid
 HUB_PREFIX = "hub:"
-MIN_CACHED_MEMBERS = 1000  # a tar with as many samples has its members cached: listing takes about 0.1 ms a member
+LABEL_NOTES = {"missing-labels", "invalid-labels", "label-types", "loose-images"}  # without meaning without classes
 CHUNK = 1024  # text files read at once; an interrupt waits for one chunk
+BRACES = re.compile(r"\{([^{}]*)\}")  # of a pattern: {a,b} or {000..127}, as WebDataset and shells write them
 
 T = TypeVar("T")
+Indexed = tuple["pyarrow.Table", list[Note]]
 
 
-class LayoutOptions(tables.ColumnOptions, Protocol):
+class LayoutOptions(ColumnOptions, Protocol):
     """The settings that select what is read from a path."""
 
     @property
@@ -46,51 +72,123 @@ class LayoutOptions(tables.ColumnOptions, Protocol):
     @property
     def classes(self) -> str: ...
     @property
+    def split(self) -> str | None: ...
+    @property
     def paths(self) -> list[str]: ...
 
 
-def build_index(options: LayoutOptions) -> "pyarrow.Table":
-    """The index of all samples in the paths. Raises TesseraError if there are none or the layout is not valid."""
+def build_index(options: LayoutOptions) -> Indexed:
+    """The index of all samples in the paths. Raises TesseraError if there are none."""
     if not options.paths:
         raise TesseraError("data.path is an empty list; expected at least one folder or file")
-    table = index.concat([_index_path(path, options) for path in options.paths])
+    table, notes = _concat([_index_path(path, options) for path in options.paths])
     where = ", ".join(options.paths)
     if not len(table):
-        raise TesseraError(f"data.path {where} contains no rows")
+        errors = [note.text for note in notes if note.severity == "error"]
+        raise TesseraError(errors[0] if errors else f"data.path {where} contains no rows")
     root, class_names = index.metadata(table)
-    if options.classes == "none" and class_names:
-        no_labels = arrow().nulls(len(table), arrow().int32())
-        table = table.set_column(table.schema.get_field_index("label"), "label", no_labels)
-        table, class_names = index.with_metadata(table, root, ()), ()
+    if options.classes == "none":
+        notes = [note for note in notes if note.kind not in LABEL_NOTES]
+        if class_names:
+            no_labels = arrow().nulls(len(table), arrow().int32())
+            table = table.set_column(table.schema.get_field_index("label"), "label", no_labels)
+            table, class_names = index.with_metadata(table, root, ()), ()
     if len(class_names) == 1:
-        raise TesseraError(
+        text = (
             f"{where} contains only one class ('{class_names[0]}'), so there is nothing to condition on: "
             "set data.classes=none to train without classes"
         )
-    return table
+        notes.append(Note("one-class", "error", text, "only one class", (class_names[0],)))
+    elif class_names:
+        labels = index.labels(table)
+        counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
+        unused = [class_names[number] for number in np.flatnonzero(counts == 0)]
+        message = f"of {len(class_names):,} classes have no sample"
+        notes += about("unused-classes", where, message, unused, "a network learns nothing of them")
+    return table, notes
 
 
-def _index_path(name: str, options: LayoutOptions) -> "pyarrow.Table":
+def _concat(parts: Sequence[Indexed]) -> Indexed:
+    """Indexes as one, and their notes with the rows of the whole."""
+    notes, start = [], 0
+    for table, part in parts:
+        notes += [note.shifted(start) for note in part]
+        start += len(table)
+    return index.concat([table for table, _ in parts]), notes
+
+
+def expand_path(name: str) -> list[Path]:
+    """The files or folders of a path or pattern, sorted; what exists by this name is no pattern. Empty if none exist.
+
+    Raises TesseraError if some alternatives of braces do not exist.
+    """
+    path = Path(name).expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    alternatives = _expand_braces(path.relative_to(existing).as_posix())
+    matches = {alternative: _expand_pattern(existing, alternative) for alternative in alternatives}
+    missing = [alternative for alternative, paths in matches.items() if not paths]
+    if 0 < len(missing) < len(matches):
+        count = f"{len(missing)} of {len(matches)}"
+        raise TesseraError(f"data.path {name}: {count} do not exist, such as {existing / missing[0]}")
+    return [path for paths in matches.values() for path in paths]
+
+
+def _expand_braces(text: str) -> list[str]:
+    braces = BRACES.search(text)
+    if braces is None:
+        return [text]
+    words = braces[1].split(",")
+    if limits := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        words = [f"{number:0{len(limits[1])}}" for number in range(int(limits[1]), int(limits[2]) + 1)]
+    return [each for word in words for each in _expand_braces(text[: braces.start()] + word + text[braces.end() :])]
+
+
+def _expand_pattern(folder: Path, pattern: str) -> list[Path]:
+    if (folder / pattern).exists():
+        return [folder / pattern]
+    return [Path(match) for match in sorted(glob.glob(os.path.join(glob.escape(str(folder)), pattern), recursive=True))]
+
+
+def split_path(name: str) -> tuple[str, str | None]:
+    """A path and the split that it names: `folder:test` is the split `test` of `folder`, unless it exists itself."""
+    path, _, split = name.rpartition(":")
+    return (path, split) if path and split and not expand_path(name) and expand_path(path) else (name, None)
+
+
+def _index_path(name: str, options: LayoutOptions) -> Indexed:
     if name.startswith(HUB_PREFIX):
         return _index_hub(name.removeprefix(HUB_PREFIX), options)
-    path = Path(name).expanduser().absolute()
+    path, split = split_path(name)
+    split = split or options.split
+    matches = expand_path(path)
+    if not matches:
+        problem = "contains no parquet file" if options.kind == "parquet" else "does not exist"
+        raise TesseraError(f"data.path {name} {problem}; expected {EXPECTED}")
+    return _concat(
+        [_index_match(match, path if len(matches) == 1 else str(match), split, options) for match in matches]
+    )
+
+
+EXPECTED = "a folder of images, or of one subfolder per class, or .parquet or .tar files, or hub:owner/name"
+
+
+def _index_match(path: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
     if path.is_dir():
-        return _index_folder(path, name, options)
-    if path.is_file() and path.suffix in index.TABLE_SUFFIXES:
-        return index.read(path) if index.is_index(path) else _index_tables([path], path.parent, options)
-    if path.is_file() and path.suffix == ".tar":
+        return _index_folder(path, name, split, options)
+    suffix = path.suffix.lower()
+    if suffix in index.TABLE_SUFFIXES:
+        if not index.is_index(path):
+            return _index_tables([path], path.parent, options)
+        if split is not None:
+            raise TesseraError(f"data.path {name} is an index, which has no splits: leave data.split={split} out")
+        return index.read(path), []
+    if suffix == ".tar":
         return _index_tars([path], path.parent, options)
-    if not path.exists() and (matches := sorted(glob.glob(str(path)))):
-        return index.concat([_index_path(match, options) for match in matches])
     if options.kind == "parquet":
         raise TesseraError(f"data.path {name} contains no parquet file")
-    if path.suffix in (".zip", ".tgz", ".gz", ".7z", ".rar") and path.exists():
+    if suffix in (".zip", ".tgz", ".gz", ".7z", ".rar"):
         raise TesseraError(f"data.path {name} is compressed, which has no random access: unpack it first")
-    problem = "is a file" if path.exists() else "does not exist"
-    raise TesseraError(
-        f"data.path {name} {problem}; expected a folder of images, or of one subfolder per class, "
-        "or .parquet or .tar files, or hub:owner/name"
-    )
+    raise TesseraError(f"data.path {name} is a file; expected {EXPECTED}")
 
 
 # Folders
@@ -103,208 +201,428 @@ def _progress(items: Iterable[T], total: int, threshold: int, label: str) -> Ite
     return track(items, label, total, console=console, transient=True, disable=disable)
 
 
-@dataclass
-class _FolderContents:
-    """The files of a folder at any depth, as sorted relative paths."""
-
-    images: list[str] = field(default_factory=list)
-    texts: set[str] = field(default_factory=set)
-    metadata: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
-    tars: list[str] = field(default_factory=list)
-
-
-def _index_folder(root: Path, name: str, options: LayoutOptions) -> "pyarrow.Table":
-    if (saved := _saved_dataset_files(root)) is not None and options.kind != "folder":
-        return _index_tables(saved, root, options)
-    contents = _list_folder(root)
-    table_files = [root / path for path in contents.tables] if options.kind != "folder" else []
-    table_files = [path for path in table_files if not index.is_index(path)]
-    if options.kind == "parquet" and not table_files:
-        raise TesseraError(f"data.path {name} contains no parquet file")
-    if options.kind == "files":
-        layouts = {"images": contents.images, "parquet files": table_files, "tars": contents.tars}
-        present = [f"{len(paths)} {layout} (such as {paths[0]})" for layout, paths in layouts.items() if paths]
-        if len(present) > 1:
-            raise TesseraError(
-                f"data.path {name} contains {' and '.join(present)}: give the folder of one of them, "
-                "or set data.kind to folder (images) or parquet"
-            )
-    if table_files:
-        return _index_tables(table_files, root, options)
-    if contents.tars and not contents.images:
-        return _index_tars([root / path for path in contents.tars], root, options)
-    if contents.metadata:
-        return _index_metadata(root, contents, options)
-    if not contents.images:
-        raise TesseraError(f"data.path {name} contains no images at any depth ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    captions = _read_caption_files(root, contents) if contents.texts and options.caption is not None else None
-    class_names, labels = _folder_classes(contents.images, name, options)
-    return index.build(root, class_names, path=contents.images, label=labels, caption=captions)
-
-
-def _list_folder(root: Path) -> _FolderContents:
-    contents = _FolderContents()
-    for path in sorted(_walk(root), key=lambda path: path.split("/")):
-        name = path.rpartition("/")[2]
-        suffix = os.path.splitext(name)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            contents.images.append(path)
-        elif name in METADATA_FILES:
-            contents.metadata.append(path)
+def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
+    if options.kind != "folder" and (saved := _saved_dataset_files(root, split)) is not None:
+        files, notes = saved
+        table, more = _index_tables(files, root, options)
+        return table, notes + more
+    listing = list_folder(root)
+    kinds: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "tars": [], "indexes": []}
+    for path in listing.files:
+        file_name = path.rpartition("/")[2].lower()
+        suffix = os.path.splitext(file_name)[1]
+        if suffix in image_suffixes():
+            kinds["images"].append(path)
+        elif file_name in METADATA_FILES:
+            kinds["metadata"].append(path)
         elif suffix in index.TABLE_SUFFIXES:
-            contents.tables.append(path)
+            kinds["indexes" if index.is_index(root / path) else "tables"].append(path)
         elif suffix == ".tar":
-            contents.tars.append(path)
-        elif suffix == ".txt":
-            contents.texts.add(path)
-    return contents
+            kinds["tars"].append(path)
+    if options.kind == "parquet" and not kinds["tables"]:
+        raise TesseraError(f"data.path {name} contains no parquet file")
+    layout, notes = _choose_layout(name, kinds, options)
+    if layout == "images":
+        table, used, more = _index_images(listing, name, kinds, split, options)
+    else:
+        chosen, more = _files_of_split(kinds[layout], split, name)
+        index_files = _index_tables if layout == "tables" else _index_tars
+        table, files_notes = index_files([root / path for path in chosen], root, options)
+        used, more = set(kinds[layout]), more + files_notes
+    used |= set(kinds["indexes"])
+    return table, [*listing.notes(name), *notes, *more, *_ignored_files(listing, used, name)]
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Every file at any depth that is not hidden. Links to folders are followed, except into a folder they are in."""
-    real = os.path.realpath(root)
-    # Folders, their paths relative to the root, and the real paths of the folder and its parents.
-    stack: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (real,))]
-    while stack:
-        folder, prefix, parents = stack.pop()
-        try:
-            entries = list(os.scandir(folder))
-        except OSError:  # no permission
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(parents[-1], entry.name)
-                if real not in parents:
-                    stack.append((entry.path, f"{prefix}{entry.name}/", (*parents, real)))
-            elif entry.is_file():
-                yield prefix + entry.name
+def _choose_layout(name: str, kinds: dict[str, list[str]], options: LayoutOptions) -> tuple[str, list[Note]]:
+    """Which of the files of a folder are the samples. Several layouts are an error, unless the kind selects one."""
+    if options.kind == "parquet":
+        return "tables", []
+    present = [layout for layout in ("images", "tables", "tars") if kinds[layout]]
+    if options.kind == "folder" or not present:
+        return "images", []
+    if len(present) == 1:
+        return present[0], []
+    counts = [
+        f"{len(kinds[layout])} {'parquet files' if layout == 'tables' else layout} (such as {kinds[layout][0]})"
+        for layout in present
+    ]
+    text = (
+        f"data.path {name} contains {' and '.join(counts)}: give the folder of one of them, "
+        "or set data.kind to folder (images) or parquet"
+    )
+    names = tuple(kinds[layout][0] for layout in present)
+    return present[0], [Note("several-layouts", "error", text, f"layouts in {name}; the first is checked", names)]
+
+
+def _files_of_split(files: Sequence[str], split: str | None, name: str) -> tuple[list[str], list[Note]]:
+    splits = [split_of_file(path) for path in files]
+    chosen, notes = choose_split(splits, split, name, "files")
+    return [path for path, own in zip(files, splits) if own in chosen], notes
+
+
+def _ignored_files(listing: FolderListing, used: set[str], name: str) -> list[Note]:
+    """Files that are neither samples nor belong to them nor are documents."""
+    ignored = [
+        path
+        for path in listing.files
+        if path not in used and os.path.splitext(path)[1].lower() not in DOCUMENT_SUFFIXES
+    ]
+    if not ignored:
+        return []
+    counts = Counter(os.path.splitext(path)[1] or "without an ending" for path in ignored)
+    text = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(5))
+    text = f"{name}: files that are not read: {text} (such as {ignored[0]})"
+    return [Note("ignored-files", "warning", text, "files that are ignored", tuple(ignored), folder=listing.root)]
+
+
+def _index_images(
+    listing: FolderListing, name: str, kinds: dict[str, list[str]], split: str | None, options: LayoutOptions
+) -> tuple["pyarrow.Table", set[str], list[Note]]:
+    """The index of images in folders, and the files that it used."""
+    root, images, metadata = listing.root, kinds["images"], kinds["metadata"]
+    depth = split_depth(images)
+    notes: list[Note] = []
+    chosen: set[str | None] = set()
+    if depth is not None:
+        chosen, notes = choose_split([split_at(path, depth) for path in images], split, name, "images")
+        images = [path for path in images if split_at(path, depth) in chosen]
+    elif split is not None:
+        choose_split([None], split, name, "images")
+    if metadata:
+        # A metadata file above the folders of splits names the images of all of them.
+        in_split = [path for path in metadata if depth is None or split_at(path, depth) in {None, *chosen}]
+
+        def is_selected(path: str) -> bool:
+            return depth is None or split_at(path, depth) in chosen
+
+        table, more = _index_metadata(root, in_split, images, is_selected, depth, name, options)
+        return table, {*kinds["images"], *metadata}, notes + more
+    if not images:
+        raise TesseraError(
+            f"data.path {name} contains no images at any depth ({', '.join(sorted(image_suffixes()))})"
+            + ("; " + listing.unreadable[0] + " cannot be read" if listing.unreadable else "")
+        )
+    captions, texts, more = _read_caption_files(listing, images, options)
+    class_names, labels, class_notes = _folder_classes(images, name, depth, options)
+    if class_names:
+        folders = {path.partition("/")[0] for path in listing.files if "/" in path} | {
+            path.partition("/")[0] for path in listing.empty
+        }
+        bare = sorted(folders - {path.partition("/")[0] for path in kinds["images"]})
+        class_notes += about("folders-without-images", name, "folders without images are no classes", bare)
+        words = [each for each in class_names if split_of_file(f"{each}/") is not None]
+        if len(words) > 1:
+            class_notes += about(
+                *("splits-as-classes", name, "folders are classes, although their names are those of splits", words),
+                f"move the others ({', '.join(sorted(set(class_names) - set(words))[:3])}) away, or give one of them",
+            )
+    table = index.build(root, class_names, path=images, label=labels, caption=captions)
+    # Captions of images of another split are no ignored files.
+    stems = {os.path.splitext(path)[0] for path in kinds["images"]} - {os.path.splitext(path)[0] for path in images}
+    others = {path for path in listing.files if stems and os.path.splitext(path)[0] in stems}
+    return table, {*kinds["images"], *texts, *others}, [*notes, *more, *class_notes]
 
 
 def _folder_classes(
-    paths: Sequence[str], name: str, options: LayoutOptions
-) -> tuple[tuple[str, ...], np.ndarray | None]:
-    """Class names from the first level of folders, and the class of every image, int32 [N]."""
+    paths: Sequence[str], name: str, depth: int | None, options: LayoutOptions
+) -> tuple[tuple[str, ...], np.ndarray | None, list[Note]]:
+    """Class names from the first level of folders, and the class of every image, int32 [N], -1 beside class folders.
+
+    depth: of folders that are splits. Classes are below it, unless there are several folders above it.
+    """
     if options.classes == "none":
-        return (), None
-    folders = [path.partition("/")[0] if "/" in path else "" for path in paths]
-    loose = folders.count("")
-    if loose == len(paths):
+        return (), None, []
+    level = 0
+    if depth is not None and len({tuple(path.split("/")[:depth]) for path in paths}) == 1:
+        level = depth + 1
+    folders = [parts[level] if len(parts := path.split("/")) > level + 1 else "" for path in paths]
+    loose = [row for row, folder in enumerate(folders) if not folder]
+    if len(loose) == len(paths):
         if options.classes == "folders":
-            raise TesseraError(f"data.classes=folders, but none of the {loose} images in {name} is in a class folder")
-        return (), None
+            raise TesseraError(
+                f"data.classes=folders, but none of the {len(loose)} images in {name} is in a class folder"
+            )
+        return (), None, []
+    notes = []
     if loose:
-        raise TesseraError(
-            f"{loose} images in {name} are beside the class folders, so their class is unknown: "
+        text = (
+            f"{len(loose)} images in {name} are beside the class folders, so their class is unknown: "
             "move them into a class folder, or set data.classes=none to train without classes"
         )
-    names = sorted(set(folders))
-    number = {name: index for index, name in enumerate(names)}
-    return tuple(names), np.fromiter((number[folder] for folder in folders), np.int32, len(folders))
+        message = "images beside the class folders, without a class"
+        notes.append(Note("loose-images", "error", text, message, rows=dict.fromkeys(loose, "")))
+    names = sorted(set(folders) - {""})
+    number = {name: index for index, name in enumerate(names)} | {"": -1}
+    return tuple(names), np.fromiter((number[folder] for folder in folders), np.int32, len(folders)), notes
 
 
-def _read_caption_files(root: Path, contents: _FolderContents) -> list[str | None]:
-    """The caption of every image: the text file with the same name beside it, if there is one."""
+def _read_caption_files(
+    listing: FolderListing, images: Sequence[str], options: LayoutOptions
+) -> tuple[list[str | None] | None, set[str], list[Note]]:
+    """The caption of every image, from the text file with the same name beside it; the text files."""
+    files: dict[str, str] = {}  # by path without suffix
+    if options.caption is not None:
+        for suffix in CAPTION_SUFFIXES:
+            for path in listing.files:
+                stem, own_suffix = os.path.splitext(path)
+                if own_suffix.lower() == suffix:
+                    files.setdefault(stem, path)
+    if not files:
+        return None, set(), []
+    guessed, unreadable = [], []
 
     def read_caption(path: str) -> str | None:
-        text_path = os.path.splitext(path)[0] + ".txt"
-        if text_path not in contents.texts:
+        file = files.get(os.path.splitext(path)[0])
+        if file is None:
             return None
         try:
-            return (root / text_path).read_text(encoding="utf-8-sig", errors="replace").strip()
+            text, is_guessed = decode_text((listing.root / file).read_bytes())
         except OSError:
-            return None
+            text, is_guessed = None, False
+        if text is None:
+            unreadable.append(file)
+        elif is_guessed:
+            guessed.append(file)
+        return text and text.strip()
 
-    starts = range(0, len(contents.images), CHUNK)
+    starts = range(0, len(images), CHUNK)
     captions: list[str | None] = []
     with ThreadPoolExecutor(8) as pool:
         for start in _progress(starts, len(starts), 20, "reading captions"):
-            captions.extend(pool.map(read_caption, contents.images[start : start + CHUNK]))
-    return captions
+            captions.extend(pool.map(read_caption, images[start : start + CHUNK]))
+    used = {files[stem] for path in images if (stem := os.path.splitext(path)[0]) in files}
+    return captions, used, encoding_notes(listing.root, sorted(guessed), sorted(unreadable))
 
 
 # Metadata files
 
 
-def _index_metadata(root: Path, contents: _FolderContents, options: LayoutOptions) -> "pyarrow.Table":
-    """The images listed in metadata files, with their labels and captions."""
-    pa, pc = arrow(), compute()
-    paths, captions, labels = [], [], []
-    for file in contents.metadata:
-        rows = _read_metadata_file(root / file)
-        tables.find_column(FILE_NAME, (), rows.column_names, root / file, "path")
-        folder = PurePosixPath(file).parent.as_posix()
-        file_names = pc.replace_substring(rows[FILE_NAME].cast(pa.string()), "\\", "/")
-        paths.append(file_names if folder == "." else pc.binary_join_element_wise(folder, file_names, "/"))
-        caption, label = _caption_and_label_columns(rows.schema, options, root / file)
-        captions.append(_caption_text(rows, caption, root / file))
-        if label and options.classes == "auto":
-            labels.append(rows[label])
-    class_names, class_ids = (), None
-    if labels:
-        if len(labels) < len(contents.metadata):
-            raise TesseraError(f"only {len(labels)} of {len(contents.metadata)} metadata files in {root} have labels")
-        class_names, class_ids = tables.encode_labels(_concat(labels, root), (), "the metadata")
-    path = _concat(paths, root)
-    if options.classes == "folders":
-        class_names, class_ids = _folder_classes(path.to_pylist(), str(root), options)
-    return index.build(root, class_names, path=path, label=class_ids, caption=_concat(captions, root))
+def _index_metadata(
+    root: Path,
+    files: Sequence[str],
+    images: Sequence[str],
+    is_selected: Callable[[str], bool],
+    depth: int | None,
+    name: str,
+    options: LayoutOptions,
+) -> Indexed:
+    """The images listed in metadata files, with their labels and captions.
 
-
-def _read_metadata_file(file: Path) -> "pyarrow.Table":
+    is_selected: whether a path is in the split that is read.
+    """
     pa = arrow()
-    from pyarrow import csv, json
+    known, notes = set(images), []
+    parts: list[tuple[str, MetadataRows, list[str | None]]] = []  # file, its rows, and the path of each
+    columns = FileColumns(options, name)
+    best: dict[str, tuple[int, int, str]] = {}  # by path: how near the metadata file is that describes it
+    for file in files:
+        try:
+            rows = read_metadata(root / file, columns.is_candidate)
+            file_name = find_key("auto", (FILE_NAME,), rows.names) or FILE_NAME
+            tables.find_column(file_name, (), rows.names, root / file, "path")
+        except TesseraError as error:
+            notes.append(Note("damaged-files", "error", str(error), "metadata files that cannot be read", (file,)))
+            continue
+        folder = file.rpartition("/")[0]
+        paths, unnamed = [], []
+        for row, value in enumerate(path_values(rows.columns[file_name])):
+            path = _sample_path(root, folder, value, known)
+            if path is None:
+                unnamed.append(rows.row_name(row) + ("" if not value else f": {printable(value)}"))
+            paths.append(path)
+        advice = "give them one, or remove the rows"
+        notes += about("rows-without-file", root / file, "rows have no valid file_name", unnamed, advice)
+        notes += about("damaged-rows", root / file, "rows cannot be read and are left out", rows.unreadable)
+        if rows.is_guessed:
+            notes += encoding_notes(root, [file], [])
+        parts.append((file, rows, paths))
+        rank = (-len(folder.split("/")) if folder else 0, METADATA_FILES.index(file.rpartition("/")[2].lower()), file)
+        for path in paths:
+            if path is not None:
+                best[path] = min(best.get(path, rank), rank)
+    all_paths, captions, labels = [], [], []
+    for file, rows, paths in parts:
+        keep = [
+            row for row, path in enumerate(paths) if path is not None and best[path][2] == file and is_selected(path)
+        ]
+        elsewhere = [path for path in paths if path is not None and best[path][2] != file and is_selected(path)]
+        if elsewhere:
+            advice = f"that in {best[elsewhere[0]][2]} is used"
+            notes += about("repeated-rows", root / file, "images have another description", elsewhere, advice)
+        all_paths += [paths[row] for row in keep]
+        taken = pa.array(keep, pa.int64())
+        caption, label = columns.find(rows.names, root / file, rows.names)
+        texts = read_texts(caption_values(rows.columns[caption])) if caption else None
+        if texts is not None and caption:
+            values = rows.columns[caption]
+            if not isinstance(values, list) and not can_be_text(values.type) and options.caption != "auto":
+                raise TesseraError(f"{root / file}: column '{caption}' is not text ({values.type}); set data.caption")
+            lost = _lost_texts(values, texts)
+            notes += about(
+                "unreadable-text", root / file, "captions are not text", [rows.row_name(row) for row in lost]
+            )
+            notes += text_notes(root / file, texts, rows.row_name)
+        captions.append(_no_captions(len(keep)) if texts is None else texts.texts.take(taken))
+        if label and options.classes == "auto":
+            values = label_values(rows.columns[label], rows.is_typed)
+            labels.append(([values[row] for row in keep] if isinstance(values, list) else values.take(taken), ()))
+        else:
+            labels.append((pa.nulls(len(keep)), ()))
+    notes += columns.notes()
+    class_names, class_ids = (), None
+    if columns.found_label and options.classes == "auto":
+        encoded = encode_labels(labels, "the metadata")
+        class_names, class_ids, notes = encoded.class_names, encoded.ids, notes + encoded.notes
+    elif options.classes == "folders":
+        class_names, class_ids, more = _folder_classes(all_paths, name, depth, options)
+        notes += more
+    elif options.classes == "auto":
+        folders = _folder_classes(all_paths, name, depth, options)[0] if all_paths else ()
+        if len(folders) > 1:
+            message = "folders of images are not used as classes, as there is metadata"
+            notes += about("unused-columns", name, message, folders, "set data.classes=folders to use them")
+    unlisted = sorted(known - set(best))
+    notes += about(
+        *("unlisted-images", name, "images are not in the metadata and are not used", unlisted),
+        *("add rows for them, or move the metadata away", "warning", root),
+    )
+    repeated = [path for path, count in Counter(all_paths).items() if count > 1]
+    notes += about("repeated-rows", name, "images are listed more than once, and are that many samples", repeated)
+    table = index.build(
+        root, class_names, path=pa.array(all_paths, pa.string()), label=class_ids, caption=_join(captions)
+    )
+    return table, notes
 
-    try:
-        if file.suffix == ".jsonl":
-            return json.read_json(file)
-        if file.suffix == ".csv":
-            convert = csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
-            return csv.read_csv(file, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=convert)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise TesseraError(f"{file} is damaged: {error}") from None
-    return tables.read_columns(file, tables.read_schema(file).names)
+
+def _lost_texts(values: Any, texts: TextColumn) -> list[int]:
+    """Rows of a column of JSON whose values are neither text nor null."""
+    if not isinstance(values, list):
+        return [] if can_be_text(values.type) else np.flatnonzero(values.is_valid()).tolist()
+    return [row for row, missing in enumerate(texts.texts.is_null().to_pylist()) if missing and values[row] is not None]
+
+
+def _sample_path(root: Path, folder: str, name: str | None, known: set[str]) -> str | None:
+    """The path of an image relative to the root, from its name in a metadata file in a folder; None without a name.
+
+    Outside the root it is absolute.
+    """
+    if name is None or not name.strip() or printable(name) != name:
+        return None
+    path = f"{folder}/{name}" if folder else name
+    if path in known:
+        return path
+    full = os.path.normpath(os.path.join(root, folder, name))
+    if not os.path.exists(full) and "\\" in name:
+        full = os.path.normpath(os.path.join(root, folder, name.replace("\\", "/")))
+    for base in (str(root), os.path.realpath(root)):
+        if full.startswith(base.rstrip(os.sep) + os.sep):
+            return os.path.relpath(full, base).replace(os.sep, "/")
+    return full.replace(os.sep, "/")
 
 
 # Tables
 
 
-def _index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> "pyarrow.Table":
+class FileColumns:
+    """Which columns of several files are read, and which look like labels or captions and are not."""
+
+    def __init__(self, options: LayoutOptions, where: str | Path) -> None:
+        self.options, self.where = options, where
+        self.found_label = self.found_caption = False
+        self._unused: dict[str, str] = {}
+
+    def is_candidate(self, name: str) -> bool:
+        """Whether a column may be read."""
+        known = (FILE_NAME, *LABEL_COLUMNS, *CAPTION_COLUMNS)
+        return name.lower() in known or name in (self.options.label, self.options.caption)
+
+    def find(
+        self, names: Sequence[str], file: Path, texts: Collection[str], declared: Sequence[str] = ()
+    ) -> tuple[str | None, str | None]:
+        """The columns of captions and labels of a file. `auto` selects a caption from `texts`. declared: as labels.
+
+        Raises TesseraError if a named column is missing.
+        """
+        options = self.options
+        known = [name for name in names if options.caption != "auto" or name in texts]
+        caption = tables.find_column(options.caption, CAPTION_COLUMNS, known, file, "caption")
+        label = tables.find_column(options.label, LABEL_COLUMNS, names, file, "label")
+        used = {"caption": caption} | ({} if options.classes == "none" else {"label": label})
+        self._unused |= unused_columns(names, used, options)
+        if options.label == "auto" and options.classes != "none":
+            self._unused |= {name: "label" for name in declared if name != label}
+        self.found_label |= label is not None
+        self.found_caption |= caption is not None
+        return caption, label
+
+    def notes(self) -> list[Note]:
+        return [
+            note
+            for name, kind in self._unused.items()
+            for note in about(
+                *("unused-columns", self.where, f"column looks like {kind}s and is not used", [name]),
+                f"set data.{kind}={name} to read it",
+            )
+        ]
+
+
+def text_notes(where: Path, texts: TextColumn, row_name: Callable[[int], str]) -> list[Note]:
+    notes = encoding_notes(where, [row_name(row) for row in texts.guessed], [row_name(row) for row in texts.unreadable])
+    if texts.several:
+        text = f"{where}: {texts.several:,} rows have several captions, of which the first is read"
+        notes.append(Note("several-captions", "note", text, "files with several captions per row", (str(where),)))
+    return notes
+
+
+def _index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> Indexed:
     """The rows of parquet and arrow files."""
     if options.classes == "folders":
         raise TesseraError(f"data.classes=folders, but {root} contains tables: set data.label to their label column")
     pa = arrow()
-    paths, offsets, captions, labels, names = [], [], [], [], ()
-    label = None
-    for number, file in enumerate(files):
-        schema = tables.read_schema(file)
-        tables.find_image_column(schema, options.image, file)
-        caption, label = _caption_and_label_columns(schema, options, file)
-        if options.classes == "none":
-            label = None
-        rows = tables.read_columns(file, [name for name in (caption, label) if name])
-        count = rows.num_rows if caption or label else tables.count_rows(file)
+    paths, offsets, captions, labels, notes = [], [], [], [], []
+    columns, label = FileColumns(options, root), None
+    for file in files:
+        try:
+            schema = tables.read_schema(file)
+            tables.find_image_column(schema, options.image, file)
+            declared = tables.declared_labels(schema)
+            readable = {field.name for field in schema if can_be_text(field.type)}
+            caption, own_label = columns.find(schema.names, file, readable, declared)
+            if options.classes == "none":
+                own_label = None
+            rows = tables.read_columns(file, [name for name in (caption, own_label) if name])
+            count = rows.num_rows if caption or own_label else tables.count_rows(file)
+            texts = _table_captions(rows, caption, file) if caption else None
+        except TesseraError as error:
+            notes.append(Note("damaged-files", "error", str(error), "files that cannot be read", (str(file),)))
+            continue
+        if texts is not None:
+            notes += text_notes(file, texts, "row {}".format)
         paths.append(_repeat(file.relative_to(root).as_posix(), count))
         offsets.append(np.arange(count))
-        captions.append(_caption_text(rows, caption, file) if caption else _no_captions(count))
-        if label:
-            labels.append(rows[label])
-            names = names or tables.class_names(schema, label)
-        if 0 < len(labels) < number + 1:
-            raise TesseraError(f"the files in {root} have different columns: not all have labels")
-    class_names, class_ids = (), None
-    if labels:
-        class_names, class_ids = tables.encode_labels(_concat(labels, root), names, f"column '{label}'")
-    return index.build(
+        captions.append(_no_captions(count) if texts is None else texts.texts)
+        label = own_label or label
+        values = rows[own_label] if own_label else pa.nulls(count)
+        labels.append((values, tables.class_names(schema, own_label) if own_label else ()))
+    if not paths:
+        raise TesseraError(notes[0].text)
+    encoded = encode_labels(labels, f"column '{label}'") if label else Labels((), np.zeros(0), [])
+    table = index.build(
         root,
-        class_names,
+        encoded.class_names,
         path=pa.chunked_array(paths, pa.string()),
         offset=np.concatenate(offsets),
-        label=class_ids,
-        caption=_concat(captions, root),
+        label=encoded.ids if label else None,
+        caption=_join(captions),
     )
+    return table, [*notes, *columns.notes(), *encoded.notes]
+
+
+def _table_captions(rows: "pyarrow.Table", name: str, file: Path) -> TextColumn:
+    kind = rows[name].type
+    if not can_be_text(kind):
+        raise TesseraError(f"{file}: column '{name}' is not text ({kind}); set data.caption")
+    return read_texts(rows[name])
 
 
 def _repeat(text: str, count: int) -> Any:
@@ -317,57 +635,40 @@ def _no_captions(count: int) -> Any:
     return pa.chunked_array([pa.nulls(count, pa.string())])
 
 
-def _concat(columns: Sequence[Any], root: Path) -> Any:
+def _join(columns: Sequence[Any]) -> Any:
     pa = arrow()
-    try:
-        chunks = [chunk for column in columns for chunk in column.chunks]
-        return pa.chunked_array(chunks, type=columns[0].type)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise TesseraError(f"the files in {root} have different columns: {error}") from None
+    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
 
 
-def _caption_and_label_columns(
-    schema: "pyarrow.Schema", options: LayoutOptions, file: Path
-) -> tuple[str | None, str | None]:
-    """The columns of captions and labels. `auto` selects only text columns as captions."""
-    text_columns = [column.name for column in schema if str(column.type) in TEXT_TYPES]
-    known = text_columns if options.caption == "auto" else schema.names
-    return (
-        tables.find_column(options.caption, tables.CAPTION_COLUMNS, known, file, "caption"),
-        tables.find_column(options.label, tables.LABEL_COLUMNS, schema.names, file, "label"),
-    )
-
-
-def _caption_text(rows: "pyarrow.Table", name: str | None, file: Path) -> Any:
-    """A column of captions as text, the first of several captions; nulls without a column."""
-    pa, pc = arrow(), compute()
-    if name is None:
-        return _no_captions(len(rows))
-    try:
-        if pa.types.is_list(rows[name].type):
-            return pc.binary_join(pc.list_slice(rows[name], 0, 1), "").cast(pa.string())
-        return rows[name].cast(pa.string())
-    except pa.ArrowException as error:
-        raise TesseraError(f"{file}: column '{name}' is not text ({error}); set data.caption") from None
-
-
-def _saved_dataset_files(root: Path) -> list[Path] | None:
+def _saved_dataset_files(root: Path, split: str | None) -> tuple[list[Path], list[Note]] | None:
     """The arrow files of a data set that `datasets` saved in a folder; of several splits those of `train`."""
     try:
         if (root / "dataset_dict.json").is_file():
             splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
-            split = splits[0] if len(splits) == 1 else "train"
-            if split not in splits:
-                raise TesseraError(f"{root} has the splits {', '.join(splits)}: give one of them, {root / splits[0]}")
-            return _saved_dataset_files(root / split)
+            chosen, notes = _named_split(splits, split, str(root), str(root / splits[0]))
+            saved = _saved_dataset_files(root / chosen, None)
+            return None if saved is None else (saved[0], notes)
         if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
-            return [root / each["filename"] for each in json.loads((root / "state.json").read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            files = json.loads((root / "state.json").read_text())["_data_files"]
+            return [root / each["filename"] for each in files], []
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise TesseraError(f"the data set saved in {root} is damaged: {error}") from None
     return None
 
 
-def _index_hub(text: str, options: LayoutOptions) -> "pyarrow.Table":
+def _named_split(splits: Sequence[str], requested: str | None, where: str, example: str) -> tuple[str, list[Note]]:
+    """The split to read of those with these names: the requested one, the only one, or `train`."""
+    split = requested or (splits[0] if len(splits) == 1 else TRAIN)
+    if split not in splits:
+        raise TesseraError(f"{where} has the splits {', '.join(splits)}: give one of them, {example}")
+    others = tuple(name for name in splits if name != split)
+    if requested or not others:
+        return split, []
+    text = f"{where}: the split {split} is read, and not {', '.join(others)}; data.split selects another"
+    return split, [Note("other-splits", "warning", text, f"splits that are not read; the split {split} is", others)]
+
+
+def _index_hub(text: str, options: LayoutOptions) -> Indexed:
     """A data set that Hugging Face's `datasets` loads: owner/name or owner/name/configuration, with optional :split."""
     try:
         import datasets
@@ -382,109 +683,53 @@ def _index_hub(text: str, options: LayoutOptions) -> "pyarrow.Table":
     except Exception as error:  # of many types: no network, no such name, an unknown layout
         raise TesseraError(f"{HUB_PREFIX}{text} cannot be loaded: {error}") from None
     splits = [str(name) for name in loaded]
-    split = split or (splits[0] if len(splits) == 1 else "train")
-    if split not in splits:
-        name = HUB_PREFIX + name
-        raise TesseraError(f"{name} has the splits {', '.join(splits)}: write {name}:{splits[0]}")
+    name = HUB_PREFIX + name
+    split, notes = _named_split(splits, split or options.split, name, f"{name}:{splits[0]}")
     files = [Path(each["filename"]) for each in loaded[split].cache_files]
-    return _index_tables(files, Path(os.path.commonpath([file.parent for file in files])), options)
+    table, more = _index_tables(files, Path(os.path.commonpath([file.parent for file in files])), options)
+    return table, notes + more
 
 
 # Tars
 
 
-def _index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> "pyarrow.Table":
+def _index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> Indexed:
     """The images in WebDataset tars, with their captions and labels."""
-    pa = arrow()
-    parts = []
-    for file in _progress(files, len(files), 2, "reading tars"):
-        members = _image_members(file, options)
-        parts.append(members.append_column("path", _repeat(file.relative_to(root).as_posix(), len(members))))
-    samples = pa.concat_tables(parts)
-    if not len(samples):
-        raise TesseraError(f"the tars in {root} contain no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    class_names, class_ids, labels = (), None, samples["label"]
-    if options.classes == "auto" and labels.null_count < len(labels):
-        if all(word is None or word.isdecimal() for word in labels.unique().to_pylist()):
-            labels = labels.cast(pa.int64())
-        class_names, class_ids = tables.encode_labels(labels, (), "the tars")
     if options.classes == "folders":
         raise TesseraError(f"data.classes=folders, but {root} contains tars, with labels in .cls or .json members")
-    columns = {name: samples[name] for name in ("path", "offset", "length", "caption")}
-    return index.build(root, class_names, label=class_ids, **columns)
-
-
-def _image_members(file: Path, options: LayoutOptions) -> "pyarrow.Table":
-    """Offset, length, caption and label (as text) of the images in a tar; cached if there are many."""
-    import pyarrow.parquet as parquet
-
-    cached = tables.cache_path(file, "tars", ".parquet", options.caption, options.label)
-    if cached.exists():
-        with suppress(OSError, ValueError):  # damaged: written again
-            return parquet.read_table(cached)
-    members = _list_tar(file, options)
-    if len(members) >= MIN_CACHED_MEMBERS:
-        with suppress(TesseraError), atomic_file(cached) as partial:  # no space: the tar is listed again next time
-            parquet.write_table(members, partial)
-    return members
-
-
-def _list_tar(file: Path, options: LayoutOptions) -> "pyarrow.Table":
-    """Members with the same key, which is the path up to the first dot of the name, are one sample
-    (https://github.com/webdataset/webdataset)."""
     pa = arrow()
-    images: dict[str, tuple[int, int]] = {}  # offset and length by key
-    fallbacks: dict[str, tuple[int, int]] = {}  # such as 0001.mask.png, the image of a sample without 0001.png
-    texts: dict[str, dict[str, str]] = {}  # caption and label by key
-    try:
-        with tarfile.open(file, "r:") as opened:
-            archive: Any = opened
-            while (member := archive.next()) is not None:
-                archive.members.clear()  # tarfile keeps them, so memory would grow with their number
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                key, span = f"{folder}/{stem}", (member.offset_data, member.size)
-                if not member.isreg() or not stem:
-                    continue
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    images.setdefault(key, span)
-                elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                    fallbacks.setdefault(key, span)
-                elif suffix in ("txt", "cls", "json"):
-                    content = archive.extractfile(member)
-                    _add_text(texts.setdefault(key, {}), suffix, content.read() if content else b"", options)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise TesseraError(f"{file} is damaged, or compressed and must be unpacked first: {error}") from None
-    images = {**images, **{key: span for key, span in fallbacks.items() if key not in images}}
-    offsets, lengths = np.array(list(images.values()), np.int64).reshape(-1, 2).T
-    captions, labels = ([texts.get(key, {}).get(name) for key in images] for name in ("caption", "label"))
-    columns = {
-        "offset": pa.array(offsets, pa.int64()),
-        "length": pa.array(lengths, pa.int64()),
-        "caption": pa.array(captions, pa.string()),
-        "label": pa.array(labels, pa.string()),
-    }
-    return pa.table(columns)
-
-
-def _add_text(texts: dict[str, str], suffix: str, content: bytes, options: LayoutOptions) -> None:
-    """Add the caption and label of a member to a sample's texts. A .txt or .cls member has priority over .json."""
-    text = content.decode("utf-8", errors="replace").strip()
-    match suffix:
-        case "txt" if options.caption is not None:
-            texts["caption"] = text
-        case "cls" if options.label is not None:
-            texts["label"] = text
-        case "json":
-            with suppress(ValueError):
-                fields = json.loads(text)
-                if not isinstance(fields, dict):
-                    return
-                for name, column, defaults in (
-                    ("caption", options.caption, tables.CAPTION_COLUMNS),
-                    ("label", options.label, tables.LABEL_COLUMNS),
-                ):
-                    keys = defaults if column == "auto" else [column]
-                    value = next((fields[key] for key in keys if fields.get(key) is not None), None)
-                    if name not in texts and isinstance(value, str | int):
-                        texts[name] = str(value)
+    parts, notes, unread = [], [], Counter()
+    for file in _progress(files, len(files), 2, "reading tars"):
+        try:
+            members, report = tars.read_tar(file, options)
+        except TesseraError as error:
+            notes.append(Note("damaged-files", "error", str(error), "files that cannot be read", (str(file),)))
+            continue
+        path = _repeat(file.relative_to(root).as_posix(), len(members))
+        parts.append(members.replace_schema_metadata().append_column("path", path))
+        notes += about(
+            *("repeated-keys", file, "images have the key of another image and are not read", report.collisions),
+            "a key ends at the first dot of the name, as in WebDataset: rename them",
+        )
+        notes += encoding_notes(file, report.guessed, report.unreadable)
+        notes += about("ignored-members", file, "links are not read", report.links)
+        unread.update(report.unread)
+        for name, kind in report.unused.items():
+            message = f"JSON key looks like {kind}s and is not used"
+            notes += about("unused-columns", file, message, [name], f"set data.{kind}={name} to read it")
+    if unread:
+        text = f"{root}: members that are not read: " + ", ".join(
+            f"{count:,} {suffix}" for suffix, count in unread.items()
+        )
+        notes.append(Note("ignored-members", "warning", text, "kinds of members of tars are ignored", tuple(unread)))
+    if not parts:
+        raise TesseraError(notes[0].text)
+    samples = pa.concat_tables(parts)
+    if not len(samples):
+        raise TesseraError(f"the tars in {root} contain no images ({', '.join(sorted(image_suffixes()))})")
+    class_names, class_ids, labels = (), None, samples["label"]
+    if options.classes == "auto" and labels.null_count < len(labels):
+        encoded = encode_labels([(labels.to_pylist(), ())], "the tars")
+        class_names, class_ids, notes = encoded.class_names, encoded.ids, notes + encoded.notes
+    columns = {name: samples[name] for name in ("path", "offset", "length", "caption")}
+    return index.build(root, class_names, label=class_ids, **columns), notes

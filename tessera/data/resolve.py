@@ -1,12 +1,13 @@
 """A data set from a word or path on the command line."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
 from tessera.data.images import Dataset
-from tessera.data.layouts import HUB_PREFIX
+from tessera.data.layouts import HUB_PREFIX, expand_path, split_path
 from tessera.errors import TesseraError
 from tessera.settings import Settings, expand_kind, read_yaml, validate
 
@@ -32,10 +33,10 @@ def resolve_data(text: str, size: tuple[int, int] | None, channels: int = 3) -> 
             raise TesseraError(
                 f"{path}: its data section is {data!r}; expected a mapping, or the name of embedded data"
             )
-    elif not path.exists() and not text.startswith(HUB_PREFIX):
+    elif not text.startswith(HUB_PREFIX) and not expand_path(split_path(text)[0]):
         raise TesseraError(
-            f"no data at {text}: expected a folder of images or of .parquet or .tar files, one such file, "
-            f"{HUB_PREFIX}owner/name, a recipe (.yaml), {' or '.join(EMBEDDED)}"
+            f"no data at {text}: expected a folder of images or of .parquet or .tar files, one such file or a pattern "
+            f"of them, {HUB_PREFIX}owner/name, a recipe (.yaml), {' or '.join(EMBEDDED)}; PATH:SPLIT selects a split"
         )
     else:
         data = {"kind": "files", "path": text}
@@ -52,10 +53,12 @@ def parse_data(section: dict[str, Any], where: str = "the data") -> AnyData:
 
 
 def open_data(config: AnyData) -> Dataset:
-    """Open the data set, without classes where its subfolders are not classes (loose images, or only one folder)."""
+    """Open the data set, without classes where its labels are not valid, which is printed."""
     if isinstance(config, FilesConfig) and config.classes == "auto":
         try:
             return config.open()
-        except TesseraError:  # any other error is raised again below
-            return config.model_copy(update={"classes": "none"}).open()
+        except TesseraError as error:
+            dataset = config.model_copy(update={"classes": "none"}).open()  # raises any other error again
+            print(f"data: read without classes: {error}", file=sys.stderr, flush=True)
+            return dataset
     return config.open()

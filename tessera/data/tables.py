@@ -9,10 +9,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from tessera.data.columns import find_key
 from tessera.data.images import InvalidSample
 from tessera.data.index import TABLE_SUFFIXES, arrow, compute
 from tessera.errors import TesseraError
@@ -23,31 +22,19 @@ if TYPE_CHECKING:
     import pyarrow
 
 NO_BYTES = "no image bytes in this row"
-MAX_CLASSES = 100_000  # larger labels are identifiers of rows, not classes
 MAX_IN_MEMORY = 1 << 30  # bytes of parquet images in memory; larger data sets are unpacked to the disk
-LABEL_COLUMNS, CAPTION_COLUMNS = (
-    ("label", "class"),
-    ("caption", "text"),
-)  # columns that `auto` selects, in order of preference
 ROWS_PER_BATCH = 256  # rows unpacked at once
-
-
-class ColumnOptions(Protocol):
-    """Column settings of a configuration: a name, `auto`, or null for none."""
-
-    @property
-    def image(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def caption(self) -> str | None: ...
 
 
 def table_paths(paths: Any) -> list[str]:
     """The tables among paths, an arrow array [N], each once."""
     pc = compute()
-    is_table = pc.or_(*(pc.ends_with(paths, suffix) for suffix in TABLE_SUFFIXES))
+    is_table = pc.or_(*(pc.ends_with(paths, suffix, ignore_case=True) for suffix in TABLE_SUFFIXES))
     return paths.filter(is_table).unique().to_pylist()
+
+
+def is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
 
 
 @contextmanager
@@ -64,7 +51,7 @@ def read_schema(file: Path) -> "pyarrow.Schema":
     import pyarrow.parquet as parquet
 
     with _read_errors(file):
-        return parquet.read_schema(file) if file.suffix == ".parquet" else _reader(file).schema
+        return parquet.read_schema(file) if is_parquet(file) else _reader(file).schema
 
 
 def read_columns(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
@@ -72,7 +59,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
     import pyarrow.parquet as parquet
 
     with _read_errors(file):
-        if file.suffix == ".parquet":
+        if is_parquet(file):
             return parquet.ParquetFile(file).read(columns=list(columns))
         return _reader(file).read_all().select(list(columns))
 
@@ -82,7 +69,7 @@ def count_rows(file: Path) -> int:
     import pyarrow.parquet as parquet
 
     with _read_errors(file):
-        return parquet.read_metadata(file).num_rows if file.suffix == ".parquet" else _reader(file).read_all().num_rows
+        return parquet.read_metadata(file).num_rows if is_parquet(file) else _reader(file).read_all().num_rows
 
 
 def _reader(file: Path) -> Any:
@@ -100,18 +87,19 @@ def find_column(
 
     Raises TesseraError if the named column is missing.
     """
-    if name == "auto":
-        return next((default for default in defaults if default in known), None)
-    if name is not None and name not in known:
+    if name not in (None, "auto", *known):
         raise TesseraError(f"{where}: {unknown_name('column', name, known)} (data.{field})")
-    return name
+    return find_key(name, defaults, known)
 
 
 def find_image_column(columns: "pyarrow.Schema", name: str, file: Path) -> str:
-    """The column of images: the named one; for `auto` "image", else the only one declared as images, or of bytes."""
+    """The column of images: the named one; for `auto` "image", else the only one declared as images, or of bytes.
+
+    Raises TesseraError if there is none or more than one.
+    """
     pa = arrow()
-    if name != "auto" or "image" in columns.names:
-        return find_column("image" if name == "auto" else name, (), columns.names, file, "image") or ""
+    if column := find_column(name, ("image",), columns.names, file, "image"):
+        return column
     declared = [
         name
         for name, feature in _features(columns).items()
@@ -130,40 +118,10 @@ def find_image_column(columns: "pyarrow.Schema", name: str, file: Path) -> str:
     raise TesseraError(f"{file}: set data.image to the column of images; the columns are {', '.join(columns.names)}")
 
 
-def encode_labels(values: Any, names: Sequence[str], what: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names and the class of every row, int32 [N], from labels that are names or numbers.
-
-    values: an arrow array [N]; names: the class names of numbers, if known; what: for messages, "column 'label'".
-    Raises TesseraError if a label is missing or of another type.
-    """
-    pa, pc = arrow(), compute()
-    count = len(values)
-    if values.null_count:
-        raise TesseraError(
-            f"{values.null_count} of {count} rows have no label in {what}; "
-            "give them one, or set data.classes=none to train without classes"
-        )
-    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        try:
-            # One dictionary for all chunks, in order of first appearance.
-            coded = pc.dictionary_encode(values.cast(kind)).unify_dictionaries().combine_chunks()
-            words = coded.dictionary.to_pylist()
-        except (pa.ArrowException, ValueError) as error:
-            raise TesseraError(f"{what} is damaged: {error}") from None
-        ordered = sorted(words)
-        number = {word: index for index, word in enumerate(ordered)}
-        return tuple(ordered), np.array([number[word] for word in words], np.int32)[coded.indices.to_numpy()]
-    if not pa.types.is_integer(kind) or (count and pc.min(values).as_py() < 0):
-        raise TesseraError(f"{what} contains neither class numbers nor names; set data.label")
-    largest = pc.max(values).as_py() if count else -1
-    if not names:
-        if largest >= MAX_CLASSES:
-            raise TesseraError(f"{what} contains {largest}, which is not a class number; set data.label")
-        names = [str(number) for number in range(largest + 1)]
-    if largest >= len(names):
-        raise TesseraError(f"{what} contains class {largest}, but the file names {len(names)} classes")
-    return tuple(names), values.cast(pa.int32()).to_numpy()
+def declared_labels(columns: "pyarrow.Schema") -> list[str]:
+    """The columns that a file's metadata declares as labels, as Hugging Face's `datasets` writes it."""
+    features = _features(columns).items()
+    return [name for name, each in features if isinstance(each, dict) and each.get("_type") == "ClassLabel"]
 
 
 def class_names(columns: "pyarrow.Schema", label: str) -> tuple[str, ...]:
@@ -221,10 +179,10 @@ def open_images(files: Sequence[Path], name: str) -> list[ImageColumn]:
     Raises TesseraError if a file is damaged or cannot be unpacked.
     """
     columns = [find_image_column(read_schema(file), name, file) for file in files]
-    packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if file.suffix == ".parquet")
+    packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if is_parquet(file))
     images = []
     for file, column in zip(files, columns):
-        readable = _unpacked(file, column) if packed > MAX_IN_MEMORY and file.suffix == ".parquet" else file
+        readable = _unpacked(file, column) if packed > MAX_IN_MEMORY and is_parquet(file) else file
         images.append(ImageColumn(read_columns(readable, [column])[column], file.parent))
     return images
 

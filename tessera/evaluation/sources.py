@@ -15,10 +15,10 @@ from PIL import Image
 
 from tessera import randomness
 from tessera.data import AnyData
+from tessera.data.columns import MAX_CLASSES
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import ImagesConfig, InvalidSample, flatten
 from tessera.data.resolve import open_data
-from tessera.data.tables import MAX_CLASSES
 from tessera.errors import TesseraError
 from tessera.generation.shards import ImageShard, shard_range
 from tessera.images import read_settings

@@ -208,7 +208,7 @@ def test_metadata_of_a_file_that_does_not_exist(tmp_path):
     done = check.report_findings(request)
     assert {finding.kind: [*finding.samples, *finding.names] for finding in done.findings} == {
         "missing": [2],
-        "misnamed-images": ["2.png (a PNG image, 32 x 32)"],
+        "unlisted-images": ["2.png"],
     }
 
 

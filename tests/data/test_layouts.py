@@ -82,10 +82,22 @@ def test_text_files_and_class_folders_combine(tmp_path):
     assert samples(open_data(tmp_path, caption=None)) == [(0, "cat", None), (1, "dog", None)]
 
 
-def test_invalid_utf8_in_captions_is_replaced(tmp_path):
+TEXT = "the artist’s café, “late” – 1900"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252"])
+def test_captions_in_other_encodings_are_decoded_and_a_guess_is_reported(tmp_path, encoding, capfd):
     put(tmp_path / "a.png", png())
-    put(tmp_path / "a.txt", b"caf\xe9")
-    assert open_data(tmp_path).caption(0) == "caf\ufffd"
+    put(tmp_path / "a.txt", TEXT.encode(encoding))
+    assert open_data(tmp_path).caption(0) == TEXT
+    assert ("read as Windows-1252" in capfd.readouterr().err) == (encoding == "cp1252")
+
+
+def test_captions_that_cannot_be_decoded_are_reported(tmp_path, capfd):
+    put(tmp_path / "a.png", png())
+    put(tmp_path / "a.txt", b"\x81\x8d\x00")
+    assert open_data(tmp_path).caption(0) is None
+    assert "1 texts cannot be decoded and are left out (such as a.txt)" in capfd.readouterr().err
 
 
 # Metadata files
@@ -224,7 +236,7 @@ def test_the_key_of_a_member_ends_at_the_first_dot(tmp_path):
 
 
 def test_large_tars_are_listed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("tessera.data.layouts.MIN_CACHED_MEMBERS", 2)
+    monkeypatch.setattr("tessera.data.tars.MIN_CACHED_MEMBERS", 2)
     path = tar(tmp_path / "a.tar", ("a.png", png(1)), ("a.txt", "one"), ("b.png", png(2)), ("b.txt", "two"))
     first = samples(open_data(path))
     monkeypatch.setattr(tarfile, "open", None)

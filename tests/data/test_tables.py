@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import random
+from datetime import date
 
 import numpy as np
 import pytest
@@ -133,14 +134,29 @@ def test_missing_labels_are_counted(tmp_path):
         open_data(path)
 
 
-@pytest.mark.parametrize("labels", [[0.5, 1.5], [-1, 0], [[0], [1]]])
+@pytest.mark.parametrize("labels", [[0.5, 1.5], [-1, -2], [[0], [1]], [date(2020, 1, 1), date(2020, 1, 2)]])
 def test_labels_that_are_neither_numbers_nor_names(tmp_path, labels):
     with pytest.raises(TesseraError, match="neither class numbers nor names"):
         open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
 
 
+@pytest.mark.parametrize("label", [-1, 0.5, None])
+def test_rows_without_a_usable_label_are_named(tmp_path, label):
+    path = put(tmp_path / "a.parquet", image=[png()] * 3, label=[0, 1, label])
+    reason = "" if label is None else rf" \(such as row 2: {label}\)"
+    with pytest.raises(TesseraError, match=f"1 of 3 rows have no label in column 'label'{reason}; give them one"):
+        open_data(path)
+
+
+@pytest.mark.parametrize("labels", [[1.0, 0.0], [True, False]])
+def test_whole_numbers_and_truth_values_are_labels(tmp_path, labels):
+    source = open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=labels))
+    assert source.class_names == (("False", "True") if labels[0] is True else ("0", "1"))
+    assert [source.label(i) for i in range(2)] == [1, 0]
+
+
 def test_identifiers_are_not_class_numbers(tmp_path):
-    with pytest.raises(TesseraError, match=r"column 'label' contains 987654321012, which is not a class number"):
+    with pytest.raises(TesseraError, match=r"1 of 2 rows .*row 1: 987654321012, which is not a class number"):
         open_data(put(tmp_path / "a.parquet", image=[png(), png()], label=[0, 987654321012]))
 
 
@@ -188,15 +204,15 @@ def test_random_damage_raises_nothing_but_tessera_errors(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["image", "label"])
-def test_invalid_utf8(tmp_path, column):
+def test_invalid_utf8(tmp_path, column, capfd):
     broken = arrow.Array.from_buffers(
-        arrow.string(), 2, [*arrow.array(["ab", "cd"]).buffers()[:2], arrow.py_buffer(b"\xff\xfecd")]
+        arrow.string(), 2, [*arrow.array(["ab", "cd"]).buffers()[:2], arrow.py_buffer(b"\xe9tcd")]
     )
     images = arrow.StructArray.from_arrays([arrow.array([png(3), png(4)]), broken], ["bytes", "path"])
     path = put(tmp_path / "a.parquet", image=images, label=broken if column == "label" else ["a", "b"])
     if column == "label":
-        with pytest.raises(TesseraError, match="column 'label' is damaged"):
-            open_data(path)
+        assert open_data(path).class_names == ("cd", "ét")
+        assert "1 texts are not UTF-8 and were read as Windows-1252" in capfd.readouterr().err
     else:
         assert [source_pixel for source_pixel, _ in read(open_data(path))] == [3, 4]
 

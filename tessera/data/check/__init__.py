@@ -40,11 +40,11 @@ class CheckRequest:
     @cached_property
     def dataset(self) -> FilesDataset:
         """The data set. Raises TesseraError if it cannot be opened."""
-        return open_any(_files_config(self.data, self.size))
+        return FilesDataset(_files_config(self.data, self.size))
 
     @cached_property
     def reference_dataset(self) -> FilesDataset | None:
-        return None if self.reference is None else open_any(_files_config(self.reference, self.size))
+        return None if self.reference is None else FilesDataset(_files_config(self.reference, self.size))
 
 
 @dataclass(frozen=True)
@@ -61,36 +61,6 @@ def _files_config(path: str, size: tuple[int, int] | None) -> FilesConfig:
     if not isinstance(config, FilesConfig):
         raise TesseraError(f"{path}: embedded data ({', '.join(EMBEDDED)}) has no files to check; expected a path")
     return config
-
-
-def open_any(config: FilesConfig) -> FilesDataset:
-    """Open a data set, even if its layout is not valid for training.
-
-    Loose images beside class folders have no class; a single class folder is a class. Raises TesseraError.
-    """
-    first: TesseraError | None = None
-    for change in ({}, {"classes": "none"}, {"kind": "folder"}, {"kind": "folder", "classes": "none"}):
-        try:
-            dataset = config.model_copy(update=change).open()
-        except TesseraError as error:
-            first = first or error
-            continue
-        return _with_folder_classes(dataset) if change else dataset
-    assert first is not None
-    raise first
-
-
-def _with_folder_classes(dataset: FilesDataset) -> FilesDataset:
-    """The data set with the first level of folders as classes, for images in folders."""
-    table = dataset.table
-    if table["offset"].null_count < len(table) or dataset.config.classes != "none":
-        return dataset
-    folders = [path.partition("/")[0] if "/" in path else None for path in table["path"].to_pylist()]
-    names = sorted({name for name in folders if name})
-    number: dict[str | None, int | None] = {name: index for index, name in enumerate(names)}
-    labels = index.arrow().array([number.get(name) for name in folders], "int32")
-    table = table.set_column(table.schema.get_field_index("label"), "label", labels)
-    return FilesDataset(dataset.config, index.with_metadata(table, dataset.root, names))
 
 
 def scan_data(
@@ -133,6 +103,9 @@ def report_findings(
         atomic_write(request.folder / FINDINGS, to_json(checked))
         atomic_write(request.folder / REPORT, page.page(result, findings, keep, command))
         if write_index is not None:
+            for note in dataset.notes:
+                if note.kind in ("invalid-labels", "label-types"):
+                    raise TesseraError(f"no index is written, which would lose the labels: {note.text}")
             if not keep.any():
                 report = request.folder / REPORT
                 raise TesseraError(f"no sample of {request.data} is accepted: see {report}, or exclude fewer kinds")

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Kinds of findings about single samples, which can therefore be excluded.
 SAMPLE_KINDS = (
-    *("conflicts", "leaks", "duplicates", "near-duplicates", "near-leaks", "loose-images", "small", "extreme-aspect"),
+    *("conflicts", "leaks", "duplicates", "near-duplicates", "near-leaks", "loose-images", "missing-labels"),
+    *("small", "extreme-aspect"),
     *("blank", "invisible", "low-information", "missing-captions", "empty-captions", "animated", "transparent"),
     *("sixteen-bit", "cmyk", "rotated", "wrong-endings"),
 )

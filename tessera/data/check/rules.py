@@ -11,7 +11,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from PIL import Image
@@ -325,9 +325,15 @@ def classes(scan: ScanResult) -> Iterator[Finding]:
     names, labels = scan.dataset.class_names, scan.labels
     if not names:
         return
+    reasons = {row: reason for note in scan.dataset.notes for row, reason in note.rows.items()}
+    loose = {row for note in scan.dataset.notes if note.kind == "loose-images" for row in note.rows}
+    unlabeled = [row for row in np.flatnonzero(labels < 0).tolist() if row not in loose]
     message = "images beside the class folders, without a class"
     advice = "move them into a class folder, or train without classes (data.classes=none)"
-    yield _excludable(scan, "loose-images", "error", message, scan.rows(labels < 0), advice=advice)
+    yield _excludable(scan, "loose-images", "error", message, sorted(loose), advice=advice)
+    message, advice = "samples without a usable label", "give them one, or train without classes (data.classes=none)"
+    reasons = {row: reasons.get(row, "no label") for row in unlabeled}
+    yield _excludable(scan, "missing-labels", "error", message, unlabeled, reasons, advice)
     counts = np.bincount(labels[(labels >= 0) & scan.usable], minlength=len(names))
     if len(names) == 1:
         message, advice = "only one class, so there is nothing to condition on", "set data.classes=none"
@@ -392,6 +398,14 @@ def names(scan: ScanResult) -> Iterator[Finding]:
     )
 
 
+def layout(scan: ScanResult) -> Iterator[Finding]:
+    """What the index leaves out, or training refuses. Notes about rows and about files have rules of their own."""
+    own_rules = {*get_args(NonSampleKind), "ignored-files", "one-class"}
+    for note in scan.dataset.notes:
+        if note.names and note.kind not in own_rules:
+            yield Finding(note.kind, note.severity, note.message or note.text, note.text, names=note.names)
+
+
 NON_SAMPLE_RULES: tuple[tuple[NonSampleKind, Severity, str, str], ...] = (
     ("misnamed-images", "warning", "images without the suffix of an image, which are ignored", "rename them"),
     ("archives", "warning", "archives, whose content is ignored", "unpack them"),
@@ -414,5 +428,5 @@ def _non_sample_names(scan: ScanResult, kind: str) -> tuple[str, ...]:
 
 
 RULES: tuple[Rule, ...] = (
-    *(faults, duplicates, near_duplicates, leaks, classes, sizes, contents, captions, names, formats, others),
+    *(faults, duplicates, near_duplicates, leaks, classes, sizes, contents, captions, names, formats, layout, others),
 )
