@@ -216,13 +216,23 @@ class GaussianDiffusion(DiffusionProcess):
         posterior = beta if self.num_timesteps == 1 else (1 - bar_t / bar_s) * (1 - bar_s) / (1 - bar_t)
         return posterior.log(), beta.log()
 
-    def p_mean_variance(self, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the model's p(x_s | x_t). The log-variance is shaped to broadcast over x."""
+    def p_mean_variance(
+        self,
+        x: Tensor,
+        prediction: Prediction,
+        t: Tensor,
+        s: Tensor,
+        variance: Literal["posterior", "beta"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the model's p(x_s | x_t). The log-variance is shaped to broadcast over x.
+
+        variance: a fixed one instead of that of the settings.
+        """
         smallest, largest = self.log_variances(t, s)
-        if prediction.var_fraction is not None:  # Nichol & Dhariwal 2021, equation 15
+        if variance is None and prediction.var_fraction is not None:  # Nichol & Dhariwal 2021, equation 15
             smallest, largest = expand(smallest, x), expand(largest, x)
             log_variance = prediction.var_fraction * largest + (1 - prediction.var_fraction) * smallest
-        elif self.config.variance == "beta":
+        elif (variance or self.config.variance) == "beta":
             log_variance = expand(torch.where(self._table_index(s) == 0, smallest, largest), x)
         else:
             log_variance = expand(smallest, x)

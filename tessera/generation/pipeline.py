@@ -4,7 +4,7 @@ Shapes: B images, C latent channels, T frames, H W height and width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from tessera.sampling import (
 )
 from tessera.sampling.loop import not_finite
 
-REQUEST_FIELDS = {"guidance_scale", "size", "init_image", "strength", "mask", "precision", "guidance_model"}
+REQUEST_FIELDS = {each.name for each in fields(SampleRequest)} - {"seeds", "condition", "settings", "policy"}
 
 
 def make_request(
@@ -49,9 +49,9 @@ def make_request(
     classes: the same as condition={"label": classes}.
     """
     condition = dict(condition or {}) | ({} if classes is None else {"label": classes})
-    fields = {name: value for name, value in options.items() if name in REQUEST_FIELDS}
+    named = {name: value for name, value in options.items() if name in REQUEST_FIELDS}
     settings = {name: value for name, value in options.items() if name not in REQUEST_FIELDS}
-    return SampleRequest(seeds, condition, settings=settings, **fields)
+    return SampleRequest(seeds, condition, settings=settings, **named)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None 
         noise_calls += 1
         return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), start.x.shape[1:]).to(device)
 
-    inputs = DenoiserRows.build(conditions, terms.guidance(config, rows.scale), denoiser.networks, start.x)
+    guidance = terms.guidance(config, rows.scale)
+    inputs = DenoiserRows.build(conditions, guidance, denoiser.networks, start.x, config.clipping)
     denoise = _BatchDenoiser(denoiser, inputs)
     yield from sample_loop(start.solver, denoise, start.x, start.times, noise, start.memory)
 
@@ -243,7 +244,9 @@ class ContinuousSampler:
                 num_steps=torch.full((count,), len(start.times) - 1),
                 seed=rows.seed,
                 noise_calls=torch.ones(count, dtype=torch.int64),
-                inputs=DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x),
+                inputs=DenoiserRows.build(
+                    conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping
+                ),
                 memory=start.memory,
             ),
         )

@@ -9,14 +9,14 @@ Shapes: D width, O raw output channels, p patch side.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor
 
 from tessera.bundle import BundleConfig, Model, Provenance, assemble, copy_codec
-from tessera.checkpoint_files import read_state_dict, write_tensors
+from tessera.checkpoint_files import find_weight_files, write_tensors
 from tessera.codecs import AutoencoderConfig, StoredConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.codecs.resolve import CodecSource, resolve_codec
@@ -25,19 +25,19 @@ from tessera.diffusion.gaussian import CosineBetas, GaussianDiffusionConfig, Lin
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_folder, read_json
 from tessera.interop.common import relative_difference, require_dit
+from tessera.interop.schedulers import PREDICTIONS, SchedulerConfig, read_scheduler, sampling_config
+from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
-from tessera.sampling import DDIM, Ancestral, SamplingConfig
-from tessera.sampling.timesteps import Leading, Trailing, Uniform
+from tessera.sampling import DynamicThresholding, RangeClipping
 from tessera.settings import S, Settings, validate
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
 TRANSFORMER, SCHEDULER, VAE, SCHEDULER_CONFIG = "transformer", "scheduler", "vae", "scheduler_config.json"
 VERSION = "0.31.0"  # of diffusers whose files are written; later versions read them
+REQUIRED = ("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight", "proj_out_2.weight")
 TIME_DIVISOR = 127  # hard-coded there
 NULL_CLASS = 1000  # hard-coded in DiTPipeline
-SPACINGS = {"linspace": Uniform(), "leading": Leading(), "trailing": Trailing()}
-PREDICTIONS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
 
 class TransformerConfig(Settings):
@@ -59,24 +59,6 @@ class TransformerConfig(Settings):
     norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
     norm_elementwise_affine: Literal[False] = False
     norm_eps: float = 1e-5
-
-
-class SchedulerConfig(Settings):
-    """scheduler_config.json of a DDIMScheduler: the diffusion process, and how to sample from it."""
-
-    num_train_timesteps: PositiveInt = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
-    trained_betas: Annotated[list[float], Field(min_length=1)] | None = None
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    rescale_betas_zero_snr: bool = False
-    clip_sample: bool = True
-    thresholding: bool = False
-    set_alpha_to_one: bool = True
-    steps_offset: int = 0
-    variance_type: str | None = Field(default=None, description="of the DDPM scheduler", exclude=True)
 
 
 class TensorMapping(NamedTuple):
@@ -139,28 +121,27 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: CodecSource
         )
     transformer = _parse(TransformerConfig, data, path / CONFIG)
     network = network_config(transformer, str(path / CONFIG))
-    tensors = from_diffusers(_tensors(path), network, str(path))
-    scheduler, kind = SchedulerConfig(clip_sample=False), "DDIMScheduler"
+    transformer_weights = _tensors(path)
+    tensors = from_diffusers(transformer_weights.tensors, network, str(path))
+    scheduler, kind = SchedulerConfig(), "DDIMScheduler"
     if (folder / SCHEDULER / SCHEDULER_CONFIG).exists() or index:
-        scheduler, kind = _scheduler(folder / SCHEDULER / SCHEDULER_CONFIG)
+        scheduler, kind = read_scheduler(folder / SCHEDULER / SCHEDULER_CONFIG)
     if codec is None and index and (folder / VAE / CONFIG).exists():
         codec = str(folder)
-    unsupported = _unsupported(scheduler)
+    diffusion = diffusion_config(scheduler, network, str(folder / SCHEDULER))
+    sampling, differences = sampling_config(scheduler, kind, diffusion, min(50, scheduler.num_train_timesteps))
+    notes = [f"of the scheduler: {'; '.join(differences)}"] if differences else []
     config = BundleConfig(
         network=network,
-        diffusion=diffusion_config(scheduler, network, str(folder / SCHEDULER)),
+        diffusion=diffusion,
         codec=resolve_codec(codec, network.in_channels),
-        sampling=SamplingConfig(
-            sampler=Ancestral() if kind == "DDPMScheduler" else DDIM(),
-            num_steps=min(50, scheduler.num_train_timesteps),
-            timestep_spacing=SPACINGS[scheduler.timestep_spacing],
-            guidance_scale=4.0,  # the default of DiTPipeline, which guides every channel
-            guidance_channels="all",
-        ),
+        # The default of DiTPipeline, which guides every channel.
+        sampling=sampling.model_copy(update={"guidance_scale": 4.0, "guidance_channels": "all"}),
         class_names=_class_names(index.get("id2label"), network.num_classes),
         provenance=Provenance(
-            converted_from=f"diffusers folder {folder.resolve().name}",
-            not_converted=f"{', '.join(unsupported)} of the scheduler" if unsupported else None,
+            converted_from=f"diffusers folder {folder.resolve().name}"
+            + (f" (variant {transformer_weights.variant})" if transformer_weights.variant else ""),
+            not_converted="; ".join([*transformer_weights.left_out, *notes]) or None,
         ),
     )
     return assemble(config, tensors, str(path), device)
@@ -243,27 +224,9 @@ def diffusion_config(scheduler: SchedulerConfig, network: DiTConfig, source: str
     raise TesseraError(f"{source}: its {len(betas)} betas are neither linear nor the cosine schedule of {steps} steps")
 
 
-def _scheduler(path: Path) -> tuple[SchedulerConfig, str]:
-    data = read_json(path)
-    kind = str(data.get("_class_name"))
-    if kind not in ("DDIMScheduler", "DDPMScheduler") and not data.keys() & {"beta_schedule", "trained_betas"}:
-        raise TesseraError(f"{path} is a {kind}; expected a scheduler with betas, such as DDIMScheduler")
-    if data.get("trained_betas") is not None:
-        data.pop("beta_schedule", None)  # trained_betas take precedence
-    return _parse(SchedulerConfig, data, path), kind
-
-
 def _parse(kind: type[S], data: dict[str, Any], path: Path) -> S:
     """The fields that Tessera uses; each version of diffusers writes others, too."""
     return validate(kind, {name: value for name, value in data.items() if name in kind.model_fields}, str(path))
-
-
-def _unsupported(scheduler: SchedulerConfig) -> list[str]:
-    """Settings that change diffusers' images and that Tessera does not have."""
-    supported = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True, "steps_offset": 0}
-    return [
-        f"{name} {getattr(scheduler, name)}" for name, value in supported.items() if getattr(scheduler, name) != value
-    ]
 
 
 def _class_names(labels: Any, classes: int) -> tuple[str, ...]:
@@ -274,23 +237,20 @@ def _class_names(labels: Any, classes: int) -> tuple[str, ...]:
     return () if names == tuple(str(i) for i in range(classes)) else names
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """A transformer's state dict: safetensors preferred to pickles, one file or shards."""
-    for suffix in (".safetensors", ".bin"):
-        path, index = folder / f"{WEIGHTS}{suffix}", folder / f"{WEIGHTS}{suffix}.index.json"
-        if path.exists():
-            return _read(path)
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            files = sorted(set(shards.values())) if isinstance(shards, dict) else []
-            if not files or not all(isinstance(file, str) and file == Path(file).name for file in files):
-                raise TesseraError(f"{index} lists no files: expected a weight_map from tensors to files beside it")
-            return {name: tensor for file in files for name, tensor in _read(folder / file).items()}
-    raise TesseraError(f"{folder} holds no weights: expected {WEIGHTS}.safetensors (or .bin), or its .index.json")
+class _Transformer(NamedTuple):
+    tensors: dict[str, Tensor]
+    variant: str | None
+    left_out: list[str]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in read_state_dict(path).items()}  # copies: pickles are memory-mapped
+def _tensors(folder: Path) -> _Transformer:
+    """A transformer's state dict: one file or shards, of a variant if there is nothing else."""
+    files = find_weight_files(folder, [WEIGHTS])
+    if files is None:
+        raise TesseraError(f"{folder} holds no weights: expected {WEIGHTS}.safetensors (or .bin), or its .index.json")
+    weights = find_weights(files.read(), REQUIRED, str(folder))
+    tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}  # pickles are memory-mapped
+    return _Transformer(tensors, files.variant, weights.left_out)
 
 
 # Export
@@ -320,7 +280,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         write_tensors(
             to_diffusers(model.network.state_dict(), network), folder / TRANSFORMER / f"{WEIGHTS}.safetensors"
         )
-        _write_json(folder / SCHEDULER / SCHEDULER_CONFIG, "DDIMScheduler", scheduler_config(model.config).model_dump())
+        _write_json(folder / SCHEDULER / SCHEDULER_CONFIG, "DDIMScheduler", scheduler_config(model.config))
         vae = _write_vae(model, folder / VAE)
         index = {
             "id2label": {str(i): name for i, name in enumerate(model.class_names)},
@@ -395,25 +355,35 @@ def to_diffusers(tensors: dict[str, Tensor], network: DiTConfig) -> dict[str, Te
     return result
 
 
-def scheduler_config(config: BundleConfig) -> SchedulerConfig:
+def scheduler_config(config: BundleConfig) -> dict[str, Any]:
     """The DDIM scheduler with the betas of a process: by name if diffusers has one, else as a list."""
     assert isinstance(config.diffusion, GaussianDiffusionConfig)  # checked by _problems
-    steps, schedule = config.diffusion.num_timesteps, config.diffusion.schedule
+    steps, schedule, sampling = config.diffusion.num_timesteps, config.diffusion.schedule, config.sampling
     betas: dict[str, Any] = {"trained_betas": schedule.betas(steps).tolist()}
     if schedule == CosineBetas():
         betas = {"beta_schedule": "squaredcos_cap_v2"}
     elif isinstance(schedule, LinearBetas) and schedule.end * 1000 / steps < 0.999:
         betas = {"beta_start": schedule.start * 1000 / steps, "beta_end": schedule.end * 1000 / steps}
-    return SchedulerConfig.model_validate(
-        {
-            "num_train_timesteps": steps,
-            "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.diffusion.prediction),
-            "timestep_spacing": "trailing" if config.sampling.timestep_spacing.kind == "trailing" else "leading",
-            "rescale_betas_zero_snr": config.diffusion.zero_terminal_snr,
-            "clip_sample": False,
-            **betas,
-        }
-    )
+    clipping, spacing = sampling.clipping, sampling.timestep_spacing
+    data = {
+        "num_train_timesteps": steps,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+        "prediction_type": next(name for name, ours in PREDICTIONS.items() if ours == config.diffusion.prediction),
+        "timestep_spacing": "trailing" if spacing.kind == "trailing" else "leading",
+        "steps_offset": getattr(spacing, "offset", 0),
+        "rescale_betas_zero_snr": config.diffusion.zero_terminal_snr,
+        "set_alpha_to_one": getattr(spacing, "end", "data") == "data",
+        "clip_sample": isinstance(clipping, RangeClipping),
+        "thresholding": isinstance(clipping, DynamicThresholding),
+    }
+    if isinstance(clipping, RangeClipping):
+        data["clip_sample_range"] = clipping.range
+    if isinstance(clipping, DynamicThresholding):
+        data |= {"dynamic_thresholding_ratio": clipping.quantile, "sample_max_value": clipping.max_value}
+    return data | betas
 
 
 def _write_vae(model: Model, target: Path) -> bool:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator
 
 from tessera.sampling.ancestral import Ancestral
 from tessera.sampling.caching import AnyCaching, FirstBlockCaching, NoCaching
+from tessera.sampling.clipping import AnyClipping, DynamicThresholding, NoClipping, RangeClipping
 from tessera.sampling.continuous import ContinuousBatch, RowState, sampling_noise
 from tessera.sampling.ddim import DDIM
 from tessera.sampling.denoiser import (
@@ -81,6 +82,7 @@ class SamplingConfig(Settings):
         le=1,
         description="how far a guided output gets the standard deviation of the conditional output",
     )
+    clipping: AnyClipping = Field(default=NoClipping(), description="limits of the predicted x0, for pixels")
     caching: AnyCaching = Field(default=NoCaching(), description="what is reused from one step to the next")
 
     @field_validator("guidance_interval")
@@ -111,11 +113,11 @@ class SamplingConfig(Settings):
 
 
 __all__ = [
-    "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyGuidanceSchedule", "AnySampler",
-    "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance", "ContinuousBatch", "CosineGuidance", "DPMSolver",
-    "DPMSolverSDE", "Denoiser", "DenoiserRows", "EditSource", "Euler", "FirstBlockCaching", "Guidance", "GuidanceModel",
-    "Heun", "Karras", "Leading", "LinearGuidance", "LogSNR", "MaskedMemory", "MaskedSolver", "NoCaching",
-    "PoweredCosineGuidance", "Quadratic", "RowDenoiser", "RowState", "SampleState", "SamplingConfig",
-    "SamplingNetwork", "Shifted", "Solver", "Stepper", "Trailing", "UniPC", "Uniform", "sample_loop", "sampling_noise",
-    "timestep_grid",
+    "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyClipping", "AnyGuidanceSchedule",
+    "AnySampler", "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance", "ContinuousBatch", "CosineGuidance",
+    "DPMSolver", "DPMSolverSDE", "Denoiser", "DenoiserRows", "DynamicThresholding", "EditSource", "Euler",
+    "FirstBlockCaching", "Guidance", "GuidanceModel", "Heun", "Karras", "Leading", "LinearGuidance", "LogSNR",
+    "MaskedMemory", "MaskedSolver", "NoCaching", "NoClipping", "PoweredCosineGuidance", "Quadratic", "RangeClipping",
+    "RowDenoiser", "RowState", "SampleState", "SamplingConfig", "SamplingNetwork", "Shifted", "Solver", "Stepper",
+    "Trailing", "UniPC", "Uniform", "sample_loop", "sampling_noise", "timestep_grid",
 ]  # fmt: skip

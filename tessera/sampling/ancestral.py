@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess, GaussianDiffusion
@@ -19,6 +20,9 @@ class Ancestral(Solver):
     """
 
     kind: Literal["ancestral"] = "ancestral"
+    variance: Literal["posterior", "beta"] | None = Field(
+        default=None, description="a fixed variance of the steps instead of that of the diffusion process"
+    )
 
     def check(self, diffusion: DiffusionProcess) -> None:
         if not isinstance(diffusion, GaussianDiffusion):
@@ -33,6 +37,6 @@ class Ancestral(Solver):
         """One step from t to s. x [B, ...], t and s [B] or [B, T]; rows at s = 0 take the mean."""
         assert isinstance(diffusion, GaussianDiffusion)
         prediction = yield x, t
-        mean, log_variance = diffusion.p_mean_variance(x, prediction, t, s)
+        mean, log_variance = diffusion.p_mean_variance(x, prediction, t, s, self.variance)
         std = torch.exp(0.5 * log_variance) * expand((s > 0).to(x.dtype), x)
         return mean + std * noise(), memory

@@ -14,6 +14,7 @@ from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Prediction
 from tessera.rows import Rows
+from tessera.sampling.clipping import AnyClipping, NoClipping, clipped
 from tessera.sampling.guidance import AnyGuidanceSchedule, Guidance
 from tessera.times import shared_time
 
@@ -74,14 +75,19 @@ class DenoiserRows(Rows):
     conditions: tuple[Condition, ...]  # the condition, then that of the weak output of each term of guidance
     guidance: Guidance
     states: tuple[Any, ...]  # of a network with a cache, one for each condition; else None
+    clipping: list[AnyClipping]  # [B] of x0
 
     @staticmethod
     def build(
-        conditions: Sequence[Condition], guidance: Guidance, networks: Sequence[SamplingNetwork], x: Tensor
+        conditions: Sequence[Condition],
+        guidance: Guidance,
+        networks: Sequence[SamplingNetwork],
+        x: Tensor,
+        clipping: AnyClipping | None = None,
     ) -> "DenoiserRows":
         """Rows that were not evaluated. networks: of each condition; x: of the first evaluation"""
         states = [network.empty_state(x) if isinstance(network, CachedNetwork) else None for network in networks]
-        return DenoiserRows(tuple(conditions), guidance, tuple(states))
+        return DenoiserRows(tuple(conditions), guidance, tuple(states), [clipping or NoClipping()] * len(x))
 
 
 class RowDenoiser:
@@ -102,7 +108,7 @@ class RowDenoiser:
     def __call__(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Prediction, DenoiserRows]:
         """x [B, C, ...], t [B] or [B, T] -> (Prediction, the rows with new states)"""
         raw, rows = self.raw(x, t, rows)
-        return self.diffusion.predict(raw, x, t), rows
+        return clipped(self.diffusion.predict(raw, x, t), rows.clipping), rows
 
     def raw(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Tensor, DenoiserRows]:
         """The network's raw output [B, O, ...], guided, and the rows with new states."""

@@ -8,7 +8,7 @@ last of them.
 from typing import Annotated, Literal, Self, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
@@ -17,49 +17,88 @@ from tessera.errors import TesseraError
 from tessera.settings import Settings, expand_kind
 
 
-class Uniform(Settings):
+class _StepSpacing(Settings):
+    """A grid of trained steps."""
+
+    end: Literal["data", "first-step"] = Field(
+        default="data", description="the last time: 0, or that of the first trained step, whose noise remains"
+    )
+
+    def times_of_steps(self, steps: list[int], diffusion: DiffusionProcess) -> Tensor:
+        """Trained steps in any order -> decreasing times that end at 0, or at the first trained step."""
+        assert diffusion.num_timesteps is not None
+        times = [(step + 1) / diffusion.num_timesteps for step in sorted(steps, reverse=True)]
+        last = 0.0 if self.end == "data" else 1 / diffusion.num_timesteps
+        # From the first step to itself there is nothing to do.
+        return torch.tensor([*(time for time in times if time > last), last], dtype=torch.float64)
+
+    def trained_steps(self, diffusion: DiffusionProcess) -> int:
+        """The number of trained steps. Raises TesseraError for a process in continuous time."""
+        if diffusion.num_timesteps is None:
+            name = getattr(self, "kind", "the grid") if self.end == "data" else f"timestep_spacing.end={self.end}"
+            raise TesseraError(
+                f"{name} needs a process of discrete steps; this one is continuous: use uniform or shifted"
+            )
+        return diffusion.num_timesteps
+
+
+class Uniform(_StepSpacing):
     """Equal strides from the first trained step to the last, as the official code respaces (Nichol & Dhariwal 2021)."""
 
     kind: Literal["uniform"] = "uniform"
+    without_first: bool = Field(
+        default=False, description="a grid of one step more without its lowest one, as diffusers' DPM-Solver and UniPC"
+    )
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        if diffusion.num_timesteps is None:
+        if diffusion.num_timesteps is None and self.end == "data":
             return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        trained = self.trained_steps(diffusion)
+        if self.without_first:
+            stride = (trained - 1) / num_steps
+            return self.times_of_steps([round(i * stride) for i in range(1, num_steps + 1)], diffusion)
         if num_steps == 1:  # the official code would use step 0 alone, which is hardly any noise
-            return times_of_steps([diffusion.num_timesteps - 1], diffusion)
-        stride = (diffusion.num_timesteps - 1) / (num_steps - 1)
+            return self.times_of_steps([trained - 1], diffusion)
+        stride = (trained - 1) / (num_steps - 1)
         steps, position = [], 0.0
         for _ in range(num_steps):  # summed as in the official code: a product rounds some steps differently
             steps.append(round(position))
             position += stride
-        return times_of_steps(steps, diffusion)
+        return self.times_of_steps(steps, diffusion)
 
 
-class Leading(Settings):
+class Leading(_StepSpacing):
     """Multiples of a whole stride from step 0: the default of diffusers' schedulers. Only for discrete steps."""
 
     kind: Literal["leading"] = "leading"
+    offset: NonNegativeInt = Field(default=0, description="added to every step (diffusers' steps_offset)")
+    without_first: bool = Field(
+        default=False, description="a grid of one step more without its lowest one, as diffusers' DPM-Solver and UniPC"
+    )
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        if diffusion.num_timesteps is None:
+        trained = self.trained_steps(diffusion)
+        stride, first = trained // (num_steps + self.without_first), int(self.without_first)
+        steps = [i * stride + self.offset for i in range(first, first + num_steps)]
+        if steps[-1] >= trained:
             raise TesseraError(
-                "leading needs a process of discrete steps; this one is continuous: use uniform or shifted"
+                f"timestep_spacing.offset {self.offset} leads to step {steps[-1]} at {num_steps} steps, and this model "
+                f"was trained with {trained}: use fewer steps"
             )
-        stride = diffusion.num_timesteps // num_steps
-        return times_of_steps([i * stride for i in range(num_steps)], diffusion)
+        return self.times_of_steps(steps, diffusion)
 
 
-class Trailing(Settings):
+class Trailing(_StepSpacing):
     """A stride back from the last step, so that sampling starts at the full noise (Lin et al. 2024, table 2)."""
 
     kind: Literal["trailing"] = "trailing"
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        trained = diffusion.num_timesteps
-        if trained is None:
+        if diffusion.num_timesteps is None and self.end == "data":
             return Uniform()(num_steps, diffusion)
+        trained = self.trained_steps(diffusion)
         steps = [max(round(trained - i * trained / num_steps) - 1, 0) for i in range(num_steps)]
-        return times_of_steps(steps, diffusion)
+        return self.times_of_steps(steps, diffusion)
 
 
 class Quadratic(Settings):
@@ -144,14 +183,6 @@ AnyTimestepSpacing = Annotated[_Spacing, BeforeValidator(expand_kind), Field(dis
 TIMESTEP_SPACINGS = {spacing.model_fields["kind"].default: spacing for spacing in get_args(_Spacing)}
 
 
-def times_of_steps(steps: list[int], diffusion: DiffusionProcess) -> Tensor:
-    """Trained steps in any order -> decreasing times that end at 0."""
-    assert diffusion.num_timesteps is not None
-    return torch.tensor(
-        [*((step + 1) / diffusion.num_timesteps for step in sorted(steps, reverse=True)), 0.0], dtype=torch.float64
-    )
-
-
 def within_trained(times: Tensor, diffusion: DiffusionProcess) -> Tensor:
     """A curve from 1 to 0; for a process of discrete steps, rescaled so that its last time above 0 is step 1."""
     if diffusion.num_timesteps is None:
@@ -174,6 +205,6 @@ def timestep_grid(spacing: AnyTimestepSpacing, num_steps: int, diffusion: Diffus
         raise TesseraError(f"num_steps is {num_steps}; use 1 or more")
     times = spacing(num_steps, diffusion)
     noise = diffusion.sigma(times) - diffusion.alpha(times)  # increases with time on every path
-    if not ((times.diff() < 0) & (noise.diff() < 0)).all():
+    if len(times) < 2 or not ((times.diff() < 0) & (noise.diff() < 0)).all():
         raise TesseraError(f"{spacing.kind} times coincide at {num_steps} steps; use fewer steps, or uniform spacing")
     return times

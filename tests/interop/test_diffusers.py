@@ -286,7 +286,8 @@ def test_the_process_has_the_alphas_of_diffusers_scheduler(exported, kind, setti
     assert read.config.diffusion.zero_terminal_snr == zero
     assert read.config.diffusion.prediction == interop.PREDICTIONS[settings.get("prediction_type", "epsilon")]
     assert read.config.diffusion.variance == "learned"
-    assert read.config.sampling.sampler.kind == ("ancestral" if kind == "DDPMScheduler" else "ddim")
+    solvers = {"DDPMScheduler": "ancestral", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm++"}
+    assert read.config.sampling.sampler.kind == solvers[kind]
 
 
 def test_fixed_variance_and_spacing_are_those_of_the_scheduler(make_theirs, tmp_path):
@@ -302,7 +303,11 @@ def test_scheduler_settings_that_are_not_converted_are_recorded(exported):
     assert interop.read(exported).config.provenance.not_converted is None
     edit(exported / "scheduler" / "scheduler_config.json", clip_sample=..., steps_offset=1)
     not_converted = interop.read(exported).config.provenance.not_converted
-    assert not_converted == "clip_sample True, steps_offset 1 of the scheduler"
+    assert not_converted is None
+    edit(exported / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
+    assert (
+        "timestep_spacing linspace: DDIMScheduler steps back" in interop.read(exported).config.provenance.not_converted
+    )
 
 
 @pytest.mark.parametrize(

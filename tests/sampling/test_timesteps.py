@@ -10,7 +10,17 @@ from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.diffusion.gaussian import CosineBetas
 from tessera.errors import TesseraError
 from tessera.sampling.exponential import NoiseLevel
-from tessera.sampling.timesteps import TIMESTEP_SPACINGS, Karras, LogSNR, Quadratic, Shifted, Uniform, timestep_grid
+from tessera.sampling.timesteps import (
+    TIMESTEP_SPACINGS,
+    Karras,
+    Leading,
+    LogSNR,
+    Quadratic,
+    Shifted,
+    Trailing,
+    Uniform,
+    timestep_grid,
+)
 from tessera.settings import validate
 
 spacings = pytest.mark.parametrize("spacing", ["uniform", "leading", "trailing"])
@@ -50,6 +60,40 @@ def test_steps_are_those_of_diffusers(spacing, count):
     scheduler = DDIMScheduler(timestep_spacing=spacing)
     scheduler.set_timesteps(count)
     assert steps(spacing, count) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 10, 20, 30, 50, 250, 999])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_grids_without_their_first_step_are_those_of_multistep_schedulers(spacing, count):
+    scheduler = DPMSolverMultistepScheduler(timestep_spacing=spacing, steps_offset=0 if count == 999 else 1)
+    scheduler.set_timesteps(count)
+    ours = Uniform(without_first=True)
+    if spacing == "leading":
+        ours = Leading(without_first=True, offset=scheduler.config.steps_offset)
+    times = timestep_grid(ours, count, GaussianDiffusionConfig().build())[:-1]
+    assert (times * 1000).round().int().sub(1).tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("spacing", [Uniform, Leading, Trailing])
+def test_a_grid_may_end_at_the_first_trained_step(spacing):
+    process = GaussianDiffusionConfig().build()
+    times, whole = (timestep_grid(spacing(end=end), 10, process) for end in ("first-step", "data"))
+    assert times[-1] == 1 / 1000
+    expected = (
+        whole[:-1] if spacing is not Trailing else torch.cat((whole[:-1], torch.tensor([0.001], dtype=torch.float64)))
+    )
+    assert torch.equal(times, expected)  # no step from the first trained step to itself
+    with pytest.raises(TesseraError, match="end=first-step needs a process of discrete steps"):
+        timestep_grid(spacing(end="first-step"), 10, FlowMatchingConfig().build())
+
+
+def test_offsets_are_added_and_must_fit():
+    process = GaussianDiffusionConfig().build()
+    assert timestep_grid(Leading(offset=1), 10, process)[0] == 0.902
+    with pytest.raises(TesseraError, match="offset 1 leads to step 1000 at 1000 steps"):
+        timestep_grid(Leading(offset=1), 1000, process)
+    with pytest.raises(TesseraError, match="coincide at 1 steps"):
+        timestep_grid(Leading(end="first-step"), 1, process)
 
 
 @pytest.mark.parametrize(("count", "rest"), [(2, [0]), (5, [749, 500, 250, 0]), (4, [666, 333, 0])])
