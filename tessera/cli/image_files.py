@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from tessera import __version__, generation, images, runtime
 from tessera.acceleration import compilation
@@ -18,7 +17,7 @@ from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
 from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, split_names
 from tessera.conditioning import LabelField
-from tessera.data.images import centre_crop
+from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read_image
 from tessera.errors import TesseraError
 from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
@@ -126,8 +125,8 @@ def read_inputs(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read --guidance-model, --init-image and --mask: fields of the request, and hashes of the contents.
 
-    Image and mask are cropped as training images are, to --size or to the size the model was trained at. Raises
-    TesseraError for what does not fit the model.
+    Image and mask are read and cropped as training images are, to --size or to the size the model was trained at.
+    Raises TesseraError for what does not fit the model.
     """
     arguments: dict[str, Any] = {} if strength is None else {"strength": strength}
     hashes: dict[str, str] = {}
@@ -142,13 +141,15 @@ def read_inputs(
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
-        image = _read_image("--init-image", init_image, model.codec.pixel_channels)
+        background = ((model.config.recipe or {}).get("data") or {}).get("background", (255, 255, 255))
+        config = ImagesConfig(channels=1 if model.codec.pixel_channels == 1 else 3, background=background)
+        image = _read_image("--init-image", init_image, config)
         height, width = (size or generation.image_size(model))[-2:]
         size = height, width
         arguments["init_image"] = _crop(image, size)
         hashes["init_image_hash"] = _hash(arguments["init_image"])
         if mask is not None:
-            mask_image = _read_image("--mask", mask, 1)
+            mask_image = _read_mask(mask)
             if mask_image.shape[:2] != image.shape[:2]:
                 raise TesseraError(
                     f"--mask {mask} has {mask_image.shape[0]} x {mask_image.shape[1]} pixels (height x width), but "
@@ -159,22 +160,22 @@ def read_inputs(
     return arguments, hashes
 
 
-def _read_image(option: str, path: str, channels: int) -> np.ndarray:
-    """uint8 [H, W, C] of an image file. Raises TesseraError if colour or transparency would be lost."""
+def _read_image(option: str, path: str, config: ImagesConfig) -> np.ndarray:
+    """uint8 [H, W, C] of an image file, read as training reads it. Raises TesseraError."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            modes = {"L", "1", "P", "RGB"} if channels == 3 or option == "--mask" else {"L", "1"}
-            transparent = "transparency" in image.info
-            if image.mode not in modes or transparent:
-                raise TesseraError(
-                    f"{option} {path} has the mode {image.mode}{' with transparency' if transparent else ''}; expected "
-                    f"{'RGB or grayscale' if 'RGB' in modes else 'grayscale, as this model generates'}: convert it"
-                )
-            pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+        pixels = np.asarray(read_image(Path(path), config))
+    except InvalidSample as error:
         raise TesseraError(f"cannot read {option} {path}: {error}") from None
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _read_mask(path: str) -> np.ndarray:
+    """uint8 [H, W, 1] of a mask. Raises TesseraError if it is transparent somewhere: what that means is not defined."""
+    backgrounds = ((0, 0, 0), (255, 255, 255))
+    black, white = (_read_image("--mask", path, ImagesConfig(channels=1, background=level)) for level in backgrounds)
+    if (black != white).any():
+        raise TesseraError(f"--mask {path} has transparent pixels; expected white where the image changes, else black")
+    return white
 
 
 def _crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

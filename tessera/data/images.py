@@ -1,25 +1,54 @@
-"""Decoding of one image file to an array: transparency, orientation, centre crop.
+"""Decoding of one image file to an array: value ranges, transparency, orientation, centre crop.
+
+Every image of a user is opened here, whatever reads it: training, check, evaluation, editing.
 
 Shapes: C channels, H W height and width.
 """
 
 import io
-from collections.abc import Iterator
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from pydantic import Field
 
 from tessera.data.buckets import BucketsConfig
 from tessera.settings import Settings, Size
 
 ORIENTATION_TAG, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
-PNG_ORIENTATION_KEYS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # what can hold an orientation in a PNG
+UPRIGHT = {  # what turns an image of an orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG_EXIF = b"eXIf"
+PNG_ORIENTATION_KEYS = (PNG_EXIF, b"Raw profile type", b"XML:com.adobe.xmp")  # what can hold an orientation in a PNG
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_ANIMATION = (b"acTL", b"fcTL", b"fdAT")
+AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)  # the entry of EXIF data in the list of a file's items
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
+WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
+SIXTEEN_BIT_FORMATS = ("PNG", "TIFF", "JPEG2000", "IM")  # whose integers of 16 bits have no sign
+METADATA_PROBLEM = "tessera: metadata problem"  # the key of `Image.info` with what could not be read
+MAX_SCALED = 16  # times the size: where scaling up an image would exceed it, the image is cropped first
 # What `load_image` does beside its settings. It is part of a latent cache's key: change it with centre_crop or flatten.
 RESIZING = "halved by boxes, bicubic, centre crop"
+
+T = TypeVar("T")
+
+# Pillow warns about metadata and sizes of files, which `tessera data check` reports by name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
@@ -73,8 +102,71 @@ class Dataset(Protocol):
         ...
 
 
-def _open(file: Path | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+def with_image(file: Path | bytes, read: Callable[[Image.Image], T]) -> T:
+    """`read` of an opened image file, by path or content.
+
+    Metadata that cannot be read do not cost the pixels: the image is read without them, and `info[METADATA_PROBLEM]`
+    is the reason. Raises what the decoder raises, which is any exception for damaged bytes.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            _scale_transparent_colour(image)
+            return read(image)
+    except Exception as error:
+        if isinstance(error, (InvalidSample, FileNotFoundError, PermissionError, Image.DecompressionBombError)):
+            raise
+        problem = error
+    content = file if isinstance(file, bytes) else file.read_bytes()
+    for remaining in _without_metadata(content):
+        try:
+            with Image.open(io.BytesIO(remaining)) as image:
+                image.info[METADATA_PROBLEM] = _describe(problem)
+                _scale_transparent_colour(image)
+                return read(image)
+        except InvalidSample:
+            raise
+        except Exception:  # the pixels are damaged, or other metadata are
+            continue
+    if isinstance(problem, UnidentifiedImageError) and content.startswith((b"II*\0", b"MM\0*")):
+        raise InvalidSample(
+            "a TIFF that is damaged, or of a type that Pillow cannot read, such as numbers of 64 bits: "
+            "convert it to 8 or 16 bits"
+        )
+    raise problem
+
+
+def _without_metadata(content: bytes) -> Iterator[bytes]:
+    """Versions of a file without the metadata that may prevent reading it, the first with those that may hold an
+    orientation; none, if it has no metadata.
+    """
+    if content[4:8] == b"ftyp" and AVIF_EXIF.search(content):
+        yield AVIF_EXIF.sub(rb"\1none", content)
+    if not content.startswith(PNG_SIGNATURE):
+        return
+    chunks, start = [], len(PNG_SIGNATURE)
+    while start < len(content) and not (chunks and chunks[-1][4:8] == b"IEND"):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        chunks.append(content[start:end])
+        start = end
+    if not (all(chunk[4:8].isalpha() for chunk in chunks) and any(chunk[4:8] == b"IDAT" for chunk in chunks)):
+        return
+    previous = len(chunks)
+    for keys in ((*PNG_ANIMATION, *PNG_ORIENTATION_KEYS), (*PNG_ANIMATION, PNG_EXIF), ()):
+        remaining = [chunk for chunk in chunks if _affects_pixels(chunk, keys)]
+        if len(remaining) < previous:
+            yield PNG_SIGNATURE + b"".join(remaining)
+        previous = len(remaining)
+
+
+def _affects_pixels(chunk: bytes, keys: tuple[bytes, ...]) -> bool:
+    """Whether a PNG chunk is critical (its name starts in upper case), holds a transparent colour, or is intact and
+    starts with a key."""
+    kind, intact = chunk[4:8], zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+    return kind[:1].isupper() or kind == b"tRNS" or (intact and (kind in keys or chunk[8:].startswith(keys)))
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 @contextmanager
@@ -82,10 +174,29 @@ def _decoding_errors() -> Iterator[None]:
     """Any error of a decoder as InvalidSample: on damaged bytes they raise anything, struct.error included."""
     try:
         yield
+    except InvalidSample:
+        raise
     except UnidentifiedImageError:
         raise InvalidSample("not an image") from None
+    except Image.DecompressionBombError as error:
+        raise InvalidSample(f"too large: {error}") from None
     except Exception as error:
-        raise InvalidSample(f"damaged: {error}") from None
+        raise InvalidSample(f"damaged: {_describe(error)}") from None
+
+
+def read_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None = None) -> Image.Image:
+    """An image file as displayed: upright, 8 bits, L or RGB, on the background. Its size does not change.
+
+    size: what it will be cropped to, for fast decoding. Raises InvalidSample.
+    """
+
+    def read(image: Image.Image) -> Image.Image:
+        if size is not None and config.decoding == "fast" and image.format == "JPEG":
+            image.draft(None, _draft_size(image.size, size))
+        return flatten(upright(image), config)
+
+    with _decoding_errors():
+        return with_image(file, read)
 
 
 def load_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -94,19 +205,15 @@ def load_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] |
     Raises InvalidSample.
     """
     size = size or config.size
-    with _decoding_errors(), _open(file) as image:
-        if config.decoding == "fast" and image.format == "JPEG":
-            image.draft(None, _draft_size(image.size, size))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        image = flatten(image, config)
+    image = read_image(file, config, size)
     height, width = size
     if not config.upscale and (image.height < height or image.width < width):
         raise InvalidSample(
             f"smaller than the size: {image.height} x {image.width}, but the size is {height} x {width} "
             "(data.upscale=true scales up)"
         )
-    pixels = np.asarray(centre_crop(image, size))
+    with _decoding_errors():  # an image without pixels, or without memory for them
+        pixels = np.asarray(centre_crop(image, size))
     return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))
 
 
@@ -119,12 +226,22 @@ def _draft_size(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int
 
 def image_shape(file: Path | bytes) -> tuple[int, int]:
     """Height and width of an image as displayed, after the EXIF rotation, from its header. Raises InvalidSample."""
-    with _decoding_errors(), _open(file) as image:
-        if image.format == "TIFF":  # some versions of Pillow rotate it when they open it
-            image = ImageOps.exif_transpose(image)
-            return image.height, image.width
-        orientation = image.getexif().get(ORIENTATION_TAG, 1) if _may_have_orientation(file, image) else 1
-        return (image.width, image.height) if orientation in SIDEWAYS else (image.height, image.width)
+
+    def read(image: Image.Image) -> tuple[int, int]:
+        if image.format == "TIFF":  # Pillow may rotate it when it opens or loads it
+            orientation(image)
+            image.load()
+        turned = _may_have_orientation(file, image) and orientation(image) in SIDEWAYS
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+    with _decoding_errors():
+        return with_image(file, read)
+
+
+def is_grey(file: Path | bytes) -> bool:
+    """Whether an image has no colours, by its type, from its header. Raises InvalidSample."""
+    with _decoding_errors():
+        return with_image(file, lambda image: image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"))
 
 
 def _may_have_orientation(file: Path | bytes, image: Image.Image) -> bool:
@@ -136,15 +253,100 @@ def _may_have_orientation(file: Path | bytes, image: Image.Image) -> bool:
     return any(key in content for key in PNG_ORIENTATION_KEYS)
 
 
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1 if it has none or one that cannot be read."""
+    if image.format == "PNG" and "exif" not in image.info:  # it may stand behind the pixels, whose errors count
+        image.load()
+    try:
+        value = image.getexif().get(ORIENTATION_TAG)
+        if value is None and "exif" in image.info:
+            Image.Exif().load(image.info["exif"])  # Pillow hides the error when it opens a JPEG
+    except Exception as error:  # of parsers on metadata of any kind
+        image.info.setdefault(METADATA_PROBLEM, f"EXIF: {_describe(error)}")
+        return 1
+    if value is None or value in range(1, 9):
+        return int(value or 1)
+    image.info.setdefault(METADATA_PROBLEM, f"the EXIF orientation {value!r}")
+    return 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The pixels of an opened image, turned as EXIF specifies, with 8 bits per channel and its transparency.
+
+    Raises InvalidSample for values without a defined range, and whatever the decoder raises.
+    """
+    if image.format == "TIFF":
+        orientation(image)  # before loading, when Pillow turns it: what could not be read once does not fail again
+    image.load()
+    method = UPRIGHT.get(orientation(image))
+    image = _eight_bits(image)
+    return image if method is None else image.transpose(method)
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """The transparent colour of an opened PNG in the units of its pixels: Pillow scales only the pixels to 8 bits."""
+    colour = image.info.get("transparency")
+    if colour is None or not isinstance(image, PngImagePlugin.PngImageFile):
+        return
+    raw_mode = image.tile[0].args
+    if raw_mode == "RGB;16B":
+        raise InvalidSample("16 bits of colour with a transparent colour, which Pillow reads with 8: save it as RGBA")
+    if raw_mode in ("L;2", "L;4"):
+        highest = 2 ** int(raw_mode[-1]) - 1
+        image.info["transparency"] = (colour & highest) * (255 // highest)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A loaded image with 8 bits per channel, in a mode that Pillow converts to RGB and RGBA.
+
+    Integers of 16 bits are 0 to 65535 (of n bits, in a TIFF, 0 to 2^n - 1), floating-point numbers 0 to 1. Other types
+    have no defined range. Raises InvalidSample for them, and for numbers outside 0 to 1.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise InvalidSample("signed integers, which have no defined range: convert to 8 or 16 bits without a sign")
+    if image.mode == "La":
+        return image.convert("LA")
+    if image.mode in ("LAB", "HSV"):  # which Pillow cannot convert to L
+        return image.convert("RGB")
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    if image.mode == "F":
+        highest = 1
+        if values.size and not (values.min() >= 0 and values.max() <= 1):
+            raise InvalidSample(
+                f"floating-point values from {values.min():.4g} to {values.max():.4g}, expected 0 to 1: scale them, or "
+                "convert to 8 or 16 bits"
+            )
+    elif image.mode.startswith("I;16") and image.format in SIXTEEN_BIT_FORMATS:
+        highest = 2 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    elif image.format in ("PNG", "PPM"):  # Pillow scales those of a PPM to 16 bits
+        highest = 65535
+    else:
+        raise InvalidSample(
+            f"integers of Pillow's mode {image.mode} in {image.format}, which have no defined range: convert to 8 or "
+            "16 bits"
+        )
+    levels = values * (255 / highest)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        levels = 255 - levels
+    grey = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if (colour := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == colour, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def has_transparency(image: Image.Image) -> bool:
+    """Whether an image of 8 bits per channel may have transparent pixels."""
+    palette = image.palette is not None and image.palette.mode == "RGBA"
+    return image.mode in ("RGBA", "LA", "PA", "RGBa") or palette or "transparency" in image.info
+
+
 def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
-    """Convert an image of any mode to grey or RGB, composited onto the background colour."""
+    """Convert an image of 8 bits per channel to grey or RGB, composited onto the background colour."""
     mode = "L" if config.channels == 1 else "RGB"
-    if image.mode.startswith("I") or image.mode == "F":  # 16 or 32 bit grey
-        values = np.asarray(image, dtype=np.float64)
-        sixteen = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        values = values * (255 / 65535 if sixteen else 1)
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if has_transparency(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*config.background, 255)), image)
     return image if image.mode == mode else image.convert(mode)
@@ -159,7 +361,25 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
     scaled = (max(round(image.width * scale), width), max(round(image.height * scale), height))
+    if scale >= 2 and math.prod(scaled) > MAX_SCALED * width * height:
+        return _crop_before_scaling(image, scaled, size)
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def _crop_before_scaling(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """The centre crop of an image scaled up to `scaled` (width, height). What is cropped away is not scaled, except a
+    margin. Rounding makes a difference of two levels at most from scaling everything.
+    """
+    spans, windows = [], []  # by axis
+    for old, new, side in zip(image.size, scaled, reversed(size)):
+        start, margin = (new - side) // 2, math.ceil(4 * new / old)  # bicubic interpolation reads two pixels around it
+        first, last = max(start - margin, 0), min(start + side + margin, new)  # what is scaled
+        left, right = math.floor(first * old / new), math.ceil(last * old / new)  # the pixels it is scaled from
+        spans.append((left, right, first * old / new - left, last * old / new - left, last - first))
+        windows.append((start - first, start - first + side))
+    (left, right, x0, x1, width), (top, bottom, y0, y1, height) = spans
+    part = image.crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BICUBIC, (x0, y0, x1, y1))
+    return part.crop((windows[0][0], windows[1][0], windows[0][1], windows[1][1]))

@@ -5,24 +5,24 @@ Shapes: B images of a shard, H W height and width, C channels (1 or 3).
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from tessera import randomness
 from tessera.data import AnyData
 from tessera.data.columns import MAX_CLASSES
 from tessera.data.files import FilesConfig, FilesDataset
-from tessera.data.images import ImagesConfig, InvalidSample, flatten
+from tessera.data.images import ImagesConfig, InvalidSample, is_grey, read_image
 from tessera.data.resolve import open_data
 from tessera.errors import TesseraError
 from tessera.generation.shards import ImageShard, shard_range
 from tessera.images import read_settings
 
+T = TypeVar("T")
 STREAM = 0x726F7773  # random stream of `subset_indices`
 
 
@@ -93,7 +93,10 @@ class DatasetSource:
 
 
 class FolderSource:
-    """A folder of samples, used exactly as they are: they must have one size, and every file must be readable."""
+    """A folder of samples as they are displayed: they must have one size, and every file must be readable.
+
+    They have one channel if all are grey.
+    """
 
     size: tuple[int, ...]
 
@@ -107,9 +110,10 @@ class FolderSource:
         files = [files[index] for index in _select(count, len(files), self.description)]
         self.paths, self.count = [file for file, _ in files], len(files)
         self._labels = [label for _, label in files] if dataset.class_names else _saved_labels(self.paths) or None
-        first = self._open(self.paths[0])
+        self.channels = 1 if all(self._usable(is_grey, path) for path in self.paths) else 3
+        self._config = ImagesConfig(channels=1 if self.channels == 1 else 3)
+        first = self._usable(read_image, self.paths[0], self._config)
         self.size = (first.height, first.width)
-        self.channels = 1 if _is_grayscale(first) else 3
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -121,25 +125,21 @@ class FolderSource:
         labels = None if self._labels is None else np.array([self._labels[i] for i in positions], np.int64)
         return ImageShard(images, np.array(positions), labels)
 
-    def _open(self, path: Path) -> Image.Image:
+    @staticmethod
+    def _usable(read: Callable[..., T], path: Path, *arguments: Any) -> T:
         try:
-            with Image.open(path) as image:
-                image.load()
-                return image
-        except Exception as error:  # decoders raise any exception on damaged bytes
-            raise TesseraError(f"{path} cannot be scored: it is damaged or not an image ({error})") from None
+            return read(path, *arguments)
+        except InvalidSample as error:
+            raise TesseraError(f"{path} cannot be scored: {error}") from None
 
     def _read(self, path: Path) -> np.ndarray:
-        image = self._open(path)
+        image = self._usable(read_image, path, self._config)
         if (image.height, image.width) != self.size:
             raise TesseraError(
                 f"{path} is {image.height} x {image.width}, but {self.paths[0]} is {self.size[0]} x {self.size[1]}: "
                 "samples are scored as they are, at one size; give --size to crop and scale all of them like data"
             )
-        if self.channels == 1 and not _is_grayscale(image):
-            raise TesseraError(f"{path} is in color, but {self.paths[0]} is gray: samples are scored as they are")
-        config = ImagesConfig(size=(image.height, image.width), channels=1 if self.channels == 1 else 3)
-        pixels = np.asarray(flatten(image, config))
+        pixels = np.asarray(image)
         return pixels[..., None] if self.channels == 1 else pixels
 
 
@@ -248,10 +248,6 @@ def _files_hash(files: Sequence[Path], root: Path) -> str:
     """A hash of the names, sizes and modification times of files in a folder."""
     stats = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()
-
-
-def _is_grayscale(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
 
 
 def _select(count: int | None, total: int, description: str) -> np.ndarray:

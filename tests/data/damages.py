@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 Expected = dict[str, set[str]]  # names by the kind of finding
 DAMAGES: dict[str, Callable[[Path], Expected]] = {}
@@ -112,6 +112,12 @@ def a_png_of_more_pixels_than_can_be_decoded(folder):
 
 
 @damage
+def numbers_without_a_range(folder):
+    values = np.asarray(image(6).convert("L"), np.float32) * 1000
+    return {"unsupported": {put(folder, "mon/x-float.tif", encoded(Image.fromarray(values), "TIFF"))}}
+
+
+@damage
 def a_link_to_nothing(folder):
     (folder / "mon/x-link.png").symlink_to(folder / "gone.png")
     return {"broken-link": {"mon/x-link.png"}}
@@ -209,6 +215,20 @@ def a_photo_on_its_side(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     return {"rotated": {put(folder, "item/x-side.jpg", encoded(image(35, (32, 48)), "JPEG", exif=exif))}}
+
+
+@damage
+def metadata_that_cannot_be_read(folder):
+    large = PngImagePlugin.PngInfo()
+    large.add_text("workflow", "a node " * 300_000, zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    return {
+        "odd-metadata": {
+            put(folder, "item/x-workflow.png", encoded(image(36), "PNG", pnginfo=large)),
+            put(folder, "item/x-turn.jpg", encoded(image(37), "JPEG", exif=exif)),
+        }
+    }
 
 
 # Files that are not samples

@@ -122,20 +122,45 @@ def test_a_damaged_file_in_a_folder_is_an_error_that_names_it(make_folder, numbe
     whole = file.read_bytes()
     for length in (0, 10, 40, len(whole) // 2, len(whole) - 30):
         file.write_bytes(whole[:length])
-        with pytest.raises(TesseraError, match=rf"{number:05d}\.png cannot be scored: it is damaged or not an image"):
+        with pytest.raises(TesseraError, match=rf"{number:05d}\.png cannot be scored: (damaged: |not an image)"):
             FolderSource(path).shard(0)
 
 
-def test_a_color_image_among_gray_ones_is_an_error_and_the_opposite_is_not(make_folder):
-    grey, colour = noise(2, channels=1), noise(1)
-    path = make_folder("grey", grey)
-    Image.fromarray(colour[0]).save(path / "00001.png")
-    with pytest.raises(TesseraError, match=r"00001\.png is in color, but .*00000\.png is gray"):
-        FolderSource(path).shard(0)
-    path = make_folder("colour", colour)
-    Image.fromarray(grey[1, ..., 0]).save(path / "00001.png")
-    actual = FolderSource(path).shard(0).images
-    np.testing.assert_array_equal(actual, [colour[0], grey[1].repeat(3, axis=2)])
+@pytest.mark.parametrize("place", [0, 1])
+def test_gray_images_among_color_ones_are_read_in_color(make_folder, place):
+    grey, colour = noise(1, channels=1)[0], noise(2)
+    path = make_folder("samples", colour)
+    Image.fromarray(grey[..., 0]).save(path / f"{place:05d}.png")
+    expected = colour.copy()
+    expected[place] = grey.repeat(3, axis=2)
+    source = FolderSource(path)
+    assert source.channels == 3
+    np.testing.assert_array_equal(source.shard(0).images, expected)
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path):
+    """Rotated, transparent, in print colors, with a palette, with odd metadata: the same pixels as those of data."""
+    pixels = noise(1, (8, 8))[0]
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.convert("CMYK").save(tmp_path / "print.jpg", exif=exif)
+    image.quantize(7).save(tmp_path / "palette.png", transparency=3)
+    Image.fromarray(noise(1, (8, 8), 4)[0]).save(tmp_path / "clear.png")
+    source, data = FolderSource(tmp_path), DatasetSource(FilesConfig(path=str(tmp_path), size=(8, 8)))
+    assert [path.name for path in source.paths] == [path.name for path in data.dataset.files()]
+    actual = source.shard(0).images
+    np.testing.assert_array_equal(actual, data.shard(0).images)
+    np.testing.assert_array_equal(actual[3], np.rot90(pixels, -1))
+
+
+def test_the_size_of_a_folder_is_that_of_upright_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(1, (6, 10))[0]).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(noise(1, (10, 6))[0]).save(tmp_path / "b.jpg")
+    assert FolderSource(tmp_path).size == (10, 6)
+    assert len(FolderSource(tmp_path).shard(0).images) == 2
 
 
 def test_16_bit_grayscale_is_grayscale(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tessera import bundle, generation
-from tessera.data.images import centre_crop
+from tessera.data.images import ImagesConfig, centre_crop, load_image
 from tessera.images import read_settings
 
 
@@ -307,8 +307,8 @@ def test_a_changed_initial_image_is_used(tessera, trained, tmp_path):
         (["--mask", "gray.png"], "--mask needs --init-image"),
         (["--init-image", "gone.png"], "cannot read --init-image gone.png"),
         (["--init-image", "text.png"], "cannot read --init-image text.png"),
-        (["--init-image", "colour.png"], "has the mode RGB; expected grayscale"),
-        (["--init-image", "transparent.png"], "has the mode LA"),
+        (["--init-image", "gray.png", "--mask", "transparent.png"], "transparent.png has transparent pixels"),
+        (["--init-image", "number.tif"], "cannot read --init-image number.tif: floating-point values from 0 to 255"),
         (["--init-image", "gray.png", "--size", "7x8"], "7 x 8"),
         (["--init-image", "gray.png", "--strength", "2"], "strength is 2.0"),
         (["--init-image", "gray.png", "--strength", "0.001"], "strength 0.001"),
@@ -328,8 +328,8 @@ def test_a_changed_initial_image_is_used(tessera, trained, tmp_path):
 def test_images_and_guidance_models_that_do_not_fit(tessera, trained, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     save_noise("gray.png")
-    save_noise("colour.png", mode="RGB")
     save_noise("transparent.png", mode="LA")
+    Image.fromarray(np.full((8, 8), 255, np.float32) * np.eye(8, dtype=np.float32)).save("number.tif")
     save_noise("odd.png", size=(7, 8))
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "bare.pt").write_text("no weights")
@@ -348,6 +348,34 @@ def test_without_a_compiler_images_are_generated_all_the_same(tessera, trained, 
     monkeypatch.setattr("torch.compile", broken)
     done = tessera("sample", trained, "--classes", "1", "--compile", "--out", tmp_path / "s")
     assert (done.code, done.err) == (0, "continuing without compilation: no C++ compiler\n")
+
+
+@pytest.mark.parametrize("kind", ["turned", "colour", "transparent", "print", "sixteen", "palette"])
+def test_an_initial_image_is_read_as_training_reads_it(tessera, trained, tmp_path, kind):
+    """The mask keeps all of it, so the result is what was read."""
+    path, exif = tmp_path / ("a.jpg" if kind == "print" else "a.png"), Image.Exif()
+    exif[0x0112] = 6
+    colour = Image.open(save_noise(tmp_path / "colour.png", mode="RGB"))
+    match kind:
+        case "turned":
+            save_noise(path)
+            Image.open(path).save(path, exif=exif)
+        case "colour":
+            colour.save(path)
+        case "transparent":
+            save_noise(path, mode="RGBA")
+        case "print":
+            colour.convert("CMYK").save(path, exif=exif)
+        case "sixteen":
+            Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
+        case "palette":
+            colour.quantize(9).save(path, transparency=2)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 255)).save(tmp_path / "keep.png")
+    words = ["--init-image", path, "--mask", tmp_path / "keep.png", "--out", tmp_path / "s"]
+    done = tessera("sample", trained, "--classes", "3", *words)
+    assert done.code == 0, done.err
+    expected = load_image(path, ImagesConfig(size=(8, 8), channels=1))[0]
+    np.testing.assert_array_equal(pixels(tmp_path / "s/class-3-seed-0.png").squeeze(), expected)
 
 
 def test_an_initial_image_of_another_size_is_cropped_as_in_training(tessera, trained, tmp_path):

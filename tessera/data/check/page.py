@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tessera.data.check.findings import Finding, ScanResult
 from tessera.data.files import FilesDataset
-from tessera.data.images import flatten
+from tessera.data.images import flatten, upright, with_image
 from tessera.reporting.document import Block, Bullets, Code, Document, Figure, Heading, Images, Notice, Paragraph, Table
 from tessera.reporting.figures import bar_chart
 
@@ -97,11 +97,13 @@ def _thumbnails(result: ScanResult, finding: Finding, rows: Sequence[int]) -> Im
 
 def _thumbnail(dataset: FilesDataset, row: int) -> bytes | None:
     """A sample as training reads it, as a PNG of at most THUMBNAIL_SIDE pixels; None if it cannot be decoded."""
+
+    def read(image: Image.Image) -> Image.Image:
+        image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
+        return flatten(upright(image), dataset.config).convert("RGB")
+
     try:
-        content = dataset.encoded(row)
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
-            image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
-            thumbnail = flatten(ImageOps.exif_transpose(image), dataset.config).convert("RGB")
+        thumbnail = with_image(dataset.encoded(row), read)
     except Exception:  # InvalidSample, and decoders raise anything on damaged bytes
         return None
     thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

@@ -80,6 +80,7 @@ FAULT_MESSAGES = {
     "no image": ("files with the name of an image and other content", "download the files again, or move them away"),
     "truncated": ("truncated files", "download the files again"),
     "damaged": ("damaged files that cannot be decoded", "download the files again, or save them in an image editor"),
+    "unsupported": ("images whose values have no defined range", "convert them to 8 or 16 bits per channel"),
     "unreadable": ("files or folders without permission to read them", "give yourself the permission"),
     "missing": ("files in the metadata that do not exist", "add the files, or remove their rows from the metadata"),
     "broken link": ("links whose target does not exist", "fix the links, or put the files there"),
@@ -258,6 +259,18 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     yield _excludable(scan, "cmyk", "note", message, rows, advice=advice)
     message = "images stored rotated or flipped, which are turned upright as EXIF specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
+    problems = scan.stats["metadata_problem"]
+    rows = scan.rows(compute().not_equal(problems, "").to_numpy())
+    reasons = {row: problems[row].as_py() for row in rows}
+    message = "images with metadata that cannot be read, which are ignored; their pixels are used"
+    yield Finding(
+        "odd-metadata",
+        "note",
+        message,
+        "save them without metadata, if other programs read them",
+        samples=rows,
+        reasons=reasons,
+    )
     wrong = {}
     if scan.dataset.table["offset"].null_count:  # samples that are whole files
         names_and_formats = scan.stats.select(["name", "format"]).filter(scan.stats["fault"].is_null())

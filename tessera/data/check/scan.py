@@ -8,10 +8,8 @@ Shapes: N samples, H W height and width.
 """
 
 import hashlib
-import io
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,11 +17,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tessera.data.check import similarity
 from tessera.data.files import FilesDataset
-from tessera.data.images import ORIENTATION_TAG, ImagesConfig, InvalidSample, flatten
+from tessera.data.images import (
+    METADATA_PROBLEM,
+    ImagesConfig,
+    InvalidSample,
+    flatten,
+    has_transparency,
+    orientation,
+    upright,
+    with_image,
+)
 from tessera.data.index import arrow
 from tessera.data.processes import run_in_processes
 from tessera.data.tables import NO_BYTES
@@ -35,12 +42,22 @@ if TYPE_CHECKING:
 
 PART_SIZE = 512  # samples
 MIN_SECONDS = 8.0  # of remaining work for which processes are started; each needs about three to start
-FORMAT = 2  # of a part; a part of another format is made again
+FORMAT = 3  # of a part; a part of another format is made again
 THUMBNAIL_SIDE = 64  # pixels of the longer side at which colours are counted
 CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured images
 
 # Why an image is invalid.
-Fault = Literal["empty", "no image", "truncated", "damaged", "unreadable", "missing", "broken link", "too large"]
+Fault = Literal[
+    "empty",
+    "no image",
+    "truncated",
+    "damaged",
+    "unsupported",
+    "unreadable",
+    "missing",
+    "broken link",
+    "too large",
+]
 FAULTS: tuple[Fault, ...] = get_args(Fault)
 
 
@@ -59,6 +76,7 @@ class SampleStats:
     width: int = 0
     bits: int = 8  # per channel, as stored
     orientation: int = 1  # EXIF value
+    metadata_problem: str = ""  # why metadata were ignored
     animated: bool = False
     transparent_fraction: float = 0.0  # of the pixels that are not opaque
     contrast: int = 0  # of 255: the largest range of a channel, on the background
@@ -98,10 +116,9 @@ def measure_sample(content: Path | bytes, name: str, config: ImagesConfig) -> Sa
         return _failed(stats, "empty", "0 bytes")
     stats.digest = hashlib.sha256(data).digest()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings about unusual files: they are either read or not
-            with Image.open(io.BytesIO(data)) as image:
-                _measure(stats, image, data, config)
+        with_image(data, lambda image: _measure(stats, image, data, config))
+    except InvalidSample as error:
+        return _failed(stats, "unsupported", str(error))
     except Image.DecompressionBombError as error:
         return _failed(stats, "too large", str(error))
     except UnidentifiedImageError:
@@ -126,16 +143,17 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
     width, height = image.size
     if image.format == "JPEG" and image.mode in ("RGB", "L"):
         image.draft(image.mode, (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # every byte is still decoded
-    image.load()
-    stats.orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    upright = ImageOps.exif_transpose(image)
-    sideways = image.size[0] != image.size[1] and upright.size == image.size[::-1]
+    stats.orientation = orientation(image)
+    stored = image.size
+    shown = upright(image)
+    sideways = stored[0] != stored[1] and shown.size == stored[::-1]
     stats.height, stats.width = (width, height) if sideways else (height, width)
+    stats.metadata_problem = image.info.get(METADATA_PROBLEM, "")
 
-    flat = flatten(upright, config).convert("RGB")
+    flat = flatten(shown, config).convert("RGB")
     stats.contrast = stats.visible_contrast = _contrast(flat)
-    if "A" in upright.mode or "a" in upright.mode or "transparency" in upright.info:
-        rgba = upright.convert("RGBA")
+    if has_transparency(shown):
+        rgba = shown.convert("RGBA")
         alpha = np.asarray(rgba.getchannel("A"))
         if not (alpha == 255).all():
             stats.transparent_fraction = float((alpha < 255).mean())
