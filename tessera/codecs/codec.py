@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from tessera.checkpoint_files import find_weight_files
 from tessera.errors import TesseraError
 from tessera.settings import Settings, as_tuple
 
@@ -134,7 +135,9 @@ def pretrained(network: Any, config: StoredConfig) -> Any:
     options = {"subfolder": config.subfolder, "revision": config.revision}
     # Older folders hold only a pickle; diffusers reads it with weights_only, so it cannot run a program.
     folder = config.folder
-    pickled = folder is not None and any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+    files = None if folder is None else find_weight_files(folder)
+    pickled = files is not None and files.files[0].suffix == ".bin"
+    options["variant"] = None if files is None else files.variant
     source = str(Path(config.source).expanduser()) if folder else config.source
     try:
         # Autoencoders are small: without low_cpu_mem_usage diffusers does not warn that accelerate is missing.

@@ -181,11 +181,16 @@ def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) 
     for ours, how, theirs in mappings:
         first = tensors[theirs[0]]
         if how == "copies":
-            different = next((name for name in theirs if not torch.equal(tensors[name], first)), None)
-            if different is not None:
+            different = [name for name in theirs if not torch.equal(tensors[name], first)]
+            if different:
+                largest = max(float((tensors[name] - first).norm() / first.norm()) for name in different)
                 raise TesseraError(
-                    f"{source}: {different} differs from {theirs[0]}; Tessera has one embedding for all blocks, like "
-                    "the official network, and cannot represent one per block"
+                    f"{source}: {different[0]} differs from {theirs[0]} ({len(different)} of {len(theirs)} copies, by "
+                    f"up to {largest:.2g} relative). diffusers has a copy of the embedders in every block, and "
+                    "training there unties them; Tessera has one for all blocks, like the official network, and "
+                    "cannot represent them. Sample from this folder with diffusers, or repeat the fine-tuning in "
+                    "Tessera from the folder before it (training.init_from), or in diffusers with tied embedders "
+                    "(block.norm1.emb = transformer_blocks[0].norm1.emb)"
                 )
         result[ours] = torch.cat([tensors[name] for name in theirs]) if how == "chunks" else first
     return result

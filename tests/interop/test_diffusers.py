@@ -374,6 +374,31 @@ def test_shards_are_read(make_theirs, exported, pickled):
     assert "files beside it" in read_error(exported)
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_variant_is_read_where_there_is_nothing_else(make_theirs, exported, shards):
+    """As save_pretrained(variant="fp16") names the files of every part."""
+    pipeline = diffusers.DiTPipeline.from_pretrained(exported)
+    options = {"variant": "fp16", "safe_serialization": True} | ({"max_shard_size": "20kB"} if shards else {})
+    shutil.rmtree(exported / "transformer")
+    shutil.rmtree(exported / "vae")
+    pipeline.transformer.save_pretrained(exported / "transformer", **options)
+    pipeline.vae.save_pretrained(exported / "vae", variant="fp16")
+    names = [path.name for path in (exported / "transformer").iterdir()]
+    assert (len(names) > 3) == shards
+    assert all("fp16" in name for name in names if name != "config.json")
+    read = interop.read(exported)
+    assert same_weights(read, make_theirs())
+    assert read.config.provenance.converted_from == "diffusers folder exported (variant fp16)"
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(read.codec.decode(latents), make_theirs().codec.decode(latents))
+
+
+def test_wrappers_in_the_names_are_removed(make_theirs, exported):
+    path = exported / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({f"module._orig_mod.{name}": tensor for name, tensor in load_file(path).items()}, path)
+    assert same_weights(interop.read(exported), make_theirs())
+
+
 def test_a_program_in_pickled_weights_is_refused(exported, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -392,7 +417,10 @@ def test_embeddings_that_differ_from_block_to_block_are_refused(exported):
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
     tensors[name][3] += 1e-3
     save_file(tensors, path)
-    assert f"{name} differs from transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias" in read_error(exported)
+    message = read_error(exported)
+    assert f"{name} differs from transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias (1 of 2" in message
+    assert "training there unties them" in message
+    assert "training.init_from" in message
 
 
 def test_missing_and_unexpected_weights_have_diffusers_names(exported):
