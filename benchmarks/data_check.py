@@ -58,7 +58,7 @@ def synthetic(count: int, folder: Path) -> check.CheckRequest:
     )
     index.write(table, folder / "index.parquet")
     config = FilesConfig(path=str(folder / "index.parquet"), size=(1, 1))
-    source = FilesDataset(config, index.read(folder / "index.parquet"))
+    source = FilesDataset(config)
     (folder / "out/parts").mkdir(parents=True)
     hundredth = count // 100
     hashes = generator.integers(0, 2**64, count, dtype=np.uint64)
