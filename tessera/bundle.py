@@ -130,6 +130,11 @@ def check_state_dict(network: nn.Module, tensors: dict[str, Tensor], source: str
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
     problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
     problems += [
+        f"{name} is {tensors[name].dtype}, expected floating-point numbers"
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point() and name in tensors and not tensors[name].is_floating_point()
+    ]
+    problems += [
         f"{name} is {shapes[name]}, expected {shape}"
         for name, shape in expected.items()
         if shapes.get(name, shape) != shape

@@ -151,7 +151,8 @@ def _deepspeed_files(folder: Path) -> WeightFiles | None:
     latest = folder / "latest"
     name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     root = folder / name if name and name == Path(name).name else folder
-    files = sorted((*root.glob("*model_states.pt"), *root.glob("*/*model_states.pt")))
+    folders = (root, root / "checkpoint", root / "pytorch_model")  # the last two as Lightning and accelerate name them
+    files = [path for each in folders for path in sorted(each.glob("*model_states.pt"))]
     if not files:
         return None
     if len(files) > 1:

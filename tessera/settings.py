@@ -71,6 +71,11 @@ def unknown_name(what: str, name: str, known: Any) -> str:
     return f"unknown {what} '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
 
 
+def shorten(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -85,7 +90,7 @@ def validate(kind: type[S], data: Any, source: str) -> S:
         lines = []
         for fault in error.errors():
             path, value = ".".join(_field_path(fault, data)), fault["input"]
-            suffix = "" if isinstance(value, dict) or fault["type"] == "missing" else f" (got {value!r})"
+            suffix = "" if isinstance(value, dict) or fault["type"] == "missing" else f" (got {shorten(repr(value))})"
             lines.append(f"  {path or 'top level'}: {_message(fault)}{suffix}")
         raise TesseraError(f"{source} is not valid:\n" + "\n".join(lines)) from None
 
@@ -290,19 +295,20 @@ def apply_overrides(
     result = copy.deepcopy(data)
     for override in overrides:
         path, equals, text = override.partition("=") if isinstance(override, str) else (override[0], "=", "")
+        quoted = shorten(repr(override))
         if not equals or not path:
-            raise TesseraError(f"'{override}' is not an override; write key=value, for example {example}")
+            raise TesseraError(f"{quoted} is not an override; write key=value, for example {example}")
         names = path.split(".")
         if isinstance(override, str):
             try:
                 override.encode()
                 value = _read_text(text, _types_at([kind], names, result))
             except UnicodeEncodeError:
-                raise TesseraError(f"{override!a} is not valid UTF-8: rename the file or folder") from None
+                raise TesseraError(f"{quoted} is not valid UTF-8: rename the file or folder") from None
             except _YAML_ERRORS:
-                raise TesseraError(f"cannot read the value of '{override}' as YAML; quote it if it is text") from None
+                raise TesseraError(f"cannot read the value of {quoted} as YAML") from None
             if value == "" and not text:
-                raise TesseraError(f"'{override}' has no value: give one, or null if the setting can be unset")
+                raise TesseraError(f"{quoted} has no value: give one, or null if the setting can be unset")
         else:
             value = copy.deepcopy(override[1])
         *parents, last = names
@@ -311,7 +317,7 @@ def apply_overrides(
             child = section.get(parent)
             child = {} if child is None else expand_kind(child)
             if not isinstance(child, dict):
-                raise TesseraError(f"'{path}': {'.'.join(parents[: depth + 1])} is a value, not a section")
+                raise TesseraError(f"{path!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
             section[parent] = child
             section = child
         if last == "kind" and section.get("kind") not in (None, value):

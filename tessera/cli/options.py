@@ -84,9 +84,9 @@ def split_names(option: str, text: str) -> list[str]:
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True))
     except csv.Error as error:
-        raise TesseraError(f"{option} {text} is not valid: {error}; {QUOTING}") from None
+        raise TesseraError(f"{option} {text!r} is not valid: {error}; {QUOTING}") from None
     if len(rows) > 1:
-        raise TesseraError(f"{option} {text} has several lines; {QUOTING}")
+        raise TesseraError(f"{option} {text!r} has several lines; {QUOTING}")
     return rows[0] if rows and rows[0] else [""]
 
 

@@ -16,12 +16,14 @@ from pydantic import Field
 from tessera.data import layouts, tables
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
 from tessera.data.index import TABLE_SUFFIXES, int_column, labels, metadata
+from tessera.data.notes import printable
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
     pass
 
 TAR_HEADER = 512  # bytes before the content of a member
+MAX_NAME_BLOCKS = 8  # of a name before the header
 
 
 class FilesConfig(ImagesConfig):
@@ -173,8 +175,14 @@ def _read_bytes(path: Path, offset: int, length: int) -> bytes:
 
 def _member_name(path: Path, offset: int) -> str:
     """The name of the tar member whose content starts at an offset."""
-    try:
-        header = _read_bytes(path, offset - TAR_HEADER, TAR_HEADER)
-        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-    except (InvalidSample, tarfile.TarError):
-        return f"byte {offset}"
+    with suppress(OSError, tarfile.TarError), path.open("rb") as file:
+        # A name that is long or not ASCII is in a member of its own before that of the file, of one block or more.
+        for start in (*range(offset - (2 + MAX_NAME_BLOCKS) * TAR_HEADER, offset - TAR_HEADER, TAR_HEADER), None):
+            file.seek(max(offset - TAR_HEADER if start is None else start, 0))
+            header = file.read(TAR_HEADER)
+            file.seek(-len(header), os.SEEK_CUR)
+            if start is None or (start >= 0 and header[156:157] in (b"x", b"L") and header[257:262] == b"ustar"):
+                member = tarfile.TarFile(fileobj=file).next()
+                if member is not None and member.offset_data == offset:
+                    return printable(member.name)
+    return f"byte {offset}"

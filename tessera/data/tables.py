@@ -21,7 +21,7 @@ from tessera.settings import unknown_name
 if TYPE_CHECKING:
     import pyarrow
 
-NO_BYTES = "no image bytes in this row"
+NO_BYTES = "no image bytes in this row, or they cannot be unpacked"
 MAX_IN_MEMORY = 1 << 30  # bytes of parquet images in memory; larger data sets are unpacked to the disk
 ROWS_PER_BATCH = 256  # rows unpacked at once
 
@@ -148,6 +148,8 @@ class ImageColumn:
         pa, pc = arrow(), compute()
         self.folder = folder
         self.paths = None
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         if pa.types.is_struct(column.type):
             fields = [column.type.field(number).name for number in range(column.type.num_fields)]
             self.paths = pc.struct_field(column, "path") if "path" in fields else None
@@ -182,9 +184,42 @@ def open_images(files: Sequence[Path], name: str) -> list[ImageColumn]:
     packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if is_parquet(file))
     images = []
     for file, column in zip(files, columns):
-        readable = _unpacked(file, column) if packed > MAX_IN_MEMORY and is_parquet(file) else file
-        images.append(ImageColumn(read_columns(readable, [column])[column], file.parent))
+        if packed > MAX_IN_MEMORY and is_parquet(file):
+            values = read_columns(_unpacked(file, column), [column])[column]
+        else:
+            values = _read_images(file, column)
+        images.append(ImageColumn(values, file.parent))
     return images
+
+
+def _read_images(file: Path, column: str) -> Any:
+    """A column of images. Rows of a parquet file that cannot be unpacked are null."""
+    pa = arrow()
+    try:
+        return read_columns(file, [column])[column]
+    except TesseraError:
+        if not is_parquet(file):
+            raise
+    with _read_errors(file):
+        batches = list(_readable_batches(file, column))
+        return pa.chunked_array([batch[column] for batch in batches], read_schema(file).field(column).type)
+
+
+def _readable_batches(file: Path, column: str) -> Iterator["pyarrow.RecordBatch"]:
+    """The rows of a column of a parquet file; null from damaged bytes on to the end of their row group."""
+    pa = arrow()
+    import pyarrow.parquet as parquet
+
+    source = parquet.ParquetFile(file)
+    kind = pa.schema([source.schema_arrow.field(column)])
+    for group in range(source.num_row_groups):
+        missing = source.metadata.row_group(group).num_rows
+        try:
+            for batch in source.iter_batches(batch_size=ROWS_PER_BATCH, row_groups=[group], columns=[column]):
+                missing -= batch.num_rows
+                yield batch.cast(kind)
+        except (pa.ArrowException, OSError, ValueError):
+            yield pa.record_batch([pa.nulls(missing, kind.field(0).type)], kind)
 
 
 def cache_path(file: Path, kind: str, suffix: str, *options: Any) -> Path:
@@ -223,9 +258,8 @@ def _unpacked(file: Path, column: str) -> Path:
             return target
         print(f"unpacking {file.name} once into {target}, for random access to its rows", file=sys.stderr, flush=True)
         with _read_errors(file), atomic_file(target) as partial, pa.OSFile(str(partial), "wb") as sink:
-            source = parquet.ParquetFile(file)
-            kind = pa.schema([source.schema_arrow.field(column)])
+            kind = pa.schema([parquet.read_schema(file).field(column)])
             with pa.ipc.new_file(sink, kind) as writer:
-                for batch in source.iter_batches(batch_size=ROWS_PER_BATCH, columns=[column]):
-                    writer.write_batch(batch.cast(kind))
+                for batch in _readable_batches(file, column):
+                    writer.write_batch(batch)
     return target

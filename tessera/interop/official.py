@@ -212,7 +212,11 @@ def infer_config(
     num_classes: if known; the label table may lack its last, null row. Raises TesseraError if these are not the weights
     of a DiT, or do not determine something that is not passed. A position table that is missing is the sin-cos table.
     """
-    missing = [name for name, axes in REQUIRED.items() if name not in tensors or tensors[name].ndim != axes]
+    missing = [
+        name
+        for name, axes in REQUIRED.items()
+        if name not in tensors or tensors[name].ndim != axes or not tensors[name].numel()
+    ]
     if missing == ["pos_embed"] and missing[0] not in tensors:
         if size is None:
             raise TesseraError(
@@ -235,7 +239,7 @@ def infer_config(
         "out_channels": tensors["final_layer.linear.weight"].shape[0] // patch**2,
         **_classes(tensors.get(LABEL_TABLE), num_classes, source),
         "patch_size": patch,
-        "depth": 1 + max(int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)),
+        "depth": len({name.split(".")[1] for name in tensors if re.match(r"blocks\.\d+\.", name)}),
         "hidden_size": width,
         "num_heads": num_heads or NUM_HEADS_BY_WIDTH[width],
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
@@ -342,6 +346,7 @@ def _checkpoint_type(
     if requested is not None and requested not in CHECKPOINT_TYPES:
         raise TesseraError(unknown_name("checkpoint type", requested, CHECKPOINT_TYPES))
     if (path := args.get("path_type")) is not None:
+        path = str(path)
         if path not in TYPE_OF_PATH:
             raise TesseraError(
                 f"{source} is a SiT with the {path} path; Tessera supports Linear and GVP, and REPA's linear and cosine"
@@ -372,7 +377,7 @@ def _flow(checkpoint_type: str, args: dict[str, Any], source: str) -> FlowMatchi
     """The process of SiT, whose network's time runs from 0 (noise) to 1 (data), or of REPA, where it is reversed."""
     is_sit = checkpoint_type.startswith("sit")
     predictions = {"velocity": "velocity", "noise": "epsilon"} if is_sit else {"v": "velocity"}
-    predicted = args.get("prediction", next(iter(predictions)))
+    predicted = str(args.get("prediction", next(iter(predictions))))
     if predicted not in predictions:
         raise TesseraError(
             f"{source} is a {'SiT' if is_sit else 'REPA'} that predicts the {predicted}; Tessera supports "

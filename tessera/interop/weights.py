@@ -59,6 +59,9 @@ def find_weights(stored: Any, required: Collection[str], source: str) -> Weights
     ]
     chosen = next((each for each in candidates if AVERAGED.search(each.part)), candidates[0])
     left_out = [f"other weights of the same network: {each.part}" for each in candidates if _rivals(chosen, each)]
+    for other in candidates:
+        if names := sorted(other.tensors.keys() - chosen.tensors.keys()):
+            left_out.append(f"what only {other.part} has: {', '.join(names[:3])}{', …' * (len(names) > 3)}")
     incomplete = {_part(mappings[n][0], prefix) for (n, prefix), count in counts.items() if best > count > best / 2}
     left_out += [f"incomplete weights: {part}" for part in sorted(incomplete)]
     left_out += [f"weights without names: {'.'.join(path)}" for path in _unnamed(stored, ())]
@@ -69,12 +72,17 @@ def find_weights(stored: Any, required: Collection[str], source: str) -> Weights
 
 def _mappings(stored: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """Every dictionary that holds tensors, by the keys that lead to it."""
-    if not isinstance(stored, dict) or len(path) > MAX_DEPTH:
+    if len(path) > MAX_DEPTH or not isinstance(stored, dict | list | tuple):
         return
-    tensors = {str(name): value.detach() for name, value in stored.items() if isinstance(value, Tensor)}
-    if tensors:
+    if isinstance(stored, dict) and (
+        tensors := {
+            str(name): value.detach()
+            for name, value in stored.items()
+            if isinstance(value, Tensor) and not value.is_meta  # which has a shape and no numbers
+        }
+    ):
         yield path, tensors
-    for name, value in stored.items():
+    for name, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
         yield from _mappings(value, (*path, str(name)))
 
 

@@ -195,6 +195,14 @@ def test_the_content_of_tar_members_equals_tarfile(tmp_path):
     assert [source.encoded(i) for i in range(3)] == truth
 
 
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("name", ["ü.png", "日本.png", "a b.png", f"{'folder/' * 30}a.png", f"{'long' * 200}.png"])
+def test_the_name_of_a_tar_member(tmp_path, format, name):
+    path = tar(tmp_path / "a.tar", ("first.png", png(0)), (name, png(1)), ("last.png", png(2)), format=format)
+    source = open_data(path)
+    assert [source.name(row) for row in range(3)] == [f"{path} {each}" for each in ("first.png", name, "last.png")]
+
+
 def test_tars_equal_the_webdataset_of_datasets(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / ".hf"))

@@ -177,8 +177,13 @@ def test_a_truncated_file(tmp_path):
 def test_garbage_in_the_middle(tmp_path):
     path = put(tmp_path / "a.parquet", image=[png(i) for i in range(9)], label=list(range(9)))
     whole = bytearray(path.read_bytes())
-    whole[4:400] = b"\xff" * 396
+    whole[4:400] = b"\xff" * 396  # of the images
     path.write_bytes(whole)
+    source = open_data(path)
+    for row in range(9):
+        with pytest.raises(InvalidSample, match="cannot be unpacked"):
+            source.pixels(row)
+    path.write_bytes(whole[:-100] + b"\xff" * 100)  # of the description of the file
     with pytest.raises(TesseraError, match="is damaged or not a valid parquet file"):
         open_data(path)
 
@@ -345,3 +350,32 @@ def test_arrow_files(tmp_path, kind):
     (tmp_path / "a.arrow").write_bytes((tmp_path / "a.arrow").read_bytes()[:200])
     with pytest.raises(TesseraError, match=r"a\.arrow is damaged or not a valid arrow file"):
         open_data(tmp_path / "a.arrow")
+
+
+def test_damaged_bytes_cost_the_rows_of_their_row_group_only(tmp_path, monkeypatch):
+    images = struct(*(png(value, 64) for value in range(40)))
+    table = arrow.table({"image": images, "label": [value % 2 for value in range(40)]})
+    path = tmp_path / "a.parquet"
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "caches"))
+    parquet.write_table(table, path, row_group_size=10, compression="zstd", use_dictionary=False)
+    column = parquet.read_metadata(path).row_group(2).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 50] = b"\xff" * 50
+    path.write_bytes(content)
+    for limit in (1 << 30, 100):  # in memory, and unpacked to the disk
+        monkeypatch.setattr("tessera.data.tables.MAX_IN_MEMORY", limit)
+        source = open_data(path)
+        assert source.class_names == ("0", "1")
+        for row in range(40):
+            if 20 <= row < 30:
+                with pytest.raises(InvalidSample, match="cannot be unpacked"):
+                    source.pixels(row)
+            else:
+                assert source.pixels(row)[0, 0, 0] == row
+
+
+def test_images_in_a_dictionary_column(tmp_path):
+    images = arrow.array([png(5), png(6), png(5)]).dictionary_encode()
+    source = open_data(put(tmp_path / "a.parquet", image=images), image="image")
+    assert [int(source.pixels(row)[0, 0, 0]) for row in range(3)] == [5, 6, 5]

@@ -104,6 +104,7 @@ def test_two_tensors_of_one_name_are_refused(model, tmp_path):
         lambda good, bad: {"ema": {"decay": 0.999}, "model": good},
         lambda good, bad: {"app": {"model": {"net": good}, "optim": {}}},
         lambda good, bad: {**good, "epoch": 7},
+        lambda good, bad: (good, 7),
     ],
 )
 def test_the_dictionary_that_holds_the_network_is_found(model, tmp_path, make):
@@ -296,3 +297,51 @@ def test_another_prediction_of_repa_is_named(make_model, tmp_path):
     _, tensors = repa(make_model)
     stored = {"ema": tensors, "args": argparse.Namespace(path_type="linear", prediction="velocity")}
     assert "is a REPA that predicts the velocity; Tessera supports v" in read_error(tmp_path / "a.pt", stored)
+
+
+# Damage
+
+
+def damaged(tensors: dict, choose: random.Random):
+    """A checkpoint with one fault, of the kinds that occur: names, shapes, types, containers."""
+    name = choose.choice(sorted(tensors))
+    tensor = tensors[name]
+    values = [
+        tensor.to(torch.int8), tensor.to("meta"), tensor[..., :0], tensor.flatten(), tensor[None], tensor.bool(),
+        tensor.to(torch.complex64), torch.zeros(()), None, "text", [tensor], {"weight": tensor}, torch.zeros(2, 0, 3),
+    ]  # fmt: skip
+    names = ["", ".", "module", f"{name}.", f".{name}", "blocks.99999999999.attn.qkv.weight", "blocks..x", f"x.{name}"]
+    args = [{"path_type": ["a"]}, {"num_classes": "many"}, {"prediction": 3, "path_type": "Linear"}, {1: 2}, {}]
+    without = {key: value for key, value in tensors.items() if key != name}
+    return choose.choice(
+        [
+            lambda: {**tensors, name: choose.choice(values)},
+            lambda: {**without, choose.choice(names): tensor},
+            lambda: {**tensors, choose.choice(names): tensor},
+            lambda: {"model": tensors, "args": choose.choice(args)},
+            lambda: {"ema": {**tensors, name: choose.choice(values)}, "model": tensors},
+            lambda: without,
+            lambda: {**prefixed("a.", tensors), **prefixed("a.a.", without)},
+        ]
+    )()
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it_or_is_read(model, tmp_path):
+    """Never another exception, and never other weights; without a label table it is an unconditional network."""
+    messages = []
+    for seed in range(150):
+        stored = damaged(state(model), random.Random(seed))
+        try:
+            read_model = read(tmp_path / "a.pt", stored, num_classes=None)
+        except TesseraError as error:
+            messages.append(str(error))
+        else:
+            assert is_same(read_model, model) or not read_model.config.network.num_classes, seed
+    assert all("a.pt" in message for message in messages)
+    assert 30 < len(messages) < 140
+
+
+def test_what_averaged_weights_lack_is_named(model, tmp_path):
+    part = {name: tensor for name, tensor in state(model).items() if not name.startswith("y_embedder")}
+    provenance = read(tmp_path / "a.pt", {"ema": part, "model": state(model)}, num_classes=None).config.provenance
+    assert provenance.not_converted == "what only model has: y_embedder.embedding_table.weight"

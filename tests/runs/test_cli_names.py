@@ -111,7 +111,7 @@ def test_names_on_the_command_line(model, text, names):
         ("red,green", "unknown class 'green'; did you mean 'red'?; write a name with a comma in double quotes"),
         ("1", "unknown class '1'"),  # not the second class, because other classes have numbers as names
         ("26", "unknown class '26'"),
-        ('"red', "--classes \"red is not valid: unexpected end of data; write a name with a comma in double quotes"),
+        ('"red', "is not valid: unexpected end of data; write a name with a comma in double quotes"),
         ('"red"x', "is not valid"),
         ("red\nblue", "has several lines"),
         ("²", "unknown class '²'"),
