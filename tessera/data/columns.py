@@ -7,12 +7,15 @@ import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from tessera.data.index import arrow, compute
 from tessera.data.notes import Note, about
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAX_CLASSES = 100_000  # larger labels are identifiers of rows, not classes
 # Columns that `auto` selects, in order of preference and in any case, and columns that hold the same in other data.
@@ -300,3 +303,19 @@ def _read_labels(values: Any, names: Sequence[str]) -> _Part:
             reasons[row] = f"{int(value)}, which is not a class number"
     codes = np.where(usable, numbers, -1).astype(np.int64)
     return _Part(codes, list(names) or None, bool(names), reasons)
+
+
+class LayoutOptions(ColumnOptions, Protocol):
+    """The settings that select what is read from a path."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def classes(self) -> str: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def paths(self) -> list[str]: ...
+
+
+Indexed = tuple["pyarrow.Table", list[Note]]  # an index, and what it leaves out

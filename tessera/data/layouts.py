@@ -7,25 +7,20 @@ notes of errors.
 """
 
 import glob
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from tessera.data import index, tables, tars
+from tessera.data import index, tables
 from tessera.data.columns import (
-    CAPTION_COLUMNS,
-    LABEL_COLUMNS,
-    ColumnOptions,
-    Labels,
+    Indexed,
+    LayoutOptions,
     TextColumn,
     can_be_text,
     decode_text,
@@ -33,7 +28,6 @@ from tessera.data.columns import (
     encoding_notes,
     find_key,
     read_texts,
-    unused_columns,
 )
 from tessera.data.folders import FolderListing, image_suffixes, list_folder
 from tessera.data.index import arrow
@@ -47,7 +41,19 @@ from tessera.data.metadata_files import (
     read_metadata,
 )
 from tessera.data.notes import Note, about, printable
-from tessera.data.splits import TRAIN, choose_split, split_at, split_depth, split_of_file
+from tessera.data.packed import (
+    HUB_PREFIX,
+    FileColumns,
+    index_hub,
+    index_tables,
+    index_tars,
+    join_chunks,
+    no_captions,
+    progress,
+    saved_dataset_files,
+    text_notes,
+)
+from tessera.data.splits import choose_split, split_at, split_depth, split_of_file
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
@@ -55,26 +61,9 @@ if TYPE_CHECKING:
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of text files beside images
 DOCUMENT_SUFFIXES = {".md", ".rst", ".yaml", ".yml", ".html", ".htm", ".xml"}  # of files that are ignored unsaid
-HUB_PREFIX = "hub:"
 LABEL_NOTES = {"missing-labels", "invalid-labels", "label-types", "loose-images"}  # without meaning without classes
 CHUNK = 1024  # text files read at once; an interrupt waits for one chunk
 BRACES = re.compile(r"\{([^{}]*)\}")  # of a pattern: {a,b} or {000..127}, as WebDataset and shells write them
-
-T = TypeVar("T")
-Indexed = tuple["pyarrow.Table", list[Note]]
-
-
-class LayoutOptions(ColumnOptions, Protocol):
-    """The settings that select what is read from a path."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def classes(self) -> str: ...
-    @property
-    def split(self) -> str | None: ...
-    @property
-    def paths(self) -> list[str]: ...
 
 
 def build_index(options: LayoutOptions) -> Indexed:
@@ -157,7 +146,7 @@ def split_path(name: str) -> tuple[str, str | None]:
 
 def _index_path(name: str, options: LayoutOptions) -> Indexed:
     if name.startswith(HUB_PREFIX):
-        return _index_hub(name.removeprefix(HUB_PREFIX), options)
+        return index_hub(name.removeprefix(HUB_PREFIX), options)
     path, split = split_path(name)
     split = split or options.split
     matches = expand_path(path)
@@ -178,12 +167,12 @@ def _index_match(path: Path, name: str, split: str | None, options: LayoutOption
     suffix = path.suffix.lower()
     if suffix in index.TABLE_SUFFIXES:
         if not index.is_index(path):
-            return _index_tables([path], path.parent, options)
+            return index_tables([path], path.parent, options)
         if split is not None:
             raise TesseraError(f"data.path {name} is an index, which has no splits: leave data.split={split} out")
         return index.read(path), []
     if suffix == ".tar":
-        return _index_tars([path], path.parent, options)
+        return index_tars([path], path.parent, options)
     if options.kind == "parquet":
         raise TesseraError(f"data.path {name} contains no parquet file")
     if suffix in (".zip", ".tgz", ".gz", ".7z", ".rar"):
@@ -194,17 +183,10 @@ def _index_match(path: Path, name: str, split: str | None, options: LayoutOption
 # Folders
 
 
-def _progress(items: Iterable[T], total: int, threshold: int, label: str) -> Iterable[T]:
-    """The items, with a progress bar if there are at least `threshold` and stderr is a terminal."""
-    console = Console(stderr=True)
-    disable = total < threshold or not console.is_terminal
-    return track(items, label, total, console=console, transient=True, disable=disable)
-
-
 def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
-    if options.kind != "folder" and (saved := _saved_dataset_files(root, split)) is not None:
+    if options.kind != "folder" and (saved := saved_dataset_files(root, split)) is not None:
         files, notes = saved
-        table, more = _index_tables(files, root, options)
+        table, more = index_tables(files, root, options)
         return table, notes + more
     listing = list_folder(root)
     kinds: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "tars": [], "indexes": []}
@@ -226,7 +208,7 @@ def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptio
         table, used, more = _index_images(listing, name, kinds, split, options)
     else:
         chosen, more = _files_of_split(kinds[layout], split, name)
-        index_files = _index_tables if layout == "tables" else _index_tars
+        index_files = index_tables if layout == "tables" else index_tars
         table, files_notes = index_files([root / path for path in chosen], root, options)
         used, more = set(kinds[layout]), more + files_notes
     used |= set(kinds["indexes"])
@@ -388,7 +370,7 @@ def _read_caption_files(
     starts = range(0, len(images), CHUNK)
     captions: list[str | None] = []
     with ThreadPoolExecutor(8) as pool:
-        for start in _progress(starts, len(starts), 20, "reading captions"):
+        for start in progress(starts, len(starts), 20, "reading captions"):
             captions.extend(pool.map(read_caption, images[start : start + CHUNK]))
     used = {files[stem] for path in images if (stem := os.path.splitext(path)[0]) in files}
     return captions, used, encoding_notes(listing.root, sorted(guessed), sorted(unreadable))
@@ -462,7 +444,7 @@ def _index_metadata(
                 "unreadable-text", root / file, "captions are not text", [rows.row_name(row) for row in lost]
             )
             notes += text_notes(root / file, texts, rows.row_name)
-        captions.append(_no_captions(len(keep)) if texts is None else texts.texts.take(taken))
+        captions.append(no_captions(len(keep)) if texts is None else texts.texts.take(taken))
         if label and options.classes == "auto":
             values = label_values(rows.columns[label], rows.is_typed)
             labels.append(([values[row] for row in keep] if isinstance(values, list) else values.take(taken), ()))
@@ -489,7 +471,7 @@ def _index_metadata(
     repeated = [path for path, count in Counter(all_paths).items() if count > 1]
     notes += about("repeated-rows", name, "images are listed more than once, and are that many samples", repeated)
     table = index.build(
-        root, class_names, path=pa.array(all_paths, pa.string()), label=class_ids, caption=_join(captions)
+        root, class_names, path=pa.array(all_paths, pa.string()), label=class_ids, caption=join_chunks(captions)
     )
     return table, notes
 
@@ -518,218 +500,3 @@ def _sample_path(root: Path, folder: str, name: str | None, known: set[str]) -> 
         if full.startswith(base.rstrip(os.sep) + os.sep):
             return os.path.relpath(full, base).replace(os.sep, "/")
     return full.replace(os.sep, "/")
-
-
-# Tables
-
-
-class FileColumns:
-    """Which columns of several files are read, and which look like labels or captions and are not."""
-
-    def __init__(self, options: LayoutOptions, where: str | Path) -> None:
-        self.options, self.where = options, where
-        self.found_label = self.found_caption = False
-        self._unused: dict[str, str] = {}
-
-    def is_candidate(self, name: str) -> bool:
-        """Whether a column may be read."""
-        known = (FILE_NAME, *LABEL_COLUMNS, *CAPTION_COLUMNS)
-        return name.lower() in known or name in (self.options.label, self.options.caption)
-
-    def find(
-        self, names: Sequence[str], file: Path, texts: Collection[str], declared: Sequence[str] = ()
-    ) -> tuple[str | None, str | None]:
-        """The columns of captions and labels of a file. `auto` selects a caption from `texts`. declared: as labels.
-
-        Raises TesseraError if a named column is missing.
-        """
-        options = self.options
-        known = [name for name in names if options.caption != "auto" or name in texts]
-        caption = tables.find_column(options.caption, CAPTION_COLUMNS, known, file, "caption")
-        label = tables.find_column(options.label, LABEL_COLUMNS, names, file, "label")
-        used = {"caption": caption} | ({} if options.classes == "none" else {"label": label})
-        self._unused |= unused_columns(names, used, options)
-        if options.label == "auto" and options.classes != "none":
-            self._unused |= {name: "label" for name in declared if name != label}
-        self.found_label |= label is not None
-        self.found_caption |= caption is not None
-        return caption, label
-
-    def notes(self) -> list[Note]:
-        return [
-            note
-            for name, kind in self._unused.items()
-            for note in about(
-                *("unused-columns", self.where, f"column looks like {kind}s and is not used", [name]),
-                f"set data.{kind}={name} to read it",
-            )
-        ]
-
-
-def text_notes(where: Path, texts: TextColumn, row_name: Callable[[int], str]) -> list[Note]:
-    notes = encoding_notes(where, [row_name(row) for row in texts.guessed], [row_name(row) for row in texts.unreadable])
-    if texts.several:
-        text = f"{where}: {texts.several:,} rows have several captions, of which the first is read"
-        notes.append(Note("several-captions", "note", text, "files with several captions per row", (str(where),)))
-    return notes
-
-
-def _index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> Indexed:
-    """The rows of parquet and arrow files."""
-    if options.classes == "folders":
-        raise TesseraError(f"data.classes=folders, but {root} contains tables: set data.label to their label column")
-    pa = arrow()
-    paths, offsets, captions, labels, notes = [], [], [], [], []
-    columns, label = FileColumns(options, root), None
-    for file in files:
-        try:
-            schema = tables.read_schema(file)
-            tables.find_image_column(schema, options.image, file)
-            declared = tables.declared_labels(schema)
-            readable = {field.name for field in schema if can_be_text(field.type)}
-            caption, own_label = columns.find(schema.names, file, readable, declared)
-            if options.classes == "none":
-                own_label = None
-            rows = tables.read_columns(file, [name for name in (caption, own_label) if name])
-            count = rows.num_rows if caption or own_label else tables.count_rows(file)
-            texts = _table_captions(rows, caption, file) if caption else None
-        except TesseraError as error:
-            notes.append(Note("damaged-files", "error", str(error), "files that cannot be read", (str(file),)))
-            continue
-        if texts is not None:
-            notes += text_notes(file, texts, "row {}".format)
-        paths.append(_repeat(file.relative_to(root).as_posix(), count))
-        offsets.append(np.arange(count))
-        captions.append(_no_captions(count) if texts is None else texts.texts)
-        label = own_label or label
-        values = rows[own_label] if own_label else pa.nulls(count)
-        labels.append((values, tables.class_names(schema, own_label) if own_label else ()))
-    if not paths:
-        raise TesseraError(notes[0].text)
-    encoded = encode_labels(labels, f"column '{label}'") if label else Labels((), np.zeros(0), [])
-    table = index.build(
-        root,
-        encoded.class_names,
-        path=pa.chunked_array(paths, pa.string()),
-        offset=np.concatenate(offsets),
-        label=encoded.ids if label else None,
-        caption=_join(captions),
-    )
-    return table, [*notes, *columns.notes(), *encoded.notes]
-
-
-def _table_captions(rows: "pyarrow.Table", name: str, file: Path) -> TextColumn:
-    kind = rows[name].type
-    if not can_be_text(kind):
-        raise TesseraError(f"{file}: column '{name}' is not text ({kind}); set data.caption")
-    return read_texts(rows[name])
-
-
-def _repeat(text: str, count: int) -> Any:
-    pa = arrow()
-    return pa.array([text], pa.string()).take(pa.array(np.zeros(count, np.int32)))
-
-
-def _no_captions(count: int) -> Any:
-    pa = arrow()
-    return pa.chunked_array([pa.nulls(count, pa.string())])
-
-
-def _join(columns: Sequence[Any]) -> Any:
-    pa = arrow()
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
-
-
-def _saved_dataset_files(root: Path, split: str | None) -> tuple[list[Path], list[Note]] | None:
-    """The arrow files of a data set that `datasets` saved in a folder; of several splits those of `train`."""
-    try:
-        if (root / "dataset_dict.json").is_file():
-            splits = json.loads((root / "dataset_dict.json").read_text())["splits"]
-            chosen, notes = _named_split(splits, split, str(root), str(root / splits[0]))
-            saved = _saved_dataset_files(root / chosen, None)
-            return None if saved is None else (saved[0], notes)
-        if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
-            files = json.loads((root / "state.json").read_text())["_data_files"]
-            return [root / each["filename"] for each in files], []
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise TesseraError(f"the data set saved in {root} is damaged: {error}") from None
-    return None
-
-
-def _named_split(splits: Sequence[str], requested: str | None, where: str, example: str) -> tuple[str, list[Note]]:
-    """The split to read of those with these names: the requested one, the only one, or `train`."""
-    split = requested or (splits[0] if len(splits) == 1 else TRAIN)
-    if split not in splits:
-        raise TesseraError(f"{where} has the splits {', '.join(splits)}: give one of them, {example}")
-    others = tuple(name for name in splits if name != split)
-    if requested or not others:
-        return split, []
-    text = f"{where}: the split {split} is read, and not {', '.join(others)}; data.split selects another"
-    return split, [Note("other-splits", "warning", text, f"splits that are not read; the split {split} is", others)]
-
-
-def _index_hub(text: str, options: LayoutOptions) -> Indexed:
-    """A data set that Hugging Face's `datasets` loads: owner/name or owner/name/configuration, with optional :split."""
-    try:
-        import datasets
-    except ImportError:
-        raise TesseraError(f"{HUB_PREFIX}{text} needs Hugging Face's datasets: pip install 'tessera[data]'") from None
-    name, split = (text, "") if Path(text).exists() else text.partition(":")[::2]
-    repository, config = name, None
-    if name.count("/") == 2 and not Path(name).exists():
-        repository, _, config = name.rpartition("/")
-    try:
-        loaded = datasets.load_dataset(repository, config, keep_in_memory=False)
-    except Exception as error:  # of many types: no network, no such name, an unknown layout
-        raise TesseraError(f"{HUB_PREFIX}{text} cannot be loaded: {error}") from None
-    splits = [str(name) for name in loaded]
-    name = HUB_PREFIX + name
-    split, notes = _named_split(splits, split or options.split, name, f"{name}:{splits[0]}")
-    files = [Path(each["filename"]) for each in loaded[split].cache_files]
-    table, more = _index_tables(files, Path(os.path.commonpath([file.parent for file in files])), options)
-    return table, notes + more
-
-
-# Tars
-
-
-def _index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> Indexed:
-    """The images in WebDataset tars, with their captions and labels."""
-    if options.classes == "folders":
-        raise TesseraError(f"data.classes=folders, but {root} contains tars, with labels in .cls or .json members")
-    pa = arrow()
-    parts, notes, unread = [], [], Counter()
-    for file in _progress(files, len(files), 2, "reading tars"):
-        try:
-            members, report = tars.read_tar(file, options)
-        except TesseraError as error:
-            notes.append(Note("damaged-files", "error", str(error), "files that cannot be read", (str(file),)))
-            continue
-        path = _repeat(file.relative_to(root).as_posix(), len(members))
-        parts.append(members.replace_schema_metadata().append_column("path", path))
-        notes += about(
-            *("repeated-keys", file, "images have the key of another image and are not read", report.collisions),
-            "a key ends at the first dot of the name, as in WebDataset: rename them",
-        )
-        notes += encoding_notes(file, report.guessed, report.unreadable)
-        notes += about("ignored-members", file, "links are not read", report.links)
-        unread.update(report.unread)
-        for name, kind in report.unused.items():
-            message = f"JSON key looks like {kind}s and is not used"
-            notes += about("unused-columns", file, message, [name], f"set data.{kind}={name} to read it")
-    if unread:
-        text = f"{root}: members that are not read: " + ", ".join(
-            f"{count:,} {suffix}" for suffix, count in unread.items()
-        )
-        notes.append(Note("ignored-members", "warning", text, "kinds of members of tars are ignored", tuple(unread)))
-    if not parts:
-        raise TesseraError(notes[0].text)
-    samples = pa.concat_tables(parts)
-    if not len(samples):
-        raise TesseraError(f"the tars in {root} contain no images ({', '.join(sorted(image_suffixes()))})")
-    class_names, class_ids, labels = (), None, samples["label"]
-    if options.classes == "auto" and labels.null_count < len(labels):
-        encoded = encode_labels([(labels.to_pylist(), ())], "the tars")
-        class_names, class_ids, notes = encoded.class_names, encoded.ids, notes + encoded.notes
-    columns = {name: samples[name] for name in ("path", "offset", "length", "caption")}
-    return index.build(root, class_names, label=class_ids, **columns), notes

@@ -7,7 +7,8 @@ from typing import Any
 from tessera.data import AnyData
 from tessera.data.files import FilesConfig
 from tessera.data.images import Dataset
-from tessera.data.layouts import HUB_PREFIX, expand_path, split_path
+from tessera.data.layouts import expand_path, split_path
+from tessera.data.packed import HUB_PREFIX
 from tessera.errors import TesseraError
 from tessera.settings import Settings, expand_kind, read_yaml, validate
 
