@@ -22,8 +22,8 @@ class Condition(Rows):
     """The condition of each row. A field is None if the network does not have it.
 
     label: class ids, int64 [B], NULL_LABEL for unconditional rows. text: tokens of a text encoder, float32 [B, M, E],
-    NaN for unconditional rows; text_mask: which of them are valid, bool [B, M]. size: height, width and their ratio,
-    float32 [B, 3].
+    or int64 [B, M] where the network embeds their ids; NaN or -1 for unconditional rows. text_mask: which tokens are
+    valid, bool [B, M]. size: height, width and their ratio, float32 [B, 3].
     """
 
     label: Tensor | None = condition_field(LabelField())
@@ -72,10 +72,10 @@ class Condition(Rows):
         return torch.stack([value.to(torch.int64) for value in present.values()], dim=1)
 
     @classmethod
-    def load(cls, names: Sequence[str], dataset: Any, samples: Sequence[int]) -> Self:
-        """The conditions of some samples of a data set, with these fields."""
+    def load(cls, names: Sequence[str], dataset: Any, samples: Sequence[int], positions: Tensor) -> Self:
+        """The conditions of some samples of a data set, with these fields. positions: int64 [B] of training"""
         rules = cls.rules()
-        return cls(**{name: rules[name].load(dataset, samples) for name in names})
+        return cls(**{name: rules[name].load(dataset, samples, positions) for name in names})
 
     @classmethod
     def example(cls, names: Sequence[str], num_rows: int, network: Any) -> Self:
@@ -85,9 +85,13 @@ class Condition(Rows):
 
     @classmethod
     def encode(cls, inputs: Mapping[str, Sequence[Any]], model: Any) -> Self:
-        """What a user asks for, by field, as rows. model: its configuration. Raises TesseraError."""
-        rules = cls.rules()
-        return cls(**{name: rules[name].encode(values, model) for name, values in inputs.items()})
+        """What a user asks for, by field, as rows. model: a `Model`. Raises TesseraError."""
+        rows = {}
+        for name, rules in cls.rules().items():  # in this order: a mask that is given replaces that of the text
+            if name in inputs:
+                encoded = rules.encode(inputs[name], model)
+                rows |= encoded if isinstance(encoded, dict) else {name: encoded}
+        return cls(**rows)
 
 
 def check_inputs(names: Iterable[str], condition_type: type[Condition], model: Any) -> None:
@@ -103,7 +107,8 @@ def check_inputs(names: Iterable[str], condition_type: type[Condition], model: A
     if unknown := present - needed:
         known = f"is conditioned on {listed(needed)}" if needed else "is unconditional"
         raise TesseraError(f"this model {known}: leave out {listed(unknown)}")
-    missing = [name for name in rules if name in needed - present]
+    implied = {companion for name in present for companion in rules[name].companions}
+    missing = [name for name in rules if name in needed - present - implied]
     if missing:
         hints = [
             f"{listed([name])}: {hint}" if (hint := rules[name].hint(model)) else listed([name]) for name in missing

@@ -24,6 +24,8 @@ CLASS_STREAM = 0x636C6173  # random stream of the class labels of bulk sampling
 class ConditionField:
     """The rules of one field. The methods are given the settings of the network, or the configuration of a model.
 
+    companions: fields that are replaced together with this one, such as its mask. A user need not give them.
+
     dtype: of the values. null: the value of all entries of an unconditional row; override `null_like` for a null value
     with several entries. pad: fills up rows of different lengths. input_name: of what users give, where it differs from
     the name of the field. discrete: whether the values are whole numbers [B]
@@ -35,6 +37,7 @@ class ConditionField:
     pad: ClassVar[float] = 0
     input_name: ClassVar[str] = ""
     discrete: ClassVar[bool] = False
+    companions: ClassVar[tuple[str, ...]] = ()
 
     def null_like(self, value: Tensor) -> Tensor:
         """The unconditional rows that replace these rows [B, ...]."""
@@ -44,12 +47,12 @@ class ConditionField:
         """Any valid rows [B, ...], to measure a network with."""
         raise NotImplementedError
 
-    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
-        """The rows of some samples of a data set."""
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
+        """The rows of some samples of a data set, which are read at these positions of training."""
         raise NotImplementedError
 
-    def encode(self, inputs: Sequence[Any], model: Any) -> Tensor:
-        """What a user asks for, as rows [B, ...]. model: its configuration. Raises TesseraError."""
+    def encode(self, inputs: Sequence[Any], model: Any) -> Tensor | dict[str, Tensor]:
+        """What a user asks for, as rows [B, ...], or those of several fields. model: a `Model`. Raises TesseraError."""
         raise NotImplementedError
 
     def default_inputs(self, seeds: Sequence[int], policy: str, model: Any) -> list[Any]:
@@ -69,11 +72,12 @@ class LabelField(ConditionField):
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.zeros(num_rows, dtype=torch.int64)
 
-    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
         return torch.tensor([dataset.label(sample) for sample in samples], dtype=torch.int64)
 
     def encode(self, inputs: Sequence[int | str], model: Any) -> Tensor:
         """Class numbers or names -> ids"""
+        model = model.config
         count = model.network.num_classes
         numbers = [str(number) for number in range(count)]
         names = list(model.class_names) or numbers

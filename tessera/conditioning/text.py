@@ -8,37 +8,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tessera.conditioning.fields import ConditionField
 from tessera.errors import TesseraError
 
+NULL_TOKEN = -1  # the id of all tokens of an unconditional row
+
 
 class TextField(ConditionField):
-    """The tokens of a text encoder: float32 [B, M, E].
+    """The tokens of a text encoder: float32 [B, M, E], or int64 ids [B, M] where the network embeds them.
 
-    Unconditional rows hold NaN: a network replaces them by its own null embedding, and keeps their mask or not, as it
-    was trained. An empty prompt is a text like others.
+    Unconditional rows hold NaN or NULL_TOKEN: a network replaces them by its own null value, and keeps their mask or
+    not, as it was trained. An empty prompt is a text like others.
     """
 
-    null = float("nan")
-    input_name = "text"
+    input_name = "prompts"
+    companions = ("text_mask",)
+
+    def null_like(self, value: Tensor) -> Tensor:
+        return torch.full_like(value, float("nan") if value.is_floating_point() else NULL_TOKEN)
 
     def example(self, num_rows: int, network: Any) -> Tensor:
+        if network.vocabulary_size:
+            return torch.zeros(num_rows, network.text_tokens, dtype=torch.int64)
         return torch.zeros(num_rows, network.text_tokens, network.text_channels)
 
-    def encode(self, inputs: Sequence[Any], model: Any) -> Tensor:
-        """Tokens [M, E] of each row, of any lengths -> [B, M, E] of the longest"""
-        rows = [torch.as_tensor(row, dtype=torch.float32) for row in inputs]
-        channels = model.network.text_channels
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
+        return dataset.text.tokens(samples, positions)
+
+    def encode(self, inputs: Sequence[Any], model: Any) -> dict[str, Tensor]:
+        """Prompts, or the tokens [M, E] or ids [M] of each row -> text and text_mask, padded to the longest"""
+        if not len(inputs):
+            raise TesseraError("no prompt: give one for each image, or one for all")
+        if all(isinstance(each, str) for each in inputs):
+            text, mask = model.text_encoder.encode(list(inputs))
+            return {"text": text, "text_mask": mask}
+        network = model.config.network
+        dtype, channels = (torch.int64, ()) if network.vocabulary_size else (torch.float32, (network.text_channels,))
+        rows = [torch.as_tensor(each, dtype=dtype) for each in inputs if not isinstance(each, str)]
+        shape = "[M]" if network.vocabulary_size else f"[M, {network.text_channels}]"
         for row in rows:
-            if row.ndim != 2 or row.shape[1] != channels or not len(row):
+            if row.ndim != 1 + len(channels) or row.shape[1:] != channels or not len(row):
                 raise TesseraError(
-                    f"a text is the tokens of a text encoder, [M, {channels}] with M at least 1; got {list(row.shape)}"
+                    f"a text is a prompt, or tokens of a text encoder: {shape} with M at least 1; got {list(row.shape)}"
                 )
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if len(rows) != len(inputs):
+            raise TesseraError("some texts are prompts and others are tokens: give all in one form")
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        return {"text": pad_sequence(rows, batch_first=True), "text_mask": mask}
 
     def hint(self, model: Any) -> str:
-        return f"tokens [M, {model.network.text_channels}] of its text encoder for each row"
+        return 'one for each image, for example --prompt "a red circle", or condition={"text": ["a red circle"]}'
 
 
 class TextMaskField(ConditionField):
@@ -53,13 +74,16 @@ class TextMaskField(ConditionField):
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.ones(num_rows, network.text_tokens, dtype=torch.bool)
 
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
+        return dataset.text.mask(samples, positions)
+
     def encode(self, inputs: Sequence[Any], model: Any) -> Tensor:
         """Valid tokens [M] of each row -> [B, M] of the longest"""
         rows = [torch.as_tensor(row, dtype=torch.bool) for row in inputs]
         for row in rows:
             if row.ndim != 1 or not row.any():
                 raise TesseraError(f"a text mask is bool [M] with a valid token; got {row.tolist()}")
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return pad_sequence(rows, batch_first=True)
 
     def hint(self, model: Any) -> str:
         return "which tokens are valid, [M] for each row"

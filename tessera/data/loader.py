@@ -134,7 +134,8 @@ class Loader:
             images, samples = zip(*(self._sample(position, offset) for offset in offsets))
             pixels = torch.from_numpy(np.stack(images))
         numbers = [int(sample) for sample in samples]
-        batch = Batch(pixels, self.condition_type.load(self.condition_fields, self.dataset, numbers), positions)
+        condition = self.condition_type.load(self.condition_fields, self.dataset, numbers, positions)
+        batch = Batch(pixels, condition, positions)
         return batch.pin_memory() if self.pin_memory else batch
 
     def names(self, position: int) -> list[str]:

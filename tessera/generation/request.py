@@ -159,7 +159,7 @@ class SampleRequest:
     def resolve(self, model: Model) -> "SampleRows":
         """The rows of the request, all checked and paired. Raises TesseraError."""
         config, num_rows = self.check(model), len(self)
-        condition = model.config.network.condition_type.encode(self.condition, model.config)
+        condition = model.config.network.condition_type.encode(self.condition, model)
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         if mask is not None and not np.isin(mask, (0, 1)).all():
             raise TesseraError(

@@ -15,8 +15,10 @@ from tessera.conditioning import Condition
 from tessera.settings import InputSize, Settings
 from tessera.times import shared_time
 
-# Settings that follow from the data, the codec and the diffusion process.
-DATA_DEPENDENT = ("input_size", "in_channels", "out_channels", "num_classes")
+# Settings that follow from the data, the codec, the text encoder and the diffusion process.
+DATA_DEPENDENT = (
+    "input_size", "in_channels", "out_channels", "num_classes", "text_channels", "vocabulary_size", "text_tokens",
+)  # fmt: skip
 
 
 class NetworkConfig(Settings, ABC):
@@ -34,16 +36,30 @@ class NetworkConfig(Settings, ABC):
     )
     num_classes: int = Field(default=1000, ge=0, description="0: unconditional")
     learn_null_class: bool = Field(default=True, description="a learned null label, which guidance needs")
+    text_channels: int = Field(default=0, ge=0, description="channels of the text encoder; 0: no text, or ids")
+    vocabulary_size: int = Field(
+        default=0,
+        ge=0,
+        description="token ids of a text encoder that is trained with the network; 0: no text, or channels",
+    )
+    text_tokens: int = Field(default=0, ge=0, description="most text tokens of an image in training")
 
     @property
     def condition_fields(self) -> tuple[str, ...]:
         """The fields of its condition that the network uses, and needs."""
-        return ("label",) if self.num_classes else ()
+        return (*(("label",) if self.num_classes else ()), *(("text", "text_mask") if self.uses_text else ()))
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the network is conditioned on text."""
+        return False
 
     @property
     def null_fields(self) -> tuple[str, ...]:
         """Those of them that have a null value, which dropout and guidance need."""
-        return tuple(name for name in self.condition_fields if name != "label" or self.learn_null_class)
+        return tuple(
+            name for name in self.condition_fields if name != "text_mask" and (name != "label" or self.learn_null_class)
+        )
 
     @property
     def is_temporal(self) -> bool:

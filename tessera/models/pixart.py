@@ -74,6 +74,10 @@ class PixArtConfig(DiTConfig):
         return self
 
     @property
+    def uses_text(self) -> bool:
+        return True
+
+    @property
     def condition_fields(self) -> tuple[str, ...]:
         return ("text", "text_mask", *(("size",) if self.size_conditions else ()))
 

@@ -40,7 +40,7 @@ class NotesField(ConditionField):
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.ones(num_rows, 3)
 
-    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
         return torch.tensor([[float(sample), 1.0] for sample in samples])
 
     def encode(self, inputs: Sequence[Sequence[float]], model: Any) -> Tensor:
@@ -62,7 +62,7 @@ class ToneField(ConditionField):
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.zeros(num_rows, dtype=torch.int64)
 
-    def load(self, dataset: Any, samples: Sequence[int]) -> Tensor:
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
         return torch.tensor([sample % 5 for sample in samples])
 
     def encode(self, inputs: Sequence[int], model: Any) -> Tensor:

@@ -147,11 +147,11 @@ def test_fixed_variance(make_model):
 
 
 def test_classes_by_name_number_and_digits(tiny_model):
-    assert LabelField().encode(["dog", 2, "0", np.int64(1)], tiny_model.config).tolist() == [1, 2, 0, 1]
+    assert LabelField().encode(["dog", 2, "0", np.int64(1)], tiny_model).tolist() == [1, 2, 0, 1]
 
 
 def test_a_class_name_of_digits_takes_precedence(make_model):
-    assert LabelField().encode(["2", 2], make_model(class_names=("2", "0", "1")).config).tolist() == [0, 2]
+    assert LabelField().encode(["2", 2], make_model(class_names=("2", "0", "1"))).tolist() == [0, 2]
 
 
 def test_one_class_for_many_seeds_and_one_seed_for_many_classes(tiny_model):

@@ -212,14 +212,15 @@ def test_images_of_texts_of_different_lengths_do_not_depend_on_their_batch():
 @pytest.mark.parametrize(
     ("condition", "words"),
     [
-        ({}, "this model needs text: tokens"),
-        ({"text": [np.ones((2, 8))]}, "this model needs text_mask: which tokens are valid"),
+        ({}, "this model needs prompts: one for each image"),
+        ({"text": []}, "nothing to generate"),
+        ({"text": ["a cat", np.ones((2, 8))]}, "some texts are prompts"),
         ({"text": [np.ones((2, 9))], "text_mask": [[1, 1]]}, r"\[M, 8\] with M at least 1; got \[2, 9\]"),
         ({"text": [np.ones((0, 8))], "text_mask": [[1]]}, r"got \[0, 8\]"),
         ({"text": [np.ones((2, 8))], "text_mask": [[0, 0]]}, "with a valid token"),
         (
             {"text": [np.ones((2, 8))], "text_mask": [[1, 1]], "label": [3]},
-            "conditioned on text, text_mask: leave out classes",
+            "conditioned on prompts, text_mask: leave out classes",
         ),
     ],
 )
