@@ -18,7 +18,7 @@ test-fast: .setup/dev
 	$(PYTEST) -m "not slow and not run"
 
 prove: .setup/dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 check: .setup/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

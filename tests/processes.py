@@ -3,16 +3,19 @@
 Their function is given by file and name, because test modules cannot be imported. Arguments and results are pickled.
 """
 
+import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
-import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+PATIENCE = 120  # seconds for which ranks may go on after one of them has failed
 IMPORTED = ["pytest", "torch.distributed.fsdp", "sklearn.datasets", "tessera.cli", "tessera.training.loop"]
 
 
@@ -31,6 +34,7 @@ class ProcessGroup:
 
     processes: list[BaseProcess]
     pipes: list[Connection]
+    store: Any  # of the ranks; it ends with this object
 
     def kill(self, *ranks: int) -> None:
         """Send SIGKILL to these ranks, or to all."""
@@ -44,27 +48,38 @@ class ProcessGroup:
 
     def outcomes(self) -> list[Outcome]:
         """Wait for all processes, and return how each ended."""
-        results = []
-        for process, pipe in zip(self.processes, self.pipes):
-            try:
-                results.append(pipe.recv())
-            except EOFError:  # killed before it sent a result
-                results.append({})
+        results: list[dict[str, Any]] = [{} for _ in self.processes]
+        waiting, failure = {pipe: rank for rank, pipe in enumerate(self.pipes)}, float("inf")
+        while waiting:
+            for pipe in multiprocessing.connection.wait(list(waiting), timeout=1):
+                rank = waiting.pop(pipe)
+                with contextlib.suppress(EOFError):  # killed before it sent a result
+                    results[rank] = pipe.recv()
+                if "result" not in results[rank]:
+                    failure = min(failure, time.monotonic())
+            if (
+                waiting and time.monotonic() > failure + PATIENCE
+            ):  # torchrun, too, ends the ranks that wait for a lost one
+                self.kill(*waiting.values())
+        for process in self.processes:
             process.join()
         return [Outcome(process.exitcode or 0, **result) for process, result in zip(self.processes, results)]
 
 
 def start(count: int, function: Callable[..., Any], *arguments: Any) -> ProcessGroup:
     """Start `count` processes that call a module-level function, each with its rank in the environment."""
+    from torch.distributed import TCPStore
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # As torchrun does. If rank 0 opened a port that was free a moment ago, another process could take it first, and
+    # the other ranks would wait for ever.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(count):
         ours, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": store.port}
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         variables = {
             "environment": {**{name: str(value) for name, value in environment.items()}, "MASTER_ADDR": "127.0.0.1"},
             "pipe": theirs,
@@ -75,7 +90,7 @@ def start(count: int, function: Callable[..., Any], *arguments: Any) -> ProcessG
         theirs.close()
         processes.append(process)
         pipes.append(ours)
-    return ProcessGroup(processes, pipes)
+    return ProcessGroup(processes, pipes, store)
 
 
 def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
