@@ -4,13 +4,14 @@ Shapes: N scenes, P phases in eighths of a pixel, W pixels of the window that ho
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from tessera import randomness
 from tessera.errors import TesseraError
@@ -28,6 +29,13 @@ COLOURS = {  # far apart, and none near the middle of two others, so that a mixt
 SIZES = {"small": 4.0, "large": 6.0}  # from the centroid to the farthest side, in pixels
 RELATIONS = ("left of", "right of", "above", "below")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+# Never seen by a model trained with combinations: known, which sees each colour in at least four other shapes.
+HELD_OUT = ("red triangle", "green ring", "blue circle", "yellow square", "purple cross")
+COMBINATIONS = {  # class ids of the objects
+    "all": tuple(range(len(CLASSES))),
+    "known": tuple(label for label, name in enumerate(CLASSES) if name not in HELD_OUT),
+    "held-out": tuple(CLASSES.index(name) for name in HELD_OUT),
+}
 
 SIDE = 32
 BORDER, GAP = 1.5, 2.0  # free pixels at the edge of the image and between two objects
@@ -47,6 +55,11 @@ class Appearance:
     shape: str
     colour: str
     size: str
+
+    @property
+    def combination(self) -> str:
+        """The name of its class."""
+        return f"{self.colour} {self.shape}"
 
     def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.shape}"
@@ -114,10 +127,21 @@ class ShapesConfig(Settings):
     kind: Literal["shapes"] = "shapes"
     split: Literal["train", "test"] = Field(default="train", description="no image is in both")
     count: PositiveInt = Field(default=50_000, description="number of images; the first ones do not depend on it")
+    combinations: Literal["all", "known", "held-out"] = Field(
+        default="all",
+        description=f"of colour and shape, for every object: known is all but {', '.join(HELD_OUT)}, to train with, "
+        "and held-out is these, to measure composition with",
+    )
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the default of `combinations`: hashes of settings written before it existed stay valid."""
+        settings = handler(self)
+        return {name: value for name, value in settings.items() if (name, value) != ("combinations", "all")}
 
     @property
     def description(self) -> str:
-        return f"shapes, split {self.split}"
+        return f"shapes, split {self.split}" + f", {self.combinations} combinations" * (self.combinations != "all")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -144,17 +168,18 @@ class ShapesDataset:
     class_names = CLASSES
 
     def __init__(self, config: ShapesConfig) -> None:
-        self.split = config.split
-        self._objects, self._counts, self._backgrounds = _sample_scenes(config.split, config.count)
+        self.split, self._classes = config.split, COMBINATIONS[config.combinations]
+        self._name = f"shapes {config.split}" + f" {config.combinations}" * (config.combinations != "all")
+        self._objects, self._counts, self._backgrounds = _sample_scenes(config.split, config.count, self._classes)
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def label(self, index: int) -> int:
-        return index % len(CLASSES)
+        return self._classes[index % len(self._classes)]
 
     def name(self, index: int) -> str:
-        return f"shapes {self.split} {index}"
+        return f"{self._name} {index}"
 
     def pixels(self, index: int) -> np.ndarray:
         return render(self.scene(index))
@@ -172,14 +197,15 @@ def _object(label: int, size: int, x: int, y: int) -> Object:
     return Object(shape, colour, tuple(SIZES)[size], x / GRID, y / GRID)
 
 
-def _sample_scenes(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first scenes of a split: class, size, and grid position x, y of two objects, int16 [N, 2, 4]; the number of
-    objects used [N]; the background [N]."""
+def _sample_scenes(split: str, count: int, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first scenes of a split with objects of these classes: class, size, and grid position x, y of two objects,
+    int16 [N, 2, 4]; the number of objects used [N]; the background [N]."""
     u = randomness.uniform(0, torch.arange(count), STREAMS[split], 10).numpy().astype(np.float64).T
     pair, horizontal, subject_first = u[:3] < 0.5
     background = np.asarray(BACKGROUNDS)[(u[3] * len(BACKGROUNDS)).astype(int)] + (split == "test")
-    label = np.arange(count) % len(CLASSES)
-    other = (label + 1 + (u[4] * (len(CLASSES) - 1)).astype(int)) % len(CLASSES)
+    position = np.arange(count) % len(classes)
+    other = (position + 1 + (u[4] * (len(classes) - 1)).astype(int)) % len(classes)
+    label = np.asarray(classes)[np.stack((position, other))]  # [2, N]
     size = (u[5:7] < 0.5).astype(int)
 
     radius = np.asarray(tuple(SIZES.values()))[size]  # [2, N], as are low, high, along and across
@@ -200,7 +226,7 @@ def _sample_scenes(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.n
     across = np.stack((subject, _on_grid(least + (most - least) * u[8])))
 
     x, y = np.where(horizontal, (along, across), (across, along)) * GRID
-    objects = np.stack(((label, other), size, x, y), axis=-1).swapaxes(0, 1).astype(np.int16)
+    objects = np.stack((label, size, x, y), axis=-1).swapaxes(0, 1).astype(np.int16)
     return objects, np.where(pair, 2, 1), background
 
 

@@ -1,5 +1,6 @@
 """The rendered shapes: functions of split and index, balanced, inside the image, apart, and described by captions."""
 
+import hashlib
 import math
 from collections import Counter
 from itertools import product
@@ -14,6 +15,7 @@ from tessera.data.shapes import (
     COLOURS,
     GAP,
     GRID,
+    HELD_OUT,
     RELATIONS,
     SHAPES,
     SIDE,
@@ -96,6 +98,50 @@ def test_classes_are_colour_and_shape_of_the_subject_and_balanced(split):
     for index in range(len(dataset)):
         subject = dataset.scene(index).objects[0]
         assert dataset.class_names[dataset.label(index)] == f"{subject.colour} {subject.shape}"
+
+
+# Held-out combinations
+
+
+def combinations(setting: str, count: int = 3000) -> list[set[str]]:
+    """The combinations in each scene, by class names."""
+    dataset = ShapesConfig(combinations=setting, count=count).open()
+    return [{f"{one.colour} {one.shape}" for one in dataset.scene(index).objects} for index in range(count)]
+
+
+def test_held_out_combinations_never_occur_but_their_words_do():
+    known = combinations("known")
+    assert set().union(*known) == set(CLASSES) - set(HELD_OUT)
+    colours, shapes = zip(*(name.split() for name in set().union(*known)))
+    assert set(Counter(shapes).values()) == {len(COLOURS) - 1}  # one colour of each shape is held out
+    assert min(Counter(colours).values()) >= len(SHAPES) - 1
+    assert len(HELD_OUT) == len(CLASSES) / 6
+    held_out = combinations("held-out")
+    assert set().union(*held_out) == set(HELD_OUT)
+    assert sum(len(names) == 2 for names in held_out) / len(held_out) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize("setting", ["known", "held-out"])
+def test_data_with_some_combinations_keep_the_classes_and_are_balanced(setting):
+    dataset = ShapesConfig(combinations=setting, count=1000).open()
+    assert dataset.class_names == CLASSES
+    counts = Counter(dataset.class_names[dataset.label(index)] for index in range(1000))
+    assert set(counts.values()) == {1000 // len(counts)}
+    for index in range(50):
+        subject = dataset.scene(index).objects[0]
+        assert dataset.class_names[dataset.label(index)] == f"{subject.colour} {subject.shape}"
+    assert dataset.name(3) == f"shapes train {setting} 3"
+    assert setting in ShapesConfig(combinations=setting).description
+
+
+def test_the_setting_changes_neither_images_nor_hashes_where_it_is_not_used():
+    digest = hashlib.sha256()
+    dataset = ShapesConfig(split="test", count=200).open()
+    for index in range(200):
+        digest.update(dataset.pixels(index).tobytes() + dataset.caption(index).encode())
+    assert digest.hexdigest()[:16] == "ac1a3dcb28f391c8"  # computed before the setting existed
+    assert ShapesConfig().model_dump_json() == '{"kind":"shapes","split":"train","count":50000}'
+    assert ShapesConfig(combinations="known").model_dump()["combinations"] == "known"
 
 
 # Scenes
