@@ -7,6 +7,7 @@ data set, in memory and on disk.
 Shapes: N samples.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -175,6 +176,46 @@ def read(path: Path) -> "pyarrow.Table":
             "move them there, or write the index again"
         )
     return with_metadata(table, root, class_names)
+
+
+def fingerprint(table: "pyarrow.Table") -> dict[str, Any]:
+    """The number of samples, and hashes of what they are in their order (`samples`), of their labels and captions.
+
+    A run stores it, to notice at its next start that the data changed. The root does not matter.
+    """
+    parts = {"samples": ("path", "offset", "length"), "labels": ("label",), "captions": ("caption",)}
+    result: dict[str, Any] = {"count": len(table)}
+    for part, columns in parts.items():
+        digest = hashlib.blake2b(digest_size=16)
+        if part == "labels":
+            digest.update(json.dumps(metadata(table)[1]).encode())
+        for name in columns:
+            _update_digest(digest, table[name])
+        result[part] = digest.hexdigest()
+    return result
+
+
+def _update_digest(digest: Any, column: Any) -> None:
+    """Hash the values of a column of integers, text or lists; how they are divided into chunks does not matter."""
+    pa, pc = arrow(), compute()
+    types = pa.types
+    is_list = types.is_list(column.type) or types.is_large_list(column.type)
+    if types.is_integer(column.type):
+        for chunk in column.chunks:
+            digest.update(chunk.cast(pa.int64()).fill_null(-1).to_numpy())
+        return
+    count = pc.list_value_length if is_list else pc.binary_length
+    for chunk in column.chunks:
+        digest.update(count(chunk).cast(pa.int64()).fill_null(-1).to_numpy())
+    if is_list:
+        _update_digest(digest, pc.list_flatten(column))
+        return
+    for chunk in column.chunks:
+        text = chunk.cast(pa.large_string()).fill_null("")  # 64-bit offsets, whatever the type
+        _, offsets, content = text.buffers()
+        limits = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
+        if content is not None:
+            digest.update(memoryview(content)[limits[0] : limits[-1]])
 
 
 def int_column(column: Any, missing: int) -> np.ndarray:

@@ -45,8 +45,11 @@ REPAIR = "run the same `tessera data cache` again, which repairs it"
 class LatentsDataset:
     """The samples of a finished cache: all valid samples of the data set. It can be pickled.
 
-    labels: int32 [N]. indices: the index of each sample in the data set, int64 [N].
+    labels: int32 [N]. indices: the index of each sample in the data set, int64 [N]. source: that data set, if it is
+    open.
     """
+
+    source: Dataset | None = None
 
     def __init__(self, folder: Path) -> None:
         """folder: FOLDER/KEY. Raises TesseraError if the cache is not finished, damaged, or of another format."""
@@ -159,7 +162,9 @@ def open_cache(
     for path in sorted(folder.glob(f"*/{PLAN}")):
         differences = _differences(read_plan(path.parent), spec)
         if not differences and (path.parent / CACHE).exists():
-            return LatentsDataset(path.parent)
+            latents = LatentsDataset(path.parent)
+            latents.source = dataset
+            return latents
         others.append(f"{path.parent.name}: {'; '.join(differences) or 'not finished'}")
     existing = "\n".join(["existing caches:", *(f"  {other}" for other in others)]) if others else "there is none"
     raise TesseraError(f"no cache in {folder} has this codec, preprocessing and data; {existing}\ncreate it: {command}")

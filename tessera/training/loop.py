@@ -22,7 +22,7 @@ from tessera.training.objective import probe_inputs
 from tessera.training.optimizers import learning_rate, set_learning_rate
 from tessera.training.recipe import Recipe
 from tessera.training.recovery import Recovery
-from tessera.training.resume import changed_settings, find_checkpoint, restore_run
+from tessera.training.resume import changed_data, changed_settings, find_checkpoint, restore_run
 from tessera.training.run import (
     INIT_REPORT,
     SAMPLES,
@@ -159,7 +159,7 @@ class Trainer:
             )
         if resumed_from is not None:
             info(f"resuming from step {self.step} ({resumed_from})")
-            for change in changed_settings(run, resumed_from):
+            for change in [*changed_settings(run, resumed_from), *changed_data(run, resumed_from)]:
                 info(f"changed since the checkpoint: {change}")
                 if change.startswith(AFFECTS_LOSS):
                     self.recovery.detector.restore({})
@@ -284,7 +284,8 @@ class Trainer:
 
     def _save(self) -> None:
         spike_detector = self.recovery.detector.state()
-        state = TrainerState(self.step, self.position, spike_detector, self.run.compile_mode)
+        mode, data = self.run.compile_mode, self.run.data_fingerprint
+        state = TrainerState(self.step, self.position, spike_detector, mode, data)
         save_checkpoint(self.run, self.writer, state)
 
     def _score(self) -> None:

@@ -10,7 +10,7 @@ from tessera.runtime import SINGLE, Distributed
 from tessera.settings import diff
 from tessera.training import checkpoint
 from tessera.training.checkpoint import TrainerState
-from tessera.training.run import RECIPE, TrainingRun
+from tessera.training.run import RECIPE, TrainingRun, index_path
 
 
 def find_checkpoint(
@@ -88,3 +88,22 @@ def changed_settings(run: TrainingRun, path: Path) -> list[str]:
         for name, old, new in diff(before, after)
         if "absent" not in (old, new) and name != "run_dir"
     ]
+
+
+def changed_data(run: TrainingRun, path: Path) -> list[str]:
+    """How the data differ from those of the checkpoint, and what restores them. Empty if it stores no fingerprint."""
+    before, now = checkpoint.read_state(path).data, run.data_fingerprint
+    if not before or not now or before == now:
+        return []
+    if before["samples"] != now["samples"]:
+        text = (
+            f"the samples of the data ({before['count']:,}, now {now['count']:,}), and with them their order: the "
+            "current epoch repeats some and leaves some out. "
+        )
+    else:
+        text = f"the {' and '.join(part for part in ('labels', 'captions') if before[part] != now[part])} of the data. "
+    index = index_path(path.parent.parent, before)
+    if index.exists():
+        split = " data.split=null" if getattr(run.recipe.data, "split", None) else ""
+        text += f"data.path={index}{split} reads the old samples in the old order, where their files still exist"
+    return [text.strip()]

@@ -1,8 +1,12 @@
 """A run in memory: data, network, optimizer and everything else that the training loop uses."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +16,7 @@ from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.codecs import Codec, StoredConfig
 from tessera.conditioning import NetworkFunction
-from tessera.data import Loader
+from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
@@ -72,6 +76,16 @@ class TrainingRun:
         factor, bucket_ids = self.ema_model.codec.factor, self.loader.buckets.bucket_ids
         macs = [self.network.macs((height // factor, width // factor)) for height, width in self.loader.buckets.sizes]
         return float(np.asarray(macs, dtype=np.float64)[bucket_ids].mean())
+
+    @cached_property
+    def data_fingerprint(self) -> dict[str, Any]:
+        """What the order of the samples depends on (`data.index.fingerprint`); empty for data without an index."""
+        dataset = self.loader.dataset
+        source = files_dataset(dataset)
+        if source is None:
+            return {}
+        table = source.table.take(dataset.indices) if isinstance(dataset, LatentsDataset) else source.table
+        return index.fingerprint(table)
 
     def full_ema_model(self) -> bundle.Model:
         """The EMA model with whole weights, for sampling. Every rank must call it."""
@@ -168,6 +182,12 @@ def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsDataset:
     data = recipe.data
     cache = data.cache if isinstance(data, FilesConfig) else None
     return data.open() if cache is None else open_cache(Path(cache), data, codec, data.open())
+
+
+def files_dataset(dataset: Dataset | LatentsDataset) -> FilesDataset | None:
+    """The images in files that a data set or its latents come from, None for any other data."""
+    source = dataset.source if isinstance(dataset, LatentsDataset) else dataset
+    return source if isinstance(source, FilesDataset) else None
 
 
 def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets | None:
@@ -283,10 +303,19 @@ def prepare_folder(run: TrainingRun) -> None:
     for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):  # unfinished files of a killed run
         remove_partials(folder)
     atomic_write(run_dir / RECIPE, to_yaml(run.recipe))
+    source = files_dataset(run.loader.dataset)
+    if source is not None and not (path := index_path(run_dir, run.data_fingerprint)).exists():
+        index.write(source.table, path)
     codec = run.recipe.codec
     if isinstance(codec, StoredConfig) and codec.folder is not None and not (run_dir / bundle.CODEC).exists():
         with atomic_folder(run_dir / bundle.CODEC) as partial:
             bundle.copy_codec(codec, partial)
+
+
+def index_path(run_dir: Path, fingerprint: dict[str, Any]) -> Path:
+    """Where a run keeps the index of its data. If they change, the index of each version stays."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    return run_dir / f"index-{digest[:12]}.parquet"
 
 
 def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, state: TrainerState) -> None:

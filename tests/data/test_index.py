@@ -123,3 +123,28 @@ def test_concatenation_with_an_index_without_classes(tmp_path):
     assert index.metadata(result) == (tmp_path, ("cat", "dog"))
     assert result["label"].to_pylist() == [1, 0, None, None, None, None]
     assert index.concat([result]) is result
+
+
+def test_the_fingerprint_depends_on_samples_order_labels_and_captions_only(tmp_path):
+    columns: dict = {"path": ["a.png", "b.tar", "b.tar"], "offset": [None, 512, 2048], "length": [None, 99, 98]}
+    columns |= {"label": [0, 1, None], "caption": ["ä", None, ""], "height": [8, 8, 8]}
+    base = index.build(tmp_path, ["x", "y"], **columns)
+    expected = index.fingerprint(base)
+    assert expected["count"] == 3
+    index.write(base, tmp_path / "index.parquet")
+    chunks = arrow.concat_tables([base.slice(0, 1), base.slice(1)]).replace_schema_metadata(base.schema.metadata)
+    moved = index.with_metadata(base, tmp_path / "elsewhere", ["x", "y"])
+    unmeasured = index.build(tmp_path, ["x", "y"], **{**columns, "height": None})
+    for same in (index.read(tmp_path / "index.parquet"), chunks, moved, unmeasured):
+        assert index.fingerprint(same) == expected
+    changes = [
+        ("samples", {"path": ["a.pn", "gb.tar", "b.tar"]}),
+        ("samples", {"offset": [None, 512, 1024]}),
+        ("labels", {"label": [0, 1, 1]}),
+        ("captions", {"caption": ["ä", "", None]}),
+    ]
+    for part, change in changes:
+        other = index.fingerprint(index.build(tmp_path, ["x", "y"], **columns | change))
+        assert [name for name in expected if other[name] != expected[name]] == [part]
+    assert index.fingerprint(base.take([0, 2, 1]))["samples"] != expected["samples"]
+    assert index.fingerprint(index.build(tmp_path, ["x", "z"], **columns))["labels"] != expected["labels"]

@@ -2,6 +2,7 @@
 
     RUN/recipe.yaml
     RUN/log.jsonl
+    RUN/index-....parquet               the index of the data; another one for each change of the data
     RUN/codec/                          the autoencoder, if it came from a local folder
     RUN/checkpoints/step-000001000/     config.json, model.safetensors, README.md: the bundle
                                         ema/: EMA weights of other decays

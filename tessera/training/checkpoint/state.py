@@ -34,6 +34,7 @@ class TrainerState:
     position: int
     spike_detector: dict[str, Any] = field(default_factory=dict)  # `SpikeDetector.state`
     compile_mode: CompileMode = "off"  # of the network; the modes differ in the last bit of the result
+    data: dict[str, Any] = field(default_factory=dict)  # `data.index.fingerprint`; empty for data without an index
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -43,7 +44,9 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def read_state(checkpoint: Path) -> TrainerState:
     """The position saved in a checkpoint. Raises TesseraError if it is damaged or not a training checkpoint."""
     data = read_training_json(checkpoint)
-    return TrainerState(data["step"], data["position"], data["spike_detector"], data["compile_mode"])
+    return TrainerState(
+        data["step"], data["position"], data["spike_detector"], data["compile_mode"], data.get("data", {})
+    )
 
 
 def read_training_json(checkpoint: Path) -> dict[str, Any]:
