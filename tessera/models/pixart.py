@@ -1,7 +1,7 @@
 """PixArt-alpha and PixArt-sigma: a diffusion transformer conditioned on text (Chen et al. 2023 and 2024).
 
 Shapes: B batch, N image tokens on a grid (h, w), M text tokens, E channels of the text encoder, D width, G conditioning
-vectors.
+vectors, K heads.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
 from tessera.conditioning import Condition
 from tessera.layers.attention import Attention, CrossAttention
@@ -37,13 +37,32 @@ class PixArtBlockConfig(BlockConfig):
         "token",
     )
     compressed_layers: tuple[int, ...] = Field(default=(), description="blocks with compressed keys and values")
+    window_layers: tuple[int, ...] = Field(
+        default=(), description="blocks whose self-attention has windows or relative positions (ViTDet)"
+    )
+    window_size: int = Field(default=0, ge=0, description="side of the windows in tokens; 0: the whole grid")
+    relative_positions: bool = Field(
+        default=False, description="learned offsets of the attention logits by row and column distance"
+    )
+
+    @model_validator(mode="after")
+    def _check_windows(self) -> "PixArtBlockConfig":
+        if bool(self.window_layers) != bool(self.window_size or self.relative_positions):
+            raise ValueError(
+                "window_layers needs window_size, relative_positions or both, and these need window_layers; got "
+                f"window_layers {list(self.window_layers)}, window_size {self.window_size}, relative_positions "
+                f"{self.relative_positions}"
+            )
+        if both := sorted(set(self.window_layers) & set(self.compressed_layers)):
+            raise ValueError(f"blocks {both} are in window_layers and in compressed_layers: a block has one of both")
+        return self
 
     @property
     def absolute_positions(self) -> bool:
         return False  # of its own kind: see `PixArt.positions`
 
     def build(self, dims: BlockDims) -> "PixArtBlock":
-        return PixArtBlock(dims, self, compressed=False)
+        return PixArtBlock(dims, self)
 
     def shared(self, dims: BlockDims) -> SharedConditioning:
         return SharedConditioning(dims, modulation=True)
@@ -69,8 +88,10 @@ class PixArtConfig(DiTConfig):
     def _check_pixart(self) -> "PixArtConfig":
         if self.size_conditions and self.hidden_size % 3:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 3, as size_conditions needs")
-        if any(layer >= self.depth for layer in self.block.compressed_layers):
-            raise ValueError(f"compressed_layers {self.block.compressed_layers} exceed the depth {self.depth}")
+        for name in ("compressed_layers", "window_layers"):
+            layers = getattr(self.block, name)
+            if any(not 0 <= layer < self.depth for layer in layers):
+                raise ValueError(f"{name} {list(layers)}: expected numbers from 0 to {self.depth - 1} (depth)")
         return self
 
     @property
@@ -90,57 +111,139 @@ class PixArtConfig(DiTConfig):
 
 
 class PixArtAttention(Attention):
-    """Self-attention with optional norms of queries and keys, and compression of keys and values by 2 x 2 (sigma)."""
+    """Self-attention with optional norms of queries and keys, compression of keys and values by 2 x 2 (sigma), windows,
+    and decomposed relative positions.
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, compression: Compression | None) -> None:
+    Windows and relative positions are those of ViTDet (Li et al. 2022, "Exploring plain vision transformer backbones
+    for object detection"). PixArt-alpha's code has weights for them and does not use them. A grid that windows do not
+    divide is filled up with zeros at its end, which are attended to like other tokens. Logits are
+    q.k / sqrt(D / K) + q.R_row + q.R_column.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool,
+        compression: Compression | None,
+        window_size: int = 0,
+        position_grid: tuple[int, ...] = (),
+    ) -> None:
+        """position_grid: (h, w) of the tables of relative positions, () for none"""
         super().__init__(width, num_heads)
         self.q_norm = nn.LayerNorm(width) if qk_norm else None
         self.k_norm = nn.LayerNorm(width) if qk_norm else None
         self.compression = compression
         self.sr = nn.Conv2d(width, width, 2, stride=2, groups=width) if compression == "conv" else None
         self.norm = nn.LayerNorm(width) if compression == "conv" else None
+        self.window_size = window_size
+        tables = [torch.empty(2 * side - 1, width // num_heads) for side in position_grid]
+        self.rel_pos_h, self.rel_pos_w = map(nn.Parameter, tables) if tables else (None, None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A fresh compression is the mean of 2 x 2 tokens."""
+        """A fresh compression is the mean of 2 x 2 tokens; fresh relative positions have no effect."""
         if self.sr is not None:
             nn.init.constant_(self.sr.weight, 0.25)
             assert self.sr.bias is not None
             nn.init.zeros_(self.sr.bias)
+        for table in (self.rel_pos_h, self.rel_pos_w):
+            if table is not None:
+                nn.init.zeros_(table)
 
     def forward(self, x: Tensor, grid: Sequence[int] = ()) -> Tensor:
         """x [B, N, D] on a token grid -> [B, N, D]"""
+        size = self.window_size
+        if not size:
+            return self._attend(x, grid[-2:])
+        return from_windows(self._attend(to_windows(x, grid[-2:], size), (size, size)), grid[-2:], size)
+
+    def _attend(self, x: Tensor, grid: Sequence[int]) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.compression is not None:
             k, v = self._compress(k, grid), self._compress(v, grid)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        offsets = self._position_logits(q, grid)
+        return self.proj(scaled_dot_product_attention(q, k, v, attn_mask=offsets).transpose(1, 2).flatten(2))
 
     def _compress(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """[B, N, D] -> [B, N / 4, D], or half of the tokens if every second one stays"""
         if self.compression == "every":
             return tokens[:, ::2]
-        image = tokens.transpose(1, 2).unflatten(2, tuple(grid[-2:]))
+        image = tokens.transpose(1, 2).unflatten(2, tuple(grid))
         if self.sr is None or self.norm is None:
             return image[..., ::2, ::2].flatten(2).transpose(1, 2)
         return self.norm(self.sr(image).flatten(2).transpose(1, 2))
 
-    def macs(self, tokens: int) -> int:
+    def _position_logits(self, q: Tensor, grid: Sequence[int]) -> Tensor | None:
+        """q.R_row + q.R_column of each query and key: q [B, K, N, D / K] -> [B, K, N, N]"""
+        if self.rel_pos_h is None or self.rel_pos_w is None:
+            return None
+        q = q.unflatten(2, tuple(grid))
+        rows = torch.einsum("bkhwc,hic->bkhwi", q, relative_positions(self.rel_pos_h, grid[0]))
+        columns = torch.einsum("bkhwc,wjc->bkhwj", q, relative_positions(self.rel_pos_w, grid[1]))
+        return (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+
+    def macs(self, tokens: int, grid: Sequence[int] = ()) -> int:
+        if not self.window_size:
+            return self._macs(tokens, grid[-2:])
+        size = self.window_size
+        return math.prod(-(-side // size) for side in grid[-2:]) * self._macs(size**2, (size, size))
+
+    def _macs(self, tokens: int, grid: Sequence[int]) -> int:
+        width = self.proj.in_features
         if self.compression is None:
-            return super().macs(tokens)
-        width, keys = self.proj.in_features, tokens // (2 if self.compression == "every" else 4)
+            return super().macs(tokens) + (0 if self.rel_pos_h is None else tokens * sum(grid) * width)
+        keys = tokens // (2 if self.compression == "every" else 4)
         convolutions = 0 if self.sr is None else 2 * keys * self.sr.weight.numel()
         return 4 * tokens * width**2 + 2 * tokens * keys * width + convolutions
+
+
+def to_windows(x: Tensor, grid: Sequence[int], size: int) -> Tensor:
+    """Split a token grid (h, w) into n windows of size x size tokens: [B, N, D] -> [B n, size size, D]"""
+    image = x.unflatten(1, tuple(grid))
+    image = pad(image, (0, 0, 0, -grid[1] % size, 0, -grid[0] % size))
+    return image.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def from_windows(windows: Tensor, grid: Sequence[int], size: int) -> Tensor:
+    """The inverse of `to_windows`: [B n, size size, D] -> [B, N, D]"""
+    rows, columns = (-(-side // size) for side in grid)
+    image = windows.unflatten(0, (-1, rows, columns)).unflatten(3, (size, size)).transpose(2, 3)
+    return image.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)
+
+
+def relative_positions(table: Tensor, side: int) -> Tensor:
+    """Rows of a table [2 s - 1, C] by query and key position: [side, side, C]; resized linearly if s is not side."""
+    if len(table) != 2 * side - 1:
+        table = interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+    positions = torch.arange(side, device=table.device)
+    return table[positions[:, None] - positions + side - 1]
 
 
 class PixArtBlock(AdaLNZeroBlock):
     """x + gate * branch(norm(x) (1 + scale) + shift) for attention and MLP; between them x + cross(x, text), which has
     neither norm nor gate. Shift, scale and gate are those that all blocks share, plus a table."""
 
-    def __init__(self, dims: BlockDims, config: PixArtBlockConfig, compressed: bool) -> None:
-        attn = PixArtAttention(dims.width, dims.num_heads, config.qk_norm, config.compression if compressed else None)
+    def __init__(
+        self, dims: BlockDims, config: PixArtBlockConfig, number: int = -1, grid: tuple[int, ...] = ()
+    ) -> None:
+        """number: of the block in the network, which may be compressed or have windows. grid: of its tokens"""
+        compression = config.compression if number in config.compressed_layers else None
+        window_size, position_grid = 0, ()
+        if number in config.window_layers:
+            window_size = config.window_size
+            position_grid = (window_size, window_size) if window_size else grid[-2:]
+        attn = PixArtAttention(
+            dims.width,
+            dims.num_heads,
+            config.qk_norm,
+            compression,
+            window_size,
+            position_grid if config.relative_positions else (),
+        )
         super().__init__(dims, modulation=ScaleShiftTable, attn=attn, mlp=MLP(dims.width, dims.mlp_width))
         self.cross_attn = CrossAttention(dims.width, dims.num_heads)
 
@@ -155,8 +258,10 @@ class PixArtBlock(AdaLNZeroBlock):
     def attend(self, x: Tensor, context: Context) -> Tensor:
         return self.attn(x, context.grid)
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.cross_attn.macs(tokens, cond_tokens)
+    def macs(self, tokens: int, cond_tokens: int, grid: Sequence[int] = ()) -> int:
+        assert isinstance(self.attn, PixArtAttention)
+        attention = self.attn.macs(tokens, grid) + self.cross_attn.macs(tokens, cond_tokens)
+        return attention + self.mlp.macs(tokens)
 
 
 class CaptionEmbedder(nn.Module):
@@ -238,8 +343,8 @@ class PixArt(DiT):
         super().__init__(config, reset=False)
         self.config: PixArtConfig = config  # pyright: ignore[reportIncompatibleVariableOverride]
         width = config.hidden_size
-        for number in config.block.compressed_layers:
-            self.blocks[number] = PixArtBlock(self.dims, config.block, compressed=True)
+        for number in (*config.block.compressed_layers, *config.block.window_layers):
+            self.blocks[number] = PixArtBlock(self.dims, config.block, number, config.grid)
         self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens, config.null_embedding)  # pyright: ignore[reportAttributeAccessIssue]
         self.csize_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
         self.ar_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
@@ -284,7 +389,8 @@ class PixArt(DiT):
 
     def macs(self, size: Sequence[int] | None = None) -> int:
         config = self.config
-        tokens = math.prod(config.token_grid(size or config.input_size))
+        grid = config.token_grid(size or config.input_size)
+        tokens = math.prod(grid)
         assert self.shared is not None
         embedders = [module for module in (self.csize_embedder, self.ar_embedder) if module is not None]
         sizes = sum(
@@ -300,6 +406,6 @@ class PixArt(DiT):
             + sizes
             + text
             + self.shared.macs(tokens)
-            + sum(block.macs(tokens, config.text_tokens) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+            + sum(block.macs(tokens, config.text_tokens, grid) for block in self.blocks)  # pyright: ignore[reportCallIssue]
             + self.final_layer.macs(tokens)
         )
