@@ -30,6 +30,7 @@ class Condition(Rows):
     text: Tensor | None = condition_field(TextField())
     text_mask: Tensor | None = condition_field(TextMaskField())
     size: Tensor | None = condition_field(SizeField())
+    prepared: Rows | None = None  # what a network computed ahead from these fields: see `Network.prepare`
 
     def __post_init__(self) -> None:
         for name, rules in self.rules().items():
@@ -40,7 +41,7 @@ class Condition(Rows):
     @classmethod
     def rules(cls) -> dict[str, ConditionField]:
         """The rules of each field, by name."""
-        return {each.name: each.metadata["rules"] for each in fields(cls)}
+        return {each.name: each.metadata["rules"] for each in fields(cls) if "rules" in each.metadata}
 
     @property
     def present(self) -> dict[str, Tensor]:
@@ -51,11 +52,12 @@ class Condition(Rows):
         """The same rows with the null value in these fields (default: in all): an unconditional part of guidance."""
         rules, present = self.rules(), self.present
         chosen = [name for name in (present if names is None else names) if name in present]
-        return replace(self, **{name: rules[name].null_like(present[name]) for name in chosen})
+        values: dict[str, Any] = {name: rules[name].null_like(present[name]) for name in chosen}
+        return replace(self, **values)
 
     def drop(self, mask: Tensor, names: Iterable[str] | None = None) -> Self:
         """Null values where mask [B] is true: condition dropout in training (Ho & Salimans 2022)."""
-        changed = {}
+        changed: dict[str, Any] = {}
         for name, null in self.null(names).present.items():
             value = self.present[name]
             if null is not value:
@@ -75,18 +77,20 @@ class Condition(Rows):
     def load(cls, names: Sequence[str], dataset: Any, samples: Sequence[int], positions: Tensor) -> Self:
         """The conditions of some samples of a data set, with these fields. positions: int64 [B] of training"""
         rules = cls.rules()
-        return cls(**{name: rules[name].load(dataset, samples, positions) for name in names})
+        values: dict[str, Any] = {name: rules[name].load(dataset, samples, positions) for name in names}
+        return cls(**values)
 
     @classmethod
     def example(cls, names: Sequence[str], num_rows: int, network: Any) -> Self:
         """Any valid conditions with these fields, to measure a network with. network: its settings"""
         rules = cls.rules()
-        return cls(**{name: rules[name].example(num_rows, network) for name in names})
+        values: dict[str, Any] = {name: rules[name].example(num_rows, network) for name in names}
+        return cls(**values)
 
     @classmethod
     def encode(cls, inputs: Mapping[str, Sequence[Any]], model: Any) -> Self:
         """What a user asks for, by field, as rows. model: a `Model`. Raises TesseraError."""
-        rows = {}
+        rows: dict[str, Any] = {}
         for name, rules in cls.rules().items():  # in this order: a mask that is given replaces that of the text
             if name in inputs:
                 encoded = rules.encode(inputs[name], model)

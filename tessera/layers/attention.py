@@ -41,10 +41,27 @@ class RotaryAttention(Attention):
     logits cannot grow without bound (Henry et al. 2020, "Query-key normalization"; Dehghani et al. 2023 for vision
     transformers). rope: queries and keys are rotated by position (Su et al. 2021). value_residual: values are
     interpolated with values computed from the first layer's input (Zhou et al. 2024, "Value residual learning").
+
+    more_keys: whether queries also attend to the keys and values of other tokens, as in PRX. learned_offset: these keys
+    get a learned logit offset for each head, which begins at NO_ATTENTION: weights of a model without these keys keep
+    their function. (Zero keys would take their share of the softmax.)
     """
 
-    def __init__(self, width: int, num_heads: int, bias: bool, qk_norm: bool, value_residual: bool) -> None:
+    NO_ATTENTION = -20.0
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        bias: bool,
+        qk_norm: bool,
+        value_residual: bool,
+        more_keys: bool = False,
+        learned_offset: bool = False,
+    ) -> None:
         super().__init__(width, num_heads, bias)
+        self.text_kv = FusedLinear(width, width, num_projections=2, bias=bias) if more_keys else None
+        self.text_offset = nn.Parameter(torch.empty(num_heads)) if learned_offset else None
         self.qk_scale = nn.Parameter(torch.empty(num_heads)) if qk_norm else None
         self.v_residual_lambda = nn.Parameter(torch.empty(1)) if value_residual else None
         self.reset_parameters()
@@ -52,13 +69,26 @@ class RotaryAttention(Attention):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """A scale of 1, and the mean of both values. The linear layers are left as they are."""
+        if self.text_offset is not None:
+            self.text_offset.fill_(self.NO_ATTENTION)
         if self.qk_scale is not None:
             self.qk_scale.fill_(1)
         if self.v_residual_lambda is not None:
             self.v_residual_lambda.fill_(0.5)
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, v0: Tensor | None = None) -> Tensor:
-        """x [B, N, D], rope [N, E / 2, 2] (see `rope_grid`), v0 [B, N, D] -> [B, N, D]"""
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        v0: Tensor | None = None,
+        keys: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, D], rope [N, E / 2, 2] (see `rope_grid`), v0 [B, N, D] -> [B, N, D]
+
+        keys [B, M, 2 D]: more keys and values (see `keys_values`). mask: bool [B, M + N], which keys are attended to,
+        those first
+        """
         qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)  # B N 2 K E, B N 1 K E
         v = v.squeeze(2)
         if qk.dtype in (torch.bfloat16, torch.float16):
@@ -71,8 +101,25 @@ class RotaryAttention(Attention):
         if self.v_residual_lambda is not None and v0 is not None:
             v = torch.lerp(v, v0.unflatten(-1, (self.num_heads, -1)), self.v_residual_lambda.to(v.dtype))
         q, k = qk.to(v.dtype).unbind(2)
-        x = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        if keys is not None:
+            more = keys.to(v.dtype).unflatten(-1, (2, self.num_heads, -1))  # B M 2 K E
+            k, v = torch.cat((more[:, :, 0], k), dim=1), torch.cat((more[:, :, 1], v), dim=1)
+        attn_mask = None if mask is None else mask[:, None, None]
+        if self.text_offset is not None and attn_mask is not None and keys is not None:
+            offset = self.text_offset[:, None, None] * (torch.arange(k.shape[1], device=k.device) < keys.shape[1])
+            attn_mask = torch.where(attn_mask, offset.to(v.dtype), -torch.inf)  # B K 1 (M + N)
+        x = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask)
         return self.proj(x.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
+
+    def keys_values(self, tokens: Tensor) -> Tensor:
+        """Keys, normalized as those of `forward`, and values of other tokens: [B, M, D] -> [B, M, 2 D]"""
+        assert self.text_kv is not None
+        keys_values: Tensor = self.text_kv(tokens)
+        if self.qk_scale is None:
+            return keys_values
+        k, v = keys_values.chunk(2, dim=-1)
+        per_head = k.unflatten(-1, (self.num_heads, -1)).float()
+        return torch.cat(((per_head * inverse_rms(per_head, 1e-6)).flatten(-2).to(v.dtype), v), dim=-1)
 
     def _qk_scale(self, qk: Tensor, qk_scale: Tensor) -> Tensor:
         """The factors for which rms(k) = 1 and rms(q) = qk_scale: qk [B, N, 2, K, E] -> [B, N, 2, K, 1]"""
@@ -89,13 +136,15 @@ class CrossAttention(nn.Module):
         self.kv_linear = FusedLinear(width, width, num_projections=2)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cond_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cond_tokens: Tensor, mask: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """x [B, N, D], cond_tokens [B, M, D] -> [B, N, D]
 
-        mask: bool [B, M], which condition tokens are attended to; at least one in each row
+        mask: bool [B, M], which condition tokens are attended to; at least one in each row. keys [B, M, 2 D]: their
+        keys and values, where they were computed before
         """
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # B N (K E) -> B K N E
-        k, v = self.kv_linear(cond_tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        keys_values: Tensor = self.kv_linear(cond_tokens) if keys is None else keys.to(q.dtype)
+        k, v = keys_values.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None])
         return self.proj(x.transpose(1, 2).flatten(2))
 

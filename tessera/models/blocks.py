@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
 from tessera.layers.positions import rope_grid
+from tessera.layers.text import TextEmbedder
 from tessera.rows import SHARED, Rows, pad
 from tessera.settings import Settings, expand_kind
 
@@ -32,6 +34,9 @@ class Context(Rows):
     v0: Tensor | None = None  # [B, N, D] values of the first layer, which every attention mixes in
     text: Tensor | None = field(default=None, metadata=pad(0))  # [B, M, D] text tokens
     text_mask: Tensor | None = field(default=None, metadata=pad(0))  # bool [B, M] which of them are valid; None: all
+    text_keys: tuple[Tensor, ...] | None = field(default=None, metadata=pad(0))  # [B, M, 2 D] of each block, if known
+    own_text_keys: Tensor | None = field(default=None, metadata=pad(0))  # [B, M, 2 D] those of the block that runs
+    key_mask: Tensor | None = field(default=None, metadata=pad(0))  # bool [B, M + N] which keys attention attends to
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
         """The parameters [B, G, num_params D] of a modulation module.
@@ -39,6 +44,19 @@ class Context(Rows):
         Blocks call this method instead of the module, so that a context can return precomputed parameters.
         """
         return modulation.params(self.c, self.shared_modulation)
+
+    def for_block(self, number: int) -> "Context":
+        """The context with the text keys of one block."""
+        return self if self.text_keys is None else replace(self, own_text_keys=self.text_keys[number])
+
+
+@dataclass(frozen=True)
+class PreparedText(Rows):
+    """What blocks need of a text. It is the same at all times, so sampling computes it once."""
+
+    text: Tensor = field(metadata=pad(0))  # [B, M, D]
+    mask: Tensor = field(metadata=pad(0))  # bool [B, M]
+    keys: tuple[Tensor, ...] | None = field(default=None, metadata=pad(0))  # [B, M, 2 D] of each block
 
 
 @dataclass(frozen=True)
@@ -73,12 +91,17 @@ class SharedConditioning(nn.Module):
         self.v0_proj = nn.Linear(dims.width, dims.width, bias=False) if value_residual else None
 
     def forward(self, x: Tensor, context: Context) -> Context:
-        """x [B, N, D]: the patch embeddings"""
-        modulation = self.adaLN_modulation
+        """x [B, N, D]: the patch embeddings, and text tokens that are appended to them"""
+        modulation, rope = self.adaLN_modulation, None
+        if self.rope_channels:
+            rope = rope_grid(context.grid, self.rope_channels, x.device, self.temporal)
+            if (appended := x.shape[1] - len(rope)) > 0:  # text tokens have no place in the grid: not rotated
+                rope = nn.functional.pad(rope, (0, 0, 0, 0, 0, appended))
+                rope[-appended:, :, 0] = 1
         return replace(
             context,
             shared_modulation=None if modulation is None else context.modulation_params(modulation),
-            rope=rope_grid(context.grid, self.rope_channels, x.device, self.temporal) if self.rope_channels else None,
+            rope=rope,
             v0=None if self.v0_proj is None else self.v0_proj(self.norm(x)),
         )
 
@@ -91,7 +114,7 @@ class SharedConditioning(nn.Module):
 class Block(nn.Module):
     """The parts of all designs: attention, then an MLP, each behind a norm without learned weights."""
 
-    appends_tokens: ClassVar[bool] = False  # condition tokens are appended to the image tokens of all blocks
+    appends_tokens: bool = False  # condition tokens are appended to the image tokens of all blocks
     modulated_head: ClassVar[bool] = False  # the final layer is modulated, too
 
     def __init__(
@@ -131,6 +154,15 @@ class BlockConfig(Settings):
 
     def shared(self, dims: BlockDims) -> SharedConditioning | None:
         """The module that computes what the blocks share."""
+        return None
+
+    @property
+    def uses_text(self) -> bool:
+        """Whether the blocks are conditioned on text."""
+        return False
+
+    def text_embedder(self, dims: BlockDims, channels: int, vocabulary_size: int) -> TextEmbedder | None:
+        """The module that makes text tokens of the outputs of a text encoder."""
         return None
 
 
@@ -240,11 +272,20 @@ class AdaLNZeroBlock(Block):
         """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
         shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
         x = gated_residual(x, gate1, self.attend(modulate(self.norm1(x), shift1, scale1), context))
+        x = self.attend_to_text(x, context)
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """The attention branch: x [B, N, D] -> [B, N, D]"""
         return self.attn(x)
+
+    def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D] plus what it attends to in the text, in designs with cross-attention"""
+        return x
+
+    def text_keys(self, text: Tensor) -> Tensor | None:
+        """The keys and values of the text: [B, M, D] -> [B, M, 2 D]; None in designs without."""
+        return None
 
     def macs(self, tokens: int, cond_tokens: int) -> int:
         return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
@@ -292,6 +333,17 @@ class RoPESwiGLU(BlockConfig):
         default=True, description="interpolate the values of each attention with those of the first layer"
     )
     bias: bool = Field(default=False, description="biases in attention and MLP; the modulation always has them")
+    text: Literal["none", "keys", "cross", "sequence"] = Field(
+        default="none",
+        description="conditioning on text: keys beside those of the image, cross-attention after self-attention, or "
+        "its tokens in the sequence",
+    )
+    text_layers: int = Field(default=2, ge=0, description="transformer layers over the text alone, before the blocks")
+    text_offset: bool = Field(
+        default=False,
+        description="text=keys: logits of the text have a learned offset that begins at -20, so that the weights of a "
+        "model without text keep their function",
+    )
 
     @property
     def absolute_positions(self) -> bool:
@@ -304,6 +356,25 @@ class RoPESwiGLU(BlockConfig):
                 f"hidden_size {width} and num_heads {num_heads} give {channels} channels per head, and rotary "
                 f"positions need a multiple of 4, {least} or more: change one of them, or set block.positions=sincos"
             )
+        if self.text_offset and self.text != "keys":
+            raise ValueError(f"text_offset has no effect with text={self.text}: it needs text=keys")
+
+    @property
+    def uses_text(self) -> bool:
+        return self.text != "none"
+
+    def text_embedder(self, dims: BlockDims, channels: int, vocabulary_size: int) -> TextEmbedder | None:
+        if not self.uses_text:
+            return None
+        return TextEmbedder(
+            channels,
+            vocabulary_size,
+            dims.width,
+            dims.num_heads,
+            dims.mlp_width,
+            self.text_layers,
+            self.text == "cross",
+        )
 
     def build(self, dims: BlockDims) -> Block:
         return RoPESwiGLUBlock(dims, self)
@@ -320,16 +391,61 @@ class RoPESwiGLUBlock(AdaLNZeroBlock):
 
     def __init__(self, dims: BlockDims, config: RoPESwiGLU) -> None:
         mlp = SwiGLU if config.mlp == "swiglu" else MLP
+        norm = RMSNorm if config.norm == "rms" else layer_norm
+        attn = RotaryAttention(
+            dims.width, dims.num_heads, config.bias, config.qk_norm, config.value_residual,
+            more_keys=config.text == "keys", learned_offset=config.text_offset,
+        )  # fmt: skip
         super().__init__(
             dims,
             modulation=ScaleShiftTable if config.modulation == "shared" else Modulation,
-            norm=RMSNorm if config.norm == "rms" else layer_norm,
-            attn=RotaryAttention(dims.width, dims.num_heads, config.bias, config.qk_norm, config.value_residual),
+            norm=norm,
+            attn=attn,
             mlp=mlp(dims.width, dims.mlp_width, config.bias),
         )
+        self.attn: RotaryAttention = attn
+        self.text = config.text
+        self.appends_tokens = config.text == "sequence"
+        self.norm_text = norm(dims.width, 1e-6) if config.text == "cross" else None
+        self.cross_attn = CrossAttention(dims.width, dims.num_heads) if config.text == "cross" else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Cross-attention begins without effect: a new block is the identity."""
+        if self.cross_attn is not None:
+            nn.init.zeros_(self.cross_attn.proj.weight)
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
-        return self.attn(x, context.rope, context.v0)
+        keys = self._own_text_keys(context) if self.text == "keys" else None
+        return self.attn(x, context.rope, context.v0, keys, context.key_mask)
+
+    def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
+        if self.cross_attn is None or self.norm_text is None or context.text is None:
+            return x
+        return x + self.cross_attn(self.norm_text(x), context.text, context.text_mask, context.own_text_keys)
+
+    def _own_text_keys(self, context: Context) -> Tensor | None:
+        if context.own_text_keys is not None or context.text is None:
+            return context.own_text_keys
+        return self.text_keys(context.text)
+
+    def text_keys(self, text: Tensor) -> Tensor | None:
+        if self.text == "keys":
+            return self.attn.keys_values(text)
+        return None if self.cross_attn is None else self.cross_attn.kv_linear(text)
+
+    def macs(self, tokens: int, cond_tokens: int) -> int:
+        """cond_tokens: of the text"""
+        width = self.attn.proj.in_features
+        match self.text:
+            case "sequence":
+                return super().macs(tokens + cond_tokens, 0)
+            case "keys":
+                return super().macs(tokens, 0) + 2 * cond_tokens * width * (width + tokens)
+            case "cross":
+                assert self.cross_attn is not None
+                return super().macs(tokens, 0) + self.cross_attn.macs(tokens, cond_tokens)
+        return super().macs(tokens, 0)
 
 
 _Block = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU  # the one list of all designs

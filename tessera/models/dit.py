@@ -7,6 +7,7 @@ vectors of an image or clip, D width.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_frames, sincos_grid
-from tessera.models.blocks import AdaLNZero, AnyBlock, Block, BlockDims, Context
+from tessera.models.blocks import AdaLNZero, AdaLNZeroBlock, AnyBlock, Block, BlockDims, Context, PreparedText
 from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.settings import unknown_name
@@ -66,6 +67,11 @@ class DiTConfig(NetworkConfig):
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
         self.block.check(self.hidden_size, self.num_heads, self.is_temporal)
+        if self.text_channels and self.vocabulary_size:
+            raise ValueError(
+                f"text_channels {self.text_channels} and vocabulary_size {self.vocabulary_size} exclude each other: a "
+                "network gets the tokens of a text encoder, or ids"
+            )
         if self.temporal_patch_size > 1 and not self.is_temporal:
             raise ValueError(
                 f"temporal_patch_size {self.temporal_patch_size} needs a network for clips: set input_size to "
@@ -78,6 +84,10 @@ class DiTConfig(NetworkConfig):
     @property
     def size_multiple(self) -> int:
         return self.patch_size
+
+    @property
+    def uses_text(self) -> bool:
+        return self.block.uses_text
 
     def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
         patch = (self.temporal_patch_size, self.patch_size, self.patch_size)[-len(size) :]
@@ -150,6 +160,7 @@ class DiT(Network):
         self.y_embedder = (
             LabelEmbedder(config.num_classes, width, config.learn_null_class) if config.num_classes else None
         )
+        self.text_embedder = config.block.text_embedder(dims, config.text_channels, config.vocabulary_size)
         # A frozen parameter, not a buffer: official checkpoints contain it, and the paper's counts include it.
         # Of one frame: so the weights of an image network fit a network for clips.
         table = torch.zeros(1, math.prod(config.grid[-2:]), width)
@@ -213,9 +224,23 @@ class DiT(Network):
         tokens = self.x_embedder(x).to(x.dtype)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(context.grid, self.pos_embed)
+        if context.text_mask is not None and (mask := self._key_mask(tokens, context.text_mask)) is not None:
+            context = replace(context, key_mask=mask)
+        if self.appends_tokens:
+            tokens = torch.cat((tokens, context.cond_tokens.to(tokens.dtype)), dim=1)
         if self.shared is not None:
             context = self.shared(tokens, context)
-        return torch.cat((tokens, context.cond_tokens), dim=1) if self.appends_tokens else tokens, context
+        return tokens, context
+
+    def _key_mask(self, tokens: Tensor, text_mask: Tensor) -> Tensor | None:
+        """Which keys self-attention attends to, bool [B, M + N]; None: all"""
+        ones = text_mask.new_ones(()).expand(len(text_mask), tokens.shape[1])
+        match getattr(self.config.block, "text", "none"):
+            case "keys":
+                return torch.cat((text_mask, ones), dim=1)
+            case "sequence":
+                return torch.cat((ones, text_mask), dim=1)
+        return None
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
         """Return what blocks and head need beside the image or clip, for its token grid.
@@ -228,7 +253,32 @@ class DiT(Network):
             label = self.y_embedder(condition.label)[:, None]
             c = time + label
             cond_tokens.append(label)
-        return Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
+        context = Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
+        return context if self.text_embedder is None else self._with_text(context, condition)
+
+    def _with_text(self, context: Context, condition: Condition) -> Context:
+        prepared = condition.prepared
+        if not isinstance(prepared, PreparedText):
+            prepared = self._embed_text(condition)
+        if self.appends_tokens:
+            if context.c.shape[1] > 1:
+                raise ValueError("times of frames or tokens need text=keys or text=cross: text tokens have no time")
+            context = replace(context, cond_tokens=prepared.text)
+        return replace(context, text=prepared.text, text_mask=prepared.mask, text_keys=prepared.keys)
+
+    def _embed_text(self, condition: Condition) -> PreparedText:
+        if condition.text is None:
+            raise ValueError("this network is conditioned on text: pass Condition(text=..., text_mask=...)")
+        assert self.text_embedder is not None
+        return PreparedText(*self.text_embedder(condition.text, condition.text_mask))
+
+    def prepare(self, condition: Condition) -> Condition:
+        if self.text_embedder is None:
+            return condition
+        prepared = self._embed_text(condition)
+        keys = [block.text_keys(prepared.text) for block in self.blocks if isinstance(block, AdaLNZeroBlock)]
+        keys = tuple(each for each in keys if each is not None)
+        return replace(condition, prepared=replace(prepared, keys=keys or None))
 
     def _time_tokens(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Time vectors [B, G, D] as condition tokens, with the positions of the frames or tokens that they belong to.
@@ -266,7 +316,7 @@ class DiT(Network):
         numbers of blocks as keys; their outputs become its values.
         """
         for number, block in enumerate(list(self.blocks)[start:end], start):  # a slice of a ModuleList is a new module
-            tokens = block(tokens, context)
+            tokens = block(tokens, context.for_block(number))
             if residuals is not None and number in residuals:
                 tokens = tokens + residuals[number]
             if capture is not None and number in capture:
@@ -289,11 +339,14 @@ class DiT(Network):
     def macs(self, size: Sequence[int] | None = None) -> int:
         grid = self.config.token_grid(size or self.config.input_size)
         tokens = math.prod(grid)
-        cond_tokens = self._frames_with_times(grid) + (self.y_embedder is not None)
+        text_tokens = self.config.text_tokens if self.text_embedder is not None else 0
+        cond_tokens = text_tokens or self._frames_with_times(grid) + (self.y_embedder is not None)
+        appended = text_tokens if self.appends_tokens else 0
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
-            + (0 if self.shared is None else self.shared.macs(tokens))
+            + (0 if self.text_embedder is None else self.text_embedder.macs(text_tokens))
+            + (0 if self.shared is None else self.shared.macs(tokens + appended))
             + sum(block.macs(tokens, cond_tokens) for block in self.blocks if isinstance(block, Block))
             + self.final_layer.macs(tokens)
         )

@@ -120,6 +120,10 @@ class Network(nn.Module, ABC):
         times, or if labels are missing.
         """
 
+    def prepare(self, condition: Condition) -> Condition:
+        """The condition with everything that does not depend on x and t computed ahead, for many calls with it."""
+        return condition
+
     @abstractmethod
     def macs(self, size: Sequence[int] | None = None) -> int:
         """Multiply-adds of one forward pass of one image or clip of `size` (by default the configured size).

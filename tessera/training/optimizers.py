@@ -157,7 +157,7 @@ def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig, rate: f
 
 
 def hidden_matrices(network: Network) -> dict[str, int]:
-    """The matrices that Muon trains: the weights inside `network.blocks` that map tokens to tokens.
+    """The matrices that Muon trains: the weights of blocks, and of layers over text, that map tokens to tokens.
 
     Returns the number of fused projections by parameter name. A convolution counts as the matrix of its output
     channels by its receptive field. The embeddings and the head are left out: Muon is not meant for them (Jordan et
@@ -167,9 +167,12 @@ def hidden_matrices(network: Network) -> dict[str, int]:
     """
     modulation = {module.linear for module in network.blocks.modules() if isinstance(module, Modulation)}
     return {
-        f"blocks.{name}.weight": module.num_projections if isinstance(module, FusedLinear) else 1
-        for name, module in network.blocks.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and module not in modulation and module.weight.requires_grad
+        f"{name}.weight": module.num_projections if isinstance(module, FusedLinear) else 1
+        for name, module in network.named_modules()
+        if name.startswith(("blocks.", "text_embedder.layers."))
+        and isinstance(module, nn.Linear | nn.Conv2d)
+        and module not in modulation
+        and module.weight.requires_grad
     }
 
 
