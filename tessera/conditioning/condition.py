@@ -23,13 +23,15 @@ class Condition(Rows):
 
     label: class ids, int64 [B], NULL_LABEL for unconditional rows. text: tokens of a text encoder, float32 [B, M, E],
     or int64 [B, M] where the network embeds their ids; NaN or -1 for unconditional rows. text_mask: which tokens are
-    valid, bool [B, M]. size: height, width and their ratio, float32 [B, 3].
+    valid, bool [B, M]. size: height, width and their ratio, float32 [B, 3]. uniform: random numbers in 0..1 of each
+    row in training, float32 [B, n], for networks with stochastic depth; absent in sampling.
     """
 
     label: Tensor | None = condition_field(LabelField())
     text: Tensor | None = condition_field(TextField())
     text_mask: Tensor | None = condition_field(TextMaskField())
     size: Tensor | None = condition_field(SizeField())
+    uniform: Tensor | None = None
     prepared: Rows | None = None  # what a network computed ahead from these fields: see `Network.prepare`
 
     def __post_init__(self) -> None:

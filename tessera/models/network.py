@@ -62,6 +62,11 @@ class NetworkConfig(Settings, ABC):
         )
 
     @property
+    def uniform_numbers(self) -> int:
+        """How many random numbers the network uses for each row in training: see `Condition.uniform`."""
+        return 0
+
+    @property
     def is_temporal(self) -> bool:
         """Whether the network is for clips. A network for clips takes images, too: a clip with one frame."""
         return len(self.input_size) == 3

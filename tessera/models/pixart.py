@@ -6,7 +6,7 @@ vectors, K heads.
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from tessera.layers.embeddings import TimestepEmbedder, sinusoidal_embedding
 from tessera.layers.mlp import MLP
 from tessera.layers.modulation import ScaleShiftTable, gated_residual, modulate
 from tessera.layers.positions import sincos
-from tessera.models.blocks import AdaLNZeroBlock, BlockConfig, BlockDims, Context, SharedConditioning
+from tessera.models.blocks import AdaLNZeroBlock, BlockConfig, BlockDims, Context, PreparedText, SharedConditioning
 from tessera.models.dit import DiT, DiTConfig
 
 Compression = Literal["conv", "uniform", "every"]
@@ -43,6 +43,13 @@ class PixArtBlockConfig(BlockConfig):
     window_size: int = Field(default=0, ge=0, description="side of the windows in tokens; 0: the whole grid")
     relative_positions: bool = Field(
         default=False, description="learned offsets of the attention logits by row and column distance"
+    )
+    drop_path: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="stochastic depth in training: how often the last block's attention and MLP are left out for a "
+        "sample; grows linearly from 0 in the first block",
     )
 
     @model_validator(mode="after")
@@ -106,8 +113,25 @@ class PixArtConfig(DiTConfig):
     def null_fields(self) -> tuple[str, ...]:
         return ("text",) if self.null_embedding else ()
 
+    @property
+    def uniform_numbers(self) -> int:
+        return 2 * self.depth if self.block.drop_path else 0
+
     def build(self) -> "PixArt":
         return PixArt(self)
+
+
+@dataclass(frozen=True)
+class PixArtContext(Context):
+    """branch_scales: factors of the attention and the MLP of each block with stochastic depth, float32 [B, L, 2] or
+    [B, 1, 2] of the block that runs: 0 where it is left out. Absent outside of training."""
+
+    branch_scales: Tensor | None = None
+
+    def for_block(self, number: int) -> Context:
+        if self.branch_scales is None:
+            return super().for_block(number)
+        return replace(super().for_block(number), branch_scales=self.branch_scales[:, number : number + 1])  # pyright: ignore[reportCallIssue]
 
 
 class PixArtAttention(Attention):
@@ -250,13 +274,22 @@ class PixArtBlock(AdaLNZeroBlock):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.text [B, M, D] -> [B, N, D]"""
         shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
+        if isinstance(context, PixArtContext) and context.branch_scales is not None:
+            scales = context.branch_scales[..., None]  # B 1 2 1
+            gate1, gate2 = gate1 * scales[:, :, 0], gate2 * scales[:, :, 1]
         x = gated_residual(x, gate1, self.attend(modulate(self.norm1(x), shift1, scale1), context))
-        assert context.text is not None  # PixArt.embed_condition sets it
-        x = x + self.cross_attn(x, context.text, context.text_mask)
+        x = self.attend_to_text(x, context)
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         return self.attn(x, context.grid)
+
+    def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
+        assert context.text is not None  # PixArt.embed_condition sets it
+        return x + self.cross_attn(x, context.text, context.text_mask, context.own_text_keys)
+
+    def text_keys(self, text: Tensor) -> Tensor:
+        return self.cross_attn.kv_linear(text)
 
     def macs(self, tokens: int, cond_tokens: int, grid: Sequence[int] = ()) -> int:
         assert isinstance(self.attn, PixArtAttention)
@@ -365,16 +398,43 @@ class PixArt(DiT):
         nn.init.normal_(self.shared.adaLN_modulation.linear.weight, std=0.02)
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
-        if condition.text is None:
-            raise ValueError("this network is conditioned on text: pass Condition(text=..., text_mask=...)")
+        prepared = condition.prepared
+        if not isinstance(prepared, PreparedText):
+            prepared = self._embed_text(condition)
         c = self.t_embedder(t if t.ndim == 2 else t[:, None])
         if self.csize_embedder is not None and self.ar_embedder is not None:
             if condition.size is None:
                 raise ValueError("this network is conditioned on height, width and ratio: pass Condition(size=...)")
             sizes = (self.csize_embedder(condition.size[:, :2]), self.ar_embedder(condition.size[:, 2:]))
             c = c + torch.cat(sizes, dim=1)[:, None]
-        text = self.y_embedder(condition.text)  # pyright: ignore[reportOptionalCall]
-        return Context(c=c, cond_tokens=c[:, :0], grid=grid, text=text, text_mask=condition.text_mask)
+        return PixArtContext(
+            c=c,
+            cond_tokens=c[:, :0],
+            grid=grid,
+            text=prepared.text,
+            text_mask=prepared.mask,
+            text_keys=prepared.keys,
+            branch_scales=self._branch_scales(condition.uniform),
+        )
+
+    def _embed_text(self, condition: Condition) -> PreparedText:
+        text, mask = condition.text, condition.text_mask
+        if text is None:
+            raise ValueError("this network is conditioned on text: pass Condition(text=..., text_mask=...)")
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
+        return PreparedText(self.y_embedder(text), mask)  # pyright: ignore[reportOptionalCall]
+
+    def prepare(self, condition: Condition) -> Condition:
+        prepared = self._embed_text(condition)
+        keys = tuple(block.text_keys(prepared.text) for block in self.blocks if isinstance(block, PixArtBlock))
+        return replace(condition, prepared=replace(prepared, keys=keys))
+
+    def _branch_scales(self, uniform: Tensor | None) -> Tensor | None:
+        """The factors of stochastic depth (Huang et al. 2016): random numbers [B, 2 L] -> [B, L, 2]"""
+        if uniform is None or not self.config.block.drop_path:
+            return None
+        kept = 1 - torch.linspace(0, self.config.block.drop_path, self.config.depth, device=uniform.device)[:, None]
+        return (uniform.unflatten(1, (-1, 2)) < kept) / kept
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         tokens = self.x_embedder(x).to(x.dtype)

@@ -35,6 +35,7 @@ class TrainingObjective:
     seed: int
     dtype: torch.dtype | None  # of autocast
     field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
+    uniform_numbers: int = 0  # that the network uses for each row
 
 
 def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
@@ -64,6 +65,9 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
     for name, rate in objective.field_dropout.items():
         uniform = randomness.uniform(objective.seed, position, dropout_stream(name))[:, 0]
         condition = condition.drop(uniform < rate, [name])
+    if objective.uniform_numbers:
+        stream, count = dropout_stream("uniform"), objective.uniform_numbers
+        condition = replace(condition, uniform=randomness.uniform(objective.seed, position, stream, count))
     return x0, condition, batch.position
 
 
@@ -72,7 +76,7 @@ def probe_inputs(batch: Batch, objective: TrainingObjective, device: torch.devic
     """The first samples of a batch for `health.probe`: latents and noise as in training, condition without dropout."""
     samples = batch[: health.probe_size(len(batch.position))]
     with torch.compiler.set_stance("force_eager"):  # another batch size would trigger recompilation
-        without_dropout = replace(objective, condition_dropout=0.0, field_dropout={})
+        without_dropout = replace(objective, condition_dropout=0.0, field_dropout={}, uniform_numbers=0)
         x0, condition, position = prepare_batch(samples, without_dropout, device)
     return x0, condition, sample_noise(x0, position, objective)
 

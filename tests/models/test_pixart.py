@@ -1,16 +1,25 @@
-"""Options of the PixArt block that no published file has: windows and relative positions."""
+"""Options of the PixArt block that no published file has: windows, relative positions and stochastic depth."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
+from tessera.data import Batch
+from tessera.diffusion import FlowMatchingConfig
 from tessera.errors import TesseraError
 from tessera.models.pixart import PixArt, PixArtAttention, PixArtConfig, from_windows, relative_positions, to_windows
 from tessera.settings import validate
+from tessera.training import parallel
+from tessera.training.objective import TrainingObjective, prepare_batch, probe_inputs
+from tessera.training.optimizers import AdamWConfig
+from tessera.training.parallel import ParallelContext
+from tessera.training.step import TrainState, train_step
 
 WIDTH, HEADS = 24, 2
 SMALL = {
@@ -171,3 +180,89 @@ def test_macs_match_pytorchs_counter(block):
 def test_wrong_settings(block, words):
     with pytest.raises(TesseraError, match=words):
         network(**block)
+
+
+# Stochastic depth
+
+
+def dropping(randomise, drop_path: float = 0.6, **changes) -> PixArt:
+    config = validate(PixArtConfig, {**SMALL, "block": {"kind": "pixart", "drop_path": drop_path}, **changes}, "a test")
+    return randomise(config.build())
+
+
+@torch.no_grad()
+def test_a_branch_is_left_out_or_scaled_row_by_row(randomise):
+    built = dropping(randomise)
+    x, t, condition = inputs(6)
+    uniform = torch.rand(6, 6, generator=torch.Generator().manual_seed(3))
+    got = built(x, t, replace(condition, uniform=uniform))
+    left_out = 0
+    for row in range(6):
+        tokens, context = built.embed(x[row : row + 1], t[:1], condition[row : row + 1])
+        for number, block in enumerate(built.blocks):
+            kept = 1 - (0.0, 0.3, 0.6)[number]
+            attention, mlp = (float(value < kept) / kept for value in uniform[row, 2 * number : 2 * number + 2])
+            left_out += (attention == 0) + (mlp == 0)
+            modulation = (context.shared_modulation + block.adaLN_modulation.table.flatten()).chunk(6, dim=-1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+            tokens = tokens + attention * gate1 * block.attn(block.norm1(tokens) * (1 + scale1) + shift1, (4, 4))
+            tokens = tokens + block.cross_attn(tokens, context.text, context.text_mask)
+            tokens = tokens + mlp * gate2 * block.mlp(block.norm2(tokens) * (1 + scale2) + shift2)
+        assert torch.allclose(got[row], built.head(tokens, context)[0], atol=1e-4)
+    assert left_out > 5
+    assert torch.equal(built(x, t, condition), dropping(randomise, 0.0)(x, t, condition))
+
+
+def test_the_rate_grows_linearly_and_the_mean_is_kept(randomise):
+    built = dropping(randomise, 0.4, depth=5)
+    scales = built._branch_scales(torch.rand(20_000, 10, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose((scales == 0).float().mean(dim=(0, 2)), torch.linspace(0, 0.4, 5), atol=0.01)
+    assert torch.allclose(scales.mean(dim=0), torch.ones(5, 2), atol=0.02)
+
+
+def text_batch(count: int, start: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(start)
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    condition = Condition(
+        text=torch.randn(count, 4, 8, generator=generator), text_mask=torch.ones(count, 4, dtype=torch.bool)
+    )
+    return Batch(pixels, condition, torch.arange(start, start + count))
+
+
+def training_objective(network: PixArt) -> TrainingObjective:
+    return TrainingObjective(
+        diffusion=FlowMatchingConfig().build(), codec=PixelsConfig(channels=1).build(), hflip=False,
+        condition_dropout=0.2, null_fields=("text",), seed=7, dtype=None,
+        uniform_numbers=network.config.uniform_numbers,
+    )  # fmt: skip
+
+
+def test_training_leaves_out_by_seed_and_position_alone(randomise):
+    """Micro-batches and restarts change nothing; the probe leaves out nothing."""
+    built = dropping(randomise, in_channels=1, out_channels=1)
+    objective, cpu = training_objective(built), torch.device("cpu")
+    whole = prepare_batch(text_batch(12), objective, cpu)[1].uniform
+    assert whole.shape == (12, 6)
+    assert torch.equal(prepare_batch(text_batch(12)[5:9], objective, cpu)[1].uniform, whole[5:9])
+    assert not torch.equal(prepare_batch(text_batch(12), replace(objective, seed=8), cpu)[1].uniform, whole)
+    assert probe_inputs(text_batch(12), objective, cpu)[1].uniform is None
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    gradients = []
+    for uniform_numbers, parts in ((6, 1), (6, 3), (0, 1)):
+        optimizer = torch.optim.SGD(list(parallel.trained_parameters(built).items()), lr=1.0)
+        state = TrainState(built, built, optimizer, AdamWConfig(), ParallelContext())
+        train_step(state, text_batch(12), replace(objective, uniform_numbers=uniform_numbers), 12, parts)
+        gradients.append({name: before[name] - value for name, value in built.state_dict().items()})
+        built.load_state_dict(before)
+    for name, one in gradients[0].items():
+        assert torch.allclose(gradients[1][name], one, rtol=1e-4, atol=1e-5)
+    assert any(not torch.allclose(gradients[2][name], one, rtol=0.1) for name, one in gradients[0].items())
+
+
+@torch.no_grad()
+def test_text_that_is_prepared_once_gives_the_same_output(randomise):
+    built = dropping(randomise, 0.0)
+    x, t, condition = inputs(3)
+    condition = replace(condition, text_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool))
+    for each in (condition, condition.null()):
+        assert torch.equal(built(x, t, built.prepare(each)), built(x, t, each))
