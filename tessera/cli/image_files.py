@@ -84,7 +84,7 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
             raise TesseraError(f"--classes {text} is the name of one class and of {len(parts)} classes; {QUOTING}")
         parts = [text]
     try:
-        return LabelField().encode(parts, model.config).tolist()
+        return LabelField().encode(parts, model).tolist()
     except TesseraError as error:
         raise TesseraError(f"{error}; {QUOTING}" if len(parts) > 1 else str(error)) from None
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,19 +39,26 @@ class Terms:
     @staticmethod
     def possible(model: Model, guidance_model: Model | None = None) -> "Terms":
         """All terms that a model can have."""
-        null_fields = model.config.network.null_fields
-        return Terms((*([ALL] if null_fields or guidance_model else []), *null_fields), guidance_model)
+        network = model.config.network
+        has_weak = bool(network.null_fields or network.uses_text or guidance_model)
+        return Terms((*([ALL] if has_weak else []), *network.null_fields), guidance_model)
 
-    def conditions(self, model: Model, condition: Condition) -> list[Condition]:
-        """The condition, and that of the weak output of each term."""
-        null_fields = model.config.network.null_fields
-        weak = [
-            (condition if self.guidance_model is not None else condition.null(null_fields))
-            if name == ALL
-            else condition.null([name])
-            for name in self.names
-        ]
-        return [condition, *weak]
+    def conditions(self, model: Model, condition: Condition, weak: Condition) -> list[Condition]:
+        """The condition, and that of the weak output of each term, prepared by the network that it is for.
+
+        weak: with null values, or negative inputs, in all fields
+        """
+        conditions = [model.network.prepare(condition)]
+        for name in self.names:
+            if name != ALL:
+                fields = (name, *condition.rules()[name].companions)
+                changes: dict[str, Any] = {field: getattr(weak, field) for field in fields}
+                conditions.append(model.network.prepare(replace(condition, **changes)))
+            elif self.guidance_model is not None:
+                conditions.append(self.guidance_model.network.prepare(condition))
+            else:
+                conditions.append(model.network.prepare(weak))
+        return conditions
 
     def guidance(self, config: SamplingConfig, scale: Tensor) -> Guidance:
         """scale [B]: of the term `all`"""

@@ -42,13 +42,19 @@ def make_request(
     seeds: Sequence[int] = (0,),
     *,
     condition: dict[str, Sequence[Any]] | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompts: Sequence[str] | None = None,
     **options: Any,
 ) -> SampleRequest:
     """The request of keyword arguments: fields of SampleRequest by name, others are changes of sampling settings.
 
-    classes: the same as condition={"label": classes}.
+    classes and prompts: the same as condition={"label": classes, "text": prompts}; negative_prompts: the same as
+    negative={"text": negative_prompts}.
     """
     condition = dict(condition or {}) | ({} if classes is None else {"label": classes})
+    condition |= {} if prompts is None else {"text": prompts}
+    if negative_prompts is not None:
+        options["negative"] = {**options.get("negative", {}), "text": negative_prompts}
     named = {name: value for name, value in options.items() if name in REQUEST_FIELDS}
     settings = {name: value for name, value in options.items() if name not in REQUEST_FIELDS}
     return SampleRequest(seeds, condition, settings=settings, **named)
@@ -85,7 +91,7 @@ def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None 
     """Sample rows of a request as one batch, and yield every state."""
     device, config, start = model.device, rows.config, _start(model, rows)
     terms = Terms.of(config, rows.scale, rows.request.guidance_model)
-    conditions = terms.conditions(model, rows.condition.to(device))
+    conditions = terms.conditions(model, rows.condition.to(device), rows.weak.to(device))
     settings = BatchSettings(
         config,
         model.diffusion.model_time(start.times[:-1]).to(device),
@@ -155,7 +161,8 @@ def generate(
     seed, `batch_size` at a time.
 
     classes and seeds are paired row by row; either may have one entry for all rows. Each seed determines its image,
-    independent of the batch. condition: other inputs by field of the model's condition, one per row or one for all.
+    independent of the batch. prompts, negative_prompts: of a model of text, one per row or one for all. condition:
+    other inputs by field of the model's condition, one per row or one for all.
     progress is called with (steps done, steps in total). cache_stats: counts what caching saves.
 
     options: guidance_scale, guidance_model, size, init_image, strength, mask and precision, as described in
@@ -213,7 +220,7 @@ class ContinuousSampler:
         batch = BatchSettings(self.config, None, model.config.network.grid, 0, dtype)
         network = model.config.network
         empty = network.condition_type.example(network.condition_fields, 0, network)
-        conditions = self.terms.conditions(model, empty)
+        conditions = self.terms.conditions(model, empty, empty.null(network.null_fields))
         self.batch = ContinuousBatch(build_denoiser(model, conditions, self.terms, batch))
 
     @torch.no_grad()
@@ -232,7 +239,7 @@ class ContinuousSampler:
         if len(names) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many names, not {len(names)}")
         start, count = _start(model, rows), len(rows)
-        conditions = self.terms.conditions(model, rows.condition.to(model.device))
+        conditions = self.terms.conditions(model, rows.condition.to(model.device), rows.weak.to(model.device))
         guidance = self.terms.guidance(rows.config, rows.scale)
         self.batch.add(
             start.solver,

@@ -16,6 +16,7 @@ from tessera.acceleration.first_block_cache import check_caching
 from tessera.conditioning import Condition, check_inputs
 from tessera.errors import TesseraError
 from tessera.model import Model
+from tessera.models import NetworkConfig
 from tessera.rows import Rows
 from tessera.runtime import Precision
 from tessera.sampling import SamplingConfig
@@ -33,10 +34,11 @@ class SampleRequest:
     """What to sample. Whatever varies between rows is a sequence, with one entry for each row or one for all rows.
 
     seeds: each determines its image, independent of the batch. condition: inputs by field of the model's condition,
-    such as {"label": [3, "cat"]}. guidance_scale: instead of that of the settings; one number, or one per row.
-    size: of the image in pixels, (H, W), (T, H, W) or one number for a square (default: the trained size). settings:
-    any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same condition, instead of the
-    model itself without condition (autoguidance).
+    such as {"label": [3, "cat"]} or {"text": ["a red circle"]}. negative: inputs that replace the null values of the
+    fields in the weak output of guidance, such as negative prompts. guidance_scale: instead of that of the settings;
+    one number, or one per row. size: of the image in pixels, (H, W), (T, H, W) or one number for a square (default: the
+    trained size). settings: any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same
+    condition, instead of the model itself without condition (autoguidance).
 
     init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
     the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
@@ -56,6 +58,7 @@ class SampleRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     guidance_model: Model | None = None
     policy: str = "listed"
+    negative: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
@@ -64,6 +67,12 @@ class SampleRequest:
     @property
     def classes(self) -> Sequence[int | str] | None:
         return self.condition.get("label")
+
+    @property
+    def prompts(self) -> Sequence[str] | None:
+        """The prompts of all rows as text; None without them, or if texts are given as tokens."""
+        prompts = self.condition.get("text", ())
+        return prompts if len(prompts) and all(isinstance(each, str) for each in prompts) else None
 
     def __len__(self) -> int:
         """The number of rows. Raises TesseraError if the lengths of the inputs differ."""
@@ -84,6 +93,7 @@ class SampleRequest:
         scales = [] if self.guidance_scale is None else torch.as_tensor(self.guidance_scale).reshape(-1)
         names = {name: rules.input_name or name for name, rules in Condition.rules().items()}
         named = {names.get(name, name): values for name, values in self.condition.items()}
+        named |= {f"negative {names.get(name, name)}": values for name, values in self.negative.items()}
         sequences = {"seeds": self.seeds, **named, "guidance scales": scales}
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         sequences |= {} if image is None else {"images": image}
@@ -112,6 +122,7 @@ class SampleRequest:
             self,
             seeds=chosen(self.seeds),
             condition={name: chosen(values) for name, values in self.condition.items()},
+            negative={name: chosen(values) for name, values in self.negative.items()},
             guidance_scale=scale
             if scale is None or not torch.as_tensor(scale).ndim
             else chosen(torch.as_tensor(scale)),
@@ -144,12 +155,36 @@ class SampleRequest:
             check_guidance_model(model, self.guidance_model)
             if not guided:
                 raise TesseraError("a guidance model needs a guidance_scale other than 1, for example guidance_scale=2")
-        elif guided and not network.null_fields:
-            raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
+        self._check_weak_inputs(network, config, guided)
         latent_size(model, self.size)
         config.sampler.check(model.diffusion)
         check_caching(network, config.caching)
         return config
+
+    def _check_weak_inputs(self, network: NetworkConfig, config: SamplingConfig, guided: bool) -> None:
+        """Raise TesseraError for a null value that the model does not have, and for negative inputs without effect."""
+        rules, uses_text = network.condition_type.rules(), "text" in network.condition_fields
+        for name in self.negative:
+            input_name = rules[name].input_name if name in rules else name
+            if name not in network.condition_fields:
+                raise TesseraError(f"this model is not conditioned on {input_name}: leave out negative {input_name}")
+            if self.guidance_model is not None or not (guided or config.guidance_scales.get(name, 1) != 1):
+                reason = "no effect at guidance_scale 1: set guidance_scale=4, for example"
+                if self.guidance_model is not None:
+                    reason = "no effect with a guidance model, which has the same condition: leave out one of them"
+                raise TesseraError(f"negative {input_name} have {reason}")
+        if config.null_text == "empty" and not uses_text:
+            raise TesseraError("null_text=empty needs a model that is conditioned on text: leave it out")
+        if not guided or self.guidance_model is not None:
+            return
+        has_weak_text = "text" in network.null_fields or "text" in self.negative or config.null_text == "empty"
+        if uses_text and not has_weak_text:
+            raise TesseraError(
+                "this model has no null text embedding: set null_text=empty, which guides away from an empty prompt, "
+                "or give negative prompts"
+            )
+        if not uses_text and not network.null_fields:
+            raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
 
     def scales(self, config: SamplingConfig) -> Tensor:
         """The guidance scale of each row, float32 [B] or [1]."""
@@ -159,7 +194,12 @@ class SampleRequest:
     def resolve(self, model: Model) -> "SampleRows":
         """The rows of the request, all checked and paired. Raises TesseraError."""
         config, num_rows = self.check(model), len(self)
-        condition = model.config.network.condition_type.encode(self.condition, model)
+        network = model.config.network
+        condition = network.condition_type.encode(self.condition, model)
+        negative = dict(self.negative)
+        if config.null_text == "empty" and not negative:
+            negative["text"] = [""]
+        weak = replace(condition.null(network.null_fields), **network.condition_type.encode(negative, model).present)
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         if mask is not None and not np.isin(mask, (0, 1)).all():
             raise TesseraError(
@@ -167,7 +207,8 @@ class SampleRequest:
             )
         return SampleRows(
             seed=_expand(torch.tensor(list(self.seeds), dtype=torch.int64), num_rows),
-            condition=type(condition)(**{name: _expand(each, num_rows) for name, each in condition.present.items()}),
+            condition=_expand_condition(condition, num_rows),
+            weak=_expand_condition(weak, num_rows),
             scale=_expand(self.scales(config), num_rows),
             image=None if image is None else _expand(torch.from_numpy(np.ascontiguousarray(image)), num_rows),
             mask=None if mask is None else _expand(torch.from_numpy(mask != 0), num_rows),
@@ -182,6 +223,7 @@ class SampleRows(Rows):
 
     seed: Tensor  # int64 [B]
     condition: Condition
+    weak: Condition  # that of the weak output of guidance: null values, or negative inputs
     scale: Tensor  # float32 [B] of guidance
     image: Tensor | None  # uint8 [B, H, W, C] to begin from
     mask: Tensor | None  # bool [B, H, W] true where to generate
@@ -190,6 +232,11 @@ class SampleRows(Rows):
 
     def __len__(self) -> int:
         return len(self.seed)
+
+
+def _expand_condition(condition: Condition, num_rows: int) -> Condition:
+    values: dict[str, Any] = {name: _expand(each, num_rows) for name, each in condition.present.items()}
+    return type(condition)(**values)
 
 
 def _expand(values: Tensor, num_rows: int) -> Tensor:

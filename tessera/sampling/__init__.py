@@ -82,6 +82,10 @@ class SamplingConfig(Settings):
         le=1,
         description="how far a guided output gets the standard deviation of the conditional output",
     )
+    null_text: Literal["embedding", "empty"] = Field(
+        default="embedding",
+        description="the text of the weak output of guidance: the network's null value, or an encoded empty prompt",
+    )
     clipping: AnyClipping = Field(default=NoClipping(), description="limits of the predicted x0, for pixels")
     caching: AnyCaching = Field(default=NoCaching(), description="what is reused from one step to the next")
 
