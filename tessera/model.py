@@ -10,6 +10,8 @@ from pydantic import Field
 from tessera import __version__
 from tessera.codecs import AnyCodec, Codec
 from tessera.diffusion import AnyDiffusionConfig, DiffusionProcess
+from tessera.encoders.text import AnyTextEncoder, TextEncoder
+from tessera.errors import TesseraError
 from tessera.models import AnyNetwork, Network
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings
@@ -48,6 +50,7 @@ class BundleConfig(Settings):
     network: AnyNetwork
     diffusion: AnyDiffusionConfig
     codec: AnyCodec
+    text: AnyTextEncoder | None = Field(default=None, description="the text encoder; null: no text, or not known")
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
     provenance: Provenance = Provenance()
@@ -56,11 +59,13 @@ class BundleConfig(Settings):
 
 @dataclass
 class Model:
-    """A network with everything needed to sample: diffusion process, codec, class names and sampling settings."""
+    """A network with everything needed to sample: diffusion process, codec, text encoder, class names and sampling
+    settings."""
 
     config: BundleConfig
     network: Network
     loaded_codec: Codec | None = None
+    loaded_text_encoder: TextEncoder | None = None
 
     @cached_property
     def diffusion(self) -> DiffusionProcess:
@@ -73,6 +78,17 @@ class Model:
         if self.loaded_codec is None:
             self.loaded_codec = self.config.codec.build().to(self.device)
         return self.loaded_codec
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """Loaded at first use. Raises TesseraError if the model has none."""
+        if self.loaded_text_encoder is None:
+            if self.config.text is None:
+                reads_text = self.config.network.uses_text
+                remedy = "give the tokens of its encoder as text" if reads_text else "it is not conditioned on text"
+                raise TesseraError(f"this model has no text encoder: {remedy}")
+            self.loaded_text_encoder = self.config.text.build().to(self.device)
+        return self.loaded_text_encoder
 
     @property
     def device(self) -> torch.device:

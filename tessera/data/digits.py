@@ -1,6 +1,6 @@
 """The embedded data set: 1797 handwritten digits, 8 x 8 scans that ship with scikit-learn (Alpaydin & Kaynak 1998)."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -8,6 +8,9 @@ from pydantic import Field
 from tessera import randomness
 from tessera.errors import TesseraError
 from tessera.settings import Settings
+
+if TYPE_CHECKING:
+    from tessera.data.captions import EncodedCaptions
 
 # Disjoint: training data of models, training data of the classifier that scores them, and test data of that classifier.
 SPLITS = {"model": slice(0, 1000), "judge": slice(1000, 1500), "ceiling": slice(1500, 1797), "all": slice(0, 1797)}
@@ -45,6 +48,7 @@ class DigitsDataset:
     """The digits of one split. A fixed permutation mixes the writers."""
 
     class_names = tuple("0123456789")
+    text: "EncodedCaptions | None" = None
 
     def __init__(self, config: DigitsConfig) -> None:
         try:

@@ -20,7 +20,7 @@ from tessera.data.notes import printable
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
-    pass
+    from tessera.data.captions import EncodedCaptions
 
 TAR_HEADER = 512  # bytes before the content of a member
 MAX_NAME_BLOCKS = 8  # of a name before the header
@@ -62,11 +62,11 @@ class FilesConfig(ImagesConfig):
         """The data set for training; what it leaves out is printed. Raises TesseraError if its layout is not valid."""
         dataset = FilesDataset(self)
         for note in dataset.notes:
+            if note.severity == "warning":
+                _print_once(note.text)  # before an error, whose cause may be there
+        for note in dataset.notes:
             if note.severity == "error":
                 raise TesseraError(note.text)
-        for note in dataset.notes:
-            if note.severity == "warning":
-                _print_once(note.text)
         return dataset
 
 
@@ -82,7 +82,10 @@ class FilesDataset:
 
     Attributes:
         notes: what the index leaves out. Data with errors are for `tessera data check` only.
+        text: the captions as tokens, where a network reads them.
     """
+
+    text: "EncodedCaptions | None" = None
 
     def __init__(self, config: FilesConfig) -> None:
         self.config = config
@@ -115,6 +118,10 @@ class FilesDataset:
     def caption(self, index: int) -> str | None:
         text = self._caption[index].as_buffer()
         return None if text is None else text.to_pybytes().decode("utf-8", errors="replace")
+
+    def all_captions(self) -> tuple[np.ndarray, Any]:
+        """The number of captions of each sample, int64 [N], and all captions in order, an arrow array of strings."""
+        return self._caption.is_valid().to_numpy().astype(np.int64), self._caption.drop_null()
 
     def name(self, index: int) -> str:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()

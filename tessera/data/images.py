@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -21,6 +21,9 @@ from pydantic import Field
 
 from tessera.data.buckets import BucketsConfig
 from tessera.settings import Settings, Size
+
+if TYPE_CHECKING:
+    from tessera.data.captions import EncodedCaptions
 
 ORIENTATION_TAG, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap height and width
 UPRIGHT = {  # what turns an image of an orientation upright
@@ -86,6 +89,7 @@ class Dataset(Protocol):
     """A data set as numbered samples."""
 
     class_names: tuple[str, ...]  # empty: no labels
+    text: "EncodedCaptions | None"  # the captions as tokens, where a network reads them
 
     def __len__(self) -> int: ...
 

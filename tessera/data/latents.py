@@ -32,6 +32,7 @@ from tessera.settings import diff
 
 if TYPE_CHECKING:
     from tessera.data import AnyData
+    from tessera.data.captions import EncodedCaptions
 
 FORMAT = 2
 PLAN, CACHE, SAMPLES, SKIPPED = "plan.json", "cache.json", "samples.safetensors", "skipped.jsonl"
@@ -46,10 +47,11 @@ class LatentsDataset:
     """The samples of a finished cache: all valid samples of the data set. It can be pickled.
 
     labels: int32 [N]. indices: the index of each sample in the data set, int64 [N]. source: that data set, if it is
-    open.
+    open. text: the captions as tokens, where a network reads them.
     """
 
     source: Dataset | None = None
+    text: "EncodedCaptions | None" = None
 
     def __init__(self, folder: Path) -> None:
         """folder: FOLDER/KEY. Raises TesseraError if the cache is not finished, damaged, or of another format."""

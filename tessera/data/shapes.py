@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 from tessera import randomness
 from tessera.errors import TesseraError
 from tessera.settings import Settings
+
+if TYPE_CHECKING:
+    from tessera.data.captions import EncodedCaptions
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = {  # far apart, and none near the middle of two others, so that a mixture is never mistaken for a colour
@@ -166,6 +169,7 @@ class ShapesDataset:
     """
 
     class_names = CLASSES
+    text: "EncodedCaptions | None" = None
 
     def __init__(self, config: ShapesConfig) -> None:
         self.split, self._classes = config.split, COMBINATIONS[config.combinations]

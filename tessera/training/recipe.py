@@ -11,11 +11,14 @@ from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.acceleration.first_block_cache import check_caching
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
+from tessera.data.captions import Captions, TextSizes
 from tessera.data.files import FilesConfig
 from tessera.diffusion import AnyDiffusionConfig, GaussianDiffusionConfig
+from tessera.encoders.text import AnyTextEncoder, WordsConfig
 from tessera.errors import TesseraError
-from tessera.models import AnyNetwork, with_kind
+from tessera.models import AnyNetwork, PixArtConfig, with_kind
 from tessera.models.dit import DiTConfig
+from tessera.models.network import NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
@@ -23,6 +26,8 @@ from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, read_yaml, validate
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
+
+TEXT_SETTINGS = ("text_channels", "vocabulary_size", "text_tokens")
 
 
 class EMAConfig(Settings):
@@ -132,6 +137,9 @@ class Recipe(Settings):
     run_dir: str = Field(description="folder of the run")
     data: AnyData
     codec: AnyCodec = PixelsConfig()
+    text: AnyTextEncoder | None = Field(
+        default=None, description="the text encoder of a network that reads text; null: words, if it does"
+    )
     network: AnyNetwork = DiTConfig()
     diffusion: AnyDiffusionConfig = GaussianDiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -165,11 +173,78 @@ def infer_pixel_channels(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec, num_unlabeled: int = 0) -> Recipe:
-    """The recipe with all sizes of `network` set from data, codec and diffusion process.
+def inherit_text(recipe: Recipe, source: AnyTextEncoder | None) -> Recipe:
+    """The recipe with the text encoder, or its vocabulary, that a model was trained with, where it has none."""
+    text = recipe.text
+    if source is None or not recipe.network.uses_text:
+        return recipe
+    if text is None:
+        text = source
+    elif isinstance(text, WordsConfig) and isinstance(source, WordsConfig) and not text.vocabulary:
+        text = text.model_copy(update={"vocabulary": source.vocabulary})
+    return recipe.model_copy(update={"text": text})
 
-    num_unlabeled: samples without a class. Raises TesseraError if settings contradict each other.
+
+def resolve_text(recipe: Recipe, captions: Captions | None) -> Recipe:
+    """The recipe with its text encoder: by default `words`, with the vocabulary of the training captions.
+
+    captions: None if the data have none. Raises TesseraError if the network needs them, or reads no text.
     """
+    text, network = recipe.text, recipe.network
+    if not network.uses_text:
+        if text is not None:
+            raise TesseraError(
+                f"the recipe has a text encoder (text: {text.kind}), but its network reads no text: set "
+                "network.block.text=keys, or leave text: out"
+            )
+        return recipe
+    if captions is None:
+        raise TesseraError(
+            f"the network reads text, but {recipe.data.description} has no captions: add them as a metadata.jsonl with "
+            "file_name and caption, as .txt files beside the images, or in a column of a table (data.caption=COLUMN)"
+        )
+    text = text or WordsConfig()
+    if isinstance(text, WordsConfig) and not text.vocabulary:
+        text = text.with_vocabulary(captions.text_counts())
+    if isinstance(text, WordsConfig) and isinstance(network, PixArtConfig):
+        raise TesseraError(
+            "network.kind=pixart reads embeddings of a frozen text encoder, and text.kind=words has none: set "
+            "text.kind=minilm, or text.kind=folder with text.source"
+        )
+    return recipe.model_copy(update={"text": text})
+
+
+def text_settings(network: NetworkConfig, text: TextSizes) -> dict[str, int]:
+    """The settings of a network that follow from its text encoder and the captions.
+
+    A network with a table by position needs as many tokens as the encoder gives. Others need those of the longest
+    caption, which their cost depends on. Raises TesseraError if the network has fewer.
+    """
+    has_table = isinstance(network, PixArtConfig)
+    tokens, least = network.text_tokens, text.max_tokens if has_table else text.longest
+    if "text_tokens" in network.model_fields_set or has_table:
+        if tokens < least:
+            limit = f"the text encoder gives up to {least}" if has_table else f"a caption has {least}"
+            raise TesseraError(
+                f"network.text_tokens is {tokens}, but {limit}: set network.text_tokens={least}, or "
+                f"text.max_tokens={tokens}"
+            )
+        least = tokens
+    return {"text_channels": text.channels, "vocabulary_size": text.vocabulary_size, "text_tokens": least}
+
+
+def resolve_recipe(
+    recipe: Recipe, class_names: Sequence[str], codec: Codec, num_unlabeled: int = 0, text: TextSizes | None = None
+) -> Recipe:
+    """The recipe with all sizes of `network` set from data, codec, text encoder and diffusion process.
+
+    A network that reads text has no classes, unless the recipe sets network.num_classes to those of the data.
+    num_unlabeled: samples without a class. text: None if the network reads none. Raises TesseraError if settings
+    contradict each other.
+    """
+    own_classes = recipe.network.num_classes if "num_classes" in recipe.network.model_fields_set else 0
+    if recipe.network.uses_text and not own_classes:
+        class_names = ()
     height, width = recipe.data.size
     if codec.pixel_channels != recipe.data.channels:
         raise TesseraError(
@@ -185,11 +260,13 @@ def resolve_recipe(recipe: Recipe, class_names: Sequence[str], codec: Codec, num
         "out_channels": process.out_channels(codec.latent_channels),
         "num_classes": len(class_names),
     }
+    if text is not None:
+        sizes |= text_settings(recipe.network, text)
     for name, value in sizes.items():
         if name in recipe.network.model_fields_set and getattr(recipe.network, name) != value:
+            needed_by = "the text encoder needs" if name in TEXT_SETTINGS else "data, codec and diffusion need"
             raise TesseraError(
-                f"network.{name} is {getattr(recipe.network, name)} in the recipe, but data, codec and diffusion need "
-                f"{value}"
+                f"network.{name} is {getattr(recipe.network, name)} in the recipe, but {needed_by} {value}"
             )
     network = validate(type(recipe.network), {**recipe.network.model_dump(), **sizes}, "network")
     if class_names and recipe.training.condition_dropout and not network.learn_null_class:

@@ -73,10 +73,11 @@ def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:
     """The settings that must not change when a run is resumed."""
     diffusion = config.diffusion.resolve(config.network.in_channels, config.network.input_size)
     return {
-        "network": config.network.model_dump(mode="json"),
+        "network": config.network.model_dump(mode="json", exclude={"text_tokens"}),  # it follows from the captions
         "diffusion": diffusion.model_dump(mode="json"),
         "codec": config.codec.kind,
         "classes": ", ".join(config.class_names),
+        "text": config.text and config.text.model_dump(mode="json", include={"kind", "vocabulary", "max_tokens"}),
     }
 
 

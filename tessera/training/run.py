@@ -18,6 +18,7 @@ from tessera.codecs import Codec, StoredConfig
 from tessera.conditioning import NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
+from tessera.data.captions import Captions, encode_captions
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
@@ -32,7 +33,7 @@ from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.ema import EMA
 from tessera.training.objective import TrainingObjective
 from tessera.training.parallel import ParallelContext
-from tessera.training.recipe import Recipe, infer_pixel_channels, resolve_recipe
+from tessera.training.recipe import Recipe, infer_pixel_channels, inherit_text, resolve_recipe, resolve_text
 from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
 
@@ -108,16 +109,17 @@ def build_run(
     if init_model is not None:
         recipe = initialization.inherit_settings(recipe, init_model)
     recipe = infer_pixel_channels(recipe)
+    trained = bundle.load_config(checkpoint_dir) if checkpoint_dir else init_model and init_model.config
+    recipe = inherit_text(recipe, trained and trained.text)
     dtype = runtime.autocast_dtype(config.precision, device)
     if device.type == "cuda":
         runtime.peak_flops(device, dtype or torch.float32)  # measured now, while there is free memory
     codec = recipe.codec.build().to(device)
-    recipe, loader, accumulation_steps = build_data(recipe, codec, device, world)
-    network, init_report = build_network(
-        recipe, loader.dataset.class_names, device, init_model if checkpoint_dir is None else None
-    )
+    recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log)
+    class_names = loader.dataset.class_names if recipe.network.num_classes else ()
+    network, init_report = build_network(recipe, class_names, device, init_model if checkpoint_dir is None else None)
     ema = EMA(network, config.ema)
-    ema_model = build_ema_model(recipe, loader.dataset.class_names, ema, codec)
+    ema_model = build_ema_model(recipe, class_names, ema, codec)
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     evaluates = recipe.evaluation.enabled
     scorer = Scorer(recipe.evaluation, ema_model, recipe.data, Path(recipe.run_dir)) if evaluates else None
@@ -153,11 +155,22 @@ def load_init_model(recipe: Recipe, checkpoint_dir: Path | None) -> bundle.Model
     )
 
 
-def build_data(recipe: Recipe, codec: Codec, device: torch.device, world: Distributed) -> tuple[Recipe, Loader, int]:
+def build_data(
+    recipe: Recipe,
+    codec: Codec,
+    device: torch.device,
+    world: Distributed,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[Recipe, Loader, int]:
     """The complete recipe, the loader of this rank's part of each batch, and the number of accumulation steps."""
     config, dataset = recipe.training, open_data(recipe, codec)
+    captions = Captions.of(dataset) if recipe.network.uses_text else None
+    recipe = resolve_text(recipe, captions)
+    if recipe.text is not None and captions is not None:
+        dataset.text = encode_captions(dataset, captions, recipe.text.build().to(device), config.seed, report=log)
     num_unlabeled = int((dataset.labels < 0).sum()) if isinstance(dataset, FilesDataset) else 0
-    recipe = resolve_recipe(recipe, dataset.class_names, codec, num_unlabeled)
+    sizes = None if dataset.text is None else dataset.text.sizes
+    recipe = resolve_recipe(recipe, dataset.class_names, codec, num_unlabeled, sizes)
     buckets = build_buckets(recipe, dataset)
     most = -(-config.global_batch_size // world.world_size)  # samples of the rank that has most
     accumulation_steps = -(-most // min(config.micro_batch_size or most, most))
@@ -223,6 +236,7 @@ def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, code
         network=recipe.network,
         diffusion=recipe.diffusion,
         codec=recipe.codec,
+        text=recipe.text,
         sampling=recipe.sampling,
         class_names=class_names,
         recipe=recipe.model_dump(mode="json"),

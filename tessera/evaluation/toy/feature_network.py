@@ -8,7 +8,7 @@ Shapes: B images, C channels, H W height and width, D features, K classes.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from tessera.data.loader import Loader
 from tessera.errors import TesseraError
 from tessera.files import atomic_folder
 from tessera.settings import Settings, Size, validate
+
+if TYPE_CHECKING:
+    from tessera.data.captions import EncodedCaptions
 
 FORMAT = "tessera-features-2"
 HELD_OUT = 10  # one image in this many is held out, to measure the accuracy
@@ -126,6 +129,8 @@ def save(network: FeatureNetwork, folder: Path) -> None:
 
 class Subset:
     """Some samples of a data set, as a data set."""
+
+    text: "EncodedCaptions | None" = None
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset, self.indices, self.class_names = dataset, indices, dataset.class_names
