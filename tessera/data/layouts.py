@@ -53,7 +53,7 @@ from tessera.data.packed import (
     saved_dataset_files,
     text_notes,
 )
-from tessera.data.splits import choose_split, split_at, split_depth, split_of_file
+from tessera.data.splits import SPLIT_COLUMN, SPLIT_OF_WORD, SPLITS, choose_split, split_at, split_depth, split_of_file
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _index_images(
     if depth is not None:
         chosen, notes = choose_split([split_at(path, depth) for path in images], split, name, "images")
         images = [path for path in images if split_at(path, depth) in chosen]
-    elif split is not None:
+    elif split is not None and not metadata:
         choose_split([None], split, name, "images")
     if metadata:
         # A metadata file above the folders of splits names the images of all of them.
@@ -277,7 +277,7 @@ def _index_images(
         def is_selected(path: str) -> bool:
             return depth is None or split_at(path, depth) in chosen
 
-        table, more = _index_metadata(root, in_split, images, is_selected, depth, name, options)
+        table, more = _index_metadata(root, in_split, images, is_selected, depth, name, split, options)
         return table, {*kinds["images"], *metadata}, notes + more
     if not images:
         raise TesseraError(
@@ -386,11 +386,13 @@ def _index_metadata(
     is_selected: Callable[[str], bool],
     depth: int | None,
     name: str,
+    split: str | None,
     options: LayoutOptions,
 ) -> Indexed:
     """The images listed in metadata files, with their labels and captions.
 
-    is_selected: whether a path is in the split that is read.
+    is_selected: whether a path is in the split that is read, where folders are splits (`depth`). split: the requested
+    one, for a column of splits.
     """
     pa = arrow()
     known, notes = set(images), []
@@ -422,10 +424,17 @@ def _index_metadata(
         for path in paths:
             if path is not None:
                 best[path] = min(best.get(path, rank), rank)
+    if depth is None:
+        splits, chosen, more = _choose_rows([rows for _, rows, _ in parts], split, name)
+        notes += more
+    else:
+        splits, chosen = [[None] * len(paths) for _, _, paths in parts], {None}
     all_paths, captions, labels = [], [], []
-    for file, rows, paths in parts:
+    for (file, rows, paths), row_splits in zip(parts, splits):
         keep = [
-            row for row, path in enumerate(paths) if path is not None and best[path][2] == file and is_selected(path)
+            row
+            for row, path in enumerate(paths)
+            if path is not None and best[path][2] == file and is_selected(path) and row_splits[row] in chosen
         ]
         elsewhere = [path for path in paths if path is not None and best[path][2] != file and is_selected(path)]
         if elsewhere:
@@ -474,6 +483,27 @@ def _index_metadata(
         root, class_names, path=pa.array(all_paths, pa.string()), label=class_ids, caption=join_chunks(captions)
     )
     return table, notes
+
+
+def _choose_rows(
+    files: Sequence[MetadataRows], split: str | None, name: str
+) -> tuple[list[list[str | None]], set[str | None], list[Note]]:
+    """The split of every row of metadata files from their column `split`, and which splits are read."""
+    splits: list[list[str | None]] = []
+    unknown: list[str] = []
+    for rows in files:
+        column = find_key("auto", (SPLIT_COLUMN,), rows.names)
+        texts = read_texts(caption_values(rows.columns[column])).texts.to_pylist() if column else [None] * len(rows)
+        words = [text.strip().lower() if text else "" for text in texts]
+        unknown += [word for word in words if word and word not in SPLIT_OF_WORD]
+        splits.append([SPLIT_OF_WORD.get(word) for word in words])
+    notes = []
+    if unknown:
+        splits = [[None] * len(rows) for rows in files]
+        message = f"values of the column '{SPLIT_COLUMN}' are no splits, so every row is read"
+        notes = about("unused-columns", name, message, dict.fromkeys(unknown), f"expected {', '.join(SPLITS)}")
+    chosen, more = choose_split([own for rows in splits for own in rows] or [None], split, name, "rows")
+    return splits, chosen, notes + more
 
 
 def _lost_texts(values: Any, texts: TextColumn) -> list[int]:

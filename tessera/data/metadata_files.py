@@ -35,6 +35,9 @@ class MetadataRows:
     is_guessed: bool = False  # whether the encoding was guessed
     is_typed: bool = True  # whether text and numbers differ
 
+    def __len__(self) -> int:
+        return len(self.numbers)
+
     def row_name(self, row: int) -> str:
         return f"{self.unit} {self.numbers[row]}"
 

@@ -22,6 +22,7 @@ from tessera.data.columns import (
     can_be_text,
     encode_labels,
     encoding_notes,
+    find_key,
     read_texts,
     unused_columns,
 )
@@ -29,7 +30,7 @@ from tessera.data.folders import image_suffixes
 from tessera.data.index import arrow
 from tessera.data.metadata_files import FILE_NAME
 from tessera.data.notes import Note, about
-from tessera.data.splits import TRAIN
+from tessera.data.splits import SPLIT_COLUMN, TRAIN
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class FileColumns:
 
     def is_candidate(self, name: str) -> bool:
         """Whether a column may be read."""
-        known = (FILE_NAME, *LABEL_COLUMNS, *CAPTION_COLUMNS)
+        known = (FILE_NAME, SPLIT_COLUMN, *LABEL_COLUMNS, *CAPTION_COLUMNS)
         return name.lower() in known or name in (self.options.label, self.options.caption)
 
     def find(
@@ -108,6 +109,7 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
     pa = arrow()
     paths, offsets, captions, labels, notes = [], [], [], [], []
     columns, label = FileColumns(options, root), None
+    splits: set[Any] = set()
     for file in files:
         try:
             schema = tables.read_schema(file)
@@ -119,6 +121,8 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
                 own_label = None
             rows = tables.read_columns(file, [name for name in (caption, own_label) if name])
             count = rows.num_rows if caption or own_label else tables.count_rows(file)
+            if column := find_key("auto", (SPLIT_COLUMN,), schema.names):
+                splits |= set(tables.read_columns(file, [column])[column].unique().to_pylist())
             texts = _table_captions(rows, caption, file) if caption else None
         except TesseraError as error:
             notes.append(Note("damaged-files", "error", str(error), "files that cannot be read", (str(file),)))
@@ -133,6 +137,10 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
         labels.append((values, tables.class_names(schema, own_label) if own_label else ()))
     if not paths:
         raise TesseraError(notes[0].text)
+    if len(splits) > 1:
+        message = f"values of the column '{SPLIT_COLUMN}', which is not used, so every row is read"
+        names = sorted(map(str, splits))
+        notes += about("unused-columns", root, message, names, "save each split in a file named after it")
     encoded = encode_labels(labels, f"column '{label}'") if label else Labels((), np.zeros(0), [])
     table = index.build(
         root,

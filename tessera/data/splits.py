@@ -17,6 +17,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SPLIT_COLUMN = "split"  # of metadata files
 SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
 IN_FILE_NAME = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF_WORD)})(?=[-._ 0-9]|$)")
 

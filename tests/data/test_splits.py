@@ -1,10 +1,13 @@
 """Splits by the names of files and folders: that for training is read, the others are reported and can be selected."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tessera.data import index
 from tessera.data.resolve import resolve_data
@@ -151,3 +154,52 @@ def test_splits_equal_those_of_datasets(tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         truth = [datasets.Image().decode_example({"bytes": row["image"], "path": None}) for row in theirs[split]]
         assert greys(open_data(folder, split=split)) == [image.getpixel((0, 0))[0] for image in truth]
+
+
+# A column of splits
+
+
+ROWS = [("0.png", "train"), ("1.png", "Val"), ("2.png", ""), ("3.png", "test"), ("4.png", "train")]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_column_of_metadata_selects_the_split(tmp_path, kind):
+    for value, (name, _) in enumerate(ROWS):
+        put(tmp_path / name, png(value))
+    if kind == "csv":
+        put(tmp_path / "metadata.csv", "file_name,Split\n" + "".join(f"{name},{split}\n" for name, split in ROWS))
+    elif kind == "jsonl":
+        lines = [json.dumps({"file_name": name, "split": split or None}) for name, split in ROWS]
+        put(tmp_path / "metadata.jsonl", "\n".join(lines))
+    else:
+        names, splits = zip(*ROWS)
+        parquet.write_table(
+            pyarrow.table({"file_name": list(names), "split": list(splits)}), tmp_path / "metadata.parquet"
+        )
+    source = open_data(tmp_path)
+    assert [grey for grey, _, _ in samples(source)] == [0, 2, 4]
+    (note,) = source.notes
+    assert note.kind == "other-splits"
+    assert "the split train is read, and not validation (1 rows), test (1 rows)" in note.text
+    assert [grey for grey, _, _ in samples(open_data(tmp_path, split="validation"))] == [1]
+    assert [grey for grey, _, _ in samples(open_data(tmp_path, split="test"))] == [3]
+
+
+def test_a_column_of_other_words_is_named_and_every_row_is_read(tmp_path):
+    for value, name in enumerate(("0.png", "1.png")):
+        put(tmp_path / name, png(value))
+    put(tmp_path / "metadata.csv", "file_name,split\n0.png,1\n1.png,fold2\n")
+    source = open_data(tmp_path)
+    assert len(source) == 2
+    (note,) = source.notes
+    assert (note.kind, note.names) == ("unused-columns", ("1", "fold2"))
+    with pytest.raises(TesseraError, match="has no split 'test'"):
+        open_data(tmp_path, split="test")
+
+
+def test_a_column_of_tables_is_named(tmp_path):
+    table(tmp_path / "a.parquet", 0, 1, split=["train", "train"])
+    assert open_data(tmp_path).notes == []
+    table(tmp_path / "b.parquet", 2, 3, split=["train", "test"])
+    (note,) = open_data(tmp_path).notes
+    assert (note.kind, note.names) == ("unused-columns", ("test", "train"))
