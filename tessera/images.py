@@ -5,13 +5,13 @@ Shapes: B images, T frames, H W height and width, C channels (1 or 3).
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from tessera.files import atomic_write
 
@@ -44,6 +44,22 @@ def grid(images: np.ndarray, columns: int, gap: int = 1, zoom: int = 1) -> np.nd
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
     return sheet
+
+
+def with_captions(rows: Sequence[np.ndarray], captions: Sequence[str], height: int = 16) -> np.ndarray:
+    """Images uint8 [H, W, C] of equal width, one below the other, with a line of text above each."""
+    width, channels = rows[0].shape[1:]
+    font = ImageFont.load_default(height - 4)
+    parts = []
+    for row, caption in zip(rows, captions, strict=True):
+        strip = Image.new("L", (width, height), 255)
+        draw = ImageDraw.Draw(strip)
+        text = caption
+        while text and draw.textlength(text + ("" if text == caption else "…"), font) > width - 4:
+            text = text[:-1]
+        draw.text((2, 0), text if text == caption else text + "…", 0, font)
+        parts += [np.repeat(np.asarray(strip)[..., None], channels, axis=2), row]
+    return np.concatenate(parts)
 
 
 def to_png(image: np.ndarray, settings: dict[str, Any] | None = None) -> bytes:

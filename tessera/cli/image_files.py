@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tessera import __version__, generation, images, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
 from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, split_names
+from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
 from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read_image
 from tessera.errors import TesseraError
@@ -36,16 +38,56 @@ def make_request(
     seeds: str | None,
     num_samples: int | None,
     policy: bulk.Policy,
+    prompts: Sequence[Prompt] = (),
     **settings: Any,
 ) -> SampleRequest:
-    """The request of the options: `num_samples` by a class policy, or every class with every seed."""
+    """The request of the options: `num_samples` by a class policy, or every class or prompt with every seed."""
     if num_samples is not None:
         return bulk_request(model, num_samples, policy, **settings)
+    if prompts or model.config.network.uses_text:
+        return _prompt_request(model, prompts, classes, per_class, seeds, settings)
     seed_list, labels = parse_seeds(seeds, per_class), parse_classes(classes, model)
     if labels is None:
         return SampleRequest(seed_list, policy="unconditional", **settings)
     condition = {"label": [label for label in labels for _ in seed_list]}
     return SampleRequest(seed_list * len(labels), condition, **settings)
+
+
+def _prompt_request(
+    model: Model,
+    prompts: Sequence[Prompt],
+    classes: str | None,
+    per_class: int | None,
+    seeds: str | None,
+    settings: dict[str, Any],
+) -> SampleRequest:
+    """Every prompt with every seed; one class for each prompt, or one for all, if the model has classes, too."""
+    network = model.config.network
+    if not network.uses_text:
+        hint = "its classes: give --classes instead" if network.num_classes else "nothing: leave --prompt out"
+        raise TesseraError(f"this model takes no prompts: it is conditioned on {hint}")
+    if not prompts:
+        raise TesseraError(
+            'this model needs prompts: give --prompt "a red circle", or --prompts FILE with one in each line'
+        )
+    if classes is not None and not network.num_classes:
+        raise TesseraError("this model is conditioned on text, not on classes: leave --classes out")
+    seed_list = parse_seeds(seeds, per_class)
+    rows = [(each, seed) for each in prompts for seed in ([each.seed] if each.seed is not None else seed_list)]
+    condition: dict[str, list[Any]] = {"text": [each.prompt for each, _ in rows]}
+    if network.num_classes:
+        labels = parse_classes(classes, model) or []
+        if len(labels) not in (1, len(prompts)):
+            raise TesseraError(f"{len(prompts)} prompts need as many classes, or one for all; got {len(labels)}")
+        by_prompt = dict(zip(map(id, prompts), labels * (len(prompts) if len(labels) == 1 else 1)))
+        condition["label"] = [by_prompt[id(each)] for each, _ in rows]
+    if any(each.negative_prompt is not None for each in prompts):
+        settings = {**settings, "negative": {"text": [each.negative_prompt for each, _ in rows]}}
+    if any(each.guidance_scale is not None for each in prompts):
+        default = generation.sampling_config(model, **settings.get("settings", {})).guidance_scale
+        scales = [default if each.guidance_scale is None else each.guidance_scale for each, _ in rows]
+        settings = {**settings, "guidance_scale": scales}
+    return SampleRequest([seed for _, seed in rows], condition, **settings)
 
 
 def parse_seeds(text: str | None, count: int | None) -> list[int]:
@@ -234,16 +276,44 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
             batch = _generate(model, request, stats, rows, None if grid_only else out, settings)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
-    seeds = list(dict.fromkeys(request.seeds))
-    classes = None if request.classes is None else [int(label) for label in dict.fromkeys(request.classes)]
-    row_per_class = classes is not None and len(seeds) * len(classes) == count and len(seeds) <= MAX_COLUMNS
-    columns = len(seeds) if row_per_class else min(count, 8)
-    grid = images.grid(np.stack(sheet), columns, zoom=max(1, 64 // sheet[0].shape[-3]))
-    class_names = None if classes is None else [class_text(model, label) for label in classes]
-    settings |= {"classes": classes, "class_names": class_names, "seeds": seeds}
-    images.save_png(out if grid_only else out / "grid.png", grid, settings)
+    row_settings = _row_settings(model, request, range(count))
+    seeds, groups = row_settings["seeds"], row_settings["prompts"] or row_settings["classes"]
+    row_per_group = groups is not None and len(seeds) * len(groups) == count and len(seeds) <= MAX_COLUMNS
+    columns, zoom = len(seeds) if row_per_group else min(count, 8), max(1, 64 // sheet[0].shape[-3])
+    if row_settings["prompts"] is not None and row_per_group:
+        rows = [
+            images.grid(np.stack(sheet[row : row + columns]), columns, zoom=zoom) for row in range(0, count, columns)
+        ]
+        grid = images.with_captions(rows, row_settings["prompts"])
+    else:
+        grid = images.grid(np.stack(sheet), columns, zoom=zoom)
+    images.save_png(out if grid_only else out / "grid.png", grid, settings | row_settings)
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
     print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
+
+
+def _row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:
+    """Seeds, classes and prompts of some rows, each once, as they are stored in a PNG."""
+    part = request.select(rows)
+
+    def distinct(values: Sequence[Any] | None) -> list[Any] | None:
+        return None if values is None else list(dict.fromkeys(values))
+
+    classes = None if part.classes is None else [int(label) for label in dict.fromkeys(part.classes)]
+    scales = None if part.guidance_scale is None else torch.as_tensor(part.guidance_scale).reshape(-1).tolist()
+    return {
+        "classes": classes,
+        "class_names": None if classes is None else [class_text(model, label) for label in classes],
+        "prompts": distinct(part.prompts),
+        "negative_prompts": distinct(part.negative.get("text")),
+        "guidance_scales": distinct(scales),
+        "seeds": distinct(part.seeds),
+    }
+
+
+def prompt_stems(prompts: Sequence[str]) -> list[str]:
+    """A part of a file name for each prompt: its words, joined by `-`, and its number where they are long or equal."""
+    return [stem[:MAX_STEM] for stem in file_stems(["-".join(prompt.split()) or "empty" for prompt in prompts])]
 
 
 def _generate(
@@ -257,14 +327,15 @@ def _generate(
     """The images of some rows of a request: read from the folder where they exist, else generated and written."""
     done: dict[int, np.ndarray] = {}
     files = {}
-    stems = file_stems(model.class_names)
+    stems, prompts = file_stems(model.class_names), list(dict.fromkeys(request.prompts or ()))
+    prompt_names = dict(zip(prompts, prompt_stems(prompts)))
     for row in rows:
-        seed, classes, class_names, prefix = request.seeds[row], None, None, ""
-        if request.classes is not None:
-            label = int(request.classes[row])
-            classes, class_names, prefix = [label], [class_text(model, label)], f"class-{stems[label]}-"
-        settings = {**settings, "classes": classes, "class_names": class_names, "seeds": [seed]}
-        files[row] = f"{prefix}seed-{seed}.png", settings
+        row_settings, prefix = _row_settings(model, request, [row]), ""
+        if row_settings["prompts"] is not None:
+            prefix = f"{prompt_names[row_settings['prompts'][0]]}-"
+        if row_settings["classes"] is not None:
+            prefix += f"class-{stems[row_settings['classes'][0]]}-"
+        files[row] = f"{prefix}seed-{request.seeds[row]}.png", {**settings, **row_settings}
         if out is not None and (image := images.load_png(out / files[row][0], files[row][1])) is not None:
             done[row] = image
     missing = [row for row in rows if row not in done]

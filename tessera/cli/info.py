@@ -10,7 +10,7 @@ import typer
 from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, join_names
 from tessera.errors import TesseraError
 
-SETTINGS = {"model", "sampling", "options", "class_names", "seeds", "weights"}  # of an image
+SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "weights"}  # of an image
 
 
 def info(
@@ -62,11 +62,18 @@ def _command(path: Path) -> str:
         raise TesseraError(f"{path} holds no settings: it was not written by `tessera sample` of this version")
     model = settings["model"]
     words = ["tessera", "sample", f"./{model}" if model.startswith("-") else model]
-    words += [word for name, value in settings["sampling"].items() for word in _overrides(name, value)]
+    sampling = settings["sampling"]
+    if settings["guidance_scales"] is not None:
+        sampling |= {"guidance_scale": settings["guidance_scales"][0]}
+    words += [word for name, value in sampling.items() for word in _overrides(name, value)]
     for option, value in settings["options"].items():
         words += [f"--{option}", str(value)]
     if settings["class_names"] is not None:
         words += ["--classes", join_names(settings["class_names"])]
+    for prompt in settings["prompts"] or ():
+        words += ["--prompt", prompt]
+    if settings["negative_prompts"] is not None:
+        words += ["--negative-prompt", settings["negative_prompts"][0]]
     words += ["--seeds", ",".join(map(str, settings["seeds"]))]
     return f"{shlex.join(words)}\n# weights {settings['weights']}; compare with `tessera info` of the model"
 

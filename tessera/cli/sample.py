@@ -30,7 +30,18 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="names or numbers: cat,dog or 3,7 or all; as in CSV: '\"red, blue\",cat'")
     ] = None,
-    per_class: Annotated[int | None, typer.Option(min=1, help="images of each class (1)")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to show, for a model of text; repeat for several")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="a .txt with a prompt in each line, or a .csv or .jsonl with the columns prompt, negative_prompt, "
+            "guidance_scale, seed"
+        ),
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="images of each class or prompt (1)")] = None,
     seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; the seed determines the image")] = None,
     num_samples: Annotated[
         int | None, typer.Option(min=1, max=MAX_SAMPLES, help="total; classes are chosen by --class-policy")
@@ -64,10 +75,15 @@ def sample(
     To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
     """
     from tessera.cli import image_files
+    from tessera.cli.prompts import read_prompts
     from tessera.interop import load
 
-    if num_samples is not None and (classes or per_class or seeds):
-        raise TesseraError("--num-samples sets classes and seeds: leave out --classes, --per-class and --seeds")
+    if num_samples is not None and (classes or per_class or seeds or prompt or prompts or negative_prompt):
+        raise TesseraError(
+            "--num-samples sets classes, prompts and seeds: leave out --classes, --prompt, --prompts, "
+            "--negative-prompt, --per-class and --seeds"
+        )
+    prompt_list = read_prompts(prompt or [], prompts, negative_prompt)
     loaded = load.load(
         model,
         device=device,
@@ -84,6 +100,7 @@ def sample(
         seeds,
         num_samples,
         class_policy,
+        prompt_list,
         settings={"overrides": overrides or []},
         precision=precision,
         size=parse_sample_size(size),

@@ -162,7 +162,7 @@ def test_info_of_a_model_counts_its_parameters(tessera, trained):
         (["--seeds", "99999999999999999999"], "is not valid"),
         (["--seeds", "0-99999999999"], "more than 1,000,000 images"),
         (["--seeds", "1,2,3", "--per-class", "2"], "--seeds has 3 seeds, but --per-class is 2"),
-        (["--num-samples", "3", "--seeds", "1"], "leave out --classes, --per-class and --seeds"),
+        (["--num-samples", "3", "--seeds", "1"], "leave out --classes, --prompt"),
         (["--size", "8y8"], "--size 8y8 is not valid: write 256 or 256x384"),
         (["--size", "8x"], "--size 8x is not valid"),
         (["--size", "10"], "10 x 10"),
