@@ -4,6 +4,7 @@ Shapes: B images of a shard, H W height and width, C channels (1 or 3).
 """
 
 import hashlib
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,9 +94,10 @@ class DatasetSource:
 
 
 class FolderSource:
-    """A folder of samples as they are displayed: they must have one size, and every file must be readable.
+    """A folder of samples as they are displayed: they must have one size. They have one channel if all are grey.
 
-    They have one channel if all are grey.
+    Attributes:
+        skipped: the reason by file of each damaged one that was met. It is printed, too.
     """
 
     size: tuple[int, ...]
@@ -109,34 +111,50 @@ class FolderSource:
             raise TesseraError(f"{path} holds a grid of samples only: sample with a folder, not a .png, as --out")
         files = [files[index] for index in _select(count, len(files), self.description)]
         self.paths, self.count = [file for file, _ in files], len(files)
-        self._labels = [label for _, label in files] if dataset.class_names else _saved_labels(self.paths) or None
-        self.channels = 1 if all(self._usable(is_grey, path) for path in self.paths) else 3
+        self.skipped: dict[Path, str] = {}
+        grey = {path: self._usable(is_grey, path) for path in self.paths}
+        readable = [path for path, value in grey.items() if value is not None]
+        self.channels = 3 if False in grey.values() else 1
         self._config = ImagesConfig(channels=1 if self.channels == 1 else 3)
-        first = self._usable(read_image, self.paths[0], self._config)
+        images = ((path, self._usable(read_image, path, self._config)) for path in readable)
+        self._first, first = next(((path, image) for path, image in images if image is not None), (None, None))
+        if first is None:
+            raise TesseraError(f"{path} holds no image that can be scored: {next(iter(self.skipped.values()))}")
         self.size = (first.height, first.width)
+        if dataset.class_names:
+            self._labels = [label for _, label in files]
+        else:
+            saved = dict(zip(readable, _saved_labels(readable)))
+            self._labels = [saved.get(path, -1) for path in self.paths] if saved else None
 
     @property
     def plan(self) -> dict[str, Any]:
         return {"folder": _files_hash(self.paths, self.path.expanduser().absolute()), "count": self.count}
 
     def shard(self, index: int) -> ImageShard:
-        positions = shard_range(index, self.count)
-        images = np.stack([self._read(self.paths[i]) for i in positions])
-        labels = None if self._labels is None else np.array([self._labels[i] for i in positions], np.int64)
-        return ImageShard(images, np.array(positions), labels)
+        images = {i: self._read(self.paths[i]) for i in shard_range(index, self.count)}
+        valid = {i: image for i, image in images.items() if image is not None}
+        stacked = np.stack(list(valid.values())) if valid else np.empty((0, *self.size, self.channels), np.uint8)
+        labels = None if self._labels is None else np.array([self._labels[i] for i in valid], np.int64)
+        return ImageShard(stacked, np.array(list(valid), np.int64), labels)
 
-    @staticmethod
-    def _usable(read: Callable[..., T], path: Path, *arguments: Any) -> T:
+    def _usable(self, read: Callable[..., T], path: Path, *arguments: Any) -> T | None:
+        """What `read` returns for a file, None if it is damaged."""
         try:
             return read(path, *arguments)
         except InvalidSample as error:
-            raise TesseraError(f"{path} cannot be scored: {error}") from None
+            if path not in self.skipped:
+                self.skipped[path] = f"{path} is skipped: {error}"
+                print(self.skipped[path], file=sys.stderr, flush=True)
+            return None
 
-    def _read(self, path: Path) -> np.ndarray:
+    def _read(self, path: Path) -> np.ndarray | None:
         image = self._usable(read_image, path, self._config)
+        if image is None:
+            return None
         if (image.height, image.width) != self.size:
             raise TesseraError(
-                f"{path} is {image.height} x {image.width}, but {self.paths[0]} is {self.size[0]} x {self.size[1]}: "
+                f"{path} is {image.height} x {image.width}, but {self._first} is {self.size[0]} x {self.size[1]}: "
                 "samples are scored as they are, at one size; give --size to crop and scale all of them like data"
             )
         pixels = np.asarray(image)

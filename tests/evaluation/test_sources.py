@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -116,14 +117,30 @@ def test_another_size_in_a_folder_is_an_error_that_names_the_file(make_folder):
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_damaged_file_in_a_folder_is_an_error_that_names_it(make_folder, number):
-    path = make_folder("samples", noise(5, (32, 32)))
-    file = path / f"{number:05d}.png"
-    whole = file.read_bytes()
+@pytest.mark.parametrize("labels", [None, ["cat", "dog", "cat", "dog", "cat"]])
+def test_a_damaged_file_in_a_folder_is_skipped_and_named(make_folder, capsys, number, labels):
+    images = noise(5, (32, 32))
+    path = make_folder("samples", images, labels)
+    file = next(path.rglob(f"{number:05d}.png"))
+    whole, order = file.read_bytes(), [0, 1, 2, 3, 4] if labels is None else [0, 2, 4, 1, 3]
+    position = order.index(number)
+    rest = [each for each in range(5) if each != position]
     for length in (0, 10, 40, len(whole) // 2, len(whole) - 30):
         file.write_bytes(whole[:length])
-        with pytest.raises(TesseraError, match=rf"{number:05d}\.png cannot be scored: (damaged: |not an image)"):
-            FolderSource(path).shard(0)
+        source = FolderSource(path)
+        capsys.readouterr()
+        actual, indices, classes = read(source)
+        assert (indices.tolist(), source.count, source.size) == (rest, 5, (32, 32))
+        np.testing.assert_array_equal(actual, images[[order[each] for each in rest]])
+        assert labels is None or (classes is not None and classes.tolist() == [order[each] % 2 for each in rest])
+        assert list(source.skipped) == [file]
+        assert re.search(rf"{number:05d}\.png is skipped: (damaged: |not an image)", source.skipped[file])
+        read(source)
+        assert capsys.readouterr().err.count("is skipped") <= 1
+    for each in path.rglob("*.png"):
+        each.write_bytes(b"no image")
+    with pytest.raises(TesseraError, match=r"samples holds no image that can be scored: .*not an image"):
+        FolderSource(path)
 
 
 @pytest.mark.parametrize("place", [0, 1])
