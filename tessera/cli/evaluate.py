@@ -49,7 +49,18 @@ app = typer.Typer(
 )
 
 MODEL_PARAMETERS = (  # that have no effect on existing samples
-    *("overrides", "class_policy", "seed", "precision", "ema", "checkpoint_type", "num_heads", "num_classes", "codec"),
+    *(
+        "overrides",
+        "captions",
+        "class_policy",
+        "seed",
+        "precision",
+        "ema",
+        "checkpoint_type",
+        "num_heads",
+        "num_classes",
+        "codec",
+    ),
 )
 
 
@@ -60,12 +71,19 @@ def score(
     overrides: SamplingOverrides = None,
     reference: Annotated[str | None, typer.Option(help="data or statistics (the training data of the model)")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle (those that apply)")
+        str | None,
+        typer.Option(
+            help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, clip_score (those that apply)"
+        ),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(min=2, max=MAX_SAMPLES, help="50000 of a model, all of a folder")
     ] = None,
     features: Features = None,
+    captions: Annotated[
+        str | None, typer.Option(help="data whose captions a text model is sampled for (the reference)")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="folder of a CLIP network, for clip_score")] = None,
     class_policy: ClassPolicy = "uniform",
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; the others count up")] = 0,
     size: Size = None,
@@ -85,6 +103,7 @@ def score(
     """
     from tessera import runtime
     from tessera.evaluation import protocol, report, suite
+    from tessera.evaluation.captions import caption_data
     from tessera.evaluation.features import load_extractor
     from tessera.evaluation.reference import check_reference
     from tessera.files import exclusive_lock
@@ -106,17 +125,18 @@ def score(
                 num_classes=num_classes,
                 codec=codec,
             )
+            data = reference or suite.training_data(model)
             request = bulk_request(
                 model,
                 num_samples or 50_000,
                 class_policy,
                 seed,
+                caption_data(captions, data, model),
                 settings={"overrides": overrides or []},
                 precision=precision,
                 size=parse_sample_size(size),
             )
             samples = BulkSamples(model, request, folder / "samples", batch_size, target)
-            data = reference or suite.training_data(model)
         else:
             if options := _options_on_command_line(ctx, MODEL_PARAMETERS):
                 raise TesseraError(f"{target} is not a model, so sampling options do not apply: remove {options}")
@@ -128,7 +148,7 @@ def score(
         extractor = load_extractor(features or suite.default_features(data), torch_device)
         with exclusive_lock(folder) if ranks.is_main else nullcontext():
             start = start if ranks.is_main else None
-            result = suite.evaluate(samples, data, extractor, folder, names, ranks, batch_size, start)
+            result = suite.evaluate(samples, data, extractor, folder, names, ranks, batch_size, start, clip=clip)
             if not ranks.is_main:
                 return
             report.write(result, folder, shlex.join(["tessera", *sys.argv[1:]]))

@@ -28,15 +28,18 @@ class ConditionField:
 
     dtype: of the values. null: the value of all entries of an unconditional row; override `null_like` for a null value
     with several entries. pad: fills up rows of different lengths. input_name: of what users give, where it differs from
-    the name of the field. discrete: whether the values are whole numbers [B]
-    that decide everything; sampling then precomputes what depends on the condition.
+    the name of the field. data_name: of the values in a data set, in messages; empty: they are not measured there.
+    discrete: whether the values are whole numbers [B] that decide everything; sampling then precomputes what depends
+    on the condition. from_data: whether bulk sampling chooses the inputs from a data set.
     """
 
     dtype: ClassVar[torch.dtype] = torch.float32
     null: ClassVar[float] = 0
     pad: ClassVar[float] = 0
     input_name: ClassVar[str] = ""
+    data_name: ClassVar[str] = ""
     discrete: ClassVar[bool] = False
+    from_data: ClassVar[bool] = False
     companions: ClassVar[tuple[str, ...]] = ()
 
     def null_like(self, value: Tensor) -> Tensor:
@@ -55,6 +58,13 @@ class ConditionField:
         """What a user asks for, as rows [B, ...], or those of several fields. model: a `Model`. Raises TesseraError."""
         raise NotImplementedError
 
+    def inputs_from_data(self, seeds: Sequence[int], policy: str, dataset: Any) -> list[Any]:
+        """The same as default_inputs, chosen from a data set: for conditions with `from_data`.
+
+        dataset: None if there is none. Raises TesseraError.
+        """
+        raise NotImplementedError
+
     def default_inputs(self, seeds: Sequence[int], policy: str, model: Any) -> list[Any]:
         """Inputs for images of which only the number is requested, in bulk sampling. Raises TesseraError."""
         raise TesseraError("this model needs an input for each image: list them")
@@ -67,7 +77,7 @@ class ConditionField:
 class LabelField(ConditionField):
     """Class ids, int64 [B]; NULL_LABEL for unconditional rows."""
 
-    dtype, null, discrete, input_name = torch.int64, NULL_LABEL, True, "classes"
+    dtype, null, discrete, input_name, data_name = torch.int64, NULL_LABEL, True, "classes", "labels"
 
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.zeros(num_rows, dtype=torch.int64)

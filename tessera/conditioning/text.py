@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from tessera import randomness
 from tessera.conditioning.fields import ConditionField
 from tessera.errors import TesseraError
 
 NULL_TOKEN = -1  # the id of all tokens of an unconditional row
+CAPTION_STREAM = 0x63617074  # random stream of the captions of bulk sampling
 
 
 class TextField(ConditionField):
@@ -23,7 +25,7 @@ class TextField(ConditionField):
     not, as it was trained. An empty prompt is a text like others.
     """
 
-    input_name = "prompts"
+    input_name, data_name, from_data = "prompts", "captions", True
     companions = ("text_mask",)
 
     def null_like(self, value: Tensor) -> Tensor:
@@ -57,6 +59,32 @@ class TextField(ConditionField):
             raise TesseraError("some texts are prompts and others are tokens: give all in one form")
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return {"text": pad_sequence(rows, batch_first=True), "text_mask": mask}
+
+    def inputs_from_data(self, seeds: Sequence[int], policy: str, dataset: Any) -> list[str]:
+        """Captions of a data set. balanced: of its samples in turn, in a random order that never changes; uniform: of
+        a random sample for each image, by its seed. A sample without a caption is replaced by the next one with one.
+        """
+        missing = TesseraError(
+            "this model needs a prompt for each image: list them, or name data with captions (--captions, "
+            "evaluation.captions)"
+        )
+        if not hasattr(dataset, "caption") or not len(dataset):
+            raise missing
+        count = len(dataset)
+        if policy == "balanced":
+            order = randomness.permutation(0, CAPTION_STREAM, 0, count).tolist()
+            chosen = [order[position % count] for position in range(len(seeds))]
+        else:
+            uniform = randomness.uniform(0, torch.tensor(list(seeds), dtype=torch.int64), CAPTION_STREAM)[:, 0]
+            chosen = (uniform.double() * count).long().tolist()
+        captions = []
+        for first in chosen:
+            following = (dataset.caption((first + step) % count) for step in range(count))
+            caption = next((caption for caption in following if caption is not None), None)
+            if caption is None:
+                raise missing
+            captions.append(caption)
+        return captions
 
     def hint(self, model: Any) -> str:
         return 'one for each image, for example --prompt "a red circle", or condition={"text": ["a red circle"]}'

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tessera.errors import TesseraError, bullet_list
@@ -121,7 +122,7 @@ def load(source: str, revision: str | None = None) -> VisionEncoder:
         from transformers import AutoImageProcessor, AutoModel
     except ImportError:
         raise TesseraError("a vision network needs transformers: pip install 'tessera[vision]'") from None
-    with _clear_errors(source):
+    with clear_errors(source):
         network, info = AutoModel.from_pretrained(source, revision=revision, output_loading_info=True)
     if not hasattr(network, "get_image_features") and network.main_input_name != "pixel_values":
         raise TesseraError(
@@ -133,23 +134,26 @@ def load(source: str, revision: str | None = None) -> VisionEncoder:
         network.pooler, missing = None, []  # the file of a classifier: transformers initializes the pooler randomly
     if missing:
         raise TesseraError(f"the weights of '{source}' are incomplete; missing:{bullet_list(missing)}")
-    with _clear_errors(source):
+    with clear_errors(source):
         # transformers reads the configuration, with the defaults of every family; computed here without torchvision.
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
         return VisionEncoder(network, _preprocessing(processor), source)
 
 
 @contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
+def clear_errors(
+    source: str,
+    what: str = "the vision network",
+    files: str = "config.json, model.safetensors and preprocessor_config.json",
+) -> Iterator[None]:
     """Turn exceptions of transformers into TesseraError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise TesseraError(
-            f"cannot load the vision network '{source}': {reason}\n"
-            "give a folder that holds config.json, model.safetensors and preprocessor_config.json, or a hub id this "
-            "machine can reach"
+            f"cannot load {what} '{source}': {reason}\n"
+            f"give a folder that holds {files}, or a hub id this machine can reach"
         ) from None
 
 

@@ -83,7 +83,9 @@ class DatasetSource:
         labels = None
         if self.class_names:
             labels = np.array([self.dataset.label(int(row)) for row in self._rows[indices]], np.int64)
-        return ImageShard(images, indices, labels)
+        caption = getattr(self.dataset, "caption", None)
+        captions = None if caption is None else [caption(int(row)) for row in self._rows[indices]]
+        return ImageShard(images, indices, labels, captions)
 
     def image(self, index: int) -> np.ndarray | None:
         """uint8 [H, W, C], or None if the image is invalid."""

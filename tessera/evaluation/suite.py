@@ -1,7 +1,7 @@
 """From samples and a reference to scores: the table of metrics, what each one needs, and the evaluation itself."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
 from tessera.errors import TesseraError
-from tessera.evaluation import distances
+from tessera.evaluation import captions, distances
+from tessera.evaluation.alignment import Line
+from tessera.evaluation.captions import ImageScores
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, Progress, extract, features_path
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MAX_ROWS, check_widths, open_reference, statistics_features
@@ -92,8 +94,9 @@ METRICS = {
         min_samples=lambda width: 1,
     ),
 }
+IMAGE_METRICS = ("oracle", "alignment", "clip_score")  # that read the images themselves, not features
 ALIASES = {"fid": "fd", "FID": "fd"}  # the same metric, with Inception features
-DEFAULT_METRICS = ("fd", "kid", "prdc", "authenticity", "oracle")  # those of them that can be computed
+DEFAULT_METRICS = ("fd", "kid", "prdc", "authenticity", "oracle", "alignment")  # those of them that can be computed
 
 
 def parse_metrics(text: str | None) -> list[str] | None:
@@ -105,8 +108,8 @@ def parse_metrics(text: str | None) -> list[str] | None:
     if not names:
         raise TesseraError("name at least one metric, for example fd")
     for name in names:
-        if name not in METRICS and name != "oracle":
-            raise TesseraError(unknown_name("metric", name, [*METRICS, "oracle"]))
+        if name not in METRICS and name not in IMAGE_METRICS:
+            raise TesseraError(unknown_name("metric", name, [*METRICS, *IMAGE_METRICS]))
     return names
 
 
@@ -134,7 +137,7 @@ def check_metrics(
 ) -> None:
     """Raise TesseraError if one of the metrics cannot be computed; call it before sampling."""
     for name in metrics:
-        if name != "oracle" and (reason := unmet_requirement(name, count, extractor, reference)):
+        if name in METRICS and (reason := unmet_requirement(name, count, extractor, reference)):
             raise TesseraError(reason)
 
 
@@ -149,6 +152,7 @@ class Evaluation:
     reference_images: SampleSource | None
     notes: list[str]
     kid_by_class: Estimates
+    alignment: list[Line] = field(default_factory=list)
 
 
 def evaluate(
@@ -161,18 +165,21 @@ def evaluate(
     batch_size: int = 50,
     progress: Callable[[str], Progress] | None = None,
     reference_folder: Path | None = None,
+    clip: str | None = None,
 ) -> Evaluation:
     """Score a sample source against a reference (see `open_reference`). The features are saved in `folder`, so an
     interrupted evaluation resumes.
 
-    metrics: names of METRICS, and "oracle" for data with a known ground truth; None: the default metrics. Every rank
-    must call it; only the main rank returns scores. Raises TesseraError.
+    metrics: names of METRICS; "oracle" for data with a known ground truth; "alignment" for captions of shapes;
+    "clip_score" for any captions, by the network at `clip`, a folder. None: the default metrics, and clip_score with a
+    network. Every rank must call it; only the main rank returns scores. Raises TesseraError.
     """
 
     def task(name: str) -> Progress:
         return progress(name) if progress is not None else None
 
     check_metrics(metrics or (), source.count, extractor)
+    scorer = captions.check(metrics, source, clip, extractor.device)
     is_sampled = isinstance(source, BulkSamples)
     if is_sampled:
         source.begin(distributed)
@@ -202,32 +209,45 @@ def evaluate(
             f"{samples.count} samples of {width} features: too few for the Fréchet distance, which is biased upwards; "
             "compare it only with scores of the same number of samples, or use kid"
         )
-    for name in metrics if metrics is not None else DEFAULT_METRICS:
-        if name != "oracle" and (reason := unmet_requirement(name, samples.count or 0, extractor, reference_features)):
+    of_images: dict[str, ImageScores] = {}
+    for name in metrics if metrics is not None else (*DEFAULT_METRICS, *(["clip_score"] if clip else [])):
+        if name in METRICS and (reason := unmet_requirement(name, samples.count or 0, extractor, reference_features)):
             notes.append(reason)
             continue
         try:
-            if name == "oracle":
-                estimates[name], note = _oracle_scores(source, reference_images)
-                notes.append(note)
-            else:
+            if name in METRICS:
                 estimates[name] = METRICS[name].compute(samples, reference_features)
+                continue
+            if name == "oracle":
+                of_images[name] = _oracle_scores(source, reference_images)
+            elif name == "alignment":
+                of_images[name] = captions.alignment_scores(source)
+            else:
+                assert scorer is not None
+                of_images[name] = captions.clip_scores(source, reference_images, scorer, batch_size)
+            estimates[name] = of_images[name].estimates
+            notes += of_images[name].notes
         except TesseraError as error:  # missing labels, too few reference rows: the other scores are still useful
             if metrics is not None and len(metrics) == 1:
                 raise
-            if metrics is not None or name != "oracle":
+            if metrics is not None or name not in ("oracle", "alignment"):
                 notes.append(f"{name} is skipped: {error}")
     origin = {"description": source.description, "images": samples.hash, "reference": reference_features.description}
     origin |= source.model_identity if isinstance(source, BulkSamples) else {}
     scores = [
         Score.from_estimate(
-            metric, estimate, _protocol(name, source, samples, reference_features), origin, str(extractor.device)
+            metric,
+            estimate,
+            _protocol(name, source, samples, reference_features, of_images.get(name)),
+            origin,
+            str(extractor.device),
         )
         for name, group in estimates.items()
         for metric, estimate in group.items()
     ]
     by_class = kid_by_class(samples, reference_features)
-    return Evaluation(scores, source, samples, reference_features, reference_images, notes, by_class)
+    lines = of_images["alignment"].lines if "alignment" in of_images else []
+    return Evaluation(scores, source, samples, reference_features, reference_images, notes, by_class, lines)
 
 
 def training_data(model: Model) -> AnyData:
@@ -300,7 +320,7 @@ def _oracle(reference: SampleSource | None) -> tuple[DatasetSource, DigitClassif
     return reference, oracle
 
 
-def _oracle_scores(source: SampleSource, reference: SampleSource | None) -> tuple[Estimates, str]:
+def _oracle_scores(source: SampleSource, reference: SampleSource | None) -> ImageScores:
     """The scores of an oracle, and a note about it. Raises TesseraError if it cannot score the images."""
     data, oracle = _oracle(reference)
     mapping = _class_mapping(source.class_names, data.class_names)
@@ -319,7 +339,7 @@ def _oracle_scores(source: SampleSource, reference: SampleSource | None) -> tupl
     if not hits:
         raise TesseraError(f"oracle needs the class of each sample, and {source.description} has no labels it can use")
     note = f"the oracle measures {oracle.description}; its accuracy on other real images is {oracle.real_accuracy:.1%}"
-    return {name: Estimate.proportion(count, total) for name, count in hits.items()}, note
+    return ImageScores({name: Estimate.proportion(count, total) for name, count in hits.items()}, [note])
 
 
 def _class_mapping(names: Sequence[str], reference_names: Sequence[str]) -> list[int] | None:
@@ -336,7 +356,9 @@ def _class_mapping(names: Sequence[str], reference_names: Sequence[str]) -> list
     return None
 
 
-def _protocol(name: str, source: SampleSource, samples: FeatureSet, reference: FeatureSet) -> Protocol:
+def _protocol(
+    name: str, source: SampleSource, samples: FeatureSet, reference: FeatureSet, of_images: ImageScores | None
+) -> Protocol:
     """Only what the metric depends on: an oracle uses no features, the Inception score no reference."""
     metric = METRICS.get(name)
     used_reference: dict[str, Any] = {}
@@ -344,9 +366,14 @@ def _protocol(name: str, source: SampleSource, samples: FeatureSet, reference: F
         used_reference = {"hash": reference.hash, "count": reference.count}
         if metric.rows[1]:  # statistics may hold only some of the rows
             used_reference["rows"] = min(len(reference.rows[metric.rows[1]]), MAX_ROWS)
+    definition, features = {}, {}
+    if metric is not None:
+        definition, features = metric.definition, samples.features or {}
+    elif of_images is not None:
+        definition, features = of_images.definition, of_images.features
     return Protocol(
-        definition={"metric": name} | (metric.definition if metric is not None else {}),
-        features=(samples.features or {}) if metric is not None else {},
+        definition={"metric": name} | definition,
+        features=features,
         reference=used_reference,
         samples=samples.count or 0,
         size=source.size,

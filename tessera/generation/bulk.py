@@ -18,6 +18,9 @@ from tessera import runtime
 from tessera.bundle import weights_hash
 from tessera.codecs import StoredCodec, StoredConfig
 from tessera.codecs.codec import listed_numbers
+from tessera.data import AnyData
+from tessera.data.images import Dataset
+from tessera.data.resolve import open_data
 from tessera.files import atomic_file, read_array, write_array
 from tessera.generation.pipeline import generate_request
 from tessera.generation.request import SampleRequest, image_size
@@ -25,19 +28,48 @@ from tessera.generation.resumable import claim_folder
 from tessera.generation.shards import ImageShard, num_shards, shard_range
 from tessera.model import Model
 from tessera.runtime import Distributed
+from tessera.settings import Settings
 
 Policy = Literal["uniform", "balanced"]
 
 
-def bulk_request(model: Model, count: int, policy: Policy, first_seed: int = 0, **fields: Any) -> SampleRequest:
-    """A request for `count` images with consecutive seeds. Each condition chooses its inputs by the policy.
+def default_condition(
+    model: Model, seeds: Sequence[int], policy: Policy, data: AnyData | Dataset | None = None
+) -> dict[str, list[Any]]:
+    """Inputs for images with these seeds, by field: each condition chooses its own by the policy.
 
-    balanced: classes in turn; uniform: each a random class, by its seed. fields: the other fields of the request.
-    Raises TesseraError for a condition that cannot choose.
+    data: what captions are chosen from. Raises TesseraError for a condition that cannot choose.
     """
-    seeds, network = range(first_seed, first_seed + count), model.config.network
-    rules = network.condition_type.rules()
-    condition = {name: rules[name].default_inputs(seeds, policy, model.config) for name in network.condition_fields}
+    network = model.config.network
+    names, rules = network.condition_fields, network.condition_type.rules()
+    companions = {companion for name in names for companion in rules[name].companions}
+    dataset = data if any(rules[name].from_data for name in names) else None
+    if isinstance(dataset, Settings):
+        dataset = open_data(dataset)
+    return {
+        name: rules[name].inputs_from_data(seeds, policy, dataset)
+        if rules[name].from_data
+        else rules[name].default_inputs(seeds, policy, model.config)
+        for name in names
+        if name not in companions
+    }
+
+
+def bulk_request(
+    model: Model,
+    count: int,
+    policy: Policy,
+    first_seed: int = 0,
+    data: AnyData | Dataset | None = None,
+    **fields: Any,
+) -> SampleRequest:
+    """A request for `count` images with consecutive seeds and default conditions. fields: its other fields.
+
+    balanced: classes in turn; uniform: each a random class, by its seed. Captions are chosen from the data in the same
+    way. Raises TesseraError for a condition that cannot choose.
+    """
+    seeds = range(first_seed, first_seed + count)
+    condition = default_condition(model, seeds, policy, data)
     return SampleRequest(seeds, condition, policy=policy if condition else "unconditional", **fields)
 
 
@@ -72,12 +104,12 @@ class BulkSamples:
         consecutive = list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
         dtype = runtime.autocast_dtype(request.precision, self.model.device)  # "auto" resolved
         tf32 = self.model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
-        hashes = {name: _hash(values) for name, values in request.condition.items()}
+        hashes = {name: hash_values(values) for name, values in request.condition.items()}
         listed = f" {hashes.pop('label', '')}" if request.policy == "listed" and "label" in hashes else ""
         hashes.pop("label", None)
         return {
             **self.sampling.model_dump(mode="json"),
-            "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else _hash(seeds),
+            "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else hash_values(seeds),
             "class_policy": request.policy + listed,
             **({"condition": hashes} if hashes else {}),
             "precision": "tf32" if dtype is None and tf32 else str(dtype or torch.float32).removeprefix("torch."),
@@ -114,7 +146,7 @@ class BulkSamples:
         if not path.exists():
             write_array(path, generate_request(self.model, request, self.batch_size))
         labels = None if request.classes is None else np.array(request.classes, np.int64)
-        return ImageShard(read_array(path), np.array(positions), labels)
+        return ImageShard(read_array(path), np.array(positions), labels, request.prompts)
 
 
 def generate_shards(
@@ -146,6 +178,7 @@ def write_npz(samples: BulkSamples, target: Path) -> None:
                 np.lib.format.write_array(member, np.array(samples.request.classes, np.int64), allow_pickle=False)
 
 
-def _hash(values: Sequence[Any]) -> str:
+def hash_values(values: Sequence[Any]) -> str:
+    """Eight hexadecimal digits of a hash of numbers, texts or tensors."""
     listed = [value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value for value in values]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:8]

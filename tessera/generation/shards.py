@@ -3,6 +3,7 @@
 Shapes: B images of a shard, H W height and width, C channels (1 or 3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,13 @@ SHARD_SIZE = 250
 
 @dataclass(frozen=True)
 class ImageShard:
-    """images uint8 [B, H, W, C]; indices [B]: their positions in the whole set; labels [B], or None without classes."""
+    """images uint8 [B, H, W, C]; indices [B]: their positions in the whole set; labels [B], or None without classes;
+    captions: B of them, None for an image without one, or None without captions."""
 
     images: np.ndarray
     indices: np.ndarray
     labels: np.ndarray | None
+    captions: Sequence[str | None] | None = None
 
 
 def num_shards(count: int) -> int:

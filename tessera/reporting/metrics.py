@@ -1,6 +1,8 @@
 """The metrics of evaluations: what they mean, and their direction."""
 
 HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "authenticity", "accuracy"}
+HIGHER_IS_BETTER |= {"alignment", "alignment_one_object", "alignment_two_objects", "binding", "relation"}
+HIGHER_IS_BETTER |= {"composition", "clip_score"}
 
 MEANING = {
     "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
@@ -14,5 +16,14 @@ MEANING = {
     "coverage": "fraction of reference images with a sample near; higher is better",
     "authenticity": "fraction of samples no nearer to their reference image than its own neighbor; copies lower it",
     "accuracy": "fraction of images that show their class, by the oracle",
+    "alignment": "fraction of images that show all of their caption; higher is better",
+    "alignment_one_object": "the same for captions of one object: shape, color and size",
+    "alignment_two_objects": "the same for captions of two objects: both, and where one is relative to the other",
+    "binding": "fraction of images that show the color and shape of both objects of their caption; higher is better",
+    "relation": "fraction of images with two objects where the caption states; higher is better",
+    "swapped_colors": "fraction of images that show both objects with the colors exchanged; lower is better",
+    "composition": "alignment of captions with a combination of color and shape that data.combinations=known leaves "
+    "out of training; higher is better",
+    "clip_score": "100 x cosine similarity of image and caption by CLIP, at least 0; higher is better",
     "invalid": "fraction of images that cannot be from the data set, by the oracle",
 }

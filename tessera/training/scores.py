@@ -15,7 +15,8 @@ from pydantic import Field, PositiveInt, field_validator
 
 from tessera import bundle
 from tessera.data import AnyData
-from tessera.evaluation import protocol, suite
+from tessera.evaluation import captions, protocol, suite
+from tessera.evaluation.captions import caption_data
 from tessera.evaluation.features import FeatureSet, Progress, check_images, load_extractor
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import resolve_reference
@@ -46,6 +47,10 @@ class EvaluationConfig(Settings):
     reference_folder: str | None = Field(
         default=None, description="where the features of the reference are saved, to share them between runs"
     )
+    captions: str | None = Field(
+        default=None, description="data whose captions a text model is sampled for; null: the reference"
+    )
+    clip: str | None = Field(default=None, description="folder of a CLIP network, for the metric clip_score")
     batch_size: PositiveInt = Field(default=50, description="images sampled, or passed to the feature network, at once")
 
     @property
@@ -78,8 +83,10 @@ class Scorer:
         self.config, self.model, self.folder = config, model, run_dir / FOLDER
         self.reference: str | AnyData = config.reference or data
         self.extractor = load_extractor(config.features or suite.default_features(self.reference), model.device)
+        self.caption_data = caption_data(config.captions, self.reference, model)
         samples = self._samples(0, self.folder, self.model)
         check_images(samples, self.extractor)
+        captions.check(config.metrics, samples, config.clip, model.device)
         reference = resolve_reference(config.reference, samples, self.extractor) if config.reference else None
         statistics = reference if isinstance(reference, FeatureSet) else None
         suite.check_metrics(config.metrics, config.num_samples, self.extractor, statistics)
@@ -126,6 +133,7 @@ class Scorer:
             self.config.batch_size,
             progress if world.is_main else None,
             reference_folder=Path(self.config.reference_folder or self.folder),
+            clip=self.config.clip,
         )
         if world.is_main:
             protocol.save(evaluation.scores, self.folder / f"step-{step:09d}.json")
@@ -137,7 +145,7 @@ class Scorer:
         return metrics
 
     def _samples(self, step: int, folder: Path, model: bundle.Model) -> BulkSamples:
-        request = bulk_request(model, self.config.num_samples, "balanced")
+        request = bulk_request(model, self.config.num_samples, "balanced", data=self.caption_data)
         return BulkSamples(model, request, folder, self.config.batch_size, f"step {step}")
 
 

@@ -174,31 +174,34 @@ class ShapesEvaluator:
             ]
         return _fractions(hits | {"invalid": [bool(detection.invalid_reason) for detection in detections]})
 
-    def score_captions(self, images: np.ndarray, captions: Sequence[str]) -> dict[str, Estimate]:
-        """images uint8 [B, H, W, 3] -> fractions: "invalid"; correct "shape", "colour" and "size" of every object;
-        correct "relation" (of the captions that have one; absent if none has); and "all" of these.
 
-        An image with the wrong number of objects has nothing correct.
-        """
-        detections = [detect(image) for image in images]
-        descriptions = [shapes.parse_caption(caption) for caption in captions]
-        results = [_matches(d.objects, expected) for d, expected in zip(detections, descriptions, strict=True)]
-        keys = ("shape", "colour", "size", "relation")
-        hits = {key: [result[key] for result in results if key in result] for key in keys}
-        hits["all"] = [all(result.values()) for result in results]
-        return _fractions(hits | {"invalid": [bool(detection.invalid_reason) for detection in detections]})
+def compare(objects: Sequence[Object], expected: Description) -> dict[str, bool]:
+    """What objects show of a caption: shape, color and size of every object; relation, of captions with one; whole:
+    all of these. With objects assigned to the expected ones so that most is correct.
+
+    binding: color and shape of every object together. swapped: the same after the colors of two objects are exchanged.
+    With the wrong number of objects nothing is correct.
+    """
+    pairs = [(item.colour, item.shape) for item in expected.appearances]
+    colors, names = zip(*pairs)
+    swapped = list(zip(reversed(colors), names))
+    shown = [(item.colour, item.shape) for item in objects]
+    result = _matches(objects, expected)
+    result["whole"] = all(result.values())
+    result["binding"] = sorted(shown) == sorted(pairs)
+    result["swapped"] = len(pairs) == 2 and sorted(shown) == sorted(swapped)
+    return result
 
 
 def _matches(objects: Sequence[Object], expected: Description) -> dict[str, bool]:
-    """Which attributes are correct, with objects assigned to the expected ones so that most are."""
-    attributes = ("shape", "colour", "size")
+    attributes = {"shape": "shape", "color": "colour", "size": "size"}
     if len(objects) != len(expected.appearances):
         return dict.fromkeys((*attributes, "relation") if expected.relation else attributes, False)
     best, best_rank = {}, (-1, False)
     for order in permutations(objects):
         equal = {
-            key: [getattr(item, key) == getattr(other, key) for item, other in zip(order, expected.appearances)]
-            for key in attributes
+            key: [getattr(item, name) == getattr(other, name) for item, other in zip(order, expected.appearances)]
+            for key, name in attributes.items()
         }
         result = {key: all(values) for key, values in equal.items()}
         if expected.relation:
