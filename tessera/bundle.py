@@ -3,6 +3,7 @@
 config.json              the network, diffusion process, codec and sampling settings
 model.safetensors        the weights (the EMA of training)
 codec/                   the autoencoder, if it came from a local folder; a hub id stays an id
+text/                    the text encoder, likewise
 README.md                the model card
 ema/0.999.safetensors    in a checkpoint of a run: the EMA with another decay, here 0.999
 """
@@ -11,6 +12,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,14 @@ from torch import Tensor, nn
 from tessera import __version__, model_card
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
+from tessera.encoders.text import FolderConfig
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_folder, read_json
 from tessera.model import FORMAT, BundleConfig, Model, Provenance
 from tessera.settings import validate
 
 CONFIG, WEIGHTS, CARD, CODEC, EMA_FOLDER = "config.json", "model.safetensors", "README.md", "codec", "ema"
+TEXT = "text"
 
 __all__ = ["BundleConfig", "Model", "Provenance", "checkpoints", "load", "load_config", "save", "weights_hash", "write"]
 
@@ -33,28 +37,45 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(Path(run).glob("checkpoints/step-" + "[0-9]" * 9), reverse=True)
 
 
-def save(model: Model, folder: Path, codec_path: str | None = None) -> None:
-    """Write a bundle, whole or not at all; a codec in a local folder is copied in.
+def save(model: Model, folder: Path, shared_folder: str | None = None) -> None:
+    """Write a bundle, whole or not at all; a codec and a text encoder in local folders are copied in.
 
-    codec_path: where the codec is already, relative to the bundle, if it is not to be copied.
+    shared_folder: the folder with copies of both, relative to the bundle, if they are not to be copied.
     Raises TesseraError if the folder exists or cannot be written.
     """
     with atomic_folder(Path(folder)) as partial:
-        write(model, partial, codec_path)
+        write(model, partial, shared_folder)
 
 
-def write(model: Model, folder: Path, codec_path: str | None = None) -> None:
+def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
     """Write the files of a bundle into an existing folder."""
-    codec = model.config.codec
+    if shared_folder is None:
+        copy_parts(model.config, folder)
+    config, parts = model.config, shared_folder or "."
+    codec, text = config.codec, config.text
     if isinstance(codec, StoredConfig) and codec.folder is not None:
-        if codec_path is None:
-            copy_codec(codec, folder / CODEC)
-            codec_path = f"./{CODEC}"
-        codec = codec.model_copy(update={"source": codec_path, "subfolder": None})
-    config = model.config.model_copy(update={"codec": codec, "tessera_version": __version__})
+        codec = codec.model_copy(update={"source": f"{parts}/{CODEC}", "subfolder": None})
+    if isinstance(text, FolderConfig) and text.folder is not None:
+        names = {"source": f"{parts}/{TEXT}", "subfolder": None, "tokenizer_subfolder": None}
+        text = text.model_copy(update=names)
+    config = config.model_copy(update={"codec": codec, "text": text, "tessera_version": __version__})
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     write_tensors(model.network.state_dict(), folder / WEIGHTS)
     (folder / CARD).write_text(model_card.render(model), encoding="utf-8")
+
+
+def copy_parts(config: Any, target: Path) -> None:
+    """Copy the codec and the text encoder that are in local folders, unless copies are there.
+
+    config: of a bundle, or a recipe.
+    """
+    codec, text = config.codec, config.text
+    if isinstance(codec, StoredConfig) and codec.folder is not None and not (target / CODEC).exists():
+        with atomic_folder(target / CODEC) as partial:
+            copy_codec(codec, partial)
+    if isinstance(text, FolderConfig) and text.folder is not None and not (target / TEXT).exists():
+        with atomic_folder(target / TEXT) as partial:
+            text.save(partial)
 
 
 def copy_codec(codec: StoredConfig, target: Path) -> None:
@@ -94,7 +115,7 @@ def ema_weights(folder: Path, config: BundleConfig) -> dict[float, Path]:
 
 
 def load_config(folder: Path) -> BundleConfig:
-    """The configuration of a bundle; the path of its codec is made absolute. Raises TesseraError."""
+    """The configuration of a bundle; the paths of its codec and text encoder are made absolute. Raises TesseraError."""
     data = read_json(folder / CONFIG)
     if (number := data.get("format", FORMAT)) != FORMAT:
         writer = f"Tessera {data.get('tessera_version', '0.6.0 or earlier')}"
@@ -106,9 +127,11 @@ def load_config(folder: Path) -> BundleConfig:
             + remedy
         )
     config = validate(BundleConfig, data, str(folder / CONFIG))
-    if isinstance(config.codec, StoredConfig) and config.codec.source.startswith(("./", "../")):
-        source = str((folder / config.codec.source).resolve())
-        config = config.model_copy(update={"codec": config.codec.model_copy(update={"source": source})})
+    for name, kind in (("codec", StoredConfig), ("text", FolderConfig)):
+        part = getattr(config, name)
+        if isinstance(part, kind) and part.source.startswith(("./", "../")):
+            source = str((folder / part.source).resolve())
+            config = config.model_copy(update={name: part.model_copy(update={"source": source})})
     return config
 
 

@@ -87,7 +87,14 @@ class Model:
                 reads_text = self.config.network.uses_text
                 remedy = "give the tokens of its encoder as text" if reads_text else "it is not conditioned on text"
                 raise TesseraError(f"this model has no text encoder: {remedy}")
-            self.loaded_text_encoder = self.config.text.build().to(self.device)
+            encoder, network = self.config.text.build().to(self.device), self.config.network
+            if (encoder.channels, encoder.vocabulary_size) != (network.text_channels, network.vocabulary_size):
+                raise TesseraError(
+                    f"the text encoder ({self.config.text.kind}) is not that of this model: it gives "
+                    f"{encoder.channels} channels and {encoder.vocabulary_size} ids; the network reads "
+                    f"{network.text_channels} channels and {network.vocabulary_size} ids"
+                )
+            self.loaded_text_encoder = encoder
         return self.loaded_text_encoder
 
     @property

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
@@ -165,6 +165,9 @@ class FrozenConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="of its weights and matrix products"
     )
+    lower_case: bool = Field(
+        default=False, description="captions in lower case and without spaces at their ends, as PixArt reads them"
+    )
     cache: str | None = Field(
         default=None,
         description="folder of cached embeddings (tessera data cache); null: data.cache, or encode at the start",
@@ -174,11 +177,6 @@ class FrozenConfig(Settings):
     def folders(self) -> tuple[Path, Path]:
         """The folders of the tokenizer and of the weights. Raises TesseraError if they do not exist."""
         raise NotImplementedError
-
-    @property
-    def local(self) -> bool:
-        """Whether the weights are in a folder that the user named."""
-        return False
 
     def build(self) -> TextEncoder:
         """The encoder; its weights are read when they are first used. Raises TesseraError."""
@@ -219,18 +217,25 @@ class FolderConfig(FrozenConfig):
     revision: str | None = Field(default=None, description="of a hub id")
 
     @property
+    def folder(self) -> Path | None:
+        """The local folder of the encoder; None if it is on a hub."""
+        is_hub = self.source.startswith(HUB_PREFIX)
+        return None if is_hub else Path(self.source).expanduser()
+
+    @property
     def folders(self) -> tuple[Path, Path]:
         from tessera.encoders.pretrained_text import download
 
-        hub_id = self.source.removeprefix(HUB_PREFIX)
-        root = Path(self.source).expanduser() if self.local else download(hub_id, self.revision)
+        root = self.folder or download(self.source.removeprefix(HUB_PREFIX), self.revision)
         weights = self._below(root, self.subfolder, ("text_encoder", ""))
         tokenizer = self._below(root, self.tokenizer_subfolder, ("tokenizer", self.subfolder or "", ""))
         return tokenizer, weights
 
-    @property
-    def local(self) -> bool:
-        return not self.source.startswith(HUB_PREFIX)
+    def save(self, target: Path) -> None:
+        """Copy the encoder to a folder that `source` can name. Raises TesseraError."""
+        from tessera.encoders.pretrained_text import copy_files
+
+        copy_files(self, target)
 
     def _below(self, root: Path, name: str | None, defaults: Sequence[str]) -> Path:
         names = defaults if name is None else (name,)
@@ -246,12 +251,3 @@ class FolderConfig(FrozenConfig):
 AnyTextEncoder = Annotated[
     WordsConfig | MiniLMConfig | FolderConfig, BeforeValidator(expand_kind), Field(discriminator="kind")
 ]
-
-
-def digest_files(facts: dict[str, Any], files: Iterable[Path]) -> str:
-    """The hexadecimal sha256 of settings, and of the names and contents of files."""
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for path in sorted(files):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ import torch
 from tessera import __version__, bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
-from tessera.codecs import Codec, StoredConfig
+from tessera.codecs import Codec
 from tessera.conditioning import NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
@@ -23,7 +23,8 @@ from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
 from tessera.diffusion import DiffusionProcess
-from tessera.files import atomic_folder, atomic_write, remove_partials
+from tessera.encoders.text import FrozenConfig
+from tessera.files import atomic_write, remove_partials
 from tessera.interop import load
 from tessera.models.network import Network
 from tessera.runtime import SINGLE, Distributed
@@ -232,11 +233,14 @@ def build_network(
 
 
 def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, codec: Codec) -> bundle.Model:
+    text = recipe.text
+    if isinstance(text, FrozenConfig):
+        text = text.model_copy(update={"cache": None})  # of the training captions
     config = bundle.BundleConfig(
         network=recipe.network,
         diffusion=recipe.diffusion,
         codec=recipe.codec,
-        text=recipe.text,
+        text=text,
         sampling=recipe.sampling,
         class_names=class_names,
         recipe=recipe.model_dump(mode="json"),
@@ -313,7 +317,7 @@ def _training_pass(
 
 
 def prepare_folder(run: TrainingRun) -> None:
-    """Create the folder of the run with its recipe and its codec. Raises TesseraError if it cannot be written."""
+    """Create the folder of the run with its recipe, codec and text encoder. Raises TesseraError if that fails."""
     run_dir = run.run_dir
     for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):  # unfinished files of a killed run
         remove_partials(folder)
@@ -321,10 +325,7 @@ def prepare_folder(run: TrainingRun) -> None:
     source = files_dataset(run.loader.dataset)
     if source is not None and not (path := index_path(run_dir, run.data_fingerprint)).exists():
         index.write(source.table, path)
-    codec = run.recipe.codec
-    if isinstance(codec, StoredConfig) and codec.folder is not None and not (run_dir / bundle.CODEC).exists():
-        with atomic_folder(run_dir / bundle.CODEC) as partial:
-            bundle.copy_codec(codec, partial)
+    bundle.copy_parts(run.recipe, run_dir)
 
 
 def index_path(run_dir: Path, fingerprint: dict[str, Any]) -> Path:

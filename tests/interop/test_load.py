@@ -170,7 +170,7 @@ def test_a_run_becomes_a_bundle_with_its_autoencoder(make_model, tmp_path, autoe
     model = make_model({"in_channels": 4, "out_channels": 8}, codec=codec)
     run = tmp_path / "run"
     shutil.copytree(autoencoder_folder, run / "codec")
-    bundle.save(model, run / "checkpoints" / "step-000000007", codec_path="../../codec")
+    bundle.save(model, run / "checkpoints" / "step-000000007", shared_folder="../..")
     assert not (run / "checkpoints" / "step-000000007" / "codec").exists()
     load.convert(run, tmp_path / "cats", "bundle")
     shutil.rmtree(run)

@@ -108,7 +108,7 @@ class CheckpointWriter:
             paths = sorted((partial / STATE_DIR).glob(f"shard-{self.world.rank + 1:05d}-*"))
             if self.world.is_main:
                 ema_model = bundle.Model(model.config, averages.pop(decay))
-                bundle.write(ema_model, partial, codec_path=f"../../{bundle.CODEC}")
+                bundle.write(ema_model, partial, shared_folder="../..")
                 paths += [partial / bundle.CONFIG, partial / bundle.WEIGHTS]
                 for other_decay, network in averages.items():
                     (partial / bundle.EMA_FOLDER).mkdir(exist_ok=True)
