@@ -30,7 +30,8 @@ class ConditionField:
     with several entries. pad: fills up rows of different lengths. input_name: of what users give, where it differs from
     the name of the field. data_name: of the values in a data set, in messages; empty: they are not measured there.
     discrete: whether the values are whole numbers [B] that decide everything; sampling then precomputes what depends
-    on the condition. from_data: whether bulk sampling chooses the inputs from a data set.
+    on the condition. from_data: whether bulk sampling chooses the inputs from a data set. from_size: whether the input
+    is (height, width) of the generated image in pixels, where none is given.
     """
 
     dtype: ClassVar[torch.dtype] = torch.float32
@@ -40,6 +41,7 @@ class ConditionField:
     data_name: ClassVar[str] = ""
     discrete: ClassVar[bool] = False
     from_data: ClassVar[bool] = False
+    from_size: ClassVar[bool] = False
     companions: ClassVar[tuple[str, ...]] = ()
 
     def null_like(self, value: Tensor) -> Tensor:

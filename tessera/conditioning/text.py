@@ -118,9 +118,12 @@ class TextMaskField(ConditionField):
 
 
 class SizeField(ConditionField):
-    """Height and width in pixels and their ratio: float32 [B, 3]. Unconditional rows keep theirs."""
+    """Height and width in pixels and their ratio: float32 [B, 3]. Unconditional rows keep theirs.
 
-    input_name = "size"
+    By default it is the size of the generated image.
+    """
+
+    input_name, from_size = "size", True
 
     def null_like(self, value: Tensor) -> Tensor:
         return value

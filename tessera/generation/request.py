@@ -130,6 +130,16 @@ class SampleRequest:
             mask=None if mask is None else chosen(mask),
         )
 
+    def _inputs(self, model: Model) -> dict[str, Sequence[Any]]:
+        """The inputs of the condition, with those that follow from the size of the images."""
+        network = model.config.network
+        rules, inputs = network.condition_type.rules(), dict(self.condition)
+        for name in network.condition_fields:
+            if name not in inputs and rules[name].from_size:
+                size = np.shape(self.init_image)[:-1] if self.init_image is not None else self.size
+                inputs[name] = [(size or image_size(model))[-2:]]
+        return inputs
+
     def sampling(self, model: Model) -> SamplingConfig:
         """The sampling settings, guidance_scale included if it is one number. Raises TesseraError."""
         scale = self.guidance_scale
@@ -141,7 +151,7 @@ class SampleRequest:
         """The sampling settings. Raises TesseraError for a request that the model cannot fulfill."""
         config, network = self.sampling(model), model.config.network
         len(self)
-        check_inputs(self.condition, network.condition_type, model.config)
+        check_inputs(self._inputs(model), network.condition_type, model.config)
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63 or seed != int(seed)]:
             raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {', '.join(map(str, bad[:5]))}")
         if unknown := sorted(config.guidance_scales.keys() - set(network.null_fields)):
@@ -195,9 +205,9 @@ class SampleRequest:
         """The rows of the request, all checked and paired. Raises TesseraError."""
         config, num_rows = self.check(model), len(self)
         network = model.config.network
-        condition = network.condition_type.encode(self.condition, model)
+        condition = network.condition_type.encode(self._inputs(model), model)
         negative = dict(self.negative)
-        if config.null_text == "empty" and not negative:
+        if config.null_text == "empty" and not negative and bool((self.scales(config) != 1).any()):
             negative["text"] = [""]
         weak = replace(condition.null(network.null_fields), **network.condition_type.encode(negative, model).present)
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)

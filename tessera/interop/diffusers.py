@@ -8,6 +8,7 @@ Shapes: D width, O raw output channels, p patch side.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -119,9 +120,9 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: CodecSource
         raise TesseraError(
             f"{path / CONFIG}: interpolation_scale {data['interpolation_scale']} scales the positions; expected 1"
         )
-    transformer = _parse(TransformerConfig, data, path / CONFIG)
+    transformer = parse(TransformerConfig, data, path / CONFIG)
     network = network_config(transformer, str(path / CONFIG))
-    transformer_weights = _tensors(path)
+    transformer_weights = read_weights(path, REQUIRED)
     tensors = from_diffusers(transformer_weights.tensors, network, str(path))
     scheduler, kind = SchedulerConfig(), "DDIMScheduler"
     if (folder / SCHEDULER / SCHEDULER_CONFIG).exists() or index:
@@ -170,14 +171,19 @@ def network_config(config: TransformerConfig, source: str) -> DiTConfig:
 
 def from_diffusers(tensors: dict[str, Tensor], network: DiTConfig, source: str) -> dict[str, Tensor]:
     """diffusers' state dict -> Tessera's. Raises TesseraError that lists missing, unexpected or unsupported tensors."""
-    mappings = tensor_mappings(network.depth)
+    # As in diffusers: the positions of the configured grid, unscaled at any size.
+    positions = {"pos_embed": sincos_grid(network.grid, network.hidden_size)[None]}
+    return positions | from_mappings(tensor_mappings(network.depth), tensors, source)
+
+
+def from_mappings(mappings: list[TensorMapping], tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors of a state dict of diffusers by our names. Raises TesseraError as `from_diffusers`."""
     names = {name for mapping in mappings for name in mapping.theirs}
     problems = [f"missing {name}" for name in sorted(names - tensors.keys())]
     problems += [f"unexpected {name}" for name in sorted(tensors.keys() - names)]
     if problems:
         raise TesseraError(f"{source} holds another architecture than its configuration:{bullet_list(problems)}")
-    # As in diffusers: the positions of the configured grid, unscaled at any size.
-    result = {"pos_embed": sincos_grid(network.grid, network.hidden_size)[None]}
+    result = {}
     for ours, how, theirs in mappings:
         first = tensors[theirs[0]]
         if how == "copies":
@@ -229,7 +235,7 @@ def diffusion_config(scheduler: SchedulerConfig, network: DiTConfig, source: str
     raise TesseraError(f"{source}: its {len(betas)} betas are neither linear nor the cosine schedule of {steps} steps")
 
 
-def _parse(kind: type[S], data: dict[str, Any], path: Path) -> S:
+def parse(kind: type[S], data: dict[str, Any], path: Path) -> S:
     """The fields that Tessera uses; each version of diffusers writes others, too."""
     return validate(kind, {name: value for name, value in data.items() if name in kind.model_fields}, str(path))
 
@@ -242,20 +248,20 @@ def _class_names(labels: Any, classes: int) -> tuple[str, ...]:
     return () if names == tuple(str(i) for i in range(classes)) else names
 
 
-class _Transformer(NamedTuple):
+class TransformerWeights(NamedTuple):
     tensors: dict[str, Tensor]
     variant: str | None
     left_out: list[str]
 
 
-def _tensors(folder: Path) -> _Transformer:
+def read_weights(folder: Path, required: Collection[str]) -> TransformerWeights:
     """A transformer's state dict: one file or shards, of a variant if there is nothing else."""
     files = find_weight_files(folder, [WEIGHTS])
     if files is None:
         raise TesseraError(f"{folder} holds no weights: expected {WEIGHTS}.safetensors (or .bin), or its .index.json")
-    weights = find_weights(files.read(), REQUIRED, str(folder))
+    weights = find_weights(files.read(), required, str(folder))
     tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}  # pickles are memory-mapped
-    return _Transformer(tensors, files.variant, weights.left_out)
+    return TransformerWeights(tensors, files.variant, weights.left_out)
 
 
 # Export
@@ -281,19 +287,19 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     with atomic_folder(target) as folder:
         for name in (TRANSFORMER, SCHEDULER):
             (folder / name).mkdir()
-        _write_json(folder / TRANSFORMER / CONFIG, "DiTTransformer2DModel", transformer_config(network).model_dump())
+        write_json(folder / TRANSFORMER / CONFIG, "DiTTransformer2DModel", transformer_config(network).model_dump())
         write_tensors(
             to_diffusers(model.network.state_dict(), network), folder / TRANSFORMER / f"{WEIGHTS}.safetensors"
         )
-        _write_json(folder / SCHEDULER / SCHEDULER_CONFIG, "DDIMScheduler", scheduler_config(model.config))
-        vae = _write_vae(model, folder / VAE)
+        write_json(folder / SCHEDULER / SCHEDULER_CONFIG, "DDIMScheduler", scheduler_config(model.config))
+        vae = write_vae(model, folder / VAE)
         index = {
             "id2label": {str(i): name for i, name in enumerate(model.class_names)},
             SCHEDULER: ["diffusers", "DDIMScheduler"],
             TRANSFORMER: ["diffusers", "DiTTransformer2DModel"],
             VAE: ["diffusers", "AutoencoderKL"] if vae else [None, None],
         }
-        _write_json(folder / INDEX, "DiTPipeline", index)
+        write_json(folder / INDEX, "DiTPipeline", index)
         if not exact:
             messages.append(f"one forward pass in diffusers differs by {_difference(model, folder):.3g} (relative L2)")
     if not vae:
@@ -352,8 +358,13 @@ def transformer_config(network: DiTConfig) -> TransformerConfig:
 
 def to_diffusers(tensors: dict[str, Tensor], network: DiTConfig) -> dict[str, Tensor]:
     """Tessera's state dict -> diffusers'; each tensor has its own memory."""
+    return to_mappings(tensor_mappings(network.depth), tensors)
+
+
+def to_mappings(mappings: list[TensorMapping], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of our state dict by diffusers' names; each has its own memory."""
     result = {}
-    for ours, how, theirs in tensor_mappings(network.depth):
+    for ours, how, theirs in mappings:
         tensor = tensors[ours].detach().cpu()
         tensors_there = tensor.chunk(len(theirs)) if how == "chunks" else [tensor] * len(theirs)
         result.update({name: each.clone() for name, each in zip(theirs, tensors_there)})
@@ -391,28 +402,29 @@ def scheduler_config(config: BundleConfig) -> dict[str, Any]:
     return data | betas
 
 
-def _write_vae(model: Model, target: Path) -> bool:
+def write_vae(model: Model, target: Path) -> bool:
     """Copy the autoencoder, or download it from the hub; False if the network works on pixels."""
     codec = model.config.codec
     if not isinstance(codec, StoredConfig):
         return False
     if not isinstance(codec, AutoencoderConfig):
-        raise TesseraError(f"DiTPipeline supports only an AutoencoderKL, and this model's codec is {codec.kind}")
+        raise TesseraError(f"diffusers' pipeline needs an AutoencoderKL, and this model's codec is {codec.kind}")
     if codec.folder is not None and codec.scale is None and codec.shift is None:
         copy_codec(codec, target)
     elif isinstance(model.codec, Autoencoder):
         model.codec.save(target)
     data = read_json(target / CONFIG)
     if shift := data.get("shift_factor"):
-        raise TesseraError(f"DiTPipeline ignores an autoencoder's shift_factor, and this one's is {shift}")
+        raise TesseraError(f"diffusers' pipeline ignores an autoencoder's shift_factor, and this one's is {shift}")
     if data.get("latents_mean") or data.get("latents_std"):
         raise TesseraError(
-            "DiTPipeline has one scaling_factor, and this model's latents are scaled and shifted channel by channel"
+            "diffusers' pipeline has one scaling_factor, and this model's latents are scaled and shifted channel by "
+            "channel"
         )
     return True
 
 
-def _write_json(path: Path, kind: str, data: dict[str, Any]) -> None:
+def write_json(path: Path, kind: str, data: dict[str, Any]) -> None:
     data = {"_class_name": kind, "_diffusers_version": VERSION, **data}
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

@@ -12,13 +12,14 @@ from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_fil
 from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.errors import TesseraError
 from tessera.files import read_json
-from tessera.interop import diffusers, official
+from tessera.interop import diffusers, official, pixart_folder
 from tessera.models.dit import DiTConfig
+from tessera.models.pixart import PixArtConfig
 from tessera.settings import unknown_name
 
 ACCEPTED = (
     "expected a bundle (a folder with config.json), a run's folder, an official checkpoint "
-    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of diffusers' DiTPipeline or of its transformer"
+    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of a diffusers pipeline (DiT, PixArt) or its transformer"
 )
 TYPE_IS_RECORDED = (
     "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights"
@@ -138,7 +139,7 @@ def convert(
     approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs. Raises
     TesseraError if the target exists, or the format cannot hold the model.
     """
-    writers = {"bundle": _write_bundle, "official": official.write, "diffusers": diffusers.write}
+    writers = {"bundle": _write_bundle, "official": official.write, "diffusers": _write_diffusers}
     if to not in writers:
         raise TesseraError(unknown_name("format", to, writers))
     if not isinstance(source, Model):
@@ -168,7 +169,8 @@ def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, em
         return bundle.load(path, device, ema)
     if "_class_name" in config or (path / diffusers.INDEX).exists():
         _reject_ema(path, ema)
-        return _reported(path, diffusers.read(path, device, codec=codec))
+        read = pixart_folder.read if pixart_folder.is_pixart(path) else diffusers.read
+        return _reported(path, read(path, device, codec=codec))
     if checkpoints := bundle.checkpoints(path):
         return bundle.load(checkpoints[0], device, ema)
     if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
@@ -179,6 +181,12 @@ def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, em
 def _with_codec(model: Model, codec: CodecSource) -> Model:
     config = resolve_codec(codec, model.config.network.in_channels)
     return Model(model.config.model_copy(update={"codec": config}), model.network)
+
+
+def _write_diffusers(model: Model, target: Path, approximate: bool) -> str:
+    if isinstance(model.config.network, PixArtConfig):
+        return pixart_folder.write(model, target)
+    return diffusers.write(model, target, approximate)
 
 
 def _write_bundle(model: Model, target: Path, approximate: bool) -> str:

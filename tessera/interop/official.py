@@ -141,13 +141,13 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
     The file cannot record every configuration: TesseraError is raised if it would be read back as another one, unless
     approximate, which writes it anyway and measures the difference. Nothing is overwritten.
     """
-    if isinstance(model.network, PixArt):
-        return pixart.write(model, Path(target))
     target, network = Path(target), require_dit(model, "an official checkpoint").config
     if target.suffix not in SUFFIXES:
         raise TesseraError(f"an official checkpoint is a file that ends in {' or '.join(SUFFIXES)}; got {target}")
     if target.exists():
         raise TesseraError(f"{target} exists already: remove it or give another name")
+    if isinstance(model.network, PixArt):
+        return pixart.write(model.network, target, approximate)
     if network.block.kind not in WRITABLE:
         raise TesseraError(
             f"the official format has no {network.block.kind} blocks, only {', '.join(WRITABLE)}: convert to a bundle"

@@ -1,10 +1,9 @@
-"""Official PixArt-alpha and PixArt-sigma checkpoints, and diffusers' PixArt transformers.
+"""Official PixArt-alpha and PixArt-sigma checkpoints <-> a Model. `pixart_folder` reads diffusers' folders.
 
 Names are mapped, weights are not changed. The position table of an official file is not stored in a bundle: it follows
 from the side of the token grid in training and the divisor of positions, which it determines.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from tessera.bundle import BundleConfig, Model, Provenance, assemble
 from tessera.codecs import AutoencoderConfig
 from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.diffusion import GaussianDiffusionConfig
+from tessera.encoders.text import HUB_PREFIX, FolderConfig
 from tessera.errors import TesseraError
 from tessera.files import atomic_file
 from tessera.interop.weights import find_weights
@@ -30,31 +30,12 @@ REQUIRED = (
 POSITION_SCALES = (0.5, 1.0, 2.0, 4.0)  # of the published models
 PUBLISHED_HEADS = {1152: 16}  # by width
 TO_OFFICIAL = (("shared.adaLN_modulation.", "t_block."), (".adaLN_modulation.table", ".scale_shift_table"))
-SIGMA_TOKENS = 300  # PixArt-sigma was trained with more text tokens than alpha, and with another autoencoder
-SIGMA_CODEC = AutoencoderConfig(source="PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", subfolder="vae")
-DIFFUSERS_CLASS = "PixArtTransformer2DModel"
-DIFFUSERS_NAMES = (  # ours, theirs
-    ("x_embedder.proj.", "pos_embed.proj."),
-    ("t_embedder.mlp.0.", "adaln_single.emb.timestep_embedder.linear_1."),
-    ("t_embedder.mlp.2.", "adaln_single.emb.timestep_embedder.linear_2."),
-    ("csize_embedder.mlp.0.", "adaln_single.emb.resolution_embedder.linear_1."),
-    ("csize_embedder.mlp.2.", "adaln_single.emb.resolution_embedder.linear_2."),
-    ("ar_embedder.mlp.0.", "adaln_single.emb.aspect_ratio_embedder.linear_1."),
-    ("ar_embedder.mlp.2.", "adaln_single.emb.aspect_ratio_embedder.linear_2."),
-    ("shared.adaLN_modulation.1.", "adaln_single.linear."),
-    ("y_embedder.y_proj.fc1.", "caption_projection.linear_1."),
-    ("y_embedder.y_proj.fc2.", "caption_projection.linear_2."),
-    ("final_layer.linear.", "proj_out."),
-    ("final_layer.scale_shift_table", "scale_shift_table"),
-)
-DIFFUSERS_BLOCK_NAMES = (
-    ("adaLN_modulation.table", "scale_shift_table"),
-    ("attn.proj.", "attn1.to_out.0."),
-    ("cross_attn.q_linear.", "attn2.to_q."),
-    ("cross_attn.proj.", "attn2.to_out.0."),
-    ("mlp.fc1.", "ff.net.0.proj."),
-    ("mlp.fc2.", "ff.net.2."),
-)
+TEXT_TOKENS = {"alpha": 120, "sigma": 300}
+# PixArt-sigma was trained with another autoencoder than alpha, and with the same text encoder, T5 v1.1 XXL.
+SIGMA_HUB = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers"
+SIGMA_CODEC = AutoencoderConfig(source=SIGMA_HUB, subfolder="vae")
+T5, T5_CHANNELS = f"{HUB_PREFIX}{SIGMA_HUB}", 4096
+SAMPLING = {"sampler": "dpm++", "num_steps": 20, "guidance_scale": 4.5}  # of the official scripts: DPM-Solver
 
 
 def is_pixart(stored: Any, source: str) -> bool:
@@ -78,23 +59,31 @@ def read(
     tensors, part, left_out = find_weights(stored, REQUIRED, str(path))
     network = infer_config(tensors, str(path), num_heads)
     state = {from_official(name): tensor for name, tensor in tensors.items() if name != "pos_embed"}
-    is_sigma = network.text_tokens >= SIGMA_TOKENS
+    variant = "sigma" if network.text_tokens >= TEXT_TOKENS["sigma"] else "alpha"
+    codec = SIGMA_CODEC if variant == "sigma" and codec is None else codec
     config = BundleConfig(
         network=network,
         diffusion=GaussianDiffusionConfig(),
-        codec=SIGMA_CODEC if is_sigma and codec is None else resolve_codec(codec, network.in_channels, "ema"),
-        sampling=_sampling(),
+        codec=resolve_codec(codec, network.in_channels, "ema"),
+        text=text_config(network, variant),
+        # The official samplers guide away from the null embedding, with the mask of the prompt.
+        sampling=SamplingConfig.model_validate({**SAMPLING, "null_text": "embedding"}),
         provenance=Provenance(
-            converted_from=f"official PixArt-{'sigma' if is_sigma else 'alpha'} checkpoint {path.name} ({part})",
+            converted_from=f"official PixArt-{variant} checkpoint {path.name} ({part})",
             not_converted="; ".join(left_out) or None,
         ),
     )
     return assemble(config, {name: tensor.clone() for name, tensor in state.items()}, str(path), device)
 
 
-def _sampling() -> SamplingConfig:
-    """DPM-Solver with 20 steps and guidance 4.5, as the official scripts."""
-    return SamplingConfig.model_validate({"sampler": "dpm++", "num_steps": 20, "guidance_scale": 4.5})
+def text_config(network: PixArtConfig, variant: str) -> FolderConfig | None:
+    """The text encoder of the published models, on the hub; None for a network with another one.
+
+    alpha's code sets prompts in lower case, sigma's does not.
+    """
+    if network.text_channels != T5_CHANNELS:
+        return None
+    return FolderConfig(source=T5, max_tokens=network.text_tokens, lower_case=variant == "alpha")
 
 
 def infer_config(tensors: dict[str, Tensor], source: str, num_heads: int | None = None) -> PixArtConfig:
@@ -164,72 +153,40 @@ def to_official(name: str) -> str:
     return name
 
 
-def write(model: Model, target: Path) -> str:
-    """Write the weights as an official bare state dict. Raises TesseraError."""
-    network = model.network
-    if not isinstance(network, PixArt):
-        raise TesseraError(f"this network is a {model.config.network.display_name}, not a PixArt")
+def write(network: PixArt, target: Path, approximate: bool = False) -> str:
+    """Write the weights as an official state dict; returns a message with what a user of the file must know.
+
+    Raises TesseraError if the file would be read back as another network, unless approximate.
+    """
     config = network.config
+    if config.block.window_layers:
+        raise TesseraError("the official code has no windows and no relative positions: convert to a bundle")
+    if not config.null_embedding:
+        raise TesseraError(
+            "an official PixArt has a null embedding, and this network has none: convert to a bundle or to diffusers"
+        )
     table = network.positions((config.position_base, config.position_base))[None]
     tensors = {to_official(name): tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    tensors = {"pos_embed": table, **tensors}
+    implied = infer_config(tensors, str(target), config.num_heads)
+    stated = dict(config)
+    lost = [
+        f"{name} is {_summary(stated[name])}; the file implies {_summary(value)}"
+        for name, value in implied
+        if stated[name] != value
+    ]
+    if lost and not approximate:
+        raise TesseraError(
+            "\n  ".join(("the official format holds only weights, which do not determine all of this model:", *lost))
+            + "\nconvert to a bundle, or pass approximate=True (--approximate) to write it anyway"
+        )
     with atomic_file(target) as partial:
-        torch.save({"state_dict": {"pos_embed": table, **tensors}}, partial)
-    return (
-        f"{config.num_heads} heads: the file cannot record this number"
-        if PUBLISHED_HEADS.get(config.hidden_size) != config.num_heads
-        else ""
-    )
+        torch.save({"state_dict": tensors}, partial)
+    messages = [f"wrote {target}: an official state dict of {len(tensors)} tensors"]
+    if PUBLISHED_HEADS.get(config.hidden_size) != config.num_heads:
+        messages.append(f"{config.num_heads} heads: the file cannot record this number")
+    return "\n".join([*messages, *(f"approximate: {each}" for each in lost)])
 
 
-def from_diffusers(
-    config: dict[str, Any], tensors: dict[str, Tensor], source: str
-) -> tuple[PixArtConfig, dict[str, Tensor]]:
-    """Our settings and state dict of a PixArtTransformer2DModel. Raises TesseraError for settings we do not have.
-
-    diffusers has no null caption: it encodes an empty prompt instead, so the network has no null value of its own.
-    """
-    expected = {"norm_type": "ada_norm_single", "activation_fn": "gelu-approximate", "attention_bias": True}
-    differing = {name: config[name] for name, value in expected.items() if config.get(name, value) != value}
-    if differing:
-        raise TesseraError(f"{source}: {json.dumps(differing)} is not supported; expected {json.dumps(expected)}")
-    sample_size, patch = config["sample_size"], config["patch_size"]
-    sizes = config.get("use_additional_conditions")
-    scale = config.get("interpolation_scale")
-    network = PixArtConfig(
-        input_size=(sample_size, sample_size),
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        patch_size=patch,
-        depth=config["num_layers"],
-        hidden_size=config["num_attention_heads"] * config["attention_head_dim"],
-        num_heads=config["num_attention_heads"],
-        text_channels=config["caption_channels"],
-        position_base=sample_size // patch,
-        position_scale=max(sample_size // 64, 1) if scale is None else scale,
-        size_conditions=sample_size == 128 if sizes is None else sizes,
-        null_embedding=False,
-    )
-    return network, {ours: join(tensors) for ours, join in _diffusers_sources(network)}
-
-
-def _diffusers_sources(network: PixArtConfig) -> list[tuple[str, Any]]:
-    """For each of our names, the function from diffusers' state dict to its tensor."""
-    with torch.device("meta"):
-        names = list(network.build().state_dict())
-
-    def source(name: str) -> Any:
-        match = re.match(r"blocks\.(\d+)\.(.*)", name)
-        if match is None:
-            theirs = next(name.replace(a, b) for a, b in DIFFUSERS_NAMES if name.startswith(a))
-            return lambda tensors: tensors[theirs]
-        prefix, rest = f"transformer_blocks.{match[1]}.", match[2]
-        fused = {"attn.qkv.": ("attn1", "qkv"), "cross_attn.kv_linear.": ("attn2", "kv")}
-        for ours, (attention, letters) in fused.items():
-            if rest.startswith(ours):
-                kind = rest.removeprefix(ours)
-                parts = [f"{prefix}{attention}.to_{letter}.{kind}" for letter in letters]
-                return lambda tensors: torch.cat([tensors[part] for part in parts])
-        theirs = next(prefix + rest.replace(a, b) for a, b in DIFFUSERS_BLOCK_NAMES if rest.startswith(a))
-        return lambda tensors: tensors[theirs]
-
-    return [(name, source(name)) for name in names]
+def _summary(value: Any) -> str:
+    return value.summary() if isinstance(value, PixArtBlockConfig) else str(value)

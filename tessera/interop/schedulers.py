@@ -156,9 +156,16 @@ def read_scheduler(path: Path) -> tuple[SchedulerConfig, str]:
 
 
 def sampling_config(
-    scheduler: SchedulerConfig, kind: str, diffusion: GaussianDiffusionConfig, num_steps: int
+    scheduler: SchedulerConfig,
+    kind: str,
+    diffusion: GaussianDiffusionConfig,
+    num_steps: int,
+    scales_state: bool = False,
 ) -> tuple[SamplingConfig, list[str]]:
-    """The sampling settings of a scheduler without guidance, and in what diffusers' images differ, as phrases."""
+    """The sampling settings of a scheduler without guidance, and in what diffusers' images differ, as phrases.
+
+    scales_state: whether the pipeline scales noise and state as the scheduler expects; DiTPipeline does not
+    """
     differences: list[str] = []
     for setting, default in SchedulerConfig().model_dump().items():
         if setting in UNSUPPORTED and getattr(scheduler, setting) not in (default, None):
@@ -166,7 +173,7 @@ def sampling_config(
     sampler = _sampler(scheduler, kind, diffusion, differences)
     spacing = _spacing(scheduler, kind, diffusion, num_steps, differences)
     clipping = _clipping(scheduler, differences)
-    if kind in SCALED:
+    if kind in SCALED and not scales_state:
         differences.append(f"DiTPipeline does not scale the noise and the state as {kind} expects: its images differ")
     config = SamplingConfig(sampler=sampler, num_steps=num_steps, timestep_spacing=spacing, clipping=clipping)
     begins_at_0 = scheduler.timestep_spacing == "linspace" or (

@@ -1,4 +1,4 @@
-"""Official PixArt files and diffusers' transformers: exact in both directions."""
+"""Official PixArt files: exact in both directions."""
 
 import runpy
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.interop import load, official, pixart
 
@@ -64,48 +63,43 @@ def test_the_heads_are_asked_for(tmp_path):
         load.load(tmp_path / "x.pth", "cpu")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("sample_size", "sizes", "scale"), [(8, False, None), (16, False, 2.0), (128, True, 0.5), (8, True, None)]
-)
-def test_a_transformer_of_diffusers_gives_the_same_output(sample_size, sizes, scale):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    theirs = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=24,
-        num_layers=2,
-        sample_size=sample_size,
-        patch_size=8 if sample_size == 128 else 2,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=96,
-        caption_channels=32,
-        interpolation_scale=scale,
-        use_additional_conditions=sizes,
-    ).eval()
-    for parameter in theirs.parameters():
-        parameter.normal_(std=0.06)
-    config, state = pixart.from_diffusers(dict(theirs.config), theirs.state_dict(), "a test")
-    network = config.build().eval()
-    network.load_state_dict(state)
-    x, t = torch.randn(2, 4, sample_size, sample_size), torch.tensor([7.0, 900.0])
-    text, mask = torch.randn(2, 6, 32), torch.arange(6) < torch.tensor([[6], [3]])
-    size = torch.tensor([[512.0, 640.0, 0.8], [256.0, 256.0, 1.0]])
-    conditions = (
-        {"resolution": size[:, :2], "aspect_ratio": size[:, 2:]}
-        if sizes
-        else {"resolution": None, "aspect_ratio": None}
-    )
-    expected = theirs(
-        x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=t, added_cond_kwargs=conditions
-    ).sample  # fmt: skip
-    got = network(x, t, Condition(text=text, text_mask=mask, size=size if sizes else None))
-    assert float((got - expected).norm() / expected.norm()) < 1e-5
-    assert config.null_fields == ()
+def refused(model, path) -> str:
+    with pytest.raises(TesseraError) as caught:
+        official.write(model, path)
+    return str(caught.value)
 
 
-def test_settings_of_diffusers_that_are_not_supported():
-    config = {"norm_type": "ada_norm", "sample_size": 8, "patch_size": 2}
-    with pytest.raises(TesseraError, match="ada_norm"):
-        pixart.from_diffusers(config, {}, "a test")
+def test_what_the_file_cannot_record_is_refused_or_reported(tmp_path):
+    model = GOLDEN["small_model"]
+    path = tmp_path / "x.pth"
+    assert "no windows" in refused(model(block={"kind": "pixart", "window_layers": [1], "window_size": 2}), path)
+    assert "this network has none" in refused(model(null_embedding=False), path)
+    compressed = model(block={"kind": "pixart", "compression": "uniform", "compressed_layers": [1]})
+    message = refused(compressed, path)
+    assert "compression=uniform" in message
+    assert "convert to a bundle, or pass approximate=True" in message
+    assert not path.exists()
+    assert "approximate: block is pixart compression=uniform" in official.write(compressed, path, approximate=True)
+    assert "exists already" in refused(model(), path)
+    assert "ends in .pt" in refused(model(), tmp_path / "x.npz")
+    message = official.write(model(), tmp_path / "y.pth")
+    assert message.endswith("state dict of 47 tensors\n4 heads: the file cannot record this number")
+
+
+def test_the_published_encoder_rule_and_settings(tmp_path):
+    """By the number of text tokens: alpha's prompts are in lower case, sigma's autoencoder is another one."""
+    for tokens, variant in ((120, "alpha"), (300, "sigma")):
+        golden = GOLDEN["Golden"]("alpha")
+        state = official_state(golden)
+        state["y_embedder.y_embedding"] = torch.zeros(tokens, 4096)
+        state["y_embedder.y_proj.fc1.weight"] = torch.zeros(96, 4096)
+        torch.save(state, tmp_path / f"{variant}.pth")
+        config = load.load(tmp_path / f"{variant}.pth", "cpu", num_heads=4).config
+        assert config.text.model_dump(exclude_defaults=True) == {
+            "source": "hub:PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+            "max_tokens": tokens,
+            **({"lower_case": True} if variant == "alpha" else {}),
+        }
+        assert (config.codec.source == "stabilityai/sd-vae-ft-ema") == (variant == "alpha")
+        assert (config.sampling.sampler.kind, config.sampling.num_steps) == ("dpm++", 20)
+        assert (config.sampling.guidance_scale, config.sampling.null_text) == (4.5, "embedding")

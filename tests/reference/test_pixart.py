@@ -227,3 +227,18 @@ def test_images_of_texts_of_different_lengths_do_not_depend_on_their_batch():
 def test_wrong_texts(condition, words):
     with pytest.raises(TesseraError, match=words):
         generation.generate(small_model(), condition=condition)
+
+
+def test_the_size_condition_is_that_of_the_image():
+    model = small_model(size_conditions=True)
+    text = {"text": np.random.default_rng(0).standard_normal((1, 3, 8))}
+
+    def image(condition=None, **options):
+        given = {} if condition is None else {"size": [condition]}
+        return generation.generate(model, seeds=[1], condition={**text, **given}, **options)
+
+    assert np.array_equal(image(), image((8, 8)))
+    assert np.array_equal(image(size=(8, 16)), image((8, 16, 0.5), size=(8, 16)))
+    assert (image() != image((800, 8))).any()
+    start = np.zeros((8, 16, 1), np.uint8)
+    assert np.array_equal(image(init_image=start), image((8, 16), init_image=start))
