@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin
 
 Expected = dict[str, set[str]]  # names by the kind of finding
 DAMAGES: dict[str, Callable[[Path], Expected]] = {}
@@ -208,6 +208,14 @@ def sixteen_bits(folder):
 @damage
 def the_colours_of_print(folder):
     return {"cmyk": {put(folder, "item/x-print.jpg", encoded(image(34).convert("CMYK"), "JPEG"))}}
+
+
+@damage
+def another_colour_profile(folder):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = srgb.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")  # red and green
+    put(folder, "item/x-srgb.png", encoded(image(38), "PNG", icc_profile=srgb))
+    return {"profile": {put(folder, "item/x-profile.png", encoded(image(39), "PNG", icc_profile=exchanged))}}
 
 
 @damage

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tessera.data import check, index, processes
 from tessera.data.check import findings, scan
@@ -280,3 +280,17 @@ def test_first_equal_equals_a_dictionary():
         for index, (row, inside) in enumerate(zip(values.tolist(), among))
     ]
     assert findings.first_equal(values, among).tolist() == expected
+
+
+def test_colour_profiles_are_described_by_how_much_they_change():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert scan.describe_profile(srgb) == ("", "")
+    exchanged = srgb.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")  # red and green
+    name, problem = scan.describe_profile(exchanged)
+    assert (name, problem) == ("sRGB built-in, up to 255 of 255 levels", "")
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert scan.describe_profile(lab) == ("", "")
+    for damaged in (b"no profile", srgb[:200]):
+        name, problem = scan.describe_profile(damaged)
+        assert name == ""
+        assert problem.startswith("colour profile: ")

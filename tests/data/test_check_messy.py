@@ -19,7 +19,7 @@ from tessera.data.check import similarity
 damages = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("damages.py"))))
 SHARED = Path(os.environ.get("TESSERA_SHARED") or Path(__file__).parents[2] / "../shared/data")
 FEW, ALL = 8, 1  # every eighth tile, some 490 with at least 24 of each class; every one
-KINDS_OF_CLEAN = {"near-duplicates", "blank", "invisible", "low-information", "transparent"}
+KINDS_OF_CLEAN = {"near-duplicates", "blank", "invisible", "low-information", "transparent", "profile"}
 
 
 def unpacked(folder: Path, every: int) -> Path:
@@ -77,6 +77,8 @@ def test_findings_of_the_clean_folder_are_true(clean, clean_check):
     paths = sorted(path.relative_to(clean).as_posix() for path in clean.rglob("*.png"))
     assert sorted(one["name"] for one in decisions) == paths
     assert all(one["keep"] for one in decisions)
+    generic = {path for path in paths if b"Generic RGB" in Image.open(clean / path).info.get("icc_profile", b"")}
+    assert names_by_kind.get("profile", set()) == generic
     contents = [hashlib.sha256((clean / path).read_bytes()).digest() for path in paths]
     assert len(set(contents)) == len(paths)  # so there are no duplicates either
 

@@ -22,7 +22,7 @@ SAMPLE_KINDS = (
     *("conflicts", "leaks", "duplicates", "near-duplicates", "near-leaks", "loose-images", "missing-labels"),
     *("small", "extreme-aspect"),
     *("blank", "invisible", "low-information", "missing-captions", "empty-captions", "animated", "transparent"),
-    *("sixteen-bit", "cmyk", "rotated", "wrong-endings"),
+    *("sixteen-bit", "cmyk", "profile", "rotated", "wrong-endings"),
 )
 
 

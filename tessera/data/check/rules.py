@@ -257,6 +257,11 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     message = "images in print colours (CMYK), converted without their profile, so that colours may be inaccurate"
     advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
     yield _excludable(scan, "cmyk", "note", message, rows, advice=advice)
+    profiles = scan.stats["profile"]
+    rows = scan.rows(compute().not_equal(profiles, "").to_numpy())
+    message = "images with a colour profile that is not sRGB and is not applied, so a viewer shows other colours"
+    advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
+    yield _excludable(scan, "profile", "note", message, rows, {row: profiles[row].as_py() for row in rows}, advice)
     message = "images stored rotated or flipped, which are turned upright as EXIF specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
     problems = scan.stats["metadata_problem"]

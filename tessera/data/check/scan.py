@@ -7,7 +7,9 @@ changed file is measured again.
 Shapes: N samples, H W height and width.
 """
 
+import functools
 import hashlib
+import io
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from tessera.data.check import similarity
 from tessera.data.files import FilesDataset
@@ -42,8 +44,9 @@ if TYPE_CHECKING:
 
 PART_SIZE = 512  # samples
 MIN_SECONDS = 8.0  # of remaining work for which processes are started; each needs about three to start
-FORMAT = 3  # of a part; a part of another format is made again
+FORMAT = 4  # of a part; a part of another format is made again
 THUMBNAIL_SIDE = 64  # pixels of the longer side at which colours are counted
+MIN_PROFILE_DIFFERENCE = 4  # of 255 levels: profiles that are called sRGB differ by one or two
 CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured images
 
 # Why an image is invalid.
@@ -77,6 +80,7 @@ class SampleStats:
     bits: int = 8  # per channel, as stored
     orientation: int = 1  # EXIF value
     metadata_problem: str = ""  # why metadata were ignored
+    profile: str = ""  # a colour profile by which colours are visibly different, and how much
     animated: bool = False
     transparent_fraction: float = 0.0  # of the pixels that are not opaque
     contrast: int = 0  # of 255: the largest range of a channel, on the background
@@ -148,6 +152,10 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
     shown = upright(image)
     sideways = stored[0] != stored[1] and shown.size == stored[::-1]
     stats.height, stats.width = (width, height) if sideways else (height, width)
+    if profile := image.info.get("icc_profile"):
+        stats.profile, problem = describe_profile(profile)
+        if problem:
+            image.info.setdefault(METADATA_PROBLEM, problem)
     stats.metadata_problem = image.info.get(METADATA_PROBLEM, "")
 
     flat = flatten(shown, config).convert("RGB")
@@ -167,6 +175,27 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
         np.asarray(flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX))
     )
     stats.colour_grid = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+
+
+@functools.lru_cache(16)
+def describe_profile(profile: bytes) -> tuple[str, str]:
+    """The name of a colour profile and the largest difference from sRGB, "" where it is not visible; and why the
+    profile cannot be used, "" if it can or is one of print colours."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = source.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
+        if space not in ("RGB", "GRAY"):
+            return "", ""
+        levels = np.linspace(0, 255, 9).astype(np.uint8)
+        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 9, 3)
+        plain = Image.fromarray(colours if space == "RGB" else np.arange(256, dtype=np.uint8)[None])
+        converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        name = ImageCms.getProfileDescription(source).strip() or "a profile without a name"
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        return "", f"colour profile: {error}"
+    assert converted is not None
+    difference = np.abs(np.asarray(converted, np.int32) - np.asarray(plain.convert("RGB"), np.int32)).max()
+    return (f"{name}, up to {difference} of 255 levels" if difference >= MIN_PROFILE_DIFFERENCE else ""), ""
 
 
 def _on_grey(image: Image.Image, level: int) -> Image.Image:
