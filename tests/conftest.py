@@ -205,3 +205,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(tests)
         if path.parts[0] in RUNS or path.as_posix() in RUNS:
             item.add_marker("run")
+
+
+@pytest.fixture
+def text_encoder_folder(tmp_path) -> Path:
+    """A random T5 of 16 channels with a tokenizer of whole words, in the layout of diffusers."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    folder = tmp_path / "text-encoder"
+    words = ["<pad>", "</s>", "<unk>", "a", "small", "large", "red", "blue", "circle", "square", "left", "right", "of"]
+    model = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 40}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "tokenizer")
+    config = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    network = _randomise(transformers.T5EncoderModel(config))
+    network.save_pretrained(folder / "text_encoder")
+    return folder

@@ -248,6 +248,7 @@ class FolderConfig(FrozenConfig):
         )
 
 
+# The discriminator first, so that None may be another choice.
 AnyTextEncoder = Annotated[
-    WordsConfig | MiniLMConfig | FolderConfig, BeforeValidator(expand_kind), Field(discriminator="kind")
+    WordsConfig | MiniLMConfig | FolderConfig, Field(discriminator="kind"), BeforeValidator(expand_kind)
 ]

@@ -29,8 +29,8 @@ from tessera.studies.study import Budget, Marks, Member, Study, members
 from tessera.studies.worker import load_reference
 from tessera.training import initialization
 from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
-from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
-from tessera.training.run import load_init_model, open_data
+from tessera.training.recipe import Recipe, infer_pixel_channels, inherit_text, read_recipe, resolve_recipe
+from tessera.training.run import load_init_model, measure_text, open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
 # Settings that do not change the results of a member.
@@ -157,19 +157,25 @@ def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> Reso
 
 
 def resolve(recipe: Recipe, cache: dict[str, Any]) -> Recipe:
-    """A recipe with all sizes filled in. cache: models, codecs and class names that other members use, too."""
+    """A recipe with all sizes filled in. cache: models, codecs, data and text that other members use, too."""
     config = recipe.training
     if config.init_from is not None:
         if config.init_from not in cache:
             cache[config.init_from] = load_init_model(recipe, None)
         recipe = initialization.inherit_settings(recipe, cache[config.init_from])
+        recipe = inherit_text(recipe, cache[config.init_from].config.text)
     recipe = infer_pixel_channels(recipe)
     key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()
     if key not in cache:
         codec = recipe.codec.build()
-        cache[key] = codec, open_data(recipe, codec).class_names
-    codec, class_names = cache[key]
-    return resolve_recipe(recipe, class_names, codec)
+        cache[key] = codec, open_data(recipe, codec)
+    codec, dataset = cache[key]
+    text_key = f"{key} {recipe.network.kind} {recipe.network.uses_text} {recipe.text and recipe.text.model_dump_json()}"
+    if text_key not in cache:
+        measured, sizes = measure_text(recipe, dataset)
+        cache[text_key] = measured.text, sizes
+    text, sizes = cache[text_key]
+    return resolve_recipe(recipe.model_copy(update={"text": text}), dataset.class_names, codec, text=sizes)
 
 
 def training_steps(budget: Budget, flops_per_step: float) -> int:

@@ -19,9 +19,14 @@ from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.codecs import Codec, PixelsConfig, StoredConfig
 from tessera.conditioning import Condition
 from tessera.data import Batch
+from tessera.data.captions import TextSizes
 from tessera.data.files import FilesConfig
+from tessera.data.images import Dataset
+from tessera.data.latents import LatentsDataset
+from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import suite
+from tessera.models import PixArtConfig
 from tessera.models.network import NetworkConfig
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.planning.hardware import Hardware, find
@@ -33,14 +38,22 @@ from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import apply_overrides, validate
 from tessera.training.ema import EMA
 from tessera.training.parallel import ParallelContext
-from tessera.training.recipe import Recipe, infer_pixel_channels, read_recipe, resolve_recipe
-from tessera.training.run import build_objective, open_data
+from tessera.training.recipe import (
+    Recipe,
+    infer_pixel_channels,
+    read_recipe,
+    resolve_recipe,
+    resolve_text,
+    text_settings,
+)
+from tessera.training.run import build_objective, measure_text, open_data
 from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
 # Multiply-adds of a feature network for one image: Inception takes 299 x 299 pixels (5.7 billion), the built-in data
 # sets have small networks of their own. Other features count as Inception.
 FEATURE_MACS = {"inception": 5.7e9, "digits": 2e6, "shapes": 3e7}
+ASSUMED_CHANNELS, ASSUMED_TOKENS = {"minilm": 384, "folder": 4096}, 120  # of text encoders; those of T5-XXL
 PRESET_SETTINGS = {  # the recipe of a preset
     "run_dir": "runs/plan",
     "data": {"kind": "folder", "path": "imagenet/train", "size": 256, "hflip": True},
@@ -159,8 +172,9 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str
     if recipe.training.init_from is not None:
         notes.append("training.init_from is left out: the network is the one of the recipe")
     names = dataset.class_names if dataset is not None else ("",) * recipe.network.num_classes
+    recipe, text = _text(recipe, dataset, notes)
     if codec is not None:
-        recipe = resolve_recipe(recipe, names, codec)
+        recipe = resolve_recipe(recipe, names, codec, text=text)
     else:  # the network of the recipe, for latents of an eighth of the image size by default
         network = recipe.network
         sizes: dict[str, Any] = {
@@ -168,11 +182,32 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str
             .build()
             .out_channels(network.in_channels)
         }
+        if text is not None:
+            sizes |= text_settings(network, text)
         if "input_size" not in network.model_fields_set:
             sizes["input_size"] = tuple(side // 8 for side in recipe.data.size)
         unset = {key: value for key, value in sizes.items() if key not in network.model_fields_set}
         recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | unset, "network")})
     return recipe, codec, None if dataset is None else len(dataset), notes
+
+
+def _text(
+    recipe: Recipe, dataset: Dataset | LatentsDataset | None, notes: list[str]
+) -> tuple[Recipe, TextSizes | None]:
+    """The recipe with its text encoder, and its sizes; assumed where data or encoder are not on this machine."""
+    text, network = recipe.text or WordsConfig(), recipe.network
+    is_remote = isinstance(text, FolderConfig) and not (text.folder is not None and text.folder.is_dir())
+    if not network.uses_text or (dataset is not None and not is_remote):
+        return measure_text(recipe, dataset) if dataset is not None else (resolve_text(recipe, None), None)
+    tokens = network.text_tokens or text.max_tokens or ASSUMED_TOKENS
+    if isinstance(text, WordsConfig) and not isinstance(network, PixArtConfig):
+        sizes = TextSizes(0, network.vocabulary_size or text.build().vocabulary_size, tokens, tokens)
+        facts = f"{sizes.vocabulary_size} ids"
+    else:
+        sizes = TextSizes(network.text_channels or ASSUMED_CHANNELS.get(text.kind, 0), 0, tokens, tokens)
+        facts = f"{sizes.channels} channels"
+    notes.append(f"captions or text encoder are not on this machine: {facts} and {tokens} tokens are assumed")
+    return recipe, sizes
 
 
 def count_function_evaluations(recipe: Recipe, process: Any) -> int:

@@ -18,7 +18,7 @@ from tessera.codecs import Codec
 from tessera.conditioning import NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
-from tessera.data.captions import Captions, encode_captions
+from tessera.data.captions import Captions, TextSizes, encode_captions
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
@@ -189,6 +189,18 @@ def build_data(
         recipe.network.condition_fields,
     )
     return recipe, loader, accumulation_steps
+
+
+def measure_text(recipe: Recipe, dataset: Dataset | LatentsDataset) -> tuple[Recipe, TextSizes | None]:
+    """The recipe with its text encoder, and what the network must know about it; None if the network reads no text.
+
+    Nothing is encoded. Raises TesseraError as `resolve_text`.
+    """
+    captions = Captions.of(dataset) if recipe.network.uses_text else None
+    recipe = resolve_text(recipe, captions)
+    if recipe.text is None or captions is None:
+        return recipe, None
+    return recipe, TextSizes.measure(captions, recipe.text.build())
 
 
 def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsDataset:

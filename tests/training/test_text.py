@@ -1,0 +1,185 @@
+"""Recipes whose network reads text: what follows from encoder and captions, and errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tessera import bundle
+from tessera.data import ShapesConfig
+from tessera.data.captions import Captions
+from tessera.encoders.text import WordsConfig
+from tessera.errors import TesseraError
+from tessera.studies.study_plan import resolve
+from tessera.training import loop
+from tessera.training.plan_recipe import workload
+from tessera.training.recipe import Recipe, read_recipe
+from tessera.training.run import build_run
+
+SHAPES = {"kind": "shapes", "count": 96}
+NETWORK = {"kind": "dit", "patch_size": 8, "hidden_size": 16, "depth": 1, "num_heads": 2}
+KEYS = {**NETWORK, "block": {"kind": "rope-swiglu", "text": "keys"}}
+PIXART = {**NETWORK, "kind": "pixart"}
+
+
+@pytest.fixture
+def text_recipe(tiny):
+    def make(name="run", *changes: str, network=KEYS, data=SHAPES, **sections) -> Recipe:
+        return tiny(name, *changes, network=network, data=data, **sections)
+
+    return make
+
+
+def vocabulary(**data) -> tuple[str, ...]:
+    captions = Captions.of(ShapesConfig(**{"count": 96, **data}).open())
+    assert captions is not None
+    return WordsConfig().with_vocabulary(captions.text_counts()).vocabulary
+
+
+def test_words_are_the_default_with_the_vocabulary_of_the_captions(text_recipe):
+    run = build_run(text_recipe())
+    network, text = run.recipe.network, run.recipe.text
+    assert text == WordsConfig(vocabulary=vocabulary())
+    assert (network.text_channels, network.vocabulary_size) == (0, WordsConfig.build(text).vocabulary_size)
+    longest = max(len(caption.split()) for caption in map(run.loader.dataset.caption, range(96)))
+    assert network.text_tokens == longest + 1
+    assert (network.num_classes, run.ema_model.config.class_names) == (0, ())
+    assert run.ema_model.config.text == text
+    again = build_run(Recipe.model_validate_json(run.recipe.model_dump_json()))
+    assert again.recipe == run.recipe
+
+
+def test_classes_and_text(text_recipe):
+    run = build_run(text_recipe("run", "network.num_classes=30"))
+    assert run.recipe.network.num_classes == 30
+    assert len(run.ema_model.config.class_names) == 30
+    condition = run.loader.load_batch(0).condition
+    assert condition.label is not None
+    assert condition.text is not None
+    with pytest.raises(TesseraError, match="num_classes is 7 in the recipe, but data, codec and diffusion need 30"):
+        build_run(text_recipe("run", "network.num_classes=7"))
+
+
+def test_training_saves_a_model_of_its_words(text_recipe):
+    run_dir = loop.train(text_recipe())
+    model = bundle.load(bundle.checkpoints(run_dir)[0])
+    assert model.config.text == WordsConfig(vocabulary=vocabulary())
+    ids, mask = model.text_encoder.encode(["a large red circle"])
+    assert model.text_encoder.tokenize(["a large red circle"])[0] == ids[0].tolist()
+    assert mask.sum() == 5
+
+
+def test_a_run_that_is_resumed_keeps_its_vocabulary(text_recipe):
+    """Ids would have other meanings with that of data that changed."""
+    run_dir = loop.train(text_recipe())
+    changed = text_recipe("run", "training.steps=5", data={**SHAPES, "combinations": "held-out"})
+    assert vocabulary(combinations="held-out") != vocabulary()
+    loop.train(changed)
+    newest = bundle.load_config(bundle.checkpoints(run_dir)[0])
+    assert newest.provenance.steps == 5
+    assert newest.text == WordsConfig(vocabulary=vocabulary())
+    with pytest.raises(TesseraError, match="cannot resume .* text.max_tokens was 128, is 50"):
+        loop.train(text_recipe("run", "training.steps=6", text={"kind": "words", "max_tokens": 50}))
+
+
+def test_a_model_passes_its_vocabulary_on(text_recipe):
+    run_dir = loop.train(text_recipe())
+    changes = (f"training.init_from={run_dir}", "data.combinations=held-out")
+    run = build_run(text_recipe("next", *changes))
+    assert run.recipe.text == WordsConfig(vocabulary=vocabulary())
+    assert resolve(text_recipe("next", *changes), {}).text == run.recipe.text
+
+
+def test_frozen_encoders_need_no_words(text_recipe, text_encoder_folder):
+    source = str(text_encoder_folder)
+    run = build_run(text_recipe(text={"kind": "folder", "source": source}))
+    assert (run.recipe.network.text_channels, run.recipe.network.vocabulary_size) == (16, 0)
+    condition = run.loader.load_batch(0).condition
+    assert condition.text.dtype == torch.float32
+    assert condition.text.shape == (*condition.text_mask.shape, 16)
+
+
+def test_a_bundle_holds_a_local_text_encoder(text_recipe, text_encoder_folder, tmp_path):
+    source = tmp_path / "source"
+    text_encoder_folder.rename(source)
+    run_dir = loop.train(text_recipe(text={"kind": "folder", "source": str(source)}, network=PIXART))
+    newest = bundle.checkpoints(run_dir)[0]
+    assert json.loads((newest / "config.json").read_text())["text"]["source"] == "../../text"
+    model = bundle.load(newest)
+    expected = model.text_encoder.encode(["a red circle"])[0]
+    bundle.save(model, tmp_path / "bundle")
+    source.rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "run2")
+    copy = bundle.load(tmp_path / "bundle")
+    assert Path(copy.config.text.source).is_relative_to(tmp_path / "bundle")
+    assert torch.equal(copy.text_encoder.encode(["a red circle"])[0], expected)
+
+
+def test_a_text_encoder_that_does_not_fit(text_recipe):
+    run_dir = loop.train(text_recipe())
+    config = bundle.checkpoints(run_dir)[0] / "config.json"
+    settings = json.loads(config.read_text())
+    settings["text"]["vocabulary"] = ["a"]
+    config.write_text(json.dumps(settings))
+    with pytest.raises(TesseraError, match="is not that of this model: it gives 0 channels and 259 ids"):
+        _ = bundle.load(config.parent).text_encoder
+    settings["text"] = None
+    config.write_text(json.dumps(settings))
+    with pytest.raises(TesseraError, match="has no text encoder: give the tokens"):
+        _ = bundle.load(config.parent).text_encoder
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"network": NETWORK, "text": "words"}, "its network reads no text: set network.block.text=keys"),
+        ({"data": {"kind": "digits"}}, "the digits of scikit-learn, split model has no captions: add them as"),
+        ({"network": PIXART}, "pixart reads embeddings .* set text.kind=minilm"),
+        ({"network": {**KEYS, "text_tokens": 5}}, "text_tokens is 5, but a caption has 11: set network.text_tokens=11"),
+        (
+            {"network": {**KEYS, "vocabulary_size": 5}},
+            "vocabulary_size is 5 in the recipe, but .* needs 277",
+        ),
+        ({"network": {**KEYS, "text_channels": 5}}, "text_channels is 5 in the recipe, but the text encoder needs 0"),
+    ],
+)
+def test_errors(sections, message, text_recipe):
+    with pytest.raises(TesseraError, match=message):
+        build_run(text_recipe(**sections))
+    with pytest.raises(TesseraError, match=message):
+        resolve(text_recipe(**sections), {})
+
+
+def test_pixart_needs_as_many_tokens_as_the_encoder_gives(text_recipe, text_encoder_folder):
+    text = {"kind": "folder", "source": str(text_encoder_folder)}
+    with pytest.raises(TesseraError, match="text_tokens is 8, but the text encoder gives up to 40: .*max_tokens=8"):
+        build_run(text_recipe(text=text, network={**PIXART, "text_tokens": 8}))
+    run = build_run(text_recipe(text={**text, "max_tokens": 8}, network={**PIXART, "text_tokens": 8}))
+    assert run.recipe.network.text_tokens == 8
+
+
+def test_plans_and_studies_resolve_the_same_recipe(text_recipe, text_encoder_folder):
+    for sections in ({}, {"text": {"kind": "folder", "source": str(text_encoder_folder)}, "network": PIXART}):
+        recipe = text_recipe(**sections)
+        run = build_run(recipe)
+        assert resolve(recipe, {}) == run.recipe
+        assert workload(recipe).network == run.recipe.network
+
+
+def test_plan_of_what_is_not_on_this_machine(text_recipe, tmp_path):
+    hub = {"kind": "folder", "source": "hub:someone/t5", "max_tokens": 70}
+    plan = workload(text_recipe(text=hub))
+    assert (plan.network.text_channels, plan.network.text_tokens) == (4096, 70)
+    assert any("4096 channels and 70 tokens are assumed" in note for note in plan.notes)
+    absent = {"kind": "files", "path": str(tmp_path / "absent"), "size": 32}
+    plan = workload(text_recipe(data=absent))
+    assert (plan.network.vocabulary_size, plan.network.text_tokens) == (258, 128)
+    assert any("258 ids and 128 tokens are assumed" in note for note in plan.notes)
+
+
+def test_overrides(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: shapes\nnetwork: {block: {kind: rope-swiglu, text: keys}}\n")
+    assert read_recipe(recipe, ["text=words"]).text == WordsConfig()
+    assert read_recipe(recipe, ["text.kind=words", "text.max_tokens=9"]).text == WordsConfig(max_tokens=9)
