@@ -433,8 +433,10 @@ class PixArt(DiT):
         """The factors of stochastic depth (Huang et al. 2016): random numbers [B, 2 L] -> [B, L, 2]"""
         if uniform is None or not self.config.block.drop_path:
             return None
-        kept = 1 - torch.linspace(0, self.config.block.drop_path, self.config.depth, device=uniform.device)[:, None]
-        return (uniform.unflatten(1, (-1, 2)) < kept) / kept
+        keep_rate = (
+            1 - torch.linspace(0, self.config.block.drop_path, self.config.depth, device=uniform.device)[:, None]
+        )
+        return (uniform.unflatten(1, (-1, 2)) < keep_rate) / keep_rate
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         tokens = self.x_embedder(x).to(x.dtype)

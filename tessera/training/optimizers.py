@@ -74,6 +74,7 @@ class OptimizerConfig(Settings):
 
     learning_rate: PositiveFloat = 1e-4
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
+    eps: PositiveFloat = Field(default=1e-8, description="of AdamW")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled, multiplied by the learning rate")
     warmup_steps: NonNegativeInt = Field(default=0, description="steps in which the learning rate rises from 0")
     lr_schedule: AnyLRSchedule = Field(default=ConstantLR(), description="the learning rate after the warm-up")
@@ -151,6 +152,7 @@ def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig, rate: f
         ],
         lr=rate,
         betas=config.betas,
+        eps=config.eps,
         weight_decay=config.weight_decay,
         fused=next(iter(parameters.values())).device.type in ("cpu", "cuda"),
     )

@@ -2,13 +2,17 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from tessera.codecs import PixelsConfig
 from tessera.data import DigitsConfig
+from tessera.data.captions import TextSizes
 from tessera.errors import TesseraError
+from tessera.models import parameter_count
 from tessera.settings import to_yaml
 from tessera.training import codec
 from tessera.training.optimizers import AdamWConfig, CosineDecay, MuonConfig, WarmupStableDecay
@@ -220,3 +224,21 @@ def test_the_defaults_are_those_of_the_paper():
 
 def test_a_recipe_is_written_as_plain_yaml(tiny):
     assert yaml.safe_load(to_yaml(tiny()))["network"]["hidden_size"] == 16
+
+
+def test_pixart_has_the_published_settings():
+    """PixArt-alpha's configuration for 256 px, and the size of its published network."""
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "pixart"), [])
+    codec = SimpleNamespace(pixel_channels=3, latent_channels=4, factor=8)
+    network = resolve_recipe(recipe, [], codec, text=TextSizes(4096, 0, 120, 120)).network
+    assert (network.input_size, network.grid, network.text_tokens) == ((32, 32), (16, 16), 120)
+    with torch.device("meta"):
+        built = network.build()
+    assert parameter_count(built) == 610_856_096
+    optimizer = recipe.training.optimizer.build(built)
+    settings = optimizer.defaults | {"warmup": recipe.training.optimizer.warmup_steps}
+    expected = {"lr": 2e-5, "weight_decay": 0.03, "eps": 1e-10, "betas": (0.9, 0.999), "warmup": 1000}
+    assert {name: settings[name] for name in expected} == expected
+    assert (recipe.training.optimizer.grad_clip_norm, recipe.training.ema.decay) == (0.01, 0.9999)
+    assert recipe.training.condition_dropout == 0.1
+    assert recipe.diffusion.build().out_channels(4) == 8
