@@ -31,7 +31,7 @@ from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
 from tessera.sampling import DynamicThresholding, RangeClipping
-from tessera.settings import S, Settings, validate
+from tessera.settings import S, Settings, diff, validate
 
 INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model"
 TRANSFORMER, SCHEDULER, VAE, SCHEDULER_CONFIG = "transformer", "scheduler", "vae", "scheduler_config.json"
@@ -307,6 +307,8 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
             "there is no vae/ (the network works on pixels): DiTPipeline.from_pretrained(..., vae=None) loads it, "
             "but samples only with an autoencoder"
         )
+    if replaced := _replaced_settings(model.config):
+        messages.append(f"its scheduler is DDIM, which samples otherwise than this model: {'; '.join(replaced)}")
     if network.num_classes != NULL_CLASS:
         messages.append(
             f"DiTPipeline guides with class {NULL_CLASS}, and the null class of this model is {network.num_classes}: "
@@ -400,6 +402,16 @@ def scheduler_config(config: BundleConfig) -> dict[str, Any]:
     if isinstance(clipping, DynamicThresholding):
         data |= {"dynamic_thresholding_ratio": clipping.quantile, "sample_max_value": clipping.max_value}
     return data | betas
+
+
+def _replaced_settings(config: BundleConfig) -> list[str]:
+    """How the DDIM scheduler of a written folder samples otherwise than the model."""
+    assert isinstance(config.diffusion, GaussianDiffusionConfig)  # checked by _problems
+    scheduler = validate(SchedulerConfig, scheduler_config(config), "the scheduler")
+    written, _ = sampling_config(scheduler, "DDIMScheduler", config.diffusion, config.sampling.num_steps)
+    names = {"sampler", "timestep_spacing", "clipping"}
+    changes = diff(*(each.model_dump(mode="json", include=names) for each in (config.sampling, written)))
+    return [f"{name} was {old}, is {new}" for name, old, new in changes if "absent" not in (old, new)]
 
 
 def write_vae(model: Model, target: Path) -> bool:

@@ -1,5 +1,6 @@
 """diffusers' folders, against diffusers' own classes, with random weights, in both directions."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,8 +16,10 @@ from tessera.errors import TesseraError
 from tessera.interop import diffusers as interop
 from tessera.interop import official
 from tessera.layers.positions import sincos_grid
+from tessera.sampling import SamplingConfig
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import timestep_grid
+from tessera.settings import validate
 
 diffusers = pytest.importorskip("diffusers")
 diffusers.utils.logging.set_verbosity_error()
@@ -586,3 +589,19 @@ def test_every_tensor_is_mapped_once(make_theirs):
     theirs = [name for mapping in interop.tensor_mappings(3) for name in mapping.theirs]
     assert sorted(theirs) == sorted(transformer(num_layers=3).state_dict())
     assert torch.equal(sincos_grid((4, 4), 32), model.network.pos_embed[0])
+
+
+def test_a_written_folder_says_what_its_scheduler_replaces(make_theirs, tmp_path):
+    def message(number: int, **sampling) -> str:
+        model = make_theirs()
+        model = dataclasses.replace(
+            model, config=model.config.model_copy(update={"sampling": validate(SamplingConfig, sampling, "sampling")})
+        )
+        return interop.write(model, tmp_path / str(number))
+
+    assert "scheduler is DDIM" not in message(1, timestep_spacing="leading")
+    assert "timestep_spacing.kind was uniform, is leading" in message(2)
+    text = message(3, sampler="dpm++", timestep_spacing="trailing")
+    assert "samples otherwise than this model: sampler.kind was dpm++, is ddim" in text
+    assert "timestep_spacing" not in text
+    assert "sampler.eta was 0.5, is 0.0" in message(4, sampler={"kind": "ddim", "eta": 0.5}, timestep_spacing="leading")
