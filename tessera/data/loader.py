@@ -61,6 +61,7 @@ class Loader:
 
     Attributes:
         invalid_samples: the reason by the name of each sample that could not be used.
+        invalid_rows: the numbers of these samples.
         skipped_positions: first positions of the batches to leave out.
     """
 
@@ -95,6 +96,7 @@ class Loader:
         else:
             self.order = BucketedOrder(buckets.bucket_ids, batch_size, seed)
         self.invalid_samples: dict[str, str] = {}
+        self.invalid_rows: set[int] = set()
         self.skipped_positions: set[int] = set()
         self._memory: np.ndarray | None = None  # pixels, [N, C, H, W]
         self._in_memory = np.zeros(len(dataset), bool)
@@ -151,6 +153,7 @@ class Loader:
             except InvalidSample as error:
                 name, reason = self.dataset.name(index), str(error)
                 self.invalid_samples[name] = reason
+                self.invalid_rows.add(index)
                 tries += 1
         raise TesseraError(f"no valid image among {tries} of {len(self.dataset)}; the last, {name}: {reason}")
 

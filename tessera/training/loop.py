@@ -32,6 +32,7 @@ from tessera.training.run import (
     prepare_folder,
     prune_checkpoints,
     save_checkpoint,
+    unusable_classes,
 )
 from tessera.training.samples import sample_grid
 from tessera.training.schedule import Stopwatch, due_after
@@ -116,6 +117,9 @@ class Trainer:
         self.recovery = Recovery(run, state, self.writer, logger)
         self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
         self.invalid_samples: dict[str, str] = {}
+        self.invalid_rows: set[int] = set()
+        self.unusable_classes: set[str] = set()
+        self.num_checked = -1  # invalid rows at the last look for classes without a usable image
 
     def train(self, resumed_from: Path | None) -> None:
         """Train until the last step. Raises Interrupted or TesseraError; the run can be resumed after both."""
@@ -231,9 +235,11 @@ class Trainer:
         run, skipped = self.run, self.recovery.skipped
         steps, means = self.metrics.steps, self.metrics.means()
         with self.stopwatch.measure("paused"):
-            for part in self.world.gather(dict(run.loader.invalid_samples)):
+            for part, rows in self.world.gather((dict(run.loader.invalid_samples), set(run.loader.invalid_rows))):
                 self.invalid_samples |= part
+                self.invalid_rows |= rows
             self._write_invalid_samples()
+            self._report_unusable_classes()
             device = run.ema_model.device
             peak_flops = runtime.peak_flops(device, run.objective.dtype or torch.float32)
             memory = max(self.world.gather(runtime.peak_memory(device)))
@@ -265,6 +271,18 @@ class Trainer:
         if not old:
             name, reason = next(iter(self.invalid_samples.items()))
             self.logger.info(f"skipping images that cannot be used, for example {name} ({reason}); {path} lists all")
+
+    def _report_unusable_classes(self) -> None:
+        if len(self.invalid_rows) == self.num_checked:
+            return
+        self.num_checked = len(self.invalid_rows)
+        names = unusable_classes(self.run.loader.dataset, self.invalid_rows) - self.unusable_classes
+        self.unusable_classes |= names
+        if names:
+            self.logger.info(
+                f"none of the images of {len(names)} classes can be used ({', '.join(sorted(names)[:5])}): the network "
+                "learns nothing of them, and they stay classes; remove them from the data, or repair their images"
+            )
 
     def _record_health(self, batch: Batch, metrics: StepMetrics) -> None:
         run = self.run

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -214,6 +214,21 @@ def files_dataset(dataset: Dataset | LatentsDataset) -> FilesDataset | None:
     """The images in files that a data set or its latents come from, None for any other data."""
     source = dataset.source if isinstance(dataset, LatentsDataset) else dataset
     return source if isinstance(source, FilesDataset) else None
+
+
+def unusable_classes(dataset: Dataset | LatentsDataset, invalid_rows: Collection[int]) -> set[str]:
+    """The classes all of whose images are invalid. invalid_rows: of images in files; a cache has left them out."""
+    source = files_dataset(dataset)
+    if source is None or not source.class_names:
+        return set()
+    usable = np.ones(len(source), bool)
+    if isinstance(dataset, LatentsDataset):
+        usable[:] = False
+        usable[dataset.indices] = True
+    usable[list(invalid_rows)] = False
+    labeled, size = source.labels >= 0, len(source.class_names)
+    counts, usable_counts = (np.bincount(source.labels[rows], minlength=size) for rows in (labeled, labeled & usable))
+    return {source.class_names[number] for number in np.flatnonzero((counts > 0) & (usable_counts == 0))}
 
 
 def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets | None:

@@ -1,4 +1,4 @@
-"""Resuming with other data than before: it is reported, and the index in the run restores the old order."""
+"""Data that changed since a checkpoint, and classes without a usable image: both are reported."""
 
 import json
 from pathlib import Path
@@ -98,3 +98,14 @@ def test_a_checkpoint_without_fingerprint_and_data_without_index_resume_as_befor
     loop.train(tiny("digits", "training.steps=5"))
     assert reports(capsys.readouterr().err) == []
     assert indexes(digits) == []
+
+
+def test_classes_without_a_usable_image_are_reported_once(tiny, tmp_path, capsys):
+    data = write_images(tmp_path / "data", *NAMES)
+    for name in ("fox/0.png", "fox/1.png", "cat/10.png"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"no image")
+    loop.train(tiny("run", BATCH, "training.steps=8", data=data))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "none of the images" in line]
+    assert len(lines) == 1
+    assert "of 1 classes can be used (fox)" in lines[0]
