@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, TypeVar
 
 from tessera.errors import TesseraError
@@ -29,45 +29,48 @@ def run_in_processes(
         with _defer_interrupts():
             for _ in range(min(workers, len(items))):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_run_worker, args=(theirs, function), daemon=True)
+                process = context.Process(target=_run_worker, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()
-                ours.send(todo.popleft())
                 pipes.append(ours)
                 processes.append(process)
+        # Not as an argument of the process: a large one is written while this process itself holds the end that is
+        # read, so if the new process dies, the write would never return.
+        for pipe in pipes:
+            pipe.send((function, todo.popleft()))
         while pipes:
             ready: list[Any] = connection.wait(pipes)
             for pipe in ready:
-                try:
-                    message = pipe.recv()
-                    if message is None and todo:
-                        pipe.send(todo.popleft())
-                        continue
-                except (EOFError, OSError):
-                    raise TesseraError(
-                        "a worker process died, probably for lack of memory: run the same command again with fewer "
-                        f"--workers than {workers}; finished work is not repeated"
-                    ) from None
-                if message is None:
+                message = pipe.recv()
+                if message is None and todo:
+                    pipe.send(todo.popleft())
+                elif message is None:
                     pipes.remove(pipe)
                 elif isinstance(message, TesseraError):
                     raise message
                 else:
                     yield message
+    except (EOFError, OSError):
+        raise TesseraError(
+            "a worker process died, probably for lack of memory: run the same command again with fewer --workers than "
+            f"{workers}; finished work is not repeated"
+        ) from None
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _run_worker(pipe: Any, function: Callable[[Any], Iterable[int]]) -> None:
-    """A process that receives items one by one; sends counts, and None after each item."""
+def _run_worker(pipe: Any) -> None:
+    """A process that receives the function, then items one by one; sends counts, and None after each item."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
+        function, item = pipe.recv()
         while True:
-            for count in function(pipe.recv()):
+            for count in function(item):
                 pipe.send(count)
             pipe.send(None)
+            item = pipe.recv()
     except TesseraError as error:
         pipe.send(error)
     except (EOFError, BrokenPipeError):
@@ -92,6 +95,7 @@ def _defer_interrupts() -> Iterator[None]:
     except ValueError:  # not the main thread, which is the only one that is interrupted
         yield
         return
+    resource_tracker.ensure_running()  # the first process would start it, and it unblocks Ctrl-C in this thread
     mask = None
     if hasattr(signal, "pthread_sigmask"):  # not on Windows; for the children, as other threads here still receive it
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
