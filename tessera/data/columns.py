@@ -116,10 +116,22 @@ def unused_columns(known: Sequence[str], used: Mapping[str, str | None], options
 class TextColumn:
     """Text of each row, an arrow array of strings [N], and the rows that are not read as they are."""
 
-    texts: Any
+    texts: Any  # of rows with several, the first
     guessed: list[int] = field(default_factory=list)  # read as GUESSED
     unreadable: list[int] = field(default_factory=list)
-    several: int = 0  # rows with more than one text, of which the first is read
+    others: Any = None  # further texts of each row, an arrow array of lists [N]; None: no row has several
+
+    @property
+    def captions(self) -> "pyarrow.Table":
+        """The columns `caption` and `other_captions` of an index."""
+        return caption_columns(self.texts, self.others)
+
+
+def caption_columns(texts: Any, others: Any = None) -> "pyarrow.Table":
+    """A table of captions, and of further ones; None: none"""
+    pa = arrow()
+    others = pa.nulls(len(texts), pa.list_(pa.string())) if others is None else others
+    return pa.table({"caption": texts, "other_captions": others})
 
 
 def can_be_text(kind: Any) -> bool:
@@ -136,18 +148,11 @@ def _is_list(kind: Any) -> bool:
 
 
 def read_texts(column: Any) -> TextColumn:
-    """A column as text, the first text of lists. Raises ArrowException for types that are not text."""
-    pa, pc = arrow(), compute()
+    """A column as text; lists are several texts of a row. Raises ArrowException for types that are not text."""
+    pa = arrow()
     column = _plain(column)
     if _is_list(column.type):
-        lengths = pc.list_value_length(column).combine_chunks().cast(pa.int64())
-        counts = lengths.fill_null(0).to_numpy(zero_copy_only=False)
-        first = read_texts(pc.list_flatten(pc.list_slice(column, 0, 1)))
-        rows = np.flatnonzero(counts)
-        places = pa.array(np.cumsum(counts > 0) - 1, mask=counts == 0)
-        texts = pc.if_else(pc.equal(lengths, 0).fill_null(False), "", first.texts.combine_chunks().take(places))
-        guessed, unreadable = (rows[places].tolist() for places in (first.guessed, first.unreadable))
-        return TextColumn(pa.chunked_array([texts]), guessed, unreadable, int((counts > 1).sum()))
+        return _join_texts([_read_lists(chunk) for chunk in column.chunks])
     if not is_text(column.type):
         return TextColumn(column.cast(pa.string()))
     try:
@@ -164,6 +169,47 @@ def read_texts(column: Any) -> TextColumn:
         if content is not None and text is None:
             result.unreadable.append(row)
     result.texts = pa.chunked_array([pa.array(texts, pa.string())])
+    return result
+
+
+def _read_lists(column: Any) -> TextColumn:
+    """An array of lists of texts, of any depth: those that are not null. An empty list is an empty text."""
+    pa, pc = arrow(), compute()
+    count, values, parents = len(column), column, np.arange(len(column))
+    is_empty = pc.equal(pc.list_value_length(column), 0).fill_null(False).to_numpy(zero_copy_only=False)
+    while _is_list(values.type):
+        lengths = pc.list_value_length(values).cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        parents, values = np.repeat(parents, lengths), pc.list_flatten(values)
+    flat = read_texts(values)
+    is_valid = flat.texts.is_valid().to_numpy()
+    rows, texts = parents[is_valid], flat.texts.drop_null().combine_chunks()
+    is_first = np.diff(rows, prepend=-1) > 0
+    places = np.full(count, -1)
+    places[rows[is_first]] = np.flatnonzero(is_first)
+    first = pc.if_else(pa.array(is_empty & (places < 0)), "", texts.take(pa.array(places, mask=places < 0)))
+    result = TextColumn(pa.chunked_array([first]))
+    result.guessed, result.unreadable = (
+        sorted(set(parents[each].tolist())) for each in (flat.guessed, flat.unreadable)
+    )
+    if not is_first.all():
+        counts = np.bincount(rows[~is_first], minlength=count)
+        ends = np.concatenate(([0], counts.cumsum()))
+        offsets = pa.array(ends, pa.int32(), mask=np.append(counts == 0, False))  # null: no list
+        result.others = pa.chunked_array([pa.ListArray.from_arrays(offsets, texts.filter(pa.array(~is_first)))])
+    return result
+
+
+def _join_texts(parts: Sequence[TextColumn]) -> TextColumn:
+    """Consecutive parts of a column."""
+    pa = arrow()
+    starts = np.cumsum([0, *(len(part.texts) for part in parts)]).tolist()
+    tables = [part.captions for part in parts] or [caption_columns(pa.array([], pa.string()))]
+    result = TextColumn(pa.concat_tables(tables)["caption"])
+    for start, part in zip(starts, parts):
+        result.guessed += [start + row for row in part.guessed]
+        result.unreadable += [start + row for row in part.unreadable]
+    if any(part.others is not None for part in parts):
+        result.others = pa.concat_tables(tables)["other_captions"]
     return result
 
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from tessera.data import layouts, tables
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
-from tessera.data.index import TABLE_SUFFIXES, int_column, labels, metadata
+from tessera.data.index import TABLE_SUFFIXES, arrow, compute, int_column, labels, metadata
 from tessera.data.notes import printable
 from tessera.errors import TesseraError
 
@@ -116,12 +116,19 @@ class FilesDataset:
         return int(self.labels[index]) if self.class_names else 0
 
     def caption(self, index: int) -> str | None:
+        """The caption of a sample, of several the first; None if it has none."""
         text = self._caption[index].as_buffer()
         return None if text is None else text.to_pybytes().decode("utf-8", errors="replace")
 
     def all_captions(self) -> tuple[np.ndarray, Any]:
         """The number of captions of each sample, int64 [N], and all captions in order, an arrow array of strings."""
-        return self._caption.is_valid().to_numpy().astype(np.int64), self._caption.drop_null()
+        counts, texts = self._caption.is_valid().to_numpy().astype(np.int64), self._caption.drop_null()
+        others = self.table["other_captions"].combine_chunks()
+        if others.null_count == len(others):
+            return counts, texts
+        rows = np.concatenate((np.flatnonzero(counts), compute().list_parent_indices(others).to_numpy()))
+        texts = arrow().chunked_array([*texts.chunks, others.flatten()])
+        return np.bincount(rows, minlength=len(self)), texts.take(np.argsort(rows, kind="stable"))
 
     def name(self, index: int) -> str:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()

@@ -35,6 +35,7 @@ COLUMNS = {
     "width": "int32",
     "label": "int32",  # null: none
     "caption": "string",  # null: none
+    "other_captions": "list",  # further ones, of samples with several; null: none
     "hash": "uint64",  # perceptual; null: not measured
     "digest": "string",  # sha256 of the content; null: not measured
 }
@@ -60,7 +61,8 @@ def compute() -> Any:
 def schema() -> "pyarrow.Schema":
     """The columns of every index, without metadata."""
     pa = arrow()
-    return pa.schema([(name, getattr(pa, kind)()) for name, kind in COLUMNS.items()])
+    kinds = {"list": pa.list_(pa.string())}
+    return pa.schema([(name, kinds.get(kind) or getattr(pa, kind)()) for name, kind in COLUMNS.items()])
 
 
 def build(root: Path, class_names: Sequence[str] = (), **columns: Any) -> "pyarrow.Table":
@@ -164,6 +166,10 @@ def read(path: Path) -> "pyarrow.Table":
         values = json.loads(table.schema.metadata[METADATA_KEY])
         version, root, class_names = int(values["format"]), Path(values["root"]), list(map(str, values["class_names"]))
         if version == FORMAT:
+            if "other_captions" not in table.column_names:  # an index of Tessera 0.9 or earlier
+                table = table.append_column(
+                    "other_captions", pa.nulls(len(table), schema().field("other_captions").type)
+                )
             table = table.select(schema().names).cast(schema())
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise TesseraError(f"the index {path} is damaged: {error}; write it again") from None
@@ -183,7 +189,9 @@ def fingerprint(table: "pyarrow.Table") -> dict[str, Any]:
 
     A run stores it, to notice at its next start that the data changed. The root does not matter.
     """
-    parts = {"samples": ("path", "offset", "length"), "labels": ("label",), "captions": ("caption",)}
+    several = table["other_captions"].null_count < len(table)
+    captions = ("caption", "other_captions") if several else ("caption",)
+    parts = {"samples": ("path", "offset", "length"), "labels": ("label",), "captions": captions}
     result: dict[str, Any] = {"count": len(table)}
     for part, columns in parts.items():
         digest = hashlib.blake2b(digest_size=16)

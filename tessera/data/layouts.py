@@ -44,10 +44,10 @@ from tessera.data.notes import Note, about, printable
 from tessera.data.packed import (
     HUB_PREFIX,
     FileColumns,
+    columns_of,
     index_hub,
     index_tables,
     index_tars,
-    join_chunks,
     no_captions,
     progress,
     saved_dataset_files,
@@ -453,7 +453,7 @@ def _index_metadata(
                 "unreadable-text", root / file, "captions are not text", [rows.row_name(row) for row in lost]
             )
             notes += text_notes(root / file, texts, rows.row_name)
-        captions.append(no_captions(len(keep)) if texts is None else texts.texts.take(taken))
+        captions.append(no_captions(len(keep)) if texts is None else texts.captions.take(taken))
         if label and options.classes == "auto":
             values = label_values(rows.columns[label], rows.is_typed)
             labels.append(([values[row] for row in keep] if isinstance(values, list) else values.take(taken), ()))
@@ -479,9 +479,8 @@ def _index_metadata(
     )
     repeated = [path for path, count in Counter(all_paths).items() if count > 1]
     notes += about("repeated-rows", name, "images are listed more than once, and are that many samples", repeated)
-    table = index.build(
-        root, class_names, path=pa.array(all_paths, pa.string()), label=class_ids, caption=join_chunks(captions)
-    )
+    paths = pa.array(all_paths, pa.string())
+    table = index.build(root, class_names, path=paths, label=class_ids, **columns_of(captions))
     return table, notes
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tessera.data import tables
 from tessera.data.columns import can_be_text, decode_text, read_texts
 from tessera.data.index import arrow
@@ -149,18 +151,28 @@ def _csv_records(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | s
 
 
 def caption_values(values: Any) -> Any:
-    """A column as `read_texts` takes it. JSON: the first text of lists, numbers as text; other values are null."""
+    """A column as `read_texts` takes it. JSON: lists are several texts, numbers are text; other values are null."""
+    pa = arrow()
     if not isinstance(values, list):
-        return values if can_be_text(values.type) else arrow().nulls(len(values), "string")
-    return _text_array([_first_text(value) for value in values])
+        return values if can_be_text(values.type) else pa.nulls(len(values), "string")
+    if not any(isinstance(value, list) for value in values):
+        return _text_array([_text(value) for value in values])
+    rows = [[] if value is None else _texts(value) for value in values]
+    ends = np.cumsum([0, *map(len, rows)])
+    is_null = [value is None for value in values]
+    texts = _text_array([text for row in rows for text in row])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32(), mask=np.array([*is_null, False])), texts)
 
 
-def _first_text(value: Any) -> str | None:
-    while isinstance(value, list):
-        value = value[0] if value else ""
+def _text(value: Any) -> str | None:
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     return value if isinstance(value, str) else None
+
+
+def _texts(value: Any) -> list[str | None]:
+    """The text of a value, or those of a list of any depth."""
+    return [text for each in value for text in _texts(each)] if isinstance(value, list) else [_text(value)]
 
 
 def _text_array(texts: list[str | None]) -> Any:

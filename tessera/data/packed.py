@@ -20,6 +20,7 @@ from tessera.data.columns import (
     LayoutOptions,
     TextColumn,
     can_be_text,
+    caption_columns,
     encode_labels,
     encoding_notes,
     find_key,
@@ -95,11 +96,7 @@ class FileColumns:
 
 
 def text_notes(where: Path, texts: TextColumn, row_name: Callable[[int], str]) -> list[Note]:
-    notes = encoding_notes(where, [row_name(row) for row in texts.guessed], [row_name(row) for row in texts.unreadable])
-    if texts.several:
-        text = f"{where}: {texts.several:,} rows have several captions, of which the first is read"
-        notes.append(Note("several-captions", "note", text, "files with several captions per row", (str(where),)))
-    return notes
+    return encoding_notes(where, [row_name(row) for row in texts.guessed], [row_name(row) for row in texts.unreadable])
 
 
 def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> Indexed:
@@ -131,7 +128,7 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
             notes += text_notes(file, texts, "row {}".format)
         paths.append(repeat(file.relative_to(root).as_posix(), count))
         offsets.append(np.arange(count))
-        captions.append(no_captions(count) if texts is None else texts.texts)
+        captions.append(no_captions(count) if texts is None else texts.captions)
         label = own_label or label
         values = rows[own_label] if own_label else pa.nulls(count)
         labels.append((values, tables.class_names(schema, own_label) if own_label else ()))
@@ -148,7 +145,7 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
         path=pa.chunked_array(paths, pa.string()),
         offset=np.concatenate(offsets),
         label=encoded.ids if label else None,
-        caption=join_chunks(captions),
+        **columns_of(captions),
     )
     return table, [*notes, *columns.notes(), *encoded.notes]
 
@@ -165,14 +162,15 @@ def repeat(text: str, count: int) -> Any:
     return pa.array([text], pa.string()).take(pa.array(np.zeros(count, np.int32)))
 
 
-def no_captions(count: int) -> Any:
+def no_captions(count: int) -> "pyarrow.Table":
     pa = arrow()
-    return pa.chunked_array([pa.nulls(count, pa.string())])
+    return caption_columns(pa.nulls(count, pa.string()))
 
 
-def join_chunks(columns: Sequence[Any]) -> Any:
-    pa = arrow()
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
+def columns_of(tables: Sequence["pyarrow.Table"]) -> dict[str, Any]:
+    """The columns of tables of captions one after the other, by name."""
+    table = arrow().concat_tables([*tables, no_captions(0)])
+    return dict(zip(table.column_names, table.columns))
 
 
 def saved_dataset_files(root: Path, split: str | None) -> tuple[list[Path], list[Note]] | None:
@@ -266,5 +264,5 @@ def index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> Ind
     if options.classes == "auto" and labels.null_count < len(labels):
         encoded = encode_labels([(labels.to_pylist(), ())], "the tars")
         class_names, class_ids, notes = encoded.class_names, encoded.ids, notes + encoded.notes
-    columns = {name: samples[name] for name in ("path", "offset", "length", "caption")}
+    columns = {name: samples[name] for name in ("path", "offset", "length", "caption", "other_captions")}
     return index.build(root, class_names, label=class_ids, **columns), notes

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tessera.data import tables
-from tessera.data.columns import CAPTION_COLUMNS, LABEL_COLUMNS, ColumnOptions, decode_text, find_key, unused_columns
+from tessera.data.columns import (
+    CAPTION_COLUMNS,
+    LABEL_COLUMNS,
+    ColumnOptions,
+    decode_text,
+    find_key,
+    read_texts,
+    unused_columns,
+)
 from tessera.data.folders import image_suffixes
 from tessera.data.index import arrow
 from tessera.data.notes import printable
@@ -22,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MIN_CACHED_MEMBERS = 1000  # a tar with as many samples has its members cached: listing takes about 0.1 ms a member
-FORMAT = 2  # of the cache
+FORMAT = 3  # of the cache
 REPORT_KEY = b"report"
 TEXT_MEMBERS = ("txt", "cls", "json")  # in any case
 
@@ -61,7 +69,7 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
     images: dict[str, tuple[int, int]] = {}  # offset and length by key
     fallbacks: dict[str, tuple[int, int]] = {}  # such as 0001.mask.png, the image of a sample without 0001.png
     fallback_names: dict[str, str] = {}
-    texts: dict[str, dict[str, str]] = {}  # caption and label by key
+    texts: dict[str, dict[str, Any]] = {}  # caption, or a list of several, and label by key
     report, unread = TarReport(), Counter()
     try:
         with tarfile.open(file, "r:") as opened:
@@ -101,17 +109,19 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
     images = {**images, **{key: span for key, span in fallbacks.items() if key not in images}}
     spans = list(images.values())
     captions, labels = ([texts.get(key, {}).get(name) for key in images] for name in ("caption", "label"))
+    captions = [each if each is None or isinstance(each, list) else [each] for each in captions]
     columns = {
         "offset": pa.array([offset for offset, _ in spans], pa.int64()),
         "length": pa.array([length for _, length in spans], pa.int64()),
-        "caption": pa.array(captions, pa.string()),
         "label": pa.array(labels, pa.string()),
     }
+    texts_by_row = read_texts(pa.array(captions, pa.list_(pa.string()))).captions
+    columns |= {name: texts_by_row[name] for name in texts_by_row.column_names}
     return pa.table(columns), report
 
 
 def _add_text(
-    texts: dict[str, str], suffix: str, content: bytes, options: ColumnOptions, name: str, report: TarReport
+    texts: dict[str, Any], suffix: str, content: bytes, options: ColumnOptions, name: str, report: TarReport
 ) -> None:
     """Add the caption and label of a member to a sample's texts. A .txt or .cls member has priority over .json."""
     text, is_guessed = decode_text(content)
@@ -142,7 +152,11 @@ def _add_text(
                 value = fields.get(name_used) if name_used else None
                 if key not in texts:
                     report.unused.update(unused_columns(present, {key: name_used}, options))
-                if isinstance(value, list) and key == "caption":
-                    value = value[0] if value else None
-                if key not in texts and isinstance(value, str | int | float):
-                    texts[key] = str(value).encode("utf-8", "replace").decode()
+                values = value if isinstance(value, list) and key == "caption" else [value]
+                decoded = [
+                    str(each).encode("utf-8", "replace").decode()
+                    for each in values
+                    if isinstance(each, str | int | float)
+                ]
+                if key not in texts and decoded:
+                    texts[key] = decoded if len(decoded) > 1 else decoded[0]

@@ -279,7 +279,7 @@ def test_captions_by_another_name(tmp_path):
         open_data(path, caption="tile")
 
 
-def test_the_first_of_several_captions_is_read(tmp_path):
+def test_the_first_of_several_captions_is_the_caption(tmp_path):
     texts = [["one", "uno"], ["two"], [], None]
     source = open_data(put(tmp_path / "a.parquet", image=[png()] * 4, caption=texts))
     assert [source.caption(i) for i in range(4)] == ["one", "two", "", None]
