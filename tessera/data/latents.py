@@ -102,6 +102,11 @@ class LatentsDataset:
     def label(self, index: int) -> int:
         return int(self.labels[index])
 
+    def caption(self, index: int) -> str | None:
+        """Of the image, where the data set is open and has captions."""
+        caption = getattr(self.source, "caption", None)
+        return None if caption is None else caption(int(self.indices[index]))
+
     def name(self, index: int) -> str:
         return f"{self.description} sample {self.indices[index]}"
 

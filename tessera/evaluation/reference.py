@@ -132,6 +132,17 @@ def open_reference(
     return extract(resolved, extractor, path, distributed, batch_size, progress), resolved
 
 
+def describe_reference(
+    reference: str | AnyData, samples: SampleSource, extractor: FeatureExtractor
+) -> tuple[FeatureSet, SampleSource | None]:
+    """The same as `open_reference`, without features."""
+    resolved = resolve_reference(reference, samples, extractor)
+    if isinstance(resolved, FeatureSet):
+        return resolved, None
+    size, channels = tuple(resolved.size), resolved.channels
+    return FeatureSet(resolved.description, "", resolved.count, size, channels, None, {}), resolved
+
+
 def check_reference(reference: str) -> None:
     """Raise TesseraError for a name or path that is not a reference, without opening it."""
     if Path(reference).suffix != ".npz" or not Path(reference).expanduser().exists():

@@ -138,7 +138,8 @@ class FolderSource:
         valid = {i: image for i, image in images.items() if image is not None}
         stacked = np.stack(list(valid.values())) if valid else np.empty((0, *self.size, self.channels), np.uint8)
         labels = None if self._labels is None else np.array([self._labels[i] for i in valid], np.int64)
-        return ImageShard(stacked, np.array(list(valid), np.int64), labels)
+        captions = [_saved_prompt(self.paths[i]) for i in valid]
+        return ImageShard(stacked, np.array(list(valid), np.int64), labels, captions if any(captions) else None)
 
     def _usable(self, read: Callable[..., T], path: Path, *arguments: Any) -> T | None:
         """What `read` returns for a file, None if it is damaged."""
@@ -240,16 +241,27 @@ def _saved_labels(paths: list[Path]) -> list[int]:
     """The classes that `tessera sample` saved in its PNG files; empty if one of the files has none."""
     labels = []
     for path in paths:
-        try:
-            settings = read_settings(path) if path.suffix.lower() == ".png" else None
-        except Exception:  # damaged bytes, or another program's settings: reading the image reports what is wrong
-            settings = None
-        match settings:
+        match _saved_settings(path):
             case {"classes": [int(label)]} if 0 <= label < MAX_CLASSES:
                 labels.append(label)
             case _:
                 return []
     return labels
+
+
+def _saved_prompt(path: Path) -> str | None:
+    """The prompt that `tessera sample` saved in a PNG file."""
+    match _saved_settings(path):
+        case {"prompts": [str(prompt)]}:
+            return prompt
+    return None
+
+
+def _saved_settings(path: Path) -> Any:
+    try:
+        return read_settings(path) if path.suffix.lower() == ".png" else None
+    except Exception:  # damaged bytes, or another program's settings: reading the image reports what is wrong
+        return None
 
 
 def _check_labels(labels: np.ndarray, count: int, path: Path) -> np.ndarray:

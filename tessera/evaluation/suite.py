@@ -16,7 +16,7 @@ from tessera.evaluation.alignment import Line
 from tessera.evaluation.captions import ImageScores
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, Progress, extract, features_path
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.evaluation.reference import MAX_ROWS, check_widths, open_reference, statistics_features
+from tessera.evaluation.reference import MAX_ROWS, check_widths, describe_reference, open_reference, statistics_features
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
 from tessera.evaluation.toy.digit_classifier import DigitClassifier, ShapesEvaluator, load_oracle
 from tessera.generation.bulk import BulkSamples
@@ -132,6 +132,11 @@ def unmet_requirement(name: str, count: int, extractor: FeatureExtractor, refere
     return ""
 
 
+def needs_reference(metrics: Sequence[str] | None) -> bool:
+    """Whether one of the metrics compares features with those of a reference."""
+    return metrics is None or any(name in METRICS for name in metrics)
+
+
 def check_metrics(
     metrics: Sequence[str], count: int, extractor: FeatureExtractor, reference: FeatureSet | None = None
 ) -> None:
@@ -183,10 +188,13 @@ def evaluate(
     is_sampled = isinstance(source, BulkSamples)
     if is_sampled:
         source.begin(distributed)
-    bar = task("features of the reference")
-    reference_features, reference_images = open_reference(
-        reference, source, extractor, reference_folder or folder, distributed, batch_size, bar
-    )
+    if needs_reference(metrics):
+        bar = task("features of the reference")
+        reference_features, reference_images = open_reference(
+            reference, source, extractor, reference_folder or folder, distributed, batch_size, bar
+        )
+    else:
+        reference_features, reference_images = describe_reference(reference, source, extractor)
     check_metrics(metrics or (), source.count, extractor, reference_features)
     if "oracle" in (metrics or ()):
         _oracle(reference_images)

@@ -20,6 +20,7 @@ from tessera.codecs import StoredCodec, StoredConfig
 from tessera.codecs.codec import listed_numbers
 from tessera.data import AnyData
 from tessera.data.images import Dataset
+from tessera.data.latents import LatentsDataset
 from tessera.data.resolve import open_data
 from tessera.files import atomic_file, read_array, write_array
 from tessera.generation.pipeline import generate_request
@@ -34,7 +35,7 @@ Policy = Literal["uniform", "balanced"]
 
 
 def default_condition(
-    model: Model, seeds: Sequence[int], policy: Policy, data: AnyData | Dataset | None = None
+    model: Model, seeds: Sequence[int], policy: Policy, data: AnyData | Dataset | LatentsDataset | None = None
 ) -> dict[str, list[Any]]:
     """Inputs for images with these seeds, by field: each condition chooses its own by the policy.
 
@@ -60,7 +61,7 @@ def bulk_request(
     count: int,
     policy: Policy,
     first_seed: int = 0,
-    data: AnyData | Dataset | None = None,
+    data: AnyData | Dataset | LatentsDataset | None = None,
     **fields: Any,
 ) -> SampleRequest:
     """A request for `count` images with consecutive seeds and default conditions. fields: its other fields.

@@ -19,6 +19,7 @@ from pathlib import Path
 from tessera import bundle
 from tessera.errors import Interrupted, TesseraError
 from tessera.evaluation import features, protocol, suite
+from tessera.evaluation.captions import caption_data
 from tessera.evaluation.features import FeatureExtractor, FeatureSet, extract, load_extractor
 from tessera.evaluation.reference import resolve_reference
 from tessera.evaluation.sources import DatasetSource, SampleSource
@@ -100,7 +101,7 @@ def prepare_reference(recipe: Recipe) -> FeatureExtractor:
     """Extract the features of the reference once for all members. Returns the feature extractor."""
     config = recipe.evaluation
     extractor, reference = load_reference(recipe)
-    if isinstance(reference, FeatureSet):
+    if isinstance(reference, FeatureSet) or not suite.needs_reference(config.metrics):
         return extractor
     assert config.reference_folder is not None
     folder = features.features_path(Path(config.reference_folder), "reference", reference, extractor)
@@ -120,16 +121,19 @@ def score_sampling_steps(recipe: Recipe, model: bundle.Model, extractor: Feature
         return
     _log(f"scoring {config.num_samples} images with {num_steps} sampling steps")
     work = path.with_suffix(".work")
-    request = bulk_request(model, config.num_samples, "balanced", settings={"num_steps": num_steps})
+    reference = config.reference or recipe.data
+    data, settings = caption_data(config.captions, reference, model), {"num_steps": num_steps}
+    request = bulk_request(model, config.num_samples, "balanced", data=data, settings=settings)
     evaluation = suite.evaluate(
         BulkSamples(model, request, work / "samples", config.batch_size, f"{num_steps} steps"),
-        config.reference or recipe.data,
+        reference,
         extractor,
         work,
         config.metrics,
         batch_size=config.batch_size,
         progress=_ProgressLog,
         reference_folder=Path(config.reference_folder or run_dir / scores.FOLDER),
+        clip=config.clip,
     )
     protocol.save(evaluation.scores, path)
     shutil.rmtree(work)

@@ -98,7 +98,8 @@ def _sampling_seconds(run: TrainingRun) -> float:
     config, evaluation = run.recipe.training, run.recipe.evaluation
     count, num_steps = 16, min(2, run.recipe.sampling.num_steps)
     start = time.monotonic()
-    request = bulk_request(run.ema_model, count, "balanced", settings={"num_steps": num_steps})
+    settings = {"num_steps": num_steps}
+    request = bulk_request(run.ema_model, count, "balanced", data=run.loader.dataset, settings=settings)
     generation.generate_request(run.ema_model, request)
     seconds = (time.monotonic() - start) / count / num_steps
     images = num_grids(run.recipe) * images_per_grid(run.recipe)

@@ -13,9 +13,10 @@ from tessera.data.shapes import HELD_OUT, Object, Scene, render
 from tessera.errors import TesseraError
 from tessera.evaluation import alignment, captions, report, suite
 from tessera.evaluation.features import load_extractor
-from tessera.evaluation.sources import DatasetSource, NpzSource
+from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.generation.shards import ImageShard
+from tessera.images import save_png
 from tessera.reporting.estimates import wilson
 from tessera.reporting.metrics import HIGHER_IS_BETTER, MEANING
 
@@ -217,6 +218,25 @@ def test_data_have_their_own_captions(tmp_path):
     source = DatasetSource(ShapesConfig(split="test"), 30)
     assert source.shard(0).captions == [source.dataset.caption(int(row)) for row in source._rows]
     assert evaluate(source, tmp_path, metrics=["alignment"]).scores[0].value == 1
+
+
+def test_a_folder_of_samples_has_the_prompts_of_its_files(scenes, tmp_path):
+    for row, scene in enumerate(scenes[:30]):
+        prompts = {"prompts": [str(scene.description)]}
+        save_png(tmp_path / f"samples/{row:02d}.png", rendered([scene])[0], prompts)
+    evaluation = evaluate(FolderSource(tmp_path / "samples"), tmp_path / "out", metrics=["alignment"])
+    assert evaluation.scores[0].value == 1
+    assert FolderSource(tmp_path / "samples", 5).shard(0).captions[0] in described(scenes[:30])
+
+
+def test_features_of_the_reference_are_computed_only_for_metrics_that_compare_them(scenes, tmp_path):
+    source = Captioned(scenes[:30], described(scenes[:30]))
+    alone = evaluate(source, tmp_path, metrics=["alignment"])
+    assert not list(tmp_path.glob("reference-*"))
+    both = evaluate(source, tmp_path, metrics=["alignment", "kid"])
+    assert list(tmp_path.glob("reference-*"))
+    assert [score.fingerprint for score in alone.scores] == [score.fingerprint for score in both.scores[:-1]]
+    assert "shapes, split test" in report.build_report(alone).markdown()
 
 
 def test_missing_captions_are_errors(scenes, tmp_path, make_npz):

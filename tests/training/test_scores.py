@@ -10,14 +10,16 @@ import torch
 from PIL import Image
 
 from tessera import bundle
-from tessera.data import DigitsConfig
+from tessera.data import DigitsConfig, ShapesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol, reference
 from tessera.evaluation.features import extract, load_extractor
 from tessera.evaluation.sources import DatasetSource
+from tessera.generation.bulk import bulk_request, hash_values
 from tessera.monitoring.logger import read_log
 from tessera.runtime import SINGLE
 from tessera.training import loop
+from tessera.training.recipe import Recipe
 from tessera.training.scores import EvaluationConfig, best, history
 
 SCORED = (
@@ -283,3 +285,51 @@ def test_scores_after_the_resumed_step_are_computed_again(tiny):
     loop.train(tiny("run", *SCORED))
     assert list(history(run)) == list(before) == [2, 4, 6]
     assert history(run)[6]["kid"].value == before[6]["kid"].value
+
+
+TEXT_RUN = {
+    "data": {"kind": "shapes", "combinations": "known", "count": 100},
+    "network": {
+        "patch_size": 8,
+        "hidden_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "block": {"kind": "rope-swiglu", "text": "keys"},
+    },
+    "diffusion": {"kind": "flow"},
+    "sampling": {"num_steps": 2, "guidance_scale": 1},
+    "training": {"steps": 2, "global_batch_size": 4, "device": "cpu", "sample_every": 2, "checkpoint_every": 2},
+    "evaluation": {"every": 1, "num_samples": 20, "metrics": ["alignment"], "captions": "shapes:test"},
+}
+
+
+def text_recipe(run_dir: Path, **evaluation) -> Recipe:
+    settings = {**TEXT_RUN, "evaluation": {**TEXT_RUN["evaluation"], **evaluation}, "run_dir": str(run_dir)}
+    return Recipe.model_validate(settings)
+
+
+def test_a_text_model_is_scored_by_alignment_with_captions_of_named_data(tmp_path):
+    run = loop.train(text_recipe(tmp_path / "run"))
+    scores = history(run)
+    assert list(scores) == [1, 2]
+    assert {name: next(iter(by_name)) for name, by_name in scores.items()} == {1: "alignment", 2: "alignment"}
+    assert not list((run / "evaluation").glob("reference-*"))  # nothing is compared with it
+    names = {"alignment", "binding", "relation", "composition"}
+    assert names <= scores[2].keys()
+    assert names <= read_log(run)[-1].keys()
+    model = bundle.load(bundle.checkpoints(run)[0])
+    prompts = bulk_request(model, 20, "balanced", data=ShapesConfig(split="test")).prompts
+    assert scores[2]["alignment"].protocol.definition["captions"] == hash_values(prompts)
+    with pytest.raises(TesseraError, match=r"condition\.text was"):
+        loop.train(text_recipe(tmp_path / "run", captions="shapes:train"))
+
+
+def test_captions_that_cannot_be_used_are_reported_before_training(tiny, tmp_path):
+    with pytest.raises(TesseraError, match="takes no captions"):
+        loop.train(tiny("classes", "evaluation={every: 1, num_samples: 20, captions: shapes}"))
+    with pytest.raises(TesseraError, match="alignment needs a caption for each image"):
+        loop.train(tiny("none", "evaluation={every: 1, num_samples: 20, metrics: [alignment]}"))
+    with pytest.raises(TesseraError, match="needs a prompt for each image"):
+        loop.train(text_recipe(tmp_path / "digits", captions="digits"))
+    with pytest.raises(TesseraError, match="clip_score and the folder of a CLIP network"):
+        loop.train(text_recipe(tmp_path / "clip", metrics=["clip_score"]))

@@ -32,6 +32,7 @@ from tessera import bundle, generation
 from tessera.data import AnyData
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, suite
+from tessera.evaluation.captions import caption_data
 from tessera.evaluation.features import FeatureExtractor, Progress
 from tessera.evaluation.protocol import environment
 from tessera.evaluation.reference import save_statistics
@@ -184,7 +185,8 @@ class Tuner:
         return self.folder / "trials" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
 
     def _request(self, count: int, first_seed: int) -> SampleRequest:
-        return bulk_request(self.model, count, "balanced", first_seed, precision=self.config.precision)
+        data = caption_data(None, self.reference, self.model)
+        return bulk_request(self.model, count, "balanced", first_seed, data, precision=self.config.precision)
 
     def _model_with(self, sampling: SamplingConfig) -> Model:
         config = self.model.config.model_copy(update={"sampling": sampling})
