@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tessera.conditioning.fields import ConditionField, LabelField, condition_field
-from tessera.conditioning.text import SizeField, TextField, TextMaskField
+from tessera.conditioning.text import NULL_TOKEN, SizeField, TextField, TextMaskField
 from tessera.errors import TesseraError
 from tessera.rows import Rows
 
@@ -66,6 +66,16 @@ class Condition(Rows):
                 rows = mask.to(value.device).view(-1, *(1,) * (value.ndim - 1))
                 changed[name] = torch.where(rows, null, value)
         return replace(self, **changed)
+
+    def with_empty_text(self, empty: Self) -> Self:
+        """The text and mask of `empty`, which has one row, in place of null text."""
+        assert self.text is not None
+        first = self.text[:, 0]
+        is_null = first.isnan().any(dim=1) if first.is_floating_point() else first == NULL_TOKEN
+        rows = torch.where(is_null, len(is_null), torch.arange(len(is_null), device=is_null.device))
+        own = type(self)(text=self.text, text_mask=self.text_mask)
+        texts = self.cat((own, empty.to(rows.device)))[rows]
+        return replace(self, text=texts.text, text_mask=texts.text_mask)
 
     def keys(self) -> Tensor | None:
         """Whole numbers that are equal where conditions are equal: int64 [B, fields]; None if a field is not discrete

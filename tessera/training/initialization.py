@@ -1,16 +1,21 @@
 """Initial weights from a trained model that may have other classes, another size or another patch size."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, linear, silu
 
 from tessera.bundle import Model
 from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, bullet_list
+from tessera.layers.modulation import Modulation
 from tessera.layers.patches import resample_head, resample_patches
-from tessera.models.dit import DiTConfig
+from tessera.models.blocks import AdaLNZeroBlock, BlockConfig
+from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig
+from tessera.models.pixart import PixArtBlockConfig, PixArtConfig
 from tessera.models.unet import UNetConfig
 from tessera.sampling import SamplingConfig
 from tessera.settings import validate
@@ -19,30 +24,40 @@ from tessera.training.recipe import Recipe
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
 PATCHES, HEAD = "x_embedder.proj.weight", "final_layer.linear."
 UNET_STEM, UNET_HEAD = "stem.", "final_layer.conv."
+RELATIVE = (".rel_pos_h", ".rel_pos_w")
+SIZE_OUTPUTS = ("csize_embedder.mlp.2.", "ar_embedder.mlp.2.")
+PIXART_OPTIONS = ("y_embedder.y_embedding", "csize_embedder.", "ar_embedder.")
+REFERENCE_TIME = 501 / 1000  # step 500 of 1000
 COPIED, RESAMPLED, INITIALIZED = "copied", "resampled", "initialized"
 
 
 def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
     """The recipe with settings of network, diffusion, codec and sampling that it leaves out taken from the source."""
-    old, new = source.config, recipe.network
-    kind = old.network.kind if "network" not in recipe.model_fields_set else new.kind
-    if kind != old.network.kind:
+    old, new, is_named = source.config, recipe.network, "network" in recipe.model_fields_set
+    to_pixart = is_named and isinstance(new, PixArtConfig) and type(old.network) is DiTConfig
+    kind = type(new) if to_pixart else type(old.network)
+    if is_named and new.kind != old.network.kind and not to_pixart:
         raise TesseraError(
             f"cannot start from {recipe.training.init_from}: it is a {old.network.display_name}, and the recipe's "
             f"network is a {new.display_name}: set network.kind={old.network.kind}, or leave network: out to take all "
             "its settings from there"
         )
     network = {name: getattr(new, name) for name in new.model_fields_set if name != "kind"}
+    left_out = (*DATA_DEPENDENT, *(("kind", "block", "learn_null_class") if to_pixart else ()))
     for name in type(old.network).model_fields:
-        if name not in network and name not in DATA_DEPENDENT:
+        # A null embedding has one row for each text token.
+        is_inherited = name not in left_out or (name == "text_tokens" and isinstance(old.network, PixArtConfig))
+        if name not in network and is_inherited:
             network[name] = getattr(old.network, name)
+    if to_pixart:  # the positions of a DiT
+        network = {"position_base": max(old.network.grid[-2:]), "position_scale": 1.0, **network}
     inherited = {
         name: getattr(old, name)
         for name in ("diffusion", "codec", "sampling")
         # The pixel codec depends on the channels of the data.
         if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)
     }
-    return recipe.model_copy(update={"network": validate(type(old.network), network, "network"), **inherited})
+    return recipe.model_copy(update={"network": validate(kind, network, "network"), **inherited})
 
 
 def with_recipe_sampling(source: Model) -> Model:
@@ -58,21 +73,27 @@ def with_recipe_sampling(source: Model) -> Model:
 def init_from(network: Network, class_names: tuple[str, ...], source: Model, name: str) -> dict[str, list[str]]:
     """Copy the weights of a trained model into a new network. Returns the names copied, resampled and initialized.
 
-    Positions are computed for the new grid. Patch weights are resampled (FlexiViT). Classes of the same name keep
-    their embedding, and so does the null label. Raises TesseraError that lists the differences if the inner weights
-    have other shapes.
+    Positions are computed for the new grid. Patch weights are resampled (FlexiViT), relative positions linearly.
+    Classes of the same name keep their embedding, and so does the null label. A PixArt may start from a DiT (see
+    `pixart_state`). Raises TesseraError that lists the differences if the inner weights have other shapes.
     """
     before, after = source.config.network, network.config
-    if isinstance(before, DiTConfig) and isinstance(after, DiTConfig) and before.block != after.block:
+    old, new = source.network.state_dict(), network.state_dict()
+    computed: set[str] = set()
+    free = PIXART_OPTIONS if isinstance(after, PixArtConfig) else ()  # names that may be missing, or of another shape
+    if isinstance(after, PixArtConfig) and not isinstance(before, PixArtConfig):
+        old, computed = pixart_state(source, name)
+        free = tuple(new.keys() - old.keys())
+    elif isinstance(before, DiTConfig) and isinstance(after, DiTConfig) and _trained(before) != _trained(after):
         raise TesseraError(
             f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is "
             f"{after.block.summary()}: leave block: out of the recipe to take it from there"
         )
-    old, new = source.network.state_dict(), network.state_dict()
     differences = [
         f"{key} is {tuple(old[key].shape)}, expected {tuple(new[key].shape)}" if key in old else f"{key} is missing"
         for key in new
-        if not key.startswith((TABLE, POSITIONS, PATCHES, HEAD, UNET_STEM, UNET_HEAD))
+        if not key.startswith((TABLE, POSITIONS, PATCHES, HEAD, UNET_STEM, UNET_HEAD, *free))
+        and not key.endswith(RELATIVE)
         and (key not in old or old[key].shape != new[key].shape)
     ]
     differences += [f"{key} is unexpected" for key in old if key not in new and key != TABLE]
@@ -97,12 +118,60 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
                 target.copy_(old[key])
         elif key == TABLE:
             report[_copy_labels(target, old.get(key), network, class_names, source)].append(key)
-        elif key in old and (value := _resampled(key, old[key], before, after)) is not None:
-            report[COPIED if value is old[key] else RESAMPLED].append(key)
+        elif key in old and (value := _resampled(key, old[key], before, after, target)) is not None:
+            report[COPIED if value is old[key] and key not in computed else RESAMPLED].append(key)
             target.copy_(value)
         else:
             report[INITIALIZED].append(key)
+            if key.startswith(SIZE_OUTPUTS):  # a new condition begins without effect
+                target.zero_()
     return report
+
+
+def _trained(network: DiTConfig) -> BlockConfig:
+    """The settings of the blocks that a trained network depends on."""
+    block = network.block
+    return block.model_copy(update={"drop_path": 0.0}) if isinstance(block, PixArtBlockConfig) else block
+
+
+@torch.no_grad()
+def pixart_state(source: Model, name: str) -> tuple[dict[str, Tensor], set[str]]:
+    """The weights of a PixArt without its text from those of a class-conditional DiT, and the names of those computed.
+
+    As PixArt-alpha began (Chen et al. 2023, section 2.3, "re-parameterization"): the tables are such that shifts,
+    scales and gates at step 500 of 1000 are those of the DiT without a class. With cross-attention that begins with a
+    zero output, the two networks are the same function at this time. The layer that the blocks share is the mean of
+    theirs, so that other times are near, too.
+    """
+    dit = source.network
+    assert isinstance(dit, DiT)
+    if dit.config.block.kind != "adaln-zero":
+        raise TesseraError(
+            f"cannot start a PixArt from {name}: its blocks are {dit.config.block.summary()}; expected adaln-zero"
+        )
+    time = dit.t_embedder(source.diffusion.model_time(torch.tensor([REFERENCE_TIME]))[:, None].to(source.device))
+    c = time
+    if dit.y_embedder is not None:
+        table = dit.y_embedder.embedding_table.weight
+        c = time + (table[-1] if dit.config.learn_null_class else table.mean(dim=0))
+    modulations = [cast(AdaLNZeroBlock, block).adaLN_modulation for block in dit.blocks]
+    linears = [cast(Modulation, modulation).linear for modulation in modulations]
+    weight = torch.stack([each.weight for each in linears]).mean(dim=0)
+    bias = torch.stack([each.bias for each in linears]).mean(dim=0)
+    shared = linear(silu(time), weight, bias)
+    computed = {"shared.adaLN_modulation.1.weight": weight, "shared.adaLN_modulation.1.bias": bias}
+    for number, modulation in enumerate(modulations):
+        computed[f"blocks.{number}.adaLN_modulation.table"] = (modulation(c) - shared).view(6, -1)
+    head = dit.final_layer.adaLN_modulation
+    assert head is not None
+    computed["final_layer.scale_shift_table"] = head(c).view(2, -1) - time[0]
+    replaced = (TABLE, POSITIONS, "final_layer.adaLN_modulation.")
+    copied = {
+        key: value
+        for key, value in dit.state_dict().items()
+        if not key.startswith(replaced) and ".adaLN_modulation." not in key
+    }
+    return copied | computed, set(computed)
 
 
 def _shape_settings(network: NetworkConfig) -> str:
@@ -112,8 +181,12 @@ def _shape_settings(network: NetworkConfig) -> str:
     return "model_channels, channel_mult, num_res_blocks and attention_levels"
 
 
-def _resampled(key: str, value: Tensor, old: NetworkConfig, new: NetworkConfig) -> Tensor | None:
-    """A weight for the new patch size, or None if the number of channels differs."""
+def _resampled(key: str, value: Tensor, old: NetworkConfig, new: NetworkConfig, target: Tensor) -> Tensor | None:
+    """A weight for the new patch size or token grid, or None if the number of channels differs."""
+    if key.endswith(RELATIVE) and value.shape != target.shape:
+        return interpolate(value.T[None], size=len(target), mode="linear")[0].T
+    if value.shape != target.shape and key.startswith(PIXART_OPTIONS):
+        return None
     if key.startswith((PATCHES, UNET_STEM)) and old.in_channels != new.in_channels:
         return None
     if key.startswith((HEAD, UNET_HEAD)) and old.out_channels != new.out_channels:

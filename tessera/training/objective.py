@@ -36,6 +36,7 @@ class TrainingObjective:
     dtype: torch.dtype | None  # of autocast
     field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
     uniform_numbers: int = 0  # that the network uses for each row
+    empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
 
 def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.device) -> tuple[Tensor, Condition, Tensor]:
@@ -65,6 +66,8 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
     for name, rate in objective.field_dropout.items():
         uniform = randomness.uniform(objective.seed, position, dropout_stream(name))[:, 0]
         condition = condition.drop(uniform < rate, [name])
+    if objective.empty_text is not None:
+        condition = condition.with_empty_text(objective.empty_text)
     if objective.uniform_numbers:
         stream, count = dropout_stream("uniform"), objective.uniform_numbers
         condition = replace(condition, uniform=randomness.uniform(objective.seed, position, stream, count))

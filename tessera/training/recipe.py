@@ -233,6 +233,13 @@ def text_settings(network: NetworkConfig, text: TextSizes) -> dict[str, int]:
     return {"text_channels": text.channels, "vocabulary_size": text.vocabulary_size, "text_tokens": least}
 
 
+def null_fields(network: NetworkConfig, sampling: SamplingConfig) -> tuple[str, ...]:
+    """The fields of the condition that training may drop: an empty prompt may be the null value of a text."""
+    names = network.null_fields
+    uses_empty = network.uses_text and sampling.null_text == "empty" and "text" not in names
+    return (*names, "text") if uses_empty else names
+
+
 def resolve_recipe(
     recipe: Recipe, class_names: Sequence[str], codec: Codec, num_unlabeled: int = 0, text: TextSizes | None = None
 ) -> Recipe:
@@ -273,7 +280,13 @@ def resolve_recipe(
         raise TesseraError(
             "training.condition_dropout needs network.learn_null_class=true: dropped labels become that class"
         )
-    if recipe.sampling.guidance_scale != 1 and not network.null_fields:
+    droppable = null_fields(network, recipe.sampling)
+    if network.uses_text and recipe.training.condition_dropout and "text" not in droppable:
+        raise TesseraError(
+            "training.condition_dropout needs an unconditional text, and the network has no null embedding: set "
+            "sampling.null_text=empty, which takes an encoded empty prompt, or training.condition_dropout=0"
+        )
+    if recipe.sampling.guidance_scale != 1 and not droppable:
         raise TesseraError(
             f"sampling.guidance_scale is {recipe.sampling.guidance_scale:g}, but guidance needs classes and "
             "network.learn_null_class; set sampling.guidance_scale=1"

@@ -15,7 +15,7 @@ from tessera import __version__, bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.codecs import Codec
-from tessera.conditioning import NetworkFunction
+from tessera.conditioning import Condition, NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
 from tessera.data.captions import Captions, TextSizes, encode_captions
@@ -34,7 +34,14 @@ from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.ema import EMA
 from tessera.training.objective import TrainingObjective
 from tessera.training.parallel import ParallelContext
-from tessera.training.recipe import Recipe, infer_pixel_channels, inherit_text, resolve_recipe, resolve_text
+from tessera.training.recipe import (
+    Recipe,
+    infer_pixel_channels,
+    inherit_text,
+    null_fields,
+    resolve_recipe,
+    resolve_text,
+)
 from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
 
@@ -122,6 +129,9 @@ def build_run(
     ema = EMA(network, config.ema)
     ema_model = build_ema_model(recipe, class_names, ema, codec)
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
+    if recipe.sampling.null_text == "empty" and recipe.text is not None:
+        text, mask = recipe.text.build().to(device).encode([""])
+        objective = replace(objective, empty_text=Condition(text=text, text_mask=mask))
     evaluates = recipe.evaluation.enabled
     scorer = Scorer(recipe.evaluation, ema_model, recipe.data, Path(recipe.run_dir)) if evaluates else None
     # The ranks communicate from here on. Each of them has raised the errors of the recipe before.
@@ -283,7 +293,7 @@ def build_objective(
         codec=codec,
         hflip=recipe.data.hflip,
         condition_dropout=recipe.training.condition_dropout,
-        null_fields=recipe.network.null_fields,
+        null_fields=null_fields(recipe.network, recipe.sampling),
         seed=recipe.training.seed,
         dtype=dtype,
         field_dropout=recipe.training.field_dropout,
