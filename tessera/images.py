@@ -5,6 +5,7 @@ Shapes: B images, T frames, H W height and width, C channels (1 or 3).
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,18 +48,22 @@ def grid(images: np.ndarray, columns: int, gap: int = 1, zoom: int = 1) -> np.nd
 
 
 def with_captions(rows: Sequence[np.ndarray], captions: Sequence[str], height: int = 16) -> np.ndarray:
-    """Images uint8 [H, W, C] of equal width, one below the other, with a line of text above each."""
-    width, channels = rows[0].shape[1:]
-    font = ImageFont.load_default(height - 4)
+    """Images uint8 [H, W, C] of equal width, one below the other, with a line of text above each.
+
+    Long texts are continued at the right of the images, up to three times as wide as these, and then cut.
+    """
+    (width, channels), font = rows[0].shape[1:], ImageFont.load_default(height - 4)
+    widest = 4 + max(map(font.getlength, captions))
+    canvas = max(width, min(math.ceil(widest), 3 * width))
     parts = []
     for row, caption in zip(rows, captions, strict=True):
-        strip = Image.new("L", (width, height), 255)
-        draw = ImageDraw.Draw(strip)
         text = caption
-        while text and draw.textlength(text + ("" if text == caption else "…"), font) > width - 4:
-            text = text[:-1]
-        draw.text((2, 0), text if text == caption else text + "…", 0, font)
-        parts += [np.repeat(np.asarray(strip)[..., None], channels, axis=2), row]
+        while font.getlength(text) > canvas - 4:
+            text = text.removesuffix("…")[:-1] + "…"
+        strip = Image.new("L", (canvas, height), 255)
+        ImageDraw.Draw(strip).text((2, 0), text, 0, font)
+        space = np.full((len(row), canvas - width, channels), 255, np.uint8)
+        parts += [np.repeat(np.asarray(strip)[..., None], channels, axis=2), np.concatenate((row, space), axis=1)]
     return np.concatenate(parts)
 
 

@@ -84,3 +84,16 @@ def test_any_error_of_a_decoder_is_one_that_callers_expect(tmp_path, monkeypatch
         else:
             with pytest.raises(ValueError, match=re.escape(str(error) or type(error).__name__)):
                 getattr(images, function)(tmp_path / "a.png", *arguments)
+
+
+def test_captions_above_rows_are_continued_at_the_right_and_then_cut():
+    rows = [np.full((10, 40, 3), value, np.uint8) for value in (0, 100)]
+    short = images.with_captions(rows, ["a", "b"])
+    assert short.shape == (2 * (16 + 10), 40, 3)
+    assert (short[16:26] == 0).all()
+    assert (short[42:] == 100).all()
+    assert short[:16].min() < 100  # text
+    long = images.with_captions(rows, ["a" * 15, "b"])
+    assert 40 < long.shape[1] < 120
+    assert (long[16:26, 40:] == 255).all()
+    assert images.with_captions(rows, ["a" * 500, "b"]).shape[1] == 120

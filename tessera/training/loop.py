@@ -340,7 +340,7 @@ class Trainer:
         run = self.run
         model = run.full_ema_model()
         if self.world.is_main:
-            grid = sample_grid(run.recipe, model)
+            grid = sample_grid(run.recipe, model, run.loader.dataset)
             images.save_png(self._grid_path, grid)
             self.logger.image(self.step, grid)
         self.world.barrier()

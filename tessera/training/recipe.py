@@ -108,7 +108,10 @@ class TrainingConfig(Settings):
     )
     log_every: PositiveInt = 100
     sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
-    sample_seeds: PositiveInt = Field(default=4, description="rows of a grid of samples")
+    sample_seeds: PositiveInt = Field(default=4, description="seeds of each class or prompt in a grid of samples")
+    sample_prompts: tuple[str, ...] = Field(
+        default=(), description="prompts of a grid of samples, in a model of text (8 captions of the data)"
+    )
     checkpoint_every: PositiveInt = 5_000
     keep_last: PositiveInt = Field(
         default=2, description="newest checkpoints to keep, beside the one with the best score"
