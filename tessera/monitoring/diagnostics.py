@@ -46,6 +46,7 @@ GROWING = 1.3  # late logits over those of the middle of the run
 
 # Labels and EMA
 MIN_IMAGES_PER_CLASS = 1000  # on average, before labels are judged
+MIN_CAPTIONED = 50_000  # images, before captions are judged
 MIN_PROBES = 5  # late probes
 # The cost of a wrong label, as a fraction of the loss. Labels are uninformative if it is below GAIN (by two standard
 # errors) and no more than chance. If it is small but more than chance, random labels may have been memorized. For
@@ -333,17 +334,51 @@ def guidance_without_condition_dropout(history: History) -> Finding | None:
 
 
 def uninformative_labels(history: History) -> Finding | None:
-    """Wrong labels that do not raise the loss, measured on the same samples, timesteps and noise in every probe."""
-    recipe = history.recipe
-    classes = recipe.network.num_classes
+    """Wrong labels that do not raise the loss."""
+    classes = history.recipe.network.num_classes
+    if classes < 2 or (cost := _cost_of_wrong(history, "label", MIN_IMAGES_PER_CLASS * classes)) is None:
+        return None
+    by_chance, evidence = cost
+    return Finding(
+        "labels are uninformative",
+        "error" if by_chance else "warning",
+        "Wrong labels do not raise the loss: the labels do not match the images.",
+        evidence,
+        "check the labels behind data.path (data.classes): are the folders or columns correct? To train without "
+        "labels: data.classes=none",
+    )
+
+
+def uninformative_captions(history: History) -> Finding | None:
+    """Wrong captions that do not raise the loss."""
+    if (cost := _cost_of_wrong(history, "caption", MIN_CAPTIONED)) is None:
+        return None
+    by_chance, evidence = cost
+    return Finding(
+        "captions are uninformative",
+        "error" if by_chance else "warning",
+        "Wrong captions do not raise the loss: the captions do not match the images, or the network does not use them.",
+        evidence,
+        "check the captions behind data.path (data.caption), and that the text encoder reads their words: "
+        "tessera data check; if they are right, raise training.optimizer.learning_rate or train longer",
+    )
+
+
+def _cost_of_wrong(history: History, name: str, min_images: int) -> tuple[bool, str] | None:
+    """Whether wrong labels or captions raise the loss no more than chance does, and the evidence; None if they raise it
+    by more, or if it is not known. Every probe measures both losses on the same samples, timesteps and noise.
+
+    min_images: seen in training before a probe counts.
+    """
+    key = f"loss_wrong_{name}s"
     pairs = [
-        (record["loss_wrong_labels"], record["loss_probe"])
+        (record[key], record["loss_probe"])
         for record in history.health
         if record["step"] > history.step / 2
-        and len(finite((record.get("loss_wrong_labels"), record.get("loss_probe")))) == 2
-        and record["step"] * recipe.training.global_batch_size >= MIN_IMAGES_PER_CLASS * classes
+        and len(finite((record.get(key), record.get("loss_probe")))) == 2
+        and record["step"] * history.recipe.training.global_batch_size >= min_images
     ]
-    if classes < 2 or len(pairs) < MIN_PROBES or not _has_learned(history):
+    if len(pairs) < MIN_PROBES or not _has_learned(history):
         return None
     costs, loss = [wrong - right for wrong, right in pairs], mean(right for _, right in pairs)
     error = stdev(costs) / math.sqrt(len(costs))
@@ -352,14 +387,9 @@ def uninformative_labels(history: History) -> Finding | None:
     by_chance = mean(costs) < 3 * error
     if not by_chance and mean(costs) > SMALL_GAIN * loss:
         return None
-    return Finding(
-        "labels are uninformative",
-        "error" if by_chance else "warning",
-        "Wrong labels do not raise the loss: the labels do not match the images.",
-        f"a wrong label raises the loss by {mean(costs) / loss:.2%}, +- {2 * error / loss:.2%} ({len(pairs)} probes, "
-        f"steps {history.step // 2} to {history.step}); informative labels raise it by 1 % or more",
-        "check the labels behind data.path (data.classes): are the folders or columns correct? To train without "
-        "labels: data.classes=none",
+    return by_chance, (
+        f"a wrong {name} raises the loss by {mean(costs) / loss:.2%}, +- {2 * error / loss:.2%} ({len(pairs)} probes, "
+        f"steps {history.step // 2} to {history.step}); informative {name}s raise it by 1 % or more"
     )
 
 
@@ -540,7 +570,7 @@ Rule = Callable[[History], Finding | None]
 # Causes before their consequences.
 RULES: tuple[Rule, ...] = (
     low_image_variety, unscaled_latents, many_invalid_images, no_warmup, learning_rate_too_high, no_learning,
-    attention_logits, guidance_without_condition_dropout, uninformative_labels, slow_ema, growing_gradients,
-    always_clipped, poor_end_of_schedule, dead_patches, closed_gates, high_condition_dropout, waiting_for_data,
-    low_gpu_utilization,
+    attention_logits, guidance_without_condition_dropout, uninformative_labels, uninformative_captions, slow_ema,
+    growing_gradients, always_clipped, poor_end_of_schedule, dead_patches, closed_gates, high_condition_dropout,
+    waiting_for_data, low_gpu_utilization,
 )  # fmt: skip

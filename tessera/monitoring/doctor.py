@@ -55,8 +55,9 @@ def facts(run: Path) -> dict[str, str]:
         summary["largest attention logit"] = f"{logits[-1][1]:.3g}"
     if ratio := _ratio_to_probe(history, "loss_ema"):
         summary["EMA loss"] = f"{ratio:.3f} times the loss of the weights"
-    if ratio := _ratio_to_probe(history, "loss_wrong_labels"):
-        summary["wrong labels"] = f"raise the loss by {ratio - 1:.1%}"
+    for name in ("labels", "captions"):
+        if ratio := _ratio_to_probe(history, f"loss_wrong_{name}"):
+            summary[f"wrong {name}"] = f"raise the loss by {ratio - 1:.1%}"
     if not history.health:
         summary["health"] = "no records: set training.health_every"
     return summary

@@ -91,9 +91,9 @@ def probe(
 
     Lists with one value per block: attention_logits (the largest |q.k| / sqrt(H)), activations (rms of the tokens after
     the block) and, in designs that have them, gates and scales (rms). Mean squared errors: loss_probe of the weights,
-    loss_ema of the averaged weights, loss_wrong_labels of the weights if every label is wrong. Of x0: data_mean,
-    data_std and data_spread (the standard deviation between samples). still_patches and dead_patches are the fractions
-    of token positions at which the data or the output hardly vary between samples.
+    loss_ema of the averaged weights, loss_wrong_labels and loss_wrong_captions of the weights if every label or caption
+    is wrong. Of x0: data_mean, data_std and data_spread (the standard deviation between samples). still_patches and
+    dead_patches are the fractions of token positions at which the data or the output hardly vary between samples.
 
     Values that need more samples or classes are absent. Values that are not finite are None, and so are the logits of
     blocks without attention. Token positions of a U-Net are those of its deepest level.
@@ -114,9 +114,8 @@ def probe(
             raw = predict(network, condition)
         metrics: dict[str, Tensor] = {name: torch.stack(values) for name, values in statistics.items() if values}
         metrics |= {"loss_probe": mse(raw), "loss_ema": mse(predict(ema_network, condition))}
-        if condition.label is not None and num_classes > 1:
-            wrong = wrong_labels(condition.label, num_classes)
-            metrics["loss_wrong_labels"] = mse(predict(network, replace(condition, label=wrong)))
+        for name, wrong in wrong_conditions(condition, num_classes).items():
+            metrics[f"loss_wrong_{name}"] = mse(predict(network, wrong))
         metrics |= {"data_mean": x0.mean(), "data_std": x0.std(correction=0)}
         if len(x0) > 1:
             patch_size, target = network.config.size_multiple, diffusion.training_target(x0, noise, t)
@@ -133,6 +132,29 @@ def stratified_timesteps(count: int, diffusion: DiffusionProcess) -> Tensor:
     """The centers of equal parts of 0 to 1; of a process in discrete steps, the steps there. float32 [count]"""
     centers = (torch.arange(count, dtype=torch.float32) + 0.5) / count
     return centers if diffusion.num_timesteps is None else diffusion.sample_timesteps(centers)
+
+
+def wrong_conditions(condition: Condition, num_classes: int) -> dict[str, Condition]:
+    """The condition with wrong values in one field, by the name of the values in data: labels, captions."""
+    rules, present, result = condition.rules(), condition.present, {}
+    for name, value in present.items():
+        changes = {}
+        if rules[name].discrete and num_classes > 1:
+            changes = {name: wrong_labels(value, num_classes)}
+        elif not rules[name].discrete and len(value) > 1:
+            rows = other_rows(value)
+            changes = {each: present[each][rows] for each in (name, *rules[name].companions) if each in present}
+        if rules[name].data_name and changes:
+            result[rules[name].data_name] = replace(condition, **changes)
+    return result
+
+
+def other_rows(value: Tensor) -> Tensor:
+    """A permutation of the rows of [B, ...] in which each row is replaced by a different one, if no value is in more
+    than half of them: int64 [B]"""
+    flat = value.flatten(1).float().nan_to_num()
+    order = torch.argsort((flat * torch.linspace(1, 2, flat.shape[1], device=flat.device)).sum(1), stable=True)
+    return torch.empty_like(order).index_copy_(0, order, order.roll(len(order) // 2))
 
 
 def wrong_labels(label: Tensor, num_classes: int) -> Tensor:

@@ -220,7 +220,8 @@ CURVES: list[tuple[str, str, Scale, dict[str, str], float]] = [  # title, unit, 
 ]
 HEALTH_CURVES: list[tuple[str, str, Scale, dict[str, str], float]] = [
     ("Fixed probe batch", "mse", "log",
-     {"weights": "loss_probe", "EMA": "loss_ema", "wrong labels": "loss_wrong_labels"}, 1),
+     {"weights": "loss_probe", "EMA": "loss_ema", "wrong labels": "loss_wrong_labels",
+      "wrong captions": "loss_wrong_captions"}, 1),
     ("EMA distance", "% of the norm of the weights", "linear", {"distance": "ema_distance"}, 100),
     ("Patches that hardly vary", "% of tokens", "linear", {"output": "dead_patches", "data": "still_patches"}, 100),
     ("Network input", "", "linear",

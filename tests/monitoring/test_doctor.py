@@ -139,6 +139,7 @@ def test_a_healthy_run_has_no_findings_at_any_age(made, steps):
             values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] * (1.002 + 0.001 * math.sin(step))),
         ),
         ((), values(), drop("gates", "scales")),
+        ((), values(), values(loss_wrong_captions=lambda step: 1.02 * probe(step)["loss_probe"])),
         ((), values(), values(attention_logits=[170.0, 60.0])),  # high, but steady
         ((), values(), values(loss_by_timestep=[None, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, None])),
         ((), values(), values(still_patches=0.5, dead_patches=0.05)),
@@ -196,6 +197,10 @@ FINDINGS = {
     "labels are uninformative": (
         (), values(), values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
         "error", "probes", "data.classes=none",
+    ),
+    "captions are uninformative": (
+        (), values(), values(loss_wrong_captions=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
+        "error", "a wrong caption raises the loss by", "data.caption",
     ),
     "most labels dropped": (
         ("training.condition_dropout=0.8",), values(), values(), "warning", "0.8", "training.condition_dropout=0.1",

@@ -23,9 +23,11 @@ from tessera.monitoring import health
 from tessera.monitoring.health import (
     bin_by_timestep,
     largest_logit,
+    other_rows,
     parameter_group,
     parameter_groups,
     squared_distance,
+    wrong_conditions,
     wrong_labels,
 )
 from tessera.training.objective import NOISE_STREAM, TrainingObjective, prepare_batch, probe_inputs
@@ -282,6 +284,61 @@ def test_timesteps_of_a_discrete_process_are_those_of_training(make):
     metrics = probe(network, network, batch(4), make_objective(diffusion=diffusion))
     assert timesteps[0][:, 0].tolist() == [2, 7, 12, 17]
     assert math.isfinite(metrics["loss_probe"])
+
+
+class ReadsText(nn.Module):
+    """The output is the first channel of the valid text tokens' mean."""
+
+    def __init__(self, network) -> None:
+        super().__init__()
+        self.config, self.blocks = network.config, nn.ModuleList()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.conditions: list[Condition] = []
+
+    def forward(self, x, t, condition):
+        self.conditions.append(condition)
+        weights = condition.text_mask.float()[..., None]
+        mean = (condition.text * weights).sum(1) / weights.sum(1)
+        return torch.zeros_like(x) + self.scale * mean[:, :1, None, None]
+
+
+@torch.no_grad()
+def test_wrong_captions_are_those_of_other_samples_with_their_masks(make):
+    generator = torch.Generator().manual_seed(0)
+    text, lengths = torch.randn(4, 3, 5, generator=generator), torch.tensor([1, 2, 3, 1])
+    text[3] = text[0]  # two samples have one caption
+    mask = torch.arange(3) < lengths[:, None]
+    inputs = replace(batch(4), condition=Condition(text=text, text_mask=mask))
+    network, objective = ReadsText(make()), make_objective()
+    metrics = probe(network, network, inputs, objective, num_classes=0)
+    _, _, _, x0, noise = expected_inputs(inputs, objective)
+    wrong = network.conditions[-1]
+    rows = [int((text == each).flatten(1).all(1).nonzero()[0]) for each in wrong.text]
+    assert all(not torch.equal(wrong.text[row], text[row]) for row in range(4))
+    assert torch.equal(wrong.text_mask.sum(1), lengths[rows])
+    output = ReadsText(make())(x0, None, wrong)
+    assert metrics["loss_wrong_captions"] == pytest.approx((output - (noise - x0)).square().mean().item(), rel=1e-5)
+    assert "loss_wrong_labels" not in metrics
+
+
+@pytest.mark.parametrize("text", [torch.tensor([[3, 4], [-1, -1], [3, 4], [5, 6], [7, 8]]), torch.ones(5, 2, 3)])
+def test_rows_are_replaced_by_different_ones(text):
+    """Ids, and embeddings of which some are null."""
+    if text.is_floating_point():
+        text = torch.stack([text[0], text[0] * float("nan"), text[0], text[0] * 2, text[0] * 3])
+    rows = other_rows(text)
+    assert sorted(rows.tolist()) == list(range(5))
+    assert not any(torch.equal(text[row], text[other]) for row, other in enumerate(rows))
+
+
+@torch.no_grad()
+def test_a_network_with_labels_and_captions_has_both(make):
+    condition = Condition(torch.arange(4), torch.randn(4, 3, 5), torch.ones(4, 3, dtype=torch.bool))
+    wrong = wrong_conditions(condition, 4)
+    assert list(wrong) == ["labels", "captions"]
+    assert torch.equal(wrong["labels"].text, condition.text)
+    assert torch.equal(wrong["captions"].label, condition.label)
+    assert list(wrong_conditions(condition[:1], 1)) == []
 
 
 def test_without_classes_there_are_no_wrong_labels(make):
