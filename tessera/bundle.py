@@ -171,5 +171,5 @@ def weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())  # also without axes
     return digest.hexdigest()[:16]

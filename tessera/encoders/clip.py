@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tessera.encoders import vision
+from tessera.encoders.tokenizers import load_tokenizer
 from tessera.errors import TesseraError
 
 
@@ -55,7 +56,5 @@ def load(source: str) -> Clip:
     images = vision.load(source)
     if images.network.config.model_type != "clip":
         raise TesseraError(f"'{source}' is a {images.network.config.model_type} network; expected CLIP")
-    from transformers import AutoTokenizer
-
     with vision.clear_errors(source, "the tokenizer of CLIP", "tokenizer.json, or vocab.json and merges.txt"):
-        return Clip(images, AutoTokenizer.from_pretrained(source))
+        return Clip(images, load_tokenizer(source))
