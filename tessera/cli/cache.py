@@ -4,7 +4,7 @@ import shlex
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -29,71 +29,115 @@ def cache(
     device: Device = "auto",
     verify: Annotated[bool, typer.Option("--verify", help="only compare every file with its checksum")] = False,
 ) -> None:
-    """Encode every image of a data set once. Training reads the latents with data.cache.
+    """Encode every image of a data set once, and every caption if the recipe has a frozen text encoder. Training reads
+    them with data.cache.
 
     To resume after an interruption, repeat the command. On several GPUs: torchrun --nproc-per-node 8 -m tessera data
     cache RECIPE.
     """
     from tessera import runtime
     from tessera.data import cache as latent_cache
-    from tessera.data import latents
+    from tessera.data import latents, text_cache
+    from tessera.data.captions import Captions
 
     index, count = parse_shard(shard)
     if verify and (Path(target) / latents.CACHE).exists():
         _verify(latents.LatentsDataset(Path(target)))
         return
-    data, codec_config, dataset = _open(target, overrides or [], size)
-    folder = out or Path(getattr(data, "cache", None) or "latents")
+    if verify and (Path(target) / text_cache.SUMMARY).exists():
+        _verify(text_cache.CachedTokens(Path(target)), "captions")
+        return
+    data, codec_config, text, dataset = _open(target, overrides or [], size)
+    images_folder = out or Path(getattr(data, "cache", None) or "latents")
+    text_folder = out or Path((text and text.cache) or images_folder)
+    command = shlex.join(["tessera", *(word for word in sys.argv[1:] if word != "--verify")])
+    options = _Options(index, count, workers, batch_size)
+    folder = images_folder
     try:
         with runtime.distributed_session() as ranks, progress() as start:
             torch_device = runtime.choose_device(device)
-            codec = codec_config.build().to(torch_device)
-            if verify:
-                command = shlex.join(["tessera", *(word for word in sys.argv[1:] if word != "--verify")])
-                _verify(latents.open_cache(folder, data, codec, dataset, command))
-                return
-            writer = latent_cache.CacheWriter(folder, data, dataset, codec_config, codec, dtype, shard_size)
-            writer.begin()
-            shards = range(index, len(writer), count)[ranks.rank :: ranks.world_size]
-            report = start("checking existing files") if ranks.is_main else None
-            missing = []
-            for done, (number, absent) in enumerate(writer.missing(shards), start=1):
-                missing += [number] if absent else []
-                if report is not None:
-                    report(done, len(shards))
-            workers = workers or max(1, runtime.available_cpus() // ranks.world_size)
-            if torch_device.type == "cpu":
-                runtime.keep_freed_memory()
-                counts = latent_cache.write_in_processes(writer, missing, workers, batch_size)
-            else:
-                counts = writer.write(missing, torch_device, batch_size, workers)
-            report = start("encoding") if ranks.is_main else None
-            done, total = 0, sum(len(writer.indices(number)) for number in missing)
-            with closing(counts):
-                for encoded in counts:
-                    done += encoded
-                    if report is not None:
-                        report(done, total)
-            ranks.barrier()
-            if not ranks.is_main:
-                return
-            summary = writer.finish()
-        if summary is None:
-            existing = sum(writer.path(number).exists() for number in range(len(writer)))
-            print_error(f"shard {index + 1}/{count} is done: {existing} of {len(writer)} files exist")
-        else:
-            print_error(_summary(summary, codec))
-            print_error(f"to train on it: {shlex.quote(f'data.cache={folder}')}")
-        print(writer.folder)
+            if codec_config is not None:
+                codec = codec_config.build().to(torch_device)
+                if verify:
+                    _verify(latents.open_cache(folder, data, codec, dataset, command))
+                else:
+                    writer = latent_cache.CacheWriter(folder, data, dataset, codec_config, codec, dtype, shard_size)
+                    if (summary := _write(writer, options, torch_device, ranks, start, "encoding")) is not None:
+                        print_error(_summary(summary, codec))
+                        print_error(f"to train on it: {shlex.quote(f'data.cache={folder}')}")
+            if text is not None:
+                folder = text_folder
+                captions, encoder = Captions.of(dataset, data.description), text.build()
+                if verify:
+                    _verify(text_cache.open_text_cache(folder, captions, encoder, command), "captions")
+                    return
+                writer = text_cache.TextCacheWriter(folder, captions, text, encoder, data.description)
+                summary = _write(writer, options, torch_device, ranks, start, "encoding captions")
+                if summary is not None:
+                    cut = f", {summary['cut']:,} of them cut at {encoder.max_tokens} tokens" if summary["cut"] else ""
+                    print_error(f"{summary['count']:,} different captions, {summary['tokens']:,} tokens{cut}")
+                if summary is not None and (codec_config is None or folder != images_folder):
+                    print_error(f"to train on it: {shlex.quote(f'text.cache={folder}')}")
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; the complete files are in {folder}: repeat the command to resume") from None
 
 
-def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any, Any]:
-    """The settings of data and codec, and the opened data. Raises TesseraError."""
+class _Options(NamedTuple):
+    """part, parts: which of how many parts of the work is done; workers: None: one per core"""
+
+    part: int
+    parts: int
+    workers: int | None
+    batch_size: int
+
+
+def _write(writer: Any, options: _Options, device: Any, ranks: Any, start: Any, label: str) -> dict[str, Any] | None:
+    """Write the missing files of a cache, and print its folder. Returns its summary if it is complete."""
+    from tessera import runtime
+    from tessera.data import cache as latent_cache
+
+    writer.begin()
+    shards = range(options.part, len(writer), options.parts)[ranks.rank :: ranks.world_size]
+    report = start("checking existing files") if ranks.is_main else None
+    missing = []
+    for done, (number, absent) in enumerate(writer.missing(shards), start=1):
+        missing += [number] if absent else []
+        if report is not None:
+            report(done, len(shards))
+    workers = options.workers or max(1, runtime.available_cpus() // ranks.world_size)
+    if device.type == "cpu":
+        runtime.keep_freed_memory()
+        counts = latent_cache.write_in_processes(writer, missing, workers, options.batch_size)
+    else:
+        counts = writer.write(missing, device, options.batch_size, workers)
+    report = start(label) if ranks.is_main else None
+    done, total = 0, sum(len(writer.indices(number)) for number in missing)
+    with closing(counts):
+        for encoded in counts:
+            done += encoded
+            if report is not None:
+                report(done, total)
+    ranks.barrier()
+    if not ranks.is_main:
+        return None
+    summary = writer.finish()
+    if summary is None:
+        existing = sum(writer.path(number).exists() for number in range(len(writer)))
+        part = f"shard {options.part + 1}/{options.parts}"
+        print_error(f"{part} is done: {existing} of {len(writer)} files exist")
+    print(writer.folder)
+    return summary
+
+
+def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any, Any, Any]:
+    """The settings of data, codec and frozen text encoder, and the opened data. Raises TesseraError.
+
+    The codec is None if the images need no cache, the text encoder if there is none.
+    """
     from tessera.codecs import AnyCodec, PixelsConfig
     from tessera.data import AnyData
     from tessera.data.resolve import open_data, resolve_data
+    from tessera.encoders.text import FrozenConfig
     from tessera.settings import Settings, apply_overrides, validate
     from tessera.training import recipe
 
@@ -115,12 +159,14 @@ def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any
         sections = {"data": data, "codec": {"kind": "autoencoder-kl"}}
         sections = apply_overrides(sections, overrides, Sections, "codec.source=FOLDER")
         config = validate(Sections, sections, "the command line")
-    if isinstance(config.codec, PixelsConfig):
+    text = config.text if from_recipe and isinstance(config.text, FrozenConfig) else None
+    codec = None if isinstance(config.codec, PixelsConfig) else config.codec
+    if codec is None and text is None:
         raise TesseraError(f"the codec of {target} is pixels, which has no latents to cache: give codec.source=FOLDER")
-    return config.data, config.codec, config.data.open() if from_recipe else open_data(config.data)
+    return config.data, codec, text, config.data.open() if from_recipe else open_data(config.data)
 
 
-def _verify(dataset: Any) -> None:
+def _verify(dataset: Any, unit: str = "samples") -> None:
     """Compare a complete cache with its checksums. Raises TesseraError if files are damaged."""
     from tessera.data.cache import damaged_shards
 
@@ -131,7 +177,7 @@ def _verify(dataset: Any) -> None:
             f"{len(damaged)} of {len(dataset.shards)} files in {dataset.folder} are damaged: {', '.join(damaged[:8])}\n"
             "the `tessera data cache` command that wrote them writes them again"
         )
-    print(f"{dataset.folder}: {len(dataset):,} samples in {len(dataset.shards)} files, all checksums match")
+    print(f"{dataset.folder}: {len(dataset):,} {unit} in {len(dataset.shards)} files, all checksums match")
 
 
 def _summary(summary: dict[str, Any], codec: Any) -> str:

@@ -10,6 +10,7 @@ Shapes: n samples of a shard, B batch, C latent channels, H W pixels, h w latent
 import hashlib
 import json
 import uuid
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,81 @@ class LatentStatistics:
         return cls(values["count"], *arrays)
 
 
-class CacheWriter:
+class ShardedCache(ABC):
+    """A folder of shards that any number of processes write.
+
+    folder: of this cache; key: its name, a hash of spec; spec: what its content depends on; names: of what spec
+    contains hashes of, for messages.
+    """
+
+    folder: Path
+    key: str
+    spec: dict[str, Any]
+    names: dict[str, str]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of shards."""
+
+    @abstractmethod
+    def indices(self, shard: int) -> np.ndarray:
+        """The samples of the data in a shard, int64 [n]"""
+
+    @abstractmethod
+    def write(
+        self, shards: Iterable[int], device: torch.device, batch_size: int, num_readers: int = 1
+    ) -> Generator[int, None, None]:
+        """Write shards one after the other; yields repeatedly how many more samples are done.
+
+        batch_size: samples encoded at once; num_readers: threads that read ahead. Raises TesseraError.
+        """
+
+    @abstractmethod
+    def finish(self) -> dict[str, Any] | None:
+        """If all shards exist, write and return the summary of the cache; None if some are missing."""
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.safetensors"
+
+    def begin(self) -> None:
+        """Create the folder and write the plan. Raises TesseraError if it cannot be written."""
+        path = self.folder / PLAN
+        if not path.exists():
+            write_file(path, json.dumps({"spec": self.spec, "names": self.names}, indent=1).encode())
+
+    def is_valid(self, shard: int) -> bool:
+        """Whether a shard exists and its checksum is right."""
+        return is_intact(self.path(shard), key=self.key)
+
+    def missing(self, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
+        """For each shard, whether it must be written because it is absent or damaged."""
+        with ThreadPoolExecutor(runtime.available_cpus()) as pool:  # hashing releases the GIL
+            for shard, valid in zip(shards, prefetch(pool, self.is_valid, shards, 4)):
+                yield shard, not valid
+
+    def save_shard(self, shard: int, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        """Write a shard with its checksum. Raises TesseraError if it cannot be written."""
+        metadata = {"key": self.key, "shard": shard, **metadata}
+        metadata["sha256"] = checksum(metadata, tensors)
+        try:
+            write_file(self.path(shard), save(tensors, {METADATA_KEY: json.dumps(metadata)}))
+        except TesseraError:
+            if not self.is_valid(shard):  # another process wrote the same shard and removed the partial file
+                raise
+
+    def shards(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]]:
+        """The facts about each shard, its metadata and its tensors. Raises TesseraError if one is damaged."""
+        for shard in range(len(self)):
+            path = self.path(shard)
+            try:
+                metadata, tensors = read_shard(path)
+            except READ_ERRORS as error:
+                raise TesseraError(f"{path} is damaged ({error}): run the same command again") from None
+            facts = {"file": path.name, "bytes": path.stat().st_size, "sha256": metadata["sha256"]}
+            yield facts, metadata, tensors
+
+
+class CacheWriter(ShardedCache):
     """Writes the latents of one data set. It can be pickled: a process builds its codec from the settings."""
 
     def __init__(
@@ -133,6 +208,8 @@ class CacheWriter:
         self.spec = cache_spec(config, codec, dataset) | {"dtype": dtype, "shard_size": shard_size, "format": FORMAT}
         self.key = cache_key(self.spec)
         self.folder = folder / self.key
+        codec_name = f"{codec_config.kind} {getattr(codec_config, 'source', '')}".strip()
+        self.names = {"codec": codec_name, "data": config.description}
         self.buckets = None
         if (buckets := getattr(config, "buckets", None)) is not None and isinstance(dataset, FilesDataset):
             self.buckets = Buckets.assign(dataset.shapes(), buckets.sizes(config.size))
@@ -150,7 +227,6 @@ class CacheWriter:
         return {**self.__dict__, "codec": None}
 
     def __len__(self) -> int:
-        """The number of shards."""
         return len(self._ranges)
 
     def size(self, shard: int) -> tuple[int, int]:
@@ -158,44 +234,18 @@ class CacheWriter:
         return self.config.size if self.buckets is None else self.buckets.sizes[self._ranges[shard][0]]
 
     def indices(self, shard: int) -> np.ndarray:
-        """The samples of the data in a shard, int64 [n]"""
         _, start, stop = self._ranges[shard]
         return self._order[start:stop]
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.safetensors"
-
-    def begin(self) -> None:
-        """Create the folder and write the plan. Raises TesseraError if it cannot be written."""
-        path = self.folder / PLAN
-        if not path.exists():
-            codec_name = f"{self.codec_config.kind} {getattr(self.codec_config, 'source', '')}".strip()
-            names = {"codec": codec_name, "data": self.config.description}
-            _write(path, json.dumps({"spec": self.spec, "names": names}, indent=1).encode())
-
-    def is_valid(self, shard: int) -> bool:
-        """Whether a shard exists and its checksum is right."""
-        return _is_valid(self.path(shard), key=self.key)
-
-    def missing(self, shards: Sequence[int]) -> Iterator[tuple[int, bool]]:
-        """For each shard, whether it must be written because it is absent or damaged."""
-        with ThreadPoolExecutor(runtime.available_cpus()) as pool:  # hashing releases the GIL
-            for shard, valid in zip(shards, _prefetch(pool, self.is_valid, shards, 4)):
-                yield shard, not valid
 
     def write(
         self, shards: Iterable[int], device: torch.device, batch_size: int, num_readers: int = 1
     ) -> Generator[int, None, None]:
-        """Write shards one after the other; yields repeatedly how many more samples are done.
-
-        batch_size: images encoded at once; num_readers: threads that read ahead. Raises TesseraError.
-        """
         if self.codec is None:
             self.codec = self.codec_config.build().to(device)
         items = ((shard, int(index)) for shard in shards for index in [-1, *self.indices(shard)])  # -1: a shard starts
-        with _deterministic(device), ThreadPoolExecutor(num_readers, thread_name_prefix="tessera-cache") as pool:
+        with deterministic(device), ThreadPoolExecutor(num_readers, thread_name_prefix="tessera-cache") as pool:
             writer: ShardWriter | None = None
-            for shard, index, pixels in _prefetch(pool, self._read_pixels, items, PREFETCH):
+            for shard, index, pixels in prefetch(pool, self._read_pixels, items, PREFETCH):
                 if pixels is None:
                     if writer is not None:
                         yield writer.finish()
@@ -217,22 +267,13 @@ class CacheWriter:
             return shard, index, error
 
     def finish(self) -> dict[str, Any] | None:
-        """If all shards exist, write and return the summary of the cache; None if some are missing.
-
-        Raises TesseraError if no sample is valid.
-        """
+        """As the base class. Raises TesseraError if no sample is valid."""
         shards, skipped, statistics, labels, indices = [], [], [], [], []
-        for shard in range(len(self)):
-            path = self.path(shard)
-            if not path.exists():
-                return None
-            try:
-                metadata, tensors = _read_shard(path)
-            except READ_ERRORS as error:
-                raise TesseraError(f"{path} is damaged ({error}): run the same command again") from None
+        if not all(self.path(shard).exists() for shard in range(len(self))):
+            return None
+        for facts, metadata, tensors in self.shards():
             count = len(tensors[LABELS])
-            facts = {"size": metadata["size"], "bytes": path.stat().st_size, "sha256": metadata["sha256"]}
-            shards.append({"file": path.name, "count": count, **facts})
+            shards.append({"count": count, "size": metadata["size"], **facts})
             skipped += metadata["skipped"]
             statistics += [LatentStatistics.from_json(metadata["statistics"])] if count else []
             labels.append(tensors[LABELS])
@@ -253,13 +294,13 @@ class CacheWriter:
             },
             "shards": shards,
         }
-        _write(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(indices)}))
+        write_file(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(indices)}))
         lines = [
             json.dumps({"index": index, "name": name, "reason": reason}, ensure_ascii=False) + "\n"
             for index, name, reason in skipped
         ]
-        _write(self.folder / SKIPPED, "".join(lines).encode())
-        _write(self.folder / CACHE, json.dumps(summary, indent=1).encode())
+        write_file(self.folder / SKIPPED, "".join(lines).encode())
+        write_file(self.folder / CACHE, json.dumps(summary, indent=1).encode())
         remove_partials(self.folder)  # of processes that were killed
         return summary
 
@@ -312,12 +353,7 @@ class ShardWriter:
     def finish(self) -> int:
         """Encode the remaining samples and write the shard; returns how many more samples are done."""
         done, cache = self._encode(), self.cache
-        metadata: dict[str, Any] = {
-            "key": cache.key,
-            "shard": self.shard,
-            "size": list(cache.size(self.shard)),
-            "skipped": self.skipped,
-        }
+        metadata: dict[str, Any] = {"size": list(cache.size(self.shard)), "skipped": self.skipped}
         tensors = {
             LABELS: torch.tensor([cache.dataset.label(index) for index in self.indices], dtype=torch.int32),
             INDICES: torch.tensor(self.indices, dtype=torch.int64),
@@ -330,17 +366,12 @@ class ShardWriter:
             channels = cache.codec.latent_channels
             statistics = (LatentStatistics.from_moments(block, channels) for block in blocks)
             metadata["statistics"] = reduce(LatentStatistics.__add__, statistics).to_json()
-        metadata["sha256"] = _checksum(metadata, tensors)
-        try:
-            _write(cache.path(self.shard), save(tensors, {METADATA_KEY: json.dumps(metadata)}))
-        except TesseraError:
-            if not cache.is_valid(self.shard):  # another process wrote the same shard and removed the partial file
-                raise
+        cache.save_shard(self.shard, tensors, metadata)
         return done
 
 
 def write_in_processes(
-    cache: CacheWriter, shards: Sequence[int], workers: int, batch_size: int
+    cache: ShardedCache, shards: Sequence[int], workers: int, batch_size: int
 ) -> Generator[int, None, None]:
     """Write shards on the CPU in several processes; yields repeatedly how many more samples are done.
 
@@ -351,7 +382,7 @@ def write_in_processes(
     return run_in_processes(partial(_write_shard, cache, batch_size), shards, workers)
 
 
-def _write_shard(cache: CacheWriter, batch_size: int, shard: int) -> Iterator[int]:
+def _write_shard(cache: ShardedCache, batch_size: int, shard: int) -> Iterator[int]:
     runtime.keep_freed_memory()
     return cache.write([shard], torch.device("cpu"), batch_size)
 
@@ -360,8 +391,8 @@ def damaged_shards(dataset: LatentsDataset, progress: Callable[[int, int], None]
     """The files of a finished cache whose checksum is wrong."""
     shards, damaged = dataset.shards, []
     with ThreadPoolExecutor(runtime.available_cpus()) as pool:
-        results = _prefetch(
-            pool, lambda each: _is_valid(dataset.folder / each["file"], sha256=each["sha256"]), shards, 4
+        results = prefetch(
+            pool, lambda each: is_intact(dataset.folder / each["file"], sha256=each["sha256"]), shards, 4
         )
         for done, (shard, valid) in enumerate(zip(shards, results), start=1):
             damaged += [] if valid else [shard["file"]]
@@ -369,11 +400,11 @@ def damaged_shards(dataset: LatentsDataset, progress: Callable[[int, int], None]
     return damaged
 
 
-def _is_valid(path: Path, **expected: str) -> bool:
+def is_intact(path: Path, **expected: str) -> bool:
     """Whether a shard exists, its checksum is right, and its metadata has the expected values."""
     try:
-        metadata, tensors = _read_shard(path)
-        return expected.items() <= metadata.items() and metadata["sha256"] == _checksum(metadata, tensors)
+        metadata, tensors = read_shard(path)
+        return expected.items() <= metadata.items() and metadata["sha256"] == checksum(metadata, tensors)
     except READ_ERRORS:
         return False
 
@@ -387,7 +418,7 @@ def scaled_statistics(statistics: dict[str, list[float]], codec: Codec) -> tuple
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """The same pixels give the same bits with any number of processes: one thread each; fixed algorithms on a GPU."""
     if device.type == "cpu":
         before = torch.get_num_threads()
@@ -401,7 +432,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
             yield
 
 
-def _prefetch(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], count: int) -> Iterator[Any]:
+def prefetch(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], count: int) -> Iterator[Any]:
     """`map` in a pool that starts at most `count` calls before their results are needed."""
     pending = deque()
     try:
@@ -416,14 +447,14 @@ def _prefetch(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], cou
             future.cancel()
 
 
-def _read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata of a shard, and its tensors as a memory map. Raises READ_ERRORS."""
     with safe_open(path, "pt") as file:
         metadata = json.loads((file.metadata() or {})[METADATA_KEY])
         return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
 
 
-def _checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+def checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     """The sha256 of everything in a shard."""
     facts = {name: value for name, value in metadata.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
@@ -433,7 +464,7 @@ def _checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     with atomic_file(path, uuid.uuid4().hex[:8]) as partial:
         partial.write_bytes(content)
 

@@ -7,17 +7,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tessera import randomness
 from tessera.conditioning.text import NULL_TOKEN
 from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset
-from tessera.data.index import arrow
+from tessera.data.index import arrow, compute
 from tessera.data.latents import LatentsDataset
 from tessera.data.packed import progress
 from tessera.encoders.text import TextEncoder
@@ -39,8 +40,8 @@ class Captions:
     texts: Any
 
     @classmethod
-    def of(cls, dataset: Dataset | LatentsDataset) -> "Captions | None":
-        """Those of a data set (of latents: of the images), None if it has none."""
+    def of(cls, dataset: Dataset | LatentsDataset, description: str = "the data set") -> "Captions":
+        """Those of a data set (of latents: of the images). Raises TesseraError if it has none."""
         pa = arrow()
         source = dataset.source if isinstance(dataset, LatentsDataset) else dataset
         if isinstance(source, FilesDataset):
@@ -49,11 +50,19 @@ class Captions:
             column = pa.chunked_array([pa.array([caption(index) for index in range(len(source))], pa.string())])
             counts = np.ones(len(source), np.int64)
         else:
-            return None
+            counts, column = np.zeros(0, np.int64), pa.chunked_array([pa.array([], pa.string())])
         coded = column.dictionary_encode().combine_chunks()
         if not len(coded):
-            return None
+            raise TesseraError(
+                f"the network reads text, but {description} has no captions: add them as a metadata.jsonl with "
+                "file_name and caption, as .txt files beside the images, or in a column of a table "
+                "(data.caption=COLUMN)"
+            )
         return cls(counts, coded.indices.cast(pa.int64()).to_numpy(), coded.dictionary)
+
+    def __len__(self) -> int:
+        """U"""
+        return len(self.texts)
 
     def batches(self) -> Iterator[list[str]]:
         """All different texts, in order."""
@@ -102,9 +111,10 @@ class TextSizes:
 
 
 class Tokens(Protocol):
-    """The tokens of each different text. lengths: int64 [U]"""
+    """The tokens of each different text. lengths: int64 [U]; is_cut: whether it was too long, bool [U]"""
 
     lengths: np.ndarray
+    is_cut: np.ndarray
 
     def __getitem__(self, number: int) -> np.ndarray:
         """Ids [M] or embeddings [M, E] of a text."""
@@ -116,6 +126,7 @@ class TokensInMemory:
     """values: ids int32 [T] or embeddings float16 [T, E] of all texts one after the other."""
 
     lengths: np.ndarray
+    is_cut: np.ndarray
     values: np.ndarray
     _starts: np.ndarray = field(init=False)
 
@@ -132,12 +143,14 @@ class EncodedCaptions:
     """The captions of samples as tokens: `dataset.text`.
 
     first, counts: the first caption of each sample and their number, int64 [N]. numbers: the text of each caption.
+    encoder: for any text.
     """
 
     first: np.ndarray
     counts: np.ndarray
     numbers: np.ndarray
     values: Tokens
+    encoder: TextEncoder
     sizes: TextSizes
     seed: int
 
@@ -191,15 +204,55 @@ def encode_captions(
     report: Callable[[str], None] = lambda text: None,
 ) -> EncodedCaptions:
     """The captions of a data set as tokens. values: those of all texts, if they are computed already."""
-    values = values or _encode_texts(captions, encoder, report)
+    if values is None:
+        values = _encode_texts(captions, encoder, report)
     first = captions.counts.cumsum() - captions.counts
     rows = dataset.indices if isinstance(dataset, LatentsDataset) else slice(None)
     counts, first = captions.counts[rows], first[rows]
     if missing := int((counts == 0).sum()):
         report(f"{missing:,} of {len(counts):,} samples have no caption: they are trained unconditionally")
+    if num_cut := int(values.is_cut[captions.numbers].sum()):
+        report(f"{num_cut:,} captions have more than {encoder.max_tokens} tokens and are cut (text.max_tokens)")
     longest = max(1, int(values.lengths.max()))
     sizes = TextSizes(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, longest)
-    return EncodedCaptions(first, counts, captions.numbers, values, sizes, seed)
+    if encoder.channels:
+        encoder.unload()
+        encoder = CaptionEncoder(encoder, captions, values)
+    return EncodedCaptions(first, counts, captions.numbers, values, encoder, sizes, seed)
+
+
+class CaptionEncoder(TextEncoder):
+    """An encoder that has the tokens of training captions ready, so that its network is loaded for other texts only."""
+
+    vocabulary_size = 0
+
+    def __init__(self, encoder: TextEncoder, captions: Captions, values: Tokens) -> None:
+        self.inner, self.captions, self.values = encoder, captions, values
+        self.channels, self.max_tokens = encoder.channels, encoder.max_tokens
+
+    def to(self, device: torch.device | str) -> Self:
+        self.inner.to(device)
+        return self
+
+    def unload(self) -> None:
+        self.inner.unload()
+
+    def tokenize(self, captions: Sequence[str], cut: bool = False) -> list[list[int]]:
+        return self.inner.tokenize(captions, cut)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.inner.embed(ids, mask)
+
+    def fingerprint(self) -> str:
+        return self.inner.fingerprint()
+
+    def encode(self, captions: Sequence[str], cut: bool = False) -> tuple[Tensor, Tensor]:
+        numbers = [compute().index(self.captions.texts, caption).as_py() for caption in captions]
+        if min(numbers) < 0 or (self.values.is_cut[numbers].any() and not cut):
+            return self.inner.encode(captions, cut)
+        rows = [torch.from_numpy(self.values[number].astype(np.float32)) for number in numbers]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        return pad_sequence(rows, batch_first=True), mask
 
 
 def _encode_texts(captions: Captions, encoder: TextEncoder, report: Callable[[str], None]) -> TokensInMemory:
@@ -213,19 +266,18 @@ def _encode_texts(captions: Captions, encoder: TextEncoder, report: Callable[[st
             lengths.append(len(text_values))
             values.append(text_values)
             is_cut.append(cut)
-    num_cut = int(np.asarray(is_cut)[captions.numbers].sum())
-    if num_cut:
-        report(f"{num_cut:,} captions have more than {encoder.max_tokens} tokens and are cut (text.max_tokens)")
-    return TokensInMemory(np.asarray(lengths, np.int64), np.concatenate(values))
+    return TokensInMemory(np.asarray(lengths, np.int64), np.asarray(is_cut, bool), np.concatenate(values))
 
 
-def encode_batch(encoder: TextEncoder, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+def encode_batch(
+    encoder: TextEncoder, texts: Sequence[str], batch_size: int = BATCH_SIZE
+) -> list[tuple[np.ndarray, bool]]:
     """For each text, its ids int32 [M] or embeddings float16 [M, E], and whether it was cut. Raises TesseraError."""
     full = [len(ids) for ids in encoder.tokenize(texts)]
     results: list[tuple[np.ndarray, bool]] = [(np.zeros(0), False)] * len(texts)
     order = sorted(range(len(texts)), key=lambda row: full[row])  # texts of about one length: little padding
-    for start in range(0, len(texts), BATCH_SIZE):
-        rows = order[start : start + BATCH_SIZE]
+    for start in range(0, len(texts), batch_size):
+        rows = order[start : start + batch_size]
         tokens, mask = encoder.encode([texts[row] for row in rows], cut=True)
         stored = tokens.to(torch.float16 if encoder.channels else torch.int32)
         for row, values, valid in zip(rows, stored, mask):

@@ -184,7 +184,7 @@ def _differences(plan: dict[str, Any], spec: dict[str, Any]) -> list[str]:
         before["hflip"] = spec["hflip"]
     names = plan["names"]
     return [
-        f"{name} was {_short(old)}" + (f" ({names[name]})" if name in names else "") + f", is {_short(new)}"
+        f"{name} was {short(old)}" + (f" ({names[name]})" if name in names else "") + f", is {short(new)}"
         for name, old, new in diff(_with_defaults(before), _with_defaults(spec))
     ]
 
@@ -194,7 +194,8 @@ def _with_defaults(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "images": {**defaults, **spec.get("images", {})}}
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """The beginning of a hash; any other value as it is."""
     return value[:8] if isinstance(value, str) and len(value) == 64 else value
 
 

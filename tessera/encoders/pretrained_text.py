@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tessera.checkpoint_files import find_weight_files
 from tessera.encoders.text import FrozenConfig, TextEncoder
+from tessera.encoders.tokenizers import load_tokenizer
 from tessera.encoders.vision import clear_errors
 from tessera.errors import TesseraError, bullet_list
 
@@ -33,16 +34,16 @@ class PretrainedTextEncoder(TextEncoder):
     def __init__(self, config: FrozenConfig) -> None:
         """Raises TesseraError if the tokenizer or the configuration cannot be read."""
         try:
-            from transformers import AutoConfig, AutoTokenizer
+            from transformers import AutoConfig
         except ImportError:
             raise TesseraError(INSTALL) from None
         self.config = config
         self.tokenizer_folder, self.folder = config.folders
-        self.name = getattr(config, "source", config.kind)  # pyright: ignore[reportAttributeAccessIssue]
+        self.name = config.name
         self.device = torch.device("cpu")
         with clear_errors(self.name, WHAT, FILES):
             settings: Any = AutoConfig.from_pretrained(self.folder)
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer_folder)
+            self._tokenizer: Any = load_tokenizer(str(self.tokenizer_folder))
         self._tokenizer.truncation_side = "right"
         settings = getattr(settings, "text_config", settings)
         self.channels: int = settings.hidden_size
@@ -59,6 +60,10 @@ class PretrainedTextEncoder(TextEncoder):
         if "network" in self.__dict__:
             self.network.to(self.device)
         return self
+
+    def unload(self) -> None:
+        if "network" in self.__dict__:
+            del self.network
 
     @cached_property
     def network(self) -> Any:

@@ -41,6 +41,9 @@ class TextEncoder(ABC):
         """Move all tensors to a device."""
         return self
 
+    def unload(self) -> None:  # noqa: B027 (an encoder without weights has nothing to do)
+        """Free the memory of the weights. They are loaded again when they are needed."""
+
     @abstractmethod
     def tokenize(self, captions: Sequence[str], cut: bool = False) -> list[list[int]]:
         """The ids of each caption with its end token, at least one. cut: at most max_tokens, the end token included"""
@@ -174,6 +177,11 @@ class FrozenConfig(Settings):
     )
 
     @property
+    def name(self) -> str:
+        """The encoder in messages."""
+        raise NotImplementedError
+
+    @property
     def folders(self) -> tuple[Path, Path]:
         """The folders of the tokenizer and of the weights. Raises TesseraError if they do not exist."""
         raise NotImplementedError
@@ -190,6 +198,10 @@ class MiniLMConfig(FrozenConfig):
 
     kind: Literal["minilm"] = "minilm"
     max_tokens: Annotated[int, Field(ge=1, le=512)] | None = MINILM_TOKENS
+
+    @property
+    def name(self) -> str:
+        return "all-MiniLM-L6-v2"
 
     @property
     def folders(self) -> tuple[Path, Path]:
@@ -215,6 +227,10 @@ class FolderConfig(FrozenConfig):
         default=None, description="of the tokenizer; null: tokenizer, where there is one, else that of the weights"
     )
     revision: str | None = Field(default=None, description="of a hub id")
+
+    @property
+    def name(self) -> str:
+        return self.source
 
     @property
     def folder(self) -> Path | None:

@@ -191,7 +191,7 @@ def inherit_text(recipe: Recipe, source: AnyTextEncoder | None) -> Recipe:
 def resolve_text(recipe: Recipe, captions: Captions | None) -> Recipe:
     """The recipe with its text encoder: by default `words`, with the vocabulary of the training captions.
 
-    captions: None if the data have none. Raises TesseraError if the network needs them, or reads no text.
+    captions: None if the network reads no text. Raises TesseraError if the recipe has an encoder that it cannot use.
     """
     text, network = recipe.text, recipe.network
     if not network.uses_text:
@@ -201,11 +201,7 @@ def resolve_text(recipe: Recipe, captions: Captions | None) -> Recipe:
                 "network.block.text=keys, or leave text: out"
             )
         return recipe
-    if captions is None:
-        raise TesseraError(
-            f"the network reads text, but {recipe.data.description} has no captions: add them as a metadata.jsonl with "
-            "file_name and caption, as .txt files beside the images, or in a column of a table (data.caption=COLUMN)"
-        )
+    assert captions is not None
     text = text or WordsConfig()
     if isinstance(text, WordsConfig) and not text.vocabulary:
         text = text.with_vocabulary(captions.text_counts())

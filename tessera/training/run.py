@@ -22,6 +22,7 @@ from tessera.data.captions import Captions, TextSizes, encode_captions
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
+from tessera.data.text_cache import open_text_cache
 from tessera.diffusion import DiffusionProcess
 from tessera.encoders.text import FrozenConfig
 from tessera.files import atomic_write, remove_partials
@@ -128,6 +129,8 @@ def build_run(
     network, init_report = build_network(recipe, class_names, device, init_model if checkpoint_dir is None else None)
     ema = EMA(network, config.ema)
     ema_model = build_ema_model(recipe, class_names, ema, codec)
+    if loader.dataset.text is not None:
+        ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     if recipe.sampling.null_text == "empty" and recipe.text is not None:
         text, mask = recipe.text.build().to(device).encode([""])
@@ -175,10 +178,12 @@ def build_data(
 ) -> tuple[Recipe, Loader, int]:
     """The complete recipe, the loader of this rank's part of each batch, and the number of accumulation steps."""
     config, dataset = recipe.training, open_data(recipe, codec)
-    captions = Captions.of(dataset) if recipe.network.uses_text else None
+    captions = Captions.of(dataset, recipe.data.description) if recipe.network.uses_text else None
     recipe = resolve_text(recipe, captions)
     if recipe.text is not None and captions is not None:
-        dataset.text = encode_captions(dataset, captions, recipe.text.build().to(device), config.seed, report=log)
+        encoder, folder = recipe.text.build().to(device), text_cache_folder(recipe)
+        values = None if folder is None else open_text_cache(Path(folder), captions, encoder)
+        dataset.text = encode_captions(dataset, captions, encoder, config.seed, values, log)
     num_unlabeled = int((dataset.labels < 0).sum()) if isinstance(dataset, FilesDataset) else 0
     sizes = None if dataset.text is None else dataset.text.sizes
     recipe = resolve_recipe(recipe, dataset.class_names, codec, num_unlabeled, sizes)
@@ -201,12 +206,19 @@ def build_data(
     return recipe, loader, accumulation_steps
 
 
+def text_cache_folder(recipe: Recipe) -> str | None:
+    """The folder of cached embeddings of captions; None if they are encoded at the start."""
+    if not isinstance(recipe.text, FrozenConfig):
+        return None
+    return recipe.text.cache or getattr(recipe.data, "cache", None)
+
+
 def measure_text(recipe: Recipe, dataset: Dataset | LatentsDataset) -> tuple[Recipe, TextSizes | None]:
     """The recipe with its text encoder, and what the network must know about it; None if the network reads no text.
 
     Nothing is encoded. Raises TesseraError as `resolve_text`.
     """
-    captions = Captions.of(dataset) if recipe.network.uses_text else None
+    captions = Captions.of(dataset, recipe.data.description) if recipe.network.uses_text else None
     recipe = resolve_text(recipe, captions)
     if recipe.text is None or captions is None:
         return recipe, None

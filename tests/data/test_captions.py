@@ -13,6 +13,7 @@ from tessera.data import Loader, ShapesConfig
 from tessera.data.captions import Captions, TextSizes, encode_captions
 from tessera.data.digits import DigitsConfig
 from tessera.encoders.text import TextEncoder, WordsConfig
+from tessera.errors import TesseraError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("layout_files.py"))))
 
@@ -64,12 +65,14 @@ def test_captions_of_shapes_and_none():
     captions = Captions.of(dataset)
     texts = captions.texts.to_pylist()
     assert [texts[number] for number in captions.numbers] == [dataset.caption(index) for index in range(40)]
-    assert Captions.of(DigitsConfig().open()) is None
+    with pytest.raises(TesseraError, match="the digits has no captions: add them as a metadata.jsonl"):
+        Captions.of(DigitsConfig().open(), "the digits")
 
 
 def test_data_without_captions(tmp_path):
     made.put(tmp_path / "0.png", made.png())
-    assert Captions.of(made.config(tmp_path).open()) is None
+    with pytest.raises(TesseraError, match="data.caption=COLUMN"):
+        Captions.of(made.config(tmp_path).open())
 
 
 def test_ids(tmp_path):

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tessera import bundle
+from tessera.cli import app
 from tessera.data import ShapesConfig
 from tessera.data.captions import Captions
+from tessera.encoders.pretrained_text import PretrainedTextEncoder
 from tessera.encoders.text import WordsConfig
 from tessera.errors import TesseraError
+from tessera.settings import to_yaml
 from tessera.studies.study_plan import resolve
 from tessera.training import loop
 from tessera.training.plan_recipe import workload
@@ -98,6 +102,39 @@ def test_frozen_encoders_need_no_words(text_recipe, text_encoder_folder):
     condition = run.loader.load_batch(0).condition
     assert condition.text.dtype == torch.float32
     assert condition.text.shape == (*condition.text_mask.shape, 16)
+
+
+def test_training_on_cached_embeddings(text_recipe, text_encoder_folder, tmp_path, monkeypatch):
+    """The same batches as without a cache, up to batched products; the encoder is never loaded, also for the grids."""
+    text = {"kind": "folder", "source": str(text_encoder_folder)}
+    recipe, cached = text_recipe(text=text), text_recipe("cached", text={**text, "cache": str(tmp_path / "cache")})
+    with pytest.raises(TesseraError, match="no cache of text in .*there is none"):
+        build_run(cached)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(cached))
+    result = CliRunner().invoke(app, ["data", "cache", str(path), "--workers", "1", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "different captions" in result.output
+    assert f"text.cache={tmp_path / 'cache'}" in result.output
+    result = CliRunner().invoke(app, ["data", "cache", str(path), "--verify"])
+    assert "captions in 1 files, all checksums match" in result.output
+    before, after = build_run(recipe), build_run(cached)
+    for start in (0, 32):
+        expected, condition = (run.loader.load_batch(start).condition for run in (before, after))
+        torch.testing.assert_close(condition.text, expected.text, rtol=1e-3, atol=1e-3)
+        assert torch.equal(condition.text_mask, expected.text_mask)
+    weights = text_encoder_folder / "text_encoder" / "model.safetensors"
+
+    def load(encoder):
+        raise AssertionError("the text encoder is loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainedTextEncoder, "network", property(load))
+        run_dir = loop.train(cached)
+    assert bundle.load_config(bundle.checkpoints(run_dir)[0]).text.cache is None
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(TesseraError, match="text encoder was"):
+        build_run(cached)
 
 
 def test_a_bundle_holds_a_local_text_encoder(text_recipe, text_encoder_folder, tmp_path):
