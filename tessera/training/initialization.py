@@ -12,7 +12,7 @@ from tessera.codecs import PixelsConfig
 from tessera.errors import TesseraError, bullet_list
 from tessera.layers.modulation import Modulation
 from tessera.layers.patches import resample_head, resample_patches
-from tessera.models.blocks import AdaLNZeroBlock, BlockConfig
+from tessera.models.blocks import AdaLNZeroBlock, BlockConfig, RoPESwiGLU
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig
 from tessera.models.pixart import PixArtBlockConfig, PixArtConfig
@@ -27,6 +27,8 @@ UNET_STEM, UNET_HEAD = "stem.", "final_layer.conv."
 RELATIVE = (".rel_pos_h", ".rel_pos_w")
 SIZE_OUTPUTS = ("csize_embedder.mlp.2.", "ar_embedder.mlp.2.")
 PIXART_OPTIONS = ("y_embedder.y_embedding", "csize_embedder.", "ar_embedder.")
+TEXT, TEXT_IN_BLOCKS = "text_embedder.", (".text_kv.", ".text_offset", ".cross_attn.")
+TIME_BIAS = "t_embedder.mlp.2.bias"
 REFERENCE_TIME = 501 / 1000  # step 500 of 1000
 COPIED, RESAMPLED, INITIALIZED = "copied", "resampled", "initialized"
 
@@ -49,6 +51,8 @@ def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
         is_inherited = name not in left_out or (name == "text_tokens" and isinstance(old.network, PixArtConfig))
         if name not in network and is_inherited:
             network[name] = getattr(old.network, name)
+    if isinstance(old.network, DiTConfig) and isinstance(new, DiTConfig) and "block" in new.model_fields_set:
+        network["block"] = _inherit_block(old.network.block, new.block)
     if to_pixart:  # the positions of a DiT
         network = {"position_base": max(old.network.grid[-2:]), "position_scale": 1.0, **network}
     inherited = {
@@ -58,6 +62,17 @@ def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
         if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)
     }
     return recipe.model_copy(update={"network": validate(kind, network, "network"), **inherited})
+
+
+def _inherit_block(old: BlockConfig, new: BlockConfig) -> BlockConfig:
+    """The rope-swiglu block of a recipe with what it leaves out taken from the source. With text as keys that the
+    source does not have, their logits begin at an offset at which it keeps its function."""
+    if not (isinstance(old, RoPESwiGLU) and isinstance(new, RoPESwiGLU)):
+        return new
+    settings = {**old.model_dump(), **{name: getattr(new, name) for name in new.model_fields_set}}
+    if old.text == "none" and new.text == "keys" and "text_offset" not in new.model_fields_set:
+        settings["text_offset"] = True
+    return RoPESwiGLU(**settings)
 
 
 def with_recipe_sampling(source: Model) -> Model:
@@ -74,21 +89,28 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
     """Copy the weights of a trained model into a new network. Returns the names copied, resampled and initialized.
 
     Positions are computed for the new grid. Patch weights are resampled (FlexiViT), relative positions linearly.
-    Classes of the same name keep their embedding, and so does the null label. A PixArt may start from a DiT (see
-    `pixart_state`). Raises TesseraError that lists the differences if the inner weights have other shapes.
+    Classes of the same name keep their embedding, and so does the null label. A network of text may start from one of
+    classes: see `pixart_state` and `_without_classes`. Raises TesseraError that lists the differences if the inner
+    weights have other shapes.
     """
     before, after = source.config.network, network.config
     old, new = source.network.state_dict(), network.state_dict()
     computed: set[str] = set()
     free = PIXART_OPTIONS if isinstance(after, PixArtConfig) else ()  # names that may be missing, or of another shape
-    if isinstance(after, PixArtConfig) and not isinstance(before, PixArtConfig):
+    to_pixart = isinstance(after, PixArtConfig) and not isinstance(before, PixArtConfig)
+    if to_pixart:
         old, computed = pixart_state(source, name)
         free = tuple(new.keys() - old.keys())
-    elif isinstance(before, DiTConfig) and isinstance(after, DiTConfig) and _trained(before) != _trained(after):
-        raise TesseraError(
-            f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is "
-            f"{after.block.summary()}: leave block: out of the recipe to take it from there"
-        )
+    elif after.uses_text and not before.uses_text:
+        old, computed = _without_classes(old, before, after)
+        free = tuple(key for key in new if key.startswith(TEXT) or any(part in key for part in TEXT_IN_BLOCKS))
+    if isinstance(before, DiTConfig) and isinstance(after, DiTConfig) and not to_pixart:
+        adds_text = after.uses_text and not before.uses_text
+        if _lasting(before.block) != _lasting(after.block, without_text=adds_text):
+            raise TesseraError(
+                f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is "
+                f"{after.block.summary()}: leave block: out of the recipe to take it from there"
+            )
     differences = [
         f"{key} is {tuple(old[key].shape)}, expected {tuple(new[key].shape)}" if key in old else f"{key} is missing"
         for key in new
@@ -128,10 +150,30 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
     return report
 
 
-def _trained(network: DiTConfig) -> BlockConfig:
-    """The settings of the blocks that a trained network depends on."""
-    block = network.block
+def _lasting(block: BlockConfig, without_text: bool = False) -> BlockConfig:
+    """The settings of blocks that trained weights depend on. without_text: on those of a network without text"""
+    if isinstance(block, RoPESwiGLU) and without_text:
+        defaults = RoPESwiGLU()
+        return block.model_copy(
+            update={name: getattr(defaults, name) for name in ("text", "text_layers", "text_offset")}
+        )
     return block.model_copy(update={"drop_path": 0.0}) if isinstance(block, PixArtBlockConfig) else block
+
+
+def _without_classes(
+    state: dict[str, Tensor], before: NetworkConfig, after: NetworkConfig
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The weights for a network of text, and the names of those computed.
+
+    Where it has no classes, the time embedding gets the null class (or the mean of all) as a bias: so it begins as the
+    class model without a class.
+    """
+    if after.num_classes or TABLE not in state:
+        return state, set()
+    table = state[TABLE]
+    null = table[-1] if before.learn_null_class else table.mean(dim=0)
+    rest = {key: value for key, value in state.items() if key != TABLE}
+    return rest | {TIME_BIAS: state[TIME_BIAS] + null}, {TIME_BIAS}
 
 
 @torch.no_grad()

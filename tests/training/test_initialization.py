@@ -7,12 +7,15 @@ import torch
 from PIL import Image
 
 from tessera import bundle
+from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.layers.patches import resample_head, resample_patches
+from tessera.models.blocks import RoPESwiGLU
 from tessera.sampling import SamplingConfig
 from tessera.studies.tuning import result
 from tessera.training import loop
-from tessera.training.initialization import PATCHES, POSITIONS, TABLE, init_from
+from tessera.training.initialization import PATCHES, POSITIONS, TABLE, inherit_settings, init_from
+from tessera.training.recipe import read_recipe
 
 NAMES = ("cat", "dog", "emu")
 HEAD = ("final_layer.linear.weight", "final_layer.linear.bias")
@@ -342,3 +345,39 @@ def test_weights_without_settings_are_read_as_the_recipe_specifies(tiny, make_mo
     run = loop.build_run(recipe)
     assert run.recipe.diffusion.kind == ("flow" if init_type else "gaussian")
     assert prediction in (None, run.recipe.diffusion.prediction)
+
+
+# From classes to text
+
+
+@pytest.mark.parametrize(("text", "keeps_classes"), [("keys", False), ("cross", False), ("keys", True)])
+@torch.no_grad()
+def test_a_text_model_begins_as_the_class_model_it_starts_from(make_model, text, keeps_classes):
+    source = make_model({"block": "rope-swiglu"}, {"kind": "flow", "prediction": "velocity"})
+    network = {"block": {"kind": "rope-swiglu", "text": text}} | ({"num_classes": 3} if keeps_classes else {})
+    recipe = read_recipe({"run_dir": "run", "data": "shapes", "network": network, "training": {"init_from": "m"}})
+    recipe = inherit_settings(recipe, source)
+    assert recipe.network.block.text_offset == (text == "keys")
+    assert recipe.network.hidden_size == source.config.network.hidden_size
+    sizes = source.config.network.model_dump(include={"input_size", "in_channels", "out_channels"})
+    sizes |= {"num_classes": 3 * keeps_classes, "vocabulary_size": 9, "text_tokens": 4}
+    new = recipe.network.model_copy(update=sizes).build().eval()
+    report = init_from(new, NAMES if keeps_classes else (), source, "m")
+    assert all("text" in name or "cross_attn" in name for name in report["initialized"])
+    assert all_names(report) == sorted(new.state_dict())
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9])
+    text_condition = Condition(
+        label=torch.tensor([2, 0, -1]) if keeps_classes else None,
+        text=torch.tensor([[1, 2, 8, 3], [5, 5, 0, 0], [-1, -1, -1, -1]]),
+        text_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool),
+    )
+    expected = source.network(x, t, Condition(torch.tensor([2, 0, -1] if keeps_classes else [-1, -1, -1])))
+    torch.testing.assert_close(new(x, t, text_condition), expected, rtol=0, atol=3e-6)
+
+
+def test_text_in_another_design_than_that_of_the_source_is_an_error(make_model):
+    sizes = {"num_classes": 0, "vocabulary_size": 9, "text_tokens": 4}
+    source = make_model({"block": {"kind": "rope-swiglu", "text": "keys"}, **sizes})
+    network = new_network(source, block=RoPESwiGLU(text="cross"))
+    with pytest.raises(TesseraError, match="its blocks are rope-swiglu text=keys, network.block is rope-swiglu text=c"):
+        init_from(network, (), source, "m")
