@@ -28,6 +28,7 @@ NUM_REAL = 1000  # real images, of the test split
 DEFINITION = {"reader": "shapes, by comparison with exact masks", "held out": ", ".join(HELD_OUT)}
 
 ONE, TWO, EXCHANGED = "one object", "two objects", "two objects of different colors and shapes"
+READABLE = "images that can be read"
 COMPOSED, KNOWN, UNSEEN = "held-out combinations", "known combinations", "captions absent from the training data"
 # The fractions that are reported: group of captions, what must be correct, and the name of the score, if it is one.
 LINES = (
@@ -50,6 +51,10 @@ LINES = (
     (f"{UNSEEN}, {TWO}", "binding", ""),
     (f"{UNSEEN}, {TWO}", "relation", ""),
     ("all captions", "invalid", ""),
+    (f"{READABLE}, {ONE}", "whole", ""),
+    (f"{READABLE}, {TWO}", "whole", ""),
+    (f"{READABLE}, {TWO}", "binding", ""),
+    (f"{READABLE}, {TWO}", "relation", ""),
 )
 MEANING = {
     "whole": "whole caption",
@@ -64,7 +69,8 @@ COLUMNS = ("captions", "correct", "images", "fraction and 95 % interval", "capti
 
 @dataclass(frozen=True)
 class Line:
-    """A fraction of the images whose captions are in a group, and the same of the controls.
+    """A fraction of the images whose captions are in a group (of READABLE only the images that can be read), and the
+    same of the controls.
 
     chance: with captions of other images. real: of real images, if they have captions of the group.
     """
@@ -145,7 +151,9 @@ def _fractions(
     lines = {(group, correct) for group, correct, _ in LINES}
     for detection, caption in zip(detections, captions, strict=True):
         results = compare(detection.objects, parse_caption(caption)) | {"invalid": bool(detection.invalid_reason)}
-        for group in _groups(caption, training_captions):
+        groups = _groups(caption, training_captions)
+        groups += [] if detection.invalid_reason else [f"{READABLE}, {groups[1]}"]
+        for group in groups:
             for correct, hit in results.items():
                 if (group, correct) in lines:
                     hits.setdefault((group, correct), []).append(hit)

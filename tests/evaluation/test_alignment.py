@@ -147,6 +147,9 @@ def test_images_that_cannot_be_read_are_counted_and_show_nothing(scenes):
     lines = {(line.group, line.correct): line for line in alignment.measure(images, described(scenes[:20]))}
     assert lines["all captions", "invalid"].images.value == 0.25
     assert lines["all captions", "whole"].images.value == 0.75
+    readable = [line for (group, correct), line in lines.items() if alignment.READABLE in group and correct == "whole"]
+    assert sum(line.count for line in readable) == 15
+    assert {line.images.value for line in readable} == {1}
 
 
 def test_other_captions_have_as_many_objects_and_belong_to_other_images(scenes):
