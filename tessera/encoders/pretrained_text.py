@@ -141,12 +141,25 @@ def _all_files(folder: Path) -> set[Path]:
     return _settings_files(folder) | set(() if weights is None else weights.files)
 
 
-def download(hub_id: str, revision: str | None) -> Path:
-    """The folder of a repository of the Hugging Face hub on this machine. Raises TesseraError."""
+def download(hub_id: str, revision: str | None, subfolders: Sequence[str]) -> Path:
+    """The folder of a repository of the Hugging Face hub on this machine. Raises TesseraError.
+
+    subfolders: of the encoder; if the first does not exist, all files are beside each other.
+    """
     try:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise TesseraError(INSTALL) from None
-    patterns = [f"{folder}{pattern}" for folder in ("", "*/") for pattern in (*SETTINGS_FILES, "*.safetensors")]
+    patterns = (*SETTINGS_FILES, "*.safetensors")
     with clear_errors(f"hub:{hub_id}", WHAT, FILES):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        try:
+            nested = [f"{folder}/{pattern}" for folder in subfolders for pattern in patterns]
+            root = Path(snapshot_download(hub_id, revision=revision, allow_patterns=nested))
+            if not (root / subfolders[0]).is_dir():  # a pattern also matches what is in folders
+                root = Path(
+                    snapshot_download(hub_id, revision=revision, allow_patterns=[*patterns], ignore_patterns="*/*")
+                )
+        except HfHubHTTPError as error:
+            raise OSError(str(error)) from None
+    return root

@@ -242,7 +242,8 @@ class FolderConfig(FrozenConfig):
     def folders(self) -> tuple[Path, Path]:
         from tessera.encoders.pretrained_text import download
 
-        root = self.folder or download(self.source.removeprefix(HUB_PREFIX), self.revision)
+        names = [self.subfolder or "text_encoder", self.tokenizer_subfolder or "tokenizer"]
+        root = self.folder or download(self.source.removeprefix(HUB_PREFIX), self.revision, names)
         weights = self._below(root, self.subfolder, ("text_encoder", ""))
         tokenizer = self._below(root, self.tokenizer_subfolder, ("tokenizer", self.subfolder or "", ""))
         return tokenizer, weights

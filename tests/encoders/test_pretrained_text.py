@@ -1,6 +1,7 @@
 """Frozen text encoders: the same hidden states as transformers called directly, with tiny random networks."""
 
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -184,6 +185,30 @@ def test_a_copy_is_the_same_encoder(subfolders, tmp_path):
     copy = FolderConfig(source=str(tmp_path / "copy")).build()
     assert copy.fingerprint() == encoder.fingerprint()
     assert torch.equal(copy.encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0])
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_hub_repository_is_downloaded_without_its_other_parts(nested, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    save(tmp_path / "hub", "t5", *(("text_encoder", "tokenizer") if nested else ()))
+    for name in ("transformer/model.safetensors", "vae/config.json", "pytorch_model.bin", "images/sample.txt"):
+        (tmp_path / "hub" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / name).write_bytes(b"large")
+
+    def snapshot_download(repository, revision, **patterns):
+        assert (repository, revision) == ("owner/name", "main")
+        names = [path.relative_to(tmp_path / "hub").as_posix() for path in (tmp_path / "hub").rglob("*.*")]
+        for name in hub.utils.filter_repo_objects(names, **patterns):
+            (tmp_path / "copy" / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copyfile(tmp_path / "hub" / name, tmp_path / "copy" / name)
+        return str(tmp_path / "copy")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    encoder = FolderConfig(source="hub:owner/name", revision="main").build()
+    expected = FolderConfig(source=str(tmp_path / "hub")).build()
+    assert torch.equal(encoder.encode(CAPTIONS)[0], expected.encode(CAPTIONS)[0])
+    downloaded = {path.relative_to(tmp_path / "copy").parts[0] for path in (tmp_path / "copy").rglob("*")}
+    assert not downloaded & {"transformer", "vae", "images", "pytorch_model.bin"}
 
 
 def test_errors(tmp_path):
