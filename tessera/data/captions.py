@@ -215,20 +215,21 @@ def encode_captions(
         report(f"{num_cut:,} captions have more than {encoder.max_tokens} tokens and are cut (text.max_tokens)")
     longest = max(1, int(values.lengths.max()))
     sizes = TextSizes(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, longest)
-    if encoder.channels:
-        encoder.unload()
-        encoder = CaptionEncoder(encoder, captions, values)
+    encoder.unload()
+    encoder = CaptionEncoder(encoder, captions, values)
     return EncodedCaptions(first, counts, captions.numbers, values, encoder, sizes, seed)
 
 
 class CaptionEncoder(TextEncoder):
-    """An encoder that has the tokens of training captions ready, so that its network is loaded for other texts only."""
+    """An encoder that has the tokens of training captions ready, so that its network is loaded for other texts only.
 
-    vocabulary_size = 0
+    Training captions that are too long are cut, as in training.
+    """
 
     def __init__(self, encoder: TextEncoder, captions: Captions, values: Tokens) -> None:
         self.inner, self.captions, self.values = encoder, captions, values
-        self.channels, self.max_tokens = encoder.channels, encoder.max_tokens
+        self.channels, self.vocabulary_size = encoder.channels, encoder.vocabulary_size
+        self.max_tokens = encoder.max_tokens
 
     def to(self, device: torch.device | str) -> Self:
         self.inner.to(device)
@@ -247,12 +248,16 @@ class CaptionEncoder(TextEncoder):
         return self.inner.fingerprint()
 
     def encode(self, captions: Sequence[str], cut: bool = False) -> tuple[Tensor, Tensor]:
-        numbers = [compute().index(self.captions.texts, caption).as_py() for caption in captions]
-        if min(numbers) < 0 or (self.values.is_cut[numbers].any() and not cut):
-            return self.inner.encode(captions, cut)
-        rows = [torch.from_numpy(self.values[number].astype(np.float32)) for number in numbers]
+        rows = [self._row(caption, cut) for caption in captions]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return pad_sequence(rows, batch_first=True), mask
+
+    def _row(self, caption: str, cut: bool) -> Tensor:
+        """The valid tokens of a text."""
+        number = compute().index(self.captions.texts, caption).as_py()
+        if number < 0:
+            return self.inner.encode([caption], cut)[0][0]
+        return torch.from_numpy(self.values[number].astype(np.float32 if self.channels else np.int64))
 
 
 def _encode_texts(captions: Captions, encoder: TextEncoder, report: Callable[[str], None]) -> TokensInMemory:
