@@ -20,6 +20,7 @@ from tessera.layers.embeddings import TimestepEmbedder, sinusoidal_embedding
 from tessera.layers.mlp import MLP
 from tessera.layers.modulation import ScaleShiftTable, gated_residual, modulate
 from tessera.layers.positions import sincos
+from tessera.layers.text import TextEmbedder
 from tessera.models.blocks import AdaLNZeroBlock, BlockConfig, BlockDims, Context, PreparedText, SharedConditioning
 from tessera.models.dit import DiT, DiTConfig
 
@@ -74,6 +75,14 @@ class PixArtBlockConfig(BlockConfig):
     def shared(self, dims: BlockDims) -> SharedConditioning:
         return SharedConditioning(dims, modulation=True)
 
+    def text_embedder(self, dims: BlockDims, channels: int, vocabulary_size: int) -> TextEmbedder | None:
+        """For ids only, which no published PixArt has: two layers, as in the rope-swiglu block, to compare with it."""
+        if not vocabulary_size:
+            return None
+        return TextEmbedder(
+            0, vocabulary_size, dims.width, dims.num_heads, dims.mlp_width, num_layers=2, null_token=True
+        )
+
 
 class PixArtConfig(DiTConfig):
     """A PixArt of any size. The defaults are PixArt-alpha XL/2 at 512 pixels."""
@@ -82,7 +91,9 @@ class PixArtConfig(DiTConfig):
     kind: Literal["pixart"] = "pixart"  # pyright: ignore[reportIncompatibleVariableOverride]
     num_classes: int = 0
     block: PixArtBlockConfig = PixArtBlockConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-    text_channels: PositiveInt = Field(default=4096, description="channels of the text encoder")
+    text_channels: int = Field(
+        default=4096, ge=0, description="channels of the text encoder; 0: ids, which the network embeds (not PixArt's)"
+    )
     text_tokens: PositiveInt = Field(default=120, description="text tokens in training: 120 (alpha), 300 (sigma)")
     position_base: PositiveInt = Field(default=32, description="side of the token grid of the pretraining")
     position_scale: PositiveFloat = Field(
@@ -378,7 +389,8 @@ class PixArt(DiT):
         width = config.hidden_size
         for number in (*config.block.compressed_layers, *config.block.window_layers):
             self.blocks[number] = PixArtBlock(self.dims, config.block, number, config.grid)
-        self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens, config.null_embedding)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.text_embedder is None:
+            self.y_embedder = CaptionEmbedder(config.text_channels, width, config.text_tokens, config.null_embedding)  # pyright: ignore[reportAttributeAccessIssue]
         self.csize_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
         self.ar_embedder = SizeEmbedder(width // 3) if config.size_conditions else None
         self.final_layer = PixArtFinalLayer(width, config.patch_size**2 * config.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
@@ -421,6 +433,8 @@ class PixArt(DiT):
         text, mask = condition.text, condition.text_mask
         if text is None:
             raise ValueError("this network is conditioned on text: pass Condition(text=..., text_mask=...)")
+        if self.text_embedder is not None:
+            return PreparedText(*self.text_embedder(text, mask))
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
         return PreparedText(self.y_embedder(text), mask)  # pyright: ignore[reportOptionalCall]
 
@@ -462,6 +476,8 @@ class PixArt(DiT):
             if isinstance(linear, nn.Linear)
         )
         text = config.text_tokens * (config.text_channels + config.hidden_size) * config.hidden_size
+        if self.text_embedder is not None:
+            text = self.text_embedder.macs(config.text_tokens)
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()

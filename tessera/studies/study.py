@@ -136,7 +136,8 @@ def members(study: Study) -> Iterator[Member]:
             values = {axis: value for axis, (value, _) in zip(study.axes, combination)}
             overrides = dict(study.set)
             for _, settings in combination:
-                overrides |= settings
+                # Behind all others: another kind of network drops the settings of the kind before.
+                overrides = {name: value for name, value in overrides.items() if name not in settings} | settings
             name = "-".join(values.values()) + (f"-seed{seed}" if len(study.seeds) > 1 else "")
             yield Member(name, values, seed, overrides | {"training.seed": seed})
 

@@ -205,11 +205,6 @@ def resolve_text(recipe: Recipe, captions: Captions | None) -> Recipe:
     text = text or WordsConfig()
     if isinstance(text, WordsConfig) and not text.vocabulary:
         text = text.with_vocabulary(captions.text_counts())
-    if isinstance(text, WordsConfig) and isinstance(network, PixArtConfig):
-        raise TesseraError(
-            "network.kind=pixart reads embeddings of a frozen text encoder, and text.kind=words has none: set "
-            "text.kind=minilm, or text.kind=folder with text.source"
-        )
     return recipe.model_copy(update={"text": text})
 
 
@@ -219,7 +214,7 @@ def text_settings(network: NetworkConfig, text: TextSizes) -> dict[str, int]:
     A network with a table by position needs as many tokens as the encoder gives. Others need those of the longest
     caption, which their cost depends on. Raises TesseraError if the network has fewer.
     """
-    has_table = isinstance(network, PixArtConfig)
+    has_table = isinstance(network, PixArtConfig) and not text.vocabulary_size
     tokens, least = network.text_tokens, text.max_tokens if has_table else text.longest
     if "text_tokens" in network.model_fields_set or has_table:
         if tokens < least:

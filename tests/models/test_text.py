@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.models.dit import DiT, DiTConfig
+from tessera.models.pixart import PixArtConfig
 from tessera.settings import validate
 
 DESIGNS = ("keys", "cross", "sequence")
@@ -182,3 +183,22 @@ def test_settings_and_inputs_that_do_not_fit(randomise):
     x, t = inputs()
     with pytest.raises(ValueError, match="the condition text has 2 rows"):
         build(randomise, "keys")(x, t, replace(Condition(), text=texts()[0][:2]))
+
+
+@torch.no_grad()
+def test_a_pixart_may_embed_ids_itself(randomise):
+    sizes = {**SIZES, "text_channels": 0, "vocabulary_size": VOCABULARY, "text_tokens": TOKENS, "position_base": 4}
+    network = randomise(validate(PixArtConfig, sizes, "network").build())
+    (x, t), (tokens, mask) = inputs(), texts()
+    condition = Condition(text=tokens, text_mask=mask)
+    output = network(x, t, condition)
+    changed = tokens.clone()
+    changed[0, 3:] = 7
+    assert torch.equal(network(x, t, Condition(text=changed, text_mask=mask)), output)
+    torch.testing.assert_close(network(x, t, network.prepare(condition)), output, rtol=1e-5, atol=1e-6)
+    assert (network(x, t, condition.null()) - output).abs().amax(dim=(1, 2, 3))[:2].min() > 1e-4
+    network = network.to("meta")
+    x, t, tokens = (each[:1].to("meta") for each in (x, t, tokens))
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, Condition(text=tokens, text_mask=torch.empty(1, TOKENS, dtype=torch.bool, device="meta")))
+    assert network.macs() == counter.get_total_flops() // 2

@@ -24,6 +24,11 @@ def test_settings_may_be_nested_or_dotted_and_a_kind_comes_first(write_study, tm
         ("training.optimizer.learning_rate", 0.01),
         ("training.global_batch_size", 16),
     ]
+    # Settings of an axis are behind those of all members: another kind drops the settings of the kind before.
+    study = write_study("set.network.hidden_size=64", "axes={kind: {u: {network: {kind: unet}}, d: {}}}")
+    assert list(next(members(study)).overrides) == ["network.hidden_size", "network.kind", "training.seed"]
+    study = write_study("set.network.depth=2", "axes={k: {p: {network: {kind: pixart, depth: 3}}}}")
+    assert list(next(members(study)).overrides) == ["network.kind", "network.depth", "training.seed"]
     path = tmp_path / "numbers.yaml"
     axes = "{patch: {2: {network: {patch_size: 2}}, 4: }}"
     path.write_text(f"question: q\nrecipe: tiny.yaml\naxes: {axes}\nbudget: {{steps: 1}}")
