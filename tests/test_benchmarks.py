@@ -17,7 +17,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALL = {
     "against_diffusers": ["--models DiT-S/8 --batches 1 --rounds 1"],
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
-    "block_speed": ["--grid 2 --batch 2 --rounds 1"],
+    "block_speed": ["--grid 2 --batch 2 --rounds 1", "--text 4 --grid 2 --batch 2 --width 32 --depth 1 --rounds 1"],
     "codecs": ["photos {codec} {images}"],
     "continuous": ["--rows 4 --steps 2 --rounds 1"],
     "data_check": ["--only report --samples 2000"],
