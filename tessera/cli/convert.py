@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads
+from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads, TextEncoder
 
 
 def convert(
@@ -20,6 +20,7 @@ def convert(
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
     codec: Codec = None,
+    text_encoder: TextEncoder = None,
 ) -> None:
     """Convert a model to another format. The weights stay bit-identical."""
     from tessera.interop import load
@@ -35,5 +36,6 @@ def convert(
             num_heads=num_heads,
             num_classes=num_classes,
             codec=codec,
+            text_encoder=text_encoder,
         )
     )

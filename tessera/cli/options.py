@@ -36,6 +36,9 @@ NumClasses = Annotated[
     int | None, typer.Option(help="classes of a .pt, without the null label (one less than its label vectors)")
 ]
 Codec = Annotated[str | None, typer.Option(help="autoencoder folder, hub id or 'pixels', instead of the model's own")]
+TextEncoder = Annotated[
+    str | None, typer.Option(help="text encoder folder, hub:owner/name or 'minilm', instead of the model's own")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[Literal["float32", "bfloat16", "auto"], typer.Option(help="precision of the network")]
 Size = Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384")]

@@ -19,6 +19,7 @@ from tessera.cli.options import (
     Precision,
     SamplingOverrides,
     Size,
+    TextEncoder,
     parse_sample_size,
 )
 from tessera.errors import TesseraError
@@ -69,6 +70,7 @@ def sample(
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
     codec: Codec = None,
+    text_encoder: TextEncoder = None,
 ) -> None:
     """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
 
@@ -92,6 +94,7 @@ def sample(
         num_heads=num_heads,
         num_classes=num_classes,
         codec=codec,
+        text_encoder=text_encoder,
     )
     request = image_files.make_request(
         loaded,
@@ -122,6 +125,7 @@ def sample(
         "num-heads": num_heads,
         "num-classes": num_classes,
         "codec": codec,
+        "text-encoder": text_encoder,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),
         "guidance-model": guidance_model,

@@ -10,6 +10,7 @@ from tessera import bundle, runtime
 from tessera.bundle import Model
 from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_file
 from tessera.codecs.resolve import CodecSource, resolve_codec
+from tessera.encoders.text import HUB_PREFIX, AnyTextEncoder, FolderConfig, MiniLMConfig
 from tessera.errors import TesseraError
 from tessera.files import read_json
 from tessera.interop import diffusers, official, pixart_folder
@@ -39,13 +40,15 @@ def load(
     size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     codec: CodecSource | None = None,
+    text_encoder: str | AnyTextEncoder | None = None,
 ) -> Model:
     """Load a model from a bundle, a run (its newest checkpoint), an official checkpoint, or a diffusers folder.
 
     device: auto, cpu, cuda or mps. ema: the decay of the EMA weights of a run that saved several (default: the first).
     checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit, sit-gvp, repa or repa-cosine.
     num_heads, size, num_classes: what weights alone may not determine (see `official.read`); elsewhere they must match
-    the source. codec: instead of the source's own: "pixels", a folder or a hub id. Nothing is downloaded.
+    the source. codec: instead of the source's own: "pixels", a folder or a hub id. text_encoder: likewise, a folder,
+    hub:owner/name or "minilm". Nothing is downloaded.
     What was left out or assumed is in the provenance of the model, and logged as a warning.
     Raises TesseraError if no model is recognized, or the files are damaged.
     """
@@ -56,7 +59,7 @@ def load(
         model = _load_folder(path, device, codec, ema)
         _check_options(path, model, **options)
         model = model if codec is None else _with_codec(model, codec)
-    return model
+    return model if text_encoder is None else _with_text_encoder(model, text_encoder)
 
 
 def _load_official(path: Path, device: torch.device, ema: float | None, **options: Any) -> Model | None:
@@ -133,6 +136,7 @@ def convert(
     size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     codec: CodecSource | None = None,
+    text_encoder: str | AnyTextEncoder | None = None,
 ) -> str:
     """Write a model, or anything that `load` reads, in another format; returns a message about what was written.
 
@@ -144,13 +148,14 @@ def convert(
         raise TesseraError(unknown_name("format", to, writers))
     if not isinstance(source, Model):
         options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
-        source = load(source, "cpu", ema=ema, codec=codec, **options)
+        source = load(source, "cpu", ema=ema, codec=codec, text_encoder=text_encoder, **options)
     elif ema is not None:
         raise TesseraError(f"the weights of this model are loaded already: leave out ema {ema}")
     elif checkpoint_type is not None:
         raise TesseraError(TYPE_IS_RECORDED.format("this model", source.config.diffusion.summary()))
-    elif codec is not None:
-        source = _with_codec(source, codec)
+    else:
+        source = source if codec is None else _with_codec(source, codec)
+        source = source if text_encoder is None else _with_text_encoder(source, text_encoder)
     return writers[to](source, Path(target).expanduser(), approximate)
 
 
@@ -181,6 +186,23 @@ def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, em
 def _with_codec(model: Model, codec: CodecSource) -> Model:
     config = resolve_codec(codec, model.config.network.in_channels)
     return Model(model.config.model_copy(update={"codec": config}), model.network)
+
+
+def _with_text_encoder(model: Model, source: str | AnyTextEncoder) -> Model:
+    """A model with another text encoder. A string leaves the settings of the model's own as they are."""
+    network, own = model.config.network, model.config.text
+    if not network.uses_text:
+        raise TesseraError("this model is not conditioned on text: leave out the text encoder (--text-encoder)")
+    if source == "minilm":
+        text: AnyTextEncoder = MiniLMConfig()
+    elif isinstance(source, str):
+        path = source if source.startswith(HUB_PREFIX) else str(Path(source).expanduser().resolve())
+        if not isinstance(own, FolderConfig):
+            own = FolderConfig(source=path, max_tokens=network.text_tokens or None)
+        text = own.model_copy(update={"source": path, "subfolder": None, "tokenizer_subfolder": None, "revision": None})
+    else:
+        text = source
+    return Model(model.config.model_copy(update={"text": text}), model.network, model.loaded_codec)
 
 
 def _write_diffusers(model: Model, target: Path, approximate: bool) -> str:

@@ -161,6 +161,8 @@ def write(network: PixArt, target: Path, approximate: bool = False) -> str:
     config = network.config
     if config.block.window_layers:
         raise TesseraError("the official code has no windows and no relative positions: convert to a bundle")
+    if config.vocabulary_size:
+        raise TesseraError("an official PixArt reads T5's channels, and this network embeds ids: convert to a bundle")
     if not config.null_embedding:
         raise TesseraError(
             "an official PixArt has a null embedding, and this network has none: convert to a bundle or to diffusers"

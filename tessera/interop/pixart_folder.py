@@ -251,6 +251,8 @@ def _problems(config: BundleConfig, network: PixArtConfig) -> Iterator[str]:
         yield f"mlp_ratio is {network.mlp_ratio:g}; only 4 is supported there"
     if network.num_classes:
         yield f"the network has {network.num_classes} classes; there are none there"
+    if network.vocabulary_size:
+        yield "the network embeds ids of a vocabulary; only the channels of a text encoder are supported there"
     if network.timestep_freq_divisor != 128:
         yield f"timestep_freq_divisor is {network.timestep_freq_divisor}; it is 128 there"
     if network.mlp_norm_eps != EPS:

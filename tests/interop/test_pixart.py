@@ -73,6 +73,7 @@ def test_what_the_file_cannot_record_is_refused_or_reported(tmp_path):
     model = GOLDEN["small_model"]
     path = tmp_path / "x.pth"
     assert "no windows" in refused(model(block={"kind": "pixart", "window_layers": [1], "window_size": 2}), path)
+    assert "this network embeds ids" in refused(model(vocabulary_size=300, text_channels=0), path)
     assert "this network has none" in refused(model(null_embedding=False), path)
     compressed = model(block={"kind": "pixart", "compression": "uniform", "compressed_layers": [1]})
     message = refused(compressed, path)

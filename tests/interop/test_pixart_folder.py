@@ -279,6 +279,7 @@ def test_an_official_model_becomes_a_folder_and_back(make_folder, tmp_path):
         ({"block": {"kind": "pixart", "compressed_layers": [1]}}, {}, r"compressed_layers=\(1,\)"),
         ({"block": {"kind": "pixart", "window_layers": [1], "window_size": 2}}, {}, "window_size=2"),
         ({"mlp_ratio": 2}, {}, "mlp_ratio is 2; only 4"),
+        ({"vocabulary_size": 300, "text_channels": 0}, {"text": None}, "embeds ids of a vocabulary"),
         ({"out_channels": 4}, {"diffusion": {"kind": "flow"}}, "only Gaussian is supported"),
     ],
 )
@@ -306,3 +307,23 @@ def test_the_command_line(make_folder, tmp_path):
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("one", "two")]
     assert len(files[0]) == 3
     assert files[0].keys() == files[1].keys()
+
+
+def test_another_text_encoder(make_folder, tmp_path, make_model):
+    """An official file of other channels than T5's has no encoder: --text-encoder names one, and a bundle keeps it."""
+    folder = make_folder()
+    source = load.load(folder, "cpu")
+    network = source.config.network.model_copy(update={"null_embedding": True}).build()
+    official.write(bundle.Model(source.config, network), tmp_path / "one.pth")
+    words = f"convert {tmp_path / 'one.pth'} {tmp_path / 'bundle'} --to bundle --num-heads 4 --text-encoder {folder}"
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(folder)
+    model = load.load(tmp_path / "bundle", "cpu")
+    assert model.config.text.max_tokens == 120
+    assert model.text_encoder.encode(["a cat"])[0].shape == (1, 3, 32)
+    same = load.load(tmp_path / "bundle", "cpu", text_encoder=str(tmp_path / "bundle" / "text")).config.text
+    assert same == model.config.text
+    assert load.load(tmp_path / "bundle", "cpu", text_encoder="minilm").config.text.kind == "minilm"
+    with pytest.raises(TesseraError, match="is not conditioned on text: leave out the text encoder"):
+        load.convert(make_model(), tmp_path / "new", "bundle", text_encoder="minilm")

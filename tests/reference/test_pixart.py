@@ -179,10 +179,11 @@ def test_macs_match_pytorchs_counter(block, sizes):
 
 
 def small_model(**changes: Any) -> Model:
-    network = PixArtConfig(
-        input_size=8, in_channels=1, out_channels=1, depth=2, hidden_size=48, num_heads=4, text_channels=8,
-        text_tokens=6, position_base=4, **changes,
-    )  # fmt: skip
+    settings = {
+        "input_size": 8, "in_channels": 1, "out_channels": 1, "depth": 2, "hidden_size": 48, "num_heads": 4,
+        "text_channels": 8, "text_tokens": 6, "position_base": 4, **changes,
+    }  # fmt: skip
+    network = PixArtConfig(**settings)
     config = BundleConfig(
         network=network, diffusion={"kind": "flow"}, codec={"kind": "pixels", "channels": 1},
         sampling={"num_steps": 4, "sampler": "ddim", "guidance_scale": 2.0},
