@@ -53,6 +53,16 @@ def make_request(
     return SampleRequest(seed_list * len(labels), condition, **settings)
 
 
+def cut_long_prompts(model: Model, prompts: Sequence[Prompt]) -> None:
+    """Let the text encoder cut texts that are too long, and print which."""
+    encoder = model.text_encoder
+    encoder.cut_long = True
+    texts = list(dict.fromkeys(text for each in prompts for text in (each.prompt, each.negative_prompt) if text))
+    for text, tokens in zip(texts, encoder.tokenize(texts)):
+        if len(tokens) > encoder.max_tokens:
+            print_error(f"cut to {encoder.max_tokens} of {len(tokens)} tokens: '{text[:60]} …'")
+
+
 def _prompt_request(
     model: Model,
     prompts: Sequence[Prompt],

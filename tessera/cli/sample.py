@@ -41,6 +41,9 @@ def sample(
             "guidance_scale, seed"
         ),
     ] = None,
+    cut_prompts: Annotated[
+        bool, typer.Option("--cut-prompts", help="cut prompts that are too long for the text encoder")
+    ] = False,
     negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="images of each class or prompt (1)")] = None,
     seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; the seed determines the image")] = None,
@@ -96,6 +99,8 @@ def sample(
         codec=codec,
         text_encoder=text_encoder,
     )
+    if cut_prompts:
+        image_files.cut_long_prompts(loaded, prompt_list)
     request = image_files.make_request(
         loaded,
         classes,
@@ -121,6 +126,7 @@ def sample(
     request = replace(request, **inputs)
     options = {
         "ema": ema,
+        "cut-prompts": cut_prompts or None,
         "checkpoint-type": checkpoint_type,
         "num-heads": num_heads,
         "num-classes": num_classes,

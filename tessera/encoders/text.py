@@ -31,11 +31,13 @@ class TextEncoder(ABC):
     """Captions to tokens: embeddings, or ids that the network embeds.
 
     channels: E of the embeddings; 0: tokens are ids. vocabulary_size: the number of ids; 0: tokens are embeddings.
+    cut_long: whether `encode` cuts captions of more than max_tokens by default, instead of raising an error.
     """
 
     channels: int
     vocabulary_size: int
     max_tokens: int
+    cut_long: bool = False
 
     def to(self, device: torch.device | str) -> Self:
         """Move all tensors to a device."""
@@ -56,17 +58,17 @@ class TextEncoder(ABC):
     def fingerprint(self) -> str:
         """A hexadecimal sha256 of everything that the tokens of a caption depend on."""
 
-    def encode(self, captions: Sequence[str], cut: bool = False) -> tuple[Tensor, Tensor]:
+    def encode(self, captions: Sequence[str], cut: bool | None = None) -> tuple[Tensor, Tensor]:
         """Embeddings float32 [B, M, E] or ids int64 [B, M], and which tokens are valid, bool [B, M]; on the CPU.
 
-        Raises TesseraError for a caption of more than max_tokens, unless it is to be cut.
+        cut: instead of cut_long. Raises TesseraError for a caption of more than max_tokens, unless it is to be cut.
         """
-        tokens = self.tokenize(captions, cut)
+        tokens = self.tokenize(captions, self.cut_long if cut is None else cut)
         for caption, ids in zip(captions, tokens):
             if len(ids) > self.max_tokens:
                 raise TesseraError(
                     f"a text has {len(ids)} tokens, and the text encoder takes at most {self.max_tokens}: shorten "
-                    f"'{caption[:60]} …', or cut it at the limit"
+                    f"'{caption[:60]} …', or cut it there (tessera sample --cut-prompts; text_encoder.cut_long = True)"
                 )
         rows = [torch.tensor(ids, dtype=torch.int64) for ids in tokens]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
