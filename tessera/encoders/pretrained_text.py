@@ -112,6 +112,7 @@ class PretrainedTextEncoder(TextEncoder):
 
     def fingerprint(self) -> str:
         facts = {"dtype": self.config.dtype, "max_tokens": self.max_tokens}
+        facts |= {"lower_case": True} if self.config.lower_case else {}
         names = []
         for path in {*_settings_files(self.tokenizer_folder), *_all_files(self.folder)}:
             with path.open("rb") as file:

@@ -163,16 +163,23 @@ def test_float16_output_projections_of_t5_stay_in_float32(tmp_path):
     assert encoder.encode(CAPTIONS)[0].isfinite().all()
 
 
-def test_fingerprint_depends_on_weights_tokenizer_and_length(tmp_path):
+def test_fingerprint_depends_on_weights_tokenizer_length_and_case(tmp_path):
     save(tmp_path, "bert")
     prints = [FolderConfig(source=str(tmp_path)).build().fingerprint()]
+    prints.append(FolderConfig(source=str(tmp_path), lower_case=True).build().fingerprint())
     prints.append(FolderConfig(source=str(tmp_path), max_tokens=5).build().fingerprint())
     save_tokenizer(tmp_path, "$A </s>")
     prints.append(FolderConfig(source=str(tmp_path)).build().fingerprint())
     torch.manual_seed(1)
     bert().save_pretrained(tmp_path)
     prints.append(FolderConfig(source=str(tmp_path)).build().fingerprint())
-    assert len(set(prints)) == 4
+    assert len(set(prints)) == 5
+
+
+def test_captions_in_lower_case(tmp_path):
+    save(tmp_path, "t5")
+    plain, lower = (FolderConfig(source=str(tmp_path), lower_case=value).build() for value in (False, True))
+    assert lower.tokenize(["  A Red CIRCLE "]) == plain.tokenize(["a red circle"])
 
 
 @pytest.mark.parametrize("subfolders", [("", ""), ("text_encoder", "tokenizer"), ("a", "b")])
