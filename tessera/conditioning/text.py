@@ -120,7 +120,8 @@ class TextMaskField(ConditionField):
 class SizeField(ConditionField):
     """Height and width in pixels and their ratio: float32 [B, 3]. Unconditional rows keep theirs.
 
-    By default it is the size of the generated image.
+    In training they are those of the file, and the ratio of the size it is cropped to, as in PixArt-alpha. In sampling
+    they are by default those of the generated image.
     """
 
     input_name, from_size = "size", True
@@ -130,6 +131,9 @@ class SizeField(ConditionField):
 
     def example(self, num_rows: int, network: Any) -> Tensor:
         return torch.tensor([[512.0, 512.0, 1.0]]).expand(num_rows, 3)
+
+    def load(self, dataset: Any, samples: Sequence[int], positions: Tensor) -> Tensor:
+        return torch.from_numpy(dataset.image_sizes[list(samples)])
 
     def encode(self, inputs: Sequence[Any], model: Any) -> Tensor:
         rows = torch.as_tensor([list(row) for row in inputs], dtype=torch.float32)

@@ -49,6 +49,7 @@ class DigitsDataset:
 
     class_names = tuple("0123456789")
     text: "EncodedCaptions | None" = None
+    image_sizes: np.ndarray | None = None
 
     def __init__(self, config: DigitsConfig) -> None:
         try:

@@ -86,6 +86,7 @@ class FilesDataset:
     """
 
     text: "EncodedCaptions | None" = None
+    image_sizes: np.ndarray | None = None
 
     def __init__(self, config: FilesConfig) -> None:
         self.config = config

@@ -90,6 +90,7 @@ class Dataset(Protocol):
 
     class_names: tuple[str, ...]  # empty: no labels
     text: "EncodedCaptions | None"  # the captions as tokens, where a network reads them
+    image_sizes: np.ndarray | None  # height, width and ratio of the samples, float32 [N, 3], where a network uses them
 
     def __len__(self) -> int: ...
 

@@ -170,6 +170,7 @@ class ShapesDataset:
 
     class_names = CLASSES
     text: "EncodedCaptions | None" = None
+    image_sizes: np.ndarray | None = None
 
     def __init__(self, config: ShapesConfig) -> None:
         self.split, self._classes = config.split, COMBINATIONS[config.combinations]

@@ -39,7 +39,7 @@ def default_condition(
 ) -> dict[str, list[Any]]:
     """Inputs for images with these seeds, by field: each condition chooses its own by the policy.
 
-    data: what captions are chosen from. Raises TesseraError for a condition that cannot choose.
+    Those that follow from the size of the images are left out: the request adds them. data: what captions are chosen from. Raises TesseraError for a condition that cannot choose.
     """
     network = model.config.network
     names, rules = network.condition_fields, network.condition_type.rules()
@@ -52,7 +52,7 @@ def default_condition(
         if rules[name].from_data
         else rules[name].default_inputs(seeds, policy, model.config)
         for name in names
-        if name not in companions
+        if name not in companions and not rules[name].from_size
     }
 
 

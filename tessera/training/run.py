@@ -188,6 +188,8 @@ def build_data(
     sizes = None if dataset.text is None else dataset.text.sizes
     recipe = resolve_recipe(recipe, dataset.class_names, codec, num_unlabeled, sizes)
     buckets = build_buckets(recipe, dataset)
+    if "size" in recipe.network.condition_fields:
+        dataset.image_sizes = image_sizes(dataset, recipe.data.size, buckets)
     most = -(-config.global_batch_size // world.world_size)  # samples of the rank that has most
     accumulation_steps = -(-most // min(config.micro_batch_size or most, most))
     rows = parallel.local_batch(config.global_batch_size, accumulation_steps, world)
@@ -264,6 +266,20 @@ def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets 
     return Buckets.assign(
         dataset.shapes(), data.buckets.sizes(data.size), min_samples=recipe.training.global_batch_size
     )
+
+
+def image_sizes(dataset: Dataset | LatentsDataset, size: tuple[int, int], buckets: Buckets | None) -> np.ndarray:
+    """Height and width of the file of each sample, and the ratio of the size that it is cropped to: float32 [N, 3].
+
+    size: of the crops without buckets. Images that are not files have the size of their crop.
+    """
+    crops = np.broadcast_to(size, (len(dataset), 2)) if buckets is None else np.array(buckets.sizes)[buckets.bucket_ids]
+    source, sizes = files_dataset(dataset), crops
+    if source is not None:
+        shapes = source.shapes()
+        sizes = shapes[dataset.indices] if isinstance(dataset, LatentsDataset) else shapes
+        sizes = np.where(sizes > 0, sizes, crops)
+    return np.concatenate((sizes, crops[:, :1] / crops[:, 1:]), axis=1).astype(np.float32)
 
 
 def build_network(

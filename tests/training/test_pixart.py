@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tessera import bundle
 from tessera.conditioning import Condition
@@ -230,3 +232,28 @@ def test_an_official_model_gets_size_conditions_another_null_embedding_and_anoth
     grown = validate(PixArtConfig, plain.config.network.model_dump() | changes, "a test").build().eval()
     init_from(grown, (), plain, "m")
     assert error(grown(x, t, sizes), plain.network(x, t, condition)) < 1e-6
+
+
+@pytest.mark.parametrize("buckets", [None, {"multiple": 8, "aspect": 2.0}])
+def test_size_conditions_are_those_of_the_file_and_the_ratio_of_the_crop(text_recipe, make_pixart, tmp_path, buckets):
+    folder, random = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(32):
+        shape = [(48, 64), (40, 40), (100, 50), (33, 47)][number % 4]
+        Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text("a cat")
+    load.convert(make_pixart(), tmp_path / "source", "bundle")
+    data = {"kind": "files", "path": str(folder), "size": 32, **({"buckets": buckets} if buckets else {})}
+    network = {"kind": "pixart", "size_conditions": True}
+    recipe = text_recipe("run", tmp_path / "source", data=data, network=network)
+    batches = build_run(recipe).loader.batches()
+    for _ in range(3):
+        batch = next(batches)
+        height, width = batch.pixels.shape[2:]
+        assert torch.allclose(batch.condition.size[:, 2], torch.tensor(height / width))
+        rows = {tuple(row) for row in batch.condition.size[:, :2].tolist()}
+        assert rows <= {(48.0, 64.0), (40.0, 40.0), (100.0, 50.0), (33.0, 47.0)}
+    batches.close()
+    shapes = build_run(text_recipe("other", tmp_path / "source", network=network)).loader.load_batch(0)
+    assert shapes.condition.size.tolist() == [[32.0, 32.0, 1.0]] * 8
+    loop.train(recipe)
