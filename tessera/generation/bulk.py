@@ -39,7 +39,8 @@ def default_condition(
 ) -> dict[str, list[Any]]:
     """Inputs for images with these seeds, by field: each condition chooses its own by the policy.
 
-    Those that follow from the size of the images are left out: the request adds them. data: what captions are chosen from. Raises TesseraError for a condition that cannot choose.
+    Those that follow from the size of the images are left out: the request adds them. data: what captions are chosen
+    from. Raises TesseraError for a condition that cannot choose.
     """
     network = model.config.network
     names, rules = network.condition_fields, network.condition_type.rules()
