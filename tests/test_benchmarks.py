@@ -24,6 +24,7 @@ SMALL = {
     "data_index": ["--samples 2000 --epochs 1"],
     "digit_recipes": ["--steps 2 --each 1 training.seed=1"],
     "doctor": ["--steps 10 --out {tmp} digits"],
+    "emoji_text": ["{text_model} --data {parquet}/train.parquet --out {tmp} --seeds 2 --known 'image 3' --new nothing"],
     "evaluation_distances": [
         "frechet --widths 16 --repeats 1",
         "coverage --widths 16 --repeats 2",
@@ -86,9 +87,28 @@ def places(tmp_path_factory) -> dict[str, Path]:
             buffer = io.BytesIO()
             Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "PNG")
             cells.append({"bytes": buffer.getvalue(), "path": None})
-        table = pa.table({"image": cells, "label": [row % 10 for row in range(440)]})
+        columns = {"label": [row % 10 for row in range(440)], "text": [f"image {row}" for row in range(440)]}
+        table = pa.table({"image": cells, **columns})
         pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
-    return {"images": folder / "images", "codec": folder / "codec", "parquet": folder / "parquet"}
+    _save_text_model(folder / "text-model")
+    paths = {"images": "images", "codec": "codec", "parquet": "parquet", "text_model": "text-model"}
+    return {name: folder / path for name, path in paths.items()}
+
+
+def _save_text_model(folder: Path) -> None:
+    from tessera import bundle
+    from tessera.bundle import BundleConfig, Model
+    from tessera.encoders.text import WordsConfig
+
+    text = WordsConfig(vocabulary=("image",))
+    network = {
+        "kind": "dit", "input_size": 32, "in_channels": 3, "out_channels": 3, "num_classes": 0, "patch_size": 8, "depth": 1,
+        "hidden_size": 32, "num_heads": 2, "vocabulary_size": text.build().vocabulary_size, "text_tokens": 4,
+        "block": {"kind": "rope-swiglu", "text": "keys"},
+    }  # fmt: skip
+    settings = {"network": network, "diffusion": {"kind": "flow"}, "codec": {"kind": "pixels", "channels": 3}}
+    config = BundleConfig.model_validate({**settings, "text": text.model_dump(), "sampling": {"num_steps": 2}})
+    bundle.save(Model(config, config.network.build().eval()), folder)
 
 
 def test_every_script_is_in_the_table():
