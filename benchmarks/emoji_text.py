@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import tessera
-from tessera import images
+from tessera import generation, images
 from tessera.data.files import FilesConfig
 
 KNOWN = (
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="sampling settings, such as guidance_scale=3")
     options = parser.parse_args()
     model = tessera.load(options.model)
-    size = tessera.generation.image_size(model)
+    size = generation.image_size(model)
     dataset = FilesConfig(kind="parquet", path=options.data, caption="text", label=None, size=size).open()
     names = [dataset.caption(index) for index in range(len(dataset))]
     training = np.stack([dataset.pixels(index) for index in range(len(dataset))]).transpose(0, 2, 3, 1)
