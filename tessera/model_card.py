@@ -1,6 +1,7 @@
 """The model card of a bundle, in Markdown."""
 
 from tessera.codecs import StoredConfig
+from tessera.encoders.text import WordsConfig
 from tessera.model import Model
 from tessera.models.network import parameter_count
 
@@ -10,16 +11,30 @@ def describe(model: Model) -> dict[str, str]:
     config = model.config
     network, codec = config.network, config.codec
     size = " x ".join(map(str, network.input_size))
-    classes = f"{network.num_classes} classes" if network.num_classes else "unconditional"
+    conditions = [
+        *([f"{network.num_classes} classes"] if network.num_classes else []),
+        *(["text"] if network.uses_text else []),
+    ]
     return {
         "network": network.summary(),
-        "input": f"{network.in_channels} x {size}, {classes}",
+        "input": f"{network.in_channels} x {size}, {' and '.join(conditions) or 'unconditional'}",
         "codec": codec.kind + (f" ({codec.source})" if isinstance(codec, StoredConfig) else ""),
+        **({"text encoder": _text_encoder(model)} if network.uses_text else {}),
         "diffusion": config.diffusion.summary(),
         "parameters": f"{parameter_count(model.network):,}",
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
         "sampling": config.sampling.summary(),
     }
+
+
+def _text_encoder(model: Model) -> str:
+    text = model.config.text
+    match text:
+        case None:
+            return "not known"
+        case WordsConfig():
+            return f"{text.kind}, {len(text.vocabulary):,} words"
+    return text.kind if text.name == text.kind else f"{text.kind} ({text.name})"
 
 
 def render(model: Model) -> str:
@@ -28,7 +43,10 @@ def render(model: Model) -> str:
     provenance = "\n".join(f"- **{name}**: {value}" for name, value in model.config.provenance.facts().items())
     classes = ", ".join(model.class_names[:50]) + (", …" if len(model.class_names) > 50 else "")
     network = model.config.network
+    words = [*(["--classes all"] if network.num_classes else []), *(['--prompt "a cat"'] if network.uses_text else [])]
+    command = f"{' '.join(words)} --per-class 4" if words else "--num-samples 4"
     example = "classes=[0], " if network.num_classes else ""
+    example += 'prompts=["a cat"], ' if network.uses_text else ""
     samples = "clips = tessera.generate" if network.is_temporal else "images = tessera.generate"
     shape = "[B, T, H, W, C]" if network.is_temporal else "[B, H, W, C]"
     return f"""---
@@ -45,11 +63,11 @@ tags: [diffusion, {network.kind}]
 {provenance or "- not recorded"}
 
 ## Classes
-{classes or "none: unconditional"}
+{classes or ("none" if network.num_classes or network.uses_text else "none: unconditional")}
 
 ## How to sample from it
 ```
-tessera sample FOLDER {"--classes all --per-class" if network.num_classes else "--num-samples"} 4
+tessera sample FOLDER {command}
 ```
 ```python
 import tessera

@@ -24,6 +24,7 @@ from tessera.cli.options import (
     Precision,
     SamplingOverrides,
     Size,
+    TextEncoder,
     parse_sample_size,
     parse_size,
     print_error,
@@ -60,6 +61,7 @@ MODEL_PARAMETERS = (  # that have no effect on existing samples
         "num_heads",
         "num_classes",
         "codec",
+        "text_encoder",
     ),
 )
 
@@ -95,6 +97,7 @@ def score(
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
     codec: Codec = None,
+    text_encoder: TextEncoder = None,
     out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
 ) -> None:
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
@@ -124,6 +127,7 @@ def score(
                 num_heads=num_heads,
                 num_classes=num_classes,
                 codec=codec,
+                text_encoder=text_encoder,
             )
             data = reference or suite.training_data(model)
             request = bulk_request(

@@ -19,8 +19,11 @@ from tessera.bundle import weights_hash
 from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, split_names
 from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
+from tessera.data import AnyData
 from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read_image
+from tessera.data.resolve import parse_data
 from tessera.errors import TesseraError
+from tessera.evaluation.captions import caption_data
 from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.interop import load
@@ -39,11 +42,14 @@ def make_request(
     num_samples: int | None,
     policy: bulk.Policy,
     prompts: Sequence[Prompt] = (),
+    captions: str | None = None,
     **settings: Any,
 ) -> SampleRequest:
     """The request of the options: `num_samples` by a class policy, or every class or prompt with every seed."""
     if num_samples is not None:
-        return bulk_request(model, num_samples, policy, **settings)
+        return bulk_request(model, num_samples, policy, data=_caption_data(model, captions), **settings)
+    if captions is not None:
+        raise TesseraError("--captions needs --num-samples: it is the data whose captions are sampled")
     if prompts or model.config.network.uses_text:
         return _prompt_request(model, prompts, classes, per_class, seeds, settings)
     seed_list, labels = parse_seeds(seeds, per_class), parse_classes(classes, model)
@@ -51,6 +57,14 @@ def make_request(
         return SampleRequest(seed_list, policy="unconditional", **settings)
     condition = {"label": [label for label in labels for _ in seed_list]}
     return SampleRequest(seed_list * len(labels), condition, **settings)
+
+
+def _caption_data(model: Model, captions: str | None) -> AnyData | None:
+    """The data whose captions a model is sampled for: by default its training data, if its recipe is known."""
+    recipe = model.config.recipe or {}
+    if captions is None and ("data" not in recipe or not model.config.network.uses_text):
+        return None
+    return caption_data(captions, captions or parse_data(recipe["data"]), model)
 
 
 def cut_long_prompts(model: Model, prompts: Sequence[Prompt]) -> None:

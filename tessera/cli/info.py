@@ -72,8 +72,9 @@ def _command(path: Path) -> str:
         words += ["--classes", join_names(settings["class_names"])]
     for prompt in settings["prompts"] or ():
         words += ["--prompt", prompt]
-    if settings["negative_prompts"] is not None:
-        words += ["--negative-prompt", settings["negative_prompts"][0]]
+    negative = settings["negative_prompts"]
+    if negative is not None and negative[0] is not None:
+        words += ["--negative-prompt", negative[0]]
     words += ["--seeds", ",".join(map(str, settings["seeds"]))]
     return f"{shlex.join(words)}\n# weights {settings['weights']}; compare with `tessera info` of the model"
 

@@ -27,8 +27,6 @@ def read_prompts(words: Sequence[str], file: Path | None, negative: str | None) 
     prompts = [Prompt(word) for word in words] + ([] if file is None else _read_file(file))
     if negative is not None and not prompts:
         raise TesseraError("--negative-prompt needs a prompt: give --prompt TEXT or --prompts FILE")
-    if negative is None and any(each.negative_prompt is not None for each in prompts):
-        negative = ""
     return [
         Prompt(
             each.prompt,

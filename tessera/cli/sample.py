@@ -50,6 +50,9 @@ def sample(
     num_samples: Annotated[
         int | None, typer.Option(min=1, max=MAX_SAMPLES, help="total; classes are chosen by --class-policy")
     ] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="data whose captions are the prompts of --num-samples (the training data)")
+    ] = None,
     class_policy: ClassPolicy = "uniform",
     size: Size = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
@@ -109,6 +112,7 @@ def sample(
         num_samples,
         class_policy,
         prompt_list,
+        captions,
         settings={"overrides": overrides or []},
         precision=precision,
         size=parse_sample_size(size),

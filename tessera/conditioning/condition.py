@@ -107,6 +107,9 @@ class Condition(Rows):
             if name in inputs:
                 encoded = rules.encode(inputs[name], model)
                 rows |= encoded if isinstance(encoded, dict) else {name: encoded}
+        tokens, valid = (rows[name].shape[1] if name in rows else None for name in ("text", "text_mask"))
+        if None not in (tokens, valid) and tokens != valid:
+            raise TesseraError(f"a text_mask has an entry for each token of its text: {valid} entries, {tokens} tokens")
         return cls(**rows)
 
 

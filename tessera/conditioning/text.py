@@ -55,6 +55,9 @@ class TextField(ConditionField):
                 raise TesseraError(
                     f"a text is a prompt, or tokens of a text encoder: {shape} with M at least 1; got {list(row.shape)}"
                 )
+            if network.vocabulary_size and not NULL_TOKEN <= int(row.min()) <= int(row.max()) < network.vocabulary_size:
+                last = network.vocabulary_size - 1
+                raise TesseraError(f"ids of a text are from 0 to {last}; got {int(row.min())} to {int(row.max())}")
         if len(rows) != len(inputs):
             raise TesseraError("some texts are prompts and others are tokens: give all in one form")
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)

@@ -247,8 +247,8 @@ class CaptionEncoder(TextEncoder):
     def fingerprint(self) -> str:
         return self.inner.fingerprint()
 
-    def encode(self, captions: Sequence[str], cut: bool = False) -> tuple[Tensor, Tensor]:
-        rows = [self._row(caption, cut) for caption in captions]
+    def encode(self, captions: Sequence[str], cut: bool | None = None) -> tuple[Tensor, Tensor]:
+        rows = [self._row(caption, self.cut_long if cut is None else cut) for caption in captions]
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return pad_sequence(rows, batch_first=True), mask
 

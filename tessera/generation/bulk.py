@@ -68,11 +68,12 @@ def bulk_request(
     """A request for `count` images with consecutive seeds and default conditions. fields: its other fields.
 
     balanced: classes in turn; uniform: each a random class, by its seed. Captions are chosen from the data in the same
-    way. Raises TesseraError for a condition that cannot choose.
+    way, and cut as in training. Raises TesseraError for a condition that cannot choose.
     """
     seeds = range(first_seed, first_seed + count)
     condition = default_condition(model, seeds, policy, data)
-    return SampleRequest(seeds, condition, policy=policy if condition else "unconditional", **fields)
+    policy_name = policy if condition else "unconditional"
+    return SampleRequest(seeds, condition, policy=policy_name, cut_long=True, **fields)
 
 
 class BulkSamples:
@@ -109,11 +110,15 @@ class BulkSamples:
         hashes = {name: hash_values(values) for name, values in request.condition.items()}
         listed = f" {hashes.pop('label', '')}" if request.policy == "listed" and "label" in hashes else ""
         hashes.pop("label", None)
+        negative = {name: hash_values(values) for name, values in request.negative.items()}
+        scales = torch.as_tensor(1.0 if request.guidance_scale is None else request.guidance_scale)
         return {
             **self.sampling.model_dump(mode="json"),
             "seeds": f"{seeds[0]}-{seeds[-1]}" if consecutive else hash_values(seeds),
             "class_policy": request.policy + listed,
             **({"condition": hashes} if hashes else {}),
+            **({"negative": negative} if negative else {}),
+            **({"guidance_scale": hash_values(scales.tolist())} if scales.ndim else {}),
             "precision": "tf32" if dtype is None and tf32 else str(dtype or torch.float32).removeprefix("torch."),
         }
 

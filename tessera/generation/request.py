@@ -35,16 +35,18 @@ class SampleRequest:
 
     seeds: each determines its image, independent of the batch. condition: inputs by field of the model's condition,
     such as {"label": [3, "cat"]} or {"text": ["a red circle"]}. negative: inputs that replace the null values of the
-    fields in the weak output of guidance, such as negative prompts. guidance_scale: instead of that of the settings;
-    one number, or one per row. size: of the image in pixels, (H, W), (T, H, W) or one number for a square (default: the
-    trained size). settings: any key of SamplingConfig, and `overrides`. guidance_model: a weaker model with the same
-    condition, instead of the model itself without condition (autoguidance).
+    fields in the weak output of guidance, such as negative prompts; a row whose negative text is None keeps the null
+    value. guidance_scale: instead of that of the settings; one number, or one per row. size: of the image in pixels,
+    (H, W), (T, H, W) or one number for a square (default: the trained size). settings: any key of SamplingConfig, and
+    `overrides`. guidance_model: a weaker model with the same condition, instead of the model itself without condition
+    (autoguidance).
 
     init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
     the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
     mask: [B, H, W] or [H, W], 1 where to generate and 0 where the image stays. Clips have T before H.
 
-    policy: how the inputs were chosen, for the record.
+    policy: how the inputs were chosen, for the record. cut_long: prompts of more tokens than the text encoder takes are
+    cut, as captions are in training, instead of an error.
     """
 
     seeds: Sequence[int] = (0,)
@@ -59,6 +61,7 @@ class SampleRequest:
     guidance_model: Model | None = None
     policy: str = "listed"
     negative: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    cut_long: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
@@ -76,6 +79,9 @@ class SampleRequest:
 
     def __len__(self) -> int:
         """The number of rows. Raises TesseraError if the lengths of the inputs differ."""
+        for name, values in self._sequences.items():
+            if isinstance(values, str):
+                raise TesseraError(f"{name} is one text: give a list, [{values[:60]!r}]")
         counts = {name: len(values) for name, values in self._sequences.items()}
         if not all(counts.values()):
             raise TesseraError("nothing to generate: pass at least one seed, and one input for each condition")
@@ -187,7 +193,8 @@ class SampleRequest:
             raise TesseraError("null_text=empty needs a model that is conditioned on text: leave it out")
         if not guided or self.guidance_model is not None:
             return
-        has_weak_text = "text" in network.null_fields or "text" in self.negative or config.null_text == "empty"
+        has_negative = "text" in self.negative and all(each is not None for each in self.negative["text"])
+        has_weak_text = "text" in network.null_fields or has_negative or config.null_text == "empty"
         if uses_text and not has_weak_text:
             raise TesseraError(
                 "this model has no null text embedding: set null_text=empty, which guides away from an empty prompt, "
@@ -195,6 +202,19 @@ class SampleRequest:
             )
         if not uses_text and not network.null_fields:
             raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
+
+    def _negative(self, model: Model, config: SamplingConfig) -> Condition:
+        """The fields that replace null values: negative inputs, or an empty prompt.
+
+        Rows with a text of None, which keep the null embedding, have that of another row.
+        """
+        negative, uses_empty = dict(self.negative), config.null_text == "empty"
+        is_guided = bool((self.scales(config) != 1).any()) or config.guidance_scales.get("text", 1) != 1
+        texts = negative.pop("text", [None] if uses_empty and is_guided else [])
+        default = "" if uses_empty else next((each for each in texts if each is not None), None)
+        if texts and default is not None:
+            negative["text"] = [default if each is None else each for each in texts]
+        return model.config.network.condition_type.encode(negative, model)
 
     def scales(self, config: SamplingConfig) -> Tensor:
         """The guidance scale of each row, float32 [B] or [1]."""
@@ -205,11 +225,17 @@ class SampleRequest:
         """The rows of the request, all checked and paired. Raises TesseraError."""
         config, num_rows = self.check(model), len(self)
         network = model.config.network
-        condition = network.condition_type.encode(self._inputs(model), model)
-        negative = dict(self.negative)
-        if config.null_text == "empty" and not negative and bool((self.scales(config) != 1).any()):
-            negative["text"] = [""]
-        weak = replace(condition.null(network.null_fields), **network.condition_type.encode(negative, model).present)
+        inputs = self._inputs(model)
+        if self.cut_long and self.prompts is not None:
+            text, mask = model.text_encoder.encode(self.prompts, cut=True)
+            inputs["text"] = [tokens[valid] for tokens, valid in zip(text, mask)]
+        condition = network.condition_type.encode(inputs, model)
+        null = _expand_condition(condition.null(network.null_fields), num_rows)
+        weak = replace(null, **_expand_condition(self._negative(model, config), num_rows).present)
+        is_null = torch.tensor([each is None for each in self.negative.get("text", ())])
+        if config.null_text == "embedding" and bool(is_null.any()):
+            rows = _expand(is_null, num_rows).nonzero()[:, 0]
+            weak = weak.put(rows, replace(weak, text=null.text, text_mask=null.text_mask)[rows])
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         if mask is not None and not np.isin(mask, (0, 1)).all():
             raise TesseraError(
@@ -218,7 +244,7 @@ class SampleRequest:
         return SampleRows(
             seed=_expand(torch.tensor(list(self.seeds), dtype=torch.int64), num_rows),
             condition=_expand_condition(condition, num_rows),
-            weak=_expand_condition(weak, num_rows),
+            weak=weak,
             scale=_expand(self.scales(config), num_rows),
             image=None if image is None else _expand(torch.from_numpy(np.ascontiguousarray(image)), num_rows),
             mask=None if mask is None else _expand(torch.from_numpy(mask != 0), num_rows),
@@ -268,10 +294,16 @@ def sampling_config(model: Model, *, overrides: Sequence[str] = (), **settings: 
 def check_guidance_model(model: Model, guidance_model: Model) -> None:
     """Raise TesseraError unless the outputs of two models can be combined."""
     problems = []
-    for name in ("in_channels", "input_size", "num_classes", "condition_fields"):
+    names = ("in_channels", "input_size", "num_classes", "condition_fields", "text_channels", "vocabulary_size")
+    for name in names:
         expected, value = getattr(model.config.network, name), getattr(guidance_model.config.network, name)
         if value != expected:
             problems.append(f"{name} {value}, not {expected}")
+    texts = [each.config.text for each in (model, guidance_model)]
+    expected, value = (text and (text.kind, getattr(text, "vocabulary", ())) for text in texts)
+    if expected and value and value != expected:
+        kinds = [text.kind for text in texts if text]
+        problems.append(f"text {kinds[1]}, not {kinds[0]}" if kinds[0] != kinds[1] else "another vocabulary")
     expected, value = (each.config.diffusion.model_dump(include=OUTPUT_SETTINGS) for each in (model, guidance_model))
     if value != expected:
         problems.append(f"{guidance_model.config.diffusion.summary()}, not {model.config.diffusion.summary()}")

@@ -333,7 +333,8 @@ def _problems(model: Model, network: DiTConfig) -> list[str]:
     if int(network.hidden_size * network.mlp_ratio) != 4 * network.hidden_size:
         problems.append(f"mlp_ratio is {network.mlp_ratio:g}; only 4 is supported there")
     if not network.num_classes:
-        problems.append("the network is unconditional; only class-conditional networks are supported there")
+        kind = "conditioned on text" if network.uses_text else "unconditional"
+        problems.append(f"the network is {kind}; only class-conditional networks are supported there")
     elif not network.learn_null_class:
         problems.append("learn_null_class is false; the label table there always has a null class")
     table = model.network.state_dict().get("pos_embed")

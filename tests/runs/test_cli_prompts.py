@@ -87,12 +87,9 @@ def test_prompts_from_a_file(tessera, folder, text_model, tmp_path, name, conten
     is_text = name == "p.txt"
     first = pixels(tmp_path / "s" / f"a-red-circle-seed-{1 if is_text else 7}.png")
     second = pixels(tmp_path / "s/a-blue-square-seed-1.png")
-    plain = {} if is_text else {"negative_prompts": [""]}
     own = {} if is_text else {"negative_prompts": ["red"]}
     prompts = ["a red circle"], ["a blue square"]
-    expected = generation.generate(
-        text_model, prompts=prompts[0], seeds=[1 if is_text else 7], guidance_scale=2, **plain
-    )
+    expected = generation.generate(text_model, prompts=prompts[0], seeds=[1 if is_text else 7], guidance_scale=2)
     np.testing.assert_array_equal(first, expected[0][..., 0])
     scale = 2 if is_text else 3.5
     expected = generation.generate(text_model, prompts=prompts[1], seeds=[1], guidance_scale=scale, **own)
@@ -109,6 +106,19 @@ def test_an_empty_prompt_is_a_text_like_others_and_null_text_may_be_one(tessera,
     expected = generation.generate(text_model, **request, negative_prompts=[""])
     np.testing.assert_array_equal(pixels(tmp_path / "e/a-red-circle-seed-0.png"), expected[0][..., 0])
     assert (generation.generate(text_model, **request) != expected).any()
+
+
+def test_captions_of_data_are_the_prompts_of_a_number_of_samples(tessera, folder, text_model, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "one.png")
+    (data / "one.txt").write_text("a red circle")
+    words = ["--num-samples", "2", "--captions", data, "--out", tmp_path / "s"]
+    done = tessera("sample", folder, *words)
+    assert done.code == 0, done.err
+    expected = generation.generate(text_model, prompts=["a red circle"], seeds=[0, 1])
+    for seed in (0, 1):
+        np.testing.assert_array_equal(pixels(tmp_path / f"s/a-red-circle-seed-{seed}.png"), expected[seed][..., 0])
 
 
 def test_long_prompts_are_cut_on_request(tessera, folder, text_model, tmp_path):
@@ -135,6 +145,7 @@ def test_long_prompts_are_cut_on_request(tessera, folder, text_model, tmp_path):
         (["--negative-prompt", "b"], "--negative-prompt needs a prompt"),
         (["--num-samples", "3", "--prompt", "a"], "--num-samples sets classes, prompts and seeds"),
         (["--num-samples", "3"], "this model needs a prompt for each image"),
+        (["--prompt", "a", "--captions", "data"], "--captions needs --num-samples"),
         (["--prompts", "missing.txt"], "cannot read --prompts missing.txt"),
         (["--prompts", "empty.txt"], "has no prompt: expected one in each line"),
         (["--prompts", "wrong.csv"], "expected prompt, negative_prompt, guidance_scale, seed, of which the first must"),
