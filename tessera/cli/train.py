@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import Overrides
+from tessera.cli.options import Overrides, print_error
 
 
 def train(
@@ -26,7 +26,7 @@ def train(
 
     config = read_recipe(recipe, overrides or [])
     if dry_run:
-        print(estimate_run(config, resume))
+        print(estimate_run(config, resume, log=print_error))
         return
     if choose_device(config.training.device).type == "cpu":
         keep_freed_memory()

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +47,18 @@ class RunEstimate:
         )
 
 
-def dry_run(recipe: Recipe, resume: str = "auto", steps: int = 3) -> RunEstimate:
+def dry_run(
+    recipe: Recipe, resume: str = "auto", steps: int = 3, log: Callable[[str], None] = lambda text: None
+) -> RunEstimate:
     """Do everything that a run does, a few times, on the real data, in a temporary folder.
 
-    Raises the TesseraError that the run would raise.
+    log: called with what the start of the run states. Raises the TesseraError that the run would raise.
     """
     run_dir = Path(recipe.run_dir)
     path = find_checkpoint(run_dir, resume)
     _check_writable(run_dir)
     with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing_parent(run_dir.absolute())) as scratch:
-        run = build_run(recipe.model_copy(update={"run_dir": scratch}), path)
+        run = build_run(recipe.model_copy(update={"run_dir": scratch}), path, log=log)
         if path is not None:
             check_compatible(run, path)
         config, device = run.recipe.training, run.ema_model.device

@@ -17,6 +17,7 @@ from tessera.errors import TesseraError
 from tessera.settings import to_yaml
 from tessera.studies.study_plan import resolve
 from tessera.training import loop
+from tessera.training.dry_run import dry_run
 from tessera.training.plan_recipe import workload
 from tessera.training.recipe import Recipe, read_recipe
 from tessera.training.run import build_run
@@ -63,6 +64,12 @@ def test_classes_and_text(text_recipe):
     assert condition.text is not None
     with pytest.raises(TesseraError, match="num_classes is 7 in the recipe, but data, codec and diffusion need 30"):
         build_run(text_recipe("run", "network.num_classes=7"))
+
+
+def test_a_dry_run_says_what_the_start_of_the_run_says(text_recipe):
+    reports: list[str] = []
+    dry_run(text_recipe("run", text={"kind": "words", "max_tokens": 6}), log=reports.append)
+    assert any("captions have more than 6 tokens and are cut" in report for report in reports)
 
 
 def test_training_saves_a_model_of_its_words(text_recipe):
