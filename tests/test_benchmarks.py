@@ -103,7 +103,8 @@ def _save_text_model(folder: Path) -> None:
     text = WordsConfig(vocabulary=("image",))
     network = {
         "kind": "dit", "input_size": 32, "in_channels": 3, "out_channels": 3, "num_classes": 0, "patch_size": 8,
-        "depth": 1, "hidden_size": 32, "num_heads": 2, "vocabulary_size": text.build().vocabulary_size, "text_tokens": 4,
+        "depth": 1,
+        "hidden_size": 32, "num_heads": 2, "vocabulary_size": text.build().vocabulary_size, "text_tokens": 4,
         "block": {"kind": "rope-swiglu", "text": "keys"},
     }  # fmt: skip
     settings = {"network": network, "diffusion": {"kind": "flow"}, "codec": {"kind": "pixels", "channels": 3}}
