@@ -330,6 +330,8 @@ class Trainer:
             if self.world.world_size > 1:
                 raise  # the other ranks wait for this one
             logger.info(f"step {step} could not be scored: {error}")
+        finally:
+            run.unload_text_encoder()
 
     @property
     def _grid_path(self) -> Path:
@@ -343,4 +345,5 @@ class Trainer:
             grid = sample_grid(run.recipe, model, run.loader.dataset)
             images.save_png(self._grid_path, grid)
             self.logger.image(self.step, grid)
+        run.unload_text_encoder()
         self.world.barrier()

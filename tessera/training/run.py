@@ -97,6 +97,11 @@ class TrainingRun:
         table = source.table.take(dataset.indices) if isinstance(dataset, LatentsDataset) else source.table
         return index.fingerprint(table)
 
+    def unload_text_encoder(self) -> None:
+        """Free the memory that a frozen encoder takes after sampling texts that are not training captions."""
+        if self.loader.dataset.text is not None:
+            self.loader.dataset.text.encoder.unload()
+
     def full_ema_model(self) -> bundle.Model:
         """The EMA model with whole weights, for sampling. Every rank must call it."""
         self.ema.synchronize()

@@ -118,6 +118,17 @@ def test_frozen_encoders_need_no_words(text_recipe, text_encoder_folder):
     assert condition.text.shape == (*condition.text_mask.shape, 16)
 
 
+def test_an_encoder_is_not_in_memory_after_a_grid_of_other_prompts(text_recipe, text_encoder_folder, monkeypatch):
+    text = {"kind": "folder", "source": str(text_encoder_folder)}
+    encoded, unload = [], PretrainedTextEncoder.unload
+    monkeypatch.setattr(
+        PretrainedTextEncoder, "unload", lambda self: (encoded.append("network" in self.__dict__), unload(self))[1]
+    )
+    changes = ('training.sample_prompts=["a cat"]', "training.steps=2", "training.sample_every=2")
+    loop.train(text_recipe("run", *changes, text=text))
+    assert encoded == [True, True, True]  # after the training captions, and after both grids
+
+
 def test_training_on_cached_embeddings(text_recipe, text_encoder_folder, tmp_path, monkeypatch):
     """The same batches as without a cache, up to batched products; the encoder is never loaded, also for the grids."""
     text = {"kind": "folder", "source": str(text_encoder_folder)}
