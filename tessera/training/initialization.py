@@ -28,6 +28,7 @@ RELATIVE = (".rel_pos_h", ".rel_pos_w")
 SIZE_OUTPUTS = ("csize_embedder.mlp.2.", "ar_embedder.mlp.2.")
 PIXART_OPTIONS = ("y_embedder.y_embedding", "csize_embedder.", "ar_embedder.")
 TEXT, TEXT_IN_BLOCKS = "text_embedder.", (".text_kv.", ".text_offset", ".cross_attn.")
+CAPTIONS = "y_embedder.y_proj."
 TIME_BIAS = "t_embedder.mlp.2.bias"
 REFERENCE_TIME = 501 / 1000  # step 500 of 1000
 COPIED, RESAMPLED, INITIALIZED = "copied", "resampled", "initialized"
@@ -120,9 +121,12 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
     ]
     differences += [f"{key} is unexpected" for key in old if key not in new and key != TABLE]
     if differences:
+        has_text = any(each.startswith((TEXT, CAPTIONS)) for each in differences)
+        settings = "the text encoder, " * has_text + _shape_settings(after)
         raise TesseraError(
-            f"cannot start from {name}: it has another architecture; {_shape_settings(after)} must agree "
-            f"(leave network: out of the recipe to take them from there){bullet_list(differences)}"
+            f"cannot start from {name}: it has another architecture; {settings} must agree "
+            f"(leave {'network: and text:' if has_text else 'network:'} out of the recipe to take them from there)"
+            f"{bullet_list(differences)}"
         )
     # These do not change the shape of any weight.
     for kind, setting in ((DiTConfig, "num_heads"), (UNetConfig, "num_head_channels")):

@@ -381,3 +381,11 @@ def test_text_in_another_design_than_that_of_the_source_is_an_error(make_model):
     network = new_network(source, block=RoPESwiGLU(text="cross"))
     with pytest.raises(TesseraError, match="its blocks are rope-swiglu text=keys, network.block is rope-swiglu text=c"):
         init_from(network, (), source, "m")
+
+
+def test_another_text_encoder_than_that_of_the_source_is_an_error(make_model):
+    sizes = {"num_classes": 0, "vocabulary_size": 9, "text_tokens": 4}
+    source = make_model({"block": {"kind": "rope-swiglu", "text": "keys"}, **sizes})
+    network = new_network(source, vocabulary_size=0, text_channels=8)
+    with pytest.raises(TesseraError, match=r"the text encoder, hidden_size.*agree \(leave network: and text: out"):
+        init_from(network, (), source, "m")
