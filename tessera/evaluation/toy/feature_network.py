@@ -131,6 +131,7 @@ class Subset:
     """Some samples of a data set, as a data set."""
 
     text: "EncodedCaptions | None" = None
+    image_sizes: np.ndarray | None = None
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
         self.dataset, self.indices, self.class_names = dataset, indices, dataset.class_names
