@@ -100,6 +100,10 @@ def _prompt_request(
     rows = [(each, seed) for each in prompts for seed in ([each.seed] if each.seed is not None else seed_list)]
     condition: dict[str, list[Any]] = {"text": [each.prompt for each, _ in rows]}
     if network.num_classes:
+        if classes is None:
+            raise TesseraError(
+                "this model has classes beside text: give --classes, one for all prompts or one for each"
+            )
         labels = parse_classes(classes, model) or []
         if len(labels) not in (1, len(prompts)):
             raise TesseraError(f"{len(prompts)} prompts need as many classes, or one for all; got {len(labels)}")

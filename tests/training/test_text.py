@@ -19,7 +19,7 @@ from tessera.studies.study_plan import resolve
 from tessera.training import loop
 from tessera.training.dry_run import dry_run
 from tessera.training.plan_recipe import workload
-from tessera.training.recipe import Recipe, read_recipe
+from tessera.training.recipe import Recipe, inherit_text, read_recipe
 from tessera.training.run import build_run
 
 SHAPES = {"kind": "shapes", "count": 96}
@@ -99,6 +99,14 @@ def test_a_run_that_is_resumed_keeps_its_vocabulary(text_recipe):
     assert newest.text == WordsConfig(vocabulary=vocabulary())
     with pytest.raises(TesseraError, match="cannot resume .* text.max_tokens was 128, is 50"):
         loop.train(text_recipe("run", "training.steps=6", text={"kind": "words", "max_tokens": 50}))
+
+
+def test_another_vocabulary_of_the_same_size_than_that_of_the_model_is_an_error(text_recipe):
+    words = ("a", "red", "blue")
+    recipe = text_recipe(text={"kind": "words", "vocabulary": words[::-1]})
+    with pytest.raises(TesseraError, match="has 3 words, and is not that of the model .* leave text.vocabulary out"):
+        inherit_text(recipe, WordsConfig(vocabulary=words))
+    assert inherit_text(text_recipe(text="words"), WordsConfig(vocabulary=words)).text.vocabulary == words
 
 
 def test_a_model_passes_its_vocabulary_on(text_recipe):
