@@ -187,8 +187,8 @@ def inherit_text(recipe: Recipe, source: AnyTextEncoder | None) -> Recipe:
         if text.vocabulary not in ((), source.vocabulary):
             raise TesseraError(
                 f"text.vocabulary has {len(text.vocabulary)} words, and is not that of the model that training starts "
-                f"from, which has {len(source.vocabulary)}: ids would mean other words; leave text.vocabulary out to take "
-                "that of the model"
+                f"from, which has {len(source.vocabulary)}: ids would mean other words; leave text.vocabulary out to "
+                "take that of the model"
             )
         text = text.model_copy(update={"vocabulary": source.vocabulary})
     return recipe.model_copy(update={"text": text})
