@@ -149,7 +149,7 @@ def score(
                 raise TesseraError(f"{target} needs something to compare with: --reference DATA or statistics (.npz)")
         if isinstance(data, str):
             check_reference(data)  # before features are loaded, which may download them
-        extractor = load_extractor(features or suite.default_features(data), torch_device)
+        extractor = load_extractor(features or suite.default_features(data, names), torch_device)
         with exclusive_lock(folder) if ranks.is_main else nullcontext():
             start = start if ranks.is_main else None
             result = suite.evaluate(samples, data, extractor, folder, names, ranks, batch_size, start, clip=clip)

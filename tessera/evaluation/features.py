@@ -41,6 +41,9 @@ ROWS = 1000  # rows read from disk at a time
 Progress = Callable[[int, int], None] | None
 
 
+MEAN = "mean"  # the mean of the pixels, where no metric compares features: needs no weights
+
+
 @dataclass(frozen=True)
 class FeatureExtractor:
     """A feature network, with what a score's protocol records about it."""
@@ -86,6 +89,10 @@ def load_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network of a name: `digits`, `shapes`, `inception`, the path of its .pth, a folder written by
     `tessera evaluate train-features`, or a Hugging Face vision model by id or folder. Raises TesseraError.
     """
+    if name == MEAN:
+        return FeatureExtractor(
+            MEAN, "", "none", lambda images: {"pool": images.float().mean(dim=(1, 2, 3))[:, None]}, device
+        )
     path = Path(name).expanduser()
     built_in = sorted(folder.name for folder in BUILT_IN.iterdir()) if BUILT_IN.is_dir() else []
     if name in built_in or feature_network.is_saved_at(path):

@@ -14,7 +14,7 @@ from tessera.errors import TesseraError
 from tessera.evaluation import captions, distances
 from tessera.evaluation.alignment import Line
 from tessera.evaluation.captions import ImageScores
-from tessera.evaluation.features import FeatureExtractor, FeatureSet, Progress, extract, features_path
+from tessera.evaluation.features import MEAN, FeatureExtractor, FeatureSet, Progress, extract, features_path
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MAX_ROWS, check_widths, describe_reference, open_reference, statistics_features
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
@@ -293,14 +293,15 @@ def open_samples(target: str, size: tuple[int, int] | None, count: int | None) -
     return DatasetSource(resolve_data(target, size), count)
 
 
-def default_features(reference: str | AnyData) -> str:
+def default_features(reference: str | AnyData, metrics: Sequence[str] | None = None) -> str:
     """The default feature network for a reference: that of its statistics, the built-in one for embedded data, else
-    Inception.
+    Inception, or the mean of the pixels where none of the metrics compares features.
     """
+    fallback = "inception" if needs_reference(metrics) else MEAN
     if isinstance(reference, str) and Path(reference).suffix == ".npz":
-        return statistics_features(Path(reference).expanduser()) or "inception"
+        return statistics_features(Path(reference).expanduser()) or fallback
     kind = (resolve_data(reference, (1, 1)) if isinstance(reference, str) else reference).kind
-    return kind if kind in EMBEDDED else "inception"
+    return kind if kind in EMBEDDED else fallback
 
 
 def kid_by_class(samples: FeatureSet, reference: FeatureSet) -> Estimates:

@@ -93,7 +93,9 @@ def run_member(recipe: Recipe, sampling_steps: Sequence[int]) -> None:
 def load_reference(recipe: Recipe) -> tuple[FeatureExtractor, FeatureSet | SampleSource]:
     """The feature extractor of a recipe's evaluation, and the reference."""
     config, data = recipe.evaluation, recipe.evaluation.reference or recipe.data
-    extractor = load_extractor(config.features or suite.default_features(data), choose_device(recipe.training.device))
+    extractor = load_extractor(
+        config.features or suite.default_features(data, config.metrics), choose_device(recipe.training.device)
+    )
     return extractor, resolve_reference(data, DatasetSource(recipe.data), extractor)
 
 

@@ -82,7 +82,9 @@ class Scorer:
     def __init__(self, config: EvaluationConfig, model: bundle.Model, data: AnyData, run_dir: Path) -> None:
         self.config, self.model, self.folder = config, model, run_dir / FOLDER
         self.reference: str | AnyData = config.reference or data
-        self.extractor = load_extractor(config.features or suite.default_features(self.reference), model.device)
+        self.extractor = load_extractor(
+            config.features or suite.default_features(self.reference, config.metrics), model.device
+        )
         self.caption_data = caption_data(config.captions, self.reference, model)
         samples = self._samples(0, self.folder, self.model)
         check_images(samples, self.extractor)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
-from tessera.data import DigitsConfig
+from tessera.data import DigitsConfig, FilesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import reference, suite
-from tessera.evaluation.features import extract
+from tessera.evaluation.features import extract, load_extractor
 from tessera.evaluation.sources import DatasetSource, NpzSource
 from tessera.evaluation.suite import evaluate
 from tessera.generation.bulk import BulkSamples, bulk_request
@@ -262,3 +263,13 @@ def test_invalid_images_are_noted(digits, real, make_folder, tmp_path):
     )
     assert evaluation.notes == ["invalid images skipped: 1 of the samples, 0 of the reference"]
     assert evaluation.scores[0].protocol.samples == 59
+
+
+def test_metrics_that_compare_no_features_need_no_inception():
+    data = FilesConfig(path="images", size=8)
+    assert suite.default_features(data) == suite.default_features(data, ["fd", "clip_score"]) == "inception"
+    assert suite.default_features(data, ["clip_score", "alignment"]) == "mean"
+    assert suite.default_features("shapes", ["alignment"]) == "shapes"
+    extractor = load_extractor("mean", torch.device("cpu"))
+    images = np.stack([np.zeros((4, 6, 3), np.uint8), np.full((4, 6, 3), 200, np.uint8)])
+    np.testing.assert_array_equal(extractor(images, 1)["pool"], [[0], [200]])
