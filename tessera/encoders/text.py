@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator
@@ -267,7 +267,13 @@ class FolderConfig(FrozenConfig):
         )
 
 
+def _with_kind(value: Any) -> Any:
+    """Expand the name of a kind; settings without one are those of `words`."""
+    value = expand_kind(value)
+    return {"kind": "words", **value} if isinstance(value, dict) else value
+
+
 # The discriminator first, so that None may be another choice.
 AnyTextEncoder = Annotated[
-    WordsConfig | MiniLMConfig | FolderConfig, Field(discriminator="kind"), BeforeValidator(expand_kind)
+    WordsConfig | MiniLMConfig | FolderConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)
 ]

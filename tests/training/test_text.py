@@ -101,6 +101,10 @@ def test_a_run_that_is_resumed_keeps_its_vocabulary(text_recipe):
         loop.train(text_recipe("run", "training.steps=6", text={"kind": "words", "max_tokens": 50}))
 
 
+def test_settings_without_a_kind_are_those_of_words(text_recipe):
+    assert text_recipe("run", "text.max_tokens=50").text == WordsConfig(max_tokens=50)
+
+
 def test_another_vocabulary_of_the_same_size_than_that_of_the_model_is_an_error(text_recipe):
     words = ("a", "red", "blue")
     recipe = text_recipe(text={"kind": "words", "vocabulary": words[::-1]})
