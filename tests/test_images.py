@@ -2,6 +2,7 @@
 
 import re
 import struct
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 from tessera import images
 from tessera.errors import TesseraError
 from tessera.images import grid, read_settings, save_gif, save_png
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
 def random_images(count, height, width, channels):
@@ -97,3 +100,9 @@ def test_captions_above_rows_are_continued_at_the_right_and_then_cut():
     assert 40 < long.shape[1] < 120
     assert (long[16:26, 40:] == 255).all()
     assert images.with_captions(rows, ["a" * 500, "b"]).shape[1] == 120
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("*.png")), ids=lambda path: path.name)
+def test_figures_of_the_documentation_name_no_path_of_a_machine(path):
+    settings = read_settings(path) or {"model": ""}
+    assert not settings["model"].startswith("/"), settings["model"]
