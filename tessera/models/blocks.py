@@ -165,6 +165,10 @@ class BlockConfig(Settings):
         """The module that makes text tokens of the outputs of a text encoder."""
         return None
 
+    def key_mask(self, text_mask: Tensor, num_tokens: int) -> Tensor | None:
+        """Which keys self-attention attends to, bool [B, M + N], from text_mask [B, M]; None: all"""
+        return None
+
 
 class InContext(BlockConfig):
     """Conditioning by two additional tokens: the cheapest design."""
@@ -375,6 +379,12 @@ class RoPESwiGLU(BlockConfig):
             self.text_layers,
             self.text == "cross",
         )
+
+    def key_mask(self, text_mask: Tensor, num_tokens: int) -> Tensor | None:
+        image = text_mask.new_ones(()).expand(len(text_mask), num_tokens)
+        if self.text == "keys":
+            return torch.cat((text_mask, image), dim=1)
+        return torch.cat((image, text_mask), dim=1) if self.text == "sequence" else None
 
     def build(self, dims: BlockDims) -> Block:
         return RoPESwiGLUBlock(dims, self)

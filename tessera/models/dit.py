@@ -224,23 +224,13 @@ class DiT(Network):
         tokens = self.x_embedder(x).to(x.dtype)
         if self.pos_embed is not None:
             tokens = tokens + self._positions(context.grid, self.pos_embed)
-        if context.text_mask is not None and (mask := self._key_mask(tokens, context.text_mask)) is not None:
-            context = replace(context, key_mask=mask)
+        if context.text_mask is not None:
+            context = replace(context, key_mask=self.config.block.key_mask(context.text_mask, tokens.shape[1]))
         if self.appends_tokens:
             tokens = torch.cat((tokens, context.cond_tokens.to(tokens.dtype)), dim=1)
         if self.shared is not None:
             context = self.shared(tokens, context)
         return tokens, context
-
-    def _key_mask(self, tokens: Tensor, text_mask: Tensor) -> Tensor | None:
-        """Which keys self-attention attends to, bool [B, M + N]; None: all"""
-        ones = text_mask.new_ones(()).expand(len(text_mask), tokens.shape[1])
-        match getattr(self.config.block, "text", "none"):
-            case "keys":
-                return torch.cat((text_mask, ones), dim=1)
-            case "sequence":
-                return torch.cat((ones, text_mask), dim=1)
-        return None
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
         """Return what blocks and head need beside the image or clip, for its token grid.
