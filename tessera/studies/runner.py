@@ -67,9 +67,10 @@ def run_study(study: Study, plan: StudyPlan, names: Sequence[str], retry: bool, 
         raise Interrupted(f"stopped, everything saved in {folder}: {text}; run the same command again to resume")
     failures = [name for name in names if states[name] == "failed"]
     if failures:
+        first = (folder / MEMBERS / failures[0] / worker.FAILED).read_text().splitlines()[0]
         raise MembersFailed(
-            f"{len(failures)} of {len(names)} members failed: {', '.join(failures)}; "
-            f"{folder / MEMBERS}/NAME/{worker.FAILED} has the error, --retry runs them again"
+            f"{len(failures)} of {len(names)} members failed: {', '.join(failures)}; {failures[0]}: {first}; "
+            f"{folder / MEMBERS}/NAME/{worker.FAILED} has each error, --retry runs them again"
         )
 
 

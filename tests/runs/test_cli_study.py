@@ -77,7 +77,7 @@ def test_a_study_with_failed_members_has_a_report_and_exit_code_1(tessera, study
     done = tessera("study", study, *words, *GPU)
     assert done.code == 1
     assert done.out == f"{tmp_path / 'out/report.md'}\n"
-    assert "error: 1 of 2 members failed: L; " in done.err
+    assert "error: 1 of 2 members failed: L; L: " in done.err
     assert "diverged" in (tmp_path / "out/members/L/failed.txt").read_text()
     assert "L" in (tmp_path / "out/report.md").read_text()
 

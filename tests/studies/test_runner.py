@@ -139,7 +139,7 @@ def test_a_failed_member_does_not_stop_the_others(write_study):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "run_member", run_member)
-        with pytest.raises(runner.MembersFailed, match=r"2 of 3 members failed: D, K; .*--retry"):
+        with pytest.raises(runner.MembersFailed, match=r"2 of 3 members failed: D, K; D: .*diverged.*; .*--retry"):
             run(config)
         members = read(config)
         assert {name: result.state for name, result in members.items()} == {"D": "failed", "K": "failed", "S": "done"}
