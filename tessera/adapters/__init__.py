@@ -1,0 +1,23 @@
+"""Adapters: small changes of a trained network, attached from outside, that are trained, stored and merged apart."""
+
+from tessera.adapters.config import AdapterConfig, AnyAdapter, ClassesConfig, DiffFitConfig, LoRAConfig
+from tessera.adapters.layers import LAYERS, AdapterLayer
+from tessera.adapters.network import (
+    adapter_layers,
+    adapter_state,
+    attach,
+    attached,
+    base_state,
+    build_like,
+    detach,
+    layers_from_state,
+    merge,
+    set_strengths,
+    unmerge,
+)
+
+__all__ = [
+    "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "DiffFitConfig", "LoRAConfig",
+    "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like", "detach", "layers_from_state",
+    "merge", "set_strengths", "unmerge",
+]  # fmt: skip
