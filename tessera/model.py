@@ -35,6 +35,7 @@ class Provenance(Settings):
     converted_from: str | None = Field(default=None, description="the file or folder of another format")
     not_converted: str | None = Field(default=None, description="what that file or folder holds and Tessera left out")
     assumed: str | None = Field(default=None, description="what that file or folder does not record")
+    classes_changed: str | None = Field(default=None, description="classes added, removed, renamed or merged")
     sampling_chosen: str | None = Field(default=None, description="how the sampling settings were chosen")
 
     def facts(self) -> dict[str, Any]:

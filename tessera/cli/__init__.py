@@ -13,6 +13,7 @@ import typer
 
 from tessera import __version__
 from tessera.cli import codec, data, evaluate
+from tessera.cli.classes import classes
 from tessera.cli.convert import convert
 from tessera.cli.demo import demo
 from tessera.cli.doctor import doctor
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, train, sample, convert, info, report, doctor, plan, tune, study):
+for _command in (demo, train, sample, convert, classes, info, report, doctor, plan, tune, study):
     app.command()(_command)
 for _group in (data, codec, evaluate):
     app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2])

@@ -136,7 +136,7 @@ def parse_seeds(text: str | None, count: int | None) -> list[int]:
     return seeds
 
 
-def parse_classes(text: str | None, model: Model) -> list[int] | None:
+def parse_classes(text: str | None, model: Model, option: str = "--classes") -> list[int] | None:
     """'3,7', 'cat,dog' or 'all' -> labels; None for an unconditional model. Raises TesseraError."""
     num_classes = model.config.network.num_classes
     if not num_classes:
@@ -148,10 +148,10 @@ def parse_classes(text: str | None, model: Model) -> list[int] | None:
     if text is None or text == "all":
         return list(range(num_classes))
     names = model.class_names
-    parts = [part if part in names else part.strip() for part in split_names("--classes", text)]
+    parts = [part if part in names else part.strip() for part in split_names(option, text)]
     if len(parts) > 1 and text in names:  # one class, whose name has a comma
         if all(part in names for part in parts):
-            raise TesseraError(f"--classes {text} is the name of one class and of {len(parts)} classes; {QUOTING}")
+            raise TesseraError(f"{option} {text} is the name of one class and of {len(parts)} classes; {QUOTING}")
         parts = [text]
     try:
         return LabelField().encode(parts, model).tolist()
