@@ -150,7 +150,7 @@ class EncodedCaptions:
     counts: np.ndarray
     numbers: np.ndarray
     values: Tokens
-    encoder: TextEncoder
+    encoder: "CaptionEncoder"
     sizes: TextSizes
     seed: int
 
@@ -202,8 +202,13 @@ def encode_captions(
     seed: int,
     values: Tokens | None = None,
     report: Callable[[str], None] = lambda text: None,
+    prompts: Sequence[str] = (),
 ) -> EncodedCaptions:
-    """The captions of a data set as tokens. values: those of all texts, if they are computed already."""
+    """The captions of a data set as tokens.
+
+    values: those of all texts, if they are computed already. prompts: further texts that are encoded again and again;
+    they are encoded now, so that a frozen encoder is loaded once.
+    """
     if values is None:
         values = _encode_texts(captions, encoder, report)
     first = captions.counts.cumsum() - captions.counts
@@ -215,19 +220,26 @@ def encode_captions(
         report(f"{num_cut:,} captions have more than {encoder.max_tokens} tokens and are cut (text.max_tokens)")
     longest = max(1, int(values.lengths.max()))
     sizes = TextSizes(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, longest)
+    encoder = CaptionEncoder(encoder, captions, values, prompts)
+    if prompts:
+        encoder.encode(prompts)
+    if "" in prompts:
+        encoder.encode_exactly("")
     encoder.unload()
-    encoder = CaptionEncoder(encoder, captions, values)
     return EncodedCaptions(first, counts, captions.numbers, values, encoder, sizes, seed)
 
 
 class CaptionEncoder(TextEncoder):
     """An encoder that has the tokens of training captions ready, so that its network is loaded for other texts only.
 
-    Training captions that are too long are cut, as in training.
+    It keeps those of `prompts` and of the empty text once they were encoded. Training captions that are too long are
+    cut, as in training.
     """
 
-    def __init__(self, encoder: TextEncoder, captions: Captions, values: Tokens) -> None:
+    def __init__(self, encoder: TextEncoder, captions: Captions, values: Tokens, prompts: Sequence[str] = ()) -> None:
         self.inner, self.captions, self.values = encoder, captions, values
+        self.prompts = {"", *prompts}
+        self.prompt_rows: dict[tuple[str, bool], Tensor] = {}
         self.channels, self.vocabulary_size = encoder.channels, encoder.vocabulary_size
         self.max_tokens = encoder.max_tokens
 
@@ -248,16 +260,30 @@ class CaptionEncoder(TextEncoder):
         return self.inner.fingerprint()
 
     def encode(self, captions: Sequence[str], cut: bool | None = None) -> tuple[Tensor, Tensor]:
-        rows = [self._row(caption, self.cut_long if cut is None else cut) for caption in captions]
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-        return pad_sequence(rows, batch_first=True), mask
+        return _padded([self._row(caption, self.cut_long if cut is None else cut) for caption in captions])
 
     def _row(self, caption: str, cut: bool) -> Tensor:
         """The valid tokens of a text."""
         number = compute().index(self.captions.texts, caption).as_py()
         if number < 0:
-            return self.inner.encode([caption], cut)[0][0]
+            return self.encode_exactly(caption, cut)
         return torch.from_numpy(self.values[number].astype(np.float32 if self.channels else np.int64))
+
+    def encode_exactly(self, caption: str, cut: bool = False) -> Tensor:
+        """The valid tokens of a text by the inner encoder: those of captions are rounded to float16."""
+        key = caption, cut
+        if key not in self.prompt_rows:
+            tokens, _ = self.inner.encode([caption], cut)
+            if caption not in self.prompts:
+                return tokens[0]
+            self.prompt_rows[key] = tokens[0]
+        return self.prompt_rows[key]
+
+
+def _padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as one batch, and which of them are valid."""
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
 
 
 def _encode_texts(captions: Captions, encoder: TextEncoder, report: Callable[[str], None]) -> TokensInMemory:

@@ -137,8 +137,9 @@ def build_run(
     if loader.dataset.text is not None:
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
-    if recipe.sampling.null_text == "empty" and recipe.text is not None:
-        text, mask = recipe.text.build().to(device).encode([""])
+    if recipe.sampling.null_text == "empty" and loader.dataset.text is not None:
+        text = loader.dataset.text.encoder.encode_exactly("")[None]
+        mask = torch.ones(text.shape[:2], dtype=torch.bool)
         objective = replace(objective, empty_text=Condition(text=text, text_mask=mask))
     evaluates = recipe.evaluation.enabled
     scorer = Scorer(recipe.evaluation, ema_model, recipe.data, Path(recipe.run_dir)) if evaluates else None
@@ -188,7 +189,9 @@ def build_data(
     if recipe.text is not None and captions is not None:
         encoder, folder = recipe.text.build().to(device), text_cache_folder(recipe)
         values = None if folder is None else open_text_cache(Path(folder), captions, encoder)
-        dataset.text = encode_captions(dataset, captions, encoder, config.seed, values, log)
+        prompts = list(config.sample_prompts) if world.is_main else []
+        prompts += [""] if recipe.sampling.null_text == "empty" else []
+        dataset.text = encode_captions(dataset, captions, encoder, config.seed, values, log, prompts)
     num_unlabeled = int((dataset.labels < 0).sum()) if isinstance(dataset, FilesDataset) else 0
     sizes = None if dataset.text is None else dataset.text.sizes
     recipe = resolve_recipe(recipe, dataset.class_names, codec, num_unlabeled, sizes)

@@ -130,15 +130,42 @@ def test_frozen_encoders_need_no_words(text_recipe, text_encoder_folder):
     assert condition.text.shape == (*condition.text_mask.shape, 16)
 
 
-def test_an_encoder_is_not_in_memory_after_a_grid_of_other_prompts(text_recipe, text_encoder_folder, monkeypatch):
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_an_encoder_is_loaded_once_for_the_prompts_of_all_grids(
+    text_recipe, text_encoder_folder, tmp_path, monkeypatch, is_cached
+):
+    """Sample prompts and the empty text of null_text=empty. After the grids it is not in memory."""
     text = {"kind": "folder", "source": str(text_encoder_folder)}
-    encoded, unload = [], PretrainedTextEncoder.unload
-    monkeypatch.setattr(
-        PretrainedTextEncoder, "unload", lambda self: (encoded.append("network" in self.__dict__), unload(self))[1]
-    )
-    changes = ('training.sample_prompts=["a cat"]', "training.steps=2", "training.sample_every=2")
+    changes = ['training.sample_prompts=["a cat"]', "training.steps=3", "training.sample_every=1"]
+    changes += ["sampling.null_text=empty", "sampling.guidance_scale=2"]
+    if is_cached:
+        text["cache"] = str(tmp_path / "cache")
+        (tmp_path / "recipe.yaml").write_text(to_yaml(text_recipe("run", *changes, text=text)))
+        result = CliRunner().invoke(app, ["data", "cache", str(tmp_path / "recipe.yaml"), "--device", "cpu"])
+        assert result.exit_code == 0, result.output
+    loaded, embed, unload = [], PretrainedTextEncoder.embed, PretrainedTextEncoder.unload
+
+    def record_embed(self, *tokens):
+        loaded.append("network" not in self.__dict__)
+        return embed(self, *tokens)
+
+    encoders = set()
+    monkeypatch.setattr(PretrainedTextEncoder, "embed", record_embed)
+    monkeypatch.setattr(PretrainedTextEncoder, "unload", lambda self: (encoders.add(self), unload(self)))
     loop.train(text_recipe("run", *changes, text=text))
-    assert encoded == [True, True, True]  # after the training captions, and after both grids
+    assert sum(loaded) == 1
+    assert not any("network" in encoder.__dict__ for encoder in encoders)
+
+
+def test_the_tokens_of_prompts_that_were_kept_are_those_of_the_encoder(text_recipe, text_encoder_folder):
+    text = {"kind": "folder", "source": str(text_encoder_folder)}
+    run = build_run(text_recipe("run", 'training.sample_prompts=["a cat"]', text=text))
+    encoder, inner = run.loader.dataset.text.encoder, run.recipe.text.build()
+    for _ in range(2):
+        for prompts in (["a cat"], [""], ["another"]):
+            for ours, theirs in zip(encoder.encode(prompts), inner.encode(prompts)):
+                assert torch.equal(ours, theirs)
+    assert {key[0] for key in encoder.prompt_rows} == {"a cat", ""}
 
 
 def test_training_on_cached_embeddings(text_recipe, text_encoder_folder, tmp_path, monkeypatch):
