@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, join_names
+from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, TextEncoder, join_names
 from tessera.errors import TesseraError
 
 SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "weights"}  # of an image
@@ -20,6 +20,7 @@ def info(
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
     codec: Codec = None,
+    text_encoder: TextEncoder = None,
 ) -> None:
     """Print the facts of a model and its training, or the command that reproduces an image."""
     if Path(model).suffix.lower() == ".png":
@@ -37,6 +38,7 @@ def info(
         num_heads=num_heads,
         num_classes=num_classes,
         codec=codec,
+        text_encoder=text_encoder,
     )
     class_names = loaded.config.class_names
     names = ", ".join(class_names[:12]) + (", …" if len(class_names) > 12 else "")

@@ -14,6 +14,7 @@ from tessera.cli.options import (
     NumClasses,
     NumHeads,
     Precision,
+    TextEncoder,
     print_error,
     progress,
 )
@@ -47,6 +48,7 @@ def tune(
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
     codec: Codec = None,
+    text_encoder: TextEncoder = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for all results (RUN/tune/CHECKPOINT, or tune-NAME beside the model)")
     ] = None,
@@ -93,6 +95,7 @@ def tune(
         num_heads=num_heads,
         num_classes=num_classes,
         codec=codec,
+        text_encoder=text_encoder,
     )
     data = reference or suite.training_data(loaded)
     if isinstance(data, str):

@@ -170,3 +170,15 @@ def test_prompts_for_a_class_model_are_an_error(tessera, trained, tmp_path):
     done = tessera("sample", trained, "--prompt", "a seven", "--out", tmp_path / "s")
     assert done.code == 1
     assert "this model takes no prompts: it is conditioned on its classes: give --classes instead" in done.err
+
+
+def test_info_and_tune_take_another_text_encoder(tessera, make_model, text_encoder_folder, trained, tmp_path):
+    network = {
+        "block": {"kind": "rope-swiglu", "text": "keys"}, "num_classes": 0, "text_channels": 16, "text_tokens": 8,
+    }  # fmt: skip
+    bundle.save(make_model(network, class_names=()), tmp_path / "model")
+    assert "text encoder  not known" in tessera("info", tmp_path / "model").out
+    done = tessera("info", tmp_path / "model", "--text-encoder", text_encoder_folder)
+    assert f"text encoder  folder ({text_encoder_folder})" in done.out, done.err
+    done = tessera("tune", trained, "--text-encoder", text_encoder_folder)
+    assert (done.code, "not conditioned on text: leave out the text encoder" in done.err) == (1, True)
