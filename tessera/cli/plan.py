@@ -8,6 +8,7 @@ import typer
 
 from tessera.cli.options import Overrides, print_error, progress
 from tessera.errors import TesseraError
+from tessera.reporting.text import format_bytes as _bytes
 
 if TYPE_CHECKING:
     from tessera.planning.plan import Plan
@@ -111,6 +112,7 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         f"training     {work.steps:,} steps of {work.global_batch_size} "
         f"({split.micro_batch_size} per device{micro_batches}): "
         f"{plan.flops_per_step / work.global_batch_size:.4g} FLOPs per sample, {plan.flops:.4g} in total",
+        *([f"text         {work.text}"] if work.text else []),
         f"hardware     {hardware.title}: {hardware.source}",
         "",
         f"memory       peak {_bytes(plan.memory_bytes)} per device of {_bytes(hardware.usable_bytes)} usable: "
@@ -196,10 +198,3 @@ def _optimal(plan: "Plan", law: "Law | None") -> list[str]:
     from tessera.planning.budget import best_published
 
     return [f"optimal      {best_published(flops)}"]
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"

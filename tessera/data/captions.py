@@ -90,24 +90,39 @@ class TextSizes:
     """What a network must know about its text.
 
     channels: E of the embeddings, or 0 for ids. vocabulary_size: of ids, or 0. max_tokens: of the encoder. longest:
-    tokens of the longest caption.
+    tokens of the longest caption. num_texts: different captions; 0: not known. counted_texts, counted_tokens: those
+    whose tokens were counted, and how many they have.
     """
 
     channels: int
     vocabulary_size: int
     max_tokens: int
     longest: int
+    num_texts: int = 0
+    counted_texts: int = 0
+    counted_tokens: int = 0
 
     @classmethod
     def measure(cls, captions: Captions, encoder: TextEncoder) -> "TextSizes":
-        """Without encoding. The longest caption of frozen encoders is one of the first 10,000 texts."""
-        longest, count = 1, 0
+        """Without encoding. Of frozen encoders, only the first 10,000 texts are counted."""
+        lengths: list[int] = []
         for batch in captions.batches():
-            longest = max(longest, *map(len, encoder.tokenize(batch, cut=True)))
-            count += len(batch)
-            if encoder.channels and count >= MAX_MEASURED:
+            lengths += map(len, encoder.tokenize(batch, cut=True))
+            if encoder.channels and len(lengths) >= MAX_MEASURED:
                 break
-        return cls(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, longest)
+        return cls.of(encoder, max(1, *lengths), len(captions), len(lengths), sum(lengths))
+
+    @classmethod
+    def of(cls, encoder: TextEncoder, *sizes: int) -> "TextSizes":
+        """Those of an encoder, and the others."""
+        return cls(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, *sizes)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of the float16 embeddings of all different captions, in a cache or in memory; 0 for ids."""
+        if not self.num_texts:
+            return 0
+        return round(2 * self.channels * self.counted_tokens * self.num_texts / self.counted_texts)
 
 
 class Tokens(Protocol):
@@ -219,7 +234,7 @@ def encode_captions(
     if num_cut := int(values.is_cut[captions.numbers].sum()):
         report(f"{num_cut:,} captions have more than {encoder.max_tokens} tokens and are cut (text.max_tokens)")
     longest = max(1, int(values.lengths.max()))
-    sizes = TextSizes(encoder.channels, encoder.vocabulary_size, encoder.max_tokens, longest)
+    sizes = TextSizes.of(encoder, longest, len(captions), len(captions), int(values.lengths.sum()))
     encoder = CaptionEncoder(encoder, captions, values, prompts)
     if prompts:
         encoder.encode(prompts)

@@ -74,6 +74,7 @@ class Workload:
     image_bytes: int  # of an image as pixels
     latent_bytes: int  # of an image in a latent cache; 0 without a codec
     notes: tuple[str, ...] = ()  # assumptions
+    text: str = ""  # the text encoder and the captions; "" without text
 
 
 class BatchLayout(NamedTuple):
@@ -228,7 +229,7 @@ class Plan:
         }
 
 
-_WORKLOAD_KEYS = ("steps", "global_batch_size", "activation_checkpointing", "num_images")
+_WORKLOAD_KEYS = ("steps", "global_batch_size", "activation_checkpointing", "num_images", "text")
 _PLAN_KEYS = (
     "parameters", "gmacs", "precision", "flops_per_step", "flops", "fits", "largest_batch", "largest_model",
     "step_seconds", "images_per_second", "mfu", "seconds", "evaluation_seconds", "device_hours", "cost",

@@ -23,3 +23,11 @@ def format_number(value: float) -> str:
         if abs(value) >= size * 0.9995:
             return f"{value / divisor:.3g}{letter}"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_bytes(count: float) -> str:
+    """Three significant digits: 512 B, 1.5 KiB, 24.4 GiB."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} B"

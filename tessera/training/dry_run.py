@@ -13,6 +13,7 @@ from tessera.generation.bulk import bulk_request
 from tessera.reporting.text import format_duration
 from tessera.training import checkpoint
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
+from tessera.training.plan_recipe import text_summary
 from tessera.training.recipe import Recipe
 from tessera.training.resume import check_compatible, find_checkpoint
 from tessera.training.run import TrainingRun, build_run, save_checkpoint
@@ -32,6 +33,7 @@ class RunEstimate:
     peak_bytes: int
     checkpoint_bytes: int
     invalid_samples: int
+    text: str = ""  # the text encoder and the captions; "" without text
 
     def __str__(self) -> str:
         invalid = f", {self.invalid_samples} invalid so far" if self.invalid_samples else ""
@@ -39,6 +41,7 @@ class RunEstimate:
             (
                 f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
                 f"data         {self.images:,} images{invalid}",
+                *([f"text         {self.text}"] if self.text else []),
                 f"step         {self.seconds_per_step * 1000:.4g} ms",
                 f"run          {format_duration(self.seconds)}",
                 f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
@@ -84,6 +87,7 @@ def dry_run(
         needed = size * (config.keep_last + 1)
         if needed > free:
             raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
+        text = run.loader.dataset.text
         return RunEstimate(
             parameters=sum(parameter.numel() for parameter in run.network.parameters()),
             gmacs=run.macs / 1e9,
@@ -93,6 +97,7 @@ def dry_run(
             peak_bytes=runtime.peak_memory(device),
             checkpoint_bytes=size,
             invalid_samples=len(run.loader.invalid_samples),
+            text="" if text is None else text_summary(run.recipe, text.sizes),
         )
 
 

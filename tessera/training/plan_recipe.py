@@ -23,6 +23,7 @@ from tessera.data.captions import TextSizes
 from tessera.data.files import FilesConfig
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset
+from tessera.data.text_cache import FOLDER as TEXT_CACHE
 from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import suite
@@ -32,6 +33,7 @@ from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.planning.hardware import Hardware, find
 from tessera.planning.plan import Plan, SamplingWork, Workload, plan
 from tessera.planning.trace import Recorder, StepMemory, StepTrace, Trace, fake_tensors, meta_network
+from tessera.reporting.text import format_bytes
 from tessera.runtime import autocast
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import timestep_grid
@@ -46,7 +48,7 @@ from tessera.training.recipe import (
     resolve_text,
     text_settings,
 )
-from tessera.training.run import build_objective, measure_text, open_data
+from tessera.training.run import build_objective, measure_text, open_data, text_cache_folder
 from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
@@ -102,7 +104,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
 
     Raises TesseraError for invalid recipes.
     """
-    recipe, codec, images, notes = _resolve(recipe)
+    recipe, codec, images, text, notes = _resolve(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
     process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     num_evaluations = evaluation.count(config.steps)
@@ -145,11 +147,38 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         image_bytes=recipe.data.channels * height * width,
         latent_bytes=0 if isinstance(recipe.codec, PixelsConfig) else latent_bytes,
         notes=tuple(notes),
+        text="" if text is None else text_summary(recipe, text),
     )
 
 
-def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str]]:
-    """The resolved recipe, its codec, the number of images, and the assumptions."""
+def text_summary(recipe: Recipe, text: TextSizes) -> str:
+    """The text encoder of a resolved recipe, its captions and their embeddings, in one line."""
+    config = recipe.text or WordsConfig()
+    name = f"{config.kind} ({config.name})" if isinstance(config, FolderConfig) else config.kind
+    kind = f"{text.channels} channels" if text.channels else f"{text.vocabulary_size:,} ids"
+    parts = [f"{name}: {kind}, at most {text.max_tokens} tokens"]
+    if text.num_texts:
+        of = f" (of {text.counted_texts:,} captions)" if text.counted_texts < text.num_texts else ""
+        parts.append(f"{text.num_texts:,} different captions, the longest has {text.longest} tokens{of}")
+    if not text.channels:
+        return "; ".join(parts)
+    if text.num_texts:
+        about = "about " if text.counted_texts < text.num_texts else ""
+        size = f"{about}{format_bytes(text.embedding_bytes)} of embeddings"
+    else:
+        size = f"{format_bytes(2 * text.channels * text.max_tokens)} of embeddings for each caption of this length"
+    folder = text_cache_folder(recipe)
+    if folder is None:
+        parts.append(f"{size}, computed at the start and kept in memory: tessera data cache stores them")
+    elif (Path(folder) / TEXT_CACHE).is_dir():
+        parts.append(f"{size}, cached in {folder}")
+    else:
+        parts.append(f"{size}, to be cached in {folder} before training (tessera data cache)")
+    return "; ".join(parts)
+
+
+def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, TextSizes | None, list[str]]:
+    """The resolved recipe, its codec, the number of images, what is known of its text, and the assumptions."""
     recipe = infer_pixel_channels(recipe)
     notes: list[str] = []
     codec = dataset = None
@@ -188,7 +217,7 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, list[str
             sizes["input_size"] = tuple(side // 8 for side in recipe.data.size)
         unset = {key: value for key, value in sizes.items() if key not in network.model_fields_set}
         recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | unset, "network")})
-    return recipe, codec, None if dataset is None else len(dataset), notes
+    return recipe, codec, None if dataset is None else len(dataset), text, notes
 
 
 def _text(

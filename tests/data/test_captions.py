@@ -87,7 +87,8 @@ def test_ids(tmp_path):
     assert torch.equal(ids, expected)
     assert torch.equal(mask, expected_mask)
     assert ids.dtype == torch.int64
-    assert text.sizes == TextSizes(0, encoder.vocabulary_size, 128, 6) == TextSizes.measure(captions, encoder)
+    counts = len(captions), len(captions), sum(map(len, encoder.tokenize(captions.texts.to_pylist())))
+    assert text.sizes == TextSizes(0, encoder.vocabulary_size, 128, 6, *counts) == TextSizes.measure(captions, encoder)
 
 
 def test_embeddings_of_true_length(tmp_path):

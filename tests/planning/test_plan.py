@@ -1,8 +1,11 @@
 """Plans of whole recipes, against real runs and the paper's table."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tessera.cli.plan import format_plan
 from tessera.errors import TesseraError
 from tessera.models.presets import PRESETS
 from tessera.planning import budget, hardware, published
@@ -17,7 +20,7 @@ from tessera.planning.plan import (
 from tessera.planning.trace import StepMemory
 from tessera.settings import apply_overrides, validate
 from tessera.training import plan_recipe
-from tessera.training.recipe import Recipe
+from tessera.training.recipe import Recipe, read_recipe
 from tessera.training.run import build_run
 from tessera.training.step import train_step
 
@@ -176,3 +179,13 @@ def test_this_machine_is_measured(tmp_path, monkeypatch):
 def test_presets_are_not_paths():
     assert all(plan_recipe.is_preset(name) for name in PRESETS)
     assert not plan_recipe.is_preset("recipes/digits.yaml")
+
+
+def test_the_pixart_recipe_is_planned_without_its_data_and_encoder():
+    recipe = read_recipe(Path(__file__).parents[2] / "recipes" / "pixart.yaml", [])
+    cost = plan_recipe.plan_for_recipe(recipe, "h100x8")
+    assert (cost.parameters, cost.fits) == (610_856_096, True)  # the recipe's 610.9M
+    assert cost.workload.text.startswith("folder (hub:PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers): 4096 channels")
+    assert "960 KiB of embeddings for each caption" in cost.workload.text
+    assert cost.to_dict()["text"] == cost.workload.text
+    assert f"text         {cost.workload.text}" in format_plan(cost).splitlines()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tessera.reporting.text import format_duration
+from tessera.reporting.text import format_bytes, format_duration
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,11 @@ from tessera.reporting.text import format_duration
 )
 def test_durations_have_two_units(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (24.4 * 2**30, "24.4 GiB"), (1010 * 2**20, "1,010 MiB")],
+)
+def test_bytes_have_three_digits(count, text):
+    assert format_bytes(count) == text

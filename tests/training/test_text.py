@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from tessera import bundle
 from tessera.cli import app
 from tessera.data import ShapesConfig
-from tessera.data.captions import Captions
+from tessera.data.captions import Captions, TextSizes
 from tessera.encoders.pretrained_text import PretrainedTextEncoder
-from tessera.encoders.text import WordsConfig
+from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.settings import to_yaml
 from tessera.studies.study_plan import resolve
@@ -70,6 +70,41 @@ def test_a_dry_run_says_what_the_start_of_the_run_says(text_recipe):
     reports: list[str] = []
     dry_run(text_recipe("run", text={"kind": "words", "max_tokens": 6}), log=reports.append)
     assert any("captions have more than 6 tokens and are cut" in report for report in reports)
+
+
+def test_plan_and_dry_run_describe_the_text(text_recipe, text_encoder_folder, tmp_path):
+    words = WordsConfig(vocabulary=vocabulary()).build()
+    captions = Captions.of(ShapesConfig(**SHAPES).open()).texts.to_pylist()
+    recipe = text_recipe()
+    expected = (
+        f"words: {words.vocabulary_size} ids, at most 128 tokens; {len(captions)} different captions, the longest has "
+        f"{max(map(len, words.tokenize(captions)))} tokens"
+    )
+    assert workload(recipe).text == expected
+    assert f"text         {expected}" in str(dry_run(recipe)).splitlines()
+    text = {"kind": "folder", "source": str(text_encoder_folder)}
+    frozen = text_recipe(text=text)
+    tokens = sum(map(len, build_run(frozen).recipe.text.build().tokenize(captions)))
+    summary = workload(frozen).text
+    assert summary.startswith(f"folder ({text_encoder_folder}): 16 channels, at most 40 tokens; ")
+    assert f"{2 * 16 * tokens / 1024:.3g} KiB of embeddings, computed at the start and kept in memory" in summary
+    assert dry_run(frozen).text == summary
+    cached = text_recipe(text={**text, "cache": str(tmp_path / "cache")})
+    assert f"to be cached in {tmp_path / 'cache'} before training" in workload(cached).text
+    (tmp_path / "cache" / "text").mkdir(parents=True)
+    assert f"KiB of embeddings, cached in {tmp_path / 'cache'}" in workload(cached).text
+
+
+def test_frozen_encoders_of_many_captions_are_estimated_from_some(monkeypatch, text_encoder_folder):
+    captions = Captions.of(ShapesConfig(**SHAPES).open())
+    encoder = FolderConfig(source=str(text_encoder_folder)).build()
+    exact = TextSizes.measure(captions, encoder)
+    monkeypatch.setattr("tessera.data.captions.TEXTS_AT_ONCE", 32)
+    monkeypatch.setattr("tessera.data.captions.MAX_MEASURED", 32)
+    sizes = TextSizes.measure(captions, encoder)
+    assert (sizes.num_texts, sizes.counted_texts, exact.counted_texts) == (len(captions), 32, len(captions))
+    assert sizes.embedding_bytes == pytest.approx(exact.embedding_bytes, rel=0.1)
+    assert exact.embedding_bytes == 2 * 16 * sum(map(len, encoder.tokenize(captions.texts.to_pylist())))
 
 
 def test_training_saves_a_model_of_its_words(text_recipe):
