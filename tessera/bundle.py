@@ -2,34 +2,50 @@
 
 config.json              the network, diffusion process, codec and sampling settings
 model.safetensors        the weights (the EMA of training)
+adapters/NAME            adapters on these weights, with their strengths in config.json
 codec/                   the autoencoder, if it came from a local folder; a hub id stays an id
 text/                    the text encoder, likewise
 README.md                the model card
 ema/0.999.safetensors    in a checkpoint of a run: the EMA with another decay, here 0.999
+
+A checkpoint of an adapter has no weights of its own: `base` in config.json is the bundle that has them.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tessera import __version__, model_card
+from tessera import __version__, adapter_files, adapters, model_card
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import FolderConfig
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_folder, read_json
-from tessera.model import FORMAT, BundleConfig, Model, Provenance
+from tessera.model import FORMAT, AdapterInfo, BundleConfig, Model, Provenance
 from tessera.settings import validate
 
 CONFIG, WEIGHTS, CARD, CODEC, EMA_FOLDER = "config.json", "model.safetensors", "README.md", "codec", "ema"
-TEXT = "text"
+TEXT, ADAPTERS, BASE = "text", "adapters", "base"
+TRAINED = "adapter"  # the name of an adapter in the run that trains it
 
-__all__ = ["BundleConfig", "Model", "Provenance", "checkpoints", "load", "load_config", "save", "weights_hash", "write"]
+__all__ = [
+    "AdapterInfo",
+    "BundleConfig",
+    "Model",
+    "Provenance",
+    "checkpoints",
+    "load",
+    "load_config",
+    "save",
+    "weights_hash",
+    "write",
+]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -48,7 +64,10 @@ def save(model: Model, folder: Path, shared_folder: str | None = None) -> None:
 
 
 def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
-    """Write the files of a bundle into an existing folder."""
+    """Write the files of a bundle into an existing folder.
+
+    The weights below an adapter that is being trained are not written again: the shared folder has them.
+    """
     if shared_folder is None:
         copy_parts(model.config, folder)
     config, parts = model.config, shared_folder or "."
@@ -58,10 +77,25 @@ def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
     if isinstance(text, FolderConfig) and text.folder is not None:
         names = {"source": f"{parts}/{TEXT}", "subfolder": None, "tokenizer_subfolder": None}
         text = text.model_copy(update=names)
-    config = config.model_copy(update={"codec": codec, "text": text, "tessera_version": __version__})
+    strengths = adapters.attached(model.network)
+    base = f"{parts}/{BASE}" if shared_folder is not None and TRAINED in strengths else None
+    parts_and_version = {"codec": codec, "text": text, "tessera_version": __version__}
+    config = config.model_copy(update={**parts_and_version, "base": base, "adapters": strengths})
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-    write_tensors(model.network.state_dict(), folder / WEIGHTS)
+    if base is None:
+        write_tensors(adapters.base_state(model.network), folder / WEIGHTS)
+    for name in strengths:
+        info = model.adapters.get(name, AdapterInfo())
+        adapter_files.write(info, adapters.adapter_state(model.network, name), folder / ADAPTERS / name)
     (folder / CARD).write_text(model_card.render(model), encoding="utf-8")
+
+
+def save_base(config: BundleConfig, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the weights below an adapter that is being trained as a bundle in the folder of its run."""
+    with torch.device("meta"):
+        network = config.network.build()
+    network.load_state_dict(dict(state), assign=True)
+    save(Model(config.model_copy(update={"recipe": None}), network), folder, shared_folder="..")
 
 
 def copy_parts(config: Any, target: Path) -> None:
@@ -95,7 +129,8 @@ def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = N
     Raises TesseraError if the bundle is incomplete, damaged, of another format or architecture, or lacks that decay.
     """
     folder = Path(folder)
-    config, weights = load_config(folder), folder / WEIGHTS
+    config = load_config(folder)
+    weights = trained_weights(folder, config)
     if ema is not None:
         by_decay = ema_weights(folder, config)
         if ema not in by_decay:
@@ -104,13 +139,49 @@ def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = N
         weights = by_decay[ema]
         provenance = config.provenance.model_copy(update={"ema_decay": ema})
         config = config.model_copy(update={"provenance": provenance})
-    return assemble(config, read_tensors(weights), str(folder), device)
+    if config.base is None:
+        base = weights
+    elif not (base := folder / config.base / WEIGHTS).exists():
+        raise TesseraError(f"{folder} holds an adapter, and its base is missing: expected {base.resolve()}")
+    model = assemble(config.model_copy(update={"base": None, "adapters": {}}), read_tensors(base), str(folder), device)
+    model.adapters = {name: adapter_files.read_info(folder / ADAPTERS / name) for name in config.adapters}
+    check_bases(model, model.adapters)
+    for name in config.adapters:
+        is_trained = config.base is not None and name == TRAINED
+        state = read_tensors(weights if is_trained else folder / ADAPTERS / name / adapter_files.WEIGHTS)
+        adapters.attach(model.network, name, adapters.layers_from_state(model.network, state, str(folder)))
+    adapters.set_strengths(model.network, config.adapters)
+    return model
+
+
+def check_bases(model: Model, infos: Mapping[str, AdapterInfo]) -> None:
+    """Raise TesseraError if an adapter was trained on other weights than those of a model."""
+    if any(info.base for info in infos.values()):
+        own = weights_hash(adapters.base_state(model.network))
+        for name, info in infos.items():
+            if info.base not in (None, own):
+                raise TesseraError(
+                    f"the adapter {name} was trained on other weights ({info.base}, {info.base_network}) "
+                    f"than those of this model ({own}, {model.config.network.summary()}): use it with that model, or "
+                    "with --any-base (any_base=True) with any of the same shapes"
+                )
+
+
+def trained_weights(folder: Path, config: BundleConfig) -> Path:
+    """The file of a bundle with the weights that training changed."""
+    return folder / WEIGHTS if config.base is None else folder / ADAPTERS / TRAINED / adapter_files.WEIGHTS
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, with the names in that file: of an adapter that is trained, or all."""
+    is_adapter = TRAINED in adapters.attached(network)
+    return adapters.adapter_state(network, TRAINED) if is_adapter else network.state_dict()
 
 
 def ema_weights(folder: Path, config: BundleConfig) -> dict[float, Path]:
     """The files of EMA weights in a bundle, by decay; those that the bundle samples with come first."""
     own = config.provenance.ema_decay
-    files = {} if own is None else {own: folder / WEIGHTS}
+    files = {} if own is None else {own: trained_weights(folder, config)}
     return files | {float(path.stem): path for path in sorted((folder / EMA_FOLDER).glob("[0-9]*.safetensors"))}
 
 
@@ -141,20 +212,20 @@ def assemble(
     """A float32 model from its configuration and its network's state dict. Raises TesseraError if they do not match."""
     with torch.device("meta"):  # no time spent on initial weights that are replaced at once
         network = config.network.build()
-    check_state_dict(network, tensors, source)
+    check_state_dict(network.state_dict(), tensors, source)
     network.load_state_dict({name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}, assign=True)
     return Model(config, network.eval())
 
 
-def check_state_dict(network: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Raise TesseraError that lists the tensors in which a state dict and a network differ."""
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+def check_state_dict(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise TesseraError that lists the tensors in which what a file holds and the state dict of a network differ."""
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in shapes]
     problems += [f"unexpected {name} {shape}" for name, shape in shapes.items() if name not in expected]
     problems += [
         f"{name} is {tensors[name].dtype}, expected floating-point numbers"
-        for name, tensor in network.state_dict().items()
+        for name, tensor in state.items()
         if tensor.is_floating_point() and name in tensors and not tensors[name].is_floating_point()
     ]
     problems += [
@@ -166,10 +237,14 @@ def check_state_dict(network: nn.Module, tensors: dict[str, Tensor], source: str
         raise TesseraError(f"{source} holds another architecture than its configuration:{bullet_list(problems)}")
 
 
-def weights_hash(network: nn.Module) -> str:
-    """A short hash of all weights: two networks with the same hash generate the same images."""
+def weights_hash(network: nn.Module | Mapping[str, Tensor]) -> str:
+    """A short hash of all weights, or of a state dict: two networks with the same hash generate the same images."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    state: Mapping[str, Any] = network.state_dict() if isinstance(network, nn.Module) else network
+    strengths = adapters.attached(network) if isinstance(network, nn.Module) else {}
+    for name, strength in strengths.items():
+        digest.update(f"{name}:{strength}".encode())
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())  # also without axes
     return digest.hexdigest()[:16]

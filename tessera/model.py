@@ -1,6 +1,6 @@
 """A trained model in memory, and its configuration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -43,6 +43,18 @@ class Provenance(Settings):
         return {name.replace("_", " "): value for name, value in self.model_dump(exclude_none=True).items()}
 
 
+class AdapterInfo(Settings):
+    """adapter.json: what an adapter is, and which base it belongs to."""
+
+    adapter_format: Literal[1] = 1
+    tessera_version: str = __version__
+    summary: str = Field(default="adapter", description="what it changes, in one line")
+    settings: dict[str, Any] | None = Field(default=None, description="of the recipe that trained it")
+    base: str | None = Field(default=None, description="the hash of the weights that it was trained on")
+    base_network: str | None = Field(default=None, description="their network, in one line")
+    provenance: Provenance = Provenance()
+
+
 class BundleConfig(Settings):
     """config.json of a bundle."""
 
@@ -54,6 +66,10 @@ class BundleConfig(Settings):
     text: AnyTextEncoder | None = Field(default=None, description="the text encoder; null: no text, or not known")
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
+    base: str | None = Field(
+        default=None, description="the bundle with the weights below the adapters, relative to this; null: its own"
+    )
+    adapters: dict[str, float] = Field(default_factory=dict, description="the strength of each adapter")
     provenance: Provenance = Provenance()
     recipe: dict[str, Any] | None = Field(default=None, description="the resolved recipe of its training")
 
@@ -67,6 +83,7 @@ class Model:
     network: Network
     loaded_codec: Codec | None = None
     loaded_text_encoder: TextEncoder | None = None
+    adapters: dict[str, AdapterInfo] = field(default_factory=dict)  # facts about those attached to the network
 
     @cached_property
     def diffusion(self) -> DiffusionProcess:

@@ -70,7 +70,8 @@ def _whole_state(run: Path) -> dict[str, bytes]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a warning that there is only one process
         load(tensors, storage_reader=reader, no_dist=True)
-    for path in (newest / bundle.WEIGHTS, *newest.glob("ema/*.safetensors")):
+    weights = bundle.trained_weights(newest, bundle.load_config(newest))
+    for path in (weights, *newest.glob("ema/*.safetensors")):
         tensors |= {f"{path.relative_to(newest)}/{name}": tensor for name, tensor in load_file(path).items()}
     position = json.loads((newest / "training.json").read_text())
     values = {name: json.dumps(position[name]).encode() for name in ("step", "position", "spike_detector")}

@@ -24,7 +24,7 @@ LAYERS = [  # lowest first
     ("diffusion", "layers", "encoders"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),
-    ("model_card",),
+    ("model_card", "adapter_files"),
     ("bundle",),
     ("generation", "interop"),
     ("evaluation", "monitoring"),

@@ -3,6 +3,7 @@
 from tessera.adapters.config import AdapterConfig, AnyAdapter, ClassesConfig, DiffFitConfig, LoRAConfig
 from tessera.adapters.layers import LAYERS, AdapterLayer
 from tessera.adapters.network import (
+    ATTRIBUTE,
     adapter_layers,
     adapter_state,
     attach,
@@ -17,7 +18,7 @@ from tessera.adapters.network import (
 )
 
 __all__ = [
-    "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "DiffFitConfig", "LoRAConfig",
-    "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like", "detach", "layers_from_state",
-    "merge", "set_strengths", "unmerge",
+    "ATTRIBUTE", "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "DiffFitConfig",
+    "LoRAConfig", "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like", "detach",
+    "layers_from_state", "merge", "set_strengths", "unmerge",
 ]  # fmt: skip

@@ -141,7 +141,7 @@ class ClassesConfig(AdapterConfig):
 
 
 AnyAdapter = Annotated[
-    LoRAConfig | DiffFitConfig | ClassesConfig, BeforeValidator(expand_kind), Field(discriminator="kind")
+    LoRAConfig | DiffFitConfig | ClassesConfig, Field(discriminator="kind"), BeforeValidator(expand_kind)
 ]
 
 

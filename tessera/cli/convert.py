@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads, TextEncoder
+from tessera.cli.options import (
+    EMA,
+    Adapters,
+    AnyBase,
+    CheckpointType,
+    Codec,
+    ModelPath,
+    NumClasses,
+    NumHeads,
+    TextEncoder,
+)
 
 
 def convert(
@@ -21,8 +31,10 @@ def convert(
     num_classes: NumClasses = None,
     codec: Codec = None,
     text_encoder: TextEncoder = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
 ) -> None:
-    """Convert a model to another format. The weights stay bit-identical."""
+    """Convert a model to another format. The weights stay bit-identical, unless adapters are merged into them."""
     from tessera.interop import load
 
     print(
@@ -37,5 +49,7 @@ def convert(
             num_classes=num_classes,
             codec=codec,
             text_encoder=text_encoder,
+            adapters=adapter or (),
+            any_base=any_base,
         )
     )

@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 from tessera.cli.options import (
     EMA,
     MAX_SAMPLES,
+    Adapters,
+    AnyBase,
     CheckpointType,
     ClassPolicy,
     Codec,
@@ -62,6 +64,8 @@ MODEL_PARAMETERS = (  # that have no effect on existing samples
         "num_classes",
         "codec",
         "text_encoder",
+        "adapter",
+        "any_base",
     ),
 )
 
@@ -98,6 +102,8 @@ def score(
     num_classes: NumClasses = None,
     codec: Codec = None,
     text_encoder: TextEncoder = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
     out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
 ) -> None:
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
@@ -128,6 +134,8 @@ def score(
                 num_classes=num_classes,
                 codec=codec,
                 text_encoder=text_encoder,
+                adapters=adapter or (),
+                any_base=any_base,
             )
             data = reference or suite.training_data(model)
             request = bulk_request(

@@ -69,7 +69,8 @@ def _command(path: Path) -> str:
         sampling |= {"guidance_scale": settings["guidance_scales"][0]}
     words += [word for name, value in sampling.items() for word in _overrides(name, value)]
     for option, value in settings["options"].items():
-        words += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+        for each in value if isinstance(value, list) else [value]:
+            words += [f"--{option}"] if each is True else [f"--{option}", str(each)]
     if settings["class_names"] is not None:
         words += ["--classes", join_names(settings["class_names"])]
     for prompt in settings["prompts"] or ():

@@ -39,6 +39,15 @@ Codec = Annotated[str | None, typer.Option(help="autoencoder folder, hub id or '
 TextEncoder = Annotated[
     str | None, typer.Option(help="text encoder folder, hub:owner/name or 'minilm', instead of the model's own")
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH[:STRENGTH]",
+        help="a trained adapter (a run, or a file of it), and how strong; repeat for several",
+    ),
+]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="also adapters that were trained on another model")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[Literal["float32", "bfloat16", "auto"], typer.Option(help="precision of the network")]
 Size = Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384")]

@@ -9,6 +9,8 @@ import typer
 from tessera.cli.options import (
     EMA,
     MAX_SAMPLES,
+    Adapters,
+    AnyBase,
     CheckpointType,
     ClassPolicy,
     Codec,
@@ -77,6 +79,8 @@ def sample(
     num_classes: NumClasses = None,
     codec: Codec = None,
     text_encoder: TextEncoder = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
 ) -> None:
     """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
 
@@ -101,6 +105,8 @@ def sample(
         num_classes=num_classes,
         codec=codec,
         text_encoder=text_encoder,
+        adapters=adapter or (),
+        any_base=any_base,
     )
     if cut_prompts:
         image_files.cut_long_prompts(loaded, prompt_list)
@@ -136,6 +142,8 @@ def sample(
         "num-classes": num_classes,
         "codec": codec,
         "text-encoder": text_encoder,
+        "adapter": adapter,
+        "any-base": any_base or None,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),
         "guidance-model": guidance_model,

@@ -265,7 +265,7 @@ def load(path: Path | None = None, sha256: str = SHA256) -> Inception:
         network = Inception()
     counters = [name for name in network.state_dict() if name.endswith(".num_batches_tracked")]
     tensors = {name: torch.zeros(()) for name in counters} | tensors  # unused, and missing in some files
-    check_state_dict(network, tensors, str(path))
+    check_state_dict(network.state_dict(), tensors, str(path))
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     network.weights = digest[:16]
     return network.fused().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing overload)

@@ -1,12 +1,16 @@
 """`load` recognizes a format and reads it; `convert` writes another one."""
 
+import copy
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tessera import bundle, runtime
+from tessera.adapters import attached, merge
 from tessera.bundle import Model
 from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_file
 from tessera.codecs.resolve import CodecSource, resolve_codec
@@ -14,6 +18,7 @@ from tessera.encoders.text import HUB_PREFIX, AnyTextEncoder, FolderConfig, Mini
 from tessera.errors import TesseraError
 from tessera.files import read_json
 from tessera.interop import diffusers, official, pixart_folder
+from tessera.interop.adapters import AdapterSpec, attach_adapters
 from tessera.models.dit import DiTConfig
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import unknown_name
@@ -41,6 +46,8 @@ def load(
     num_classes: int | None = None,
     codec: CodecSource | None = None,
     text_encoder: str | AnyTextEncoder | None = None,
+    adapters: Sequence[str | AdapterSpec] | Mapping[str, float] = (),
+    any_base: bool = False,
 ) -> Model:
     """Load a model from a bundle, a run (its newest checkpoint), an official checkpoint, or a diffusers folder.
 
@@ -48,7 +55,8 @@ def load(
     checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit, sit-gvp, repa or repa-cosine.
     num_heads, size, num_classes: what weights alone may not determine (see `official.read`); elsewhere they must match
     the source. codec: instead of the source's own: "pixels", a folder or a hub id. text_encoder: likewise, a folder,
-    hub:owner/name or "minilm". Nothing is downloaded.
+    hub:owner/name or "minilm". Nothing is downloaded. adapters: attached to it, as PATH, PATH:STRENGTH or
+    NAME=PATH:STRENGTH, or strengths by path; any_base: also those that were trained on other weights.
     What was left out or assumed is in the provenance of the model, and logged as a warning.
     Raises TesseraError if no model is recognized, or the files are damaged.
     """
@@ -59,7 +67,9 @@ def load(
         model = _load_folder(path, device, codec, ema)
         _check_options(path, model, **options)
         model = model if codec is None else _with_codec(model, codec)
-    return model if text_encoder is None else _with_text_encoder(model, text_encoder)
+    model = model if text_encoder is None else _with_text_encoder(model, text_encoder)
+    attach_adapters(model, adapters, any_base)
+    return model
 
 
 def _load_official(path: Path, device: torch.device, ema: float | None, **options: Any) -> Model | None:
@@ -137,11 +147,13 @@ def convert(
     num_classes: int | None = None,
     codec: CodecSource | None = None,
     text_encoder: str | AnyTextEncoder | None = None,
+    adapters: Sequence[str | AdapterSpec] | Mapping[str, float] = (),
+    any_base: bool = False,
 ) -> str:
     """Write a model, or anything that `load` reads, in another format; returns a message about what was written.
 
-    approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs. Raises
-    TesseraError if the target exists, or the format cannot hold the model.
+    approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs.
+    Adapters are merged into the weights. Raises TesseraError if the target exists, or the format cannot hold the model.
     """
     writers = {"bundle": _write_bundle, "official": official.write, "diffusers": _write_diffusers}
     if to not in writers:
@@ -149,6 +161,7 @@ def convert(
     if not isinstance(source, Model):
         options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
         source = load(source, "cpu", ema=ema, codec=codec, text_encoder=text_encoder, **options)
+        attach_adapters(source, adapters, any_base)
     elif ema is not None:
         raise TesseraError(f"the weights of this model are loaded already: leave out ema {ema}")
     elif checkpoint_type is not None:
@@ -156,7 +169,13 @@ def convert(
     else:
         source = source if codec is None else _with_codec(source, codec)
         source = source if text_encoder is None else _with_text_encoder(source, text_encoder)
-    return writers[to](source, Path(target).expanduser(), approximate)
+    strengths = attached(source.network)
+    if strengths:
+        source = replace(source, network=copy.deepcopy(source.network), adapters={})
+        merge(source.network)
+    text = writers[to](source, Path(target).expanduser(), approximate)
+    names = ", ".join(f"{name} ({strength:g})" for name, strength in strengths.items())
+    return f"{text}; adapters are merged into its weights: {names}" if strengths else text
 
 
 def _reject_ema(path: Path, ema: float | None) -> None:

@@ -15,9 +15,14 @@ from tessera.training.recipe import EMAConfig
 class EMA:
     """One averaged copy of the network per decay. `network` has the first decay: sampling uses it."""
 
-    def __init__(self, network: Network, config: EMAConfig) -> None:
+    def __init__(self, network: Network, config: EMAConfig, share_frozen: bool = False) -> None:
+        """share_frozen: the averages have the frozen weights of the network itself, not copies of them"""
         self.config = config
-        self.networks = {decay: copy.deepcopy(network).eval().requires_grad_(False) for decay in config.decays}
+        frozen = [parameter for parameter in network.parameters() if share_frozen and not parameter.requires_grad]
+        self.networks = {}
+        for decay in config.decays:
+            averaged = copy.deepcopy(network, memo={id(parameter): parameter for parameter in frozen})
+            self.networks[decay] = averaged.eval().requires_grad_(False)
         self.network = self.networks[config.decay]
         self._collect(network)
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tessera.adapters import build_like
 from tessera.errors import TesseraError
 from tessera.models.network import Network
 from tessera.runtime import SINGLE, Distributed
@@ -151,13 +152,17 @@ def local_part(whole: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole tensor; buffers are not sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def full_network(network: Network) -> Network:
     """The network with whole weights, for sampling. It is returned as it is unless sharded. Every rank must call it."""
     if not isinstance(network, FSDPModule):
         return network
-    with torch.device("meta"):
-        whole = network.config.build()
-    tensors = {name: cast(DTensor, tensor).full_tensor() for name, tensor in network.state_dict().items()}
+    whole = build_like(network)
+    tensors = {name: _whole(tensor) for name, tensor in network.state_dict().items()}
     whole.load_state_dict(tensors, assign=True)
     return whole.eval().requires_grad_(False)

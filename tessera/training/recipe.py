@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.acceleration.first_block_cache import check_caching
+from tessera.adapters import AnyAdapter
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.captions import Captions, TextSizes
@@ -144,10 +145,19 @@ class Recipe(Settings):
         default=None, description="the text encoder of a network that reads text; null: words, if it does"
     )
     network: AnyNetwork = DiTConfig()
+    adapter: AnyAdapter | None = Field(
+        default=None, description="what alone is trained, on the frozen model of training.init_from; null: all weights"
+    )
     diffusion: AnyDiffusionConfig = GaussianDiffusionConfig()
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> "Recipe":
+        if self.adapter is not None and self.training.init_from is None:
+            raise ValueError("an adapter changes a trained model: set training.init_from=MODEL, or leave adapter: out")
+        return self
 
 
 def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str | tuple[str, Any]] = ()) -> Recipe:

@@ -77,6 +77,7 @@ def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:
         "diffusion": diffusion.model_dump(mode="json"),
         "codec": config.codec.kind,
         "classes": ", ".join(config.class_names),
+        "adapter": (config.recipe or {}).get("adapter"),
         "text": config.text and config.text.model_dump(mode="json", include={"kind", "vocabulary", "max_tokens"}),
     }
 

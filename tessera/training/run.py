@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tessera import __version__, bundle, runtime
+from tessera import __version__, adapters, bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.codecs import Codec
-from tessera.conditioning import Condition, NetworkFunction
+from tessera.conditioning import NULL_LABEL, Condition, NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
 from tessera.data.captions import Captions, TextSizes, encode_captions
@@ -25,8 +26,10 @@ from tessera.data.latents import LatentsDataset, open_cache
 from tessera.data.text_cache import open_text_cache
 from tessera.diffusion import DiffusionProcess
 from tessera.encoders.text import FrozenConfig
+from tessera.errors import TesseraError
 from tessera.files import atomic_write, remove_partials
 from tessera.interop import load
+from tessera.model import AdapterInfo
 from tessera.models.network import Network
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import to_yaml
@@ -64,6 +67,7 @@ class TrainingRun:
     compile_mode: compilation.CompileMode
     init_report: str  # which weights were taken from training.init_from
     scorer: Scorer | None  # if the recipe has evaluations
+    base: dict[str, Tensor] | None = None  # the whole weights below an adapter
 
     @property
     def run_dir(self) -> Path:
@@ -129,11 +133,18 @@ def build_run(
     if device.type == "cuda":
         runtime.peak_flops(device, dtype or torch.float32)  # measured now, while there is free memory
     codec = recipe.codec.build().to(device)
-    recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log)
+    base_classes = init_model.config.class_names if init_model is not None and recipe.adapter is not None else ()
+    recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log, base_classes)
     class_names = loader.dataset.class_names if recipe.network.num_classes else ()
-    network, init_report = build_network(recipe, class_names, device, init_model if checkpoint_dir is None else None)
-    ema = EMA(network, config.ema)
+    network, init_report = build_network(recipe, class_names, device, init_model, resumes=checkpoint_dir is not None)
+    base = None
+    ema_model_adapters = {}
+    if recipe.adapter is not None:
+        base = adapters.base_state(network)
+        ema_model_adapters[bundle.TRAINED] = add_adapter(recipe, network, class_names)
+    ema = EMA(network, config.ema, share_frozen=world.world_size == 1)
     ema_model = build_ema_model(recipe, class_names, ema, codec)
+    ema_model.adapters = ema_model_adapters
     if loader.dataset.text is not None:
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
@@ -155,7 +166,7 @@ def build_run(
     optimizer.register_step_pre_hook(lambda *_: ema.synchronize())
     state = TrainState(network, forward, optimizer, config.optimizer, context)
     return TrainingRun(
-        recipe, ema_model, state, ema, loader, accumulation_steps, objective, compile_mode, init_report, scorer
+        recipe, ema_model, state, ema, loader, accumulation_steps, objective, compile_mode, init_report, scorer, base
     )
 
 
@@ -181,9 +192,15 @@ def build_data(
     device: torch.device,
     world: Distributed,
     log: Callable[[str], None] = lambda text: None,
+    class_names: tuple[str, ...] = (),
 ) -> tuple[Recipe, Loader, int]:
-    """The complete recipe, the loader of this rank's part of each batch, and the number of accumulation steps."""
+    """The complete recipe, the loader of this rank's part of each batch, and the number of accumulation steps.
+
+    class_names: of the model, if it must keep them; those of the data are matched by name.
+    """
     config, dataset = recipe.training, open_data(recipe, codec)
+    if class_names:
+        match_classes(dataset, class_names)
     captions = Captions.of(dataset, recipe.data.description) if recipe.network.uses_text else None
     recipe = resolve_text(recipe, captions)
     if recipe.text is not None and captions is not None:
@@ -290,16 +307,69 @@ def image_sizes(dataset: Dataset | LatentsDataset, size: tuple[int, int], bucket
     return np.concatenate((sizes, crops[:, :1] / crops[:, 1:]), axis=1).astype(np.float32)
 
 
+def match_classes(dataset: Dataset | LatentsDataset, class_names: tuple[str, ...]) -> None:
+    """Number the classes of a data set as a model does, in place. Samples without a class stay so.
+
+    Raises TesseraError if the data have a class that the model does not have.
+    """
+    if unknown := [name for name in dataset.class_names if name not in class_names]:
+        raise TesseraError(
+            f"an adapter keeps the {len(class_names)} classes of its base, and the data have {len(unknown)} others, "
+            f"such as {unknown[0]}: add them first (tessera classes), give the images classes that the model has, or none"
+        )
+    if dataset.class_names == class_names:
+        return
+    labels = getattr(dataset, "labels", None)
+    if not isinstance(labels, np.ndarray):  # embedded data sets that compute them
+        raise TesseraError("these data have classes of their own, and the base of the adapter has others")
+    numbers = np.array([class_names.index(name) for name in dataset.class_names] or [NULL_LABEL], labels.dtype)
+    matched = np.where(labels < 0, NULL_LABEL, numbers[np.minimum(labels, len(numbers) - 1)])
+    setattr(dataset, "labels", matched)  # noqa: B010 (not every data set has them)
+    dataset.class_names = class_names
+
+
+def add_adapter(recipe: Recipe, network: Network, class_names: tuple[str, ...]) -> AdapterInfo:
+    """Freeze a network and attach the adapter of a recipe, which alone is trained. Returns the facts about it."""
+    assert recipe.adapter is not None
+    info = AdapterInfo(
+        summary=recipe.adapter.summary(),
+        settings=recipe.adapter.model_dump(mode="json"),
+        base=bundle.weights_hash(network),
+        base_network=recipe.network.summary(),
+    )
+    network.requires_grad_(False)
+    torch.manual_seed(recipe.training.seed)
+    adapters.attach(network, bundle.TRAINED, recipe.adapter.layers(network, class_names))
+    return info
+
+
 def build_network(
-    recipe: Recipe, class_names: tuple[str, ...], device: torch.device, init_model: bundle.Model | None
+    recipe: Recipe,
+    class_names: tuple[str, ...],
+    device: torch.device,
+    init_model: bundle.Model | None,
+    resumes: bool = False,
 ) -> tuple[Network, str]:
-    """The network with its initial weights, and the report of the weights taken from another model."""
+    """The network with its initial weights, and the report of the weights taken from another model.
+
+    resumes: whether that model is a checkpoint of this run, of which only what is not trained is taken.
+    """
     torch.manual_seed(recipe.training.seed)
     network = recipe.network.build()
     report = ""
-    if init_model is not None:
+    if resumes:
+        if recipe.adapter is not None and init_model is not None:
+            network.load_state_dict(adapters.base_state(init_model.network))
+    elif init_model is not None:
+        adapters.merge(init_model.network)
         names_by_kind = initialization.init_from(network, class_names, init_model, str(recipe.training.init_from))
         report = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in names_by_kind.items() if names)
+        if recipe.adapter is not None and (untrained := names_by_kind[initialization.INITIALIZED]):
+            raise TesseraError(
+                f"an adapter trains nothing of its base, and {recipe.training.init_from} has no values for "
+                f"{len(untrained)} of its weights, such as {untrained[0]}: leave out the settings of network: that "
+                "differ"
+            )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that autocast leaves in float32
     return network.to(device), report
@@ -395,6 +465,8 @@ def prepare_folder(run: TrainingRun) -> None:
     for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):  # unfinished files of a killed run
         remove_partials(folder)
     atomic_write(run_dir / RECIPE, to_yaml(run.recipe))
+    if run.base is not None and not (run_dir / bundle.BASE).exists():
+        bundle.save_base(run.ema_model.config, run.base, run_dir / bundle.BASE)
     source = files_dataset(run.loader.dataset)
     if source is not None and not (path := index_path(run_dir, run.data_fingerprint)).exists():
         index.write(source.table, path)
@@ -425,6 +497,9 @@ def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, state: TrainerSt
         init_from=config.init_from,
     )
     model = replace(run.ema_model, config=run.ema_model.config.model_copy(update={"provenance": provenance}))
+    model.adapters = {
+        name: info.model_copy(update={"provenance": provenance}) for name, info in run.ema_model.adapters.items()
+    }
     run.ema.synchronize()
     writer.save(state, model, run.network, run.ema, run.state.optimizer, after=lambda: prune_checkpoints(run))
 

@@ -114,7 +114,7 @@ def load(folder: Path) -> FeatureNetwork:
         raise TesseraError(f"cannot read {folder / bundle.CONFIG}: {error}") from None
     network = validate(FeatureConfig, config, str(folder / bundle.CONFIG)).build()
     tensors = read_tensors(folder / bundle.WEIGHTS)
-    bundle.check_state_dict(network, tensors, str(folder))
+    bundle.check_state_dict(network.state_dict(), tensors, str(folder))
     network.load_state_dict(tensors)
     return network.eval()
 

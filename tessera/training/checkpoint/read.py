@@ -25,6 +25,7 @@ from tessera.training.checkpoint.state import (
     optimized_parameters,
     read_state,
     read_training_json,
+    saved_state,
 )
 from tessera.training.ema import EMA
 
@@ -102,8 +103,9 @@ def restore(checkpoint: Path, network: Network, ema: EMA, optimizer: torch.optim
         elif kind == "optimizer":
             key, _, name = name.partition("/")
             saved_keys.setdefault(name, set()).add(key)
-    bundle.check_state_dict(network, weights, str(folder))
-    state = {f"weights/{name}": tensor.detach() for name, tensor in network.state_dict().items()}
+    saved = saved_state(network)
+    bundle.check_state_dict(saved, weights, str(folder))
+    state = {f"weights/{name}": tensor.detach() for name, tensor in saved.items()}
     optimizer_state: dict[Tensor, dict[str, Tensor]] = {}
     for name, parameter, optimized, group in optimized_parameters(network, optimizer):
         keys, saved = group["state_keys"], saved_keys.get(name, set())
@@ -153,19 +155,20 @@ def _ema_files(checkpoint: Path, ema: EMA) -> dict[float, tuple[Network, Path | 
     for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("extra_decays", ()):
         # Where the file is missing, reading it is an error that names it.
         paths.setdefault(decay, checkpoint / bundle.EMA_FOLDER / f"{decay}.safetensors")
-    paths.setdefault(ema.config.decay, checkpoint / bundle.WEIGHTS)
+    paths.setdefault(ema.config.decay, bundle.trained_weights(checkpoint, config))
     return {decay: (network, paths.get(decay)) for decay, network in ema.networks.items()}
 
 
 @torch.no_grad()
 def load_weights(network: Network, path: Path) -> None:
-    """Load whole weights from a safetensors file; each rank takes its shards. Raises TesseraError."""
+    """Load whole trained weights from a safetensors file; each rank takes its shards. Raises TesseraError."""
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
             tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-            bundle.check_state_dict(network, tensors, str(path))
-            for name, target in network.state_dict().items():
+            targets = bundle.trained_state(network)
+            bundle.check_state_dict(targets, tensors, str(path))
+            for name, target in targets.items():
                 whole = file.get_tensor(name).to(target.device)
                 parallel.local_tensor(target).copy_(parallel.local_part(whole, target))
     except FileNotFoundError:

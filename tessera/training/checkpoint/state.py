@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tessera import __version__
+from tessera import __version__, adapters, bundle
 from tessera.acceleration.compilation import CompileMode
 from tessera.errors import TesseraError
 from tessera.models.network import Network
@@ -69,11 +69,17 @@ def read_training_json(checkpoint: Path) -> dict[str, Any]:
 
 def training_state_dict(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights and optimizer state by name; tensors of a sharded network are DTensors."""
-    state = {f"weights/{name}": tensor.detach() for name, tensor in network.state_dict().items()}
+    state = {f"weights/{name}": tensor.detach() for name, tensor in saved_state(network).items()}
     for name, parameter, optimized, _ in optimized_parameters(network, optimizer):
         for key, value in optimizer.state.get(optimized, {}).items():
             state[f"optimizer/{key}/{name}"] = parallel.as_dtensor(value, parameter)
     return state
+
+
+def saved_state(network: Network) -> dict[str, Tensor]:
+    """The weights that a checkpoint holds, by name: those of an adapter that is trained, or all."""
+    state, part = network.state_dict(), f".{adapters.ATTRIBUTE}.{bundle.TRAINED}."
+    return {name: tensor for name, tensor in state.items() if part in name} or state
 
 
 def optimized_parameters(

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from tessera import __version__, bundle, files
+from tessera import __version__, adapters, bundle, files
 from tessera.checkpoint_files import write_tensors
 from tessera.errors import TesseraError
 from tessera.models.network import Network
@@ -30,6 +30,7 @@ from tessera.training.checkpoint.state import (
     error_reason,
     file_checksum,
     ignore_single_process_warning,
+    saved_state,
     training_state_dict,
 )
 from tessera.training.ema import EMA
@@ -107,13 +108,14 @@ class CheckpointWriter:
             writing.result()
             paths = sorted((partial / STATE_DIR).glob(f"shard-{self.world.rank + 1:05d}-*"))
             if self.world.is_main:
-                ema_model = bundle.Model(model.config, averages.pop(decay))
+                ema_model = bundle.Model(model.config, averages.pop(decay), adapters=model.adapters)
                 bundle.write(ema_model, partial, shared_folder="../..")
-                paths += [partial / bundle.CONFIG, partial / bundle.WEIGHTS]
+                config = bundle.load_config(partial)
+                paths += [partial / bundle.CONFIG, bundle.trained_weights(partial, config)]
                 for other_decay, network in averages.items():
                     (partial / bundle.EMA_FOLDER).mkdir(exist_ok=True)
                     paths.append(partial / bundle.EMA_FOLDER / f"{other_decay}.safetensors")
-                    write_tensors(network.state_dict(), paths[-1])
+                    write_tensors(bundle.trained_state(network), paths[-1])
             checksums = {path.relative_to(partial).as_posix(): file_checksum(path) for path in paths}
         except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
             reason = error_reason(error)
@@ -176,8 +178,10 @@ class CheckpointWriter:
 
 def _cpu_copy(network: Network) -> Network:
     """A copy that training does not change."""
-    with torch.device("meta"):
-        copy = network.config.build()
-    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
+    copy, trained = adapters.build_like(network), saved_state(network)
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True) if name in trained else tensor.detach()
+        for name, tensor in network.state_dict().items()
+    }
     copy.load_state_dict(tensors, assign=True)
     return copy

@@ -1,0 +1,83 @@
+"""Adapters on a loaded model: which file, under which name, how strong."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tessera import adapter_files, adapters, bundle
+from tessera.errors import TesseraError
+from tessera.model import AdapterInfo, Model
+
+ACCEPTED = "expected the folder of a run that trained an adapter, of one of its checkpoints, or of an adapter"
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """An adapter to load: a path, a name (None: that of the path) and a strength."""
+
+    path: Path
+    name: str | None = None
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "AdapterSpec":
+        """From PATH, PATH:STRENGTH or NAME=PATH:STRENGTH. Raises TesseraError."""
+        match = re.fullmatch(r"(?:([A-Za-z0-9][\w-]*)=)?(.+?)(?::(-?\d*\.?\d+(?:e-?\d+)?))?", text)
+        if match is None:
+            raise TesseraError(f"'{text}' is not an adapter: write PATH, PATH:STRENGTH or NAME=PATH:STRENGTH")
+        name, path, strength = match.groups()
+        return cls(Path(path).expanduser(), name, 1.0 if strength is None else float(strength))
+
+    @property
+    def default_name(self) -> str:
+        """The name of the file or folder."""
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.path.resolve().stem).strip("-_") or "adapter"
+
+
+def find_folder(path: Path) -> Path | None:
+    """The folder of the adapter at a path: itself, or the one that a run or checkpoint has trained."""
+    for folder in (path, path / bundle.ADAPTERS / bundle.TRAINED):
+        if (folder / adapter_files.INFO).exists():
+            return folder
+    newest = next(iter(bundle.checkpoints(path)), None)
+    return None if newest is None else find_folder(newest)
+
+
+def read(path: Path, model: Model) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """The facts and the state dict of an adapter for a model. Raises TesseraError."""
+    if not path.exists():
+        raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
+    folder = find_folder(path)
+    if folder is None:
+        raise TesseraError(f"{path} is not an adapter that Tessera can read: {ACCEPTED}")
+    return adapter_files.read(folder)
+
+
+def attach_adapters(
+    model: Model, specs: Sequence[str | AdapterSpec] | Mapping[str, float], any_base: bool = False
+) -> None:
+    """Attach adapters to the network of a model, in place.
+
+    specs: as for `AdapterSpec.parse`, or strengths by path. any_base: also those that were trained on other weights,
+    which must have the same shapes. Raises TesseraError, and then the model has none of them.
+    """
+    if isinstance(specs, Mapping):
+        specs = [AdapterSpec(Path(path).expanduser(), None, strength) for path, strength in specs.items()]
+    parsed = [AdapterSpec.parse(spec) if isinstance(spec, str) else spec for spec in specs]
+    names = [spec.name or spec.default_name for spec in parsed]
+    infos, layers = {}, []
+    for name, spec in zip(names, parsed):
+        infos[name], state = read(spec.path, model)
+        layers.append(adapters.layers_from_state(model.network, state, str(spec.path)))
+    for number, name in enumerate(names):
+        if name in names[:number] or name in adapters.attached(model.network):
+            raise TesseraError(f"there are two adapters with the name '{name}': give each its own, as in NAME=PATH:0.8")
+    if not any_base:
+        bundle.check_bases(model, infos)
+    for name, spec, each in zip(names, parsed, layers):
+        adapters.attach(model.network, name, each)
+        adapters.set_strengths(model.network, {name: spec.strength})
+    model.adapters |= infos
