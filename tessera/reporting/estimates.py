@@ -51,7 +51,8 @@ def wilson(fraction: float, count: int, z: float = Z95) -> tuple[float, float]:
     """The interval of a fraction of `count` trials (Wilson 1927); 95 % by default."""
     center = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(fraction * (1 - fraction) / count + z**2 / (4 * count**2))
-    return max(0.0, center - half), min(1.0, center + half)
+    # Without rounding: exactly 0 for no hit, and 1 for nothing but hits.
+    return 0.0 if fraction == 0 else max(0.0, center - half), 1.0 if fraction == 1 else min(1.0, center + half)
 
 
 def t_quantile(df: int) -> float:

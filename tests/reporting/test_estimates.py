@@ -113,6 +113,7 @@ def test_wilson_s_default_interval_is_95_percent():
     assert wilson(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)  # Newcombe 1998's method 3
 
 
-def test_wilson_s_interval_stays_within_0_and_1():
-    assert wilson(0.0, 5)[0] == 0.0
-    assert wilson(1.0, 5)[1] == 1.0
+def test_wilson_s_interval_ends_exactly_at_0_without_hits_and_at_1_with_hits_only():
+    counts = range(1, 1000)
+    assert {wilson(0.0, count)[0] for count in counts} == {0.0}
+    assert {wilson(1.0, count)[1] for count in counts} == {1.0}
