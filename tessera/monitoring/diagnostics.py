@@ -52,7 +52,8 @@ MIN_PROBES = 5  # late probes
 # errors) and no more than chance. If it is small but more than chance, random labels may have been memorized. For
 # digits it is 1 % with noise prediction, 40 % with velocity prediction.
 GAIN, SMALL_GAIN = 0.003, 0.001
-HIGH_DROPOUT = 0.5  # of the labels; 0.1 is usual
+HIGH_DROPOUT = 0.5  # of the labels or captions; 0.1 is usual
+CONDITIONS = {"label": "label", "text": "caption"}  # the fields of a condition that are dropped, in words
 MIN_MEMORIES = 3  # a run should be this many times longer than the memory of its EMA
 BEHIND = 1.1  # the loss of the EMA over that of the weights; a good EMA is below 1
 
@@ -320,16 +321,38 @@ def attention_logits(history: History) -> Finding | None:
 # Labels and EMA
 
 
+def _conditions(history: History) -> list[str]:
+    """The conditions of a network that training can drop."""
+    network = history.recipe.network
+    has_text = network.text_channels or network.vocabulary_size
+    return [*(["label"] if network.num_classes else []), *(["text"] if has_text else [])]
+
+
 def guidance_without_condition_dropout(history: History) -> Finding | None:
-    recipe = history.recipe
-    if not recipe.network.num_classes or recipe.training.condition_dropout or recipe.sampling.guidance_scale == 1:
+    """Guidance away from an output without a condition, or without all, that was not trained."""
+    training, sampling, conditions = history.recipe.training, history.recipe.sampling, _conditions(history)
+    dropped = {name for name, rate in training.field_dropout.items() if rate}
+    scales = {name: scale for name, scale in sampling.guidance_scales.items() if scale != 1 and name not in dropped}
+    if sampling.guidance_scale != 1 and not training.condition_dropout and not dropped.issuperset(conditions):
+        names, setting = conditions, "training.condition_dropout"
+        evidence = f"{setting} is 0, sampling.guidance_scale is {sampling.guidance_scale:g}"
+        change = f"{setting}=0.1, or sampling.guidance_scale=1"
+    elif scales and not (training.condition_dropout and len(conditions) == 1):
+        names = list(scales)
+        evidence = "; ".join(
+            f"training.field_dropout.{name} is 0, sampling.guidance_scales.{name} is {scale:g}"
+            for name, scale in scales.items()
+        )
+        change = " ".join(f"training.field_dropout.{name}=0.1" for name in names) + ", or no sampling.guidance_scales"
+    else:
         return None
+    words = [CONDITIONS.get(name, name) for name in names]
     return Finding(
-        "guidance without label dropout",
+        f"guidance without {' and '.join(words)} dropout",
         "error",
-        "Guidance needs the unconditional prediction, but the null label was never trained.",
-        f"training.condition_dropout is 0, sampling.guidance_scale is {recipe.sampling.guidance_scale:g}",
-        "training.condition_dropout=0.1, or sampling.guidance_scale=1",
+        f"Guidance needs the output without {' and '.join(words)}, which was never trained.",
+        evidence,
+        change,
     )
 
 
@@ -394,15 +417,23 @@ def _cost_of_wrong(history: History, name: str, min_images: int) -> tuple[bool, 
 
 
 def high_condition_dropout(history: History) -> Finding | None:
-    dropout = history.recipe.training.condition_dropout
-    if not history.recipe.network.num_classes or dropout <= HIGH_DROPOUT:
+    training = history.recipe.training
+    rates = {
+        name: 1 - (1 - training.condition_dropout) * (1 - training.field_dropout.get(name, 0.0))
+        for name in _conditions(history)
+    }
+    names = [name for name, rate in rates.items() if rate > HIGH_DROPOUT]
+    if not names:
         return None
+    words = " and ".join(f"{CONDITIONS[name]}s" for name in names)
+    single = {f"training.field_dropout.{name}": training.field_dropout.get(name) for name in names}
+    settings = {"training.condition_dropout": training.condition_dropout, **single}
     return Finding(
-        "most labels dropped",
+        f"most {words} dropped",
         "warning",
-        "Fewer than half of the images are trained with their label.",
-        f"training.condition_dropout is {dropout:g}",
-        "training.condition_dropout=0.1",
+        f"Fewer than half of the images are trained with their {words}.",
+        ", ".join(f"{key} is {rate:g}" for key, rate in settings.items() if rate),
+        " ".join(f"{key}=0.1" for key, rate in settings.items() if rate),
     )
 
 

@@ -38,6 +38,8 @@ RECIPE: dict[str, Any] = {
     },
 }
 LATENTS = ("codec.kind=autoencoder-kl", "codec.source=somewhere")
+BOTH = ("network.block={kind: rope-swiglu, text: keys}", "network.vocabulary_size=300")
+CAPTIONS = (*BOTH, "network.num_classes=0")
 Change = Callable[[int, dict[str, Any]], Any]
 
 
@@ -131,6 +133,11 @@ def test_a_healthy_run_has_no_findings_at_any_age(made, steps):
         (LATENTS, values(), values(data_std=0.8, data_spread=0.7, data_mean=-0.3)),
         ((), values(), values(data_std=0.4, data_mean=0.8, data_spread=0.3)),  # pixels may be of any brightness
         (("training.condition_dropout=0", "sampling.guidance_scale=1"), values(), values()),
+        ((*CAPTIONS, "training.condition_dropout=0", "sampling.guidance_scale=1"), values(), values()),
+        ((*CAPTIONS, "sampling.guidance_scales={text: 3}"), values(), values()),
+        ((*CAPTIONS, "training.condition_dropout=0", "training.field_dropout={text: 0.1}", "sampling.guidance_scale=4"),
+         values(), values()),
+        (("network.num_classes=0", "training.condition_dropout=0", "sampling.guidance_scale=4"), values(), values()),
         (("training.steps=400000", "training.ema.decay=0.9999"), values(), values(loss_ema=1.8)),  # still catching up
         (("network.num_classes=0",), values(), drop("loss_wrong_labels")),
         (
@@ -194,6 +201,19 @@ FINDINGS = {
         ("training.condition_dropout=0", "sampling.guidance_scale=1.5"), values(), values(), "error", "1.5",
         "training.condition_dropout=0.1",
     ),
+    "guidance without caption dropout": (
+        (*CAPTIONS, "training.condition_dropout=0", "sampling.guidance_scale=4"), values(), values(), "error",
+        "sampling.guidance_scale is 4", "training.condition_dropout=0.1",
+    ),
+    "guidance without label and caption dropout": (
+        (*BOTH, "training.condition_dropout=0", "sampling.guidance_scale=4", "training.field_dropout.text=0.1"),
+        values(), values(), "error", "training.condition_dropout is 0", "sampling.guidance_scale=1",
+    ),
+    "guidance without label dropout ": (
+        (*BOTH, "sampling.guidance_scales={label: 2, text: 3}", "training.field_dropout.text=0.1"), values(), values(),
+        "error", "training.field_dropout.label is 0, sampling.guidance_scales.label is 2",
+        "training.field_dropout.label=0.1",
+    ),
     "labels are uninformative": (
         (), values(), values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
         "error", "probes", "data.classes=none",
@@ -204,6 +224,10 @@ FINDINGS = {
     ),
     "most labels dropped": (
         ("training.condition_dropout=0.8",), values(), values(), "warning", "0.8", "training.condition_dropout=0.1",
+    ),
+    "most captions dropped": (
+        (*BOTH, "training.condition_dropout=0.2", "training.field_dropout.text=0.5"), values(), values(), "warning",
+        "training.condition_dropout is 0.2, training.field_dropout.text is 0.5", "training.field_dropout.text=0.1",
     ),
     "EMA too slow": (
         ("training.ema.decay=0.9999",), values(), values(loss_ema=1.2), "error", "10000 steps",
@@ -229,7 +253,7 @@ FINDINGS = {
 def test_a_problem_has_exactly_its_finding(made, name):
     changes, log, health, severity, evidence, change = FINDINGS[name]
     findings = diagnose(made(*changes, log=log, health=health))
-    assert [finding.name for finding in findings] == [name]
+    assert [finding.name for finding in findings] == [name.strip()]
     assert findings[0].severity == severity
     assert evidence in findings[0].evidence
     assert change in findings[0].change
