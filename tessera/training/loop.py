@@ -241,16 +241,19 @@ class Trainer:
             self._write_invalid_samples()
             self._report_unusable_classes()
             device = run.ema_model.device
-            peak_flops = runtime.peak_flops(device, run.objective.dtype or torch.float32)
             memory = max(self.world.gather(runtime.peak_memory(device)))
         seconds, waited = self.stopwatch.lap()
         rate = steps * self.config.global_batch_size / seconds
+        mfu = {}
+        if device.type != "cpu":  # whose peak depends on the load of the machine when it was measured
+            peak_flops = runtime.peak_flops(device, run.objective.dtype or torch.float32)
+            mfu["mfu"] = rate * FLOPS_PER_MAC * run.macs / peak_flops / self.world.world_size
         self.logger.record(
             self.step,
             **means,
             learning_rate=run.state.optimizer.param_groups[0]["lr"],
             images_per_second=rate,
-            mfu=rate * FLOPS_PER_MAC * run.macs / peak_flops / self.world.world_size,
+            **mfu,
             data_wait=waited / seconds,
             skipped_steps=skipped.count,
             rollbacks=skipped.rollbacks,

@@ -16,9 +16,11 @@ from PIL import Image
 from tessera import bundle, generation
 from tessera.data import Loader
 from tessera.errors import TesseraError
+from tessera.monitoring.doctor import facts
 from tessera.monitoring.logger import read_log
+from tessera.monitoring.report import build_report
 from tessera.training import checkpoint, dry_run, loop
-from tessera.training.recipe import read_recipe
+from tessera.training.recipe import Recipe, read_recipe
 
 
 def noise_images(folder: Path, *names: str, size: int = 8) -> dict:
@@ -60,11 +62,21 @@ def test_the_log_has_all_metrics(tiny):
     records = read_log(run)
     assert [record["step"] for record in records] == [2, 4, 6]
     expected = {"step", "loss", "mse", "vb", "grad_norm", "learning_rate", "images_per_second", "epoch"}
-    expected |= {"invalid_samples", "mfu", "data_wait", "clipped", "skipped_steps", "rollbacks", "memory"}
+    expected |= {"invalid_samples", "data_wait", "clipped", "skipped_steps", "rollbacks", "memory"}  # mfu: on GPUs
     assert set(records[0]) == expected
     assert [record["learning_rate"] for record in records] == pytest.approx([0.0005, 0.001, 0.001])
     assert records[-1]["epoch"] == pytest.approx(6 * 32 / 1000)
     assert all(record["images_per_second"] > 0 for record in records)
+
+
+def test_no_utilization_of_a_cpu_is_reported(tiny, capsys):
+    """Its peak, measured once, depends on what else the machine does at that time."""
+    run = loop.train(tiny("run", "training.steps=2"))
+    line = capsys.readouterr().err.splitlines()[-2]
+    assert "images/s" in line
+    assert "MFU" not in line
+    assert "MFU" not in build_report(run, Recipe).html()
+    assert "GPU utilization" not in facts(run)
 
 
 def test_logged_losses_are_means_over_the_steps_since_the_last_record(tiny):
