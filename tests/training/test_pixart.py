@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from tessera import bundle
+from tessera.cli import app
 from tessera.conditioning import Condition
+from tessera.data import ShapesConfig
 from tessera.errors import TesseraError
+from tessera.generation import generate_request
+from tessera.generation.bulk import bulk_request
 from tessera.interop import load
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import validate
@@ -257,3 +262,23 @@ def test_size_conditions_are_those_of_the_file_and_the_ratio_of_the_crop(text_re
     shapes = build_run(text_recipe("other", tmp_path / "source", network=network)).loader.load_batch(0)
     assert shapes.condition.size.tolist() == [[32.0, 32.0, 1.0]] * 8
     loop.train(recipe)
+
+
+def test_bulk_sampling_gives_each_image_its_size(make_pixart, tmp_path):
+    """With size conditions, the images are those of a request that lists the sizes."""
+    model = make_pixart({"num_steps": 2, "guidance_scale": 2.0}, size_conditions=True)
+    bundle.save(model, tmp_path / "model")
+    words = ["sample", tmp_path / "model", "--num-samples", "5", "--captions", "shapes", "--class-policy", "balanced"]
+    for size in ((32, 32), (16, 40)):
+        target = tmp_path / f"{size[1]}.npz"
+        options = ["--size", "x".join(map(str, size)), "--npz", target, "--batch-size", "2", "--device", "cpu"]
+        result = CliRunner().invoke(app, [str(word) for word in words + options])
+        assert result.exit_code == 0, result.output
+        images = np.load(target)["arr_0"]
+        request = bulk_request(model, 5, "balanced", data=ShapesConfig(), size=size)
+        assert "size" not in request.condition  # it follows from the images
+        ratio = size[0] / size[1]
+        listed = replace(request, condition={**request.condition, "size": [(*size, ratio)] * 5})
+        np.testing.assert_array_equal(images, generate_request(model, listed, 2))
+        others = replace(listed, condition={**listed.condition, "size": [(512, 512)] * 5})
+        assert (images != generate_request(model, others, 2)).any()
