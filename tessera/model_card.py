@@ -1,5 +1,6 @@
 """The model card of a bundle, in Markdown."""
 
+from tessera.adapters import adapter_state, attached
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import WordsConfig
 from tessera.model import Model
@@ -22,9 +23,19 @@ def describe(model: Model) -> dict[str, str]:
         **({"text encoder": _text_encoder(model)} if network.uses_text else {}),
         "diffusion": config.diffusion.summary(),
         "parameters": f"{parameter_count(model.network):,}",
+        **({"adapters": _adapters(model)} if attached(model.network) else {}),
         "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
         "sampling": config.sampling.summary(),
     }
+
+
+def _adapters(model: Model) -> str:
+    parts = []
+    for name, strength in attached(model.network).items():
+        summary = model.adapters[name].summary if name in model.adapters else "adapter"
+        count = sum(tensor.numel() for tensor in adapter_state(model.network, name).values())
+        parts.append(f"{name} ({summary}, {count:,} parameters, strength {strength:g})")
+    return "; ".join(parts)
 
 
 def _text_encoder(model: Model) -> str:

@@ -44,6 +44,7 @@ SMALL = {
         "encode --count 4 --size 32 --workers 1",
     ],
     "ablations": ["run --out {tmp} --steps 2 --seeds 0 paper"],
+    "lora_digits": ["{digits} --work {tmp} --steps 1 --each 2 --seeds 1 --rates 1 --only 'LoRA, rank 4'"],
     "loader": ["--only photos --photos 70 --side 350 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],
@@ -91,8 +92,23 @@ def places(tmp_path_factory) -> dict[str, Path]:
         table = pa.table({"image": cells, **columns})
         pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
     _save_text_model(folder / "text-model")
-    paths = {"images": "images", "codec": "codec", "parquet": "parquet", "text_model": "text-model"}
+    _save_digits_model(folder / "digits")
+    paths = {"images": "images", "codec": "codec", "parquet": "parquet", "text_model": "text-model", "digits": "digits"}
     return {name: folder / path for name, path in paths.items()}
+
+
+def _save_digits_model(folder: Path) -> None:
+    from tessera import bundle
+    from tessera.bundle import BundleConfig, Model
+
+    network = {
+        "kind": "dit", "input_size": 8, "in_channels": 1, "out_channels": 1, "num_classes": 10, "patch_size": 4,
+        "depth": 1, "hidden_size": 32, "num_heads": 2,
+    }  # fmt: skip
+    diffusion = {"kind": "gaussian", "variance": "posterior", "prediction": "v"}
+    parts = {"network": network, "diffusion": diffusion, "codec": {"kind": "pixels", "channels": 1}}
+    config = BundleConfig.model_validate({**parts, "class_names": [str(digit) for digit in range(10)]})
+    bundle.save(Model(config, config.network.build()), folder)
 
 
 def _save_text_model(folder: Path) -> None:

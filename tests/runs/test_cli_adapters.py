@@ -180,3 +180,9 @@ def test_an_adapter_needs_a_model_and_resuming_needs_the_same_adapter(tessera, r
     done = tessera("train", recipe, *words, "adapter.rank=3")
     assert "cannot resume" in done.err
     assert "adapter" in done.err
+
+
+def test_info_tells_of_adapters(tessera, adapt):
+    facts = tessera("info", adapt("lora")).out
+    assert "adapter (LoRA of rank 2, " in facts
+    assert "strength 1)" in facts
