@@ -106,5 +106,5 @@ def check_has_classes(model: Model) -> None:
     if attached := adapters.attached(model.network):
         raise TesseraError(
             f"this model has adapters ({', '.join(attached)}), which belong to its classes as they are: merge them "
-            "first (tessera convert MODEL MERGED --to bundle), or change the model below them and train the adapters on that"
+            "first (tessera convert MODEL MERGED --to bundle), or change the model below and train the adapters on that"
         )
