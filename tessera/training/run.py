@@ -315,7 +315,7 @@ def match_classes(dataset: Dataset | LatentsDataset, class_names: tuple[str, ...
     if unknown := [name for name in dataset.class_names if name not in class_names]:
         raise TesseraError(
             f"an adapter keeps the {len(class_names)} classes of its base, and the data have {len(unknown)} others, "
-            f"such as {unknown[0]}: add them first (tessera classes), give the images classes that the model has, or none"
+            f"such as {unknown[0]}: add them first (tessera classes), give the images classes of the model, or none"
         )
     if dataset.class_names == class_names:
         return
