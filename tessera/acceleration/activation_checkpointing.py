@@ -8,7 +8,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tessera.models.network import Network
@@ -48,20 +48,20 @@ def checkpoint_activations(network: Network, mode: CheckpointingMode) -> None:
             block.forward = MethodType(_recompute_all if mode == "blocks" else _recompute_selectively, block)
 
 
-def _recompute_all(block: nn.Module, x: Tensor, context: Any) -> Tensor:
-    return _checkpointed(block, x, context)
+def _recompute_all(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return _checkpointed(block, inputs, named)
 
 
-def _recompute_selectively(block: nn.Module, x: Tensor, context: Any) -> Tensor:
-    return _checkpointed(block, x, context, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+def _recompute_selectively(block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    return _checkpointed(block, inputs, named, context_fn=partial(create_selective_checkpoint_contexts, _policy))
 
 
-def _checkpointed(block: nn.Module, x: Tensor, context: Any, **options: Any) -> Tensor:
+def _checkpointed(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], **options: Any) -> Any:
     forward = type(block).forward
     if not torch.is_grad_enabled():
-        return forward(block, x, context)
+        return forward(block, *inputs, **named)
     # Blocks use no random numbers, so the state of the generator need not be saved.
-    return checkpoint(forward, block, x, context, use_reentrant=False, preserve_rng_state=False, **options)
+    return checkpoint(forward, block, *inputs, use_reentrant=False, preserve_rng_state=False, **options, **named)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -60,6 +60,7 @@ class Codec(ABC):
     pixel_channels: int
     latent_channels: int
     factor: int  # pixels per latent, along height and width
+    frame_factor: int = 1  # frames of pixels per frame of latents, after the first
     takes_clips: bool = False  # whether x may be [B, C, T, H, W], too
     stochastic: bool = False  # whether the moments have a deviation, so that training samples from a posterior
     scale: float | Tensor = 1.0  # a number, or [C, 1, 1]

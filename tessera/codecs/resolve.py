@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tessera.codecs import AnyCodec
 from tessera.codecs.autoencoder import AutoencoderConfig
+from tessera.codecs.diffusers_autoencoder import CLIPS, IMAGES, DiffusersAutoencoderConfig
 from tessera.codecs.pixels import PixelsConfig
 from tessera.codecs.tiny import TinyConfig
 from tessera.errors import TesseraError
@@ -42,7 +43,7 @@ def resolve_codec(source: CodecSource | None, channels: int | None = None, decod
     return source
 
 
-def _stored_codec(source: str, channels: int | None) -> AutoencoderConfig | TinyConfig:
+def _stored_codec(source: str, channels: int | None) -> AutoencoderConfig | TinyConfig | DiffusersAutoencoderConfig:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
@@ -51,13 +52,16 @@ def _stored_codec(source: str, channels: int | None) -> AutoencoderConfig | Tiny
     for path in (folder.resolve() / name for name in SUBFOLDERS):
         if (path / "config.json").is_file():
             data = read_json(path / "config.json")
-            if kind := KINDS.get(data.get("_class_name", "")):
+            if (name := data.get("_class_name", "")) in (*IMAGES, *CLIPS):
+                return DiffusersAutoencoderConfig(source=str(path), class_name=name)
+            if kind := KINDS.get(name):
                 _check_channels(data.get("latent_channels", 4), channels, str(path))
                 return kind(source=str(path))
         elif any(path.glob("*encoder.pth")) or any(path.glob("*encoder.safetensors")):
             return TinyConfig(source=str(path))
     raise TesseraError(
-        f"{folder} holds no codec: expected the config.json of an {' or '.join(KINDS)}, or *_encoder and "
+        f"{folder} holds no codec: expected the config.json of an {' or '.join(KINDS)} (or "
+        f"{', '.join(IMAGES + CLIPS)}), or *_encoder and "
         "*_decoder files"
     )
 

@@ -42,6 +42,28 @@ class CosineBetas(Settings):
         return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=self.largest_beta)
 
 
+class ScaledLinearBetas(Settings):
+    """Betas whose square roots are linear (Rombach et al. 2022), and a signal-to-noise ratio that is divided by a
+    number (Yang et al. 2024, "CogVideoX")."""
+
+    kind: Literal["scaled-linear"] = "scaled-linear"
+    start: float = Field(default=0.00085, gt=0, lt=1)
+    end: float = Field(default=0.012, gt=0, lt=1)
+    snr_divisor: PositiveFloat = 1.0
+
+    def betas(self, num_timesteps: int) -> Tensor:
+        scale = 1000 / num_timesteps
+        roots = torch.linspace(
+            math.sqrt(scale * self.start), math.sqrt(scale * self.end), num_timesteps, dtype=torch.float64
+        )
+        betas = (roots**2).clamp(max=0.999)
+        if self.snr_divisor == 1:
+            return betas
+        alpha_bar = torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, dim=0)))
+        alpha_bar = alpha_bar / (self.snr_divisor + (1 - self.snr_divisor) * alpha_bar)
+        return 1 - alpha_bar[1:] / alpha_bar[:-1]
+
+
 class UniformWeighting(Settings):
     """The same weight for every time."""
 
@@ -71,9 +93,9 @@ class GaussianDiffusionConfig(Settings):
 
     kind: Literal["gaussian"] = "gaussian"
     num_timesteps: PositiveInt = 1000
-    schedule: Annotated[LinearBetas | CosineBetas, BeforeValidator(expand_kind), Field(discriminator="kind")] = (
-        LinearBetas()
-    )
+    schedule: Annotated[
+        LinearBetas | CosineBetas | ScaledLinearBetas, BeforeValidator(expand_kind), Field(discriminator="kind")
+    ] = LinearBetas()
     prediction: Literal["epsilon", "x0", "v"] = "epsilon"
     variance: Literal["learned", "posterior", "beta"] = Field(
         default="learned",

@@ -74,6 +74,10 @@ class TextEncoder(ABC):
         mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
         return self.embed(pad_sequence(rows, batch_first=True), mask), mask
 
+    def encode_negative(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The same as `encode`, for negative prompts: some pipelines add an instruction to the others only."""
+        return self.encode(captions)
+
 
 # Words
 
@@ -267,6 +271,44 @@ class FolderConfig(FrozenConfig):
         )
 
 
+class PipelineTextPart(Settings):
+    """One output of `encode_prompt`: see `tessera.models.diffusers_classes.TextPart`."""
+
+    width: PositiveInt
+    positive: tuple[int, int | None]
+    negative: tuple[int, int | None]
+    rows: PositiveInt | None = None
+    options: dict[str, Any] = {}
+
+
+class PipelineTextConfig(FolderConfig):
+    """The text encoders of a pipeline of diffusers, by its own `encode_prompt`. Their outputs are one sequence of rows,
+    in the order of `parts`, filled up with zeros to the channels of the widest."""
+
+    kind: Literal["pipeline"] = "pipeline"  # pyright: ignore[reportIncompatibleVariableOverride]
+    pipeline: str = Field(description="its class, such as FluxPipeline")
+    parts: tuple[PipelineTextPart, ...] = Field(min_length=1)
+    options: dict[str, Any] = Field(default={}, description="further arguments of encode_prompt")
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        if self.folder is None or not self.folder.is_dir():
+            raise TesseraError(
+                f"the text encoders of {self.pipeline} are read from a folder; there is no {self.source}"
+            )
+        return self.folder, self.folder
+
+    def build(self) -> TextEncoder:
+        from tessera.encoders.pipeline_text import PipelineTextEncoder
+
+        return PipelineTextEncoder(self)
+
+    def save(self, target: Path) -> None:
+        from tessera.encoders.pipeline_text import copy_encoders
+
+        copy_encoders(self.folders[0], target)
+
+
 def _with_kind(value: Any) -> Any:
     """Expand the name of a kind; settings without one are those of `words`."""
     value = expand_kind(value)
@@ -275,5 +317,7 @@ def _with_kind(value: Any) -> Any:
 
 # The discriminator first, so that None may be another choice.
 AnyTextEncoder = Annotated[
-    WordsConfig | MiniLMConfig | FolderConfig, Field(discriminator="kind"), BeforeValidator(_with_kind)
+    WordsConfig | MiniLMConfig | FolderConfig | PipelineTextConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(_with_kind),
 ]

@@ -3,6 +3,7 @@
 Shapes: B images, C latent channels, T frames, H W height and width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -75,7 +76,8 @@ def _start(model: Model, rows: SampleRows) -> _Start:
     config, network, device = rows.config, model.config.network, model.device
     source = edit_source(model, rows)
     size = latent_size(model, rows.request.size) if source is None else tuple(source.x0.shape[2:])
-    times = timestep_grid(config.timestep_spacing, config.num_steps, model.diffusion)
+    tokens = math.prod(network.token_grid(size))
+    times = timestep_grid(config.timestep_spacing, config.num_steps, model.diffusion, tokens)
     noise = sampling_noise(rows.seed, torch.zeros_like(rows.seed), (network.in_channels, *size)).to(device)
     x, solver, memory = noise, config.sampler, None
     if source is not None:

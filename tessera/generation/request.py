@@ -214,6 +214,9 @@ class SampleRequest:
         default = "" if uses_empty else next((each for each in texts if each is not None), None)
         if texts and default is not None:
             negative["text"] = [default if each is None else each for each in texts]
+            if all(isinstance(each, str) for each in negative["text"]):
+                tokens, mask = model.text_encoder.encode_negative(negative["text"])
+                negative["text"] = [row[valid] for row, valid in zip(tokens, mask)]
         return model.config.network.condition_type.encode(negative, model)
 
     def scales(self, config: SamplingConfig) -> Tensor:
@@ -320,6 +323,7 @@ def check_guidance_model(model: Model, guidance_model: Model) -> None:
 def image_size(model: Model) -> tuple[int, ...]:
     """The size of an image or clip in pixels that the model was trained at: (H, W) or (T, H, W)."""
     *frames, height, width = model.config.network.input_size
+    frames = [(count - 1) * model.codec.frame_factor + 1 for count in frames]
     return *frames, height * model.codec.factor, width * model.codec.factor
 
 
@@ -336,6 +340,10 @@ def latent_size(model: Model, size: Sequence[int] | None) -> tuple[int, ...]:
         multiple = factor * network.size_multiple
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise TesseraError(f"size {height} x {width}: height and width must be multiples of {multiple} pixels")
+        step = model.codec.frame_factor
+        if frames and (frames[0] - 1) % step:
+            raise TesseraError(f"a clip of {frames[0]} frames: one more than a multiple of {step} is expected")
+        frames = [(count - 1) // step + 1 for count in frames]
         latents = *frames, height // factor, width // factor
     if len(latents) == 3 and not model.codec.takes_clips:
         kind = model.config.codec.kind

@@ -22,7 +22,7 @@ from tessera.codecs import AutoencoderConfig, StoredConfig
 from tessera.codecs.autoencoder import Autoencoder
 from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.conditioning import Condition
-from tessera.diffusion.gaussian import CosineBetas, GaussianDiffusionConfig, LinearBetas
+from tessera.diffusion.gaussian import CosineBetas, GaussianDiffusionConfig, LinearBetas, ScaledLinearBetas
 from tessera.errors import TesseraError, bullet_list
 from tessera.files import atomic_folder, read_json
 from tessera.interop.common import relative_difference, require_dit
@@ -30,6 +30,7 @@ from tessera.interop.schedulers import PREDICTIONS, SchedulerConfig, read_schedu
 from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
+from tessera.models.network import NetworkConfig
 from tessera.sampling import DynamicThresholding, RangeClipping
 from tessera.settings import S, Settings, diff, validate
 
@@ -202,7 +203,7 @@ def from_mappings(mappings: list[TensorMapping], tensors: dict[str, Tensor], sou
     return result
 
 
-def diffusion_config(scheduler: SchedulerConfig, network: DiTConfig, source: str) -> GaussianDiffusionConfig:
+def diffusion_config(scheduler: SchedulerConfig, network: NetworkConfig, source: str) -> GaussianDiffusionConfig:
     """The diffusion process with a scheduler's betas. Raises TesseraError if Tessera has no such schedule."""
     if network.out_channels not in (network.in_channels, 2 * network.in_channels):
         raise TesseraError(
@@ -219,6 +220,10 @@ def diffusion_config(scheduler: SchedulerConfig, network: DiTConfig, source: str
         betas = torch.linspace(scheduler.beta_start, scheduler.beta_end, steps, dtype=torch.float64)
         ends = {"start": scheduler.beta_start * steps / 1000, "end": scheduler.beta_end * steps / 1000}
         candidates = [validate(LinearBetas, ends, source)]  # Tessera's are those of 1000 steps
+    elif scheduler.beta_schedule == "scaled_linear":
+        ends = {"start": scheduler.beta_start * steps / 1000, "end": scheduler.beta_end * steps / 1000}
+        candidates = [validate(ScaledLinearBetas, {**ends, "snr_divisor": scheduler.snr_shift_scale}, source)]
+        betas = candidates[0].betas(steps)
     else:
         candidates, betas = [CosineBetas()], CosineBetas().betas(steps)
     for schedule in candidates:
@@ -307,7 +312,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
             "there is no vae/ (the network works on pixels): DiTPipeline.from_pretrained(..., vae=None) loads it, "
             "but samples only with an autoencoder"
         )
-    if replaced := _replaced_settings(model.config):
+    if replaced := replaced_settings(model.config):
         messages.append(f"its scheduler is DDIM, which samples otherwise than this model: {'; '.join(replaced)}")
     if network.num_classes != NULL_CLASS:
         messages.append(
@@ -381,6 +386,9 @@ def scheduler_config(config: BundleConfig) -> dict[str, Any]:
     betas: dict[str, Any] = {"trained_betas": schedule.betas(steps).tolist()}
     if schedule == CosineBetas():
         betas = {"beta_schedule": "squaredcos_cap_v2"}
+    elif isinstance(schedule, ScaledLinearBetas) and schedule.snr_divisor == 1:
+        betas = {"beta_schedule": "scaled_linear", "beta_start": schedule.start * 1000 / steps}
+        betas |= {"beta_end": schedule.end * 1000 / steps}
     elif isinstance(schedule, LinearBetas) and schedule.end * 1000 / steps < 0.999:
         betas = {"beta_start": schedule.start * 1000 / steps, "beta_end": schedule.end * 1000 / steps}
     clipping, spacing = sampling.clipping, sampling.timestep_spacing
@@ -405,7 +413,7 @@ def scheduler_config(config: BundleConfig) -> dict[str, Any]:
     return data | betas
 
 
-def _replaced_settings(config: BundleConfig) -> list[str]:
+def replaced_settings(config: BundleConfig) -> list[str]:
     """How the DDIM scheduler of a written folder samples otherwise than the model."""
     assert isinstance(config.diffusion, GaussianDiffusionConfig)  # checked by _problems
     scheduler = validate(SchedulerConfig, scheduler_config(config), "the scheduler")

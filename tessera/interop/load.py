@@ -17,8 +17,9 @@ from tessera.codecs.resolve import CodecSource, resolve_codec
 from tessera.encoders.text import HUB_PREFIX, AnyTextEncoder, FolderConfig, MiniLMConfig
 from tessera.errors import TesseraError
 from tessera.files import read_json
-from tessera.interop import diffusers, official, pixart_folder
+from tessera.interop import diffusers, diffusers_folder, official, pixart_folder
 from tessera.interop.adapters import AdapterSpec, attach_adapters
+from tessera.models.diffusers_network import DiffusersConfig
 from tessera.models.dit import DiTConfig
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import unknown_name
@@ -194,6 +195,7 @@ def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, em
     if "_class_name" in config or (path / diffusers.INDEX).exists():
         _reject_ema(path, ema)
         read = pixart_folder.read if pixart_folder.is_pixart(path) else diffusers.read
+        read = diffusers_folder.read if diffusers_folder.accepts(path) else read
         return _reported(path, read(path, device, codec=codec))
     if checkpoints := bundle.checkpoints(path):
         return bundle.load(checkpoints[0], device, ema)
@@ -227,6 +229,8 @@ def _with_text_encoder(model: Model, source: str | AnyTextEncoder) -> Model:
 def _write_diffusers(model: Model, target: Path, approximate: bool) -> str:
     if isinstance(model.config.network, PixArtConfig):
         return pixart_folder.write(model, target)
+    if isinstance(model.config.network, DiffusersConfig):
+        return diffusers_folder.write(model, target)
     return diffusers.write(model, target, approximate)
 
 

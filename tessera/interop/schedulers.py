@@ -45,7 +45,8 @@ class SchedulerConfig(Settings):
     num_train_timesteps: PositiveInt = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    snr_shift_scale: PositiveFloat = 1.0
     trained_betas: Annotated[list[float], Field(min_length=1)] | None = None
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     rescale_betas_zero_snr: bool = False
@@ -102,7 +103,13 @@ _DDIM = SchedulerClass({*PROCESS, *CLIPPING, *THRESHOLDING, "set_alpha_to_one"},
 _DDPM = SchedulerClass(
     {*PROCESS, *CLIPPING, *THRESHOLDING, "variance_type"}, {"clip_sample": True, "variance_type": "fixed_small"}
 )
+_COGVIDEOX = SchedulerClass(  # clip_sample is a setting that these two do not use
+    {*PROCESS, "set_alpha_to_one", "snr_shift_scale"},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "snr_shift_scale": 3.0},
+)
 CLASSES = {
+    "CogVideoXDDIMScheduler": _COGVIDEOX,
+    "CogVideoXDPMScheduler": SchedulerClass(_COGVIDEOX.settings, _COGVIDEOX.defaults, DPMSolverSDE()),
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
     "DDPMScheduler": _DDPM,
@@ -273,7 +280,7 @@ def _spacing(
         if scheduler.use_karras_sigmas:
             return Karras(sigma_min=low, sigma_max=high)
         return LogSNR(sigma_min=low, sigma_max=high)
-    if kind in ("DDIMScheduler", "DDIMParallelScheduler") and (
+    if kind in ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler") and (
         name == "linspace" or (name == "trailing" and trained % num_steps)
     ):
         differences.append(

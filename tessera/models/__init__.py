@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from tessera.models.diffusers_network import DiffusersConfig, DiffusersNetwork
 from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import Network, NetworkConfig, parameter_count
 from tessera.models.pixart import PixArt, PixArtConfig
@@ -12,8 +13,8 @@ from tessera.models.unet import UNet, UNetConfig
 from tessera.settings import expand_kind
 
 __all__ = [
-    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "Network", "NetworkConfig", "PixArt", "PixArtConfig",
-    "UNet", "UNetConfig", "parameter_count", "with_kind",
+    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "DiffusersConfig", "DiffusersNetwork", "Network",
+    "NetworkConfig", "PixArt", "PixArtConfig", "UNet", "UNetConfig", "parameter_count", "with_kind",
 ]  # fmt: skip
 
 
@@ -25,4 +26,6 @@ def with_kind(value: Any) -> Any:
     return {"kind": "unet" if str(value.get("preset")) in UNET_PRESETS else "dit", **value}
 
 
-AnyNetwork = Annotated[DiTConfig | PixArtConfig | UNetConfig, BeforeValidator(with_kind), Field(discriminator="kind")]
+AnyNetwork = Annotated[
+    DiTConfig | PixArtConfig | UNetConfig | DiffusersConfig, BeforeValidator(with_kind), Field(discriminator="kind")
+]

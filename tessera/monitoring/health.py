@@ -174,7 +174,8 @@ def instrument(network: Network) -> Iterator[dict[str, list[Tensor]]]:
     statistics: dict[str, list[Tensor]] = {"attention_logits": [], "gates": [], "scales": [], "activations": []}
     attention, width = _AttentionRecorder(), network.config.hidden_size if isinstance(network, DiT) else 0
 
-    def after_block(module: nn.Module, inputs: Any, tokens: Tensor) -> None:
+    def after_block(module: nn.Module, inputs: Any, output: Any) -> None:
+        tokens = output[-1] if isinstance(output, tuple) else output  # of text and image, in blocks of diffusers
         statistics["activations"].append(_rms(tokens))
         # A block can have several attentions or none.
         logits = torch.stack(attention.largest).amax() if attention.largest else tokens.new_tensor(math.nan)

@@ -43,6 +43,7 @@ from tessera.sampling.timesteps import (
     Leading,
     LogSNR,
     Quadratic,
+    ResolutionShifted,
     Shifted,
     Trailing,
     Uniform,
@@ -117,11 +118,12 @@ class SamplingConfig(Settings):
 
 
 __all__ = [
-    "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyClipping", "AnyGuidanceSchedule",
-    "AnySampler", "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance", "ContinuousBatch", "CosineGuidance",
-    "DPMSolver", "DPMSolverSDE", "Denoiser", "DenoiserRows", "DynamicThresholding", "EditSource", "Euler",
-    "FirstBlockCaching", "Guidance", "GuidanceModel", "Heun", "Karras", "Leading", "LinearGuidance", "LogSNR",
-    "MaskedMemory", "MaskedSolver", "NoCaching", "NoClipping", "PoweredCosineGuidance", "Quadratic", "RangeClipping",
-    "RowDenoiser", "RowState", "SampleState", "SamplingConfig", "SamplingNetwork", "Shifted", "Solver", "Stepper",
-    "Trailing", "UniPC", "Uniform", "sample_loop", "sampling_noise", "timestep_grid",
+    "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyClipping",
+    "AnyGuidanceSchedule", "AnySampler", "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance",
+    "ContinuousBatch", "CosineGuidance", "DPMSolver", "DPMSolverSDE", "Denoiser", "DenoiserRows",
+    "DynamicThresholding", "EditSource", "Euler", "FirstBlockCaching", "Guidance", "GuidanceModel", "Heun",
+    "Karras", "Leading", "LinearGuidance", "LogSNR", "MaskedMemory", "MaskedSolver", "NoCaching", "NoClipping",
+    "PoweredCosineGuidance", "Quadratic", "RangeClipping", "ResolutionShifted", "RowDenoiser", "RowState",
+    "SampleState", "SamplingConfig", "SamplingNetwork", "Shifted", "Solver", "Stepper", "Trailing", "UniPC",
+    "Uniform", "sample_loop", "sampling_noise", "timestep_grid",
 ]  # fmt: skip

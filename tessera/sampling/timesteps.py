@@ -5,10 +5,11 @@ may fall between the trained steps, where a network of discrete steps still work
 last of them.
 """
 
+import math
 from typing import Annotated, Literal, Self, get_args
 
 import torch
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from tessera.diffusion import DiffusionProcess
@@ -115,11 +116,48 @@ class Shifted(Settings):
 
     kind: Literal["shifted"] = "shifted"
     shift: PositiveFloat = 3.0
+    last: float | None = Field(
+        default=None, gt=0, lt=1, description="of the uniform grid, its last time above 0; null: 1 / num_steps"
+    )
+    terminal: float | None = Field(
+        default=None, gt=0, lt=1, description="stretch the shifted grid so that its last time above 0 is this"
+    )
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
-        return within_trained(
-            shift_timesteps(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), self.shift), diffusion
-        )
+        return within_trained(self.curve(num_steps, self.shift), diffusion)
+
+    def curve(self, num_steps: int, shift: float) -> Tensor:
+        """Decreasing times [num_steps + 1] from 1 to 0."""
+        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        if self.last is not None and num_steps > 1:
+            times[:-1] = torch.linspace(1, self.last, num_steps, dtype=torch.float64)
+        times = shift_timesteps(times, shift)
+        if self.terminal is not None and num_steps > 1:
+            times[:-1] = 1 - (1 - times[:-1]) * (1 - self.terminal) / (1 - times[-2])
+        return times
+
+
+class ResolutionShifted(Shifted):
+    """The same with a shift that grows with the number of tokens of an image, as diffusers' `use_dynamic_shifting`.
+
+    Its logarithm is base_shift at base_tokens and max_shift at max_tokens, and linear in between and beyond.
+    """
+
+    kind: Literal["resolution"] = "resolution"  # pyright: ignore[reportIncompatibleVariableOverride]
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: PositiveInt = 256
+    max_tokens: PositiveInt = 4096
+    tokens: PositiveInt | None = Field(default=None, description="null: those of the generated image")
+
+    def resolve(self, tokens: int) -> Shifted:
+        """The grid of an image with this number of tokens."""
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        logarithm = self.base_shift + slope * ((self.tokens or tokens) - self.base_tokens)
+        return Shifted(shift=math.exp(logarithm), last=self.last, terminal=self.terminal)
+
+    def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+        return self.resolve(self.max_tokens)(num_steps, diffusion)
 
 
 class _NoiseRatioSpacing(Settings):
@@ -178,7 +216,7 @@ class LogSNR(_NoiseRatioSpacing):
         return torch.lerp(first.log(), last.log(), fraction).exp()
 
 
-_Spacing = Uniform | Leading | Trailing | Quadratic | Shifted | Karras | LogSNR
+_Spacing = Uniform | Leading | Trailing | Quadratic | Shifted | ResolutionShifted | Karras | LogSNR
 AnyTimestepSpacing = Annotated[_Spacing, BeforeValidator(expand_kind), Field(discriminator="kind")]
 TIMESTEP_SPACINGS = {spacing.model_fields["kind"].default: spacing for spacing in get_args(_Spacing)}
 
@@ -191,9 +229,12 @@ def within_trained(times: Tensor, diffusion: DiffusionProcess) -> Tensor:
     return torch.where(times > 0, first + (1 - first) * times, 0)
 
 
-def timestep_grid(spacing: AnyTimestepSpacing, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
+def timestep_grid(
+    spacing: AnyTimestepSpacing, num_steps: int, diffusion: DiffusionProcess, tokens: int | None = None
+) -> Tensor:
     """Decreasing times [num_steps + 1], float64, with decreasing noise.
 
+    tokens: of the image, which some grids depend on; without it they are those of a large image.
     Raises TesseraError if the process has fewer steps, or two times are too close to differ in float64.
     """
     if diffusion.num_timesteps is not None and not 1 <= num_steps <= diffusion.num_timesteps:
@@ -203,6 +244,8 @@ def timestep_grid(spacing: AnyTimestepSpacing, num_steps: int, diffusion: Diffus
         )
     if num_steps < 1:
         raise TesseraError(f"num_steps is {num_steps}; use 1 or more")
+    if isinstance(spacing, ResolutionShifted) and tokens is not None:
+        spacing = spacing.resolve(tokens)
     times = spacing(num_steps, diffusion)
     noise = diffusion.sigma(times) - diffusion.alpha(times)  # increases with time on every path
     if len(times) < 2 or not ((times.diff() < 0) & (noise.diff() < 0)).all():

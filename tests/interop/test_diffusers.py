@@ -316,7 +316,7 @@ def test_scheduler_settings_that_are_not_converted_are_recorded(exported):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"beta_schedule": "scaled_linear"}, "scaled_linear"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),
         ({"rescale_betas_zero_snr": True}, "zero_terminal_snr needs prediction v or x0"),
         ({"rescale_betas_zero_snr": "often"}, "rescale_betas_zero_snr"),

@@ -144,8 +144,8 @@ def test_a_damaged_file_of_a_bundle_is_named(tiny_model, tmp_path):
 
 def test_another_kind_of_diffusers_model_is_named(tmp_path, autoencoder_folder):
     assert "holds diffusers' AutoencoderKL" in load_error(autoencoder_folder)
-    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    assert "FluxTransformer2DModel" in load_error(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "OmniGenTransformer2DModel"}')
+    assert "holds diffusers' OmniGenTransformer2DModel" in load_error(tmp_path)
 
 
 # Conversion
