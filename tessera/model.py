@@ -120,6 +120,11 @@ class Model:
         return next(self.network.parameters()).device
 
     @property
+    def null_fields(self) -> tuple[str, ...]:
+        """The fields of the condition that have a null value; those that adapters add included."""
+        return (*self.config.network.null_fields, *(["control"] if self.network.controls else []))
+
+    @property
     def class_names(self) -> list[str]:
         """One name for each class; their numbers if the model has no names."""
         return list(self.config.class_names) or [str(i) for i in range(self.config.network.num_classes)]

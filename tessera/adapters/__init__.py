@@ -1,9 +1,10 @@
 """Adapters: small changes of a trained network, attached from outside, that are trained, stored and merged apart."""
 
-from tessera.adapters.config import AdapterConfig, AnyAdapter, ClassesConfig, DiffFitConfig, LoRAConfig
-from tessera.adapters.layers import LAYERS, AdapterLayer
+from tessera.adapters.config import AdapterConfig, AnyAdapter, ClassesConfig, ControlConfig, DiffFitConfig, LoRAConfig
+from tessera.adapters.layers import AdapterLayer
 from tessera.adapters.network import (
     ATTRIBUTE,
+    LAYERS,
     adapter_layers,
     adapter_state,
     attach,
@@ -18,7 +19,7 @@ from tessera.adapters.network import (
 )
 
 __all__ = [
-    "ATTRIBUTE", "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "DiffFitConfig",
-    "LoRAConfig", "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like", "detach",
-    "layers_from_state", "merge", "set_strengths", "unmerge",
+    "ATTRIBUTE", "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "ControlConfig",
+    "DiffFitConfig", "LoRAConfig", "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like",
+    "detach", "layers_from_state", "merge", "set_strengths", "unmerge",
 ]  # fmt: skip

@@ -9,12 +9,15 @@ import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
 from torch import nn
 
+from tessera.adapters.control import ChannelsControl, ControlLowRank, CopyControl, TokensControl, controlled_linears
 from tessera.adapters.layers import AdapterLayer, BiasDelta, LowRank, OutputScale, Rows
-from tessera.adapters.network import Layers
+from tessera.adapters.network import ATTRIBUTE, Layers
+from tessera.conditioning.control import AnyControlImage, Edges
 from tessera.errors import TesseraError
 from tessera.layers.embeddings import LabelEmbedder
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
+from tessera.models.dit import DiT
 from tessera.models.network import Network
 from tessera.settings import Settings, as_tuple, expand_kind
 
@@ -140,15 +143,67 @@ class ClassesConfig(AdapterConfig):
         return f"the classes {', '.join(self.classes)}"
 
 
+class ControlConfig(AdapterConfig):
+    """Control by an image, such as the edges of what is to be generated: see `tessera.adapters.control`."""
+
+    kind: Literal["control"] = "control"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
+    image: AnyControlImage = Field(
+        default=Edges(), description="how the control image is made from an image, in training and of a photo"
+    )
+    how: Literal["channels", "copy", "tokens"] = Field(
+        default="copy", description="extra input channels, copies of the first blocks, or further tokens"
+    )
+    rank: int = Field(
+        default=16, ge=0, description="channels and tokens: of the low-rank changes of attention and MLP; 0: none"
+    )
+    copies: PositiveInt | None = Field(
+        default=None, description="copy: how many blocks are copied; null: half, without the last (13 of 28)"
+    )
+
+    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
+        if not isinstance(network, DiT) or network.config.is_temporal:
+            kind = "clips" if network.config.is_temporal else network.config.kind
+            raise TesseraError(f"adapter.kind=control needs a transformer for images (dit, pixart); this is for {kind}")
+        if self.how == "copy":
+            depth = len(network.blocks)
+            try:
+                return {"": {CopyControl.kind: CopyControl(network, self.copies or max((depth - 1) // 2, 1))}}
+            except ValueError as error:
+                raise TesseraError(f"adapter.copies: {error}") from None
+        control = ChannelsControl(network) if self.how == "channels" else TokensControl(network)
+        layers: dict[str, dict[str, AdapterLayer]] = {"": {control.kind: control}}
+        # The tokens of a control image end with the keys and values of the last block.
+        unused = re.compile(rf"blocks\.{len(network.blocks) - 1}\.(attn\.proj|mlp\.)") if self.how == "tokens" else None
+        for name, module in controlled_linears(network) if self.rank else ():
+            if unused is not None and unused.match(name):
+                continue
+            try:
+                layers[name] = {ControlLowRank.kind: ControlLowRank(module, self.rank)}
+            except ValueError as error:
+                raise TesseraError(f"adapter.rank is {self.rank}, but in {name} {error}") from None
+        return layers
+
+    @property
+    def uses_low_rank(self) -> bool:
+        """Whether layers of the network itself are changed where the control is active."""
+        return self.how != "copy" and self.rank > 0
+
+    def summary(self) -> str:
+        detail = f", rank {self.rank}" if self.how != "copy" else f", {self.copies} blocks" if self.copies else ""
+        return f"control by {self.image.kind}, {self.how}{detail}"
+
+
 AnyAdapter = Annotated[
-    LoRAConfig | DiffFitConfig | ClassesConfig, Field(discriminator="kind"), BeforeValidator(expand_kind)
+    LoRAConfig | DiffFitConfig | ClassesConfig | ControlConfig,
+    Field(discriminator="kind"),
+    BeforeValidator(expand_kind),
 ]
 
 
 def linear_layers(network: Network) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers that adapters can change, by name."""
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and f".{ATTRIBUTE}." not in f".{name}":
             yield name, module
 
 

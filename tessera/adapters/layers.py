@@ -5,7 +5,7 @@ Shapes: I input features, O output features (of the adapted projection), r rank.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from tessera.layers.fused_linear import FusedLinear
 class AdapterLayer(nn.Module, ABC):
     """One change to a Linear or an Embedding: another output in each forward pass, or other weights once merged.
 
-    strength: 1 is the full effect, 0 none.
+    strength: 1 is the full effect, 0 none. adapter: the name of the adapter that it was attached with.
     """
 
     kind: ClassVar[str]
     strength: float = 1.0
+    adapter: str = ""
 
     @abstractmethod
     def forward(self, module: Any, x: Tensor, output: Tensor) -> Tensor:
@@ -48,23 +49,34 @@ class AdapterLayer(nn.Module, ABC):
         if expected != shapes:
             raise ValueError(f"it has the tensors {shapes}, expected {expected}")
         values = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        weight = next(module.parameters())
+        if not weight.is_meta:
+            values = {name: tensor.to(weight.device) for name, tensor in values.items()}
         layer.load_state_dict(values, assign=True)
         return layer.requires_grad_(False)
+
+
+Dora = bool | Literal["columns"]  # True: lengths of rows
+
+
+def dora_of(tensors: Mapping[str, Tensor]) -> Dora:
+    """Which lengths the state dict of a layer has."""
+    return "columns" if "magnitude" in tensors and tensors["magnitude"].ndim == 2 else "magnitude" in tensors
 
 
 class LinearAdapter(AdapterLayer):
     """A change of the weight of a Linear, or of one of the projections that are fused in it: W + scale delta.
 
     magnitude: of DoRA (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", equation 5): the rows of that
-    sum keep their direction and get a learned length. The lengths they had are constants in the backward pass (section
-    4.3 there). A strength between 0 and 1 interpolates the weights.
+    sum, or in files of LyCORIS its columns, keep their direction and get a learned length. The lengths they had are
+    constants in the backward pass (section 4.3 there). A strength between 0 and 1 interpolates the weights.
     """
 
     scale: Tensor  # []
-    magnitude: nn.Parameter | None  # [O]
+    magnitude: nn.Parameter | None  # of rows [O], of columns [1, I]
 
     def __init__(
-        self, module: nn.Linear, scale: float = 1.0, dora: bool = False, projection: int | None = None
+        self, module: nn.Linear, scale: float = 1.0, dora: Dora = False, projection: int | None = None
     ) -> None:
         """projection: the number of the fused projection; None: all of the map"""
         super().__init__()
@@ -75,7 +87,8 @@ class LinearAdapter(AdapterLayer):
         self.rows = slice((projection or 0) * size, ((projection or 0) + 1) * size)
         self.register_buffer("scale", torch.tensor(float(scale), device=module.weight.device))
         weight = module.weight.detach()[self.rows].float()
-        self.magnitude = nn.Parameter(weight.norm(dim=1)) if dora else None
+        lengths = weight.norm(dim=0, keepdim=True) if dora == "columns" else weight.norm(dim=1)
+        self.magnitude = nn.Parameter(lengths) if dora else None
 
     @abstractmethod
     def delta(self) -> Tensor:
@@ -86,11 +99,15 @@ class LinearAdapter(AdapterLayer):
         return linear(x, self.delta())
 
     def forward(self, module: nn.Linear, x: Tensor, output: Tensor) -> Tensor:
-        change = self.scale * self.delta_output(x)
-        if self.magnitude is not None:
-            weight = module.weight[self.rows]
+        weight = module.weight[self.rows]
+        if self.magnitude is None:
+            change = self.scale * self.delta_output(x)
+        elif self.magnitude.ndim == 1:
             factor = (self.magnitude / self._lengths(weight)).to(output.dtype)
-            change = (factor - 1) * linear(x, weight) + factor * change
+            change = (factor - 1) * linear(x, weight) + factor * (self.scale * self.delta_output(x))
+        else:
+            factor = (self.magnitude / self._lengths(weight))[0].to(x.dtype)
+            change = linear((factor - 1) * x, weight) + self.scale * self.delta_output(factor * x)
         if self.rows.stop - self.rows.start < module.out_features:
             change = pad(change, (self.rows.start, module.out_features - self.rows.stop))
         return output + self.strength * change
@@ -100,13 +117,16 @@ class LinearAdapter(AdapterLayer):
         weight = module.weight[self.rows]
         change = self.scale * self.delta()
         if self.magnitude is not None:
-            factor = (self.magnitude / self._lengths(weight))[:, None]
+            factor = self.magnitude / self._lengths(weight)
+            factor = factor[:, None] if factor.ndim == 1 else factor
             change = (factor - 1) * weight + factor * change
         weight += self.strength * change
 
     def _lengths(self, weight: Tensor) -> Tensor:
-        """The lengths of the rows of the changed weight, [O]"""
-        return (weight.float() + self.scale * self.delta()).norm(dim=1).detach()
+        """The lengths of the rows [O] or columns [1, I] of the changed weight"""
+        changed = (weight.float() + self.scale * self.delta()).detach()
+        by_row = self.magnitude is None or self.magnitude.ndim == 1
+        return changed.norm(dim=1) if by_row else changed.norm(dim=0, keepdim=True)
 
 
 class LowRank(LinearAdapter):
@@ -115,7 +135,7 @@ class LowRank(LinearAdapter):
     kind: ClassVar[str] = "lora"
 
     def __init__(
-        self, module: nn.Linear, rank: int, scale: float = 1.0, dora: bool = False, projection: int | None = None
+        self, module: nn.Linear, rank: int, scale: float = 1.0, dora: Dora = False, projection: int | None = None
     ) -> None:
         super().__init__(module, scale, dora, projection)
         size, device = self.rows.stop - self.rows.start, module.weight.device
@@ -128,13 +148,77 @@ class LowRank(LinearAdapter):
 
     @classmethod
     def empty(cls, module: nn.Linear, tensors: Mapping[str, Tensor], projection: int | None) -> Self:
-        return cls(module, tensors["down"].shape[0], 1.0, "magnitude" in tensors, projection)
+        return cls(module, tensors["down"].shape[0], 1.0, dora_of(tensors), projection)
 
     def delta(self) -> Tensor:
         return self.up @ self.down
 
     def delta_output(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.down), self.up)
+
+
+class HadamardProduct(LinearAdapter):
+    """LoHa (Hyeon-Woo et al. 2022, "FedPara", section 2.2): delta = (w1_a w1_b) * (w2_a w2_b), element by element. It
+    is read from files and not trained here: its first values are zero."""
+
+    kind: ClassVar[str] = "loha"
+
+    def __init__(self, module: nn.Linear, rank: int, dora: Dora = False, projection: int | None = None) -> None:
+        super().__init__(module, 1.0, dora, projection)
+        size, width, device = self.rows.stop - self.rows.start, module.in_features, module.weight.device
+        self.w1_a, self.w2_a = (nn.Parameter(torch.zeros(size, rank, device=device)) for _ in range(2))  # [O, r]
+        self.w1_b, self.w2_b = (nn.Parameter(torch.zeros(rank, width, device=device)) for _ in range(2))  # [r, I]
+
+    @classmethod
+    def empty(cls, module: nn.Linear, tensors: Mapping[str, Tensor], projection: int | None) -> Self:
+        return cls(module, tensors["w1_b"].shape[0], dora_of(tensors), projection)
+
+    def delta(self) -> Tensor:
+        return (self.w1_a @ self.w1_b) * (self.w2_a @ self.w2_b)
+
+
+class KroneckerProduct(LinearAdapter):
+    """LoKr (LyCORIS, Yeh et al. 2024, "Navigating Text-To-Image Customization", section 3): delta is the Kronecker
+    product of w1 and w2, each stored whole or as the product of w1_a and w1_b. It is read from files and not trained
+    here: its first values are zero."""
+
+    kind: ClassVar[str] = "lokr"
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        shapes: Mapping[str, tuple[int, ...]],
+        dora: Dora = False,
+        projection: int | None = None,
+    ) -> None:
+        """shapes: of w1, or of w1_a and w1_b, and the same of w2"""
+        super().__init__(module, 1.0, dora, projection)
+        rows, columns = 1, 1
+        for name in ("w1", "w2"):
+            for each in (name,) if name in shapes else (f"{name}_a", f"{name}_b"):
+                self.register_parameter(each, nn.Parameter(torch.zeros(shapes[each], device=module.weight.device)))
+            first, last = shapes.get(name, shapes.get(f"{name}_a")), shapes.get(name, shapes.get(f"{name}_b"))
+            assert first is not None
+            assert last is not None
+            if len(first) != 2 or len(last) != 2 or (name not in shapes and first[1] != last[0]):
+                raise ValueError(f"the factors {first} and {last} of {name} have no product")
+            rows, columns = rows * first[0], columns * last[1]
+        size = self.rows.stop - self.rows.start
+        if (rows, columns) != (size, module.in_features):
+            raise ValueError(f"its product is {rows} x {columns}, and the map is {size} x {module.in_features}")
+
+    @classmethod
+    def empty(cls, module: nn.Linear, tensors: Mapping[str, Tensor], projection: int | None) -> Self:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name[0] == "w"}
+        return cls(module, shapes, dora_of(tensors), projection)
+
+    def factor(self, name: str) -> Tensor:
+        """w1 or w2"""
+        whole = self._parameters.get(name)
+        return getattr(self, f"{name}_a") @ getattr(self, f"{name}_b") if whole is None else whole
+
+    def delta(self) -> Tensor:
+        return torch.kron(self.factor("w1"), self.factor("w2"))
 
 
 class FullDelta(LinearAdapter):
@@ -229,4 +313,6 @@ class Rows(AdapterLayer):
         module.weight[self.numbers] += self.strength * self.values
 
 
-LAYERS: dict[str, type[AdapterLayer]] = {each.kind: each for each in (LowRank, FullDelta, BiasDelta, Rows, OutputScale)}
+CHANGES: tuple[type[AdapterLayer], ...] = (
+    LowRank, HadamardProduct, KroneckerProduct, FullDelta, BiasDelta, Rows, OutputScale,
+)  # fmt: skip

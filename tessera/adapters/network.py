@@ -12,12 +12,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from tessera.adapters.layers import LAYERS, AdapterLayer
+from tessera.adapters.control import CONTROL_LAYERS, ControlLayer
+from tessera.adapters.layers import CHANGES, AdapterLayer
 from tessera.errors import TesseraError, bullet_list
 from tessera.models.network import Network
 from tessera.settings import unknown_name
 
 ATTRIBUTE = "adapters"
+LAYERS: dict[str, type[AdapterLayer]] = {each.kind: each for each in (*CHANGES, *CONTROL_LAYERS)}
+NETWORK_KINDS = {name for name, each in LAYERS.items() if issubclass(each, ControlLayer)}  # of the network as a whole
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 Layers = Mapping[str, Mapping[str, AdapterLayer]]  # by the name of the module, then by kind (and projection)
@@ -38,6 +41,8 @@ def attach(network: Network, name: str, layers: Layers) -> None:
             module.add_module(ATTRIBUTE, nn.ModuleDict())
             module.register_forward_hook(_apply)
         ordered = {kind: by_kind[kind] for kind in sorted(by_kind, key=lambda kind: _order(kind))}
+        for layer in ordered.values():
+            layer.adapter = name
         cast(nn.ModuleDict, module.adapters)[name] = nn.ModuleDict(ordered)
 
 
@@ -129,13 +134,14 @@ def unmerge(network: nn.Module, originals: Mapping[str, Tensor]) -> None:
 
 def base_state(network: nn.Module) -> dict[str, Tensor]:
     """The state dict of a network without its adapters."""
-    return {name: tensor for name, tensor in network.state_dict().items() if f".{ATTRIBUTE}." not in name}
+    return {name: tensor for name, tensor in network.state_dict().items() if f".{ATTRIBUTE}." not in f".{name}"}
 
 
 def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
     """The state dict of an adapter, with the names of its file."""
-    part = f".{ATTRIBUTE}.{name}."
-    return {key.replace(part, "."): tensor for key, tensor in network.state_dict().items() if part in key}
+    part = f".{ATTRIBUTE}.{name}."  # that of the network itself begins with its own kinds
+    state = {f".{key}": tensor for key, tensor in network.state_dict().items()}
+    return {key.replace(part, ".").removeprefix("."): tensor for key, tensor in state.items() if part in key}
 
 
 def layers_from_state(network: Network, state: Mapping[str, Tensor], source: str) -> Layers:
@@ -144,9 +150,8 @@ def layers_from_state(network: Network, state: Mapping[str, Tensor], source: str
     problems = []
     modules = dict(network.named_modules())
     for key, tensor in state.items():
-        module, _, rest = key.rpartition(".")
-        module, _, kind = module.rpartition(".")
-        if module not in modules or split_kind(kind)[0] not in LAYERS:
+        module, kind, rest = _split_key(key)
+        if module not in modules or not kind:
             problems.append(f"unexpected {key} {tuple(tensor.shape)}: the base has no such layer")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f"{key} has numbers that are not finite")
@@ -165,6 +170,16 @@ def layers_from_state(network: Network, state: Mapping[str, Tensor], source: str
             f"{source} is not an adapter for this model:{bullet_list(problems or ['it holds no tensor'])}"
         )
     return layers
+
+
+def _split_key(key: str) -> tuple[str, str, str]:
+    """The module, the kind and the rest of a name in the state dict of an adapter; kind is empty if there is none."""
+    first, _, rest = key.partition(".")
+    if first in NETWORK_KINDS:
+        return "", first, rest
+    module, _, rest = key.rpartition(".")
+    module, _, kind = module.rpartition(".")
+    return module, kind if split_kind(kind)[0] in LAYERS else "", rest
 
 
 def split_kind(kind: str) -> tuple[str, int | None]:

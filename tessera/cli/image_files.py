@@ -192,10 +192,12 @@ def read_inputs(
     strength: float | None,
     mask: str | None,
     size: tuple[int, ...] | None,
+    controls: Sequence[str] = (),
+    control_maps: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read --guidance-model, --init-image and --mask: fields of the request, and hashes of the contents.
+    """Read --guidance-model, --init-image, --mask and --control: fields of the request, and hashes of the contents.
 
-    Image and mask are read and cropped as training images are, to --size or to the size the model was trained at.
+    Images and mask are read and cropped as training images are, to --size or to the size the model was trained at.
     Raises TesseraError for what does not fit the model.
     """
     arguments: dict[str, Any] = {} if strength is None else {"strength": strength}
@@ -208,14 +210,22 @@ def read_inputs(
             raise TesseraError(f"--guidance-model: {error}{hint}") from None
         generation.check_guidance_model(model, guide)
         arguments["guidance_model"], hashes["guidance_model_weights"] = guide, weights_hash(guide.network)
+    background = ((model.config.recipe or {}).get("data") or {}).get("background", (255, 255, 255))
+    config = ImagesConfig(channels=1 if model.codec.pixel_channels == 1 else 3, background=background)
+    height, width = (size or generation.image_size(model))[-2:]
+    size = height, width
+    for option, specs in (("--control", controls), ("--control-map", control_maps)):
+        for spec in specs:
+            name, path, how_much = _parse_control(option, spec)
+            if name in arguments.setdefault("controls", {}):
+                raise TesseraError(f"there are two images for control {name}: give one")
+            image = _crop(_read_image(option, path, config), size)
+            arguments["controls"][name] = generation.ControlInput(image, how_much, option == "--control-map")
+            hashes[f"control_{name}_hash"] = _hash(image)
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
-        background = ((model.config.recipe or {}).get("data") or {}).get("background", (255, 255, 255))
-        config = ImagesConfig(channels=1 if model.codec.pixel_channels == 1 else 3, background=background)
         image = _read_image("--init-image", init_image, config)
-        height, width = (size or generation.image_size(model))[-2:]
-        size = height, width
         arguments["init_image"] = _crop(image, size)
         hashes["init_image_hash"] = _hash(arguments["init_image"])
         if mask is not None:
@@ -228,6 +238,17 @@ def read_inputs(
             arguments["mask"] = _crop(mask_image, size)[..., 0] >= 128
             hashes["mask_hash"] = _hash(arguments["mask"])
     return arguments, hashes
+
+
+def _parse_control(option: str, text: str) -> tuple[str, str, float]:
+    """NAME=PATH or NAME=PATH:STRENGTH. Raises TesseraError."""
+    match = re.fullmatch(r"([A-Za-z0-9][\w-]*)=(.+?)(?::(-?\d*\.?\d+))?", text)
+    if match is None:
+        raise TesseraError(
+            f"{option} {text} is not valid: write NAME=IMAGE or NAME=IMAGE:STRENGTH, as in edges=a.png:0.8"
+        )
+    name, path, strength = match.groups()
+    return name, path, 1.0 if strength is None else float(strength)
 
 
 def _read_image(option: str, path: str, config: ImagesConfig) -> np.ndarray:

@@ -80,6 +80,15 @@ def sample(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
     adapter: Adapters = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=IMAGE:STRENGTH for an adapter that is a control, as in edges=photo.png:0.8; repeatable"
+        ),
+    ] = None,
+    control_map: Annotated[
+        list[str] | None, typer.Option(help="the same with a control image itself, such as a sketch of edges")
+    ] = None,
     any_base: AnyBase = False,
 ) -> None:
     """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
@@ -123,13 +132,16 @@ def sample(
         precision=precision,
         size=parse_sample_size(size),
     )
-    inputs, hashes = image_files.read_inputs(loaded, guidance_model, init_image, strength, mask, request.size)
+    inputs, hashes = image_files.read_inputs(
+        loaded, guidance_model, init_image, strength, mask, request.size, control or (), control_map or ()
+    )
     if compile:
         image_files.compile_network(loaded)
     if npz is not None:
         if inputs:
             raise TesseraError(
-                "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength and --mask"
+                "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength, --mask and "
+                "--control"
             )
         image_files.write_npz(loaded, request, npz, batch_size, model)
         return
@@ -143,6 +155,8 @@ def sample(
         "codec": codec,
         "text-encoder": text_encoder,
         "adapter": adapter,
+        "control": control,
+        "control-map": control_map,
         "any-base": any_base or None,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tessera.conditioning.control import ControlField, ControlStrengthField
 from tessera.conditioning.fields import ConditionField, LabelField, condition_field
 from tessera.conditioning.text import NULL_TOKEN, SizeField, TextField, TextMaskField
 from tessera.errors import TesseraError
@@ -24,7 +25,9 @@ class Condition(Rows):
     label: class ids, int64 [B], NULL_LABEL for unconditional rows. text: tokens of a text encoder, float32 [B, M, E],
     or int64 [B, M] where the network embeds their ids; NaN or -1 for unconditional rows. text_mask: which tokens are
     valid, bool [B, M]. size: height, width and their ratio, float32 [B, 3]. uniform: random numbers in 0..1 of each
-    row in training, float32 [B, n], for networks with stochastic depth; absent in sampling.
+    row in training, float32 [B, n], for networks with stochastic depth; absent in sampling. control: latents of the
+    images of K controls that are attached to the network, float32 [B, K, C, h, w]; NaN where a row has none.
+    control_strength: of each, float32 [B, K]; absent: 1.
     """
 
     label: Tensor | None = condition_field(LabelField())
@@ -32,7 +35,10 @@ class Condition(Rows):
     text_mask: Tensor | None = condition_field(TextMaskField())
     size: Tensor | None = condition_field(SizeField())
     uniform: Tensor | None = None
+    control: Tensor | None = condition_field(ControlField())
+    control_strength: Tensor | None = condition_field(ControlStrengthField())
     prepared: Rows | None = None  # what a network computed ahead from these fields: see `Network.prepare`
+    prepared_control: Any = None  # the same from control images
 
     def __post_init__(self) -> None:
         for name, rules in self.rules().items():

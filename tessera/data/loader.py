@@ -7,7 +7,7 @@ Shapes: B batch, C channels, T frames, H W height and width.
 """
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -36,16 +36,19 @@ MAX_INVALID = 200  # invalid images in a row that make the data set unusable
 class Batch(Rows):
     """pixels uint8 [B, C, H, W] or [B, C, T, H, W], the condition of each sample, position int64 [B]
 
-    From a latent cache, `pixels` are the codec's raw moments instead, floating point [B, 2 C, H / f, W / f].
+    From a latent cache, `pixels` are the codec's raw moments instead, floating point [B, 2 C, H / f, W / f]. control: a
+    control image of each image, shaped like it.
     """
 
     pixels: Tensor
     condition: Condition
     position: Tensor
+    control: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         pinned = {name: value.pin_memory() for name, value in self.condition.present.items()}
-        return Batch(self.pixels.pin_memory(), replace(self.condition, **pinned), self.position.pin_memory())
+        control = None if self.control is None else self.control.pin_memory()
+        return Batch(self.pixels.pin_memory(), replace(self.condition, **pinned), self.position.pin_memory(), control)
 
 
 def flip_mask(seed: int, position: Tensor) -> Tensor:
@@ -77,10 +80,12 @@ class Loader:
         hflip: bool = False,
         condition_type: type[Condition] = Condition,
         condition_fields: Sequence[str] = ("label",),
+        control: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
         size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading);
-        condition_fields: the fields of the condition that are read."""
+        condition_fields: the fields of the condition that are read; control: what makes the control images of images,
+        [B, C, H, W] each."""
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -91,6 +96,7 @@ class Loader:
         self.hflip = hflip
         self.condition_type = condition_type
         self.condition_fields = condition_fields
+        self.control = control
         if buckets is None:
             self.order = ShuffledOrder(len(dataset), batch_size, seed)
         else:
@@ -137,7 +143,8 @@ class Loader:
             pixels = torch.from_numpy(np.stack(images))
         numbers = [int(sample) for sample in samples]
         condition = self.condition_type.load(self.condition_fields, self.dataset, numbers, positions)
-        batch = Batch(pixels, condition, positions)
+        control = None if self.control is None else torch.from_numpy(self.control(pixels.numpy()))
+        batch = Batch(pixels, condition, positions, control)
         return batch.pin_memory() if self.pin_memory else batch
 
     def names(self, position: int) -> list[str]:

@@ -111,6 +111,10 @@ class BulkSamples:
         listed = f" {hashes.pop('label', '')}" if request.policy == "listed" and "label" in hashes else ""
         hashes.pop("label", None)
         negative = {name: hash_values(values) for name, values in request.negative.items()}
+        controls = {
+            name: [hash_values(each.rows.tolist()), hash_values(each.strengths.tolist()), each.is_map]
+            for name, each in request.controls.items()
+        }
         scales = torch.as_tensor(1.0 if request.guidance_scale is None else request.guidance_scale)
         return {
             **self.sampling.model_dump(mode="json"),
@@ -118,6 +122,7 @@ class BulkSamples:
             "class_policy": request.policy + listed,
             **({"condition": hashes} if hashes else {}),
             **({"negative": negative} if negative else {}),
+            **({"controls": controls} if controls else {}),
             **({"guidance_scale": hash_values(scales.tolist())} if scales.ndim else {}),
             "precision": "tf32" if dtype is None and tf32 else str(dtype or torch.float32).removeprefix("torch."),
         }

@@ -40,8 +40,8 @@ class Terms:
     def possible(model: Model, guidance_model: Model | None = None) -> "Terms":
         """All terms that a model can have."""
         network = model.config.network
-        has_weak = bool(network.null_fields or network.uses_text or guidance_model)
-        return Terms((*([ALL] if has_weak else []), *network.null_fields), guidance_model)
+        has_weak = bool(model.null_fields or network.uses_text or guidance_model)
+        return Terms((*([ALL] if has_weak else []), *model.null_fields), guidance_model)
 
     def conditions(self, model: Model, condition: Condition, weak: Condition) -> list[Condition]:
         """The condition, and that of the weak output of each term, prepared by the network that it is for.

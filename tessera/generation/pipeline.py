@@ -228,7 +228,7 @@ class ContinuousSampler:
     @torch.no_grad()
     def add(self, request: SampleRequest, names: Sequence[Any]) -> None:
         """Rows that join at the next step, each with a name. Raises TesseraError."""
-        rows, model = request.resolve(self.model), self.model
+        rows, model = request.resolve(self.model, joins=True), self.model
         guided = bool((rows.scale != 1).any())
         same = {
             "caching": rows.config.caching == self.config.caching,

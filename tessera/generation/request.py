@@ -15,6 +15,7 @@ from torch import Tensor
 from tessera.acceleration.first_block_cache import check_caching
 from tessera.conditioning import Condition, check_inputs
 from tessera.errors import TesseraError
+from tessera.generation.control import ControlInput, encode_controls
 from tessera.model import Model
 from tessera.models import NetworkConfig
 from tessera.rows import Rows
@@ -46,7 +47,8 @@ class SampleRequest:
     mask: [B, H, W] or [H, W], 1 where to generate and 0 where the image stays. Clips have T before H.
 
     policy: how the inputs were chosen, for the record. cut_long: prompts of more tokens than the text encoder takes are
-    cut, as captions are in training, instead of an error.
+    cut, as captions are in training, instead of an error. controls: images for the controls that are attached to the
+    model, by name, as `ControlInput` or as its images alone.
     """
 
     seeds: Sequence[int] = (0,)
@@ -62,10 +64,16 @@ class SampleRequest:
     policy: str = "listed"
     negative: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cut_long: bool = False
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
+        is_input = {name: isinstance(each, ControlInput) for name, each in self.controls.items()}
+        controls = {
+            name: each if is_input[name] else ControlInput(np.asarray(each)) for name, each in self.controls.items()
+        }
+        object.__setattr__(self, "controls", controls)
 
     @property
     def classes(self) -> Sequence[int | str] | None:
@@ -104,6 +112,8 @@ class SampleRequest:
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         sequences |= {} if image is None else {"images": image}
         sequences |= {} if mask is None else {"masks": mask}
+        for name, control in self.controls.items():
+            sequences |= {f"images of control {name}": control.rows, f"strengths of control {name}": control.strengths}
         return {name: values for name, values in sequences.items() if name != "guidance scales" or len(values)}
 
     def _with_rows(self, array: np.ndarray | None, axes: int) -> np.ndarray | None:
@@ -134,6 +144,10 @@ class SampleRequest:
             else chosen(torch.as_tensor(scale)),
             init_image=None if image is None else chosen(image),
             mask=None if mask is None else chosen(mask),
+            controls={
+                name: replace(each, images=chosen(each.rows), strength=chosen(each.strengths))
+                for name, each in self.controls.items()
+            },
         )
 
     def _inputs(self, model: Model) -> dict[str, Sequence[Any]]:
@@ -160,8 +174,9 @@ class SampleRequest:
         check_inputs(self._inputs(model), network.condition_type, model.config)
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63 or seed != int(seed)]:
             raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {', '.join(map(str, bad[:5]))}")
-        if unknown := sorted(config.guidance_scales.keys() - set(network.null_fields)):
-            known = ", ".join(network.null_fields) or "none"
+        null_fields = model.null_fields
+        if unknown := sorted(config.guidance_scales.keys() - set(null_fields)):
+            known = ", ".join(null_fields) or "none"
             raise TesseraError(
                 f"guidance_scales has {', '.join(unknown)}; the conditions of this model with a null value: {known}"
             )
@@ -200,7 +215,7 @@ class SampleRequest:
                 "this model has no null text embedding: set null_text=empty, which guides away from an empty prompt, "
                 "or give negative prompts"
             )
-        if not uses_text and not network.null_fields:
+        if not uses_text and not network.null_fields and not self.controls:
             raise TesseraError("this model cannot be guided: it has no null label; leave guidance_scale at 1")
 
     def _negative(self, model: Model, config: SamplingConfig) -> Condition:
@@ -224,8 +239,8 @@ class SampleRequest:
         scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
 
-    def resolve(self, model: Model) -> "SampleRows":
-        """The rows of the request, all checked and paired. Raises TesseraError."""
+    def resolve(self, model: Model, joins: bool = False) -> "SampleRows":
+        """The rows of the request, all checked and paired. joins: those of other requests. Raises TesseraError."""
         config, num_rows = self.check(model), len(self)
         network = model.config.network
         inputs = self._inputs(model)
@@ -233,7 +248,11 @@ class SampleRequest:
             text, mask = model.text_encoder.encode(self.prompts, cut=True)
             inputs["text"] = [tokens[valid] for tokens, valid in zip(text, mask)]
         condition = network.condition_type.encode(inputs, model)
-        null = _expand_condition(condition.null(network.null_fields), num_rows)
+        size = np.shape(self.init_image)[:-1] if self.init_image is not None else self.size
+        controls = encode_controls(model, self.controls, (size or image_size(model))[-2:], num_rows, joins)
+        if controls is not None:
+            condition = replace(condition, control=controls[0], control_strength=controls[1])
+        null = _expand_condition(condition.null(model.null_fields), num_rows)
         weak = replace(null, **_expand_condition(self._negative(model, config), num_rows).present)
         is_null = torch.tensor([each is None for each in self.negative.get("text", ())])
         if config.null_text == "embedding" and bool(is_null.any()):

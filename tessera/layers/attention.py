@@ -3,6 +3,9 @@
 Shapes: B batch, N tokens, M condition tokens, D width, K heads, E channels of a head (D = K E).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,6 +13,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.norms import inverse_rms
 from tessera.layers.positions import apply_rope
+
+
+@dataclass(frozen=True)
+class MoreKeys:
+    """Keys and values of other tokens, which queries attend to with a softmax of their own, as in IP-Adapter (Ye et al.
+    2023, equation 5): out = attention(q, k, v) + sum of attention(q, k', v'). Where v' is zero, nothing changes.
+
+    keys_values: k', v' [B, K, M, E] each. record: a list to which attention appends its own k, v [B, K, N, E].
+    """
+
+    keys_values: Sequence[tuple[Tensor, Tensor]] = ()
+    record: list[tuple[Tensor, Tensor]] | None = None
 
 
 class Attention(nn.Module):
@@ -21,11 +36,20 @@ class Attention(nn.Module):
         self.qkv = FusedLinear(width, width, num_projections=3, bias=bias)
         self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, more: MoreKeys | None = None) -> Tensor:
         """x [B, N, D] -> [B, N, D]"""
         # Split first: then the backward pass concatenates the three gradients in one pass.
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         x = scaled_dot_product_attention(q, k, v)  # B N (K E) -> B K N E each
+        return self._output(x, q, k, v, more)
+
+    def _output(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, more: MoreKeys | None) -> Tensor:
+        """What was attended to, and more of it: [B, K, N, E] each -> [B, N, D]"""
+        if more is not None:
+            if more.record is not None:
+                more.record.append((k, v))
+            for keys, values in more.keys_values:
+                x = x + scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
         return self.proj(x.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
 
     def macs(self, tokens: int) -> int:
@@ -76,13 +100,14 @@ class RotaryAttention(Attention):
         if self.v_residual_lambda is not None:
             self.v_residual_lambda.fill_(0.5)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
         rope: Tensor | None = None,
         v0: Tensor | None = None,
         keys: Tensor | None = None,
         mask: Tensor | None = None,
+        more: MoreKeys | None = None,
     ) -> Tensor:
         """x [B, N, D], rope [N, E / 2, 2] (see `rope_grid`), v0 [B, N, D] -> [B, N, D]
 
@@ -101,15 +126,17 @@ class RotaryAttention(Attention):
         if self.v_residual_lambda is not None and v0 is not None:
             v = torch.lerp(v, v0.unflatten(-1, (self.num_heads, -1)), self.v_residual_lambda.to(v.dtype))
         q, k = qk.to(v.dtype).unbind(2)
+        own = k.transpose(1, 2), v.transpose(1, 2)
         if keys is not None:
-            more = keys.to(v.dtype).unflatten(-1, (2, self.num_heads, -1))  # B M 2 K E
-            k, v = torch.cat((more[:, :, 0], k), dim=1), torch.cat((more[:, :, 1], v), dim=1)
+            text = keys.to(v.dtype).unflatten(-1, (2, self.num_heads, -1))  # B M 2 K E
+            k, v = torch.cat((text[:, :, 0], k), dim=1), torch.cat((text[:, :, 1], v), dim=1)
         attn_mask = None if mask is None else mask[:, None, None]
         if self.text_offset is not None and attn_mask is not None and keys is not None:
             offset = self.text_offset[:, None, None] * (torch.arange(k.shape[1], device=k.device) < keys.shape[1])
             attn_mask = torch.where(attn_mask, offset.to(v.dtype), -torch.inf)  # B K 1 (M + N)
-        x = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask)
-        return self.proj(x.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
+        q = q.transpose(1, 2)
+        x = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask)
+        return self._output(x, q, *own, more)
 
     def keys_values(self, tokens: Tensor) -> Tensor:
         """Keys, normalized as those of `forward`, and values of other tokens: [B, M, D] -> [B, M, 2 D]"""

@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
-from tessera.layers.attention import Attention, CrossAttention, RotaryAttention
+from tessera.layers.attention import Attention, CrossAttention, MoreKeys, RotaryAttention
 from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
@@ -23,8 +23,20 @@ from tessera.settings import Settings, expand_kind
 
 
 @dataclass(frozen=True)
+class ControlInputs(Rows):
+    """What a network gets from one control image (see `tessera.adapters.control`): it is the same at all times."""
+
+    name: str  # of the adapter
+    strength: Tensor  # [B] 0 where a row has no such image
+    added: Tensor | None = None  # [B, N, D] added to the patch embeddings
+    side: Tensor | None = None  # [B, N, D] input of the copied blocks
+    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None  # [B, K, M, E] of each block, for `MoreKeys`
+
+
+@dataclass(frozen=True)
 class Context(Rows):
-    """The inputs that all blocks share, beside their tokens. `SharedConditioning` sets the last three if needed."""
+    """The inputs that all blocks share, beside their tokens. `SharedConditioning` sets rope, v0 and shared_modulation
+    if needed."""
 
     c: Tensor  # [B, G, D] conditioning vectors: time + label
     cond_tokens: Tensor  # [B, M, D] the same as tokens: time, then label
@@ -37,6 +49,14 @@ class Context(Rows):
     text_keys: tuple[Tensor, ...] | None = field(default=None, metadata=pad(0))  # [B, M, 2 D] of each block, if known
     own_text_keys: Tensor | None = field(default=None, metadata=pad(0))  # [B, M, 2 D] those of the block that runs
     key_mask: Tensor | None = field(default=None, metadata=pad(0))  # bool [B, M + N] which keys attention attends to
+    controls: tuple[ControlInputs, ...] = ()
+    own_keys_values: tuple[tuple[Tensor, Tensor], ...] = ()  # of the controls, for the block that runs
+    record: list[tuple[Tensor, Tensor]] | None = field(default=None, metadata=SHARED)  # see `MoreKeys`
+
+    @property
+    def more_keys(self) -> MoreKeys | None:
+        """What self-attention attends to beside the tokens."""
+        return MoreKeys(self.own_keys_values, self.record) if self.own_keys_values or self.record is not None else None
 
     def modulation_params(self, modulation: Modulation | ScaleShiftTable) -> Tensor:
         """The parameters [B, G, num_params D] of a modulation module.
@@ -46,8 +66,10 @@ class Context(Rows):
         return modulation.params(self.c, self.shared_modulation)
 
     def for_block(self, number: int) -> "Context":
-        """The context with the text keys of one block."""
-        return self if self.text_keys is None else replace(self, own_text_keys=self.text_keys[number])
+        """The context with the text keys of one block, and those of the controls."""
+        own = tuple(each.keys_values[number] for each in self.controls if each.keys_values is not None)
+        context = replace(self, own_keys_values=own) if own else self
+        return context if self.text_keys is None else replace(context, own_text_keys=self.text_keys[number])
 
 
 @dataclass(frozen=True)
@@ -186,7 +208,7 @@ class InContextBlock(Block):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N + M, D] -> [B, N + M, D]"""
-        x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x), context.more_keys)
         return x + self.mlp(self.norm2(x))
 
     def macs(self, tokens: int, cond_tokens: int) -> int:
@@ -212,7 +234,7 @@ class CrossAttentionBlock(Block):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.cond_tokens [B, M, D] -> [B, N, D]"""
-        x = x + self.attn(self.norm1(x))
+        x = x + self.attn(self.norm1(x), context.more_keys)
         x = x + self.cross_attn(self.norm_cross(x), context.cond_tokens)
         return x + self.mlp(self.norm2(x))
 
@@ -241,7 +263,7 @@ class AdaLNBlock(Block):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
         shift1, scale1, shift2, scale2 = context.modulation_params(self.adaLN_modulation).chunk(4, dim=-1)
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), context.more_keys)
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
     def macs(self, tokens: int, cond_tokens: int) -> int:
@@ -281,7 +303,7 @@ class AdaLNZeroBlock(Block):
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """The attention branch: x [B, N, D] -> [B, N, D]"""
-        return self.attn(x)
+        return self.attn(x, context.more_keys)
 
     def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D] plus what it attends to in the text, in designs with cross-attention"""
@@ -427,7 +449,7 @@ class RoPESwiGLUBlock(AdaLNZeroBlock):
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         keys = self._own_text_keys(context) if self.text == "keys" else None
-        return self.attn(x, context.rope, context.v0, keys, context.key_mask)
+        return self.attn(x, context.rope, context.v0, keys, context.key_mask, context.more_keys)
 
     def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
         if self.cross_attn is None or self.norm_text is None or context.text is None:

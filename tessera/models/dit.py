@@ -6,9 +6,11 @@ vectors of an image or clip, D width.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -19,12 +21,50 @@ from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_frames, sincos_grid
-from tessera.models.blocks import AdaLNZero, AdaLNZeroBlock, AnyBlock, Block, BlockDims, Context, PreparedText
+from tessera.models.blocks import (
+    AdaLNZero,
+    AdaLNZeroBlock,
+    AnyBlock,
+    Block,
+    BlockDims,
+    Context,
+    ControlInputs,
+    PreparedText,
+)
 from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.settings import unknown_name
 
 RunBlocks = Callable[[Tensor, Context], Tensor]  # as `DiT.run_blocks`
+# The rows that the low-rank layers of controls change, by the name of the adapter: a factor, or one for each row [B].
+ACTIVE_CONTROLS: ContextVar[Mapping[str, Tensor | float]] = ContextVar("ACTIVE_CONTROLS", default={})  # noqa: B039
+
+
+@contextmanager
+def active_controls(strengths: Mapping[str, Tensor | float]) -> Iterator[None]:
+    """Set ACTIVE_CONTROLS for the blocks that run inside."""
+    token = ACTIVE_CONTROLS.set(strengths)
+    try:
+        yield
+    finally:
+        ACTIVE_CONTROLS.reset(token)
+
+
+class Control(Protocol):
+    """What an adapter attaches to a network to control it by images: see `tessera.adapters.control`."""
+
+    def inputs(self, network: "DiT", latents: Tensor, strength: Tensor, condition: Condition) -> ControlInputs:
+        """What does not depend on x and t. latents [B, C, h, w] of the images, strength [B] of each"""
+        ...
+
+    def residuals(self, inputs: ControlInputs, tokens: Tensor, context: Context) -> list[Tensor]:
+        """What is added to the outputs of the first blocks, from the output of the first: [B, N (+ M), D] each"""
+        ...
+
+    def macs(self, network: "DiT", tokens: int, block_macs: Sequence[int]) -> int:
+        """Multiply-adds that a control adds to a forward pass of one image, its inputs included. block_macs: of each
+        block of the network"""
+        ...
 
 
 class DiTConfig(NetworkConfig):
@@ -220,10 +260,7 @@ class DiT(Network):
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Like `embed`, with a context that `embed_condition` returned."""
-        # Tokens in the dtype of the input: under autocast, residuals are then summed in float32.
-        tokens = self.x_embedder(x).to(x.dtype)
-        if self.pos_embed is not None:
-            tokens = tokens + self._positions(context.grid, self.pos_embed)
+        tokens = self._with_added(self.embed_image(x), context)
         if context.text_mask is not None:
             context = replace(context, key_mask=self.config.block.key_mask(context.text_mask, tokens.shape[1]))
         if self.appends_tokens:
@@ -231,6 +268,17 @@ class DiT(Network):
         if self.shared is not None:
             context = self.shared(tokens, context)
         return tokens, context
+
+    def embed_image(self, x: Tensor) -> Tensor:
+        """The patch embeddings with their positions: [B, C, H, W] -> [B, N, D]"""
+        # Tokens in the dtype of the input: under autocast, residuals are then summed in float32.
+        tokens = self.x_embedder(x).to(x.dtype)
+        return tokens if self.pos_embed is None else tokens + self._positions(self.grid(x), self.pos_embed)
+
+    def _with_added(self, tokens: Tensor, context: Context) -> Tensor:
+        for control in context.controls:
+            tokens = tokens if control.added is None else tokens + control.added.to(tokens.dtype)
+        return tokens
 
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
         """Return what blocks and head need beside the image or clip, for its token grid.
@@ -244,7 +292,8 @@ class DiT(Network):
             c = time + label
             cond_tokens.append(label)
         context = Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
-        return context if self.text_embedder is None else self._with_text(context, condition)
+        context = context if self.text_embedder is None else self._with_text(context, condition)
+        return self._with_controls(context, condition)
 
     def _with_text(self, context: Context, condition: Condition) -> Context:
         prepared = condition.prepared
@@ -263,12 +312,44 @@ class DiT(Network):
         return PreparedText(*self.text_embedder(condition.text, condition.text_mask))
 
     def prepare(self, condition: Condition) -> Condition:
+        condition = self._prepare_text(condition)
+        if condition.control is None:
+            return condition
+        return replace(condition, prepared_control=self._control_inputs(condition))
+
+    def _prepare_text(self, condition: Condition) -> Condition:
         if self.text_embedder is None:
             return condition
         prepared = self._embed_text(condition)
         keys = [block.text_keys(prepared.text) for block in self.blocks if isinstance(block, AdaLNZeroBlock)]
         keys = tuple(each for each in keys if each is not None)
         return replace(condition, prepared=replace(prepared, keys=keys or None))
+
+    def _control_inputs(self, condition: Condition) -> tuple[ControlInputs, ...]:
+        """What the network gets from each control image of a condition."""
+        images, controls = condition.control, self.controls
+        assert images is not None
+        if images.shape[1] != len(controls):
+            raise ValueError(f"the network has {len(controls)} controls, and the condition {images.shape[1]} images")
+        present = ~images[:, :, 0, 0, 0].isnan()
+        strengths = present if condition.control_strength is None else present * condition.control_strength
+        return tuple(
+            control.inputs(self, images[:, number].nan_to_num(), strengths[:, number].to(images.dtype), condition)
+            for number, control in enumerate(controls.values())
+        )
+
+    def _with_controls(self, context: Context, condition: Condition) -> Context:
+        if condition.control is None:
+            return context
+        if (grid := self.config.token_grid(condition.control.shape[-2:])) != context.grid:
+            raise ValueError(f"a control image has the token grid {grid}, and the image {context.grid}")
+        inputs = condition.prepared_control
+        if inputs is None:
+            inputs = self._control_inputs(condition)
+        on_cpu = condition.control.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not any(each.strength.any() for each in inputs):
+            return context  # the same numbers in less time; a GPU would have to be waited for
+        return replace(context, controls=inputs)
 
     def _time_tokens(self, time: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Time vectors [B, G, D] as condition tokens, with the positions of the frames or tokens that they belong to.
@@ -305,13 +386,33 @@ class DiT(Network):
         residuals: added to the output of a block, by its number, as ControlNet does. capture: a dictionary with the
         numbers of blocks as keys; their outputs become its values.
         """
+        # Those with keys change only the tokens that these belong to.
+        rows = {each.name: each.strength for each in context.controls if each.keys_values is None}
         for number, block in enumerate(list(self.blocks)[start:end], start):  # a slice of a ModuleList is a new module
-            tokens = block(tokens, context.for_block(number))
+            if number == 1 and context.controls:
+                residuals = self._side_residuals(tokens, context, residuals or {})
+                tokens = tokens + residuals[0] if 0 in residuals else tokens
+            with active_controls(rows) if rows else nullcontext():
+                tokens = block(tokens, context.for_block(number))
             if residuals is not None and number in residuals:
                 tokens = tokens + residuals[number]
             if capture is not None and number in capture:
                 capture[number] = tokens
         return tokens
+
+    def _side_residuals(self, tokens: Tensor, context: Context, residuals: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Residuals and those of the controls, from the output of the first block: [B, N (+ M), D] each"""
+        result = {number: residual for number, residual in residuals.items() if number}  # that of block 0 is in tokens
+        controls, context = (
+            context.controls,
+            replace(context, controls=(), text_keys=None),
+        )  # copies have their own maps to text keys
+        for inputs in controls:
+            if inputs.side is not None:
+                sides = self.controls[inputs.name].residuals(inputs, tokens, context)
+                for number, residual in enumerate(sides):
+                    result[number] = result[number] + residual if number in result else residual
+        return result
 
     def head(self, tokens: Tensor, context: Context) -> Tensor:
         """Map the tokens of the last block to the output: [B, N (+ M), D] -> [B, O, H, W] or [B, O, T, H, W]"""
@@ -332,11 +433,13 @@ class DiT(Network):
         text_tokens = self.config.text_tokens if self.text_embedder is not None else 0
         cond_tokens = text_tokens or self._frames_with_times(grid) + (self.y_embedder is not None)
         appended = text_tokens if self.appends_tokens else 0
+        blocks = [block.macs(tokens, cond_tokens) for block in self.blocks if isinstance(block, Block)]
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
             + (0 if self.text_embedder is None else self.text_embedder.macs(text_tokens))
             + (0 if self.shared is None else self.shared.macs(tokens + appended))
-            + sum(block.macs(tokens, cond_tokens) for block in self.blocks if isinstance(block, Block))
+            + sum(blocks)
             + self.final_layer.macs(tokens)
+            + sum(control.macs(self, tokens, blocks) for control in self.controls.values())
         )

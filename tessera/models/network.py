@@ -125,6 +125,13 @@ class Network(nn.Module, ABC):
         times, or if labels are missing.
         """
 
+    @property
+    def controls(self) -> dict[str, Any]:
+        """The controls that are attached to the network (see `tessera.models.dit.Control`), by the names of their
+        adapters."""
+        adapters = getattr(self, "adapters", {})
+        return {name: layer for name, layers in adapters.items() for layer in layers.values()}
+
     def prepare(self, condition: Condition) -> Condition:
         """The condition with everything that does not depend on x and t computed ahead, for many calls with it."""
         return condition

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
 from tessera.conditioning import Condition
-from tessera.layers.attention import Attention, CrossAttention
+from tessera.layers.attention import Attention, CrossAttention, MoreKeys
 from tessera.layers.embeddings import TimestepEmbedder, sinusoidal_embedding
 from tessera.layers.mlp import MLP
 from tessera.layers.modulation import ScaleShiftTable, gated_residual, modulate
@@ -186,14 +186,14 @@ class PixArtAttention(Attention):
             if table is not None:
                 nn.init.zeros_(table)
 
-    def forward(self, x: Tensor, grid: Sequence[int] = ()) -> Tensor:
-        """x [B, N, D] on a token grid -> [B, N, D]"""
+    def forward(self, x: Tensor, grid: Sequence[int] = (), more: MoreKeys | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """x [B, N, D] on a token grid -> [B, N, D]. Windows attend to no more keys."""
         size = self.window_size
         if not size:
-            return self._attend(x, grid[-2:])
+            return self._attend(x, grid[-2:], more)
         return from_windows(self._attend(to_windows(x, grid[-2:], size), (size, size)), grid[-2:], size)
 
-    def _attend(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+    def _attend(self, x: Tensor, grid: Sequence[int], more: MoreKeys | None = None) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -201,7 +201,7 @@ class PixArtAttention(Attention):
             k, v = self._compress(k, grid), self._compress(v, grid)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
         offsets = self._position_logits(q, grid)
-        return self.proj(scaled_dot_product_attention(q, k, v, attn_mask=offsets).transpose(1, 2).flatten(2))
+        return self._output(scaled_dot_product_attention(q, k, v, attn_mask=offsets), q, k, v, more)
 
     def _compress(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """[B, N, D] -> [B, N / 4, D], or half of the tokens if every second one stays"""
@@ -293,7 +293,7 @@ class PixArtBlock(AdaLNZeroBlock):
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
-        return self.attn(x, context.grid)
+        return self.attn(x, context.grid, context.more_keys)
 
     def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
         assert context.text is not None  # PixArt.embed_condition sets it
@@ -419,7 +419,7 @@ class PixArt(DiT):
                 raise ValueError("this network is conditioned on height, width and ratio: pass Condition(size=...)")
             sizes = (self.csize_embedder(condition.size[:, :2]), self.ar_embedder(condition.size[:, 2:]))
             c = c + torch.cat(sizes, dim=1)[:, None]
-        return PixArtContext(
+        context = PixArtContext(
             c=c,
             cond_tokens=c[:, :0],
             grid=grid,
@@ -428,6 +428,7 @@ class PixArt(DiT):
             text_keys=prepared.keys,
             branch_scales=self._branch_scales(condition.uniform),
         )
+        return self._with_controls(context, condition)
 
     def _embed_text(self, condition: Condition) -> PreparedText:
         text, mask = condition.text, condition.text_mask
@@ -438,7 +439,7 @@ class PixArt(DiT):
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if mask is None else mask
         return PreparedText(self.y_embedder(text), mask)  # pyright: ignore[reportOptionalCall]
 
-    def prepare(self, condition: Condition) -> Condition:
+    def _prepare_text(self, condition: Condition) -> Condition:
         prepared = self._embed_text(condition)
         keys = tuple(block.text_keys(prepared.text) for block in self.blocks if isinstance(block, PixArtBlock))
         return replace(condition, prepared=replace(prepared, keys=keys))
@@ -452,9 +453,12 @@ class PixArt(DiT):
         )
         return (uniform.unflatten(1, (-1, 2)) < keep_rate) / keep_rate
 
-    def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+    def embed_image(self, x: Tensor) -> Tensor:
         tokens = self.x_embedder(x).to(x.dtype)
-        tokens = tokens + self.positions(context.grid).to(tokens)
+        return tokens + self.positions(self.grid(x)).to(tokens)
+
+    def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
+        tokens = self._with_added(self.embed_image(x), context)
         assert self.shared is not None
         return tokens, self.shared(tokens, replace(context))
 
@@ -475,6 +479,7 @@ class PixArt(DiT):
             for linear in embedder.mlp
             if isinstance(linear, nn.Linear)
         )
+        blocks = [block.macs(tokens, config.text_tokens, grid) for block in self.blocks]  # pyright: ignore[reportCallIssue]
         text = config.text_tokens * (config.text_channels + config.hidden_size) * config.hidden_size
         if self.text_embedder is not None:
             text = self.text_embedder.macs(config.text_tokens)
@@ -484,6 +489,7 @@ class PixArt(DiT):
             + sizes
             + text
             + self.shared.macs(tokens)
-            + sum(block.macs(tokens, config.text_tokens, grid) for block in self.blocks)  # pyright: ignore[reportCallIssue]
+            + sum(blocks)
             + self.final_layer.macs(tokens)
+            + sum(control.macs(self, tokens, blocks) for control in self.controls.values())
         )

@@ -48,10 +48,7 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
     values = batch.pixels.to(device, torch.float32, non_blocking=True)
     cached, codec = batch.pixels.is_floating_point(), objective.codec
     if not cached:
-        values = values / 127.5 - 1
-        if objective.hflip:
-            flipped = flip_mask(objective.seed, position).view(-1, *(1,) * (values.ndim - 1))
-            values = torch.where(flipped, values.flip(-1), values)
+        values = _model_pixels(values, position, objective)
     noise = None
     if codec.stochastic:
         factor = 1 if cached else codec.factor
@@ -60,6 +57,9 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
         noise = randomness.normal(objective.seed, position, POSTERIOR_STREAM, shape)
     x0 = codec.latents(values, noise) if cached else codec.encode(values, noise)
     condition = batch.condition.to(device)
+    if batch.control is not None:
+        images = _model_pixels(batch.control.to(device, torch.float32, non_blocking=True), position, objective)
+        condition = replace(condition, control=codec.encode(images)[:, None])
     if objective.condition_dropout:
         uniform = randomness.uniform(objective.seed, position, CONDITION_DROPOUT_STREAM)[:, 0]
         condition = condition.drop(uniform < objective.condition_dropout, objective.null_fields)
@@ -72,6 +72,15 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
         stream, count = dropout_stream("uniform"), objective.uniform_numbers
         condition = replace(condition, uniform=randomness.uniform(objective.seed, position, stream, count))
     return x0, condition, batch.position
+
+
+def _model_pixels(pixels: Tensor, position: Tensor, objective: TrainingObjective) -> Tensor:
+    """Pixels 0..255 as -1..1, those of some positions flipped: [B, C, ...]"""
+    pixels = pixels / 127.5 - 1
+    if not objective.hflip:
+        return pixels
+    flipped = flip_mask(objective.seed, position).view(-1, *(1,) * (pixels.ndim - 1))
+    return torch.where(flipped, pixels.flip(-1), pixels)
 
 
 @torch.no_grad()

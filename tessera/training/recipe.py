@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_
 
 from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.acceleration.first_block_cache import check_caching
-from tessera.adapters import AnyAdapter
+from tessera.adapters import AnyAdapter, ControlConfig
 from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.captions import Captions, TextSizes
@@ -157,6 +157,16 @@ class Recipe(Settings):
     def _check_adapter(self) -> "Recipe":
         if self.adapter is not None and self.training.init_from is None:
             raise ValueError("an adapter changes a trained model: set training.init_from=MODEL, or leave adapter: out")
+        if isinstance(self.adapter, ControlConfig):
+            if getattr(self.data, "cache", None) is not None:
+                raise ValueError(
+                    "a control image is made of the image, which a latent cache does not hold: leave out data.cache"
+                )
+            if self.training.activation_checkpointing != "none" and self.adapter.uses_low_rank:
+                raise ValueError(
+                    "the low-rank layers of a control cannot be recomputed: set "
+                    "training.activation_checkpointing=none, adapter.how=copy or adapter.rank=0"
+                )
         return self
 
 
@@ -244,7 +254,7 @@ def text_settings(network: NetworkConfig, text: TextSizes) -> dict[str, int]:
 
 
 def null_fields(network: NetworkConfig, sampling: SamplingConfig) -> tuple[str, ...]:
-    """The fields of the condition that training may drop: an empty prompt may be the null value of a text."""
+    """The fields of the network's condition that training may drop: an empty prompt may be the null value of a text."""
     names = network.null_fields
     uses_empty = network.uses_text and sampling.null_text == "empty" and "text" not in names
     return (*names, "text") if uses_empty else names
@@ -301,12 +311,13 @@ def resolve_recipe(
             f"sampling.guidance_scale is {recipe.sampling.guidance_scale:g}, but guidance needs classes and "
             "network.learn_null_class; set sampling.guidance_scale=1"
         )
+    known = (*network.null_fields, *(["control"] if isinstance(recipe.adapter, ControlConfig) else []))
     for key in ("training.field_dropout", "sampling.guidance_scales"):
         section, name = key.split(".")
-        if unknown := sorted(getattr(getattr(recipe, section), name).keys() - set(network.null_fields)):
+        if unknown := sorted(getattr(getattr(recipe, section), name).keys() - set(known)):
             raise TesseraError(
                 f"{key} has {', '.join(unknown)}, but the network has the conditions with a null value: "
-                f"{', '.join(network.null_fields) or 'none'}"
+                f"{', '.join(known) or 'none'}"
             )
     if class_names and num_unlabeled and not network.learn_null_class:
         raise TesseraError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from tessera import __version__, adapters, bundle, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
+from tessera.adapters import ControlConfig
 from tessera.codecs import Codec
 from tessera.conditioning import NULL_LABEL, Condition, NetworkFunction
 from tessera.data import Loader, index
@@ -229,6 +230,7 @@ def build_data(
         recipe.data.hflip,
         recipe.network.condition_type,
         recipe.network.condition_fields,
+        recipe.adapter.image if isinstance(recipe.adapter, ControlConfig) else None,
     )
     return recipe, loader, accumulation_steps
 
@@ -401,6 +403,7 @@ def build_objective(
         codec=codec,
         hflip=recipe.data.hflip,
         condition_dropout=recipe.training.condition_dropout,
+        # Training has no rows without a control image: a control does not change these.
         null_fields=null_fields(recipe.network, recipe.sampling),
         seed=recipe.training.seed,
         dtype=dtype,

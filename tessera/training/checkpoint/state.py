@@ -79,7 +79,7 @@ def training_state_dict(network: Network, optimizer: torch.optim.Optimizer) -> d
 def saved_state(network: Network) -> dict[str, Tensor]:
     """The weights that a checkpoint holds, by name: those of an adapter that is trained, or all."""
     state, part = network.state_dict(), f".{adapters.ATTRIBUTE}.{bundle.TRAINED}."
-    return {name: tensor for name, tensor in state.items() if part in name} or state
+    return {name: tensor for name, tensor in state.items() if part in f".{name}"} or state
 
 
 def optimized_parameters(
