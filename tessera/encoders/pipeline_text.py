@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from tessera.checkpoint_files import find_weight_files
-from tessera.encoders.pretrained_text import SETTINGS_FILES
+from tessera.encoders.pretrained_text import MAX_TOKENS, SETTINGS_FILES
 from tessera.encoders.text import PipelineTextConfig, PipelineTextPart, TextEncoder
 from tessera.encoders.tokenizers import load_tokenizer
 from tessera.encoders.vision import clear_errors
@@ -29,7 +29,6 @@ from tessera.files import read_json
 INDEX = "model_index.json"
 NAMES = ("tokenizer", "text_encoder")  # of components, perhaps with _2, _3
 LENGTH = "max_sequence_length"
-DEFAULT_LENGTH = 77  # of pipelines whose encode_prompt has no such argument
 NEGATIVE, GUIDED = "negative_prompt", "do_classifier_free_guidance"
 
 
@@ -54,9 +53,11 @@ class PipelineTextEncoder(TextEncoder):
             tokenizers = {name: load_tokenizer(str(self.folder / name)) for name in names}
         # The encoder that takes the longest captions decides whether one is too long.
         self._tokenizer = max(reversed(tokenizers.values()), key=lambda each: min(each.model_max_length, 2**20))
-        self.options = self._options()
-        rows = sum(part.rows or 0 for part in config.parts)
-        self.max_tokens = self.options.get(LENGTH, DEFAULT_LENGTH) + rows
+        self.options = self._options(config)
+        self.rows = sum(part.rows or 0 for part in config.parts)
+        default = self._options(config.model_copy(update={"max_tokens": None})).get(LENGTH)
+        self.limit = self.options.get(LENGTH) or min(self._tokenizer.model_max_length, MAX_TOKENS)  # of one caption
+        self.max_tokens = config.tokens + (self.limit - default if default else 0)
 
     @cached_property
     def pipeline_type(self) -> Any:
@@ -73,7 +74,7 @@ class PipelineTextEncoder(TextEncoder):
                 f"the installed diffusers has no {self.config.pipeline}: pip install -U diffusers"
             ) from None
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, config: PipelineTextConfig) -> dict[str, Any]:
         """What `encode_prompt` is called with beside the prompts: the defaults of the pipeline's own call."""
         known = inspect.signature(self.pipeline_type.encode_prompt).parameters
         defaults = inspect.signature(self.pipeline_type.__call__).parameters
@@ -82,9 +83,9 @@ class PipelineTextEncoder(TextEncoder):
             for name in known
             if name in defaults and "prompt" not in name and not name.startswith(("self", "num_"))
         }
-        options |= self.config.options
-        if self.config.max_tokens is not None and LENGTH in known:
-            options[LENGTH] = self.config.max_tokens
+        options |= config.options
+        if config.max_tokens is not None and LENGTH in known:
+            options[LENGTH] = config.max_tokens
         return options
 
     @cached_property
@@ -117,10 +118,14 @@ class PipelineTextEncoder(TextEncoder):
             del self.network
 
     def tokenize(self, captions: Sequence[str], cut: bool = False) -> list[list[int]]:
-        """The ids of the encoder that takes the longest captions."""
-        rows = sum(part.rows or 0 for part in self.config.parts)
-        limit = {"truncation": True, "max_length": self.max_tokens - rows} if cut else {"verbose": False}
-        return [[0] * rows + ids for ids in self._tokenizer(list(captions), **limit)["input_ids"]]
+        """As many zeros as a caption has rows: its ids belong to several encoders. A text without a mask is filled up
+        to the most rows."""
+        lengths = [len(ids) for ids in self._tokenizer(list(captions), verbose=False)["input_ids"]]
+        if cut:
+            lengths = [min(length, self.limit) for length in lengths]
+        if self.config.parts[-1].positive[1] is None:
+            return [[0] * (self.max_tokens + max(length - self.limit, 0)) for length in lengths]
+        return [[0] * (self.rows + length) for length in lengths]
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         raise NotImplementedError("a pipeline encodes captions, not ids: call encode")

@@ -288,6 +288,7 @@ class PipelineTextConfig(FolderConfig):
     kind: Literal["pipeline"] = "pipeline"  # pyright: ignore[reportIncompatibleVariableOverride]
     pipeline: str = Field(description="its class, such as FluxPipeline")
     parts: tuple[PipelineTextPart, ...] = Field(min_length=1)
+    tokens: PositiveInt = Field(description="most rows of a caption, all parts together")
     options: dict[str, Any] = Field(default={}, description="further arguments of encode_prompt")
 
     @property

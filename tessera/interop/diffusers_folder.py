@@ -131,7 +131,7 @@ def text_config(folder: Path, row: TransformerClass, network: DiffusersConfig) -
         | {"options": dict(part.options)}
         for part in network.text_parts
     ]
-    data = {"source": str(folder.resolve()), "pipeline": row.pipeline, "parts": parts}
+    data = {"source": str(folder.resolve()), "pipeline": row.pipeline, "parts": parts, "tokens": network.text_tokens}
     return validate(PipelineTextConfig, data, str(folder / INDEX))
 
 

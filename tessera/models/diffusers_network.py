@@ -168,13 +168,13 @@ class DiffusersNetwork(Network):
         check_rows(condition, x)
         if condition.text is None:
             raise ValueError(f"{self.config.class_name} needs text: a condition with text [B, M, E] and text_mask")
-        is_image, takes_clips = x.ndim == 4, self.config.is_temporal
-        inputs = x.unsqueeze(2) if is_image and takes_clips else x
+        is_one_frame = x.ndim == 4 and len(self.row.size(self.config.settings)) == 3
+        inputs = x.unsqueeze(2) if is_one_frame else x
         text, mask = self._text(condition, len(x))
         call = Call(self.config.settings, inputs, t, text, mask, self.config.options)
         raw = self.transformer(**self.row.arguments(call), return_dict=False)[0]
         out = self.row.unpack(call, raw) * self.row.sign
-        return out.squeeze(2) if is_image and takes_clips else out
+        return out.squeeze(2) if is_one_frame else out
 
     def _text(self, condition: Condition, num_rows: int) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of the text, and the mask of the last one [B, M]."""

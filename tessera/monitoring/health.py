@@ -211,7 +211,8 @@ class _AttentionRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
-            self.largest.append(largest_logit(args[0], args[1]))
+            inputs = {**dict(zip(("query", "key"), args)), **(kwargs or {})}
+            self.largest.append(largest_logit(inputs["query"], inputs["key"]))
         return func(*args, **(kwargs or {}))
 
 

@@ -47,7 +47,7 @@ def t5(width=32, kind="T5", seed=1):
 
 def clip(width=32, kind="CLIPTextModel", seed=2, **more):
     settings = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    settings |= {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    settings |= {"vocab_size": VOCABULARY, "max_position_embeddings": 77, "eos_token_id": 2, "bos_token_id": 1}
     return randomise(getattr(transformers, kind)(transformers.CLIPTextConfig(**settings, **more)), 0.3, seed)
 
 
@@ -83,9 +83,9 @@ def sd3():
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl(4, 1.5, 0.06),
         text_encoder=clip(16, "CLIPTextModelWithProjection", projection_dim=16),
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer(77),
         text_encoder_2=clip(24, "CLIPTextModelWithProjection", 5, projection_dim=24, hidden_act="gelu"),
-        tokenizer_2=tokenizer(),
+        tokenizer_2=tokenizer(77),
         text_encoder_3=t5(40),
         tokenizer_3=tokenizer(32),
     )
@@ -101,7 +101,7 @@ def flux():
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=kl(4, 0.36, 0.11),
         text_encoder=clip(24),
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer(77),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(32),
     )

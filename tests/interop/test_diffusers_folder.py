@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
-from tessera import generation
+from tessera import generation, train
+from tessera.acceleration.activation_checkpointing import checkpoint_activations
+from tessera.cli import app
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.interop import load
 from tessera.models import DiffusersConfig
 from tessera.models.diffusers_classes import CLASSES, pack, unpack
+from tessera.monitoring.health import instrument
 from tessera.sampling import sampling_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -92,6 +96,10 @@ def test_the_pipeline_generates_the_same(folders, name, tmp_path):
     assert images.shape == expected.shape
     assert np.abs(images - expected).max() < 1e-4
     assert expected.std() > 0.05  # it is not saturated
+    text, mask = model.text_encoder.encode(prompts)
+    counts = [len(ids) for ids in model.text_encoder.tokenize(prompts)]
+    assert max(counts) <= text.shape[1] <= model.text_encoder.max_tokens
+    assert CLASSES[name].is_masked or (mask.all() and set(counts) == {text.shape[1]})
     # The image depends on the prompt and the weights are diffusers' own, under its names.
     *_, other = generation.generate_steps(model, seeds=seeds.tolist(), prompts=["a blue mat"], **settings, **negative)
     assert (last.x - other.x).abs().max() > 1e-4
@@ -233,3 +241,68 @@ def test_multiply_adds_are_those_of_a_forward_pass(folders, name):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model.network(torch.zeros(1, config.in_channels, *size), torch.zeros(1), condition)
     assert model.network.macs(size) == counter.get_total_flops() // 2 > 10_000
+
+
+def test_long_prompts_are_cut_only_on_request(folders):
+    encoder = load.load(folders("SD3Transformer2DModel"), "cpu").text_encoder
+    fits = "cat " * 254  # with a start token and an end token; CLIP takes less, as in the pipeline
+    assert encoder.encode([fits])[0].shape == (1, encoder.max_tokens, 40)
+    with pytest.raises(TesseraError, match="StableDiffusion3Pipeline takes at most"):
+        encoder.encode([fits + "dog"])
+    assert torch.equal(encoder.encode([fits + "dog dog"], cut=True)[0], encoder.encode([fits + "dog"], cut=True)[0])
+
+
+def test_activation_checkpointing_and_health_probes(folders):
+    """Blocks of diffusers have other arguments and outputs than ours."""
+    model = load.load(folders("FluxTransformer2DModel"), "cpu")
+    network = model.network
+    text, mask = model.text_encoder.encode(["a cat"])
+    x, t, condition = torch.randn(1, 4, 4, 4), torch.tensor([0.5]), Condition(text=text, text_mask=mask)
+    gradients = []
+    for mode in ("none", "selective", "blocks"):
+        checkpoint_activations(network, mode)
+        network.zero_grad()
+        network(x, t, condition).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert all(torch.equal(first, other) for each in gradients[1:] for first, other in zip(gradients[0], each))
+    with instrument(network) as statistics, torch.no_grad():
+        network(x, t, condition)
+    assert len(network.blocks) == len(statistics["activations"]) == len(statistics["attention_logits"]) == 4
+    assert all(value.isfinite() for name in ("activations", "attention_logits") for value in statistics[name])
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "WanTransformer3DModel"])
+def test_full_fine_tuning(folders, name, tmp_path):
+    """Two steps change every matrix; the run is loaded, and written as a folder that diffusers loads."""
+    recipe = {
+        "run_dir": str(tmp_path / "run"),
+        "data": {"kind": "shapes", "count": 8},
+        "training": {"init_from": str(folders(name)), "steps": 2, "global_batch_size": 4, "device": "cpu"}
+        | {"condition_dropout": 0.5, "sample_seeds": 1, "sample_every": 100, "tensorboard": False}
+        | {"sample_prompts": ["a dog"], "activation_checkpointing": "blocks"},
+        "sampling": {"num_steps": 1, "null_text": "empty", "guidance_scale": 2.0},
+    }
+    model = load.load(train(recipe), "cpu")
+    before = load.load(folders(name), "cpu").network.state_dict()
+    state = model.network.state_dict()
+    # Norms near 1 change by less than float32 resolves in two steps of the EMA; SD3's last block has unused queries.
+    matrices = [key for key, weight in model.network.named_parameters() if weight.ndim > 1 and "add_q_proj" not in key]
+    assert all((state[key] != before[key]).any() for key in matrices)
+    assert model.config.network.input_size == (32 // model.codec.factor,) * 2
+    assert "exact weights" in load.convert(model, tmp_path / "written", "diffusers")
+    written = pipeline(tmp_path / "written", name).transformer.state_dict()
+    assert {f"transformer.{key}" for key in written} == set(state)
+    assert all(torch.equal(value, state[f"transformer.{key}"]) for key, value in written.items())
+
+
+def test_the_command_line(folders, tmp_path):
+    folder = str(folders("PRXTransformer2DModel"))
+    result = CliRunner().invoke(app, ["info", folder])
+    assert result.exit_code == 0, result.output
+    assert "PRXTransformer2DModel of diffusers" in result.output
+    target = tmp_path / "image.png"
+    words = ["sample", folder, "--prompt", "a cat", "--size", "16", "num_steps=2", "--out", str(target)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert target.exists()
