@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 
 from tessera import bundle, generation, images
+from tessera.adapters import ControlConfig
+from tessera.data.images import InvalidSample
+from tessera.errors import TesseraError
 from tessera.generation.bulk import default_condition
 from tessera.training.recipe import Recipe
 
@@ -29,7 +32,8 @@ def _num_conditions(recipe: Recipe) -> int:
 
 
 def sample_grid(recipe: Recipe, model: bundle.Model, dataset: Any = None) -> np.ndarray:
-    """Sample the grid: uint8 [H, W, C]. dataset: what captions are chosen from, where the recipe has no prompts"""
+    """Sample the grid: uint8 [H, W, C]. dataset: what captions are chosen from, where the recipe has no prompts; a
+    control gets its first images, with their own captions and classes"""
     network, count, num_seeds = recipe.network, _num_conditions(recipe), recipe.training.sample_seeds
     classes, is_text = network.num_classes, network.uses_text
     # Rows of a grid are prompts, or seeds; without a condition each image has its own seed.
@@ -45,13 +49,39 @@ def sample_grid(recipe: Recipe, model: bundle.Model, dataset: Any = None) -> np.
         inputs["label"] = [index * classes // count for index in range(count)]
     if is_text and recipe.training.sample_prompts:
         inputs["text"] = list(recipe.training.sample_prompts)
+    controls = {}
+    if isinstance(recipe.adapter, ControlConfig):
+        numbers, photos = _first_images(dataset, count)
+        controls[bundle.TRAINED] = photos[[index % count for index, _ in rows]]
+        if classes:
+            inputs["label"] = [max(dataset.label(number), 0) for number in numbers]
+        if is_text and "text" not in inputs:
+            inputs["text"] = [dataset.caption(number) or "" for number in numbers]
     others = {name for name in network.condition_fields if name not in inputs}
     if others:
         inputs = default_condition(model, range(count), "balanced", dataset) | inputs
     condition = {name: [values[index] for index, _ in rows] for name, values in inputs.items()}
-    samples = generation.generate_request(model, generation.SampleRequest(seeds, condition))
+    request = generation.SampleRequest(seeds, condition, controls=controls, cut_long=bool(controls))
+    samples = generation.generate_request(model, request)
     zoom = max(1, 32 // samples.shape[-3])
     if not is_text:
         return images.grid(samples, count, zoom=zoom)
     parts = np.split(samples, count)
     return images.with_captions([images.grid(part, num_seeds, zoom=zoom) for part in parts], inputs["text"])
+
+
+def _first_images(dataset: Any, count: int) -> tuple[list[int], np.ndarray]:
+    """The numbers and pixels uint8 [count, H, W, C] of the first images that can be read; few are repeated."""
+    numbers, pixels = [], []
+    for number in range(len(dataset)):
+        try:
+            pixels.append(np.moveaxis(dataset.pixels(number), 0, -1))
+            numbers.append(number)
+        except InvalidSample:
+            continue
+        if len(numbers) == count:
+            break
+    if not numbers:
+        raise TesseraError("no image can be read to sample with")
+    chosen = [index % len(numbers) for index in range(count)]
+    return [numbers[index] for index in chosen], np.stack(pixels)[chosen]
