@@ -20,6 +20,7 @@ SMALL = {
     "block_speed": ["--grid 2 --batch 2 --rounds 1", "--text 4 --grid 2 --batch 2 --width 32 --depth 1 --rounds 1"],
     "codecs": ["photos {codec} {images}"],
     "continuous": ["--rows 4 --steps 2 --rounds 1"],
+    "control": ["{shapes} --work {tmp} --steps 1 --batch 2 --count 2 --seeds 1 --only edges"],
     "data_check": ["--only report --samples 2000"],
     "data_index": ["--samples 2000 --epochs 1"],
     "digit_recipes": ["--steps 2 --each 1 training.seed=1"],
@@ -71,6 +72,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
     import pyarrow.parquet
 
+    from tessera.data.shapes import COLOURS, SHAPES
+
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("benchmarks")
     (folder / "images").mkdir()
@@ -92,9 +95,11 @@ def places(tmp_path_factory) -> dict[str, Path]:
         table = pa.table({"image": cells, **columns})
         pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
     _save_text_model(folder / "text-model")
+    words = ("a", "small", "large", *COLOURS, *SHAPES, "left", "right", "above", "below", "of")
+    _save_text_model(folder / "shapes", words, depth=2, tokens=11)
     _save_digits_model(folder / "digits")
-    paths = {"images": "images", "codec": "codec", "parquet": "parquet", "text_model": "text-model", "digits": "digits"}
-    return {name: folder / path for name, path in paths.items()}
+    names = ("images", "codec", "parquet", "digits", "shapes")
+    return {name: folder / name for name in names} | {"text_model": folder / "text-model"}
 
 
 def _save_digits_model(folder: Path) -> None:
@@ -111,16 +116,16 @@ def _save_digits_model(folder: Path) -> None:
     bundle.save(Model(config, config.network.build()), folder)
 
 
-def _save_text_model(folder: Path) -> None:
+def _save_text_model(folder: Path, words: tuple[str, ...] = ("image",), depth: int = 1, tokens: int = 4) -> None:
     from tessera import bundle
     from tessera.bundle import BundleConfig, Model
     from tessera.encoders.text import WordsConfig
 
-    text = WordsConfig(vocabulary=("image",))
+    text = WordsConfig(vocabulary=words)
     network = {
         "kind": "dit", "input_size": 32, "in_channels": 3, "out_channels": 3, "num_classes": 0, "patch_size": 8,
-        "depth": 1,
-        "hidden_size": 32, "num_heads": 2, "vocabulary_size": text.build().vocabulary_size, "text_tokens": 4,
+        "depth": depth,
+        "hidden_size": 32, "num_heads": 2, "vocabulary_size": text.build().vocabulary_size, "text_tokens": tokens,
         "block": {"kind": "rope-swiglu", "text": "keys"},
     }  # fmt: skip
     settings = {"network": network, "diffusion": {"kind": "flow"}, "codec": {"kind": "pixels", "channels": 3}}
