@@ -44,13 +44,22 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
         raise TesseraError(f"{path} is damaged or not a safetensors file: {error}") from None
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises OSError if the disk is full."""
+def read_header(path: Path) -> dict[str, str]:
+    """The text that a safetensors file has beside its tensors. Raises TesseraError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise TesseraError(f"{path} is damaged or not a safetensors file: {error}") from None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. header: text beside the tensors. Raises OSError if the disk is full."""
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path.touch()
         mode = path.stat().st_mode  # safetensors creates files that only their owner may read
-        save_file(contiguous, path, metadata={"format": "pt"})  # some readers require the metadata
+        save_file(contiguous, path, metadata={"format": "pt", **(header or {})})  # some readers require the metadata
         path.chmod(mode)
     except SafetensorError as error:
         raise OSError(None, str(error)) from None

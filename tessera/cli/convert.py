@@ -16,12 +16,19 @@ from tessera.cli.options import (
     NumHeads,
     TextEncoder,
 )
+from tessera.errors import TesseraError
 
 
 def convert(
     source: ModelPath,
-    target: Annotated[Path, typer.Argument(help="a new folder, or a .pt file for official")],
-    to: Annotated[str, typer.Option("--to", help="bundle, official or diffusers")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="a new folder; a .pt for official; a .safetensors for an adapter of other programs"),
+    ],
+    to: Annotated[
+        str,
+        typer.Option("--to", help="bundle, official, diffusers; of an adapter: adapter, peft, diffusers, kohya"),
+    ],
     approximate: Annotated[
         bool, typer.Option(help="also write what the format cannot hold exactly, and report the difference")
     ] = False,
@@ -33,10 +40,20 @@ def convert(
     text_encoder: TextEncoder = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
+    base: Annotated[Path | None, typer.Option(help="the model that an adapter belongs to")] = None,
+    alpha: Annotated[float | None, typer.Option(help="of an adapter whose file does not state it")] = None,
 ) -> None:
-    """Convert a model to another format. The weights stay bit-identical, unless adapters are merged into them."""
-    from tessera.interop import load
+    """Convert a model, or an adapter, to another format.
 
+    The weights stay bit-identical, unless adapters are merged into them.
+    """
+    from tessera.interop import adapter_conversion, load
+
+    if to in adapter_conversion.ONLY_ADAPTERS or adapter_conversion.is_adapter(source):
+        print(adapter_conversion.convert(source, target, to, base, alpha, any_base))
+        return
+    if base is not None or alpha is not None:
+        raise TesseraError(f"--base and --alpha are for adapters, and {source} is a model: leave them out")
     print(
         load.convert(
             source,

@@ -1,4 +1,4 @@
-"""`tessera info`: facts of a model, or the command that reproduces an image."""
+"""`tessera info`: facts of a model or an adapter, or the command that reproduces an image."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="a model, or a PNG written by `tessera sample`")],
+    model: Annotated[str, typer.Argument(help="a model, an adapter, or a PNG written by `tessera sample`")],
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
@@ -22,14 +22,18 @@ def info(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Print the facts of a model and its training, or the command that reproduces an image."""
+    """Print the facts of a model and its training, or of an adapter, or the command that reproduces an image."""
     if Path(model).suffix.lower() == ".png":
         print(_command(Path(model)))
         return
     from tessera.bundle import weights_hash
+    from tessera.interop import adapter_conversion
     from tessera.interop.load import ema_decays, load
     from tessera.model_card import describe
 
+    if adapter_conversion.is_adapter(model):
+        _print(adapter_conversion.describe(model))
+        return
     loaded = load(
         model,
         device="cpu",
@@ -46,6 +50,10 @@ def info(
     facts |= loaded.config.provenance.facts()
     if decays := ema_decays(model):
         facts["EMA decays"] = f"{', '.join(map(str, decays))} (select one with --ema)"
+    _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         print(f"{name:<{width}}{value}")

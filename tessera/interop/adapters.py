@@ -9,9 +9,13 @@ from torch import Tensor
 
 from tessera import adapter_files, adapters, bundle
 from tessera.errors import TesseraError
+from tessera.interop import lora_files, lora_keys
 from tessera.model import AdapterInfo, Model
 
-ACCEPTED = "expected the folder of a run that trained an adapter, of one of its checkpoints, or of an adapter"
+ACCEPTED = (
+    "expected the folder of a run that trained an adapter, of one of its checkpoints, or of an adapter, or an adapter "
+    "of another program (PEFT, diffusers, kohya, LyCORIS)"
+)
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,12 @@ def read(path: Path, model: Model) -> tuple[AdapterInfo, dict[str, Tensor]]:
     if not path.exists():
         raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
     folder = find_folder(path)
-    if folder is None:
+    if folder is not None:
+        return adapter_files.read(folder)
+    if not lora_keys.is_adapter(path):
         raise TesseraError(f"{path} is not an adapter that Tessera can read: {ACCEPTED}")
-    return adapter_files.read(folder)
+    state = lora_files.read(path, model.network)
+    return AdapterInfo(summary=lora_files.summary(state)), state
 
 
 def attach_adapters(

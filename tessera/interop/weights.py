@@ -35,7 +35,7 @@ def find_weights(stored: Any, required: Collection[str], source: str) -> Weights
     """The network that has most of the `required` names, under any prefix in any dictionary; averaged weights (EMA)
     first, then the first. Wrappers are removed from its names. Raises TesseraError if there are no tensors at all.
     """
-    mappings = [(path, _unwrapped(tensors, source)) for path, tensors in _mappings(stored, ())]
+    mappings = [(path, unwrapped(tensors, source)) for path, tensors in _mappings(stored, ())]
     if not mappings:
         raise TesseraError(
             f"{source} holds no weights: expected a state dict, or a training checkpoint with one, such as 'ema' or "
@@ -95,8 +95,8 @@ def _unnamed(stored: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         yield from [path] * bool(AVERAGED.search(".".join(path)))
 
 
-def _unwrapped(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The tensors by names without the parts that wrappers add."""
+def unwrapped(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The tensors by names without the parts that wrappers add. Raises TesseraError if two become one."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -1,0 +1,106 @@
+"""Adapters of Tessera <-> adapter files of other programs, and facts about both."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tessera import adapter_files, bundle
+from tessera.errors import TesseraError
+from tessera.files import atomic_folder
+from tessera.interop import load, lora_files, lora_keys, lora_names
+from tessera.interop.adapters import ACCEPTED, find_folder
+from tessera.interop.adapters import read as read_adapter
+from tessera.interop.lora_export import FORMATS
+from tessera.model import AdapterInfo, Model, Provenance
+from tessera.settings import unknown_name
+
+ADAPTER = "adapter"  # the folder of Tessera
+ONLY_ADAPTERS = (ADAPTER, "peft", "kohya")  # formats that no model has
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter alone, of Tessera or of another program."""
+    path = Path(path).expanduser()
+    return (path / adapter_files.INFO).exists() or lora_keys.is_adapter(path)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    base: Model | str | Path | None = None,
+    alpha: float | None = None,
+    any_base: bool = False,
+) -> str:
+    """Write an adapter in another format; returns a message about what was written.
+
+    source: an adapter of Tessera, the run that trained one, or an adapter of another program. to: adapter, peft,
+    diffusers or kohya. base: the model it belongs to, which gives the names and the sizes of its layers; for an adapter
+    in a run or a bundle it is known. alpha: if no file states it. any_base: also another model of the same shapes.
+    Raises TesseraError if the target exists, or the adapter does not fit the model or the format.
+    """
+    source, target = Path(source).expanduser(), Path(target).expanduser()
+    if to not in (ADAPTER, *FORMATS):
+        raise TesseraError(unknown_name("format of adapters", to, (ADAPTER, *FORMATS)))
+    if not source.exists():
+        raise TesseraError(f"there is nothing at {source}: {ACCEPTED}")
+    folder = find_folder(source)
+    if folder is None and not lora_keys.is_adapter(source):
+        raise TesseraError(f"{source} is not an adapter that Tessera can read: {ACCEPTED}")
+    if base is None and folder is not None and (folder.parents[1] / bundle.CONFIG).exists():
+        base = folder.parents[1]  # BUNDLE/adapters/NAME
+    if base is None:
+        raise TesseraError(
+            f"{source} does not hold the model that it belongs to, which gives the names and sizes of its layers: pass "
+            "base (--base MODEL)"
+        )
+    model = base if isinstance(base, Model) else load.load(base, "cpu")
+    if folder is not None:
+        if alpha is not None:
+            raise TesseraError(f"{source} is an adapter of Tessera, which states its scale: leave out alpha (--alpha)")
+        info, state = read_adapter(source, model)
+        if not any_base:
+            bundle.check_bases(model, {source.name: info})
+    else:
+        state = lora_files.read(source, model.network, alpha)
+        provenance = Provenance(converted_from=f"adapter file {source.name}")
+        info = AdapterInfo(
+            summary=lora_files.summary(state), base_network=model.config.network.summary(), provenance=provenance
+        )
+    if to != ADAPTER:
+        return lora_files.write(target, state, model.network, to)
+    with atomic_folder(target) as partial:
+        adapter_files.write(info, state, partial)
+    return f"wrote {target}: an adapter of Tessera: {info.summary}"
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts of an adapter alone, by readable names. Raises TesseraError."""
+    path = Path(path).expanduser()
+    if (path / adapter_files.INFO).exists():
+        info, state = adapter_files.read(path)
+        facts = {"adapter": info.summary, "base": info.base_network, "weights of the base": info.base}
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        facts = {name: value for name, value in facts.items() if value is not None}
+        return {**facts, "size": f"{size / 1e6:.3g} MB", **info.provenance.facts()}
+    stored = lora_keys.read(path)
+    kinds: Counter[str] = Counter()
+    ranks, alphas = set(), set()
+    for name, layer in stored.layers.items():
+        roles = layer.tensors.keys()
+        kind = next((role.partition(".")[0] for role in roles if "." in role), "lora")
+        kinds[lora_files.KINDS[kind] + " with DoRA" * ("magnitude" in roles)] += 1
+        if "down" in roles:
+            ranks.add(len(layer.tensors["down"]))
+        if "alpha" in roles:
+            alphas.add(float(layer.tensors["alpha"]))
+        elif "down" in roles and (stated := stored.stated_scale(name, len(layer.tensors["down"]))):
+            alphas.add(stated[0])
+    first = sorted(stored.layers)[0]
+    return {
+        "adapter": ", ".join(f"{kind} ({count} layers)" for kind, count in kinds.items()),
+        "rank": ", ".join(f"{rank}" for rank in sorted(ranks)) or "none",
+        "alpha": ", ".join(f"{alpha:g}" for alpha in sorted(alphas)) or "not stated",
+        "names": f"of {lora_names.program(first)}, such as {first}",
+        "size": f"{stored.size / 1e6:.3g} MB",
+    }
