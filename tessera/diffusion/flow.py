@@ -76,6 +76,10 @@ class FlowMatchingConfig(Settings):
         default=(0.0, 1000.0), description="the network's time input for data and for noise; SiT: 1, 0"
     )
 
+    rounded_times: bool = Field(
+        default=False, description="round the network's time down to thousandths, as some schedulers of diffusers do"
+    )
+
     def build(self) -> "FlowMatching":
         return FlowMatching(self)
 
@@ -126,7 +130,9 @@ class FlowMatching(DiffusionProcess):
 
     def model_time(self, t: Tensor) -> Tensor:
         start, end = self.config.network_times
-        return (start + (end - start) * t.double()).to(torch.float32)
+        t = t.double()
+        t = (t * 1000).floor() / 1000 if self.config.rounded_times else t
+        return (start + (end - start) * t).to(torch.float32)
 
     def time_from_nsr(self, ratio: Tensor) -> Tensor:
         """The time at which sigma / alpha is ratio, float64 [B]."""

@@ -31,7 +31,7 @@ from tessera.interop.diffusers import (
     WEIGHTS,
     replaced_settings,
 )
-from tessera.interop.flow_scheduler import flow_sampling, flow_scheduler, read_flow_scheduler
+from tessera.interop.flow_scheduler import flow_scheduler, read_flow_scheduler
 from tessera.interop.schedulers import SchedulerConfig, read_scheduler, sampling_config
 from tessera.models.diffusers_classes import CLASSES, TransformerClass
 from tessera.models.diffusers_network import PREFIX, DiffusersConfig, transformer_type
@@ -148,14 +148,15 @@ def _process(
         diffusion = diffusers.diffusion_config(scheduler, network, str(path))
         sampling, notes = sampling_config(scheduler, kind, diffusion, steps, scales_state=True)
         return diffusion, sampling.model_copy(update=guidance), differences + notes
-    scheduler, kind = read_flow_scheduler(None if folder is None else folder / SCHEDULER / SCHEDULER_CONFIG)
-    sampling, notes = flow_sampling(scheduler, kind, row.grid, row.tokens(network.settings) if row.tokens else None)
+    path = None if folder is None else folder / SCHEDULER / SCHEDULER_CONFIG
+    flow = read_flow_scheduler(path, row.grid, row.tokens(network.settings) if row.tokens else None)
     diffusion = FlowMatchingConfig(
         network_times=row.times,
-        shift=1.0 if scheduler.use_dynamic_shifting else scheduler.shift,
+        rounded_times=flow.rounded_times,
+        shift=flow.shift,
         timestep_sampling=LogitNormalTimesteps(),
     )
-    return diffusion, sampling.model_copy(update=guidance), differences + notes
+    return diffusion, flow.sampling.model_copy(update=guidance), differences + flow.differences
 
 
 def write(model: Model, target: Path) -> str:

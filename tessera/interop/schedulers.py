@@ -177,7 +177,7 @@ def sampling_config(
     for setting, default in SchedulerConfig().model_dump().items():
         if setting in UNSUPPORTED and getattr(scheduler, setting) not in (default, None):
             differences.append(f"{setting} {getattr(scheduler, setting)}")
-    sampler = _sampler(scheduler, kind, diffusion, differences)
+    sampler = solver_of(scheduler, kind, diffusion, differences)
     spacing = _spacing(scheduler, kind, diffusion, num_steps, differences)
     clipping = _clipping(scheduler, differences)
     if kind in SCALED and not scales_state:
@@ -197,13 +197,15 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
-def _sampler(scheduler: SchedulerConfig, kind: str, diffusion: GaussianDiffusionConfig, differences: list[str]) -> Any:
-    """The solver of a class; notes what it does not repeat."""
+def solver_of(
+    scheduler: SchedulerConfig, kind: str, diffusion: GaussianDiffusionConfig | None, differences: list[str]
+) -> Any:
+    """The solver of a class; notes what it does not repeat. diffusion: None if it is not Gaussian"""
     order, nearest = scheduler.solver_order, CLASSES.get(kind, OTHER).nearest
     if nearest is not None:
         differences.append(f"the solver of {kind}; Tessera samples with {getattr(nearest, 'kind', '')}")
         return nearest
-    if kind in ("DDPMScheduler", "DDPMParallelScheduler"):
+    if kind in ("DDPMScheduler", "DDPMParallelScheduler") and diffusion is not None:
         return _ancestral(scheduler, diffusion, differences)
     if kind == "EulerDiscreteScheduler":
         return Euler()

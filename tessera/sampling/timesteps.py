@@ -116,9 +116,11 @@ class Shifted(Settings):
 
     kind: Literal["shifted"] = "shifted"
     shift: PositiveFloat = 3.0
+    first: float = Field(default=1.0, gt=0, le=1, description="of the uniform grid, its first time")
     last: float | None = Field(
-        default=None, gt=0, lt=1, description="of the uniform grid, its last time above 0; null: 1 / num_steps"
+        default=None, gt=0, lt=1, description="of the uniform grid, its last time above 0; null: one step above `end`"
     )
+    end: float = Field(default=0.0, ge=0, lt=1, description="of the uniform grid, the time in place of which 0 follows")
     terminal: float | None = Field(
         default=None, gt=0, lt=1, description="stretch the shifted grid so that its last time above 0 is this"
     )
@@ -128,9 +130,10 @@ class Shifted(Settings):
 
     def curve(self, num_steps: int, shift: float) -> Tensor:
         """Decreasing times [num_steps + 1] from 1 to 0."""
-        times = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+        times = torch.linspace(self.first, self.end, num_steps + 1, dtype=torch.float64)
         if self.last is not None and num_steps > 1:
-            times[:-1] = torch.linspace(1, self.last, num_steps, dtype=torch.float64)
+            times[:-1] = torch.linspace(self.first, self.last, num_steps, dtype=torch.float64)
+        times[-1] = 0
         times = shift_timesteps(times, shift)
         if self.terminal is not None and num_steps > 1:
             times[:-1] = 1 - (1 - times[:-1]) * (1 - self.terminal) / (1 - times[-2])
@@ -154,7 +157,8 @@ class ResolutionShifted(Shifted):
         """The grid of an image with this number of tokens."""
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         logarithm = self.base_shift + slope * ((self.tokens or tokens) - self.base_tokens)
-        return Shifted(shift=math.exp(logarithm), last=self.last, terminal=self.terminal)
+        grid = {name: getattr(self, name) for name in ("first", "last", "end", "terminal")}
+        return Shifted(shift=math.exp(logarithm), **grid)
 
     def __call__(self, num_steps: int, diffusion: DiffusionProcess) -> Tensor:
         return self.resolve(self.max_tokens)(num_steps, diffusion)

@@ -306,3 +306,39 @@ def test_the_command_line(folders, tmp_path):
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert target.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("SanaTransformer2DModel", "DPMSolverMultistepScheduler"),  # those of the published folders
+        ("WanTransformer3DModel", "UniPCMultistepScheduler"),
+    ],
+)
+def test_flow_matching_with_other_schedulers(folders, tmp_path, name, kind):
+    """Their times of the network are whole thousandths."""
+    folder = shutil.copytree(folders(name), tmp_path / "copy")
+    theirs = pipeline(folder, name)
+    settings = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    theirs.scheduler = getattr(diffusers, kind)(**settings)
+    theirs.scheduler.save_pretrained(folder / "scheduler")
+    edit(folder / "model_index.json", scheduler=["diffusers", kind])
+    model = load.load(folder, "cpu")
+    assert model.config.provenance.not_converted is None
+    size = tiny.SIZES[name]
+    noise = sampling_noise(torch.tensor([3]), torch.zeros(1, dtype=torch.int64), (4, *size))
+    pixels = tuple(side * model.codec.factor for side in size[-2:])
+    options = {"height": pixels[0], "width": pixels[1], "num_inference_steps": 6, "guidance_scale": 2.0}
+    if len(size) == 3:
+        options["num_frames"] = (size[0] - 1) * model.codec.frame_factor + 1
+        pixels = options["num_frames"], *pixels
+    options |= {"output_type": "latent", "negative_prompt": NEGATIVE} | tiny.OPTIONS.get(name, {})
+    output = theirs(PROMPTS[0], latents=noise, **options)
+    expected = output.frames if len(size) == 3 else output.images
+    settings = {"num_steps": 6, "guidance_scale": 2.0, "size": pixels, "negative_prompts": [NEGATIVE]}
+    *_, last = generation.generate_steps(model, seeds=[3], prompts=PROMPTS[:1], **settings)
+    assert (last.x - expected).abs().max() < 1e-4 * expected.abs().max()
+    load.convert(model, tmp_path / "written", "diffusers")
+    again = load.load(tmp_path / "written", "cpu").config
+    assert (again.sampling, again.diffusion) == (model.config.sampling, model.config.diffusion)
