@@ -239,7 +239,7 @@ def encode_captions(
     if prompts:
         encoder.encode(prompts)
     if "" in prompts:
-        encoder.encode_exactly("")
+        encoder.encode_exactly("", is_negative=True)
     encoder.unload()
     return EncodedCaptions(first, counts, captions.numbers, values, encoder, sizes, seed)
 
@@ -254,7 +254,7 @@ class CaptionEncoder(TextEncoder):
     def __init__(self, encoder: TextEncoder, captions: Captions, values: Tokens, prompts: Sequence[str] = ()) -> None:
         self.inner, self.captions, self.values = encoder, captions, values
         self.prompts = {"", *prompts}
-        self.prompt_rows: dict[tuple[str, bool], Tensor] = {}
+        self.prompt_rows: dict[tuple[str, bool, bool], Tensor] = {}
         self.channels, self.vocabulary_size = encoder.channels, encoder.vocabulary_size
         self.max_tokens = encoder.max_tokens
 
@@ -277,6 +277,16 @@ class CaptionEncoder(TextEncoder):
     def encode(self, captions: Sequence[str], cut: bool | None = None) -> tuple[Tensor, Tensor]:
         return _padded([self._row(caption, self.cut_long if cut is None else cut) for caption in captions])
 
+    def encode_negative(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if not self._has_negative:
+            return self.encode(captions)
+        return _padded([self.encode_exactly(caption, self.cut_long, is_negative=True) for caption in captions])
+
+    @property
+    def _has_negative(self) -> bool:
+        """Whether negative prompts are encoded otherwise than others."""
+        return type(self.inner).encode_negative is not TextEncoder.encode_negative
+
     def _row(self, caption: str, cut: bool) -> Tensor:
         """The valid tokens of a text."""
         number = compute().index(self.captions.texts, caption).as_py()
@@ -284,11 +294,12 @@ class CaptionEncoder(TextEncoder):
             return self.encode_exactly(caption, cut)
         return torch.from_numpy(self.values[number].astype(np.float32 if self.channels else np.int64))
 
-    def encode_exactly(self, caption: str, cut: bool = False) -> Tensor:
+    def encode_exactly(self, caption: str, cut: bool = False, is_negative: bool = False) -> Tensor:
         """The valid tokens of a text by the inner encoder: those of captions are rounded to float16."""
-        key = caption, cut
+        is_negative = is_negative and self._has_negative
+        key = caption, cut, is_negative
         if key not in self.prompt_rows:
-            tokens, _ = self.inner.encode([caption], cut)
+            tokens, _ = self.inner.encode_negative([caption]) if is_negative else self.inner.encode([caption], cut)
             if caption not in self.prompts:
                 return tokens[0]
             self.prompt_rows[key] = tokens[0]

@@ -150,7 +150,7 @@ def build_run(
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     if recipe.sampling.null_text == "empty" and loader.dataset.text is not None:
-        text = loader.dataset.text.encoder.encode_exactly("")[None]
+        text = loader.dataset.text.encoder.encode_exactly("", is_negative=True)[None]
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
         objective = replace(objective, empty_text=Condition(text=text, text_mask=mask))
     evaluates = recipe.evaluation.enabled

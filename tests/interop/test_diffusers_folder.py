@@ -23,6 +23,8 @@ from tessera.models import DiffusersConfig
 from tessera.models.diffusers_classes import CLASSES, pack, unpack
 from tessera.monitoring.health import instrument
 from tessera.sampling import sampling_noise
+from tessera.training.recipe import read_recipe
+from tessera.training.run import build_run
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -342,3 +344,20 @@ def test_flow_matching_with_other_schedulers(folders, tmp_path, name, kind):
     load.convert(model, tmp_path / "written", "diffusers")
     again = load.load(tmp_path / "written", "cpu").config
     assert (again.sampling, again.diffusion) == (model.config.sampling, model.config.diffusion)
+
+
+def test_the_empty_text_of_training_has_no_instruction(folders, tmp_path):
+    """SANA's pipeline adds an instruction to prompts, and none to negative prompts."""
+    folder = folders("SanaTransformer2DModel")
+    encoder = load.load(folder, "cpu").text_encoder
+    (prompt, _), (negative, mask) = encoder.encode([""]), encoder.encode_negative([""])
+    assert prompt.shape[1] > negative.shape[1] == int(mask.sum())
+    recipe = read_recipe(
+        {
+            "run_dir": str(tmp_path),
+            "data": {"kind": "shapes", "count": 4},
+            "training": {"init_from": str(folder), "global_batch_size": 4, "device": "cpu", "condition_dropout": 0.5},
+        }
+    )
+    empty = build_run(recipe).objective.empty_text
+    assert torch.equal(empty.text, negative)
