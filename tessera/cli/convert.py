@@ -49,7 +49,8 @@ def convert(
     """
     from tessera.interop import adapter_conversion, load
 
-    if to in adapter_conversion.ONLY_ADAPTERS or adapter_conversion.is_adapter(source):
+    only_adapters = to in adapter_conversion.ONLY_ADAPTERS or target.suffix == ".safetensors"
+    if only_adapters or adapter_conversion.is_adapter(source):
         print(adapter_conversion.convert(source, target, to, base, alpha, any_base))
         return
     if base is not None or alpha is not None:

@@ -91,11 +91,11 @@ def describe(path: str | Path) -> dict[str, Any]:
         kind = next((role.partition(".")[0] for role in roles if "." in role), "lora")
         kinds[lora_files.KINDS[kind] + " with DoRA" * ("magnitude" in roles)] += 1
         if "down" in roles:
-            ranks.add(len(layer.tensors["down"]))
+            ranks.add(layer.tensors["down"].shape[0] if layer.tensors["down"].ndim else 0)
         if "alpha" in roles:
-            alphas.add(float(layer.tensors["alpha"]))
-        elif "down" in roles and (stated := stored.stated_scale(name, len(layer.tensors["down"]))):
-            alphas.add(stated[0])
+            alphas |= set(layer.tensors["alpha"].flatten().tolist())
+        elif (alpha := stored.stated_alpha(name)) is not None:
+            alphas.add(alpha)
     first = sorted(stored.layers)[0]
     return {
         "adapter": ", ".join(f"{kind} ({count} layers)" for kind, count in kinds.items()),

@@ -93,25 +93,27 @@ class StoredAdapter:
 
     def stated_scale(self, name: str, rank: int) -> tuple[float, float] | None:
         """(alpha, scale) of a layer in the configuration or header. Raises ValueError if it states another rank."""
-        if self.config is None:
-            return None if self.kohya_alpha is None else (self.kohya_alpha, self.kohya_alpha / rank)
-        stated = _by_pattern(self.config.rank_pattern, name, self.config.r)
-        if stated is not None and stated != rank:
-            raise ValueError(f"its rank is {rank}, and the configuration of the file states {stated:g}")
-        alpha = _by_pattern(self.config.alpha_pattern, name, self.config.lora_alpha)
+        if self.config is not None:
+            stated = _by_pattern(self.config.rank_pattern, name, self.config.r)
+            if stated is not None and stated != rank:
+                raise ValueError(f"its rank is {rank}, and the configuration of the file states {stated:g}")
+        alpha = self.stated_alpha(name)
         if alpha is None:
             return None
-        return alpha, alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+        return alpha, alpha / (math.sqrt(rank) if self.config is not None and self.config.use_rslora else rank)
+
+    def stated_alpha(self, name: str) -> float | None:
+        """The alpha of a layer in the configuration or header."""
+        if self.config is None:
+            return self.kohya_alpha
+        return _by_pattern(self.config.alpha_pattern, name, self.config.lora_alpha)
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float | None) -> float | None:
-    """As in PEFT: the value of the first regular expression that matches the end of a name. Raises ValueError."""
+    """As in PEFT: the value of the first regular expression that matches the end of a name."""
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise ValueError(f"the configuration of the file has the pattern '{pattern}': {error}") from None
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
     return default
 
 
@@ -215,7 +217,15 @@ def _peft_config(config: dict[str, Any], source: str) -> PeftConfig:
         is_free = name in read or name in WITHOUT_EFFECT or not value
         if value not in allowed[name] if name in allowed else not is_free:
             raise TesseraError(f"{source} sets {name} to {value}, which Tessera does not support")
-    return validate(PeftConfig, read, source)
+    settings = validate(PeftConfig, read, source)
+    for pattern in {**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise TesseraError(
+                f"{source} has the pattern '{pattern}', which is no regular expression: {error}"
+            ) from None
+    return settings
 
 
 def _number(text: str | None) -> float | None:

@@ -478,7 +478,7 @@ def test_configurations_of_peft(network, tmp_path):
         ({"init_lora_weights": "pissa"}, "init_lora_weights to pissa"),
         ({"something_new": 3}, "something_new to 3"),
         ({"use_dora": True}, "states DoRA, and it has no magnitude"),
-        ({"alpha_pattern": {"(": 3}}, "has the pattern"),
+        ({"alpha_pattern": {"(": 3}}, "which is no regular expression"),
         ({"lora_alpha": -1}, "lora_alpha"),
         ({"rank_pattern": {"to_out.0": 3}}, "states 3"),
     ):
@@ -594,6 +594,13 @@ def test_convert_and_info(to, files):
     assert torch.equal(output(loaded.network), output(model.network, state))
 
 
+@pytest.mark.parametrize("case", BAD)
+def test_info_of_bad_files_is_facts_or_an_error(case, tmp_path):
+    path = stored(tmp_path, BAD[case][0])
+    result = run("info", path)
+    assert result.exit_code == 0 or isinstance(result.exception, TesseraError), result.exception
+
+
 def test_an_adapter_in_a_bundle_knows_its_base(files):
     folder, model, state = files
     loaded = load.load(folder / "base", "cpu", adapters=[str(folder / "style")])
@@ -601,6 +608,14 @@ def test_an_adapter_in_a_bundle_knows_its_base(files):
     target = folder / "x.safetensors"
     adapter_conversion.convert(folder / "both" / "adapters" / "style", target, "kohya")
     read = lora_files.read(target, model.network)
+    assert torch.equal(output(model.network, read), output(model.network, state))
+    # A run, or its checkpoint, is a model, too: the target decides.
+    (folder / "both" / "adapters" / "style").rename(folder / "both" / "adapters" / bundle.TRAINED)
+    config = (folder / "both" / "config.json").read_text().replace('"style"', f'"{bundle.TRAINED}"')
+    (folder / "both" / "config.json").write_text(config)
+    result = run("convert", folder / "both", folder / "y.safetensors", "--to", "diffusers")
+    assert result.exit_code == 0, result.exception
+    read = lora_files.read(folder / "y.safetensors", model.network)
     assert torch.equal(output(model.network, read), output(model.network, state))
 
 
@@ -614,7 +629,7 @@ def test_what_convert_refuses(files, make_model):
         ((style, target, "--to", "kohya", "--alpha", "8", *base), "leave out alpha"),
         ((style, target, "--to", "official", *base), "unknown format of adapters"),
         ((folder / "base", target, "--to", "kohya", *base), "is not an adapter that Tessera can read"),
-        ((folder / "base", target, "--to", "bundle", *base), "--base and --alpha are for adapters"),
+        ((folder / "base", folder / "new", "--to", "bundle", *base), "--base and --alpha are for adapters"),
         ((folder / "none", target, "--to", "kohya", *base), "there is nothing at"),
     ):
         result = run("convert", *words)
