@@ -16,12 +16,12 @@ from tessera.errors import TesseraError
 
 IMAGES = ("AutoencoderDC",)
 CLIPS = (
-    "AutoencoderKLCogVideoX", "AutoencoderKLLTXVideo", "AutoencoderKLMochi", "AutoencoderKLQwenImage",
-    "AutoencoderKLWan",
+    "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo", "AutoencoderKLMochi",
+    "AutoencoderKLQwenImage", "AutoencoderKLWan",
 )  # fmt: skip
 AutoencoderClass = Literal[
-    "AutoencoderDC", "AutoencoderKLCogVideoX", "AutoencoderKLLTXVideo", "AutoencoderKLMochi", "AutoencoderKLQwenImage",
-    "AutoencoderKLWan",
+    "AutoencoderDC", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo",
+    "AutoencoderKLMochi", "AutoencoderKLQwenImage", "AutoencoderKLWan",
 ]  # fmt: skip
 STATISTICS = {"scaling_factor", "latents_mean", "latents_std"}  # settings that raw moments do not depend on
 

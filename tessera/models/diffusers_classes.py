@@ -308,6 +308,20 @@ def _ltx_options(vae: ConfigDict) -> dict[str, float]:
     }
 
 
+def _hunyuan_video(call: Call) -> dict[str, Any]:
+    arguments = _masked(call) | {"pooled_projections": call.text["pooled"]}
+    if call.settings["guidance_embeds"]:
+        arguments["guidance"] = torch.full_like(call.t, call.options["guidance"]) * 1000
+    return arguments
+
+
+def _hunyuan_video_text(settings: ConfigDict) -> tuple[TextPart, ...]:
+    return (
+        TextPart("pooled", settings["pooled_projection_dim"], (1, None), (1, None), rows=1, pooled=True),
+        TextPart("tokens", settings["text_embed_dim"], (0, 2), (0, 2)),
+    )
+
+
 CLASSES: dict[str, TransformerClass] = {
     "SD3Transformer2DModel": TransformerClass(
         pipeline="StableDiffusion3Pipeline",
@@ -490,5 +504,35 @@ CLASSES: dict[str, TransformerClass] = {
         length=512,
         sampling=(50, 5.0),
         published="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ),
+    "SanaVideoTransformer3DModel": TransformerClass(
+        pipeline="SanaVideoPipeline",
+        blocks=("transformer_blocks",),
+        text=_tokens("caption_channels", (0, 1), (2, 3)),
+        arguments=_masked,
+        channels=_setting("in_channels"),
+        patch=lambda settings: settings["patch_size"][1],
+        size=lambda settings: (21, 60, 104),
+        grid="scheduler",
+        is_masked=True,
+        needs={"guidance_embeds": False},
+        length=300,
+        sampling=(50, 6.0),
+        published="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+    ),
+    "HunyuanVideoTransformer3DModel": TransformerClass(
+        pipeline="HunyuanVideoPipeline",
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        text=_hunyuan_video_text,
+        arguments=_hunyuan_video,
+        channels=_setting("in_channels"),
+        patch=_setting("patch_size"),
+        size=lambda settings: (33, 90, 160),
+        is_masked=True,
+        needs={"image_condition_type": None},
+        options={"guidance": 6.0},
+        length=256,
+        sampling=(50, 1.0),
+        published="hunyuanvideo-community/HunyuanVideo",
     ),
 }

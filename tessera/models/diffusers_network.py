@@ -153,6 +153,7 @@ class DiffusersNetwork(Network):
         with torch.device("cpu"), _WeightsOnMeta() if on_meta else nullcontext():
             self.transformer: Any = transformer_type(config.class_name)(**config.settings)
         self.transformer.train()
+        self.register_load_state_dict_post_hook(_follow_weights)
 
     @property
     def blocks(self) -> nn.ModuleList:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -215,6 +216,15 @@ class DiffusersNetwork(Network):
         with FlopCounterMode(display=False) as counter, _MetaWins():
             network(x, t, condition)
         return counter.get_total_flops() // 2
+
+
+def _follow_weights(network: nn.Module, incompatible: Any) -> None:
+    """Tables that no state dict holds are moved to the device of the weights that were loaded."""
+    device = next(network.parameters()).device
+    for module in network.modules():
+        for name, table in module.named_buffers(recurse=False):
+            if table.device != device:
+                setattr(module, name, table.to(device))
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

@@ -284,16 +284,55 @@ def wan():
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=32, freq_dim=16,
         ffn_dim=32, num_layers=2, rope_max_seq_len=32,
     )  # fmt: skip
+    return diffusers.WanPipeline(
+        transformer=randomise(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        vae=wan_vae(),
+        text_encoder=t5(kind="UMT5"),
+        tokenizer=tokenizer(512),
+    )
+
+
+def wan_vae():
     vae = diffusers.AutoencoderKLWan(
         base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.3, 0.8],
     )  # fmt: skip
-    return diffusers.WanPipeline(
+    return randomise(vae, 0.2)
+
+
+def sana_video():
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, sample_size=8,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=32,
+    )  # fmt: skip
+    return diffusers.SanaVideoPipeline(
         transformer=randomise(transformer),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=wan_vae(),
+        text_encoder=decoder("Gemma2Model"),
+        tokenizer=tokenizer(64, ends=False),
+    )
+
+
+def hunyuan_video():
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, text_embed_dim=32, pooled_projection_dim=24,
+        rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4,
+        mid_block_add_attention=True,
+    )  # fmt: skip
+    return diffusers.HunyuanVideoPipeline(
+        transformer=randomise(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=randomise(vae, 0.2),
-        text_encoder=t5(kind="UMT5"),
-        tokenizer=tokenizer(512),
+        text_encoder=decoder("LlamaModel"),
+        tokenizer=tokenizer(1024, letters=True),
+        text_encoder_2=clip(24),
+        tokenizer_2=tokenizer(77),
     )
 
 
@@ -310,6 +349,8 @@ PIPELINES = {
     "CogVideoXTransformer3DModel": cogvideox,
     "LTXVideoTransformer3DModel": ltx,
     "WanTransformer3DModel": wan,
+    "SanaVideoTransformer3DModel": sana_video,
+    "HunyuanVideoTransformer3DModel": hunyuan_video,
 }
 # Arguments of a pipeline that are not those of all others.
 OPTIONS = {
@@ -318,9 +359,12 @@ OPTIONS = {
     "Lumina2Transformer2DModel": {"cfg_normalization": False},
     "HunyuanDiT2DModel": {"use_resolution_binning": False},
     "QwenImageTransformer2DModel": {"true_cfg_scale": 1.0},
+    "SanaVideoTransformer3DModel": {"use_resolution_binning": False, "frames": 5},
+    "HunyuanVideoTransformer3DModel": {"guidance_scale": 6.0, "true_cfg_scale": 3.0},
     "PRXTransformer2DModel": {"use_resolution_binning": False},
 }
 SIZES = {"FluxTransformer2DModel": (8, 12), "SanaTransformer2DModel": (16, 16)}
 SIZES |= {"ChromaTransformer2DModel": (8, 8), "QwenImageTransformer2DModel": (8, 12), "PRXTransformer2DModel": (8, 8)}
 SIZES |= {"LTXVideoTransformer3DModel": (2, 8, 8), "WanTransformer3DModel": (2, 4, 6)}
+SIZES |= {"SanaVideoTransformer3DModel": (2, 4, 8), "HunyuanVideoTransformer3DModel": (2, 4, 6)}
 SIZES |= {"CogVideoXTransformer3DModel": (2, 8, 6)}  # of latents, if not the trained one

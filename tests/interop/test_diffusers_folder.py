@@ -89,6 +89,8 @@ def test_the_pipeline_generates_the_same(folders, name, tmp_path):
         options["num_frames"] = (size[0] - 1) * model.codec.frame_factor + 1
         pixels = options["num_frames"], *pixels
     options |= {"negative_prompt": [NEGATIVE] * len(prompts), "output_type": "np"} | tiny.OPTIONS.get(name, {})
+    if "frames" in options:  # its name in the pipeline of SANA-Video
+        options["frames"] = options.pop("num_frames")
     output = theirs(prompts, latents=their_latents(name, noise), **options)
     expected = output.frames if len(size) == 3 else output.images
     negative = {"negative_prompts": [NEGATIVE]} if scale != 1 else {}
@@ -361,3 +363,12 @@ def test_the_empty_text_of_training_has_no_instruction(folders, tmp_path):
     )
     empty = build_run(recipe).objective.empty_text
     assert torch.equal(empty.text, negative)
+
+
+def test_tables_follow_the_weights_to_their_device(folders):
+    """Wan has tables of positions that no file holds; the only other device of every machine is meta."""
+    network = load.load(folders("WanTransformer3DModel"), "cpu").network
+    stored = network.state_dict()
+    assert {name for name, _ in network.named_buffers()} - stored.keys()
+    network.load_state_dict({name: value.to("meta") for name, value in stored.items()}, assign=True)
+    assert all(each.is_meta for each in (*network.parameters(), *network.buffers()))
