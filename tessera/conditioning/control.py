@@ -104,6 +104,17 @@ class Mask(ControlImage):
         return image.convert("L").point([255] * self.threshold + [0] * (256 - self.threshold))
 
 
+class Paired(ControlImage):
+    """An image of a folder with one for each training image, of the same name."""
+
+    kind: Literal["paired"] = "paired"  # pyright: ignore[reportIncompatibleVariableOverride]
+    path: str = Field(description="the folder; below it, each image has the path that it has in the data")
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """The image as it is: it cannot be made of another, so what a user gives is one."""
+        return image
+
+
 AnyControlImage = Annotated[
-    Edges | Grey | LowResolution | Blocks | Mask, BeforeValidator(expand_kind), Field(discriminator="kind")
+    Edges | Grey | LowResolution | Blocks | Mask | Paired, BeforeValidator(expand_kind), Field(discriminator="kind")
 ]

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, T frames, H W height and width.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +20,7 @@ from torch import Tensor
 from tessera import randomness
 from tessera.conditioning import Condition
 from tessera.data.buckets import Buckets
+from tessera.data.control import ControlImages
 from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import LatentsDataset
@@ -80,12 +81,11 @@ class Loader:
         hflip: bool = False,
         condition_type: type[Condition] = Condition,
         condition_fields: Sequence[str] = ("label",),
-        control: Callable[[np.ndarray], np.ndarray] | None = None,
+        control: ControlImages | None = None,
     ) -> None:
         """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
         size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading);
-        condition_fields: the fields of the condition that are read; control: what makes the control images of images,
-        [B, C, H, W] each."""
+        condition_fields: the fields of the condition that are read; control: what gives their control images."""
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -143,7 +143,7 @@ class Loader:
             pixels = torch.from_numpy(np.stack(images))
         numbers = [int(sample) for sample in samples]
         condition = self.condition_type.load(self.condition_fields, self.dataset, numbers, positions)
-        control = None if self.control is None else torch.from_numpy(self.control(pixels.numpy()))
+        control = None if self.control is None else torch.from_numpy(self.control(pixels.numpy(), numbers))
         batch = Batch(pixels, condition, positions, control)
         return batch.pin_memory() if self.pin_memory else batch
 

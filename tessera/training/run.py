@@ -21,6 +21,7 @@ from tessera.conditioning import NULL_LABEL, Condition, NetworkFunction
 from tessera.data import Loader, index
 from tessera.data.buckets import Buckets
 from tessera.data.captions import Captions, TextSizes, encode_captions
+from tessera.data.control import control_images
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
@@ -230,7 +231,7 @@ def build_data(
         recipe.data.hflip,
         recipe.network.condition_type,
         recipe.network.condition_fields,
-        recipe.adapter.image if isinstance(recipe.adapter, ControlConfig) else None,
+        control_images(recipe.adapter.image, dataset) if isinstance(recipe.adapter, ControlConfig) else None,
     )
     return recipe, loader, accumulation_steps
 

@@ -14,7 +14,9 @@ import tessera
 from tessera import adapters
 from tessera.adapters import ControlConfig
 from tessera.conditioning import Condition
-from tessera.conditioning.control import Blocks, Edges, Grey, LowResolution, Mask
+from tessera.conditioning.control import Blocks, Edges, Grey, LowResolution, Mask, Paired
+from tessera.data.control import control_images
+from tessera.data.files import FilesConfig
 from tessera.data.loader import Loader
 from tessera.data.shapes import ShapesConfig
 from tessera.diffusion import FlowMatchingConfig
@@ -257,7 +259,7 @@ def test_in_training_the_control_image_is_flipped_with_the_image() -> None:
     from tessera.training.objective import TrainingObjective, prepare_batch
 
     dataset = ShapesConfig(count=16).open()
-    loader = Loader(dataset, 16, 0, condition_fields=(), control=Grey())
+    loader = Loader(dataset, 16, 0, condition_fields=(), control=control_images(Grey(), dataset))
     batch = loader.load_batch(0)
     codec = tessera.codecs.PixelsConfig().build()
     objective = TrainingObjective(FlowMatchingConfig().build(), codec, True, 0.0, (), 0, None)
@@ -266,6 +268,28 @@ def test_in_training_the_control_image_is_flipped_with_the_image() -> None:
     levels = ((x0 + 1) * 127.5).round().to(torch.uint8).numpy()
     torch.testing.assert_close(condition.control[:, 0], torch.from_numpy(Grey()(levels)) / 127.5 - 1)
     assert not torch.equal(levels_of(batch.pixels), levels_of(torch.from_numpy(levels)))  # some are flipped
+
+
+def test_control_images_of_another_folder(tmp_path: Path) -> None:
+    for folder, suffix in (("images", "png"), ("edges", "bmp")):
+        (tmp_path / folder / "cat").mkdir(parents=True)
+        for number in range(3):
+            level = 50 * number + (5 if folder == "edges" else 0)
+            Image.new("RGB", (16, 8), (level, level, level)).save(tmp_path / folder / "cat" / f"{number}.{suffix}")
+    dataset = FilesConfig(kind="folder", path=str(tmp_path / "images"), size=(8, 8), classes="none").open()
+    paired = Paired(path=str(tmp_path / "edges"))
+    batch = Loader(dataset, 3, 0, condition_fields=(), control=control_images(paired, dataset)).load_batch(0)
+    assert batch.control is not None
+    assert torch.equal(batch.control, batch.pixels + 5)
+    assert (paired(photo()[0].transpose(2, 0, 1)) == photo()[0].transpose(2, 0, 1)).all()
+    Image.new("RGB", (16, 16)).save(tmp_path / "edges" / "cat" / "1.bmp")
+    with pytest.raises(TesseraError, match=r"1.bmp has 16 x 16 pixels .* 8 x 16: both need the same ratio"):
+        control_images(paired, dataset)(batch.pixels.numpy(), [0, 1, 2])
+    (tmp_path / "edges" / "cat" / "2.bmp").unlink()
+    with pytest.raises(TesseraError, match=r"no control image for .*2.png: expected .*cat/2, with any suffix"):
+        control_images(paired, dataset)
+    with pytest.raises(TesseraError, match="data.kind=folder"):
+        control_images(paired, ShapesConfig(count=1).open())
 
 
 def levels_of(pixels: Tensor) -> Tensor:
