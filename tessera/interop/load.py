@@ -26,7 +26,8 @@ from tessera.settings import unknown_name
 
 ACCEPTED = (
     "expected a bundle (a folder with config.json), a run's folder, an official checkpoint "
-    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of a diffusers pipeline (DiT, PixArt) or its transformer"
+    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of a diffusers pipeline (DiT, PixArt, SD3, FLUX, ...) "
+    "or its transformer"
 )
 TYPE_IS_RECORDED = (
     "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights"
