@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tessera import adapter_files, adapters, bundle
 from tessera.errors import TesseraError
-from tessera.interop import lora_files, lora_keys
+from tessera.interop import lora_files, lora_keys, pixart_delta
 from tessera.model import AdapterInfo, Model
 
 ACCEPTED = (
@@ -57,6 +57,8 @@ def read(path: Path, model: Model) -> tuple[AdapterInfo, dict[str, Tensor]]:
     folder = find_folder(path)
     if folder is not None:
         return adapter_files.read(folder)
+    if (control := pixart_delta.read(path)) is not None:
+        return AdapterInfo(summary=pixart_delta.summary(control)), control
     if not lora_keys.is_adapter(path):
         raise TesseraError(f"{path} is not an adapter that Tessera can read: {ACCEPTED}")
     state = lora_files.read(path, model.network)

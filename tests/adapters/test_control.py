@@ -457,3 +457,39 @@ def test_the_command_takes_control_images(base_run: Path, tmp_path: Path) -> Non
     assert len(settings["control_edges_hash"]) == 16
     twice = CliRunner().invoke(app, [*command, "--control", spec, "--control-map", spec])
     assert twice.exit_code != 0
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_of_pixart_delta(tmp_path: Path, suffix: str) -> None:
+    from tessera.interop import pixart_delta
+    from tessera.interop.adapters import attach_adapters
+
+    network, condition = build("pixart")
+    adapters.attach(network, "edges", ControlConfig(how="copy", copies=2).layers(network, ()))
+    randomize(network, "adapters")
+    config = BundleConfig(network=network.config, diffusion={"kind": "gaussian"}, codec={"kind": "pixels"})
+    pixart_delta.write(tmp_path / f"control.{suffix}", Model(config, network), "edges")
+    output = network(image(), TIMES, replace(condition, control=control()))
+    adapters.detach(network)
+    other = Model(config, network)
+    attach_adapters(other, [f"hed={tmp_path}/control.{suffix}:0.5"])
+    assert adapters.attached(network) == {"hed": 0.5}
+    doubled = replace(condition, control=control(), control_strength=torch.full((3, 1), 2.0))
+    assert torch.equal(network(image(), TIMES, doubled), output)
+    # names as the official code saves them
+    if suffix == "pth":
+        names = torch.load(tmp_path / "control.pth")["state_dict"].keys()
+        official = {"controlnet.1.copied_block.scale_shift_table", "controlnet.0.before_proj.weight"}
+        official |= {"controlnet.1.after_proj.bias", "base_model.t_block.1.weight", "base_model.blocks.3.mlp.fc1.bias"}
+        assert official <= names
+        assert "controlnet.1.before_proj.weight" not in names
+        stored = torch.load(tmp_path / "control.pth")
+        stored["state_dict"]["controlnet.1.gate"] = torch.zeros(1)
+        torch.save(stored, tmp_path / "other.pth")
+        with pytest.raises(TesseraError, match="unknown name: controlnet.1.gate"):
+            attach_adapters(other, [f"x={tmp_path}/other.pth"])
+    with pytest.raises(TesseraError, match="how the images of control hed are made is not recorded"):
+        tessera.generation.control._conversion(other, "hed")
+    tokens = model("tokens")
+    with pytest.raises(TesseraError, match="'tokens' is not"):
+        pixart_delta.write(tmp_path / "x.pth", tokens, "tokens")
