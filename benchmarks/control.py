@@ -32,7 +32,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "mask": {"kind": "mask", "threshold": 215},  # the lightest colour is below, the darkest background above
     "low resolution": {"kind": "low-resolution", "factor": 8},  # 4 x 4 pixels
 }
-RATES = {"channels": 2e-3, "copy": 2e-3, "tokens": 2e-3}  # the best of several for edges
+RATES = {"channels": 6e-3, "copy": 6e-3, "tokens": 6e-3}  # of 2e-3, 6e-3 and 2e-2, for edges
 PLACE = 1.0  # pixels that a centroid may be away
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=IMAGES, default=list(IMAGES))
     parser.add_argument("--how", nargs="*", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500, help="of the cheapest kind")
+    parser.add_argument("--steps", type=int, default=300, help="of the cheapest kind")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--count", type=int, default=128, help="test scenes")
     parser.add_argument("--rate", type=float, help="another learning rate for all kinds")
