@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import nn
 
 from tessera.adapters.control import ChannelsControl, ControlLowRank, CopyControl, TokensControl, controlled_linears
@@ -151,14 +151,29 @@ class ControlConfig(AdapterConfig):
         default=Edges(), description="how the control image is made from an image, in training and of a photo"
     )
     how: Literal["channels", "copy", "tokens"] = Field(
-        default="copy", description="extra input channels, copies of the first blocks, or further tokens"
+        default="channels", description="extra input channels, copies of the first blocks, or further tokens"
     )
-    rank: int = Field(
-        default=16, ge=0, description="channels and tokens: of the low-rank changes of attention and MLP; 0: none"
+    rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="channels and tokens: of the low-rank changes of attention and MLP; null: 16, 0: none",
     )
     copies: PositiveInt | None = Field(
         default=None, description="copy: how many blocks are copied; null: half, without the last (13 of 28)"
     )
+
+    @model_validator(mode="after")
+    def _check_how(self) -> "ControlConfig":
+        if self.how == "copy" and self.rank is not None:
+            raise ValueError("rank has no effect with how=copy: copies are trained whole; leave it out")
+        if self.how != "copy" and self.copies is not None:
+            raise ValueError(f"copies has no effect with how={self.how}: it needs how=copy")
+        return self
+
+    @property
+    def low_rank(self) -> int:
+        """The rank of the changes of attention and MLP; 0: none"""
+        return 0 if self.how == "copy" else 16 if self.rank is None else self.rank
 
     def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
         if not isinstance(network, DiT) or network.config.is_temporal:
@@ -174,22 +189,17 @@ class ControlConfig(AdapterConfig):
         layers: dict[str, dict[str, AdapterLayer]] = {"": {control.kind: control}}
         # The tokens of a control image end with the keys and values of the last block.
         unused = re.compile(rf"blocks\.{len(network.blocks) - 1}\.(attn\.proj|mlp\.)") if self.how == "tokens" else None
-        for name, module in controlled_linears(network) if self.rank else ():
+        for name, module in controlled_linears(network) if self.low_rank else ():
             if unused is not None and unused.match(name):
                 continue
             try:
-                layers[name] = {ControlLowRank.kind: ControlLowRank(module, self.rank)}
+                layers[name] = {ControlLowRank.kind: ControlLowRank(module, self.low_rank)}
             except ValueError as error:
-                raise TesseraError(f"adapter.rank is {self.rank}, but in {name} {error}") from None
+                raise TesseraError(f"adapter.rank is {self.low_rank}, but in {name} {error}") from None
         return layers
 
-    @property
-    def uses_low_rank(self) -> bool:
-        """Whether layers of the network itself are changed where the control is active."""
-        return self.how != "copy" and self.rank > 0
-
     def summary(self) -> str:
-        detail = f", rank {self.rank}" if self.how != "copy" else f", {self.copies} blocks" if self.copies else ""
+        detail = f", {self.copies} blocks" if self.copies else f", rank {self.low_rank}" if self.low_rank else ""
         return f"control by {self.image.kind}, {self.how}{detail}"
 
 

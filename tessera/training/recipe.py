@@ -162,7 +162,7 @@ class Recipe(Settings):
                 raise ValueError(
                     "a control image is made of the image, which a latent cache does not hold: leave out data.cache"
                 )
-            if self.training.activation_checkpointing != "none" and self.adapter.uses_low_rank:
+            if self.training.activation_checkpointing != "none" and self.adapter.low_rank:
                 raise ValueError(
                     "the low-rank layers of a control cannot be recomputed: set "
                     "training.activation_checkpointing=none, adapter.how=copy or adapter.rank=0"

@@ -51,6 +51,10 @@ DESIGNS = ("in-context", "cross-attention", "adaln", "adaln-zero", "adaln-single
 DESIGNS += ("text-keys", "text-cross", "text-sequence", "pixart")
 
 
+def config_of(how: str) -> ControlConfig:
+    return ControlConfig(how=how) if how == "copy" else ControlConfig(how=how, rank=4)
+
+
 def randomize(network: torch.nn.Module, part: str = "", std: float = 0.1) -> None:
     """Random values for all weights whose names have a part."""
     for name, parameter in network.named_parameters():
@@ -84,7 +88,7 @@ def test_without_an_image_the_network_is_its_base_bit_for_bit(name: str, how: st
     network, condition = build(name)
     base = network(image(), TIMES, condition)
     controlled = replace(condition, control=control())
-    adapters.attach(network, "edges", ControlConfig(how=how, rank=4).layers(network, ()))
+    adapters.attach(network, "edges", config_of(how).layers(network, ()))
     assert torch.equal(network(image(), TIMES, controlled), base)  # a new control
 
     randomize(network, "adapters")
@@ -108,7 +112,7 @@ def test_without_an_image_the_network_is_its_base_bit_for_bit(name: str, how: st
 @pytest.mark.parametrize("how", HOW)
 def test_prepared_and_stored_controls_give_the_same_output(name: str, how: str) -> None:
     network, condition = build(name)
-    adapters.attach(network, "edges", ControlConfig(how=how, rank=4).layers(network, ()))
+    adapters.attach(network, "edges", config_of(how).layers(network, ()))
     randomize(network, "adapters")
     controlled = replace(condition, control=control())
     output = network(image(), TIMES, controlled)
@@ -189,7 +193,7 @@ def test_the_tokens_of_an_image_are_those_of_the_network_with_merged_weights() -
 def test_two_controls_and_their_strengths_by_row(how: str) -> None:
     network, condition = build("rope-swiglu")
     for name in ("edges", "mask"):
-        adapters.attach(network, name, ControlConfig(how=how, rank=4).layers(network, ()))
+        adapters.attach(network, name, config_of(how).layers(network, ()))
     randomize(network, "adapters")
     both = network(image(), TIMES, replace(condition, control=control(2)))
     strengths = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
@@ -206,7 +210,7 @@ def test_two_controls_and_their_strengths_by_row(how: str) -> None:
 def test_only_the_control_has_gradients() -> None:
     network, condition = build("text-keys")
     for how in HOW:
-        adapters.attach(network, how, ControlConfig(how=how, rank=4).layers(network, ()))
+        adapters.attach(network, how, config_of(how).layers(network, ()))
     randomize(network, "adapters")
     network(image(), TIMES, replace(condition, control=control(3))).square().sum().backward()
     for name, parameter in network.named_parameters():
@@ -236,6 +240,14 @@ def test_networks_without_a_place_for_a_control() -> None:
         ControlConfig(how="copy", copies=4).layers(network, ())
     with pytest.raises(TesseraError, match="adapter.rank is 99"):
         ControlConfig(how="tokens", rank=99).layers(network, ())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"how": "copy", "rank": 4}, "rank has no effect"), ({"copies": 2}, "it needs how=copy")]
+)
+def test_settings_without_effect_are_errors(settings: dict, message: str) -> None:
+    with pytest.raises(TesseraError, match=message):
+        validate(ControlConfig, settings, "adapter")
 
 
 def test_control_images() -> None:
@@ -303,7 +315,7 @@ def model(*hows: str) -> Model:
     network = config.build()
     randomize(network)
     for how in hows:
-        adapters.attach(network, how, ControlConfig(how=how, rank=4).layers(network, ()))
+        adapters.attach(network, how, config_of(how).layers(network, ()))
     randomize(network, "adapters")
     bundle_config = BundleConfig(
         network=config, diffusion={"kind": "flow"}, codec={"kind": "pixels"}, sampling={"num_steps": 3}
@@ -405,7 +417,7 @@ def control_recipe(base: Path, folder: Path, steps: int, **settings: object) -> 
     training = {**TRAINING, "steps": steps, "init_from": str(base)}
     return {
         **RECIPE,
-        "adapter": {"kind": "control", "rank": 4, **settings},
+        "adapter": {"kind": "control", **settings},
         "training": training,
         "run_dir": str(folder),
     }
