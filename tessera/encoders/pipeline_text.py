@@ -94,7 +94,13 @@ class PipelineTextEncoder(TextEncoder):
         from diffusers.utils import logging as of_diffusers
         from transformers.utils import logging as of_transformers
 
-        others = {name: None for name, _ in components(self.index, of_text=False)}
+        parameters = inspect.signature(self.pipeline_type.__init__).parameters
+        # A copy of the text encoders alone names no others in its index.
+        others = {
+            name: None
+            for name, each in parameters.items()
+            if each.default in (None, each.empty) and not name.startswith(("self", *NAMES))
+        }
         for logging in (of_diffusers, of_transformers):
             logging.disable_progress_bar()
         with clear_errors(str(self.folder), "the text encoders", "the files of the pipeline"):
@@ -191,13 +197,12 @@ class PipelineTextEncoder(TextEncoder):
         return hashlib.sha256(json.dumps([facts, names], sort_keys=True).encode()).hexdigest()
 
 
-def components(index: dict[str, Any], of_text: bool = True) -> list[tuple[str, list[str]]]:
-    """The components of a model_index.json that are there, with their library and class: those of the text, or the
-    others."""
+def components(index: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """The components of a model_index.json that are there and belong to the text, with their library and class."""
     return [
         (name, value)
         for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and value[1] and name.startswith(NAMES) == of_text
+        if isinstance(value, list) and len(value) == 2 and value[1] and name.startswith(NAMES)
     ]
 
 

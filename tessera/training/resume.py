@@ -84,7 +84,12 @@ def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:
 
 def changed_settings(run: TrainingRun, path: Path) -> list[str]:
     """The settings that differ from the recipe of the checkpoint: these changes are allowed, but they are logged."""
-    before, after = bundle.load_config(path).recipe or {}, run.recipe.model_dump(mode="json")
+    config, after = bundle.load_config(path), run.recipe.model_dump(mode="json")
+    before = config.recipe or {}
+    for name in ("codec", "text"):  # copies in the run, in place of what training.init_from had, are no change
+        part = getattr(config, name)
+        if name in before and part is not None and part.model_dump(mode="json") == after[name]:
+            before = before | {name: after[name]}
     return [
         f"{name} was {old}, is {new}"
         for name, old, new in diff(before, after)

@@ -8,6 +8,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+diffusers.WanTransformer3DModel._keep_in_fp32_modules = None  # diffusers needs accelerate for it; all is float32 here
+
 WORDS = ("a", "red", "cat", "blue", "dog", "on", "the", "mat", "in", "big")
 
 
@@ -21,16 +23,16 @@ def randomise(module, std=0.1, seed=0):
     return module.eval()
 
 
-def tokenizer(length=16, ends=True, letters=False):
-    """Words, or letters, by number; with a start token of a prompt and an end token, as CLIP, T5 and Gemma have."""
+def tokenizer(length=16, form="<s> $A </s>", letters=False):
+    """Words, or letters, by number; with a start token of a prompt and an end token, or in another form."""
     vocabulary = {name: number for number, name in enumerate(("<pad>", "<s>", "</s>", "<unk>", *WORDS))}
     if letters:
         vocabulary = {name: number for number, name in enumerate(("<pad>", "<s>", "</s>", "<unk>", *"adegoclru "))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split("", "isolated") if letters else pre_tokenizers.WhitespaceSplit()
-    if ends:
+    if form:
         words.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+            single=form, pair=f"{form} $B", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=length, **names)
@@ -124,7 +126,7 @@ def sana():
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=randomise(vae, 0.2),
         text_encoder=decoder("Gemma2Model"),
-        tokenizer=tokenizer(64, ends=False),
+        tokenizer=tokenizer(64, "<s> $A"),
     )
 
 
@@ -230,7 +232,7 @@ def qwen():
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
         vae=randomise(vae, 0.2),
         text_encoder=randomise(transformers.Qwen2_5_VLForConditionalGeneration(config), 0.2),
-        tokenizer=tokenizer(1024, ends=False, letters=True),
+        tokenizer=tokenizer(1024, form=None, letters=True),
     )
 
 
@@ -311,7 +313,7 @@ def sana_video():
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=wan_vae(),
         text_encoder=decoder("Gemma2Model"),
-        tokenizer=tokenizer(64, ends=False),
+        tokenizer=tokenizer(64, "<s> $A"),
     )
 
 
@@ -333,6 +335,21 @@ def hunyuan_video():
         tokenizer=tokenizer(1024, letters=True),
         text_encoder_2=clip(24),
         tokenizer_2=tokenizer(77),
+    )
+
+
+def pixart():
+    """Our own network; not one of the classes of diffusers."""
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, num_layers=2, sample_size=8, cross_attention_dim=32,
+        caption_channels=32,
+    )  # fmt: skip
+    return diffusers.PixArtAlphaPipeline(
+        transformer=randomise(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=kl(4),
+        text_encoder=t5(),
+        tokenizer=tokenizer(120),
     )
 
 

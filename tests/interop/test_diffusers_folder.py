@@ -30,26 +30,11 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("diffusers_pipelines.py"))))
 diffusers.utils.logging.disable_progress_bar()
-diffusers.WanTransformer3DModel._keep_in_fp32_modules = None  # diffusers needs accelerate for it; all is float32 here
 
 PROMPTS, NEGATIVE, STEPS = ["a red cat on the mat", "a dog"], "blue", 4
 PACKED = {"FluxTransformer2DModel", "ChromaTransformer2DModel", "QwenImageTransformer2DModel"}
 # The pipeline of PRX guides one prompt at a time; that of QwenImage rescales what is guided.
 ONE_PROMPT, UNGUIDED = {"PRXTransformer2DModel"}, {"QwenImageTransformer2DModel"}
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """The folder of the tiny pipeline of a class."""
-    made = {}
-
-    def folder(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "pipeline"
-            tiny.PIPELINES[name]().save_pretrained(made[name])
-        return made[name]
-
-    return folder
 
 
 def pipeline(folder, name):
