@@ -36,6 +36,7 @@ class Provenance(Settings):
     not_converted: str | None = Field(default=None, description="what that file or folder holds and Tessera left out")
     assumed: str | None = Field(default=None, description="what that file or folder does not record")
     classes_changed: str | None = Field(default=None, description="classes added, removed, renamed or merged")
+    words_added: str | None = Field(default=None, description="words added to the vocabulary")
     sampling_chosen: str | None = Field(default=None, description="how the sampling settings were chosen")
 
     def facts(self) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def expand_kind(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> Any:
-    """Expand one number to a tuple of one: the validator of a field that holds one number or several."""
-    return (value,) if isinstance(value, int | float) else value
+    """Expand one number or name to a tuple of one: the validator of a field that holds one or several."""
+    return (value,) if isinstance(value, int | float | str) else value
 
 
 def unknown_name(what: str, name: str, known: Any) -> str:

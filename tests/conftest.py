@@ -97,7 +97,7 @@ def make_model() -> Callable[..., Model]:
             "num_classes": 3,
             **(network or {}),
         }
-        network = SHAPES[network["kind"]] | network
+        network = SHAPES["unet" if network["kind"] == "unet" else "dit"] | network
         # With x0 prediction, the images of an untrained network stay in the range of pixels.
         diffusion = {"prediction": "x0", **(diffusion or {})}
         config = BundleConfig.model_validate(

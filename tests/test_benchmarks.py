@@ -58,6 +58,7 @@ SMALL = {
         f"step --before {ROOT} --batch 2 --rounds 1",
         f"generate --before {ROOT} --count 4 --rounds 1",
     ],
+    "subjects": ["{digits} --work {tmp} --steps 1 --prior 1 --each 1 --seeds 1"],
     "training_step": ["--model digits --batch 2 --ways eager --seconds 1"],
 }
 

@@ -1,6 +1,14 @@
 """Adapters: small changes of a trained network, attached from outside, that are trained, stored and merged apart."""
 
-from tessera.adapters.config import AdapterConfig, AnyAdapter, ClassesConfig, ControlConfig, DiffFitConfig, LoRAConfig
+from tessera.adapters.config import (
+    AdapterConfig,
+    AnyAdapter,
+    ClassesConfig,
+    ControlConfig,
+    DiffFitConfig,
+    LoRAConfig,
+    WordsConfig,
+)
 from tessera.adapters.layers import AdapterLayer
 from tessera.adapters.network import (
     ATTRIBUTE,
@@ -20,6 +28,6 @@ from tessera.adapters.network import (
 
 __all__ = [
     "ATTRIBUTE", "LAYERS", "AdapterConfig", "AdapterLayer", "AnyAdapter", "ClassesConfig", "ControlConfig",
-    "DiffFitConfig", "LoRAConfig", "adapter_layers", "adapter_state", "attach", "attached", "base_state", "build_like",
-    "detach", "layers_from_state", "merge", "set_strengths", "unmerge",
+    "DiffFitConfig", "LoRAConfig", "WordsConfig", "adapter_layers", "adapter_state", "attach", "attached", "base_state",
+    "build_like", "detach", "layers_from_state", "merge", "set_strengths", "unmerge",
 ]  # fmt: skip

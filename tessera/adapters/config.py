@@ -2,25 +2,28 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from tessera.adapters.control import ChannelsControl, ControlLowRank, CopyControl, TokensControl, controlled_linears
 from tessera.adapters.layers import AdapterLayer, BiasDelta, LowRank, OutputScale, Rows
 from tessera.adapters.network import ATTRIBUTE, Layers
 from tessera.conditioning.control import AnyControlImage, Edges
+from tessera.encoders.text import WordsEncoder
 from tessera.errors import TesseraError
 from tessera.layers.embeddings import LabelEmbedder
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
+from tessera.layers.text import TextEmbedder
 from tessera.models.dit import DiT
 from tessera.models.network import Network
 from tessera.settings import Settings, as_tuple, expand_kind
 
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 PROJECTIONS = {2: ("k", "v"), 3: ("q", "k", "v")}  # what is fused in a map, by the number of projections
 
 
@@ -30,8 +33,11 @@ class AdapterConfig(Settings, ABC):
     kind: str
 
     @abstractmethod
-    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
-        """New layers for a network, which change nothing yet. Raises TesseraError if none of its modules is meant."""
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
+        """New layers for a network, which change nothing yet. Raises TesseraError if none of its modules is meant.
+
+        vocabulary: of a network that reads words
+        """
 
     @abstractmethod
     def summary(self) -> str:
@@ -52,6 +58,8 @@ class LoRAConfig(AdapterConfig):
         default=(), description="of fused maps of queries, keys and values, only these, each with its own change"
     )
     dora: bool = Field(default=False, description="learn the length of each row of a weight apart (Liu et al. 2024)")
+    classes: Names = Field(default=(), description="also train the embeddings of these classes")
+    words: Names = Field(default=(), description="also train the embeddings of these words of the vocabulary")
 
     @field_validator("where")
     @classmethod
@@ -62,7 +70,7 @@ class LoRAConfig(AdapterConfig):
             raise ValueError(f"'{where}' is not a regular expression: {error}") from None
         return where
 
-    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
         linears = dict(linear_layers(network))
         if self.where is None:
             inner = {name: module for name, module in linears.items() if name in block_layers(network)}
@@ -86,13 +94,23 @@ class LoRAConfig(AdapterConfig):
                 f"adapter.where '{self.where}' matches none of the {len(linears)} linear layers, such as "
                 f"{', '.join(list(linears)[:4])}"
             )
+        if self.classes:
+            layers |= class_rows(network, self.classes, class_names)
+        if self.words:
+            layers |= word_rows(network, self.words, vocabulary)
         return layers
 
     def summary(self) -> str:
         where = f", where '{self.where}'" if self.where else ""
         parts = f", {' '.join(self.projections)} of attention" if self.projections else ""
         scale = "" if self.alpha in (None, self.rank) else f", alpha {self.alpha:g}"
-        return f"{'DoRA' if self.dora else 'LoRA'} of rank {self.rank}{scale}{where}{parts}"
+        rows = "".join(f", the {kind} {', '.join(names)}" for kind, names in self.rows.items() if names)
+        return f"{'DoRA' if self.dora else 'LoRA'} of rank {self.rank}{scale}{where}{parts}{rows}"
+
+    @property
+    def rows(self) -> dict[str, tuple[str, ...]]:
+        """The embeddings that are trained with the layers."""
+        return {"classes": self.classes, "words": self.words}
 
 
 class DiffFitConfig(AdapterConfig):
@@ -102,7 +120,7 @@ class DiffFitConfig(AdapterConfig):
     scales: bool = Field(default=True, description="the factors")
     classes: bool = Field(default=True, description="the embeddings of classes")
 
-    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
         layers: dict[str, dict[str, AdapterLayer]] = {}
         outputs = block_layers(network)
         for name, module in linear_layers(network):
@@ -126,21 +144,27 @@ class ClassesConfig(AdapterConfig):
     """The embeddings of some classes alone, as textual inversion trains one new word (Gal et al. 2022)."""
 
     kind: Literal["classes"] = "classes"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
-    classes: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(description="their names")
+    classes: Names = Field(description="their names")
 
-    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
-        if unknown := [name for name in self.classes if name not in class_names]:
-            raise TesseraError(
-                f"adapter.classes has {', '.join(unknown)}; the model has the classes {', '.join(class_names[:10])}"
-            )
-        numbers = torch.tensor([class_names.index(name) for name in self.classes])
-        for name, module in network.named_modules():
-            if isinstance(module, LabelEmbedder):
-                return {f"{name}.embedding_table": {Rows.kind: Rows(module.embedding_table, numbers)}}
-        raise TesseraError("adapter.kind=classes needs a model with classes")
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
+        return class_rows(network, self.classes, class_names)
 
     def summary(self) -> str:
         return f"the classes {', '.join(self.classes)}"
+
+
+class WordsConfig(AdapterConfig):
+    """The embeddings of some words alone (Gal et al. 2022, "An Image is Worth One Word"), in a model that learned its
+    vocabulary. `tessera classes --add-word` adds new words to it."""
+
+    kind: Literal["words"] = "words"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
+    words: Names = Field(description="of the vocabulary")
+
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
+        return word_rows(network, self.words, vocabulary)
+
+    def summary(self) -> str:
+        return f"the words {', '.join(self.words)}"
 
 
 class ControlConfig(AdapterConfig):
@@ -175,7 +199,7 @@ class ControlConfig(AdapterConfig):
         """The rank of the changes of attention and MLP; 0: none"""
         return 0 if self.how == "copy" else 16 if self.rank is None else self.rank
 
-    def layers(self, network: Network, class_names: tuple[str, ...]) -> Layers:
+    def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
         if not isinstance(network, DiT) or network.config.is_temporal:
             kind = "clips" if network.config.is_temporal else network.config.kind
             raise TesseraError(f"adapter.kind=control needs a transformer for images (dit, pixart); this is for {kind}")
@@ -204,10 +228,46 @@ class ControlConfig(AdapterConfig):
 
 
 AnyAdapter = Annotated[
-    LoRAConfig | DiffFitConfig | ClassesConfig | ControlConfig,
+    LoRAConfig | DiffFitConfig | ClassesConfig | WordsConfig | ControlConfig,
     Field(discriminator="kind"),
     BeforeValidator(expand_kind),
 ]
+
+
+def class_rows(
+    network: Network, names: Sequence[str], class_names: Sequence[str]
+) -> Mapping[str, dict[str, AdapterLayer]]:
+    """The layer of the embeddings of some classes. Raises TesseraError if the network does not have them."""
+    for name, module in network.named_modules():
+        if isinstance(module, LabelEmbedder):
+            numbers = _numbers("classes", names, class_names)
+            return {f"{name}.embedding_table": {Rows.kind: Rows(module.embedding_table, numbers)}}
+    raise TesseraError("adapter.classes needs a model with classes")
+
+
+def word_rows(
+    network: Network, names: Sequence[str], vocabulary: Sequence[str]
+) -> Mapping[str, dict[str, AdapterLayer]]:
+    """The layer of the embeddings of some words. Raises TesseraError if the network does not have them."""
+    if not vocabulary:
+        raise TesseraError(
+            "adapter.words needs a model whose text encoder is `words`: the vocabulary of a pretrained one is fixed; "
+            "write a rare word into the captions and leave adapter.words out"
+        )
+    numbers = WordsEncoder.WORDS + _numbers("words", names, vocabulary)
+    embedders = {name: module for name, module in network.named_modules() if isinstance(module, TextEmbedder)}
+    [(name, module)] = embedders.items()
+    assert module.embedding is not None
+    return {f"{name}.embedding": {Rows.kind: Rows(module.embedding, numbers)}}
+
+
+def _numbers(kind: str, names: Sequence[str], known: Sequence[str]) -> Tensor:
+    if unknown := [name for name in names if name not in known]:
+        raise TesseraError(
+            f"adapter.{kind} has {', '.join(unknown)}; the model has the {kind} {', '.join(known[:10])}: `tessera "
+            "classes` adds others"
+        )
+    return torch.tensor([known.index(name) for name in names])
 
 
 def linear_layers(network: Network) -> Iterator[tuple[str, nn.Linear]]:

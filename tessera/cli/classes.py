@@ -27,6 +27,12 @@ def classes(
     merge: Annotated[
         list[str] | None, typer.Option(metavar="NEW=OLD,OLD", help="one class, the mean of those it replaces")
     ] = None,
+    add_word: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NEW[=OLD,OLD]", help="for a model of text: a word that starts as the mean of others, or of all"
+        ),
+    ] = None,
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
@@ -34,19 +40,21 @@ def classes(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """List the classes of a model, or write a model with classes added, removed, renamed or merged.
+    """List the classes of a model, or write a model with classes added, removed, renamed or merged, or with new words.
 
-    Each option may be repeated. The kept classes give the same images as before.
+    Each option may be repeated. The kept classes give the same images as before, and so do texts without the new words.
     """
     from tessera import bundle
     from tessera.interop.load import load
     from tessera.training.classes import change_classes, check_has_classes
+    from tessera.training.words import add_words
 
-    is_change = any((add, remove, rename, merge))
+    changes_classes = any((add, remove, rename, merge))
+    is_change = changes_classes or bool(add_word)
     if is_change and out is None:
         raise TesseraError("give a folder for the model with other classes: tessera classes MODEL OUT --add ...")
     if out is not None and not is_change:
-        raise TesseraError("nothing to change: give --add, --remove, --rename or --merge")
+        raise TesseraError("nothing to change: give --add, --remove, --rename, --merge or --add-word")
     if out is not None and out.expanduser().exists():
         raise TesseraError(f"{out} exists already: remove it or give another name")
     loaded = load(
@@ -59,24 +67,37 @@ def classes(
         codec=codec,
         text_encoder=text_encoder,
     )
-    check_has_classes(loaded)
+    if out is None or changes_classes:
+        check_has_classes(loaded)
     if out is None:
         for number, name in enumerate(loaded.class_names):
             print(f"{number:<5} {join_names([name])}")
         return
-    renamed = _pairs("--rename", rename, loaded)
-    for name, labels in renamed.items():
-        if len(labels) != 1:
-            raise TesseraError(f"--rename {name} needs one class: write --rename NEW=OLD; --merge takes several")
-    changed = change_classes(
-        loaded,
-        add=_pairs("--add", add, loaded),
-        remove=[label for text in remove or () for label in _labels("--remove", text, loaded)],
-        rename={name: labels[0] for name, labels in renamed.items()},
-        merge=_pairs("--merge", merge, loaded),
-    )
+    changed, facts = loaded, []
+    if changes_classes:
+        renamed = _pairs("--rename", rename, loaded)
+        for name, labels in renamed.items():
+            if len(labels) != 1:
+                raise TesseraError(f"--rename {name} needs one class: write --rename NEW=OLD; --merge takes several")
+        changed = change_classes(
+            changed,
+            add=_pairs("--add", add, loaded),
+            remove=[label for text in remove or () for label in _labels("--remove", text, loaded)],
+            rename={name: labels[0] for name, labels in renamed.items()},
+            merge=_pairs("--merge", merge, loaded),
+        )
+        facts.append(f"{len(changed.class_names)} classes; {changed.config.provenance.classes_changed}")
+    if add_word:
+        words: dict[str, list[str]] = {}
+        for text in add_word:
+            word, _, sources = text.strip().partition("=")
+            if word in words:
+                raise TesseraError(f"--add-word has the new word '{word}' twice: give it once")
+            words[word] = [source.strip() for source in sources.split(",") if source.strip()]
+        changed = add_words(changed, words)
+        facts.append(f"new words: {changed.config.provenance.words_added}")
     bundle.save(changed, out.expanduser())
-    print(f"wrote {out}: {len(changed.class_names)} classes; {changed.config.provenance.classes_changed}")
+    print(f"wrote {out}: {'; '.join(facts)}")
 
 
 def _pairs(option: str, texts: list[str] | None, model: "Model") -> dict[str, list[int]]:

@@ -1,11 +1,13 @@
 """Generated images as files, for `tessera sample`: PNGs with a grid, or one .npz."""
 
 import hashlib
+import json
 import re
 import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
 from tessera.data import AnyData
 from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read_image
+from tessera.data.metadata_files import FILE_NAME, METADATA_FILES
 from tessera.data.resolve import parse_data
 from tessera.errors import TesseraError
 from tessera.evaluation.captions import caption_data
+from tessera.files import atomic_write
 from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.interop import load
@@ -31,6 +35,7 @@ from tessera.model import Model
 
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f"*/:<>?\\|%~\ud800-\udfff]')  # in file names, and the marks of `file_stems`
 MAX_STEM = 150  # bytes; a file name has at most 255
+METADATA = METADATA_FILES[0]
 MAX_COLUMNS, MAX_ROWS = 16, 32  # of the grid
 
 
@@ -308,7 +313,8 @@ def write_npz(model: Model, request: SampleRequest, target: Path, batch_size: in
 def write_images(model: Model, request: SampleRequest, out: Path, batch_size: int, settings: dict[str, Any]) -> None:
     """Write a PNG of each image and a grid into a folder, or the grid alone into a .png file.
 
-    An existing PNG with the same settings is not generated again. settings: stored in every PNG.
+    An existing PNG with the same settings is not generated again. settings: stored in every PNG. The folder also gets a
+    metadata.jsonl with classes and prompts, so that it is a data set of its images.
     """
     sampling = request.check(model).model_dump(mode="json")
     settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
@@ -317,12 +323,12 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
         raise TesseraError(
             f"a grid holds at most {MAX_COLUMNS * MAX_ROWS} images, not {count}: give a folder for --out"
         )
-    stats, sheet = CacheStats(), []
+    stats, sheet, metadata = CacheStats(), [], {}
     with progress() as start:
         report = start(f"generating {count}")
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
-            batch = _generate(model, request, stats, rows, None if grid_only else out, settings)
+            batch = _generate(model, request, stats, rows, None if grid_only else out, settings, metadata)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
     row_settings = _row_settings(model, request, range(count))
@@ -337,8 +343,21 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
     else:
         grid = images.grid(np.stack(sheet), columns, zoom=zoom)
     images.save_png(out if grid_only else out / "grid.png", grid, settings | row_settings)
+    if not grid_only:
+        _write_metadata(out / METADATA, metadata)
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
     print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
+
+
+def _write_metadata(path: Path, metadata: dict[str, dict[str, str]]) -> None:
+    """Add the class and prompt of images, by file name, to a metadata.jsonl."""
+    rows = {}
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with suppress(ValueError, TypeError, KeyError):  # not ours: it is replaced
+            rows = {row[FILE_NAME]: row for row in map(json.loads, lines) if (path.parent / row[FILE_NAME]).exists()}
+    rows |= {name: {FILE_NAME: name, **fields} for name, fields in metadata.items()}
+    atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
 
 
 def _row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:
@@ -372,8 +391,12 @@ def _generate(
     rows: range,
     out: Path | None,
     settings: dict[str, Any],
+    metadata: dict[str, dict[str, str]],
 ) -> list[np.ndarray]:
-    """The images of some rows of a request: read from the folder where they exist, else generated and written."""
+    """The images of some rows of a request: read from the folder where they exist, else generated and written.
+
+    metadata: their class and prompt by file name, which are added.
+    """
     done: dict[int, np.ndarray] = {}
     files = {}
     stems, prompts = file_stems(model.class_names), list(dict.fromkeys(request.prompts or ()))
@@ -385,6 +408,9 @@ def _generate(
         if row_settings["classes"] is not None:
             prefix += f"class-{stems[row_settings['classes'][0]]}-"
         files[row] = f"{prefix}seed-{request.seeds[row]}.png", {**settings, **row_settings}
+        names, prompt = row_settings["class_names"], row_settings["prompts"]
+        fields = {"label": names and names[0], "caption": prompt and prompt[0]}
+        metadata[files[row][0]] = {name: value for name, value in fields.items() if value is not None}
         if out is not None and (image := images.load_png(out / files[row][0], files[row][1])) is not None:
             done[row] = image
     missing = [row for row in rows if row not in done]

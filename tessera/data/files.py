@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from tessera.data import layouts, tables
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
 from tessera.data.index import TABLE_SUFFIXES, arrow, compute, int_column, labels, metadata
 from tessera.data.notes import printable
+from tessera.data.sampler import whole_weights
 from tessera.errors import TesseraError
 
 if TYPE_CHECKING:
@@ -49,6 +50,26 @@ class FilesConfig(ImagesConfig):
         default=None,
         description="train, validation or test, by the names of files or folders; null: train, or the only one",
     )
+
+    weights: tuple[PositiveFloat, ...] = Field(
+        default=(),
+        description="of the paths: the share of each in every batch, as in 1, 1; empty: every image equally often",
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _check_ratio(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        if weights:
+            whole_weights(weights)
+        return weights
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> "FilesConfig":
+        if self.weights and len(self.weights) != len(self.paths):
+            raise ValueError(f"weights has {len(self.weights)} numbers, and path has {len(self.paths)}: give one each")
+        if self.weights and self.buckets is not None:
+            raise ValueError("weights and buckets exclude each other: a batch of one size has images of any path")
+        return self
 
     @property
     def paths(self) -> list[str]:
@@ -86,6 +107,7 @@ class FilesDataset:
     Attributes:
         notes: what the index leaves out. Data with errors are for `tessera data check` only.
         text: the captions as tokens, where a network reads them.
+        path_sizes: how many samples each of config.paths has.
     """
 
     text: "EncodedCaptions | None" = None
@@ -93,7 +115,7 @@ class FilesDataset:
 
     def __init__(self, config: FilesConfig) -> None:
         self.config = config
-        self.table, self.notes = layouts.build_index(config)
+        self.table, self.notes, self.path_sizes = layouts.build_index(config)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -106,7 +128,7 @@ class FilesDataset:
         self._tables = dict(zip(paths, tables.open_images([self.root / path for path in paths], self.config.image)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "table": self.table, "notes": []}
+        return {"config": self.config, "table": self.table, "notes": [], "path_sizes": self.path_sizes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -66,11 +66,15 @@ CHUNK = 1024  # text files read at once; an interrupt waits for one chunk
 BRACES = re.compile(r"\{([^{}]*)\}")  # of a pattern: {a,b} or {000..127}, as WebDataset and shells write them
 
 
-def build_index(options: LayoutOptions) -> Indexed:
-    """The index of all samples in the paths. Raises TesseraError if there are none."""
+def build_index(options: LayoutOptions) -> tuple["pyarrow.Table", list[Note], list[int]]:
+    """The index of all samples in the paths, notes, and how many samples each path has, which follow each other.
+
+    Raises TesseraError if there are none.
+    """
     if not options.paths:
         raise TesseraError("data.path is an empty list; expected at least one folder or file")
-    table, notes = _concat([_index_path(path, options) for path in options.paths])
+    parts = [_index_path(path, options) for path in options.paths]
+    table, notes = _concat(parts)
     where = ", ".join(options.paths)
     if not len(table):
         errors = [note.text for note in notes if note.severity == "error"]
@@ -82,19 +86,13 @@ def build_index(options: LayoutOptions) -> Indexed:
             no_labels = arrow().nulls(len(table), arrow().int32())
             table = table.set_column(table.schema.get_field_index("label"), "label", no_labels)
             table, class_names = index.with_metadata(table, root, ()), ()
-    if len(class_names) == 1:
-        text = (
-            f"{where} contains only one class ('{class_names[0]}'), so there is nothing to condition on: "
-            "set data.classes=none to train without classes"
-        )
-        notes.append(Note("one-class", "error", text, "only one class", (class_names[0],)))
-    elif class_names:
+    if class_names:
         labels = index.labels(table)
         counts = np.bincount(labels[labels >= 0], minlength=len(class_names))
         unused = [class_names[number] for number in np.flatnonzero(counts == 0)]
         message = f"of {len(class_names):,} classes have no sample"
         notes += about("unused-classes", where, message, unused, "a network learns nothing of them")
-    return table, notes
+    return table, notes, [len(part) for part, _ in parts]
 
 
 def _concat(parts: Sequence[Indexed]) -> Indexed:

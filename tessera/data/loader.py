@@ -24,7 +24,7 @@ from tessera.data.control import ControlImages
 from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import LatentsDataset
-from tessera.data.sampler import BucketedOrder, ShuffledOrder
+from tessera.data.sampler import BucketedOrder, SampleOrder, ShuffledOrder
 from tessera.errors import TesseraError
 from tessera.rows import Rows
 
@@ -82,10 +82,12 @@ class Loader:
         condition_type: type[Condition] = Condition,
         condition_fields: Sequence[str] = ("label",),
         control: ControlImages | None = None,
+        order: SampleOrder | None = None,
     ) -> None:
         """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
         size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading);
-        condition_fields: the fields of the condition that are read; control: what gives their control images."""
+        condition_fields: the fields of the condition that are read; control: what gives their control images; order:
+        instead of that of the buckets, or of shuffled epochs."""
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -97,7 +99,9 @@ class Loader:
         self.condition_type = condition_type
         self.condition_fields = condition_fields
         self.control = control
-        if buckets is None:
+        if order is not None:
+            self.order = order
+        elif buckets is None:
             self.order = ShuffledOrder(len(dataset), batch_size, seed)
         else:
             self.order = BucketedOrder(buckets.bucket_ids, batch_size, seed)

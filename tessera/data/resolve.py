@@ -1,6 +1,7 @@
 """A data set from a word or path on the command line."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,23 @@ def parse_data(section: dict[str, Any], where: str = "the data") -> AnyData:
 
 
 def open_data(config: AnyData) -> Dataset:
-    """Open the data set, without classes where its labels are not valid, which is printed."""
+    """Open the data set, without classes where its labels are not valid or all equal, which is printed."""
     if isinstance(config, FilesConfig) and config.classes == "auto":
         try:
-            return config.open()
+            dataset = config.open()
+            check_classes(dataset.class_names, config)
+            return dataset
         except TesseraError as error:
             dataset = config.model_copy(update={"classes": "none"}).open()  # raises any other error again
             print(f"data: read without classes: {error}", file=sys.stderr, flush=True)
             return dataset
     return config.open()
+
+
+def check_classes(class_names: Sequence[str], config: AnyData) -> None:
+    """Raise TesseraError if a data set has only one class."""
+    if len(class_names) == 1:
+        raise TesseraError(
+            f"data.path {config.description.partition(' ')[2]} contains only one class ('{class_names[0]}'), so there "
+            "is nothing to condition on: set data.classes=none to train without classes"
+        )

@@ -1,9 +1,11 @@
 """The order of samples: a pure function of (seed, position), so one integer describes the progress through the data.
 
-Shapes: N samples, B samples of a batch, K buckets.
+Shapes: N samples, B samples of a batch, K buckets, P parts.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Protocol
 
@@ -12,6 +14,7 @@ import numpy as np
 from tessera import randomness
 
 SAMPLE_STREAM, BATCH_STREAM = 0x6F726472, 0x736C6F74  # random streams that shuffle samples and batches
+MAX_CYCLE = 10_000  # positions of a cycle of weights
 
 
 class SampleOrder(Protocol):
@@ -109,6 +112,51 @@ class BucketedOrder:
     def _shuffle_members(self, bucket: int, round_: int) -> np.ndarray:
         members = self._members[bucket]
         return members[randomness.permutation(self.seed, SAMPLE_STREAM + 1 + bucket, round_, len(members)).numpy()]
+
+
+class WeightedOrder:
+    """Each part of the data has a given share of the positions, whatever its size.
+
+    The positions of a cycle, which has as many as the whole weights have in sum, go to the parts in turn: sample j of a
+    part of weight w is due at (j + 1/2) / w of the cycle. So a batch of whole cycles has exactly the shares, and any
+    other batch almost. The samples of a part are an endless sequence of permutations.
+    """
+
+    def __init__(self, parts: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
+        """parts: the part of each sample, int [N]; weights: of the parts [P], each with at least one sample"""
+        self.batch_size, self.seed = batch_size, seed
+        self._members = [np.flatnonzero(parts == part) for part in range(len(weights))]
+        self.whole = whole_weights(weights)
+        due = sorted((Fraction(2 * j + 1, 2 * w), part, j) for part, w in enumerate(self.whole) for j in range(w))
+        self._cycle = np.array([(part, number) for _, part, number in due], np.int64)  # (part, number in the part)
+        self._permutation = lru_cache(maxsize=2 * len(weights) + 2)(self._shuffle)
+
+    def batch(self, start: int) -> np.ndarray:
+        return np.array([next(self.candidates(start, offset)) for offset in range(self.batch_size)], np.int64)
+
+    def candidates(self, start: int, offset: int) -> Iterator[int]:
+        cycles, slot = divmod(start + offset, len(self._cycle))
+        part, number = self._cycle[slot].tolist()
+        round_, first = divmod(cycles * self.whole[part] + number, len(self._members[part]))
+        return _cycle(self._permutation(part, round_), first)
+
+    def bucket(self, start: int) -> int:
+        return 0
+
+    def _shuffle(self, part: int, round_: int) -> np.ndarray:
+        members = self._members[part]
+        return members[randomness.permutation(self.seed, SAMPLE_STREAM + 1 + part, round_, len(members)).numpy()]
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the same ratios. Raises ValueError if they are large."""
+    fractions = [Fraction(str(weight)) for weight in weights]
+    common = math.lcm(*(each.denominator for each in fractions))
+    whole = [int(each * common) for each in fractions]
+    whole = [each // math.gcd(*whole) for each in whole]
+    if sum(whole) > MAX_CYCLE:
+        raise ValueError(f"weights {', '.join(map(str, weights))} have no simple ratio: round them, such as 1, 3")
+    return whole
 
 
 def _cycle(order: np.ndarray, first: int) -> Iterator[int]:

@@ -98,13 +98,18 @@ def check_has_classes(model: Model) -> None:
     if not network.num_classes:
         raise TesseraError(
             "this model is conditioned on text, not on classes: write what is new into the captions of your data, and "
-            "train with training.init_from=MODEL"
+            "train with training.init_from=MODEL; tessera classes MODEL OUT --add-word NEW adds a word"
             if network.uses_text
             else "this model is unconditional: it has no classes; train one that has, with training.init_from=MODEL "
             "and data with classes"
         )
+    check_no_adapters(model)
+
+
+def check_no_adapters(model: Model) -> None:
+    """Raise TesseraError if adapters are attached to a model."""
     if attached := adapters.attached(model.network):
         raise TesseraError(
-            f"this model has adapters ({', '.join(attached)}), which belong to its classes as they are: merge them "
+            f"this model has adapters ({', '.join(attached)}), which belong to the model as it is: merge them "
             "first (tessera convert MODEL MERGED --to bundle), or change the model below and train the adapters on that"
         )

@@ -14,6 +14,7 @@ from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.captions import Captions, TextSizes
 from tessera.data.files import FilesConfig
+from tessera.data.resolve import check_classes
 from tessera.diffusion import AnyDiffusionConfig, GaussianDiffusionConfig
 from tessera.encoders.text import AnyTextEncoder, WordsConfig
 from tessera.errors import TesseraError
@@ -272,6 +273,8 @@ def resolve_recipe(
     own_classes = recipe.network.num_classes if "num_classes" in recipe.network.model_fields_set else 0
     if recipe.network.uses_text and not own_classes:
         class_names = ()
+    if recipe.adapter is None:  # whose classes are those of its base
+        check_classes(class_names, recipe.data)
     height, width = recipe.data.size
     if codec.pixel_channels != recipe.data.channels:
         raise TesseraError(

@@ -110,7 +110,7 @@ def changed_data(run: TrainingRun, path: Path) -> list[str]:
     else:
         text = f"the {' and '.join(part for part in ('labels', 'captions') if before[part] != now[part])} of the data. "
     index = index_path(path.parent.parent, before)
-    if index.exists():
+    if index.exists() and not getattr(run.recipe.data, "weights", ()):  # an index is one path
         split = " data.split=null" if getattr(run.recipe.data, "split", None) else ""
         text += f"data.path={index}{split} reads the old samples in the old order, where their files still exist"
     return [text.strip()]

@@ -25,9 +25,10 @@ from tessera.data.control import control_images
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset, open_cache
+from tessera.data.sampler import WeightedOrder
 from tessera.data.text_cache import open_text_cache
 from tessera.diffusion import DiffusionProcess
-from tessera.encoders.text import FrozenConfig
+from tessera.encoders.text import FrozenConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.files import atomic_write, remove_partials
 from tessera.interop import load
@@ -232,6 +233,7 @@ def build_data(
         recipe.network.condition_type,
         recipe.network.condition_fields,
         control_images(recipe.adapter.image, dataset) if isinstance(recipe.adapter, ControlConfig) else None,
+        order=weighted_order(recipe, dataset),
     )
     return recipe, loader, accumulation_steps
 
@@ -298,6 +300,21 @@ def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets 
     )
 
 
+def weighted_order(recipe: Recipe, dataset: Dataset | LatentsDataset) -> WeightedOrder | None:
+    """The order of samples if the recipe has weights of paths. Raises TesseraError if a path has no usable sample."""
+    source, data, config = files_dataset(dataset), recipe.data, recipe.training
+    if source is None or not isinstance(data, FilesConfig) or not data.weights:
+        return None
+    parts = np.repeat(np.arange(len(source.path_sizes)), source.path_sizes)
+    if isinstance(dataset, LatentsDataset):
+        parts = parts[dataset.indices]
+    if empty := [path for part, path in enumerate(data.paths) if part not in parts]:
+        raise TesseraError(
+            f"data.weights has a share for {empty[0]}, which has no image that can be used: leave it out"
+        )
+    return WeightedOrder(parts, data.weights, config.global_batch_size, config.seed)
+
+
 def image_sizes(dataset: Dataset | LatentsDataset, size: tuple[int, int], buckets: Buckets | None) -> np.ndarray:
     """Height and width of the file of each sample, and the ratio of the size that it is cropped to: float32 [N, 3].
 
@@ -344,7 +361,8 @@ def add_adapter(recipe: Recipe, network: Network, class_names: tuple[str, ...]) 
     )
     network.requires_grad_(False)
     torch.manual_seed(recipe.training.seed)
-    adapters.attach(network, bundle.TRAINED, recipe.adapter.layers(network, class_names))
+    vocabulary = recipe.text.vocabulary if isinstance(recipe.text, WordsConfig) else ()
+    adapters.attach(network, bundle.TRAINED, recipe.adapter.layers(network, class_names, vocabulary))
     return info
 
 

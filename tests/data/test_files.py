@@ -10,6 +10,7 @@ from PIL import Image
 
 from tessera.data import AnyData, FilesConfig, index
 from tessera.data.images import InvalidSample
+from tessera.data.resolve import check_classes
 from tessera.errors import TesseraError
 
 arrow = pytest.importorskip("pyarrow")
@@ -97,8 +98,9 @@ def test_loose_images_beside_class_folders_are_an_error(tmp_path):
 def test_a_single_class_is_an_error(tmp_path):
     put(tmp_path / "cat/a.png")
     put(tmp_path / "cat/b.png")
+    source = open_data(tmp_path)
     with pytest.raises(TesseraError, match=r"only one class \('cat'\).*data\.classes=none"):
-        open_data(tmp_path)
+        check_classes(source.class_names, source.config)
     assert len(open_data(tmp_path, classes="none")) == 2
 
 
@@ -234,3 +236,19 @@ def test_every_kind_of_files(tmp_path, kind):
     assert isinstance(config, FilesConfig)
     source = config.open()
     assert (len(source), source.pixels(0)[0, 0, 0]) == (1, 9)
+
+
+def test_each_path_may_have_a_share(tmp_path):
+    for name in ("new/1.png", "old/1.png", "old/2.png"):
+        put(tmp_path / name)
+    paths = [str(tmp_path / "new"), str(tmp_path / "old")]
+    source = FilesConfig(path=paths, size=8, weights=(1, 1)).open()
+    assert source.path_sizes == [1, 2]
+    for settings, message in (
+        ({"weights": (1, 2, 3)}, "weights has 3 numbers, and path has 2"),
+        ({"weights": (1, 0)}, "greater than 0"),
+        ({"weights": (1, 1), "buckets": {}}, "weights and buckets exclude each other"),
+        ({"weights": (1, 0.123456)}, "no simple ratio"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FilesConfig(path=paths, size=8, **settings)

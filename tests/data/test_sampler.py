@@ -1,14 +1,16 @@
 """Sample orders: each sample occurs as often as it should, and the order has no state but the position."""
 
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tessera import randomness
-from tessera.data.sampler import SAMPLE_STREAM, BucketedOrder, ShuffledOrder
+from tessera.data.sampler import SAMPLE_STREAM, BucketedOrder, ShuffledOrder, WeightedOrder, whole_weights
 
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
@@ -89,3 +91,44 @@ def test_replacements_are_the_rest_of_the_same_bucket():
             samples = list(order.candidates(start, offset))
             assert samples[0] == batch[offset]
             assert sorted(samples) == np.flatnonzero(buckets == order.bucket(start)).tolist()
+
+
+WEIGHTS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(weights=WEIGHTS, batch=st.integers(1, 16), start=st.integers(0, 300), seed=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_each_part_has_its_share_of_the_positions_and_its_samples_occur_equally_often(weights, batch, start, seed):
+    sizes = [3 + 2 * part for part in range(len(weights))]
+    parts = buckets_of(sizes)
+    order = WeightedOrder(parts, weights, 1, seed)
+    shares = [Fraction(weight, sum(weights)) for weight in weights]
+    samples = [int(order.batch(position)[0]) for position in range(start + batch)]
+    for count in range(len(samples)):  # never more than one sample off
+        counts = np.bincount(parts[samples[:count]].astype(int), minlength=len(weights))
+        assert all(abs(actual - count * share) <= 1 for actual, share in zip(counts, shares))
+    for part, size in enumerate(sizes):
+        own = [sample for sample in samples if parts[sample] == part]
+        for round_ in range(len(own) // size):
+            assert sorted(own[round_ * size : (round_ + 1) * size]) == np.flatnonzero(parts == part).tolist()
+    # A function of the position alone, whatever the batches are.
+    assert WeightedOrder(parts, weights, batch, seed).batch(start).tolist() == samples[start:]
+    candidates = list(order.candidates(start, 0))
+    assert (candidates[0], sorted(candidates)) == (
+        samples[start], np.flatnonzero(parts == parts[samples[start]]).tolist()
+    )  # fmt: skip
+
+
+def test_a_batch_of_whole_cycles_has_exactly_the_shares():
+    parts = buckets_of([2, 100])
+    order = WeightedOrder(parts, (0.25, 0.75), 8, seed=0)
+    for number in range(30):
+        assert np.bincount(parts[order.batch(8 * number)]).tolist() == [2, 6]
+
+
+def test_weights_are_ratios():
+    assert whole_weights([0.5, 1.5]) == whole_weights([1, 3]) == [1, 3]
+    assert whole_weights([4]) == [1]
+    assert whole_weights([0.1, 0.2, 0.7]) == [1, 2, 7]
+    with pytest.raises(ValueError, match=r"weights 0\.123456, 1 have no simple ratio: round them"):
+        whole_weights([0.123456, 1])

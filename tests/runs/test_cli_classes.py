@@ -47,7 +47,7 @@ def test_all_changes_in_one_command(tessera, folder, tmp_path):
         (["--add", "x,y=cat"], "--add x,y=cat has several new names: repeat the option"),
         (["--add", '"x"y=cat'], "is not valid"),
         (["--remove", "all"], "no class would be left of 4"),
-        ([], "nothing to change: give --add, --remove, --rename or --merge"),
+        ([], "nothing to change: give --add, --remove, --rename, --merge or --add-word"),
     ],
 )  # fmt: skip
 def test_unclear_commands_are_errors_and_nothing_is_written(tessera, folder, tmp_path, words, message):

@@ -137,7 +137,7 @@ def test_a_name_of_several_classes_is_an_error_and_their_commands_have_numbers(t
         parse_classes("crane", model)
     bundle.save(model, tmp_path / "model")
     assert tessera("sample", tmp_path / "model", "--out", tmp_path / "s").code == 0
-    names = sorted(path.name for path in (tmp_path / "s").iterdir())
+    names = sorted(path.name for path in (tmp_path / "s").glob("*.png"))
     assert names == ["class-cat-seed-0.png", "class-crane~0-seed-0.png", "class-crane~2-seed-0.png", "grid.png"]
     assert "--classes 2 --seeds 0" in tessera("info", tmp_path / "s/class-crane~2-seed-0.png").out
 

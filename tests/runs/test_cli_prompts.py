@@ -44,7 +44,7 @@ def test_every_prompt_with_every_seed(tessera, folder, text_model, tmp_path):
     assert done.code == 0, done.err
     stems = ["a-red-circle", "a-blue%2Fsquare"]
     names = [f"{stem}-seed-{seed}.png" for stem in stems for seed in (3, 4)]
-    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "grid.png", "metadata.jsonl"])
     prompts = ["a red circle", "a red circle", "a blue/square", "a blue/square"]
     expected = generation.generate(text_model, prompts=prompts, seeds=[3, 4, 3, 4], guidance_scale=2)
     assert (expected[0] != expected[2]).any()

@@ -23,7 +23,7 @@ def test_one_image_per_class_and_seed_and_a_grid(tessera, trained, tmp_path):
     assert done.code == 0, done.err
     assert done.out.strip() == f"4 images and grid.png in {tmp_path / 's'}"
     names = [f"class-{c}-seed-{s}.png" for c in (3, 7) for s in (0, 1)]
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == sorted([*names, "grid.png"])
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == sorted([*names, "grid.png", "metadata.jsonl"])
     model = bundle.load(bundle.checkpoints(trained)[0])
     expected = generation.generate(model, [3, 3, 7, 7], [0, 1, 0, 1])
     for name, image in zip(names, expected):
@@ -245,7 +245,7 @@ def test_an_unconditional_model(tessera, recipe, tmp_path):
     done = tessera("sample", tmp_path / "run", "--per-class", "3", "--out", tmp_path / "s")
     assert done.code == 0, done.err
     names = sorted(path.name for path in (tmp_path / "s").iterdir())
-    assert names == ["grid.png", "seed-0.png", "seed-1.png", "seed-2.png"]
+    assert names == ["grid.png", "metadata.jsonl", "seed-0.png", "seed-1.png", "seed-2.png"]
     done = tessera("sample", tmp_path / "run", "--classes", "1", "--out", tmp_path / "t")
     assert (done.code, done.err) == (1, "error: this model is unconditional: leave --classes out\n")
     done = tessera("sample", tmp_path / "run", "guidance_scale=2", "--out", tmp_path / "t")
@@ -321,7 +321,7 @@ def test_a_changed_initial_image_is_used(tessera, trained, tmp_path):
         (["--guidance-model", "bare.pt"], "to a bundle first"),
         (
             ["--init-image", "gray.png", "--npz", "many.npz"],
-            "leave out --guidance-model, --init-image, --strength and --mask",
+            "leave out --guidance-model, --init-image, --strength, --mask and --control",
         ),
     ],
 )

@@ -418,7 +418,7 @@ def names(scan: ScanResult) -> Iterator[Finding]:
 
 def layout(scan: ScanResult) -> Iterator[Finding]:
     """What the index leaves out, or training refuses. Notes about rows and about files have rules of their own."""
-    own_rules = {*get_args(NonSampleKind), "ignored-files", "one-class"}
+    own_rules = {*get_args(NonSampleKind), "ignored-files"}
     for note in scan.dataset.notes:
         if note.names and note.kind not in own_rules:
             yield Finding(note.kind, note.severity, note.message or note.text, note.text, names=note.names)

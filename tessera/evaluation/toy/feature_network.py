@@ -168,8 +168,11 @@ def train(
     Images are shifted by up to an eighth of their side and, with hflip, flipped. AdamW, one cycle of the learning rate
     (Smith 2018). Raises TesseraError without classes or with too few images.
     """
-    if not dataset.class_names:
-        raise TesseraError(f"{description} has no classes: features are trained by classification")
+    if len(dataset.class_names) < 2:
+        raise TesseraError(
+            f"{description} has {len(dataset.class_names) or 'no'} classes: features are trained by "
+            "classification, of two or more"
+        )
     if len(dataset) < 10 * HELD_OUT:
         raise TesseraError(f"{description} holds {len(dataset)} images; features need at least {10 * HELD_OUT}")
     order = randomness.permutation(0, STREAM, 0, len(dataset)).numpy()
