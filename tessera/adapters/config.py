@@ -3,13 +3,20 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
-from tessera.adapters.control import ChannelsControl, ControlLowRank, CopyControl, TokensControl, controlled_linears
+from tessera.adapters.control import (
+    ChannelsControl,
+    ControlLowRank,
+    CopyControl,
+    PromptControl,
+    TokensControl,
+    controlled_linears,
+)
 from tessera.adapters.layers import AdapterLayer, BiasDelta, LowRank, OutputScale, Rows
 from tessera.adapters.network import ATTRIBUTE, Layers
 from tessera.conditioning.control import AnyControlImage, Edges
@@ -174,8 +181,9 @@ class ControlConfig(AdapterConfig):
     image: AnyControlImage = Field(
         default=Edges(), description="how the control image is made from an image, in training and of a photo"
     )
-    how: Literal["channels", "copy", "tokens"] = Field(
-        default="channels", description="extra input channels, copies of the first blocks, or further tokens"
+    how: Literal["channels", "copy", "tokens", "prompt"] = Field(
+        default="channels",
+        description="extra input channels, copies of the first blocks, further tokens, or an image prompt",
     )
     rank: int | None = Field(
         default=None,
@@ -185,19 +193,32 @@ class ControlConfig(AdapterConfig):
     copies: PositiveInt | None = Field(
         default=None, description="copy: how many blocks are copied; null: half, without the last (13 of 28)"
     )
+    tokens: PositiveInt | None = Field(
+        default=None, description="prompt: how many tokens an image becomes; null: 4, as in IP-Adapter"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompt_with_the_image(cls, values: Any) -> Any:
+        is_prompt = isinstance(values, dict) and values.get("how") == "prompt"
+        return {"image": "image", **values} if is_prompt else values
 
     @model_validator(mode="after")
     def _check_how(self) -> "ControlConfig":
-        if self.how == "copy" and self.rank is not None:
-            raise ValueError("rank has no effect with how=copy: copies are trained whole; leave it out")
+        if self.how in ("copy", "prompt") and self.rank is not None:
+            raise ValueError(
+                f"rank has no effect with how={self.how}, which changes no layer of the model: leave it out"
+            )
         if self.how != "copy" and self.copies is not None:
             raise ValueError(f"copies has no effect with how={self.how}: it needs how=copy")
+        if self.how != "prompt" and self.tokens is not None:
+            raise ValueError(f"tokens has no effect with how={self.how}: it needs how=prompt")
         return self
 
     @property
     def low_rank(self) -> int:
         """The rank of the changes of attention and MLP; 0: none"""
-        return 0 if self.how == "copy" else 16 if self.rank is None else self.rank
+        return 0 if self.how in ("copy", "prompt") else 16 if self.rank is None else self.rank
 
     def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:
         if not isinstance(network, DiT) or network.config.is_temporal:
@@ -209,6 +230,8 @@ class ControlConfig(AdapterConfig):
                 return {"": {CopyControl.kind: CopyControl(network, self.copies or max((depth - 1) // 2, 1))}}
             except ValueError as error:
                 raise TesseraError(f"adapter.copies: {error}") from None
+        if self.how == "prompt":
+            return {"": {PromptControl.kind: PromptControl(network, self.tokens or 4)}}
         control = ChannelsControl(network) if self.how == "channels" else TokensControl(network)
         layers: dict[str, dict[str, AdapterLayer]] = {"": {control.kind: control}}
         # The tokens of a control image end with the keys and values of the last block.
@@ -223,7 +246,9 @@ class ControlConfig(AdapterConfig):
         return layers
 
     def summary(self) -> str:
-        detail = f", {self.copies} blocks" if self.copies else f", rank {self.low_rank}" if self.low_rank else ""
+        counts = {"blocks": self.copies, "tokens": self.tokens}
+        detail = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        detail = f", rank {self.low_rank}" if self.low_rank else detail
         return f"control by {self.image.kind}, {self.how}{detail}"
 
 

@@ -115,6 +115,17 @@ class Paired(ControlImage):
         return image
 
 
+class Unchanged(ControlImage):
+    """The image itself, for image prompts."""
+
+    kind: Literal["image"] = "image"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        return image
+
+
 AnyControlImage = Annotated[
-    Edges | Grey | LowResolution | Blocks | Mask | Paired, BeforeValidator(expand_kind), Field(discriminator="kind")
+    Edges | Grey | LowResolution | Blocks | Mask | Paired | Unchanged,
+    BeforeValidator(expand_kind),
+    Field(discriminator="kind"),
 ]

@@ -28,7 +28,7 @@ from tessera.models.dit import DiT
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import validate
 
-HOW = ("channels", "copy", "tokens")
+HOW = ("channels", "copy", "tokens", "prompt")
 SIZES = {"input_size": (8, 8), "in_channels": 3, "out_channels": 3, "patch_size": 2, "depth": 4, "hidden_size": 32}
 SIZES |= {"num_heads": 4}
 TIMES = torch.tensor([1.0, 500.0, 900.0])
@@ -52,7 +52,7 @@ DESIGNS += ("text-keys", "text-cross", "text-sequence", "pixart")
 
 
 def config_of(how: str) -> ControlConfig:
-    return ControlConfig(how=how) if how == "copy" else ControlConfig(how=how, rank=4)
+    return ControlConfig(how=how) if how in ("copy", "prompt") else ControlConfig(how=how, rank=4)
 
 
 def randomize(network: torch.nn.Module, part: str = "", std: float = 0.1) -> None:
@@ -212,7 +212,7 @@ def test_only_the_control_has_gradients() -> None:
     for how in HOW:
         adapters.attach(network, how, config_of(how).layers(network, ()))
     randomize(network, "adapters")
-    network(image(), TIMES, replace(condition, control=control(3))).square().sum().backward()
+    network(image(), TIMES, replace(condition, control=control(len(HOW)))).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == ("adapters" in name), name
 
@@ -230,6 +230,30 @@ def test_a_control_is_counted_and_cannot_be_merged() -> None:
     assert list(network.controls) == ["edges"]
 
 
+def test_an_image_prompt_is_decoupled_attention() -> None:
+    """Ye et al. 2023, equation 5: to the attention between tokens is added that to the tokens of the image."""
+    network, condition = build("adaln-zero")
+    config = ControlConfig(how="prompt", tokens=3)
+    assert (config.image.kind, config.summary()) == ("image", "control by image, prompt, 3 tokens")
+    adapters.attach(network, "ip", config.layers(network, ()))
+    [layer] = network.controls.values()
+    assert sum(parameter.numel() for parameter in layer.parameters()) == 2 * 4 * 32**2 + 3 * 32 + 4 * 33 * 32 + 2 * 32
+    randomize(network, "adapters")
+    with_prompt = replace(condition, control=control())
+    [inputs] = network.prepare(with_prompt).prepared_control
+    attention, seen = network.blocks[1].attn, {}
+    handles = [attention.qkv.register_forward_hook(lambda module, given, output: seen.update(qkv=output))]
+    handles += [attention.proj.register_forward_pre_hook(lambda module, given: seen.update(mixed=given[0]))]
+    network(image(), TIMES, with_prompt)
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in seen["qkv"].chunk(3, dim=-1))
+    keys, values = inputs.keys_values[1]
+    assert keys.shape == values.shape == (3, 4, 3, 8)
+    expected = sum((q @ each.mT / 8**0.5).softmax(-1) @ value for each, value in ((k, v), (keys, values)))
+    torch.testing.assert_close(seen["mixed"], expected.transpose(1, 2).flatten(2), rtol=1e-4, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
 def test_networks_without_a_place_for_a_control() -> None:
     config = ControlConfig()
     unet = UNetConfig(input_size=(8, 8), in_channels=3, out_channels=3, num_classes=0)
@@ -243,7 +267,13 @@ def test_networks_without_a_place_for_a_control() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"how": "copy", "rank": 4}, "rank has no effect"), ({"copies": 2}, "it needs how=copy")]
+    ("settings", "message"),
+    [
+        ({"how": "copy", "rank": 4}, "rank has no effect"),
+        ({"copies": 2}, "it needs how=copy"),
+        ({"tokens": 2}, "it needs how=prompt"),
+        ({"how": "prompt", "rank": 4}, "rank has no effect"),
+    ],
 )
 def test_settings_without_effect_are_errors(settings: dict, message: str) -> None:
     with pytest.raises(TesseraError, match=message):
