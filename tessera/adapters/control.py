@@ -42,7 +42,7 @@ class ControlLayer(AdapterLayer):
         """The output of the network as it is: a control acts inside."""
         return output
 
-    def merge(self, module: Any) -> None:
+    def merge(self, module: Any, base: Mapping[str, Tensor]) -> None:
         raise TesseraError("a control cannot be merged into the weights: it needs an image in each call")
 
     @abstractmethod
@@ -69,7 +69,7 @@ class ControlLowRank(LowRank):
         factor = strength.to(output.dtype)[:, None, None] if isinstance(strength, Tensor) else strength
         return output + factor * (self.scale * self.delta_output(x)).to(output.dtype)
 
-    def merge(self, module: nn.Linear) -> None:
+    def merge(self, module: nn.Linear, base: Mapping[str, Tensor]) -> None:
         """Nothing: the part of the network raises."""
 
 

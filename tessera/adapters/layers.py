@@ -29,8 +29,8 @@ class AdapterLayer(nn.Module, ABC):
         """The adapted output, from the input of the module and its output so far."""
 
     @abstractmethod
-    def merge(self, module: Any) -> None:
-        """Change the module's own parameters in place so that its output is the adapted one."""
+    def merge(self, module: Any, base: Mapping[str, Tensor]) -> None:
+        """Change the module's own parameters in place so that its output is the adapted one. base: what they were"""
 
     @classmethod
     @abstractmethod
@@ -113,14 +113,14 @@ class LinearAdapter(AdapterLayer):
         return output + self.strength * change
 
     @torch.no_grad()
-    def merge(self, module: nn.Linear) -> None:
-        weight = module.weight[self.rows]
+    def merge(self, module: nn.Linear, base: Mapping[str, Tensor]) -> None:
+        weight = base["weight"][self.rows]
         change = self.scale * self.delta()
         if self.magnitude is not None:
             factor = self.magnitude / self._lengths(weight)
             factor = factor[:, None] if factor.ndim == 1 else factor
             change = (factor - 1) * weight + factor * change
-        weight += self.strength * change
+        module.weight[self.rows] += self.strength * change
 
     def _lengths(self, weight: Tensor) -> Tensor:
         """The lengths of the rows [O] or columns [1, I] of the changed weight"""
@@ -257,7 +257,7 @@ class BiasDelta(AdapterLayer):
         return output + self.strength * self.values.to(output.dtype)
 
     @torch.no_grad()
-    def merge(self, module: nn.Linear) -> None:
+    def merge(self, module: nn.Linear, base: Mapping[str, Tensor]) -> None:
         module.bias.add_(self.strength * self.values)
 
 
@@ -279,7 +279,7 @@ class OutputScale(AdapterLayer):
         return output * (1 + self.strength * self.values).to(output.dtype)
 
     @torch.no_grad()
-    def merge(self, module: nn.Linear) -> None:
+    def merge(self, module: nn.Linear, base: Mapping[str, Tensor]) -> None:
         factor = 1 + self.strength * self.values
         module.weight *= factor[:, None]
         if module.bias is not None:
@@ -309,7 +309,7 @@ class Rows(AdapterLayer):
         return output + self.strength * (matches @ self.values).to(output.dtype)
 
     @torch.no_grad()
-    def merge(self, module: nn.Embedding) -> None:
+    def merge(self, module: nn.Embedding, base: Mapping[str, Tensor]) -> None:
         module.weight[self.numbers] += self.strength * self.values
 
 

@@ -26,19 +26,26 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 Layers = Mapping[str, Mapping[str, AdapterLayer]]  # by the name of the module, then by kind (and projection)
 
 
+class _Adapters(nn.ModuleDict):
+    """The adapters of a module. Their names may be those of attributes, such as `half`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
+
+
 def attach(network: Network, name: str, layers: Layers) -> None:
     """Add an adapter to a network, in place. Several may be attached; they act one after another.
 
     Raises TesseraError if the network has an adapter of this name.
     """
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or name == ATTRIBUTE:
         raise TesseraError(f"'{name}' cannot be the name of an adapter: use letters, digits, _ and -")
     if name in attached(network):
         raise TesseraError(f"there are two adapters with the name '{name}': give each its own, as in NAME=FILE:0.8")
     for module_name, by_kind in layers.items():
         module = network.get_submodule(module_name)
         if not hasattr(module, ATTRIBUTE):
-            module.add_module(ATTRIBUTE, nn.ModuleDict())
+            module.add_module(ATTRIBUTE, _Adapters())
             module.register_forward_hook(_apply)
         ordered = {kind: by_kind[kind] for kind in sorted(by_kind, key=lambda kind: _order(kind))}
         for layer in ordered.values():
@@ -115,12 +122,12 @@ def merge(network: nn.Module) -> dict[str, Tensor]:
     """
     originals: dict[str, Tensor] = {}
     for module_name, module, adapters in list(adapted_modules(network)):
-        for name, parameter in module.named_parameters(recurse=False):
-            originals[f"{module_name}.{name}"] = parameter.detach().clone()
+        base = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
+        originals |= {f"{module_name}.{name}": tensor for name, tensor in base.items()}
         for by_kind in adapters.values():
             for layer in cast(nn.ModuleDict, by_kind).values():
                 if cast(AdapterLayer, layer).strength:
-                    cast(AdapterLayer, layer).merge(module)
+                    cast(AdapterLayer, layer).merge(module, base)
     detach(network)
     return originals
 

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, Posi
 from torch import Tensor, nn
 
 from tessera import runtime
+from tessera.errors import TesseraError
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.models.network import Network
@@ -111,6 +112,10 @@ class MuonConfig(OptimizerConfig):
             Matrix(name, parameters.pop(name), network.get_parameter(name), num_projections)
             for name, num_projections in hidden_matrices(network).items()
         ]
+        if not matrices:
+            raise TesseraError(
+                "muon trains the matrices of the blocks, and here they are frozen: set training.optimizer.kind=adamw"
+            )
         return MuonAndAdamW(matrices, _adamw(parameters, self, self.adamw_learning_rate or self.learning_rate), self)
 
 

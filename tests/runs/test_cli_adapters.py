@@ -191,3 +191,8 @@ def test_info_tells_of_adapters(tessera, adapt):
     facts = tessera("info", adapt("lora")).out
     assert "adapter (LoRA of rank 2, " in facts
     assert "strength 1)" in facts
+
+
+def test_muon_needs_a_matrix_to_train(tessera, recipe, base, tmp_path):
+    words = (f"run_dir={tmp_path / 'lora'}", f"training.init_from={base}", *ADAPTER, "training.optimizer.kind=muon")
+    assert "set training.optimizer.kind=adamw" in tessera("train", recipe, *words).err
