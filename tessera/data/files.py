@@ -79,17 +79,14 @@ class FilesConfig(ImagesConfig):
     def description(self) -> str:
         return f"{self.kind} {', '.join(self.paths)}"
 
-    def open(self, allow_one_class: bool = False) -> "FilesDataset":
-        """The data set for training; what it leaves out is printed. Raises TesseraError if its layout is not valid.
-
-        allow_one_class: for a model that has more classes than the data
-        """
+    def open(self) -> "FilesDataset":
+        """The data set for training; what it leaves out is printed. Raises TesseraError if its layout is not valid."""
         dataset = FilesDataset(self)
         for note in dataset.notes:
             if note.severity == "warning":
                 _print_once(note.text)  # before an error, whose cause may be there
         for note in dataset.notes:
-            if note.severity == "error" and not (allow_one_class and note.kind == "one-class"):
+            if note.severity == "error":
                 raise TesseraError(note.text)
         return dataset
 

@@ -248,10 +248,11 @@ class SampleRequest:
             text, mask = model.text_encoder.encode(self.prompts, cut=True)
             inputs["text"] = [tokens[valid] for tokens, valid in zip(text, mask)]
         condition = network.condition_type.encode(inputs, model)
-        size = np.shape(self.init_image)[:-1] if self.init_image is not None else self.size
-        controls = encode_controls(model, self.controls, (size or image_size(model))[-2:], num_rows, joins)
-        if controls is not None:
-            condition = replace(condition, control=controls[0], control_strength=controls[1])
+        if self.controls or model.network.controls:  # otherwise the codec is not loaded yet
+            size = np.shape(self.init_image)[:-1] if self.init_image is not None else self.size
+            controls = encode_controls(model, self.controls, (size or image_size(model))[-2:], num_rows, joins)
+            if controls is not None:
+                condition = replace(condition, control=controls[0], control_strength=controls[1])
         null = _expand_condition(condition.null(model.null_fields), num_rows)
         weak = replace(null, **_expand_condition(self._negative(model, config), num_rows).present)
         is_null = torch.tensor([each is None for each in self.negative.get("text", ())])

@@ -260,10 +260,8 @@ def measure_text(recipe: Recipe, dataset: Dataset | LatentsDataset) -> tuple[Rec
 def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsDataset:
     """The data of a recipe, or its latent cache. Raises TesseraError."""
     data = recipe.data
-    if not isinstance(data, FilesConfig):
-        return data.open()
-    dataset = data.open(allow_one_class=recipe.adapter is not None)
-    return dataset if data.cache is None else open_cache(Path(data.cache), data, codec, dataset)
+    cache = data.cache if isinstance(data, FilesConfig) else None
+    return data.open() if cache is None else open_cache(Path(cache), data, codec, data.open())
 
 
 def files_dataset(dataset: Dataset | LatentsDataset) -> FilesDataset | None:

@@ -22,6 +22,7 @@ from tessera.cli import image_files
 from tessera.data import FilesConfig, files
 from tessera.data.images import InvalidSample
 from tessera.data.resolve import open_data, resolve_data
+from tessera.data.resolve import check_classes
 from tessera.errors import TesseraError
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource
 from tessera.interop import load
@@ -142,7 +143,7 @@ def test_a_data_set_is_read_and_the_rest_is_named(field_inputs, tmp_path, case):
     assert sorted(findings(path, tmp_path)) == expected.split()
     if case.refused:
         with pytest.raises(TesseraError, match=re.escape(case.refused)):
-            config.open()
+            check_classes(config.open().class_names, config)
         return
     source = config.open()
     assert (len(source), " ".join(source.class_names)) == (case.count, case.names)
