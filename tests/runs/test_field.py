@@ -21,8 +21,7 @@ from PIL import Image
 from tessera.cli import image_files
 from tessera.data import FilesConfig, files
 from tessera.data.images import InvalidSample
-from tessera.data.resolve import open_data, resolve_data
-from tessera.data.resolve import check_classes
+from tessera.data.resolve import check_classes, open_data, resolve_data
 from tessera.errors import TesseraError
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource
 from tessera.interop import load
