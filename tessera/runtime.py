@@ -21,7 +21,7 @@ from tessera.errors import TesseraError
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
-_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -4  # parameters of mallopt in <malloc.h>
+_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -3, -4  # parameters of mallopt in <malloc.h>
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -84,11 +84,26 @@ def keep_freed_memory() -> bool:
     when they are freed, and the next step pays for new pages filled with zeros. With this setting the process never
     shrinks, so a command may call this, and a library function should not.
     """
+    return _mallopt({_MALLOPT_MMAP_MAX: 0, _MALLOPT_TRIM_THRESHOLD: -1})
+
+
+def return_freed_memory() -> bool:
+    """Make malloc return each freed block of 4 MiB or more to the system. Returns whether the C library can.
+
+    By default glibc soon does so for the largest blocks only. Others lie between tensors that stay, such as gradients,
+    and new tensors do not fit into them: with an adapter on a large network, a process then grows to several times the
+    size of its tensors. Small networks have no tensors of this size, so that this costs them little time.
+    """
+    return _mallopt({_MALLOPT_MMAP_THRESHOLD: 2**22, _MALLOPT_TRIM_THRESHOLD: 2**22})
+
+
+def _mallopt(settings: dict[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return False
-    return bool(mallopt(_MALLOPT_MMAP_MAX, 0)) and bool(mallopt(_MALLOPT_TRIM_THRESHOLD, -1))
+    results = [mallopt(parameter, value) for parameter, value in settings.items()]
+    return all(results)
 
 
 def synchronize(device: torch.device) -> None:

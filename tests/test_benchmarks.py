@@ -15,6 +15,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 # Arguments that make a script fast. The first ones of each script run in every test run, the others in `make prove`.
 # {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
 SMALL = {
+    "adapter_memory": ["--out {tmp} --model DiT-S/8 --batch 1 --steps 1 --only '+ base in nf4; full fine-tuning'"],
     "against_diffusers": ["--models DiT-S/8 --batches 1 --rounds 1"],
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
     "block_speed": ["--grid 2 --batch 2 --rounds 1", "--text 4 --grid 2 --batch 2 --width 32 --depth 1 --rounds 1"],

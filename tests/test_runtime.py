@@ -79,3 +79,29 @@ def test_freed_memory_is_kept_if_enabled(enabled, least, most):
         [sys.executable, "-c", PROGRAM.format(enabled=enabled)], capture_output=True, text=True, check=True
     )
     assert least < float(process.stdout) < most
+
+
+# Large blocks with small ones between them, which stay.
+FRAGMENTS = (
+    PROGRAM.partition("if {enabled}")[0].replace("keep_freed_memory", "return_freed_memory")
+    + """
+if {enabled}:
+    assert return_freed_memory()
+before, small = resident(), []
+for _ in range(2):
+    blocks = []
+    for _ in range(8):
+        blocks.append(bytearray(16 << 20))
+        small.append(bytearray(50_000))
+    del blocks
+print(resident() - before)
+"""
+)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(("enabled", "least", "most"), [(False, 60, 140), (True, -10, 20)])
+def test_freed_memory_is_returned_if_enabled(enabled, least, most):
+    program = FRAGMENTS.format(enabled=enabled)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert least < float(process.stdout) < most

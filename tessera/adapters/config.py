@@ -19,6 +19,7 @@ from tessera.adapters.control import (
 )
 from tessera.adapters.layers import AdapterLayer, BiasDelta, LowRank, OutputScale, Rows
 from tessera.adapters.network import ATTRIBUTE, Layers
+from tessera.adapters.quantized_base import BaseFormat
 from tessera.conditioning.control import AnyControlImage, Edges
 from tessera.encoders.text import WordsEncoder
 from tessera.errors import TesseraError
@@ -38,6 +39,10 @@ class AdapterConfig(Settings, ABC):
     """What all kinds of adapters have."""
 
     kind: str
+    base_weights: BaseFormat = Field(
+        default="float32",
+        description="how the frozen weights of the blocks are held in training; in fewer bits they take less memory",
+    )
 
     @abstractmethod
     def layers(self, network: Network, class_names: tuple[str, ...], vocabulary: tuple[str, ...] = ()) -> Layers:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tessera.adapters.control import CONTROL_LAYERS, ControlLayer
 from tessera.adapters.layers import CHANGES, AdapterLayer
+from tessera.adapters.quantized_base import base_format_of, quantize_base
 from tessera.errors import TesseraError, bullet_list
 from tessera.models.network import Network
 from tessera.settings import unknown_name
@@ -118,8 +119,11 @@ def detach(network: nn.Module, name: str | None = None) -> None:
 def merge(network: nn.Module) -> dict[str, Tensor]:
     """Merge all adapters into the weights, in place, and remove them.
 
-    Returns copies of the weights that were changed, by name: `unmerge` puts them back, bit for bit.
+    Returns copies of the weights that were changed, by name: `unmerge` puts them back, bit for bit. Raises TesseraError
+    if the weights are not in float32.
     """
+    if isinstance(network, Network) and (base_format := base_format_of(network)) != "float32":
+        raise TesseraError(f"an adapter cannot be merged into weights in {base_format}: load its base in float32")
     originals: dict[str, Tensor] = {}
     for module_name, module, adapters in list(adapted_modules(network)):
         base = {name: parameter.detach().clone() for name, parameter in module.named_parameters(recurse=False)}
@@ -199,6 +203,7 @@ def build_like(network: Network) -> Network:
     """A network of the same structure, adapters included, without values (on the meta device)."""
     with torch.device("meta"):
         copy = network.config.build()
+        quantize_base(copy, base_format_of(network))
     for name, strength in attached(network).items():
         grouped: dict[str, dict[str, AdapterLayer]] = {}
         for module_name, _, kind, layer in adapter_layers(network, name):

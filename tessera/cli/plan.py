@@ -109,6 +109,7 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         work.name,
         f"network      {work.network.summary()}",
         f"             {plan.parameters:,} parameters, {plan.gmacs:.4g} GMACs per forward pass",
+        *_adapter(plan),
         f"training     {work.steps:,} steps of {work.global_batch_size} "
         f"({split.micro_batch_size} per device{micro_batches}): "
         f"{plan.flops_per_step / work.global_batch_size:.4g} FLOPs per sample, {plan.flops:.4g} in total",
@@ -118,7 +119,9 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         f"memory       peak {_bytes(plan.memory_bytes)} per device of {_bytes(hardware.usable_bytes)} usable: "
         + ("fits" if plan.fits else "DOES NOT FIT"),
         f"             weights {_bytes(memory.weights)}, EMA {_bytes(memory.ema)}, optimizer "
-        f"{_bytes(memory.optimizer)}, gradients {_bytes(memory.gradients)}, activations {_bytes(memory.activations)}",
+        f"{_bytes(memory.optimizer)}, gradients {_bytes(memory.gradients)}, activations {_bytes(memory.activations)}"
+        + (f", copies for a checkpoint {_bytes(memory.saving)}" if memory.saving else "")
+        + (f"; {_bytes(memory.loading)} while loading" if memory.loading else ""),
     ]
     if plan.alternatives:
         lines += [*_alternatives(plan), ""]
@@ -145,7 +148,9 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         f"cost         {plan.device_hours:.4g} device hours"
         + (f", ${plan.cost:,.2f} at ${hardware.price:g} per hour" if hardware.price else ""),
         f"disk         {_bytes(plan.disk_bytes)} for {work.num_checkpoints} checkpoints of "
-        f"{_bytes(plan.checkpoint_bytes)}" + _data(plan),
+        f"{_bytes(plan.checkpoint_bytes)}"
+        + (f" and the base, {_bytes(work.adapter.base_bytes)}" if work.adapter else "")
+        + _data(plan),
     ]
     if plan.budget is not None:
         outcome = plan.budget
@@ -156,6 +161,15 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
     lines += _optimal(plan, law)
     lines += [f"note         {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _adapter(plan: "Plan") -> list[str]:
+    adapter = plan.workload.adapter
+    if adapter is None:
+        return []
+    share = adapter.trained_parameters / plan.parameters
+    base = f"the base in {adapter.base_weights}"
+    return [f"adapter      {adapter.summary}: {adapter.trained_parameters:,} parameters ({share:.1%}), {base}"]
 
 
 def _alternatives(plan: "Plan") -> list[str]:

@@ -19,17 +19,16 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
     """
-    from tessera.runtime import choose_device, keep_freed_memory
     from tessera.training import loop
     from tessera.training.dry_run import dry_run as estimate_run
     from tessera.training.recipe import read_recipe
+    from tessera.training.run import set_memory_policy
 
     config = read_recipe(recipe, overrides or [])
+    set_memory_policy(config)
     if dry_run:
         print(estimate_run(config, resume, log=print_error))
         return
-    if choose_device(config.training.device).type == "cpu":
-        keep_freed_memory()
     folder = loop.train(config, resume)
     if os.environ.get("RANK", "0") == "0":
         print(folder)

@@ -37,7 +37,7 @@ class Modulation(nn.Sequential):
 
     def macs(self) -> int:
         """Multiply-adds for one conditioning vector."""
-        return self.linear.weight.numel()
+        return self.linear.in_features * self.linear.out_features
 
 
 class ScaleShiftTable(nn.Module):

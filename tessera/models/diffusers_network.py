@@ -229,7 +229,9 @@ def _follow_weights(network: nn.Module, incompatible: Any) -> None:
 
 def _on_meta(module: nn.Module) -> nn.Module:
     """A copy whose weights have no data."""
-    weights: dict[int, Any] = {id(each): nn.Parameter(each.detach().to("meta")) for each in module.parameters()}
+    weights: dict[int, Any] = {
+        id(each): nn.Parameter(each.detach().to("meta"), each.requires_grad) for each in module.parameters()
+    }
     return copy.deepcopy(module, weights)
 
 

@@ -52,6 +52,19 @@ class SamplingWork:
 
 
 @dataclass(frozen=True)
+class AdapterWork:
+    """An adapter that alone is trained, on frozen weights."""
+
+    summary: str
+    base_weights: str  # their format in memory
+    trained_parameters: int
+    saved_bytes: int  # of the adapter and its averages in a checkpoint
+    base_bytes: int  # of the frozen weights in float32, in the run's folder
+    can_recompute: bool  # with activation checkpointing
+    is_uniform: bool  # whether each block has the same layers, so that a deep network can be extrapolated
+
+
+@dataclass(frozen=True)
 class Workload:
     """The properties of a training run that decide its cost."""
 
@@ -75,6 +88,7 @@ class Workload:
     latent_bytes: int  # of an image in a latent cache; 0 without a codec
     notes: tuple[str, ...] = ()  # assumptions
     text: str = ""  # the text encoder and the captions; "" without text
+    adapter: AdapterWork | None = None  # None: all weights are trained
 
 
 class BatchLayout(NamedTuple):
@@ -96,6 +110,8 @@ class Memory:
     gradients: int
     activations: int  # saved for the backward pass, with the batch
     peak: int  # of a step: not all of the above exist at the same time, and temporary tensors are added
+    saving: int = 0  # on a CPU: copies for a checkpoint, which is written beside the next steps; part of the peak
+    loading: int = 0  # before the first step: a base in float32 and in fewer bits. The former is mapped from its file
 
 
 @dataclass(frozen=True)
@@ -196,14 +212,23 @@ class Plan:
         return self.memory.peak
 
     @property
+    def trained_parameters(self) -> int:
+        adapter = self.workload.adapter
+        return self.parameters if adapter is None else adapter.trained_parameters
+
+    @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint: EMA, weights and optimizer state."""
-        return (self.memory.weights + self.memory.ema + self.memory.optimizer) * self.layout.shards
+        """Bytes of one checkpoint: EMA, weights and optimizer state; only those of an adapter, if that is trained."""
+        optimizer = self.memory.optimizer * self.layout.shards
+        if self.workload.adapter is not None:
+            return self.workload.adapter.saved_bytes + optimizer
+        return (self.memory.weights + self.memory.ema) * self.layout.shards + optimizer
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all checkpoints that are on disk at the same time."""
-        return self.checkpoint_bytes * self.workload.num_checkpoints
+        """Bytes of all checkpoints that are on disk at the same time, and of the base of an adapter."""
+        adapter = self.workload.adapter
+        return self.checkpoint_bytes * self.workload.num_checkpoints + (0 if adapter is None else adapter.base_bytes)
 
     @property
     def latents_bytes(self) -> int | None:
@@ -223,6 +248,7 @@ class Plan:
             "pixels_bytes": None if workload.num_images is None else workload.num_images * workload.image_bytes,
             "layout": self.layout._asdict(),
             "memory": asdict(self.memory),
+            "adapter": None if workload.adapter is None else asdict(workload.adapter),
             "alternatives": [asdict(alternative) for alternative in self.alternatives],
             "budget": None if self.budget is None else asdict(self.budget),
             "notes": list(self.notes),
@@ -231,7 +257,8 @@ class Plan:
 
 _WORKLOAD_KEYS = ("steps", "global_batch_size", "activation_checkpointing", "num_images", "text")
 _PLAN_KEYS = (
-    "parameters", "gmacs", "precision", "flops_per_step", "flops", "fits", "largest_batch", "largest_model",
+    "parameters", "trained_parameters", "gmacs", "precision", "flops_per_step", "flops", "fits",
+    "largest_batch", "largest_model",
     "step_seconds", "images_per_second", "mfu", "seconds", "evaluation_seconds", "device_hours", "cost",
     "checkpoint_bytes", "disk_bytes", "latents_bytes",
 )  # fmt: skip
@@ -342,17 +369,18 @@ def count_macs_and_parameters(config: NetworkConfig) -> tuple[int, int]:
     return network.macs(), parameter_count(network)
 
 
-def device_memory(step: StepMemory, shards: int, blocks: int) -> Memory:
+def device_memory(step: StepMemory, shards: int, blocks: int, saving: int = 0, loading: int = 0) -> Memory:
     """The memory of one device if weights, EMA, optimizer state and gradients are divided into shards.
 
     FSDP gathers the weights of a block before they are used, and those of the next block at the same time.
+    saving, loading: bytes of a checkpoint beside a step, and before the first step.
     """
     weights, ema, optimizer = step.weights // shards, step.ema // shards, step.optimizer // shards
     gradients = step.gradients // shards
     gathered = 0 if shards == 1 else 2 * step.weights // blocks
     temporary = max(step.activations, step.peak - step.gradients + gradients)
-    peak = weights + ema + optimizer + temporary + gathered
-    return Memory(weights, ema, optimizer, gradients, step.activations, peak)
+    peak = weights + ema + optimizer + temporary + gathered + saving
+    return Memory(weights, ema, optimizer, gradients, step.activations, peak, saving, loading)
 
 
 def _dtype(precision: Precision) -> torch.dtype | None:
@@ -388,18 +416,39 @@ class _Planner:
     ) -> StepMemory:
         # The second micro-batch is the first one beside which gradients exist.
         step = layout.micro_batch_size, min(layout.accumulation_steps, 2), _dtype(precision), checkpointing
-        values = _extrapolate(network, lambda config: self.trace(config, *step).memory, SHALLOW_DEPTHS[1])
+        values = self._extrapolate(network, lambda config: self.trace(config, *step).memory, SHALLOW_DEPTHS[1])
         return StepMemory(*map(round, values))
 
     def memory(
         self, network: NetworkConfig, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing
     ) -> Memory:
-        step = self.step_memory(network, layout, precision, checkpointing)
-        return device_memory(step, layout.shards, len(meta_network(network).blocks))
+        step, adapter = self.step_memory(network, layout, precision, checkpointing), self.workload.adapter
+        loading = saving = 0
+        if self.hardware.device == "cpu":  # of a GPU, the copies are in the memory of the host
+            trained = step.weights if adapter is None else step.gradients
+            saving = 2 * (trained + step.optimizer) + step.ema - step.shared  # the state is serialized in memory
+        if adapter is not None and adapter.base_weights != "float32":
+            loading = 4 * parameter_count(meta_network(network)) + step.weights
+        if layout.devices == 1:
+            step = step._replace(ema=step.ema - step.shared)
+        return device_memory(step, layout.shards, len(meta_network(network).blocks), saving, loading)
 
     def extrapolate_seconds(self, measure: Callable[[NetworkConfig], tuple[float, ...]]) -> tuple[float, ...]:
         max_depth = SHALLOW_DEPTHS[1] if self.profiler is None else MAX_MEASURED_DEPTH
-        return _extrapolate(self.workload.network, measure, max_depth)
+        return self._extrapolate(self.workload.network, measure, max_depth)
+
+    def _extrapolate(
+        self, network: NetworkConfig, measure: Callable[[NetworkConfig], tuple[float, ...]], max_depth: int
+    ) -> tuple[float, ...]:
+        """Values that grow linearly with the number of blocks. For a transformer deeper than `max_depth` they are
+        extrapolated from two shallow ones, unless an adapter changes some of the blocks only."""
+        adapter = self.workload.adapter
+        is_uniform = adapter is None or adapter.is_uniform
+        if not isinstance(network, DiTConfig) or not is_uniform or network.depth <= max_depth:
+            return measure(network)
+        less, more = SHALLOW_DEPTHS
+        low, high = (measure(network.model_copy(update={"depth": depth})) for depth in SHALLOW_DEPTHS)
+        return tuple(a + (b - a) / (more - less) * (network.depth - less) for a, b in zip(low, high))
 
     def step_seconds(self, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing) -> float:
         """Seconds of forward and backward passes of all micro-batches, and of the update."""
@@ -430,8 +479,12 @@ class _Planner:
 
     def alternatives(self, plan: Plan) -> Iterator[Alternative]:
         current = (plan.precision, self.workload.activation_checkpointing, plan.layout.shards)
+        adapter = self.workload.adapter
+        modes: tuple[Checkpointing, ...] = get_args(Checkpointing)
+        if adapter is not None and not adapter.can_recompute:
+            modes = ("none",)
         for precision in get_args(Precision):
-            for checkpointing in get_args(Checkpointing):
+            for checkpointing in modes:
                 seconds = None
                 if self.profiler is None:  # measuring all of them would take too long
                     seconds = self.step_seconds(plan.layout, precision, checkpointing)
@@ -477,15 +530,3 @@ class _Planner:
             if self.memory(config, plan.layout, plan.precision, checkpointing).peak <= self.hardware.usable_bytes:
                 return name
         return None
-
-
-def _extrapolate(
-    network: NetworkConfig, measure: Callable[[NetworkConfig], tuple[float, ...]], max_depth: int
-) -> tuple[float, ...]:
-    """Values that grow linearly with the number of blocks. For a transformer deeper than `max_depth` they are
-    extrapolated from two shallow ones."""
-    if not isinstance(network, DiTConfig) or network.depth <= max_depth:
-        return measure(network)
-    less, more = SHALLOW_DEPTHS
-    low, high = (measure(network.model_copy(update={"depth": depth})) for depth in SHALLOW_DEPTHS)
-    return tuple(a + (b - a) / (more - less) * (network.depth - less) for a, b in zip(low, high))

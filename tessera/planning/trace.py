@@ -96,6 +96,7 @@ class StepMemory(NamedTuple):
     gradients: int
     activations: int  # alive after the forward pass, with the batch
     peak: int  # beside weights, EMA and optimizer state; includes the gradients
+    shared: int = 0  # of the EMA: frozen weights, which a single process does not copy
 
 
 @dataclass(frozen=True)

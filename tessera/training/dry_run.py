@@ -10,6 +10,8 @@ from pathlib import Path
 from tessera import generation, runtime
 from tessera.errors import TesseraError
 from tessera.generation.bulk import bulk_request
+from tessera.models.network import parameter_count
+from tessera.planning.trace import meta_network
 from tessera.reporting.text import format_duration
 from tessera.training import checkpoint
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
@@ -34,6 +36,8 @@ class RunEstimate:
     checkpoint_bytes: int
     invalid_samples: int
     text: str = ""  # the text encoder and the captions; "" without text
+    trained_parameters: int = 0
+    base_bytes: int = 0  # of the copy of the weights below an adapter, on disk; 0 if all weights are trained
 
     def __str__(self) -> str:
         invalid = f", {self.invalid_samples} invalid so far" if self.invalid_samples else ""
@@ -41,11 +45,13 @@ class RunEstimate:
             (
                 f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
                 f"data         {self.images:,} images{invalid}",
+                *([f"adapter      {self.trained_parameters:,} parameters are trained"] if self.base_bytes else []),
                 *([f"text         {self.text}"] if self.text else []),
                 f"step         {self.seconds_per_step * 1000:.4g} ms",
                 f"run          {format_duration(self.seconds)}",
                 f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
-                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB per checkpoint",
+                f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB per checkpoint"
+                + (f", and {self.base_bytes / 2**20:,.0f} MiB for the base" if self.base_bytes else ""),
             )
         )
 
@@ -65,6 +71,8 @@ def dry_run(
         if path is not None:
             check_compatible(run, path)
         config, device = run.recipe.training, run.ema_model.device
+        base_bytes = sum(tensor.nbytes for tensor in (run.base or {}).values())
+        run.base = None
         batches = run.loader.batches()
         times = []
         try:
@@ -84,12 +92,13 @@ def dry_run(
         files = checkpoint.checkpoint_path(Path(scratch), 1).rglob("*")
         size = sum(file.stat().st_size for file in files if file.is_file())
         free = shutil.disk_usage(_existing_parent(run_dir)).free
-        needed = size * (config.keep_last + 1)
+        needed = size * (config.keep_last + 1) + base_bytes
         if needed > free:
             raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
         text = run.loader.dataset.text
+        trained = sum(weight.numel() for weight in run.network.parameters() if weight.requires_grad)
         return RunEstimate(
-            parameters=sum(parameter.numel() for parameter in run.network.parameters()),
+            parameters=parameter_count(meta_network(run.recipe.network)),
             gmacs=run.macs / 1e9,
             images=len(run.loader.dataset),
             seconds_per_step=seconds_per_step,
@@ -98,6 +107,8 @@ def dry_run(
             checkpoint_bytes=size,
             invalid_samples=len(run.loader.invalid_samples),
             text="" if text is None else text_summary(run.recipe, text.sizes),
+            trained_parameters=trained,
+            base_bytes=base_bytes,
         )
 
 

@@ -3,6 +3,7 @@
 The traced step is the trainer's own, so everything that a run does is counted.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tessera import sampling
+from tessera import adapters, bundle, sampling
 from tessera.acceleration import activation_checkpointing
 from tessera.acceleration.activation_checkpointing import CheckpointingMode
 from tessera.codecs import Codec, PixelsConfig, StoredConfig
@@ -28,27 +29,37 @@ from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import suite
 from tessera.models import PixArtConfig
-from tessera.models.network import NetworkConfig
+from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig, parameter_count
 from tessera.models.presets import PRESETS, UNET_PRESETS
 from tessera.planning.hardware import Hardware, find
-from tessera.planning.plan import Plan, SamplingWork, Workload, plan
+from tessera.planning.plan import AdapterWork, Plan, SamplingWork, Workload, plan
 from tessera.planning.trace import Recorder, StepMemory, StepTrace, Trace, fake_tensors, meta_network
 from tessera.reporting.text import format_bytes
 from tessera.runtime import autocast
 from tessera.sampling.denoiser import Denoiser
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import apply_overrides, validate
+from tessera.training import initialization
 from tessera.training.ema import EMA
 from tessera.training.parallel import ParallelContext
 from tessera.training.recipe import (
     Recipe,
     infer_pixel_channels,
+    inherit_text,
     read_recipe,
     resolve_recipe,
     resolve_text,
     text_settings,
 )
-from tessera.training.run import build_objective, measure_text, open_data, text_cache_folder
+from tessera.training.run import (
+    attach_trained,
+    build_objective,
+    load_init_model,
+    match_classes,
+    measure_text,
+    open_data,
+    text_cache_folder,
+)
 from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
@@ -79,6 +90,8 @@ def plan_for_recipe(
 def preset_recipe(name: str, overrides: list[str]) -> Recipe:
     """A preset trained as in the DiT paper on latents of 256 x 256 pixels, with overrides. Raises TesseraError."""
     data = apply_overrides({**PRESET_SETTINGS, "network": {"preset": name}}, overrides, Recipe)
+    if data.get("adapter") is not None:
+        data["training"] = {"init_from": name, **data["training"]}
     return validate(Recipe, data, f"{name} with these settings")
 
 
@@ -104,7 +117,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
 
     Raises TesseraError for invalid recipes.
     """
-    recipe, codec, images, text, notes = _resolve(recipe)
+    recipe, codec, images, class_names, text, notes = _resolve(recipe)
     config, network, evaluation = recipe.training, recipe.network, recipe.evaluation
     process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     num_evaluations = evaluation.count(config.steps)
@@ -129,7 +142,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         activation_checkpointing=config.activation_checkpointing,
         fsdp=config.fsdp,
         compile_mode="blocks" if config.compile == "auto" else config.compile,
-        trace_step=partial(trace_step, recipe),
+        trace_step=partial(trace_step, recipe, class_names=class_names),
         trace_call=trace_call,
         trace_encode=partial(_trace_encode, autoencoder, recipe.data.size) if autoencoder and not cached else None,
         trace_decode=partial(_trace_decode, autoencoder, network) if autoencoder else None,
@@ -148,6 +161,24 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         latent_bytes=0 if isinstance(recipe.codec, PixelsConfig) else latent_bytes,
         notes=tuple(notes),
         text="" if text is None else text_summary(recipe, text),
+        adapter=_adapter_work(recipe, class_names),
+    )
+
+
+def _adapter_work(recipe: Recipe, class_names: tuple[str, ...]) -> AdapterWork | None:
+    adapter = recipe.adapter
+    if adapter is None:
+        return None
+    model = _meta_model(recipe.network, recipe, class_names)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return AdapterWork(
+        summary=adapter.summary(),
+        base_weights=adapter.base_weights,
+        trained_parameters=trained,
+        saved_bytes=4 * trained * (1 + len(recipe.training.ema.decays)),
+        base_bytes=4 * parameter_count(meta_network(recipe.network)),
+        can_recompute=not (isinstance(adapter, adapters.ControlConfig) and adapter.low_rank),
+        is_uniform=not getattr(adapter, "where", None) and not isinstance(adapter, adapters.ControlConfig),
     )
 
 
@@ -177,18 +208,26 @@ def text_summary(recipe: Recipe, text: TextSizes) -> str:
     return "; ".join(parts)
 
 
-def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, TextSizes | None, list[str]]:
-    """The resolved recipe, its codec, the number of images, what is known of its text, and the assumptions."""
-    recipe = infer_pixel_channels(recipe)
+def _resolve(
+    recipe: Recipe,
+) -> tuple[Recipe, Codec | None, int | None, tuple[str, ...], TextSizes | None, list[str]]:
+    """The resolved recipe, its codec, the number of images, the names of the classes, what is known of its text, and
+    the assumptions."""
     notes: list[str] = []
+    start = _initial_config(recipe, notes)
+    is_unknown = recipe.adapter is not None and start is None and "codec" not in recipe.model_fields_set
+    if start is not None:
+        recipe = initialization.inherit_settings(recipe, bundle.Model(start, meta_network(start.network)))
+    recipe = inherit_text(infer_pixel_channels(recipe), start and start.text)
     codec = dataset = None
     stored = recipe.codec if isinstance(recipe.codec, StoredConfig) else None
-    if stored is None or stored.folder is not None:  # a plan downloads nothing
+    if not is_unknown and (stored is None or stored.folder is not None):  # a plan downloads nothing
         codec = recipe.codec.build()
     else:
+        name = "the codec" if stored is None else stored.source
         notes.append(
-            f"{stored.source} is not on this machine: a codec with a factor of 8 is assumed, and encoding and "
-            "decoding are left out"
+            f"{name} is not on this machine: a codec with a factor of 8 is assumed, and encoding and decoding are left "
+            "out"
         )
     if codec is not None:
         try:
@@ -198,26 +237,44 @@ def _resolve(recipe: Recipe) -> tuple[Recipe, Codec | None, int | None, TextSize
                 f"the data could not be opened ({str(error).splitlines()[0]}): the number of classes is that of the "
                 "network"
             )
-    if recipe.training.init_from is not None:
-        notes.append("training.init_from is left out: the network is the one of the recipe")
-    names = dataset.class_names if dataset is not None else ("",) * recipe.network.num_classes
+    if dataset is not None and start is not None and start.class_names and recipe.adapter is not None:
+        match_classes(dataset, start.class_names)
+    known = recipe.network if start is None else start.network
+    if dataset is not None:
+        names = dataset.class_names
+    elif isinstance(recipe.adapter, adapters.ClassesConfig) and not (start and start.class_names):
+        names = recipe.adapter.classes + ("",) * (known.num_classes - len(recipe.adapter.classes))
+    else:
+        names = (start and start.class_names) or ("",) * known.num_classes
     recipe, text = _text(recipe, dataset, notes)
     if codec is not None:
         recipe = resolve_recipe(recipe, names, codec, text=text)
     else:  # the network of the recipe, for latents of an eighth of the image size by default
         network = recipe.network
-        sizes: dict[str, Any] = {
-            "out_channels": recipe.diffusion.resolve(network.in_channels, network.input_size)
-            .build()
-            .out_channels(network.in_channels)
-        }
+        sizes: dict[str, Any] = {name: getattr(known, name) for name in DATA_DEPENDENT if name != "input_size"}
+        process = recipe.diffusion.resolve(known.in_channels, network.input_size).build()
+        sizes["out_channels"] = process.out_channels(known.in_channels)
         if text is not None:
             sizes |= text_settings(network, text)
         if "input_size" not in network.model_fields_set:
             sizes["input_size"] = tuple(side // 8 for side in recipe.data.size)
         unset = {key: value for key, value in sizes.items() if key not in network.model_fields_set}
         recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | unset, "network")})
-    return recipe, codec, None if dataset is None else len(dataset), text, notes
+    return recipe, codec, None if dataset is None else len(dataset), tuple(names), text, notes
+
+
+def _initial_config(recipe: Recipe, notes: list[str]) -> bundle.BundleConfig | None:
+    """The configuration of training.init_from. Of a bundle or a run no weights are read. None if it is not here."""
+    if recipe.training.init_from is None:
+        return None
+    path = Path(recipe.training.init_from).expanduser()
+    with contextlib.suppress(TesseraError):
+        return bundle.load_config(next(iter(bundle.checkpoints(path)), path))
+    if not path.exists():
+        notes.append(f"training.init_from={path} is not on this machine: the network is that of the recipe")
+        return None
+    model = load_init_model(recipe, None)
+    return None if model is None else model.config
 
 
 def _text(
@@ -281,16 +338,18 @@ def trace_step(
     accumulation_steps: int,
     dtype: torch.dtype | None,
     checkpointing: CheckpointingMode,
+    class_names: tuple[str, ...] = (),
 ) -> StepTrace:
     """One step of a resolved recipe with a given network, in `accumulation_steps` micro batches.
 
     It is not the first step, in which the optimizer allocates its state. Encoding is left out.
+    class_names: of the network; an adapter may name some.
     """
     config, count = recipe.training, micro_batch_size * accumulation_steps
     if network.num_classes:  # without a null class, labels are checked by value, which fake tensors do not have
         network = network.model_copy(update={"learn_null_class": True})
     process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
-    model = copy.deepcopy(meta_network(network))
+    model = _meta_model(network, recipe, class_names)
     ema = EMA(model, config.ema)
     with fake_tensors():
         for each in (model, *ema.networks.values()):
@@ -319,14 +378,17 @@ def trace_step(
         objective = build_objective(recipe, process, Latents(), dtype)  # pyright: ignore[reportArgumentType]
         state = TrainState(model, forward, optimizer, config.optimizer, ParallelContext())
         with recorder:
+            images = torch.empty(count, network.in_channels, *network.input_size, dtype=torch.uint8)
             batch = Batch(
-                torch.empty(count, network.in_channels, *network.input_size, dtype=torch.uint8),
+                images,
                 network.condition_type.example(network.condition_fields, count, network),
                 torch.empty(count, dtype=torch.int64),
+                torch.empty_like(images) if isinstance(recipe.adapter, adapters.ControlConfig) else None,
             )
             train_step(state, batch, objective, count, accumulation_steps, torch.empty(2))
             ema.update(1)
             laps.append(recorder.lap())
+        frozen = _bytes(weight for weight in model.parameters() if not weight.requires_grad)
         sizes = StepMemory(
             weights=_bytes(model.parameters()),
             ema=sum(_bytes(each.parameters()) for each in ema.networks.values()),
@@ -334,9 +396,18 @@ def trace_step(
             gradients=_bytes(weight for weight in model.parameters() if weight.requires_grad),
             activations=laps[0].live_bytes,
             peak=max(lap.peak_bytes for lap in laps),
+            shared=frozen * len(ema.networks) if recipe.adapter is not None else 0,
         )
         forward_trace, backward_trace, update_trace = laps
         return StepTrace(forward_trace, backward_trace, update_trace, sizes)
+
+
+def _meta_model(network: NetworkConfig, recipe: Recipe, class_names: tuple[str, ...]) -> Network:
+    """A network without values, with the adapter of a recipe."""
+    model = copy.deepcopy(meta_network(network))
+    if recipe.adapter is not None:
+        attach_trained(model, recipe, class_names)
+    return model
 
 
 def trace_call(network: NetworkConfig, rows: int) -> Trace:

@@ -70,7 +70,7 @@ class TrainingRun:
     compile_mode: compilation.CompileMode
     init_report: str  # which weights were taken from training.init_from
     scorer: Scorer | None  # if the recipe has evaluations
-    base: dict[str, Tensor] | None = None  # the whole weights below an adapter
+    base: dict[str, Tensor] | None = None  # the whole weights below an adapter, until they are in the run's folder
 
     @property
     def run_dir(self) -> Path:
@@ -139,12 +139,20 @@ def build_run(
     base_classes = init_model.config.class_names if init_model is not None and recipe.adapter is not None else ()
     recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log, base_classes)
     class_names = loader.dataset.class_names if recipe.network.num_classes else ()
-    network, init_report = build_network(recipe, class_names, device, init_model, resumes=checkpoint_dir is not None)
+    network, init_report = build_network(recipe, class_names, init_model, resumes=checkpoint_dir is not None)
     base = None
     ema_model_adapters = {}
     if recipe.adapter is not None:
+        if world.world_size > 1 and recipe.adapter.base_weights != "float32":
+            raise TesseraError(
+                f"adapter.base_weights={recipe.adapter.base_weights} is for one process, and there are "
+                f"{world.world_size}: their weights are divided by training.fsdp=full instead"
+            )
         base = adapters.base_state(network)
         ema_model_adapters[bundle.TRAINED] = add_adapter(recipe, network, class_names)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that autocast leaves in float32
+    network.to(device)
     ema = EMA(network, config.ema, share_frozen=world.world_size == 1)
     ema_model = build_ema_model(recipe, class_names, ema, codec)
     ema_model.adapters = ema_model_adapters
@@ -357,27 +365,42 @@ def add_adapter(recipe: Recipe, network: Network, class_names: tuple[str, ...]) 
         base=bundle.weights_hash(network),
         base_network=recipe.network.summary(),
     )
-    network.requires_grad_(False)
     torch.manual_seed(recipe.training.seed)
-    vocabulary = recipe.text.vocabulary if isinstance(recipe.text, WordsConfig) else ()
-    adapters.attach(network, bundle.TRAINED, recipe.adapter.layers(network, class_names, vocabulary))
+    attach_trained(network, recipe, class_names)
     return info
+
+
+def attach_trained(network: Network, recipe: Recipe, class_names: tuple[str, ...]) -> None:
+    """Attach the adapter of a recipe; the network itself is frozen, in the format that the adapter sets."""
+    assert recipe.adapter is not None
+    network.requires_grad_(False)
+    vocabulary = recipe.text.vocabulary if isinstance(recipe.text, WordsConfig) else ()
+    layers = recipe.adapter.layers(network, class_names, vocabulary)  # of the weights before they are quantized
+    adapters.quantize_base(network, recipe.adapter.base_weights)
+    adapters.attach(network, bundle.TRAINED, layers)
 
 
 def build_network(
     recipe: Recipe,
     class_names: tuple[str, ...],
-    device: torch.device,
     init_model: bundle.Model | None,
     resumes: bool = False,
 ) -> tuple[Network, str]:
-    """The network with its initial weights, and the report of the weights taken from another model.
+    """The network with its initial weights, on the CPU, and the report of the weights taken from another model.
 
     resumes: whether that model is a checkpoint of this run, of which only what is not trained is taken.
     """
     torch.manual_seed(recipe.training.seed)
-    network = recipe.network.build()
     report = ""
+    if recipe.adapter is not None and init_model is not None and _is_same_network(recipe, class_names, init_model):
+        network = init_model.network.train()  # not a copy: the base is in memory once
+        if resumes:
+            adapters.detach(network)
+        else:
+            adapters.merge(network)
+            report = f"{initialization.COPIED}: {', '.join(network.state_dict())}"
+        return network, report
+    network = recipe.network.build()
     if resumes:
         if recipe.adapter is not None and init_model is not None:
             network.load_state_dict(adapters.base_state(init_model.network))
@@ -391,9 +414,13 @@ def build_network(
                 f"{len(untrained)} of its weights, such as {untrained[0]}: leave out the settings of network: that "
                 "differ"
             )
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that autocast leaves in float32
-    return network.to(device), report
+    return network, report
+
+
+def _is_same_network(recipe: Recipe, class_names: tuple[str, ...], model: bundle.Model) -> bool:
+    """Whether a resolved recipe has the network of a model, so that its weights are taken as they are."""
+    network = model.network.config.model_dump()
+    return recipe.network.model_dump() == network and class_names == model.config.class_names
 
 
 def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, codec: Codec) -> bundle.Model:
@@ -481,6 +508,13 @@ def _training_pass(
     return run
 
 
+def set_memory_policy(recipe: Recipe) -> None:
+    """On a CPU, keep freed memory, which is faster; return it in runs that are to take little. For commands only."""
+    saves = recipe.adapter is not None or recipe.training.activation_checkpointing != "none"
+    if runtime.choose_device(recipe.training.device).type == "cpu":
+        (runtime.return_freed_memory if saves else runtime.keep_freed_memory)()
+
+
 def prepare_folder(run: TrainingRun) -> None:
     """Create the folder of the run with its recipe, codec and text encoder. Raises TesseraError if that fails."""
     run_dir = run.run_dir
@@ -489,6 +523,7 @@ def prepare_folder(run: TrainingRun) -> None:
     atomic_write(run_dir / RECIPE, to_yaml(run.recipe))
     if run.base is not None and not (run_dir / bundle.BASE).exists():
         bundle.save_base(run.ema_model.config, run.base, run_dir / bundle.BASE)
+    run.base = None
     source = files_dataset(run.loader.dataset)
     if source is not None and not (path := index_path(run_dir, run.data_fingerprint)).exists():
         index.write(source.table, path)

@@ -14,7 +14,8 @@ from tessera.cli import app
 from tessera.conditioning import Condition
 from tessera.interop import load
 from tessera.models.diffusers_classes import CLASSES
-from tessera.training import loop
+from tessera.training import loop, plan_recipe
+from tessera.training.recipe import read_recipe
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -114,6 +115,21 @@ def test_a_lora_of_five_steps_is_loaded_by_diffusers(folders, name, tmp_path, mo
         base.network.transformer = theirs
         got = base.network(x, t, condition)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == FLUX else pytest.mark.slow) for name in sorted((*CLASSES, PIXART))]
+)
+def test_a_lora_is_trained_on_a_base_in_fewer_bits_and_planned(folders, name, tmp_path):
+    settings = recipe(folders(name), tmp_path / "run", steps=2)
+    settings["adapter"]["base_weights"] = "nf4"
+    train(settings)
+    model = bundle.load(bundle.checkpoints(tmp_path / "run")[0])
+    state = adapters.adapter_state(model.network, bundle.TRAINED)
+    assert any(tensor.any() for key, tensor in state.items() if key.endswith(".up"))
+    cost = plan_recipe.plan_for_recipe(read_recipe(settings), "rtx4090")
+    assert cost.trained_parameters == sum(tensor.numel() for tensor in state.values() if tensor.ndim)
+    assert cost.memory.weights < 4 * cost.parameters
 
 
 def test_a_resumed_lora_equals_an_uninterrupted_one_bit_for_bit(folders, tmp_path, whole_state, monkeypatch):

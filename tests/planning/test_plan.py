@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tessera import bundle
 from tessera.cli.plan import format_plan
 from tessera.errors import TesseraError
 from tessera.models.presets import PRESETS
@@ -189,3 +190,112 @@ def test_the_pixart_recipe_is_planned_without_its_data_and_encoder():
     assert "960 KiB of embeddings for each caption" in cost.workload.text
     assert cost.to_dict()["text"] == cost.workload.text
     assert f"text         {cost.workload.text}" in format_plan(cost).splitlines()
+
+
+ADAPTERS = {
+    "lora": ({"kind": "lora", "rank": 2}, ()),
+    "nf4, three EMAs": ({"kind": "lora", "rank": 2, "base_weights": "nf4"}, ("training.ema.extra_decays=[0.9,0.5]",)),
+    "some blocks": ({"kind": "lora", "rank": 2, "where": r"blocks\.5\.attn"}, ()),
+    "difffit": ({"kind": "difffit"}, ()),
+    "classes": ({"kind": "classes", "classes": ["3"]}, ()),
+    "copied blocks": ({"kind": "control", "how": "copy"}, ()),
+    "copied blocks, nf4": ({"kind": "control", "how": "copy", "base_weights": "nf4"}, ()),
+    "more channels": ({"kind": "control", "how": "channels", "rank": 2}, ()),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An untrained model of six blocks in a bundle."""
+    network = tiny_recipe("network.depth=6").network.model_copy(
+        update={"input_size": (8, 8), "in_channels": 1, "out_channels": 2, "num_classes": 10}
+    )
+    settings = {"diffusion": {}, "codec": {"kind": "pixels", "channels": 1}, "class_names": tuple("0123456789")}
+    config = bundle.BundleConfig.model_validate({"network": network.model_dump(), **settings})
+    folder = tmp_path_factory.mktemp("base") / "model"
+    bundle.save(bundle.Model(config, network.build()), folder)
+    return folder
+
+
+def adapter_recipe(base, adapter, *overrides: str) -> Recipe:
+    settings = {name: value for name, value in TINY.items() if name != "network"} | {"adapter": adapter}
+    words = [f"training.init_from={base}", *overrides]
+    return validate(Recipe, apply_overrides(settings, words), "the test's recipe")
+
+
+@pytest.mark.parametrize(("adapter", "overrides"), ADAPTERS.values(), ids=ADAPTERS)
+def test_the_plan_of_an_adapter_is_that_of_its_run(adapter, overrides, base, tmp_path):
+    """Only what is trained has gradients, averages and optimizer state; a checkpoint holds nothing else."""
+    recipe = adapter_recipe(base, adapter, f"run_dir={tmp_path / 'run'}", *overrides)
+    cost = plan_recipe.plan_for_recipe(recipe, "rtx4090")
+    run = build_run(recipe)
+    batches = run.loader.batches()
+    train_step(run.state, next(batches), run.objective, run.recipe.training.global_batch_size, run.accumulation_steps)
+    batches.close()
+    own = {id(parameter) for parameter in run.network.parameters()}
+    trained = [parameter for parameter in run.network.parameters() if parameter.requires_grad]
+    averages = [each for network in run.ema.networks.values() for each in network.parameters() if id(each) not in own]
+    assert cost.trained_parameters == sum(parameter.numel() for parameter in trained)
+    assert cost.parameters == sum(parameter.numel() for parameter in bundle.load(base).network.parameters())
+    assert cost.memory.weights == sum(parameter.nbytes for parameter in run.network.parameters())
+    assert cost.memory.ema == sum(parameter.nbytes for parameter in averages)
+    assert cost.memory.gradients == sum(parameter.nbytes for parameter in trained)
+    state = [value for values in run.state.optimizer.state.values() for value in values.values()]
+    assert cost.memory.optimizer == sum(value.nbytes for value in state)
+    assert cost.checkpoint_bytes == sum(each.nbytes for each in (*trained, *averages, *state))
+    base_bytes = sum(tensor.nbytes for tensor in bundle.load(base).network.state_dict().values())
+    assert cost.disk_bytes == 3 * cost.checkpoint_bytes + base_bytes
+
+
+def test_activations_of_an_adapter_begin_at_its_first_block(base):
+    """Below it there is no backward pass, and weights without gradients need no inputs."""
+    whole = plan_recipe.plan_for_recipe(adapter_recipe(base, {"kind": "lora", "rank": 2}), "rtx4090").memory
+    last = adapter_recipe(base, {"kind": "lora", "rank": 2, "where": r"blocks\.5\."})
+    assert plan_recipe.plan_for_recipe(last, "rtx4090").memory.activations < 0.3 * whole.activations
+    full = plan_recipe.plan_for_recipe(tiny_recipe("network.depth=6"), "rtx4090").memory
+    assert whole.activations < full.activations
+    assert whole.gradients < 0.2 * full.gradients
+
+
+def test_an_adapter_on_several_devices_copies_its_base_in_the_ema(base):
+    recipe = adapter_recipe(base, {"kind": "lora", "rank": 2})
+    one, two = (plan_recipe.plan_for_recipe(recipe, name).memory for name in ("h100", "h100x2"))
+    assert two.ema - one.ema == 4 * plan_recipe.plan_for_recipe(recipe, "h100").parameters
+
+
+def test_the_lora_recipe_is_planned_without_model_data_and_codec():
+    path = Path(__file__).parents[2] / "recipes" / "lora.yaml"
+    words = ["network.preset=DiT-XL/2", "adapter.base_weights=nf4", "training.activation_checkpointing=blocks"]
+    cost = plan_recipe.plan_for_recipe(read_recipe(path, words), "rtx4090")
+    assert (cost.parameters, cost.trained_parameters) == (675_129_632, 28 * 16 * 1152 * (4 + 2 + 5 + 5))
+    assert cost.workload.network.input_size == (32, 32)
+    assert cost.memory_bytes < 2**30
+    text = format_plan(cost)
+    assert "adapter      LoRA of rank 16: 8,257,536 parameters (1.2%), the base in nf4" in text
+    assert "training.init_from=MODEL is not on this machine" in text
+    assert f"{cost.memory.loading / 2**30:.3g} GiB while loading" in text
+
+
+def test_a_plan_for_a_cpu_counts_the_copies_of_a_checkpoint(base):
+    """The weights and the optimizer state are copied and serialized, averages are copied, while training continues."""
+    gpu = hardware.find("h100")
+    cpu = gpu.model_copy(update={"device": "cpu"})
+    for recipe in (tiny_recipe(), adapter_recipe(base, {"kind": "lora", "rank": 2})):
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"precision": "float32"})})
+        there, here = (plan_recipe.plan_for_recipe(recipe, each, alternatives=False) for each in (gpu, cpu))
+        averages = here.memory.ema
+        assert here.memory.saving == 2 * here.checkpoint_bytes - averages
+        assert (there.memory.saving, "copies for a checkpoint" in format_plan(there)) == (0, False)
+        assert "copies for a checkpoint" in format_plan(here)
+        assert here.memory.peak == there.memory.peak + here.memory.saving
+
+
+def test_a_preset_is_planned_with_an_adapter():
+    cost = plan_recipe.plan_for_recipe(plan_recipe.preset_recipe("DiT-S/2", ["adapter.kind=lora"]), "rtx4090")
+    assert cost.to_dict()["adapter"]["trained_parameters"] == cost.trained_parameters == 12 * 16 * 384 * 16
+
+
+def test_classes_that_the_base_does_not_have_are_refused(base):
+    recipe = adapter_recipe(base, {"kind": "lora", "rank": 2}, "data.kind=shapes")
+    with pytest.raises(TesseraError, match="an adapter keeps the 10 classes of its base"):
+        plan_recipe.plan_for_recipe(recipe, "rtx4090")

@@ -62,7 +62,13 @@ def test_only_the_adapter_is_trained_and_stored(adapt, base):
 
 
 @pytest.mark.parametrize(
-    "kind", [("adapter.dora=true",), ("adapter={kind: difffit}",), ("training.ema.extra_decays=0.5",)]
+    "kind",
+    [
+        ("adapter.dora=true",),
+        ("adapter={kind: difffit}",),
+        ("training.ema.extra_decays=0.5",),
+        ("adapter.base_weights=nf4", "training.activation_checkpointing=blocks"),
+    ],
 )
 def test_a_resumed_adapter_equals_an_uninterrupted_one_bit_for_bit(adapt, whole_state, kind):
     whole = adapt("whole", *kind)
@@ -75,6 +81,39 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one_bit_for_bit(adapt, whole_
         one, other = load_file(whole / name), load_file(parts / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_adapter_trained_on_a_quantized_base_fits_the_whole_one(tessera, adapt, base, tmp_path):
+    """Its fingerprint is that of the float32 base, whose copy is in the run, and into which it is merged."""
+    run = adapt("nf4", "adapter.base_weights=nf4")
+    assert torch.equal(
+        load_file(run / "base" / bundle.WEIGHTS)["blocks.0.attn.qkv.weight"],
+        library.load(base, "cpu").network.state_dict()["blocks.0.attn.qkv.weight"],
+    )
+    attached = library.load(base, "cpu", adapters=[str(run)])
+    assert {tensor.dtype for tensor in attached.network.state_dict().values()} == {torch.float32}
+    other = adapt("float32")
+    state, whole = (
+        adapters.adapter_state(library.load(folder, "cpu").network, bundle.TRAINED) for folder in (run, other)
+    )
+    assert any(not torch.equal(state[name], whole[name]) for name in state)  # it was trained on other weights
+    assert tessera("convert", base, tmp_path / "merged", "--to", "bundle", "--adapter", run).code == 0
+    merged = library.load(tmp_path / "merged", "cpu")
+    adapters.merge(attached.network)
+    for name, tensor in attached.network.state_dict().items():
+        torch.testing.assert_close(merged.network.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_dry_run_and_a_plan_describe_an_adapter(tessera, recipe, base):
+    words = (f"training.init_from={base}", *ADAPTER, "adapter.base_weights=int8")
+    done = tessera("train", recipe, "--dry-run", "run_dir=other", *words)
+    assert done.code == 0, done.err
+    planned = tessera("plan", recipe, "--hardware", "h100", *words)
+    trained = 2 * (16 + 48) + 2 * (16 + 16) + 2 * 2 * (16 + 64)  # qkv, proj, fc1 and fc2 of rank 2
+    assert f"{trained} parameters are trained" in done.out
+    assert f"LoRA of rank 2: {trained} parameters" in planned.out
+    assert "the base in int8" in planned.out
+    assert "for the base" in done.out
 
 
 def test_the_run_and_the_base_with_the_adapter_generate_the_same_images(tessera, adapt, base, tmp_path):
