@@ -88,7 +88,13 @@ class BatchSettings:
     cache_stats: CacheStats | None = None
 
 
-def build_denoiser(model: Model, conditions: list[Condition], terms: Terms, batch: BatchSettings) -> RowDenoiser:
+def build_denoiser(
+    model: Model,
+    conditions: list[Condition],
+    terms: Terms,
+    batch: BatchSettings,
+    rows_per_call: int | None = None,
+) -> RowDenoiser:
     """The denoiser of a model with its terms of guidance. conditions: see `Terms.conditions`"""
     own = [
         condition
@@ -101,7 +107,7 @@ def build_denoiser(model: Model, conditions: list[Condition], terms: Terms, batc
         index = 1 + terms.names.index(ALL)
         networks[index] = _build_network(terms.guidance_model, conditions[index], batch)
     many_tokens = batch.num_rows * math.prod(batch.grid) >= SEPARATE_CALLS_TOKENS
-    return RowDenoiser(networks, model.diffusion, model.device.type == "cpu" and many_tokens)
+    return RowDenoiser(networks, model.diffusion, model.device.type == "cpu" and many_tokens, rows_per_call)
 
 
 def _build_network(model: Model, conditions: Condition, batch: BatchSettings) -> SamplingNetwork:

@@ -4,7 +4,7 @@ Shapes: B images, C latent channels, T frames, H W height and width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -213,9 +213,11 @@ class ContinuousSampler:
         model: Model,
         guidance_model: Model | None = None,
         precision: runtime.Precision = "float32",
+        rows_per_call: int | None = None,
         **settings: Any,
     ) -> None:
-        """settings: of sampling, of which only `caching` matters"""
+        """settings: of sampling, of which only `caching` matters. rows_per_call: see `RowDenoiser`; then an image has
+        equal bits, whatever is sampled with it."""
         self.model, self.precision, self.config = model, precision, sampling_config(model, **settings)
         self.terms = Terms.possible(model, guidance_model)
         dtype = runtime.autocast_dtype(precision, model.device)
@@ -223,7 +225,7 @@ class ContinuousSampler:
         network = model.config.network
         empty = network.condition_type.example(network.condition_fields, 0, network)
         conditions = self.terms.conditions(model, empty, empty.null(network.null_fields))
-        self.batch = ContinuousBatch(build_denoiser(model, conditions, self.terms, batch))
+        self.batch = ContinuousBatch(build_denoiser(model, conditions, self.terms, batch, rows_per_call))
 
     @torch.no_grad()
     def add(self, request: SampleRequest, names: Sequence[Any]) -> None:
@@ -248,6 +250,7 @@ class ContinuousSampler:
             RowState(
                 name=list(names),
                 x=start.x,
+                x0=torch.zeros_like(start.x),
                 times=start.times.expand(count, -1),
                 step=torch.zeros(count, dtype=torch.int64),
                 num_steps=torch.full((count,), len(start.times) - 1),
@@ -261,13 +264,14 @@ class ContinuousSampler:
         )
 
     @torch.no_grad()
-    def step(self) -> dict[Any, Tensor | TesseraError]:
+    def step(self, names: Collection[Any] | None = None) -> dict[Any, Tensor | TesseraError]:
         """One network call. Returns the latents [C, ...] of each row that is finished, by name.
 
-        A row whose numbers are not finite has an error instead, and the others are not affected.
+        names: of the rows that advance (default: all), see `ContinuousBatch.step`. A row whose numbers are not finite
+        has an error instead, and the others are not affected.
         """
         results: dict[Any, Tensor | TesseraError] = {}
-        for state in self.batch.step():
+        for state in self.batch.step(names):
             finite = state.x.flatten(1).sum(dim=1).isfinite().tolist()
             for name, x, is_finite in zip(state.name, state.x, finite, strict=True):
                 results[name] = x if is_finite else not_finite(f"{name} contains", "at the last step")

@@ -5,7 +5,7 @@ join while others are half done. Its image is the one that it has alone, up to t
 another batch size. Shapes: B rows, n steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ class RowState(Rows):
 
     name: list[Any]  # [B] of the row, for the caller
     x: Tensor  # [B, C, ...]
+    x0: Tensor  # [B, C, ...] as last predicted; before the first prediction, any value
     times: Tensor = field(metadata=pad(0))  # float64 [B, n + 1]
     step: Tensor  # int64 [B] steps done
     num_steps: Tensor  # int64 [B]
@@ -69,7 +70,7 @@ class _Group:
 
     def advance(self, prediction: Prediction, inputs: DenoiserRows) -> None:
         assert self.running is not None
-        self.state = replace(self.state, inputs=inputs)
+        self.state = replace(self.state, inputs=inputs, x0=prediction.x0)
         try:
             self.point = self.running.send(prediction)
         except StopIteration as end:
@@ -85,6 +86,15 @@ class _Group:
         if self.leaving:
             self.state = self.state[torch.tensor([name not in self.leaving for name in self.state.name])]
             self.leaving = set()
+
+    def split(self, names: Collection[Any]) -> "tuple[_Group | None, _Group | None]":
+        """The rows with these names, and the others. A group within a step stays whole: its rows advance together."""
+        chosen = torch.tensor([name in names for name in self.state.name])
+        if chosen.all() or (self.running is not None and chosen.any()):
+            return self, None
+        if not chosen.any():
+            return None, self
+        return replace(self, state=self.state[chosen]), replace(self, state=self.state[~chosen])
 
     def _noise(self) -> Tensor:
         state, number = self.state, self.noises
@@ -103,6 +113,16 @@ class ContinuousBatch:
     def num_rows(self) -> int:
         return sum(len(group.state.x) for group in self._groups)
 
+    @property
+    def states(self) -> list[RowState]:
+        """The rows in groups, in no order; those that leave at the end of their step included."""
+        return [group.state for group in self._groups]
+
+    @property
+    def within_step(self) -> set[Any]:
+        """Names of rows whose step needs more predictions. They advance with the others of their group."""
+        return {name for group in self._groups if group.running is not None for name in group.state.name}
+
     def add(self, solver: Stepper, state: RowState) -> None:
         """Rows that join at the next step. Raises ValueError if two rows have the same name."""
         names = [name for group in self._groups for name in group.state.name if name not in group.leaving] + state.name
@@ -118,8 +138,16 @@ class ContinuousBatch:
                 group.leave()
         self._groups = [group for group in self._groups if len(group.state.x)]
 
-    def step(self) -> list[RowState]:
-        """One network call for every size of x. Returns the rows that are finished."""
+    def step(self, names: Collection[Any] | None = None) -> list[RowState]:
+        """One network call for every size of x. Returns the rows that are finished.
+
+        names: of the rows that advance, with those that are within a step together with them (default: all rows)
+        """
+        waiting: list[_Group] = []
+        if names is not None:
+            parts = [group.split(names) for group in self._groups]
+            self._groups = [chosen for chosen, _ in parts if chosen is not None]
+            waiting = [other for _, other in parts if other is not None]
         for group in self._groups:
             if group.running is None:
                 group.begin(self.denoiser)
@@ -135,6 +163,7 @@ class ContinuousBatch:
                 rows = slice(start, start + len(group.state.x))
                 group.advance(prediction[rows], inputs[rows])
                 start = rows.stop
+        self._groups += waiting
         return self._regroup()
 
     def _regroup(self) -> list[RowState]:

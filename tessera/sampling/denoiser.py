@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from tessera.conditioning import Condition, NetworkFunction
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Prediction
+from tessera.errors import TesseraError
 from tessera.rows import Rows
 from tessera.sampling.clipping import AnyClipping, NoClipping, clipped
 from tessera.sampling.guidance import AnyGuidanceSchedule, Guidance
@@ -94,14 +96,22 @@ class RowDenoiser:
     """Networks under a diffusion process: x0 and eps of rows, each with its own time, condition and guidance.
 
     networks: the network, then that of each term of guidance; equal ones are called once, with the rows of all.
-    separate_calls: evaluate each term in a call of its own. A term is evaluated only for rows whose scale is not 1 at
-    their time. Times are CPU tensors, so no decision waits for the device.
+    separate_calls: evaluate each term in a call of its own. rows_per_call: every call has exactly this many rows; the
+    last ones may be repetitions. Matrix products of one size give a row the same bits, whatever the other rows are. A
+    term is evaluated only for rows whose scale is not 1 at their time. Times are CPU tensors, so no decision
+    waits for the device.
     """
 
     def __init__(
-        self, networks: Sequence[SamplingNetwork], diffusion: DiffusionProcess, separate_calls: bool = False
+        self,
+        networks: Sequence[SamplingNetwork],
+        diffusion: DiffusionProcess,
+        separate_calls: bool = False,
+        rows_per_call: int | None = None,
     ) -> None:
-        self.networks = list(networks)
+        if rows_per_call is not None and any(isinstance(network, CachedNetwork) for network in networks):
+            raise TesseraError("caching evaluates a varying number of rows: leave it out where that number is fixed")
+        self.networks, self.rows_per_call = list(networks), rows_per_call
         self.diffusion = diffusion
         self.separate_calls = separate_calls
 
@@ -144,7 +154,7 @@ class RowDenoiser:
             if isinstance(network, CachedNetwork):
                 raw, state = network.evaluate(joined.x, joined.t, joined.condition, joined.state)
             else:
-                raw, state = network(joined.x, joined.t, joined.condition), None
+                raw, state = self._call(network, joined), None
             raw, start = raw.to(x.dtype), 0
             for index in group:
                 part = slice(start, start + len(inputs[index].x))
@@ -154,6 +164,14 @@ class RowDenoiser:
                     new = state[part] if len(group) > 1 else state
                     states[number] = new if selection is None else states[number].put(selection, new)
         return [output for output in outputs if output is not None], replace(rows, states=tuple(states))
+
+    def _call(self, network: NetworkFunction, inputs: _Inputs) -> Tensor:
+        count, size = len(inputs.x), self.rows_per_call
+        if size is None:
+            return network(inputs.x, inputs.t, inputs.condition)
+        filled = inputs[torch.arange(-(-count // size) * size).clamp(max=count - 1)]
+        parts = [filled[start : start + size] for start in range(0, len(filled.x), size)]
+        return torch.cat([network(part.x, part.t, part.condition) for part in parts])[:count]
 
     def _groups(self, numbers: list[int]) -> list[list[int]]:
         """The indices of terms that are evaluated in one call."""

@@ -223,6 +223,63 @@ def test_a_name_is_free_once_its_row_is_removed(make_model, sampler):
     assert grey_levels(done["a"], alone(model, two)) < 1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++", "unipc"])
+def test_only_some_rows_advance(make_model, sampler):
+    """Any rows may advance in a call; those within a step advance together. Each image is that of the row alone."""
+    model, settings = make_model({}), {"sampler": sampler, "num_steps": 4}
+    request = SampleRequest([1, 2, 3, 4], {"label": [0, 1, 2, 0]}, 2.0, settings=settings)
+    continuous, done, random = ContinuousSampler(model), {}, np.random.default_rng(3)
+    continuous.add(request, list("abcd"))
+    while batch_rows := [name for state in continuous.batch.states for name in state.name]:
+        before = {
+            name: step for state in continuous.batch.states for name, step in zip(state.name, state.step.tolist())
+        }
+        within = continuous.batch.within_step
+        chosen = set(random.choice(batch_rows, size=1 + random.integers(len(batch_rows)), replace=False).tolist())
+        done |= continuous.step(chosen)
+        for state in continuous.batch.states:
+            for name, step in zip(state.name, state.step.tolist()):
+                assert step == before[name] or name in chosen | within
+    *_, last = generation.sample_steps(model, request.resolve(model))
+    for row, name in enumerate("abcd"):
+        assert grey_levels(done[name], last.x[row]) < 1
+
+
+@torch.no_grad()
+def test_the_predicted_x0_of_each_row_is_known_after_its_first_call(make_model):
+    model, settings = make_model({}), {"sampler": "ddim", "num_steps": 1}
+    request = SampleRequest([1, 2], {"label": [0, 1]}, settings=settings)
+    more_steps = replace(request, settings={"sampler": "ddim", "num_steps": 3, "timestep_spacing": "uniform"})
+    continuous = ContinuousSampler(model)
+    continuous.add(more_steps, ["a", "b"])
+    continuous.step()
+    (state,) = continuous.batch.states
+    *_, one_step = generation.sample_steps(model, request.resolve(model))  # one step ends at the x0 predicted in noise
+    assert grey_levels(state.x0, one_step.x) < 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", [{}, {"block": "rope-swiglu"}], ids=["adaln", "rope-swiglu"])
+def test_with_a_fixed_number_of_rows_in_each_call_images_have_equal_bits_in_any_company(make_model, network):
+    model, sizes = make_model({**network, "hidden_size": 64, "num_heads": 4}), set()
+    original = model.network.forward
+    model.network.forward = lambda x, t, condition: sizes.add(len(x)) or original(x, t, condition)
+    rows = requests(12)
+    schedule = {
+        call: [(str(number), row) for number, row in enumerate(rows) if number % 5 == call] for call in range(5)
+    }
+    together = run(model, schedule, rows_per_call=8)
+    for number, row in enumerate(rows):
+        assert torch.equal(run(model, {0: [(str(number), row)]}, rows_per_call=8)[str(number)], together[str(number)])
+    assert sizes == {8}
+
+
+def test_caching_needs_a_varying_number_of_rows(make_model):
+    with pytest.raises(generation.pipeline.TesseraError, match="varying number of rows"):
+        ContinuousSampler(make_model({}), rows_per_call=4, caching="first-block")
+
+
 def test_requests_that_cannot_be_sampled_together(make_model):
     sampler = ContinuousSampler(make_model({}))
     request = SampleRequest([1], {"label": [0]}, settings={"caching": "first-block"})
