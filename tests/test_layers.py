@@ -21,7 +21,7 @@ LAYERS = [  # lowest first
     ("errors",),
     ("settings", "files", "randomness", "rows", "times"),
     ("conditioning", "reporting", "runtime", "images", "checkpoint_files"),
-    ("diffusion", "layers", "encoders"),
+    ("diffusion", "layers", "encoders", "clips"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),
     ("model_card", "adapter_files"),

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, digest, listed_numbers, pretrained
+from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, by_frame, digest, listed_numbers, pretrained
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 
@@ -50,12 +50,14 @@ class Autoencoder(StoredCodec):
         self.vae.enable_tiling()
 
     @torch.no_grad()
+    @by_frame
     def moments(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] -> [B, 2C, h, w]: mean and standard deviation of the posterior"""
         posterior = self.vae.encode(pixels).latent_dist
         return torch.cat((posterior.mean, posterior.std), dim=1)
 
     @torch.no_grad()
+    @by_frame
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> pixels [B, 3, H, W], about -1 .. 1"""
         return self.vae.decode(latents / self.scale + self.shift).sample

@@ -5,12 +5,13 @@ Raw moments do not depend on scale and shift, so stored moments stay valid when 
 Shapes: B batch, C latent channels, H W height and width of the pixels, h w those of the latents: H = h f, W = w f.
 """
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -20,6 +21,7 @@ from tessera.checkpoint_files import find_weight_files
 from tessera.errors import TesseraError
 from tessera.settings import Settings, as_tuple
 
+Method = TypeVar("Method", bound=Callable[..., Tensor])
 Numbers = float | tuple[float, ...]  # one for all channels, or one for each
 
 
@@ -55,13 +57,15 @@ class StoredConfig(Settings):
 
 
 class Codec(ABC):
-    """Pixels in -1 .. 1 to latents of about unit variance, and back. A codec is not trained with the network."""
+    """Pixels in -1 .. 1 to latents of about unit variance, and back. A codec is not trained with the network.
+
+    Clips have an axis of T frames before H and W. A codec of images encodes and decodes each frame by itself.
+    """
 
     pixel_channels: int
     latent_channels: int
     factor: int  # pixels per latent, along height and width
     frame_factor: int = 1  # frames of pixels per frame of latents, after the first
-    takes_clips: bool = False  # whether x may be [B, C, T, H, W], too
     stochastic: bool = False  # whether the moments have a deviation, so that training samples from a posterior
     scale: float | Tensor = 1.0  # a number, or [C, 1, 1]
     shift: float | Tensor = 0.0
@@ -83,7 +87,7 @@ class Codec(ABC):
         """
         mean, deviation = moments[:, : self.latent_channels].float(), moments[:, self.latent_channels :]
         raw = mean if noise is None or not self.stochastic else mean + deviation.float() * noise
-        return (raw - self.shift) * self.scale
+        return (raw - match_axes(self.shift, raw)) * match_axes(self.scale, raw)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """pixels [B, 3, H, W] -> latents [B, C, h, w]"""
@@ -93,10 +97,49 @@ class Codec(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> pixels [B, 3, H, W], about -1 .. 1"""
 
+    def latent_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The size of the latents of an image (H, W) or a clip (T, H, W) in pixels. Raises TesseraError if it has none.
+
+        The first frame of a clip is one frame of latents, and each frame_factor frames after it are another one.
+        """
+        *frames, height, width = size
+        if height % self.factor or width % self.factor:
+            raise TesseraError(f"size {height} x {width} is not a multiple of {self.factor}, as the codec needs")
+        if frames and (frames[0] - 1) % self.frame_factor:
+            raise TesseraError(
+                f"frames {frames[0]} is not one more than a multiple of {self.frame_factor}, as the codec needs"
+            )
+        frames = [(count - 1) // self.frame_factor + 1 for count in frames]
+        return *frames, height // self.factor, width // self.factor
+
+    def pixel_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The size in pixels of the image or clip that latents of a size are decoded to."""
+        *frames, height, width = size
+        frames = [(count - 1) * self.frame_factor + 1 for count in frames]
+        return *frames, height * self.factor, width * self.factor
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hexadecimal sha256 of everything beside the pixels that raw moments depend on: not the decoder, scale or
         shift."""
+
+
+def match_axes(number: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number for each channel [C, 1, 1] shaped to be combined with x [B, C, H, W] or [B, C, T, H, W]."""
+    return number.view(-1, *(1,) * (x.ndim - 2)) if isinstance(number, Tensor) and number.ndim else number
+
+
+def by_frame(method: Method) -> Method:
+    """A method of a codec of images x [B, C, H, W], applied to each frame of a clip [B, C, T, H, W] by itself."""
+
+    @functools.wraps(method)
+    def apply(self: Any, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            return method(self, x)
+        frames = method(self, x.movedim(2, 1).flatten(0, 1))
+        return frames.unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
+
+    return apply  # pyright: ignore[reportReturnType]
 
 
 class StoredCodec(Codec):

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, digest, pretrained
+from tessera.codecs.codec import Numbers, StoredCodec, StoredConfig, by_frame, digest, match_axes, pretrained
 from tessera.errors import TesseraError
 
 IMAGES = ("AutoencoderDC",)
@@ -46,15 +46,12 @@ class DiffusersAutoencoder(StoredCodec):
         self.config = config
         self.network = self.vae = pretrained(_class(config.class_name), config).eval().requires_grad_(False)
         settings = self.vae.config
+        # Whether x may be a clip as a whole; otherwise each frame is encoded by itself.
         self.takes_clips = self.stochastic = config.class_name in CLIPS
         self.pixel_channels = int(settings.get("in_channels") or 3)
         self.latent_channels = int(settings.get("latent_channels") or settings.get("z_dim"))
         self.factor, self.frame_factor = _factors(self.vae)
         self._set_normalization(config, *_statistics(self.vae))
-
-    def _per_channel(self, name: str, value: Numbers) -> float | Tensor:
-        numbers = super()._per_channel(name, value)
-        return numbers[..., None] if isinstance(numbers, Tensor) and self.takes_clips else numbers
 
     def _clip(self, x: Tensor) -> Tensor:
         return x.unsqueeze(2) if self.takes_clips and x.ndim == 4 else x
@@ -66,23 +63,30 @@ class DiffusersAutoencoder(StoredCodec):
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] or [B, 3, T, H, W] -> [B, 2C, h, w] or [B, 2C, t, h, w]: mean and standard deviation"""
-        encoded = self.vae.encode(self._clip(pixels))
-        if not self.stochastic:
-            return torch.cat((encoded.latent, torch.zeros_like(encoded.latent)), dim=1)
-        posterior = encoded.latent_dist
+        if not self.takes_clips:
+            return self._image_moments(pixels)
+        posterior = self.vae.encode(self._clip(pixels)).latent_dist
         return self._like(torch.cat((posterior.mean, posterior.std), dim=1), pixels)
 
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        noise = None if noise is None else self._clip(noise)
-        return self._like(super().latents(self._clip(moments), noise), moments)
+    @by_frame
+    def _image_moments(self, pixels: Tensor) -> Tensor:
+        latents = self.vae.encode(pixels).latent
+        return torch.cat((latents, torch.zeros_like(latents)), dim=1)
+
+    @by_frame
+    def _decode_images(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents / self.scale + self.shift, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] or [B, C, t, h, w] -> pixels [B, 3, H, W] or [B, 3, T, H, W], about -1 .. 1"""
-        raw, arguments = self._clip(latents) / self.scale + self.shift, {}
+        if not self.takes_clips:
+            return self._decode_images(latents)
+        latents, inputs = self._clip(latents), latents
+        raw, arguments = latents / match_axes(self.scale, latents) + match_axes(self.shift, latents), {}
         if self.vae.config.get("timestep_conditioning"):  # the pipeline's default: no noise is added
             arguments["temb"] = raw.new_zeros(len(raw))
-        return self._like(self.vae.decode(raw, **arguments, return_dict=False)[0], latents)
+        return self._like(self.vae.decode(raw, **arguments, return_dict=False)[0], inputs)
 
     def fingerprint(self) -> str:
         """A hash of the autoencoder and its configuration, without the statistics of its latents."""

@@ -25,8 +25,6 @@ class PixelsConfig(Settings):
 class Pixels(Codec):
     """The identity on [B, C, H, W] or [B, C, T, H, W] in -1 .. 1, one (grey) or three (RGB) channels."""
 
-    takes_clips = True
-
     def __init__(self, config: PixelsConfig) -> None:
         self.config = config
         self.pixel_channels = self.latent_channels = config.channels

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tessera.checkpoint_files import read_state_dict
-from tessera.codecs.codec import StoredCodec, StoredConfig, digest, pretrained
+from tessera.codecs.codec import StoredCodec, StoredConfig, by_frame, digest, pretrained
 from tessera.errors import TesseraError
 
 WIDTH, POOL_WIDTH, POOL_GROUPS = 64, 256, 4  # channels of all layers; channels and groups of the pool branch
@@ -48,12 +48,14 @@ class Tiny(StoredCodec):
         self._set_normalization(config, network.scale, network.shift)
 
     @torch.no_grad()
+    @by_frame
     def moments(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] -> [B, 2C, h, w]: the raw latents, and deviations of 0"""
         raw = self.network.encode(pixels)
         return torch.cat((raw, torch.zeros_like(raw)), dim=1)
 
     @torch.no_grad()
+    @by_frame
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> pixels [B, 3, H, W], about -1 .. 1"""
         return self.network.decode(latents / self.scale + self.shift)

@@ -33,6 +33,10 @@ class DigitsConfig(Settings):
         return 8, 8
 
     @property
+    def frames(self) -> None:
+        return None
+
+    @property
     def channels(self) -> Literal[1]:
         return 1
 

@@ -84,6 +84,19 @@ class ImagesConfig(Settings):
         default=None, description="folder of cached latents (tessera data cache); null: encode during training"
     )
 
+    @property
+    def frames(self) -> int | None:
+        return None
+
+
+class SizedData(Protocol):
+    """The settings of a data set that every network depends on. frames: of clips; None: images"""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def frames(self) -> int | None: ...
+
 
 class Dataset(Protocol):
     """A data set as numbered samples."""
@@ -103,8 +116,13 @@ class Dataset(Protocol):
         ...
 
     def pixels(self, index: int) -> np.ndarray:
-        """uint8 [C, H, W]. Raises InvalidSample."""
+        """uint8 [C, H, W], of clips [C, T, H, W]. Raises InvalidSample."""
         ...
+
+
+def sample_size(config: "SizedData") -> tuple[int, ...]:
+    """The size of the samples of a data set in pixels: (H, W), or (T, H, W) of clips."""
+    return config.size if config.frames is None else (config.frames, *config.size)
 
 
 def with_image(file: Path | bytes, read: Callable[[Image.Image], T]) -> T:

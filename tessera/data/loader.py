@@ -108,7 +108,7 @@ class Loader:
         self.invalid_samples: dict[str, str] = {}
         self.invalid_rows: set[int] = set()
         self.skipped_positions: set[int] = set()
-        self._memory: np.ndarray | None = None  # pixels, [N, C, H, W]
+        self._memory: np.ndarray | None = None  # pixels, [N, C, H, W] or [N, C, T, H, W]
         self._in_memory = np.zeros(len(dataset), bool)
         self._lock = Lock()
 

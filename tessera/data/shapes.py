@@ -151,6 +151,10 @@ class ShapesConfig(Settings):
         return SIDE, SIDE
 
     @property
+    def frames(self) -> None:
+        return None
+
+    @property
     def channels(self) -> Literal[3]:
         return 3
 

@@ -17,7 +17,7 @@ from tessera import randomness
 from tessera.data import AnyData
 from tessera.data.columns import MAX_CLASSES
 from tessera.data.files import FilesConfig, FilesDataset
-from tessera.data.images import ImagesConfig, InvalidSample, is_grey, read_image
+from tessera.data.images import ImagesConfig, InvalidSample, is_grey, read_image, sample_size
 from tessera.data.resolve import open_data
 from tessera.errors import TesseraError
 from tessera.generation.shards import ImageShard, shard_range
@@ -64,7 +64,7 @@ class DatasetSource:
         self.description = config.description
         self._rows = _select(count, len(self.dataset), self.description)
         self.count = len(self._rows)
-        self.size, self.channels, self.class_names = config.size, config.channels, self.dataset.class_names
+        self.size, self.channels, self.class_names = sample_size(config), config.channels, self.dataset.class_names
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -88,9 +88,9 @@ class DatasetSource:
         return ImageShard(images, indices, labels, captions)
 
     def image(self, index: int) -> np.ndarray | None:
-        """uint8 [H, W, C], or None if the image is invalid."""
+        """uint8 [H, W, C], of a clip [T, H, W, C], or None if it is invalid."""
         try:
-            return self.dataset.pixels(int(self._rows[index])).transpose(1, 2, 0)
+            return np.moveaxis(self.dataset.pixels(int(self._rows[index])), 0, -1)
         except InvalidSample:
             return None
 

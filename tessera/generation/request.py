@@ -342,9 +342,7 @@ def check_guidance_model(model: Model, guidance_model: Model) -> None:
 
 def image_size(model: Model) -> tuple[int, ...]:
     """The size of an image or clip in pixels that the model was trained at: (H, W) or (T, H, W)."""
-    *frames, height, width = model.config.network.input_size
-    frames = [(count - 1) * model.codec.frame_factor + 1 for count in frames]
-    return *frames, height * model.codec.factor, width * model.codec.factor
+    return model.codec.pixel_size(model.config.network.input_size)
 
 
 def latent_size(model: Model, size: Sequence[int] | None) -> tuple[int, ...]:
@@ -355,19 +353,11 @@ def latent_size(model: Model, size: Sequence[int] | None) -> tuple[int, ...]:
     else:
         if len(size) not in (2, 3):
             raise TesseraError(f"a size is (height, width) or (frames, height, width) in pixels; got {tuple(size)}")
-        *frames, height, width = size
-        factor = model.codec.factor
-        multiple = factor * network.size_multiple
+        height, width = size[-2:]
+        multiple = model.codec.factor * network.size_multiple
         if height % multiple or width % multiple or min(height, width) < multiple:
             raise TesseraError(f"size {height} x {width}: height and width must be multiples of {multiple} pixels")
-        step = model.codec.frame_factor
-        if frames and (frames[0] - 1) % step:
-            raise TesseraError(f"a clip of {frames[0]} frames: one more than a multiple of {step} is expected")
-        frames = [(count - 1) // step + 1 for count in frames]
-        latents = *frames, height // factor, width // factor
-    if len(latents) == 3 and not model.codec.takes_clips:
-        kind = model.config.codec.kind
-        raise TesseraError(f"clips of {latents[0]} frames need a codec for clips, but {kind} takes images")
+        latents = model.codec.latent_size(size)
     try:
         network.check_size(latents)
     except ValueError as error:

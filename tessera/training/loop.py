@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from tessera import bundle, images, runtime
+from tessera import bundle, clips, images, runtime
 from tessera.data import Batch
 from tessera.errors import Interrupted, TesseraError
 from tessera.files import atomic_write, exclusive_lock
@@ -345,7 +345,9 @@ class Trainer:
         run = self.run
         model = run.full_ema_model()
         if self.world.is_main:
-            grid = sample_grid(run.recipe, model, run.loader.dataset)
+            grid, animation = sample_grid(run.recipe, model, run.loader.dataset)
+            if animation is not None:
+                clips.save(self._grid_path.with_suffix(".webp"), animation, clips.frame_rate(run.recipe.data))
             images.save_png(self._grid_path, grid)
             self.logger.image(self.step, grid)
         run.unload_text_encoder()

@@ -51,10 +51,8 @@ def prepare_batch(batch: Batch, objective: TrainingObjective, device: torch.devi
         values = _model_pixels(values, position, objective)
     noise = None
     if codec.stochastic:
-        factor = 1 if cached else codec.factor
-        *frames, height, width = values.shape[2:]
-        shape = (codec.latent_channels, *frames, height // factor, width // factor)
-        noise = randomness.normal(objective.seed, position, POSTERIOR_STREAM, shape)
+        size = tuple(values.shape[2:]) if cached else codec.latent_size(values.shape[2:])
+        noise = randomness.normal(objective.seed, position, POSTERIOR_STREAM, (codec.latent_channels, *size))
     x0 = codec.latents(values, noise) if cached else codec.encode(values, noise)
     condition = batch.condition.to(device)
     if batch.control is not None:

@@ -22,7 +22,7 @@ from tessera.conditioning import Condition
 from tessera.data import Batch
 from tessera.data.captions import TextSizes
 from tessera.data.files import FilesConfig
-from tessera.data.images import Dataset
+from tessera.data.images import Dataset, sample_size
 from tessera.data.latents import LatentsDataset
 from tessera.data.text_cache import FOLDER as TEXT_CACHE
 from tessera.encoders.text import FolderConfig, WordsConfig
@@ -124,12 +124,11 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     num_scored = evaluation.num_samples * num_evaluations
     features = evaluation.features or suite.default_features(evaluation.reference or recipe.data, evaluation.metrics)
     num_extracted = num_scored + (min(images or num_scored, 50_000) if num_evaluations else 0)
-    autoencoder = None if isinstance(recipe.codec, PixelsConfig) else codec
+    autoencoder, pixel_size = None if isinstance(recipe.codec, PixelsConfig) else codec, sample_size(recipe.data)
     cached = isinstance(recipe.data, FilesConfig) and recipe.data.cache is not None
     checkpoints = config.keep_last + bool(num_evaluations) + 1  # the best, and the one being written
     if config.keep_every_n_steps is not None:
         checkpoints += config.steps // config.keep_every_n_steps
-    height, width = recipe.data.size
     moments = 2 * network.in_channels if codec is None or codec.stochastic else network.in_channels
     latent_bytes = 2 * moments * math.prod(network.input_size) * (2 if recipe.data.hflip else 1)
     return Workload(
@@ -144,7 +143,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         compile_mode="blocks" if config.compile == "auto" else config.compile,
         trace_step=partial(trace_step, recipe, class_names=class_names),
         trace_call=trace_call,
-        trace_encode=partial(_trace_encode, autoencoder, recipe.data.size) if autoencoder and not cached else None,
+        trace_encode=partial(_trace_encode, autoencoder, pixel_size) if autoencoder and not cached else None,
         trace_decode=partial(_trace_decode, autoencoder, network) if autoencoder else None,
         sampling=SamplingWork(
             grid_images=num_grids(recipe) * images_per_grid(recipe),
@@ -157,7 +156,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         ),
         num_checkpoints=checkpoints,
         num_images=images,
-        image_bytes=recipe.data.channels * height * width,
+        image_bytes=recipe.data.channels * math.prod(pixel_size),
         latent_bytes=0 if isinstance(recipe.codec, PixelsConfig) else latent_bytes,
         notes=tuple(notes),
         text="" if text is None else text_summary(recipe, text),
@@ -257,7 +256,8 @@ def _resolve(
         if text is not None:
             sizes |= text_settings(network, text)
         if "input_size" not in network.model_fields_set:
-            sizes["input_size"] = tuple(side // 8 for side in recipe.data.size)
+            height, width = recipe.data.size
+            sizes["input_size"] = (*sample_size(recipe.data)[:-2], height // 8, width // 8)
         unset = {key: value for key, value in sizes.items() if key not in network.model_fields_set}
         recipe = recipe.model_copy(update={"network": validate(type(network), network.model_dump() | unset, "network")})
     return recipe, codec, None if dataset is None else len(dataset), tuple(names), text, notes

@@ -14,6 +14,7 @@ from tessera.codecs import AnyCodec, Codec, PixelsConfig
 from tessera.data import AnyData
 from tessera.data.captions import Captions, TextSizes
 from tessera.data.files import FilesConfig
+from tessera.data.images import sample_size
 from tessera.data.resolve import check_classes
 from tessera.diffusion import AnyDiffusionConfig, GaussianDiffusionConfig
 from tessera.encoders.text import AnyTextEncoder, WordsConfig
@@ -275,14 +276,15 @@ def resolve_recipe(
         class_names = ()
     if recipe.adapter is None:  # whose classes are those of its base
         check_classes(class_names, recipe.data)
-    height, width = recipe.data.size
+    pixel_size = sample_size(recipe.data)
     if codec.pixel_channels != recipe.data.channels:
         raise TesseraError(
             f"the codec takes {codec.pixel_channels} channels, but data.channels is {recipe.data.channels}"
         )
-    if height % codec.factor or width % codec.factor:
-        raise TesseraError(f"data.size {height} x {width} is not a multiple of {codec.factor}, as the codec needs")
-    size = (height // codec.factor, width // codec.factor)
+    try:
+        size = codec.latent_size(pixel_size)
+    except TesseraError as error:
+        raise TesseraError(f"data.{error}") from None
     process = recipe.diffusion.resolve(codec.latent_channels, size).build()
     sizes = {
         "input_size": size,

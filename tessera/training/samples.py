@@ -1,4 +1,7 @@
-"""The grid of samples that a run saves: fixed seeds, and a column for each class or a row for each prompt."""
+"""The grid of samples that a run saves: fixed seeds, and a column for each class or a row for each prompt.
+
+Clips are saved twice: as a sheet, whose rows are the frames of one clip each, and as an animation of the grid.
+"""
 
 from typing import Any
 
@@ -31,9 +34,12 @@ def _num_conditions(recipe: Recipe) -> int:
     return min(recipe.network.num_classes, MAX_CLASSES) or NUM_UNCONDITIONAL
 
 
-def sample_grid(recipe: Recipe, model: bundle.Model, dataset: Any = None) -> np.ndarray:
-    """Sample the grid: uint8 [H, W, C]. dataset: what captions are chosen from, where the recipe has no prompts; a
-    control gets its first images, with their own captions and classes"""
+def sample_grid(recipe: Recipe, model: bundle.Model, dataset: Any = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Sample the grid: uint8 [H, W, C]; and of clips the animation uint8 [T, H, W, C].
+
+    dataset: what captions are chosen from, where the recipe has no prompts; a control gets its first images, with their
+    own captions and classes
+    """
     network, count, num_seeds = recipe.network, _num_conditions(recipe), recipe.training.sample_seeds
     classes, is_text = network.num_classes, network.uses_text
     # Rows of a grid are prompts, or seeds; without a condition each image has its own seed.
@@ -64,10 +70,21 @@ def sample_grid(recipe: Recipe, model: bundle.Model, dataset: Any = None) -> np.
     request = generation.SampleRequest(seeds, condition, controls=controls, cut_long=bool(controls))
     samples = generation.generate_request(model, request)
     zoom = max(1, 32 // samples.shape[-3])
-    if not is_text:
+    texts = inputs["text"] if is_text else None
+    if samples.ndim == 4:
+        return _sheet(samples, count, num_seeds, texts, zoom), None
+    frames = [_sheet(samples[:, number], count, num_seeds, texts, zoom) for number in range(samples.shape[1])]
+    if not is_text:  # the clips of a class below each other
+        samples = samples.reshape(num_seeds, count, *samples.shape[1:]).swapaxes(0, 1).reshape(samples.shape)
+    return _sheet(images.filmstrips(samples), 1 if texts is None else count, 1, texts, zoom), np.stack(frames)
+
+
+def _sheet(samples: np.ndarray, count: int, num_seeds: int, texts: list[str] | None, zoom: int) -> np.ndarray:
+    """Images in `count` columns; with texts, a row of `num_seeds` images below each."""
+    if texts is None:
         return images.grid(samples, count, zoom=zoom)
     parts = np.split(samples, count)
-    return images.with_captions([images.grid(part, num_seeds, zoom=zoom) for part in parts], inputs["text"])
+    return images.with_captions([images.grid(part, num_seeds, zoom=zoom) for part in parts], texts)
 
 
 def _first_images(dataset: Any, count: int) -> tuple[list[int], np.ndarray]:

@@ -229,7 +229,7 @@ def test_a_recipe_is_written_as_plain_yaml(tiny):
 def test_pixart_has_the_published_settings():
     """PixArt-alpha's configuration for 256 px, and the size of its published network."""
     recipe = read_recipe(next(path for path in RECIPES if path.stem == "pixart"), [])
-    codec = SimpleNamespace(pixel_channels=3, latent_channels=4, factor=8)
+    codec = SimpleNamespace(pixel_channels=3, latent_channels=4, factor=8, latent_size=lambda size: (32, 32))
     network = resolve_recipe(recipe, [], codec, text=TextSizes(4096, 0, 120, 120)).network
     assert (network.input_size, network.grid, network.text_tokens) == ((32, 32), (16, 16), 120)
     with torch.device("meta"):

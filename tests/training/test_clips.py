@@ -1,0 +1,135 @@
+"""Runs on clips: from a data set with frames to samples."""
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tessera
+from tessera import bundle
+from tessera.data import Loader
+from tessera.errors import TesseraError
+from tessera.settings import Settings
+from tessera.training import dry_run, loop
+from tessera.training.run import build_run
+
+
+class RampsConfig(Settings):
+    """Clips in memory whose frames become brighter (class 0) or darker (class 1)."""
+
+    kind: Literal["ramps"] = "ramps"
+    frames: int | None = 4
+    size: tuple[int, int] = (8, 8)
+    channels: Literal[1, 3] = 1
+    hflip: bool = False
+    description: str = "ramps"
+
+    def open(self) -> Any:
+        return Ramps(self)
+
+
+class Ramps:
+    class_names: tuple[str, ...] = ("up", "down")
+    text: Any = None
+    image_sizes: Any = None
+
+    def __init__(self, config: RampsConfig) -> None:
+        self.config, self.reads = config, 0
+
+    def __len__(self) -> int:
+        return 40
+
+    def label(self, index: int) -> int:
+        return index % 2
+
+    def name(self, index: int) -> str:
+        return f"ramp {index}"
+
+    def pixels(self, index: int) -> np.ndarray:
+        self.reads += 1
+        levels = np.arange(self.config.frames or 1) * 40 + index
+        levels = levels[::-1] if index % 2 else levels
+        shape = (self.config.channels, len(levels), *self.config.size)
+        return np.broadcast_to(levels[None, :, None, None], shape).astype(np.uint8)
+
+
+@pytest.fixture
+def recipe(tiny):
+    """A recipe of ramps with dotted changes."""
+
+    def make(*changes: str, data: RampsConfig | None = None, **sections: Any):
+        return tiny("run", *changes, **sections).model_copy(update={"data": data or RampsConfig()})
+
+    return make
+
+
+def test_the_size_of_the_network_follows_from_the_frames(recipe):
+    run = build_run(recipe())
+    assert run.recipe.network.input_size == (4, 8, 8)
+    batch = next(run.loader.batches())
+    assert batch.pixels.shape == (32, 1, 4, 8, 8)
+    assert batch.pixels.dtype == torch.uint8
+
+
+def test_a_network_for_images_is_an_error(recipe):
+    with pytest.raises(TesseraError, match="network.input_size"):
+        build_run(recipe("network.input_size=[8, 8]"))
+
+
+def test_small_data_sets_of_clips_stay_in_memory():
+    dataset = Ramps(RampsConfig())
+    loader = Loader(dataset, 8, seed=0)
+    first = [loader.load_batch(position).pixels for position in range(0, 40, 8)]
+    reads = dataset.reads
+    again = [loader.load_batch(position).pixels for position in range(0, 40, 8)]
+    assert dataset.reads == reads == 40
+    assert all(torch.equal(one, other) for one, other in zip(first, again))
+
+
+@pytest.mark.parametrize("source", ["tiny-pair", "kl"])
+def test_a_codec_of_images_encodes_each_frame_by_itself(recipe, tmp_path, autoencoder_folder, source):
+    pytest.importorskip("diffusers")
+    codec = {"kind": "autoencoder-kl", "source": str(autoencoder_folder), "scale": (1.0, 2.0, 3.0, 4.0)}
+    if source == "tiny-pair":
+        from safetensors.torch import save_file
+
+        from tessera.codecs.tiny import Pair
+
+        torch.manual_seed(0)
+        network = Pair(latent_channels=4, pool=True)
+        for name in ("encoder", "decoder"):
+            weights = {key: tensor.contiguous() for key, tensor in getattr(network, name).state_dict().items()}
+            save_file(weights, tmp_path / f"some_{name}.safetensors")
+        codec = {"kind": "autoencoder-tiny", "source": str(tmp_path), "scale": (1.0, 2.0, 3.0, 4.0)}
+    data = RampsConfig(size=(16, 16), channels=3)
+    run = build_run(recipe("network.patch_size=1", data=data, codec=codec))
+    codec = run.ema_model.codec
+    assert run.recipe.network.input_size == (4, 16 // codec.factor, 16 // codec.factor)
+    clips = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, *run.recipe.network.input_size) if codec.stochastic else None
+    latents = codec.encode(clips, noise)
+    for frame in range(4):
+        alone = codec.encode(clips[:, :, frame], None if noise is None else noise[:, :, frame])
+        torch.testing.assert_close(latents[:, :, frame], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codec.decode(latents)[:, :, 2], codec.decode(latents[:, :, 2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.run
+def test_a_run_trains_samples_and_resumes(recipe):
+    run_dir = loop.train(recipe("training.steps=2"))
+    run_dir = loop.train(recipe("training.steps=4"))
+    model = tessera.load(run_dir)
+    clips = tessera.generate(model, [0, "down"], seeds=[3])
+    assert clips.shape == (2, 4, 8, 8, 1)
+    sheet = Image.open(run_dir / "samples/step-000000004.png")
+    assert sheet.size == (4 * 32, 2 * 32 + 1)  # two clips below each other, each a row of four frames
+    animation: Any = Image.open(run_dir / "samples/step-000000004.webp")
+    assert animation.n_frames == 4
+    assert len(bundle.checkpoints(run_dir)) == 2
+
+
+@pytest.mark.run
+def test_a_dry_run_estimates_a_run_of_clips(recipe):
+    assert "a forward pass" in str(dry_run.dry_run(recipe()))
