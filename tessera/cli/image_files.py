@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tessera import __version__, generation, images, runtime
 from tessera.acceleration import compilation
@@ -22,7 +21,6 @@ from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, spl
 from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
 from tessera.data import AnyData
-from tessera.data.images import ImagesConfig, InvalidSample, centre_crop, read_image
 from tessera.data.metadata_files import FILE_NAME, METADATA_FILES
 from tessera.data.resolve import parse_data
 from tessera.errors import TesseraError
@@ -30,6 +28,8 @@ from tessera.evaluation.captions import caption_data
 from tessera.files import atomic_write
 from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
+from tessera.generation.image_inputs import crop, images_config, read_image, read_mask
+from tessera.generation.image_settings import row_settings
 from tessera.interop import load
 from tessera.model import Model
 
@@ -164,12 +164,6 @@ def parse_classes(text: str | None, model: Model, option: str = "--classes") -> 
         raise TesseraError(f"{error}; {QUOTING}" if len(parts) > 1 else str(error)) from None
 
 
-def class_text(model: Model, label: int) -> str:
-    """The name of a class, or its number if another class has the same name."""
-    names = model.class_names
-    return names[label] if names.count(names[label]) == 1 else str(label)
-
-
 def _percent(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode(errors="surrogatepass"))
 
@@ -215,8 +209,7 @@ def read_inputs(
             raise TesseraError(f"--guidance-model: {error}{hint}") from None
         generation.check_guidance_model(model, guide)
         arguments["guidance_model"], hashes["guidance_model_weights"] = guide, weights_hash(guide.network)
-    background = ((model.config.recipe or {}).get("data") or {}).get("background", (255, 255, 255))
-    config = ImagesConfig(channels=1 if model.codec.pixel_channels == 1 else 3, background=background)
+    config = images_config(model)
     height, width = (size or generation.image_size(model))[-2:]
     size = height, width
     for option, specs in (("--control", controls), ("--control-map", control_maps)):
@@ -224,23 +217,23 @@ def read_inputs(
             name, path, how_much = _parse_control(option, spec)
             if name in arguments.setdefault("controls", {}):
                 raise TesseraError(f"there are two images for control {name}: give one")
-            image = _crop(_read_image(option, path, config), size)
+            image = crop(read_image(f"{option} {path}", Path(path), config), size)
             arguments["controls"][name] = generation.ControlInput(image, how_much, option == "--control-map")
             hashes[f"control_{name}_hash"] = _hash(image)
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
-        image = _read_image("--init-image", init_image, config)
-        arguments["init_image"] = _crop(image, size)
+        image = read_image(f"--init-image {init_image}", Path(init_image), config)
+        arguments["init_image"] = crop(image, size)
         hashes["init_image_hash"] = _hash(arguments["init_image"])
         if mask is not None:
-            mask_image = _read_mask(mask)
+            mask_image = read_mask(f"--mask {mask}", Path(mask))
             if mask_image.shape[:2] != image.shape[:2]:
                 raise TesseraError(
                     f"--mask {mask} has {mask_image.shape[0]} x {mask_image.shape[1]} pixels (height x width), but "
                     f"--init-image {init_image} has {image.shape[0]} x {image.shape[1]}: both need the same size"
                 )
-            arguments["mask"] = _crop(mask_image, size)[..., 0] >= 128
+            arguments["mask"] = crop(mask_image, size)[..., 0] >= 128
             hashes["mask_hash"] = _hash(arguments["mask"])
     return arguments, hashes
 
@@ -254,32 +247,6 @@ def _parse_control(option: str, text: str) -> tuple[str, str, float]:
         )
     name, path, strength = match.groups()
     return name, path, 1.0 if strength is None else float(strength)
-
-
-def _read_image(option: str, path: str, config: ImagesConfig) -> np.ndarray:
-    """uint8 [H, W, C] of an image file, read as training reads it. Raises TesseraError."""
-    try:
-        pixels = np.asarray(read_image(Path(path), config))
-    except InvalidSample as error:
-        raise TesseraError(f"cannot read {option} {path}: {error}") from None
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _read_mask(path: str) -> np.ndarray:
-    """uint8 [H, W, 1] of a mask. Raises TesseraError if it is transparent somewhere: what that means is not defined."""
-    backgrounds = ((0, 0, 0), (255, 255, 255))
-    black, white = (_read_image("--mask", path, ImagesConfig(channels=1, background=level)) for level in backgrounds)
-    if (black != white).any():
-        raise TesseraError(f"--mask {path} has transparent pixels; expected white where the image changes, else black")
-    return white
-
-
-def _crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [H, W, C] scaled and cropped to a size; unchanged if it has that size."""
-    if pixels.shape[:2] == size:
-        return pixels
-    cropped = np.asarray(centre_crop(images.to_pil(pixels), size))
-    return cropped if cropped.ndim == 3 else cropped[..., None]
 
 
 def _hash(pixels: np.ndarray) -> str:
@@ -331,18 +298,18 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
             batch = _generate(model, request, stats, rows, None if grid_only else out, settings, metadata)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
-    row_settings = _row_settings(model, request, range(count))
-    seeds, groups = row_settings["seeds"], row_settings["prompts"] or row_settings["classes"]
+    all_settings = row_settings(model, request, range(count))
+    seeds, groups = all_settings["seeds"], all_settings["prompts"] or all_settings["classes"]
     row_per_group = groups is not None and len(seeds) * len(groups) == count and len(seeds) <= MAX_COLUMNS
     columns, zoom = len(seeds) if row_per_group else min(count, 8), max(1, 64 // sheet[0].shape[-3])
-    if row_settings["prompts"] is not None and row_per_group:
+    if all_settings["prompts"] is not None and row_per_group:
         rows = [
             images.grid(np.stack(sheet[row : row + columns]), columns, zoom=zoom) for row in range(0, count, columns)
         ]
-        grid = images.with_captions(rows, row_settings["prompts"])
+        grid = images.with_captions(rows, all_settings["prompts"])
     else:
         grid = images.grid(np.stack(sheet), columns, zoom=zoom)
-    images.save_png(out if grid_only else out / "grid.png", grid, settings | row_settings)
+    images.save_png(out if grid_only else out / "grid.png", grid, settings | all_settings)
     if not grid_only:
         _write_metadata(out / METADATA, metadata)
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
@@ -358,25 +325,6 @@ def _write_metadata(path: Path, metadata: dict[str, dict[str, str]]) -> None:
             rows = {row[FILE_NAME]: row for row in map(json.loads, lines) if (path.parent / row[FILE_NAME]).exists()}
     rows |= {name: {FILE_NAME: name, **fields} for name, fields in metadata.items()}
     atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
-
-
-def _row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:
-    """Seeds, classes and prompts of some rows, each once, as they are stored in a PNG."""
-    part = request.select(rows)
-
-    def distinct(values: Sequence[Any] | None) -> list[Any] | None:
-        return None if values is None else list(dict.fromkeys(values))
-
-    classes = None if part.classes is None else [int(label) for label in dict.fromkeys(part.classes)]
-    scales = None if part.guidance_scale is None else torch.as_tensor(part.guidance_scale).reshape(-1).tolist()
-    return {
-        "classes": classes,
-        "class_names": None if classes is None else [class_text(model, label) for label in classes],
-        "prompts": distinct(part.prompts),
-        "negative_prompts": distinct(part.negative.get("text")),
-        "guidance_scales": distinct(scales),
-        "seeds": distinct(part.seeds),
-    }
 
 
 def prompt_stems(prompts: Sequence[str]) -> list[str]:
@@ -402,13 +350,13 @@ def _generate(
     stems, prompts = file_stems(model.class_names), list(dict.fromkeys(request.prompts or ()))
     prompt_names = dict(zip(prompts, prompt_stems(prompts)))
     for row in rows:
-        row_settings, prefix = _row_settings(model, request, [row]), ""
-        if row_settings["prompts"] is not None:
-            prefix = f"{prompt_names[row_settings['prompts'][0]]}-"
-        if row_settings["classes"] is not None:
-            prefix += f"class-{stems[row_settings['classes'][0]]}-"
-        files[row] = f"{prefix}seed-{request.seeds[row]}.png", {**settings, **row_settings}
-        names, prompt = row_settings["class_names"], row_settings["prompts"]
+        one_settings, prefix = row_settings(model, request, [row]), ""
+        if one_settings["prompts"] is not None:
+            prefix = f"{prompt_names[one_settings['prompts'][0]]}-"
+        if one_settings["classes"] is not None:
+            prefix += f"class-{stems[one_settings['classes'][0]]}-"
+        files[row] = f"{prefix}seed-{request.seeds[row]}.png", {**settings, **one_settings}
+        names, prompt = one_settings["class_names"], one_settings["prompts"]
         fields = {"label": names and names[0], "caption": prompt and prompt[0]}
         metadata[files[row][0]] = {name: value for name, value in fields.items() if value is not None}
         if out is not None and (image := images.load_png(out / files[row][0], files[row][1])) is not None:
