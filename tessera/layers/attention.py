@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from tessera.layers.frames import ClipAttention, attend
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.norms import inverse_rms
 from tessera.layers.positions import apply_rope
@@ -36,11 +37,15 @@ class Attention(nn.Module):
         self.qkv = FusedLinear(width, width, num_projections=3, bias=bias)
         self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, more: MoreKeys | None = None) -> Tensor:
-        """x [B, N, D] -> [B, N, D]"""
+    def forward(self, x: Tensor, more: MoreKeys | None = None, clip: ClipAttention | None = None) -> Tensor:
+        """x [B, N, D] -> [B, N, D]
+
+        clip: which tokens of a clip attend to each other; None: all
+        """
         # Split first: then the backward pass concatenates the three gradients in one pass.
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        x = scaled_dot_product_attention(q, k, v)  # B N (K E) -> B K N E each
+        # B N (K E) -> B K N E each
+        x = scaled_dot_product_attention(q, k, v) if clip is None else attend(q, k, v, clip)
         return self._output(x, q, k, v, more)
 
     def _output(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, more: MoreKeys | None) -> Tensor:
@@ -52,10 +57,13 @@ class Attention(nn.Module):
                 x = x + scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype))
         return self.proj(x.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
 
-    def macs(self, tokens: int) -> int:
-        """Multiply-adds for one sample: 4 N D^2 in the projections, 2 N^2 D between the tokens."""
+    def macs(self, tokens: int, keys: int | None = None) -> int:
+        """Multiply-adds for one sample: 4 N D^2 in the projections, 2 N^2 D between the tokens.
+
+        keys: that a token attends to, if they are not all N.
+        """
         width = self.proj.in_features
-        return 4 * tokens * width**2 + 2 * tokens**2 * width
+        return 4 * tokens * width**2 + 2 * tokens * (tokens if keys is None else keys) * width
 
 
 class RotaryAttention(Attention):
@@ -108,11 +116,12 @@ class RotaryAttention(Attention):
         keys: Tensor | None = None,
         mask: Tensor | None = None,
         more: MoreKeys | None = None,
+        clip: ClipAttention | None = None,
     ) -> Tensor:
         """x [B, N, D], rope [N, E / 2, 2] (see `rope_grid`), v0 [B, N, D] -> [B, N, D]
 
         keys [B, M, 2 D]: more keys and values (see `keys_values`). mask: bool [B, M + N], which keys are attended to,
-        those first
+        those first. clip: which tokens of a clip attend to each other; None: all
         """
         qk, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)  # B N 2 K E, B N 1 K E
         v = v.squeeze(2)
@@ -127,6 +136,7 @@ class RotaryAttention(Attention):
             v = torch.lerp(v, v0.unflatten(-1, (self.num_heads, -1)), self.v_residual_lambda.to(v.dtype))
         q, k = qk.to(v.dtype).unbind(2)
         own = k.transpose(1, 2), v.transpose(1, 2)
+        text = None
         if keys is not None:
             text = keys.to(v.dtype).unflatten(-1, (2, self.num_heads, -1))  # B M 2 K E
             k, v = torch.cat((text[:, :, 0], k), dim=1), torch.cat((text[:, :, 1], v), dim=1)
@@ -135,7 +145,13 @@ class RotaryAttention(Attention):
             offset = self.text_offset[:, None, None] * (torch.arange(k.shape[1], device=k.device) < keys.shape[1])
             attn_mask = torch.where(attn_mask, offset.to(v.dtype), -torch.inf)  # B K 1 (M + N)
         q = q.transpose(1, 2)
-        x = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask)
+        if clip is None:
+            x = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=attn_mask)
+        elif text is None:
+            x = attend(q, *own, clip)
+        else:
+            further = text[:, :, 0].transpose(1, 2), text[:, :, 1].transpose(1, 2)
+            x = attend(q, *own, clip, further, None if attn_mask is None else attn_mask[..., : text.shape[1]])
         return self._output(x, q, *own, more)
 
     def keys_values(self, tokens: Tensor) -> Tensor:

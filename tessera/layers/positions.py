@@ -46,7 +46,13 @@ def sincos_frames(frames: int, width: int) -> Tensor:
     return table - table[:1]
 
 
-def rope_grid(grid: Sequence[int], channels: int, device: torch.device | None = None, temporal: bool = False) -> Tensor:
+def rope_grid(
+    grid: Sequence[int],
+    channels: int,
+    device: torch.device | None = None,
+    first_frame: int = 0,
+    frame_positions: bool = True,
+) -> Tensor:
     """Angles for all axes of a grid (h, w) or (t, h, w), as (cosine, sine): float32 [N, E / 2, 2].
 
     The first half of a head's pairs of channels encodes the row, the second half the column, at the frequencies
@@ -54,21 +60,24 @@ def rope_grid(grid: Sequence[int], channels: int, device: torch.device | None = 
     not the 10000 of text, because a grid has tens of rows, not thousands of words (Heo et al. 2024, "Rotary position
     embedding for vision transformer"). The grid may have any size; channels (E) must be divisible by 4.
 
-    temporal: of a network for clips. The first quarter of the pairs encodes the frame (as in CogVideoX, Yang et al.
-    2024), at the frequencies of text, and rows and columns share the others. An image is frame 0: it is not rotated.
+    The lower half of the frequencies of rows and of columns encodes the frame, too: they turn so little over a grid
+    that most of their range is free. Frame t adds t base^(-j / n) to the angles of these n pairs. So frame 0 has the
+    angles of an image, a token's angles are linear in its position, and what queries and keys see is relative on all
+    three axes. first_frame: the number of the first frame of the grid. Without frame_positions all are frame 0.
     """
     # Not cached: it is a few small operations, and a table made in inference mode cannot be used in training.
-    (frames, height, width), pairs = (1, *grid)[-3:], channels // 2
-    spatial = 3 * pairs // 8 if temporal else pairs // 2
-    counts, bases = (pairs - 2 * spatial, spatial, spatial), (10000.0, 100.0, 100.0)
-    angles = []
-    for axis, (length, count, base) in enumerate(zip((frames, height, width), counts, bases)):
-        if count:
-            frequencies = base ** (-torch.arange(count, dtype=torch.float32, device=device) / count)
-            positions = torch.arange(length, dtype=torch.float32, device=device)
-            shape = [length if index == axis else 1 for index in range(3)]
-            angles.append((positions[:, None] * frequencies).view(*shape, -1).expand(frames, height, width, -1))
-    flat = torch.cat(angles, dim=-1).flatten(0, 2)
+    (frames, height, width), count = (1, *grid)[-3:], channels // 4
+    exponents = torch.arange(count, dtype=torch.float32, device=device)
+    frequencies = 100.0 ** (-exponents / count)
+    axes = [torch.arange(length, dtype=torch.float32, device=device) for length in (height, width)]
+    rows, columns = (positions[:, None] * frequencies for positions in axes)
+    flat = torch.cat((rows.repeat_interleave(width, 0), columns.repeat(height, 1)), dim=-1)
+    if frames > 1 or first_frame:
+        low = (count + 1) // 2  # of each axis
+        time = torch.arange(first_frame, first_frame + frames, dtype=torch.float32, device=device) * frame_positions
+        turns = torch.arange(2 * low, dtype=torch.float32, device=device).view(low, 2).T  # alternating: row, column
+        turns = torch.nn.functional.pad(100.0 ** (-turns / (2 * low)), (count - low, 0)).flatten()
+        flat = (flat + (time[:, None] * turns)[:, None]).flatten(0, 1)
     return torch.stack((flat.cos(), flat.sin()), dim=-1)
 
 

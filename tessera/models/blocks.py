@@ -4,7 +4,7 @@ Each design has its settings directly above its block. A block is `block(x, cont
 M condition tokens, G conditioning vectors (1, one for each frame, or N), D width, E channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,13 +13,17 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from tessera.layers.attention import Attention, CrossAttention, MoreKeys, RotaryAttention
+from tessera.layers.frames import AttentionMode, ClipAttention, Full, Temporal
 from tessera.layers.mlp import MLP, SwiGLU
 from tessera.layers.modulation import Modulation, ScaleShiftTable, gated_residual, modulate
 from tessera.layers.norms import RMSNorm
-from tessera.layers.positions import rope_grid
+from tessera.layers.positions import rope_grid, sincos_frames
 from tessera.layers.text import TextEmbedder
 from tessera.rows import SHARED, Rows, pad
 from tessera.settings import Settings, expand_kind
+
+FULL = Full()
+FramePositions = Literal["all", "temporal", "none"]  # which attention layers know the order of frames
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class Context(Rows):
     controls: tuple[ControlInputs, ...] = ()
     own_keys_values: tuple[tuple[Tensor, Tensor], ...] = ()  # of the controls, for the block that runs
     record: list[tuple[Tensor, Tensor]] | None = field(default=None, metadata=SHARED)  # see `MoreKeys`
+    attention: AttentionMode = FULL  # of the network, or of the block that runs
+    first_frame: int = 0  # the number of the first frame of the grid
+    past: tuple[tuple[Tensor, Tensor], ...] = ()  # [B, K, P S, E] of earlier frames, for each block
+    own_past: tuple[Tensor, Tensor] | None = None  # those of the block that runs
+
+    @property
+    def clip(self) -> ClipAttention | None:
+        """Which tokens of a clip attend to each other; None: all"""
+        if self.own_past is None and (self.grid[:-2] in ((), (1,)) or isinstance(self.attention, Full)):
+            return None
+        return ClipAttention(self.attention, self.grid, self.own_past)
 
     @property
     def more_keys(self) -> MoreKeys | None:
@@ -66,9 +81,12 @@ class Context(Rows):
         return modulation.params(self.c, self.shared_modulation)
 
     def for_block(self, number: int) -> "Context":
-        """The context with the text keys of one block, and those of the controls."""
+        """The context of one block: its attention mode, text keys, keys of the controls and of earlier frames."""
         own = tuple(each.keys_values[number] for each in self.controls if each.keys_values is not None)
         context = replace(self, own_keys_values=own) if own else self
+        mode = self.attention.for_block(number)
+        if mode is not self.attention or self.past:
+            context = replace(context, attention=mode, own_past=self.past[number] if self.past else None)
         return context if self.text_keys is None else replace(context, own_text_keys=self.text_keys[number])
 
 
@@ -89,7 +107,8 @@ class BlockDims:
     num_heads: int
     mlp_width: int
     mlp_norm_eps: float = 1e-6  # diffusers' DiT uses 1e-5 in this norm only
-    temporal: bool = False  # whether tokens are those of clips
+    temporal_attention: bool = False  # a layer of it in each block
+    frame_positions: "FramePositions" = "all"
 
 
 def layer_norm(width: int, eps: float = 1e-6) -> nn.LayerNorm:
@@ -108,7 +127,7 @@ class SharedConditioning(nn.Module):
         super().__init__()
         self.adaLN_modulation = Modulation(dims.width, 6) if modulation else None
         self.rope_channels = dims.width // dims.num_heads if rope else 0
-        self.temporal = dims.temporal
+        self.frame_positions = dims.frame_positions == "all"
         self.norm = RMSNorm(dims.width)
         self.v0_proj = nn.Linear(dims.width, dims.width, bias=False) if value_residual else None
 
@@ -116,7 +135,7 @@ class SharedConditioning(nn.Module):
         """x [B, N, D]: the patch embeddings, and text tokens that are appended to them"""
         modulation, rope = self.adaLN_modulation, None
         if self.rope_channels:
-            rope = rope_grid(context.grid, self.rope_channels, x.device, self.temporal)
+            rope = rope_grid(context.grid, self.rope_channels, x.device, context.first_frame, self.frame_positions)
             if (appended := x.shape[1] - len(rope)) > 0:  # text tokens have no place in the grid: not rotated
                 rope = nn.functional.pad(rope, (0, 0, 0, 0, 0, appended))
                 rope[-appended:, :, 0] = 1
@@ -131,6 +150,41 @@ class SharedConditioning(nn.Module):
         """Multiply-adds for one sample."""
         modulation = 0 if self.adaLN_modulation is None else self.adaLN_modulation.macs()
         return modulation + (0 if self.v0_proj is None else tokens * self.v0_proj.weight.numel())
+
+
+class TemporalAttention(nn.Module):
+    """x + attention among the tokens at the same place in all frames, with weights of its own.
+
+    After spatial attention it makes an image network one of clips (Ho et al. 2022, "Video diffusion models"; Zheng et
+    al. 2024, "Open-Sora"; Guo et al. 2023, "AnimateDiff"). A new layer is the identity, and images skip it.
+    """
+
+    def __init__(self, dims: BlockDims) -> None:
+        super().__init__()
+        self.norm = layer_norm(dims.width)
+        self.attn = RotaryAttention(dims.width, dims.num_heads, bias=True, qk_norm=False, value_residual=False)
+        self.frame_positions = dims.frame_positions
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A new layer is the identity."""
+        nn.init.zeros_(self.attn.proj.weight)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D] -> [B, N, D]"""
+        if context.grid[:-2] in ((), (1,)):
+            return x
+        tokens, frames = self.norm(x), context.grid[0]
+        rope = context.rope if self.frame_positions == "all" else None
+        if rope is None and self.frame_positions != "none":
+            positions = sincos_frames(frames, x.shape[2]).to(tokens, non_blocking=x.is_cuda)
+            tokens = tokens + positions.repeat_interleave(x.shape[1] // frames, 0)
+        return x + self.attn(tokens, rope, clip=ClipAttention(Temporal(), context.grid))
+
+    def macs(self, tokens: int, grid: Sequence[int]) -> int:
+        """Multiply-adds for one sample."""
+        is_clip = len(grid) == 3 and grid[0] > 1
+        return self.attn.macs(tokens, grid[0]) if is_clip else 0
 
 
 class Block(nn.Module):
@@ -149,12 +203,17 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = norm(dims.width, 1e-6)
         self.attn = Attention(dims.width, dims.num_heads) if attn is None else attn
+        self.temporal = TemporalAttention(dims) if dims.temporal_attention else None
         self.norm2 = norm(dims.width, dims.mlp_norm_eps)
         self.mlp = MLP(dims.width, dims.mlp_width) if mlp is None else mlp
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        """Multiply-adds for one sample with N = tokens and M = cond_tokens."""
-        return self.attn.macs(tokens) + self.mlp.macs(tokens)
+    def attend_in_time(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, N, D] after the layer of temporal attention, where there is one."""
+        return x if self.temporal is None else self.temporal(x, context)
+
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
+        """Multiply-adds for one sample with N = tokens and M = cond_tokens. keys: see `Attention.macs`"""
+        return self.attn.macs(tokens, keys) + self.mlp.macs(tokens)
 
 
 class BlockConfig(Settings):
@@ -171,8 +230,13 @@ class BlockConfig(Settings):
         """Whether a table of positions is added to the patch embeddings."""
         return True
 
-    def check(self, width: int, num_heads: int, temporal: bool) -> None:
-        """Raise ValueError if a block cannot have these sizes. temporal: whether the network is for clips"""
+    @property
+    def takes_attention_modes(self) -> bool:
+        """Whether self-attention may have another mode than full: not if condition tokens are among its tokens."""
+        return True
+
+    def check(self, width: int, num_heads: int) -> None:
+        """Raise ValueError if a block cannot have these sizes."""
 
     def shared(self, dims: BlockDims) -> SharedConditioning | None:
         """The module that computes what the blocks share."""
@@ -197,6 +261,10 @@ class InContext(BlockConfig):
 
     kind: Literal["in-context"] = "in-context"
 
+    @property
+    def takes_attention_modes(self) -> bool:
+        return False
+
     def build(self, dims: BlockDims) -> Block:
         return InContextBlock(dims)
 
@@ -208,10 +276,10 @@ class InContextBlock(Block):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N + M, D] -> [B, N + M, D]"""
-        x = x + self.attn(self.norm1(x), context.more_keys)
+        x = x + self.attn(self.norm1(x), context.more_keys, context.clip)
         return x + self.mlp(self.norm2(x))
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
         return super().macs(tokens + cond_tokens, cond_tokens)
 
 
@@ -234,12 +302,13 @@ class CrossAttentionBlock(Block):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.cond_tokens [B, M, D] -> [B, N, D]"""
-        x = x + self.attn(self.norm1(x), context.more_keys)
+        x = x + self.attn(self.norm1(x), context.more_keys, context.clip)
+        x = self.attend_in_time(x, context)
         x = x + self.cross_attn(self.norm_cross(x), context.cond_tokens)
         return x + self.mlp(self.norm2(x))
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.cross_attn.macs(tokens, cond_tokens)
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
+        return super().macs(tokens, cond_tokens, keys) + self.cross_attn.macs(tokens, cond_tokens)
 
 
 class AdaLN(BlockConfig):
@@ -263,11 +332,12 @@ class AdaLNBlock(Block):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
         shift1, scale1, shift2, scale2 = context.modulation_params(self.adaLN_modulation).chunk(4, dim=-1)
-        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), context.more_keys)
+        x = x + self.attn(modulate(self.norm1(x), shift1, scale1), context.more_keys, context.clip)
+        x = self.attend_in_time(x, context)
         return x + self.mlp(modulate(self.norm2(x), shift2, scale2))
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
+        return super().macs(tokens, cond_tokens, keys) + self.adaLN_modulation.macs()
 
 
 class AdaLNZero(BlockConfig):
@@ -298,12 +368,12 @@ class AdaLNZeroBlock(Block):
         """x [B, N, D], context.c [B, G, D] -> [B, N, D]"""
         shift1, scale1, gate1, shift2, scale2, gate2 = context.modulation_params(self.adaLN_modulation).chunk(6, dim=-1)
         x = gated_residual(x, gate1, self.attend(modulate(self.norm1(x), shift1, scale1), context))
-        x = self.attend_to_text(x, context)
+        x = self.attend_to_text(self.attend_in_time(x, context), context)
         return gated_residual(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """The attention branch: x [B, N, D] -> [B, N, D]"""
-        return self.attn(x, context.more_keys)
+        return self.attn(x, context.more_keys, context.clip)
 
     def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
         """x [B, N, D] plus what it attends to in the text, in designs with cross-attention"""
@@ -313,8 +383,8 @@ class AdaLNZeroBlock(Block):
         """The keys and values of the text: [B, M, D] -> [B, M, 2 D]; None in designs without."""
         return None
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
-        return super().macs(tokens, cond_tokens) + self.adaLN_modulation.macs()
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
+        return super().macs(tokens, cond_tokens, keys) + self.adaLN_modulation.macs()
 
 
 class AdaLNSingle(BlockConfig):
@@ -375,12 +445,16 @@ class RoPESwiGLU(BlockConfig):
     def absolute_positions(self) -> bool:
         return self.positions == "sincos"
 
-    def check(self, width: int, num_heads: int, temporal: bool) -> None:
-        channels, least = width // num_heads, 8 if temporal else 4
-        if self.positions == "rotary" and (channels % 4 or channels < least):
+    @property
+    def takes_attention_modes(self) -> bool:
+        return self.text != "sequence"
+
+    def check(self, width: int, num_heads: int) -> None:
+        channels = width // num_heads
+        if self.positions == "rotary" and channels % 4:
             raise ValueError(
                 f"hidden_size {width} and num_heads {num_heads} give {channels} channels per head, and rotary "
-                f"positions need a multiple of 4, {least} or more: change one of them, or set block.positions=sincos"
+                f"positions need a multiple of 4: change one of them, or set block.positions=sincos"
             )
         if self.text_offset and self.text != "keys":
             raise ValueError(f"text_offset has no effect with text={self.text}: it needs text=keys")
@@ -449,7 +523,7 @@ class RoPESwiGLUBlock(AdaLNZeroBlock):
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         keys = self._own_text_keys(context) if self.text == "keys" else None
-        return self.attn(x, context.rope, context.v0, keys, context.key_mask, context.more_keys)
+        return self.attn(x, context.rope, context.v0, keys, context.key_mask, context.more_keys, context.clip)
 
     def attend_to_text(self, x: Tensor, context: Context) -> Tensor:
         if self.cross_attn is None or self.norm_text is None or context.text is None:
@@ -466,18 +540,18 @@ class RoPESwiGLUBlock(AdaLNZeroBlock):
             return self.attn.keys_values(text)
         return None if self.cross_attn is None else self.cross_attn.kv_linear(text)
 
-    def macs(self, tokens: int, cond_tokens: int) -> int:
+    def macs(self, tokens: int, cond_tokens: int, keys: int | None = None) -> int:
         """cond_tokens: of the text"""
         width = self.attn.proj.in_features
         match self.text:
             case "sequence":
                 return super().macs(tokens + cond_tokens, 0)
             case "keys":
-                return super().macs(tokens, 0) + 2 * cond_tokens * width * (width + tokens)
+                return super().macs(tokens, 0, keys) + 2 * cond_tokens * width * (width + tokens)
             case "cross":
                 assert self.cross_attn is not None
-                return super().macs(tokens, 0) + self.cross_attn.macs(tokens, cond_tokens)
-        return super().macs(tokens, 0)
+                return super().macs(tokens, 0, keys) + self.cross_attn.macs(tokens, cond_tokens)
+        return super().macs(tokens, 0, keys)
 
 
 _Block = InContext | CrossAttend | AdaLN | AdaLNZero | AdaLNSingle | RoPESwiGLU  # the one list of all designs

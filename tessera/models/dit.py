@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tessera.conditioning import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
+from tessera.layers.frames import AnyAttention, Full
 from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
 from tessera.layers.positions import sincos_frames, sincos_grid
@@ -29,6 +30,7 @@ from tessera.models.blocks import (
     BlockDims,
     Context,
     ControlInputs,
+    FramePositions,
     PreparedText,
 )
 from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
@@ -82,6 +84,19 @@ class DiTConfig(NetworkConfig):
     num_heads: PositiveInt = 16
     mlp_ratio: PositiveFloat = 4.0
     block: AnyBlock = AdaLNZero()
+    attention: AnyAttention = Field(
+        default=Full(), description="which tokens of a clip attend to each other; the weights do not depend on it"
+    )
+    temporal_attention: bool = Field(
+        default=False,
+        description="a layer of temporal attention with its own weights in each block, which begins without effect; "
+        "with attention=spatial this is space-time factorization",
+    )
+    frame_positions: FramePositions = Field(
+        default="all",
+        description="which attention layers know the order of the frames; temporal: those of temporal_attention alone, "
+        "so that the others see images",
+    )
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers' DiT was trained with 127"
     )
@@ -106,18 +121,34 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by 4, as 2-D sin-cos positions need")
-        self.block.check(self.hidden_size, self.num_heads, self.is_temporal)
+        self.block.check(self.hidden_size, self.num_heads)
         if self.text_channels and self.vocabulary_size:
             raise ValueError(
                 f"text_channels {self.text_channels} and vocabulary_size {self.vocabulary_size} exclude each other: a "
                 "network gets the tokens of a text encoder, or ids"
             )
-        if self.temporal_patch_size > 1 and not self.is_temporal:
+        of_clips = {
+            "attention": None if isinstance(self.attention, Full) else self.attention.kind,
+            "temporal_attention": self.temporal_attention or None,
+            "temporal_patch_size": self.temporal_patch_size if self.temporal_patch_size > 1 else None,
+            "frame_positions": None if self.frame_positions == "all" else self.frame_positions,
+        }
+        settings = {name: value for name, value in of_clips.items() if value is not None}
+        if settings.keys() & {"attention", "temporal_attention"} and not self.block.takes_attention_modes:
+            name = next(iter(settings))
             raise ValueError(
-                f"temporal_patch_size {self.temporal_patch_size} needs a network for clips: set input_size to "
-                f"(frames, height, width)"
+                f"{name} {settings[name]} needs blocks that attend to the image tokens alone, and the block is "
+                f"{self.block.summary()}: leave {name} out, or choose another block"
             )
-        if "input_size" in self.model_fields_set:
+        if self.frame_positions == "temporal" and not self.temporal_attention:
+            raise ValueError("frame_positions temporal needs temporal_attention=true, or set frame_positions=none")
+        if "input_size" in self.model_fields_set:  # otherwise it follows from the data
+            if settings and not self.is_temporal:
+                name = next(iter(settings))
+                raise ValueError(
+                    f"{name} {settings[name]} needs a network for clips: set input_size to (frames, height, width), or "
+                    f"leave {name} out"
+                )
             self.check_size(self.input_size)
         return self
 
@@ -145,7 +176,9 @@ class DiTConfig(NetworkConfig):
     def summary(self) -> str:
         sizes = f"depth {self.depth}, width {self.hidden_size}, heads {self.num_heads}, patch {self.patch_size}"
         frames = f" x {self.temporal_patch_size} frames" if self.temporal_patch_size > 1 else ""
-        return f"DiT, {self.block.summary()}, {sizes}{frames}"
+        attention = "" if isinstance(self.attention, Full) else f", {self.attention.kind} attention"
+        attention += ", temporal attention" * self.temporal_attention
+        return f"DiT, {self.block.summary()}{attention}, {sizes}{frames}"
 
     def build(self) -> "DiT":
         return DiT(self)
@@ -193,7 +226,12 @@ class DiT(Network):
         width = config.hidden_size
         self.config: DiTConfig = config  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
         self.dims = dims = BlockDims(
-            width, config.num_heads, int(width * config.mlp_ratio), config.mlp_norm_eps, config.is_temporal
+            width,
+            config.num_heads,
+            int(width * config.mlp_ratio),
+            config.mlp_norm_eps,
+            config.temporal_attention,
+            config.frame_positions,
         )
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width, config.temporal_patch_size)
         self.t_embedder = TimestepEmbedder(width, config.timestep_freq_divisor)
@@ -260,7 +298,7 @@ class DiT(Network):
 
     def embed_patches(self, x: Tensor, context: Context) -> tuple[Tensor, Context]:
         """Like `embed`, with a context that `embed_condition` returned."""
-        tokens = self._with_added(self.embed_image(x), context)
+        tokens = self._with_added(self.embed_image(x, context.first_frame), context)
         if context.text_mask is not None:
             context = replace(context, key_mask=self.config.block.key_mask(context.text_mask, tokens.shape[1]))
         if self.appends_tokens:
@@ -269,11 +307,11 @@ class DiT(Network):
             context = self.shared(tokens, context)
         return tokens, context
 
-    def embed_image(self, x: Tensor) -> Tensor:
+    def embed_image(self, x: Tensor, first_frame: int = 0) -> Tensor:
         """The patch embeddings with their positions: [B, C, H, W] -> [B, N, D]"""
         # Tokens in the dtype of the input: under autocast, residuals are then summed in float32.
         tokens = self.x_embedder(x).to(x.dtype)
-        return tokens if self.pos_embed is None else tokens + self._positions(self.grid(x), self.pos_embed)
+        return tokens if self.pos_embed is None else tokens + self._positions(self.grid(x), self.pos_embed, first_frame)
 
     def _with_added(self, tokens: Tensor, context: Context) -> Tensor:
         for control in context.controls:
@@ -291,7 +329,7 @@ class DiT(Network):
             label = self.y_embedder(condition.label)[:, None]
             c = time + label
             cond_tokens.append(label)
-        context = Context(c=c, cond_tokens=torch.cat(cond_tokens, dim=1), grid=grid)
+        context = Context(c, torch.cat(cond_tokens, dim=1), grid, attention=self.config.attention)
         context = context if self.text_embedder is None else self._with_text(context, condition)
         return self._with_controls(context, condition)
 
@@ -419,13 +457,16 @@ class DiT(Network):
         patches = self.final_layer(tokens[:, : math.prod(context.grid)], context)
         return unpatchify(patches, self.x_embedder.patch_size, context.grid)
 
-    def _positions(self, grid: tuple[int, ...], table: Tensor) -> Tensor:
+    def _positions(self, grid: tuple[int, ...], table: Tensor, first_frame: int = 0) -> Tensor:
         if grid[-2:] != self.config.grid[-2:]:
-            return sincos_grid(grid, self.config.hidden_size).to(table, non_blocking=table.is_cuda)
-        if len(grid) == 2 or grid[0] == 1:
+            table = sincos_grid(grid[-2:], self.config.hidden_size).to(table, non_blocking=table.is_cuda)
+        frames = first_frame + (grid[0] if len(grid) == 3 else 1)
+        if frames == 1:
             return table
-        frames = sincos_frames(grid[0], self.config.hidden_size).to(table, non_blocking=table.is_cuda)
-        return (frames[:, None] + table).flatten(0, 1)
+        if self.config.frame_positions != "all":
+            return table.repeat(1, frames - first_frame, 1)
+        positions = sincos_frames(frames, self.config.hidden_size)[first_frame:]
+        return (positions.to(table, non_blocking=table.is_cuda)[:, None] + table).flatten(0, 1)
 
     def macs(self, size: Sequence[int] | None = None) -> int:
         grid = self.config.token_grid(size or self.config.input_size)
@@ -433,7 +474,13 @@ class DiT(Network):
         text_tokens = self.config.text_tokens if self.text_embedder is not None else 0
         cond_tokens = text_tokens or self._frames_with_times(grid) + (self.y_embedder is not None)
         appended = text_tokens if self.appends_tokens else 0
-        blocks = [block.macs(tokens, cond_tokens) for block in self.blocks if isinstance(block, Block)]
+        modes = (self.config.attention.for_block(number) for number in range(len(self.blocks)))
+        blocks = [
+            block.macs(tokens, cond_tokens, mode.keys(grid))
+            + (0 if block.temporal is None else block.temporal.macs(tokens, grid))
+            for block, mode in zip(self.blocks, modes)
+            if isinstance(block, Block)
+        ]
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()

@@ -69,6 +69,10 @@ class PixArtBlockConfig(BlockConfig):
     def absolute_positions(self) -> bool:
         return False  # of its own kind: see `PixArt.positions`
 
+    @property
+    def takes_attention_modes(self) -> bool:
+        return False
+
     def build(self, dims: BlockDims) -> "PixArtBlock":
         return PixArtBlock(dims, self)
 
@@ -221,7 +225,7 @@ class PixArtAttention(Attention):
         columns = torch.einsum("bkhwc,wjc->bkhwj", q, relative_positions(self.rel_pos_w, grid[1]))
         return (rows[..., None] + columns[..., None, :]).flatten(4).flatten(2, 3)
 
-    def macs(self, tokens: int, grid: Sequence[int] = ()) -> int:
+    def macs(self, tokens: int, grid: Sequence[int] = ()) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.window_size:
             return self._macs(tokens, grid[-2:])
         size = self.window_size
@@ -302,7 +306,7 @@ class PixArtBlock(AdaLNZeroBlock):
     def text_keys(self, text: Tensor) -> Tensor:
         return self.cross_attn.kv_linear(text)
 
-    def macs(self, tokens: int, cond_tokens: int, grid: Sequence[int] = ()) -> int:
+    def macs(self, tokens: int, cond_tokens: int, grid: Sequence[int] = ()) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert isinstance(self.attn, PixArtAttention)
         attention = self.attn.macs(tokens, grid) + self.cross_attn.macs(tokens, cond_tokens)
         return attention + self.mlp.macs(tokens)
@@ -453,7 +457,7 @@ class PixArt(DiT):
         )
         return (uniform.unflatten(1, (-1, 2)) < keep_rate) / keep_rate
 
-    def embed_image(self, x: Tensor) -> Tensor:
+    def embed_image(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens = self.x_embedder(x).to(x.dtype)
         return tokens + self.positions(self.grid(x)).to(tokens)
 

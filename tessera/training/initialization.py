@@ -29,6 +29,7 @@ SIZE_OUTPUTS = ("csize_embedder.mlp.2.", "ar_embedder.mlp.2.")
 PIXART_OPTIONS = ("y_embedder.y_embedding", "csize_embedder.", "ar_embedder.")
 TEXT, TEXT_IN_BLOCKS = "text_embedder.", (".text_kv.", ".text_offset", ".cross_attn.")
 CAPTIONS = "y_embedder.y_proj."
+TEMPORAL = ".temporal."  # layers of temporal attention, which begin without effect
 TIME_BIAS = "t_embedder.mlp.2.bias"
 REFERENCE_TIME = 501 / 1000  # step 500 of 1000
 COPIED, RESAMPLED, INITIALIZED = "copied", "resampled", "initialized"
@@ -112,6 +113,8 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
                 f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is "
                 f"{after.block.summary()}: leave block: out of the recipe to take it from there"
             )
+    if not getattr(before, "temporal_attention", False):
+        free = (*free, *(key for key in new if TEMPORAL in key))
     differences = [
         f"{key} is {tuple(old[key].shape)}, expected {tuple(new[key].shape)}" if key in old else f"{key} is missing"
         for key in new
@@ -138,7 +141,7 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
     report: dict[str, list[str]] = {COPIED: [], RESAMPLED: [], INITIALIZED: []}
     for key, target in new.items():
         if key == POSITIONS:
-            same = old[key].shape == target.shape and before.grid == after.grid
+            same = old[key].shape == target.shape and before.grid[-2:] == after.grid[-2:]
             report[COPIED if same else RESAMPLED].append(key)  # the new network has positions for its own grid
             if same:
                 target.copy_(old[key])
@@ -152,6 +155,16 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
             if key.startswith(SIZE_OUTPUTS):  # a new condition begins without effect
                 target.zero_()
     return report
+
+
+def freeze_image_layers(network: Network) -> None:
+    """Freeze everything but the layers of temporal attention. Raises TesseraError if there are none."""
+    names = [name for name, _ in network.named_parameters() if TEMPORAL in name]
+    if not names:
+        raise TesseraError("training.trainable=temporal needs network.temporal_attention=true")
+    network.requires_grad_(False)
+    for name in names:
+        network.get_parameter(name).requires_grad_(True)
 
 
 def _lasting(block: BlockConfig, without_text: bool = False) -> BlockConfig:

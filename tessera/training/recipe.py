@@ -109,6 +109,9 @@ class TrainingConfig(Settings):
     init_type: Literal["dit", "sit", "sit-gvp", "repa", "repa-cosine"] | None = Field(
         default=None, description="the family of init_from, where a .pt does not determine it"
     )
+    trainable: Literal["all", "temporal"] = Field(
+        default="all", description="temporal: the layers of temporal attention alone; others stay those of init_from"
+    )
     log_every: PositiveInt = 100
     sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
     sample_seeds: PositiveInt = Field(default=4, description="seeds of each class or prompt in a grid of samples")
@@ -157,6 +160,11 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _check_adapter(self) -> "Recipe":
+        if self.training.trainable == "temporal" and (self.training.init_from is None or self.adapter is not None):
+            raise ValueError(
+                "training.trainable=temporal trains new layers of a trained model: set training.init_from=MODEL, and "
+                "leave adapter: out"
+            )
         if self.adapter is not None and self.training.init_from is None:
             raise ValueError("an adapter changes a trained model: set training.init_from=MODEL, or leave adapter: out")
         if isinstance(self.adapter, ControlConfig):

@@ -414,6 +414,8 @@ def build_network(
                 f"{len(untrained)} of its weights, such as {untrained[0]}: leave out the settings of network: that "
                 "differ"
             )
+    if recipe.training.trainable == "temporal":
+        initialization.freeze_image_layers(network)
     return network, report
 
 

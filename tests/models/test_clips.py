@@ -59,13 +59,12 @@ def test_an_image_is_a_clip_of_one_frame_bit_for_bit(make, kind, size, sides):
 @torch.no_grad()
 @NETWORKS
 def test_a_clip_network_has_the_weights_of_an_image_network(make, kind):
-    """With the temporal channels of rotary positions as the only difference, where a design has these."""
+    """And its output for images, bit for bit: frame 0 has the positions of an image."""
     image, clip = make(kind, IMAGE), make(kind, CLIP)
     assert parameter_count(image) == parameter_count(clip)
     clip.load_state_dict(image.state_dict())
     x = normal(2, 2, *IMAGE)
-    same = torch.equal(image(x, TIMES, Condition(LABEL)), clip(x, TIMES, Condition(LABEL)))
-    assert same == (kind != "rope-swiglu")
+    assert torch.equal(image(x, TIMES, Condition(LABEL)), clip(x, TIMES, Condition(LABEL)))
 
 
 @torch.no_grad()
@@ -171,16 +170,16 @@ def test_frame_0_has_no_position():
     table = sincos_grid((5, 3, 4), 16).view(5, 12, 16)
     frames = sincos_frames(5, 16).float()[:, None].expand(-1, 12, -1)
     torch.testing.assert_close(table - sincos_grid((3, 4), 16), frames)
-    assert torch.equal(rope_grid((1, 3, 4), 16, temporal=True), rope_grid((3, 4), 16, temporal=True))
-    cosine, sine = rope_grid((1, 1, 1), 16, temporal=True).unbind(-1)
-    assert (cosine == 1).all()
-    assert (sine == 0).all()
+    assert torch.equal(rope_grid((1, 3, 4), 16), rope_grid((3, 4), 16))
+    assert torch.equal(rope_grid((5, 3, 4), 16)[:12], rope_grid((3, 4), 16))
+    assert torch.equal(rope_grid((2, 3, 4), 16, first_frame=3), rope_grid((5, 3, 4), 16)[36:])
+    assert torch.equal(rope_grid((2, 3, 4), 16, frame_positions=False), rope_grid((3, 4), 16).repeat(2, 1, 1))
 
 
-@pytest.mark.parametrize("channels", [8, 16, 24, 64, 72])
+@pytest.mark.parametrize("channels", [4, 8, 16, 24, 64, 72])
 def test_rotary_positions_of_clips_are_relative_on_every_axis(channels):
     """The dot product of a query and a key depends on their offset in time, row and column alone."""
-    rope = rope_grid((4, 4, 4), channels, temporal=True)
+    rope = rope_grid((4, 4, 4), channels)
     assert rope.shape == (64, channels // 2, 2)
     q, k = normal(1, 1, channels), normal(1, 1, channels, seed=1)
     queries, keys = (apply_rope(each.expand(1, 64, -1), rope)[0] for each in (q, k))
@@ -267,7 +266,22 @@ def test_wrong_shapes(kind, size, shape, times, words):
     [
         ({"input_size": (4, 6), "temporal_patch_size": 2}, "temporal_patch_size 2 needs a network for clips"),
         ({"input_size": (3, 4, 6), "temporal_patch_size": 2}, "temporal_patch_size 2 does not divide 3 frames"),
-        ({"input_size": (3, 4, 6), "num_heads": 8, "block": "rope-swiglu"}, "need a multiple of 4, 8 or more"),
+        ({"input_size": (3, 4, 6), "num_heads": 16, "block": "rope-swiglu"}, "need a multiple of 4"),
+        ({"input_size": (4, 6), "attention": "causal"}, "attention causal needs a network for clips"),
+        ({"input_size": (4, 6), "temporal_attention": True}, "temporal_attention True needs a network for clips"),
+        ({"input_size": (4, 6), "frame_positions": "none"}, "frame_positions none needs a network for clips"),
+        ({"input_size": CLIP, "frame_positions": "temporal"}, "frame_positions temporal needs temporal_attention"),
+        ({"input_size": CLIP, "block": "in-context", "attention": "spatial"}, "attention spatial needs blocks that"),
+        (
+            {
+                "input_size": CLIP,
+                "block": {"kind": "rope-swiglu", "text": "sequence"},
+                "temporal_attention": True,
+                "num_classes": 0,
+                "text_channels": 8,
+            },
+            "temporal_attention True needs blocks that",
+        ),
         ({"input_size": (2, 3, 4, 6)}, "at most 3"),
         ({"input_size": (4,)}, "at least 2"),
     ],

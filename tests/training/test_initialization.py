@@ -14,7 +14,14 @@ from tessera.models.blocks import RoPESwiGLU
 from tessera.sampling import SamplingConfig
 from tessera.studies.tuning import result
 from tessera.training import loop
-from tessera.training.initialization import PATCHES, POSITIONS, TABLE, inherit_settings, init_from
+from tessera.training.initialization import (
+    PATCHES,
+    POSITIONS,
+    TABLE,
+    freeze_image_layers,
+    inherit_settings,
+    init_from,
+)
 from tessera.training.recipe import read_recipe
 
 NAMES = ("cat", "dog", "emu")
@@ -201,6 +208,32 @@ def test_a_network_with_rotary_positions_starts_from_one_of_another_size(make_mo
     assert report["resampled"] == report["initialized"] == []
     for name, weight in source.network.state_dict().items():
         assert torch.equal(network.network.state_dict()[name], weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", ["adaln-zero", "cross-attention", "rope-swiglu"])
+@pytest.mark.parametrize("attention", ["full", "alternating", "causal"])
+@pytest.mark.parametrize("temporal", [False, True])
+def test_a_network_of_clips_starts_from_one_of_images(make_model, block, attention, temporal):
+    """Exact on images, in every mode."""
+    source = make_model({"block": block})
+    changes = {"attention": attention, "temporal_attention": temporal}
+    network = make_model({"block": block, "input_size": (3, 8, 8), **changes}, seed=1).network
+    report = init_from(network, NAMES, source, "m")
+    assert report["resampled"] == []
+    assert all(".temporal." in name for name in report["initialized"])
+    assert bool(report["initialized"]) == temporal
+    x, t, condition = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 400.0]), Condition([0, 2])
+    assert torch.equal(network(x[:, :, None], t, condition)[:, :, 0], source.network(x, t, condition))
+
+
+def test_only_temporal_layers_are_trained(make_model, tiny_model):
+    network = make_model({"input_size": (3, 8, 8), "temporal_attention": True}).network
+    freeze_image_layers(network)
+    for name, parameter in network.named_parameters():
+        assert parameter.requires_grad == (".temporal." in name)
+    with pytest.raises(TesseraError, match="needs network.temporal_attention=true"):
+        freeze_image_layers(tiny_model.network)
 
 
 # Through a recipe
