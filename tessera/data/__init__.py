@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from tessera.data.digits import DigitsConfig
 from tessera.data.files import FilesConfig
+from tessera.data.lanes import LanesConfig
 from tessera.data.loader import Batch, Loader
 from tessera.data.shapes import ShapesConfig
 from tessera.settings import expand_kind
@@ -17,6 +18,8 @@ def _kind(value: Any) -> Any:
     return {"kind": "files", **value} if isinstance(value, dict) else value
 
 
-AnyData = Annotated[FilesConfig | DigitsConfig | ShapesConfig, BeforeValidator(_kind), Field(discriminator="kind")]
+AnyData = Annotated[
+    FilesConfig | DigitsConfig | ShapesConfig | LanesConfig, BeforeValidator(_kind), Field(discriminator="kind")
+]
 
-__all__ = ["AnyData", "Batch", "DigitsConfig", "FilesConfig", "Loader", "ShapesConfig"]
+__all__ = ["AnyData", "Batch", "DigitsConfig", "FilesConfig", "LanesConfig", "Loader", "ShapesConfig"]

@@ -13,7 +13,7 @@ from tessera.data.packed import HUB_PREFIX
 from tessera.errors import TesseraError
 from tessera.settings import Settings, expand_kind, read_yaml, validate
 
-EMBEDDED = ("digits", "shapes")
+EMBEDDED = ("digits", "shapes", "lanes")
 
 
 class _Section(Settings):
