@@ -1,4 +1,4 @@
-"""An adapter as a folder: what it is and which base it was trained on, in adapter.json; its tensors, in safetensors."""
+"""An adapter as one safetensors file: its tensors, and in its header what it is and which base it was trained on."""
 
 import json
 from collections.abc import Mapping
@@ -7,26 +7,41 @@ from pathlib import Path
 from torch import Tensor
 
 from tessera import __version__
-from tessera.checkpoint_files import read_tensors, write_tensors
-from tessera.files import read_json
+from tessera.checkpoint_files import read_header, read_tensors, write_tensors
+from tessera.errors import TesseraError
 from tessera.model import AdapterInfo
 from tessera.settings import validate
 
-INFO, WEIGHTS = "adapter.json", "adapter.safetensors"
+WEIGHTS, HEADER = "adapter.safetensors", "tessera_adapter"
 
 
-def write(info: AdapterInfo, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the files of an adapter into a folder. state: as `adapters.adapter_state`"""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = info.model_copy(update={"tessera_version": __version__}).model_dump(mode="json")
-    (folder / INFO).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_tensors(state, folder / WEIGHTS)
+def write(info: AdapterInfo, state: Mapping[str, Tensor], file: Path) -> None:
+    """Write an adapter to a file. state: as `adapters.adapter_state`"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = info.model_copy(update={"tessera_version": __version__}).model_dump_json()
+    write_tensors(state, file, {HEADER: content})
 
 
-def read(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
-    """The facts and the state dict of an adapter in a folder. Raises TesseraError if a file is missing or damaged."""
-    return read_info(folder), read_tensors(folder / WEIGHTS)
+def find(path: Path) -> Path | None:
+    """The file of an adapter at a path: itself, or one in the folder; None if it is not one that `write` wrote.
+
+    Raises TesseraError if the file is damaged.
+    """
+    file = path if path.suffix == ".safetensors" and path.is_file() else path / WEIGHTS
+    return file if file.is_file() and HEADER in read_header(file) else None
 
 
-def read_info(folder: Path) -> AdapterInfo:
-    return validate(AdapterInfo, read_json(folder / INFO), str(folder / INFO))
+def read(path: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """The facts and the state dict of an adapter. Raises TesseraError if its file is missing or damaged."""
+    return read_info(path), read_tensors(find(path) or path)
+
+
+def read_info(path: Path) -> AdapterInfo:
+    file = find(path)
+    if file is None:
+        raise TesseraError(f"{path} is not an adapter that Tessera wrote: expected its file {WEIGHTS}")
+    try:
+        content = json.loads(read_header(file)[HEADER])
+    except ValueError as error:
+        raise TesseraError(f"{file} is damaged: its header {HEADER} is not JSON: {error}") from None
+    return validate(AdapterInfo, content, str(file))

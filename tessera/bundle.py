@@ -86,7 +86,9 @@ def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
         write_tensors(adapters.base_state(model.network), folder / WEIGHTS)
     for name in strengths:
         info = model.adapters.get(name, AdapterInfo())
-        adapter_files.write(info, adapters.adapter_state(model.network, name), folder / ADAPTERS / name)
+        adapter_files.write(
+            info, adapters.adapter_state(model.network, name), folder / ADAPTERS / name / adapter_files.WEIGHTS
+        )
     (folder / CARD).write_text(model_card.render(model), encoding="utf-8")
 
 
@@ -154,15 +156,19 @@ def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = N
     return model
 
 
-def check_bases(model: Model, infos: Mapping[str, AdapterInfo]) -> None:
-    """Raise TesseraError if an adapter was trained on other weights than those of a model."""
+def check_bases(model: Model, infos: Mapping[str, AdapterInfo], bases: Mapping[str, Path] | None = None) -> None:
+    """Raise TesseraError if an adapter was trained on other weights than those of a model.
+
+    bases: the bundles that adapters were trained on, as far as they are known, for the message.
+    """
     if any(info.base for info in infos.values()):
         own = weights_hash(adapters.base_state(model.network))
         for name, info in infos.items():
             if info.base not in (None, own):
+                where = "that model" if name not in (bases or {}) else f"that model, {(bases or {})[name].resolve()}"
                 raise TesseraError(
                     f"the adapter {name} was trained on other weights ({info.base}, {info.base_network}) "
-                    f"than those of this model ({own}, {model.config.network.summary()}): use it with that model, or "
+                    f"than those of this model ({own}, {model.config.network.summary()}): use it with {where}, or "
                     "with --any-base (any_base=True) with any of the same shapes"
                 )
 

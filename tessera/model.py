@@ -45,7 +45,7 @@ class Provenance(Settings):
 
 
 class AdapterInfo(Settings):
-    """adapter.json: what an adapter is, and which base it belongs to."""
+    """What an adapter is, and which base it belongs to."""
 
     adapter_format: Literal[1] = 1
     tessera_version: str = __version__

@@ -59,7 +59,7 @@ def _order(kind: str) -> int:
 
 
 def _apply(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """The forward hook of an adapted module. It refers to nothing, so copies of the network have it, too."""
+    """The forward hook of an adapted module. It holds no reference to it, so that copies of a network work, too."""
     for by_kind in cast(nn.ModuleDict, module.adapters).values():
         for layer in cast(nn.ModuleDict, by_kind).values():
             if cast(AdapterLayer, layer).strength:
@@ -158,7 +158,7 @@ def adapter_state(network: nn.Module, name: str) -> dict[str, Tensor]:
 def layers_from_state(network: Network, state: Mapping[str, Tensor], source: str) -> Layers:
     """The layers of an adapter from its state dict. Nothing is attached. Raises TesseraError that lists all faults."""
     grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-    problems = []
+    problems, damaged = [], set()
     modules = dict(network.named_modules())
     for key, tensor in state.items():
         module, kind, rest = _split_key(key)
@@ -166,11 +166,14 @@ def layers_from_state(network: Network, state: Mapping[str, Tensor], source: str
             problems.append(f"unexpected {key} {tuple(tensor.shape)}: the base has no such layer")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             problems.append(f"{key} has numbers that are not finite")
+            damaged.add((module, kind))
         else:
             grouped.setdefault(module, {}).setdefault(kind, {})[rest] = tensor
     layers: dict[str, dict[str, AdapterLayer]] = {}
     for module, by_kind in grouped.items():
         for kind, tensors in by_kind.items():
+            if (module, kind) in damaged:
+                continue
             name, projection = split_kind(kind)
             try:
                 layers.setdefault(module, {})[kind] = LAYERS[name].from_tensors(modules[module], tensors, projection)

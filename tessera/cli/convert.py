@@ -48,7 +48,11 @@ def convert(
     The weights stay bit-identical, unless adapters are merged into them.
     """
     from tessera.interop import adapter_conversion, load
+    from tessera.settings import unknown_name
 
+    known = dict.fromkeys((*load.FORMATS, *adapter_conversion.ALL_FORMATS))
+    if to not in known:
+        raise TesseraError(unknown_name("format", to, known))
     only_adapters = to in adapter_conversion.ONLY_ADAPTERS or target.suffix == ".safetensors"
     if only_adapters or adapter_conversion.is_adapter(source):
         print(adapter_conversion.convert(source, target, to, base, alpha, any_base))

@@ -118,9 +118,12 @@ def score(
     from tessera.files import exclusive_lock
     from tessera.generation.bulk import BulkSamples, bulk_request
     from tessera.interop import load
+    from tessera.interop.adapters import AdapterSpec
 
     names = suite.parse_metrics(metrics)
-    folder = out or Path("evaluation") / suite.evaluation_name(target)
+    specs = [AdapterSpec.parse(text) for text in adapter or ()]
+    name = "+".join([suite.evaluation_name(target), *(spec.label for spec in specs)])
+    folder = out or Path("evaluation") / name
     suite.check_target(target)
     with runtime.distributed_session() as ranks, progress() as start:
         torch_device = runtime.choose_device(device)
@@ -134,7 +137,7 @@ def score(
                 num_classes=num_classes,
                 codec=codec,
                 text_encoder=text_encoder,
-                adapters=adapter or (),
+                adapters=specs,
                 any_base=any_base,
             )
             data = reference or suite.training_data(model)

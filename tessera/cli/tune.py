@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from tessera.cli.options import (
+    Adapters,
+    AnyBase,
     CheckpointType,
     Codec,
     Device,
@@ -49,6 +51,8 @@ def tune(
     num_classes: NumClasses = None,
     codec: Codec = None,
     text_encoder: TextEncoder = None,
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
     out: Annotated[
         Path | None, typer.Option(help="folder for all results (RUN/tune/CHECKPOINT, or tune-NAME beside the model)")
     ] = None,
@@ -64,6 +68,7 @@ def tune(
     from tessera.evaluation.features import load_extractor
     from tessera.evaluation.reference import check_reference
     from tessera.interop import load
+    from tessera.interop.adapters import AdapterSpec
     from tessera.settings import validate
     from tessera.studies.tuning import result, tuner
 
@@ -83,11 +88,17 @@ def tune(
     home = result.find_bundle(path)
     if save_to is not None and save_to.exists():
         raise TesseraError(f"--save-to {save_to} exists already: remove it or give another name")
+    if adapter and save_to is None and select != "none":
+        raise TesseraError(
+            "the settings found for a model with adapters are not written into the model without them: give --save-to "
+            "FOLDER for a new bundle with the adapters, or --select none"
+        )
     if path.exists() and home is None and save_to is None and select != "none":
         raise TesseraError(
             f"{model} is neither a bundle nor a run, so it cannot hold settings: give --save-to FOLDER for a new "
             "bundle, or --select none"
         )
+    specs = [AdapterSpec.parse(text) for text in adapter or ()]
     loaded = load.load(
         home or path,
         device=device,
@@ -96,12 +107,15 @@ def tune(
         num_classes=num_classes,
         codec=codec,
         text_encoder=text_encoder,
+        adapters=specs,
+        any_base=any_base,
     )
     data = reference or suite.training_data(loaded)
     if isinstance(data, str):
         check_reference(data)
     extractor = load_extractor(features or suite.default_features(data), runtime.choose_device(device))
-    folder = out or result.default_folder(path)
+    default = result.default_folder(path)
+    folder = out or default.with_name("+".join([default.name, *(spec.label for spec in specs)]))
     with progress() as start:
         outcome = tuner.Tuner(loaded, data, extractor, folder, tuning, baseline, print_error, start).run()
     result.plot(outcome, folder / result.PLOT)

@@ -6,22 +6,23 @@ from typing import Any
 
 from tessera import adapter_files, bundle
 from tessera.errors import TesseraError
-from tessera.files import atomic_folder
+from tessera.files import atomic_file, atomic_folder
 from tessera.interop import load, lora_files, lora_keys, lora_names
-from tessera.interop.adapters import ACCEPTED, find_folder
+from tessera.interop.adapters import ACCEPTED, find_base, find_file
 from tessera.interop.adapters import read as read_adapter
 from tessera.interop.lora_export import FORMATS
 from tessera.model import AdapterInfo, Model, Provenance
 from tessera.settings import unknown_name
 
 ADAPTER = "adapter"  # the folder of Tessera
+ALL_FORMATS = (ADAPTER, *FORMATS)
 ONLY_ADAPTERS = (ADAPTER, "peft", "kohya")  # formats that no model has
 
 
 def is_adapter(path: str | Path) -> bool:
     """Whether a path is an adapter alone, of Tessera or of another program."""
     path = Path(path).expanduser()
-    return (path / adapter_files.INFO).exists() or lora_keys.is_adapter(path)
+    return adapter_files.find(path) is not None or lora_keys.is_adapter(path)
 
 
 def convert(
@@ -40,22 +41,22 @@ def convert(
     Raises TesseraError if the target exists, or the adapter does not fit the model or the format.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    if to not in (ADAPTER, *FORMATS):
-        raise TesseraError(unknown_name("format of adapters", to, (ADAPTER, *FORMATS)))
+    if to not in ALL_FORMATS:
+        raise TesseraError(unknown_name("format of adapters", to, ALL_FORMATS))
     if not source.exists():
         raise TesseraError(f"there is nothing at {source}: {ACCEPTED}")
-    folder = find_folder(source)
-    if folder is None and not lora_keys.is_adapter(source):
+    file = find_file(source)
+    if file is None and not lora_keys.is_adapter(source):
         raise TesseraError(f"{source} is not an adapter that Tessera can read: {ACCEPTED}")
-    if base is None and folder is not None and (folder.parents[1] / bundle.CONFIG).exists():
-        base = folder.parents[1]  # BUNDLE/adapters/NAME
+    if base is None and file is not None:
+        base = find_base(file)
     if base is None:
         raise TesseraError(
             f"{source} does not hold the model that it belongs to, which gives the names and sizes of its layers: pass "
             "base (--base MODEL)"
         )
     model = base if isinstance(base, Model) else load.load(base, "cpu")
-    if folder is not None:
+    if file is not None:
         if alpha is not None:
             raise TesseraError(f"{source} is an adapter of Tessera, which states its scale: leave out alpha (--alpha)")
         info, state = read_adapter(source, model)
@@ -69,15 +70,21 @@ def convert(
         )
     if to != ADAPTER:
         return lora_files.write(target, state, model.network, to)
-    with atomic_folder(target) as partial:
-        adapter_files.write(info, state, partial)
+    if target.suffix == ".safetensors":
+        if target.exists():
+            raise TesseraError(f"{target} exists already: remove it or give another name")
+        with atomic_file(target) as partial:
+            adapter_files.write(info, state, partial)
+    else:
+        with atomic_folder(target) as folder:
+            adapter_files.write(info, state, folder / adapter_files.WEIGHTS)
     return f"wrote {target}: an adapter of Tessera: {info.summary}"
 
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Facts of an adapter alone, by readable names. Raises TesseraError."""
     path = Path(path).expanduser()
-    if (path / adapter_files.INFO).exists():
+    if adapter_files.find(path) is not None:
         info, state = adapter_files.read(path)
         facts = {"adapter": info.summary, "base": info.base_network, "weights of the base": info.base}
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())

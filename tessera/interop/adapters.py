@@ -28,7 +28,10 @@ class AdapterSpec:
 
     @classmethod
     def parse(cls, text: str) -> "AdapterSpec":
-        """From PATH, PATH:STRENGTH or NAME=PATH:STRENGTH. Raises TesseraError."""
+        """From PATH, PATH:STRENGTH or NAME=PATH:STRENGTH; a text that is the path of something is that path. Raises
+        TesseraError."""
+        if Path(text).expanduser().exists():
+            return cls(Path(text).expanduser())
         match = re.fullmatch(r"(?:([A-Za-z0-9][\w-]*)=)?(.+?)(?::(-?\d*\.?\d+(?:e-?\d+)?))?", text)
         if match is None:
             raise TesseraError(f"'{text}' is not an adapter: write PATH, PATH:STRENGTH or NAME=PATH:STRENGTH")
@@ -40,23 +43,37 @@ class AdapterSpec:
         """The name of the file or folder."""
         return re.sub(r"[^A-Za-z0-9_-]+", "-", self.path.resolve().stem).strip("-_") or "adapter"
 
+    @property
+    def label(self) -> str:
+        """Name and strength, for the name of a folder of results."""
+        return f"{self.name or self.default_name}-{self.strength:g}"
 
-def find_folder(path: Path) -> Path | None:
-    """The folder of the adapter at a path: itself, or the one that a run or checkpoint has trained."""
-    for folder in (path, path / bundle.ADAPTERS / bundle.TRAINED):
-        if (folder / adapter_files.INFO).exists():
-            return folder
+
+def find_file(path: Path) -> Path | None:
+    """The file of the adapter at a path: itself, or the one that a run or checkpoint has trained; None for an adapter
+    of another program, and for anything else."""
+    for each in (path, path / bundle.ADAPTERS / bundle.TRAINED):
+        if (file := adapter_files.find(each)) is not None:
+            return file
     newest = next(iter(bundle.checkpoints(path)), None)
-    return None if newest is None else find_folder(newest)
+    return None if newest is None else find_file(newest)
+
+
+def find_base(file: Path) -> Path | None:
+    """The bundle with the weights below the adapter in a file, if it is that of a bundle or a checkpoint."""
+    if file.parent.parent.name != bundle.ADAPTERS:
+        return None
+    folder = file.parents[2]
+    return folder / (bundle.load_config(folder).base or ".") if (folder / bundle.CONFIG).exists() else None
 
 
 def read(path: Path, model: Model) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """The facts and the state dict of an adapter for a model. Raises TesseraError."""
     if not path.exists():
         raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
-    folder = find_folder(path)
-    if folder is not None:
-        return adapter_files.read(folder)
+    file = find_file(path)
+    if file is not None:
+        return adapter_files.read(file)
     if (control := pixart_delta.read(path)) is not None:
         return AdapterInfo(summary=pixart_delta.summary(control)), control
     if not lora_keys.is_adapter(path):
@@ -85,7 +102,9 @@ def attach_adapters(
         if name in names[:number] or name in adapters.attached(model.network):
             raise TesseraError(f"there are two adapters with the name '{name}': give each its own, as in NAME=PATH:0.8")
     if not any_base:
-        bundle.check_bases(model, infos)
+        files = {name: find_file(spec.path) for name, spec in zip(names, parsed)}
+        bases = {name: base for name, file in files.items() if file is not None and (base := find_base(file))}
+        bundle.check_bases(model, infos, bases)
     for name, spec, each in zip(names, parsed, layers):
         adapters.attach(model.network, name, each)
         adapters.set_strengths(model.network, {name: spec.strength})

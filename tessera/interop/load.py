@@ -24,6 +24,7 @@ from tessera.models.dit import DiTConfig
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import unknown_name
 
+FORMATS = ("bundle", "official", "diffusers")
 ACCEPTED = (
     "expected a bundle (a folder with config.json), a run's folder, an official checkpoint "
     f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of a diffusers pipeline (DiT, PixArt, SD3, FLUX, ...) "
@@ -157,9 +158,9 @@ def convert(
     approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs.
     Adapters are merged into the weights. Raises TesseraError if the target exists, or the format cannot hold the model.
     """
-    writers = {"bundle": _write_bundle, "official": official.write, "diffusers": _write_diffusers}
-    if to not in writers:
-        raise TesseraError(unknown_name("format", to, writers))
+    if to not in FORMATS:
+        raise TesseraError(unknown_name("format", to, FORMATS))
+    writers = dict(zip(FORMATS, (_write_bundle, official.write, _write_diffusers)))
     if not isinstance(source, Model):
         options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
         source = load(source, "cpu", ema=ema, codec=codec, text_encoder=text_encoder, **options)

@@ -58,6 +58,8 @@ def write(path: str | Path, state: Mapping[str, Tensor], network: Network, to: F
         raise TesseraError(unknown_name("format", to, FORMATS))
     if to != "peft" and path.suffix != ".safetensors":
         raise TesseraError(f"an adapter for {to} is a file that ends in .safetensors; got {path}")
+    if to == "peft" and path.suffix == ".safetensors":
+        raise TesseraError(f"an adapter for peft is a folder; got {path}: give a name without .safetensors")
     if path.exists():
         raise TesseraError(f"{path} exists already: remove it or give another name")
     by_module, problems = layers_from_state(network, state, "the adapter"), []

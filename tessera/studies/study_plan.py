@@ -165,11 +165,16 @@ def resolve(recipe: Recipe, cache: dict[str, Any]) -> Recipe:
         recipe = initialization.inherit_settings(recipe, cache[config.init_from])
         recipe = inherit_text(recipe, cache[config.init_from].config.text)
     recipe = infer_pixel_channels(recipe)
-    key = recipe.data.model_dump_json() + recipe.codec.model_dump_json()
+    codec_key = recipe.codec.model_dump_json()
+    if codec_key not in cache:
+        cache[codec_key] = recipe.codec.build()
+    codec = cache[codec_key]
+    if config.init_from is not None:
+        recipe = initialization.inherit_size(recipe, cache[config.init_from].config, codec)
+    key = recipe.data.model_dump_json() + codec_key
     if key not in cache:
-        codec = recipe.codec.build()
-        cache[key] = codec, open_data(recipe, codec)
-    codec, dataset = cache[key]
+        cache[key] = open_data(recipe, codec)
+    dataset = cache[key]
     text_key = f"{key} {recipe.network.kind} {recipe.network.uses_text} {recipe.text and recipe.text.model_dump_json()}"
     if text_key not in cache:
         measured, sizes = measure_text(recipe, dataset)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, linear, silu
 
-from tessera.bundle import Model
-from tessera.codecs import PixelsConfig
+from tessera.bundle import BundleConfig, Model
+from tessera.codecs import Codec, PixelsConfig
+from tessera.data.images import ImagesConfig
 from tessera.errors import TesseraError, bullet_list
 from tessera.layers.modulation import Modulation
 from tessera.layers.patches import resample_head, resample_patches
@@ -63,7 +64,25 @@ def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
         # The pixel codec depends on the channels of the data.
         if name not in recipe.model_fields_set and not isinstance(getattr(old, name), PixelsConfig)
     }
+    data = recipe.data
+    if (
+        isinstance(old.codec, PixelsConfig)
+        and isinstance(data, ImagesConfig)
+        and "channels" not in data.model_fields_set
+        and "codec" not in recipe.model_fields_set
+    ):
+        inherited["data"] = data.model_copy(update={"channels": old.codec.channels})
     return recipe.model_copy(update={"network": validate(kind, network, "network"), **inherited})
+
+
+def inherit_size(recipe: Recipe, source: BundleConfig, codec: Codec) -> Recipe:
+    """The recipe with data.size, if it leaves it out, of the images that the source was trained on."""
+    data = recipe.data
+    if not isinstance(data, ImagesConfig) or "size" in data.model_fields_set:
+        return recipe
+    height, width = source.network.input_size[-2:]
+    size = height * codec.factor, width * codec.factor
+    return recipe.model_copy(update={"data": data.model_copy(update={"size": size})})
 
 
 def _inherit_block(old: BlockConfig, new: BlockConfig) -> BlockConfig:

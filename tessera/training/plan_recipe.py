@@ -222,6 +222,7 @@ def _resolve(
     stored = recipe.codec if isinstance(recipe.codec, StoredConfig) else None
     if not is_unknown and (stored is None or stored.folder is not None):  # a plan downloads nothing
         codec = recipe.codec.build()
+        recipe = recipe if start is None else initialization.inherit_size(recipe, start, codec)
     else:
         name = "the codec" if stored is None else stored.source
         notes.append(

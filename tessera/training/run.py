@@ -136,6 +136,8 @@ def build_run(
     if device.type == "cuda":
         runtime.peak_flops(device, dtype or torch.float32)  # measured now, while there is free memory
     codec = recipe.codec.build().to(device)
+    if init_model is not None:
+        recipe = initialization.inherit_size(recipe, init_model.config, codec)
     base_classes = init_model.config.class_names if init_model is not None and recipe.adapter is not None else ()
     recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log, base_classes)
     class_names = loader.dataset.class_names if recipe.network.num_classes else ()
@@ -409,10 +411,12 @@ def build_network(
         names_by_kind = initialization.init_from(network, class_names, init_model, str(recipe.training.init_from))
         report = "\n".join(f"{kind}: {', '.join(names)}" for kind, names in names_by_kind.items() if names)
         if recipe.adapter is not None and (untrained := names_by_kind[initialization.INITIALIZED]):
+            own, base = recipe.network.model_dump(), init_model.config.network.model_dump()
+            differing = [f"{key} {base.get(key)} (here {own[key]})" for key in own if own[key] != base.get(key)]
             raise TesseraError(
                 f"an adapter trains nothing of its base, and {recipe.training.init_from} has no values for "
-                f"{len(untrained)} of its weights, such as {untrained[0]}: leave out the settings of network: that "
-                "differ"
+                f"{len(untrained)} of its weights, such as {untrained[0]}: its network has {', '.join(differing)}; "
+                "leave out the settings of data, codec and network that cause this"
             )
     if recipe.training.trainable == "temporal":
         initialization.freeze_image_layers(network)

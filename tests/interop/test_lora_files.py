@@ -565,7 +565,7 @@ def files(make_model, tmp_path):
     bundle.save(model, tmp_path / "base")
     state = filled(model.network, LORAS["lora"])
     info = AdapterInfo(summary="LoRA of rank 4", base=bundle.weights_hash(model.network))
-    adapter_files.write(info, state, tmp_path / "style")
+    adapter_files.write(info, state, tmp_path / "style" / adapter_files.WEIGHTS)
     return tmp_path, model, state
 
 

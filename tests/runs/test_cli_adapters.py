@@ -1,14 +1,14 @@
 """Training an adapter, resuming it, sampling with it, merging it: whole commands."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import tessera as library
-from tessera import adapters, bundle
+from tessera import adapter_files, adapters, bundle
+from tessera.checkpoint_files import read_header
 from tessera.errors import TesseraError
+from tessera.interop.adapters import find_file
 
 pytestmark = pytest.mark.run
 pytest.importorskip("sklearn")
@@ -56,9 +56,9 @@ def test_only_the_adapter_is_trained_and_stored(adapt, base):
     trained = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     overhead = 200 * len(saved)  # of names in the headers
     assert sum(sizes.values()) <= 4 * trained * (1 + 3) + 2 * overhead  # the average; weights and two moments
-    info = json.loads((folder / "adapters/adapter/adapter.json").read_text())
-    assert info["base"] == bundle.weights_hash(before.network)
-    assert (info["summary"], info["provenance"]["steps"]) == ("LoRA of rank 2", 4)
+    info = adapter_files.read_info(folder / "adapters/adapter")
+    assert info.base == bundle.weights_hash(before.network)
+    assert (info.summary, info.provenance.steps) == ("LoRA of rank 2", 4)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,43 @@ def test_merging_gives_the_same_function(tessera, adapt, base, tmp_path):
     assert bundle.weights_hash(merged.network) == bundle.weights_hash(attached.network)
 
 
+def test_an_adapter_is_one_file_that_can_be_moved(tessera, adapt, base, tmp_path):
+    run, style = adapt("lora"), tmp_path / "my:0.5" / "style.safetensors"
+    assert tessera("convert", run, style, "--to", "adapter").code == 0
+    assert "LoRA of rank 2" in tessera("info", style).out
+    attached = library.load(base, "cpu", adapters=[str(style)])
+    moved, trained = adapters.adapter_state(attached.network, "style"), adapter_files.read(find_file(run))[1]
+    assert moved.keys() == trained.keys()
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in trained.items())
+    assert tessera("convert", run, style, "--to", "adapter").err.startswith(f"error: {style} exists already")
+    folder = tessera("convert", run, tmp_path / "peft.safetensors", "--to", "peft").err
+    assert "an adapter for peft is a folder" in folder
+    unknown = tessera("convert", run, tmp_path / "x", "--to", "koya").err
+    assert "kohya" in unknown
+
+
+def test_an_adapter_of_a_grey_model_takes_size_and_channels_from_its_base(adapt, base, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        Image.new("RGB", (20, 16), (number, 90, 200)).save(tmp_path / "images" / f"{number}.png")
+    run = adapt("lora", "data={kind: folder, path: " + str(tmp_path / "images") + "}", "data.split=null")
+    config = bundle.load_config(bundle.checkpoints(run)[0])
+    assert config.network == library.load(base, "cpu").config.network
+
+
+def test_scores_with_and_without_an_adapter_have_their_own_folders(tessera, adapt, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = adapt("lora")
+    words = ("num_steps=1", "--reference", "digits", "--num-samples", "20", "--metrics", "fd", "--device", "cpu")
+    assert tessera("evaluate", "score", base, *words).code == 0
+    assert tessera("evaluate", "score", base, *words, "--adapter", f"{run}:0.5").code == 0
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {"run", "run+lora-0.5"}
+    refused = tessera("tune", base, "--adapter", run)
+    assert "give --save-to FOLDER" in refused.err
+
+
 def test_a_saved_model_keeps_its_adapters(adapt, base, tmp_path):
     model = library.load(base, "cpu", adapters={str(adapt("lora")): 0.25})
     library.save(model, tmp_path / "saved")
@@ -155,12 +192,14 @@ def test_a_saved_model_keeps_its_adapters(adapt, base, tmp_path):
 
 
 def test_a_second_adapter_trains_on_top_of_a_merged_first(adapt, tessera, recipe, tmp_path):
-    first = adapt("first")
+    first = adapt("first", "training.optimizer.learning_rate=0.1")
     second = adapt("second", f"training.init_from={first}")
     model = library.load(first, "cpu")
     adapters.merge(model.network)
-    info = json.loads((bundle.checkpoints(second)[0] / "adapters/adapter/adapter.json").read_text())
-    assert info["base"] == bundle.weights_hash(model.network)
+    info = adapter_files.read_info(bundle.checkpoints(second)[0] / "adapters/adapter")
+    assert info.base == bundle.weights_hash(model.network)
+    refused = tessera("sample", first / "base", "--adapter", second, "--classes", "1", "--device", "cpu")
+    assert f"use it with that model, {second / 'base'}" in refused.err
 
 
 def test_data_keep_the_classes_of_the_base(adapt, base, tmp_path):
@@ -189,12 +228,9 @@ def test_data_keep_the_classes_of_the_base(adapt, base, tmp_path):
 def test_bad_adapters_are_refused_and_the_base_stays(adapt, base, tessera, recipe, tmp_path):
     run = adapt("lora")
     assert tessera("train", recipe, f"run_dir={tmp_path / 'other'}", "training.seed=1").code == 0
-    file = tmp_path / "bad"
-    file.mkdir()
-    source = bundle.checkpoints(run)[0] / "adapters/adapter"
-    (file / "adapter.json").write_bytes((source / "adapter.json").read_bytes())
-    state = load_file(source / "adapter.safetensors")
-    save_file({name.replace("qkv", "kqv"): tensor for name, tensor in state.items()}, file / "adapter.safetensors")
+    file, source = tmp_path / "bad.safetensors", bundle.checkpoints(run)[0] / "adapters/adapter/adapter.safetensors"
+    renamed = {name.replace("qkv", "kqv"): tensor for name, tensor in load_file(source).items()}
+    save_file(renamed, file, read_header(source))
     for spec, model, message in (
         (f"{run}", tmp_path / "other", "was trained on other weights"),
         (f"{file}", base, "unexpected blocks.0.attn.kqv.lora.down"),
