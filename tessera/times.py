@@ -4,6 +4,7 @@ A time t is [B], or [B, T] where the frames of a clip x [B, C, T, H, W] have the
 frames, H W height and width.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -40,9 +41,15 @@ def mean_like(x: Tensor, t: Tensor) -> Tensor:
     return row_mean(x) if t.ndim == 1 else x.mean(dim=(1, 3, 4))
 
 
-def mean_of_frames(values: Tensor) -> Tensor:
-    """Values [B] unchanged, or the means over the frames of values [B, T]: [B]"""
-    return values if values.ndim == 1 else values.mean(dim=1)
+def mean_of_frames(values: Tensor, frames: Tensor | None = None) -> Tensor:
+    """Values [B] unchanged, or the means over the frames of values [B, T]: [B]
+
+    frames: those that count, bool [B, T]; None: all
+    """
+    if values.ndim == 1 or frames is None:
+        return values if values.ndim == 1 else values.mean(dim=1)
+    frames = frames.to(values.device, non_blocking=values.is_cuda)
+    return torch.where(frames, values, 0).sum(dim=1) / frames.sum(dim=1)
 
 
 def row_mean(x: Tensor) -> Tensor:

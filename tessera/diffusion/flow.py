@@ -181,18 +181,19 @@ class FlowMatching(DiffusionProcess):
 
     # Training
 
-    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
+    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor, frames: Tensor | None = None) -> Losses:
         """Mean squared error of the quantity `config.loss`, per sample [B].
 
         At a given x, the errors of x0, eps and v are one error times 1, alpha / sigma and (alpha sigma' - alpha' sigma)
         / sigma (Li & He 2025, "Back to Basics", table 1). So every prediction can be trained with every loss.
         """
-        t = shared_time(t)
+        t = shared_time(t) if frames is None else t
         mse = mean_like(torch.square(raw.to(x0.dtype) - self.training_target(x0, noise, t)), t)
         if self.config.loss == self.config.prediction:
-            return Losses(total=mean_of_frames(mse), mse=mean_of_frames(mse))
+            return Losses(total=mean_of_frames(mse, frames), mse=mean_of_frames(mse, frames))
         weight = self._error_factor(self.config.loss, t) / self._error_factor(self.config.prediction, t)
-        return Losses(total=mean_of_frames(mse * expand(weight**2, mse)), mse=mean_of_frames(mse))
+        total = mean_of_frames(mse * expand(weight**2, mse), frames)
+        return Losses(total, mse=mean_of_frames(mse, frames))
 
     def _error_factor(self, quantity: Parameterization, t: Tensor) -> Tensor:
         """The error of a quantity for an error of 1 in x0, float64 [B]."""

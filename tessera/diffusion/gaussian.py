@@ -262,13 +262,13 @@ class GaussianDiffusion(DiffusionProcess):
 
     # Training
 
-    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
+    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor, frames: Tensor | None = None) -> Losses:
         """Mean squared error, plus the variational bound where the variance is learned; per sample [B].
 
         The bound trains only the variance, because the mean in it is detached. It is not rescaled, as in DiT (Nichol &
         Dhariwal 2021, section 3.1, multiply it by 0.001, for a bound summed over the steps).
         """
-        channels, t = x0.shape[1], shared_time(t)
+        channels, t = x0.shape[1], shared_time(t) if frames is None else t
         raw = raw.to(x0.dtype)
         mean = raw[:, :channels]
         mse = mean_like(torch.square(self.training_target(x0, noise, t) - mean), t)
@@ -277,12 +277,12 @@ class GaussianDiffusion(DiffusionProcess):
             bar = self._alpha_bar_at(t)
             weighted = mse * expand(self.config.weighting.weight(bar / (1 - bar), self.config.prediction), mse)
         if self.config.variance != "learned":
-            return Losses(total=mean_of_frames(weighted), mse=mean_of_frames(mse))
+            return Losses(total=mean_of_frames(weighted, frames), mse=mean_of_frames(mse, frames))
         raw = torch.cat((mean.detach(), raw[:, channels:]), dim=1)
-        vb = self.vlb_term(raw, x0, self.add_noise(x0, noise, t), t)
-        return Losses(total=mean_of_frames(weighted) + vb, mse=mean_of_frames(mse), vb=vb)
+        vb = self.vlb_term(raw, x0, self.add_noise(x0, noise, t), t, frames)
+        return Losses(total=mean_of_frames(weighted, frames) + vb, mse=mean_of_frames(mse, frames), vb=vb)
 
-    def vlb_term(self, raw: Tensor, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def vlb_term(self, raw: Tensor, x0: Tensor, x: Tensor, t: Tensor, frames: Tensor | None = None) -> Tensor:
         """One term of the variational bound, in bits per dimension [B] (Ho et al. 2020, equation 5).
 
         KL(q(x_s | x_t, x0) || p(x_s | x_t)), and at the first step the negative log-likelihood of pixels in 256 bins.
@@ -300,7 +300,8 @@ class GaussianDiffusion(DiffusionProcess):
         )
         likelihood = binned_log_likelihood(x0, mean, 0.5 * log_variance)
         is_first = (self._table_index(s) == 0).to(x.device, non_blocking=x.is_cuda)
-        return mean_of_frames(torch.where(is_first, mean_like(-likelihood, t), mean_like(kl, t))) / math.log(2)
+        term = torch.where(is_first, mean_like(-likelihood, t), mean_like(kl, t))
+        return mean_of_frames(term, frames) / math.log(2)
 
 
 def binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class DiffusionProcess(Protocol):
         """The target of the first C channels of a raw output"""
         ...
 
-    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Losses:
-        """The training losses of a raw output at x_t"""
+    def loss(self, raw: Tensor, x0: Tensor, noise: Tensor, t: Tensor, frames: Tensor | None = None) -> Losses:
+        """The training losses of a raw output at x_t. frames: those of clips that have a loss, bool [B, T], for times
+        [B, T]; None: all"""
         ...

@@ -97,6 +97,9 @@ class DiffusersConfig(NetworkConfig):
     def uses_text(self) -> bool:
         return True
 
+    def frame_times_problem(self) -> str | None:
+        return f"needs a network whose frames have times of their own, and {self.class_name} has one time"
+
     @property
     def size_multiple(self) -> int:
         return self.row.patch(self.settings)

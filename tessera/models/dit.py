@@ -160,6 +160,13 @@ class DiTConfig(NetworkConfig):
     def uses_text(self) -> bool:
         return self.block.uses_text
 
+    def frame_times_problem(self) -> str | None:
+        if self.temporal_patch_size > 1:
+            return f"needs temporal_patch_size 1, not {self.temporal_patch_size}: frames of a patch have one time"
+        if getattr(self.block, "text", None) == "sequence":
+            return "needs block.text=keys or block.text=cross: text tokens in the sequence have no time"
+        return super().frame_times_problem()
+
     def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
         patch = (self.temporal_patch_size, self.patch_size, self.patch_size)[-len(size) :]
         return tuple(length // divisor for length, divisor in zip(size, patch))

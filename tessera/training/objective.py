@@ -18,8 +18,11 @@ from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Losses
 from tessera.monitoring import health
+from tessera.training.frame_times import AnyFrameTimes, MixedTimes, SharedTimes
 
-# Random streams, one for each use. Never change a number: an old run could not be resumed exactly.
+SHARED_TIMES = SharedTimes()
+# Random streams, one for each use; `frame_times` has another. Never change a number: an old run could not be resumed
+# exactly.
 TIMESTEP_STREAM, NOISE_STREAM, CONDITION_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
 
 
@@ -36,6 +39,7 @@ class TrainingObjective:
     dtype: torch.dtype | None  # of autocast
     field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
     uniform_numbers: int = 0  # that the network uses for each row
+    frame_times: AnyFrameTimes = SHARED_TIMES  # of clips
     empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
 
@@ -100,16 +104,22 @@ def sample_noise(x0: Tensor, position: Tensor, objective: TrainingObjective) -> 
 def compute_loss(
     network: NetworkFunction, x0: Tensor, condition: Condition, position: Tensor, objective: TrainingObjective
 ) -> tuple[Losses, Tensor]:
-    """The losses at the timesteps and noise that belong to these positions, and the timesteps [B], from 0 to 1.
+    """The losses at the timesteps and noise that belong to these positions, and the timesteps [B], from 0 to 1: of
+    clips, the means of the frames that have a loss.
 
-    x0 [B, C, h, w], position [B]
+    x0 [B, C, h, w] or [B, C, T, h, w], position [B]
     """
     t = objective.diffusion.sample_timesteps(randomness.uniform(objective.seed, position, TIMESTEP_STREAM)[:, 0])
-    noise = sample_noise(x0, position, objective)
+    noise, frames = sample_noise(x0, position, objective), None
+    if isinstance(objective.frame_times, MixedTimes) and x0.ndim == 5:
+        frames = objective.frame_times.sample(t, x0.shape[2], position, objective.seed, objective.diffusion)
+        t = frames.t
     with runtime.autocast(objective.dtype, x0.device):
         raw = network(
             objective.diffusion.add_noise(x0, noise, t),
             objective.diffusion.model_time(t).to(x0.device, non_blocking=True),
             condition,
         )
-    return objective.diffusion.loss(raw.float(), x0, noise, t), t
+    if frames is None:
+        return objective.diffusion.loss(raw.float(), x0, noise, t), t
+    return objective.diffusion.loss(raw.float(), x0, noise, frames.loss_t, frames.loss_frames), frames.mean

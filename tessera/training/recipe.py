@@ -27,6 +27,7 @@ from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, read_yaml, validate
+from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
 
@@ -76,6 +77,11 @@ class TrainingConfig(Settings):
     ema: EMAConfig = EMAConfig()
     condition_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="fraction of samples without their condition (label), for guidance"
+    )
+    frame_times: AnyFrameTimes = Field(
+        default=SharedTimes(),
+        description="times of the frames of clips; mixed: shared, independent, or 0 and without loss where a frame is "
+        "given, for sampling from given frames",
     )
     field_dropout: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict,
@@ -313,6 +319,8 @@ def resolve_recipe(
         raise TesseraError(
             "training.condition_dropout needs network.learn_null_class=true: dropped labels become that class"
         )
+    if not isinstance(recipe.training.frame_times, SharedTimes) and (problem := network.frame_times_problem()):
+        raise TesseraError(f"training.frame_times={recipe.training.frame_times.kind} {problem}: leave it out")
     droppable = null_fields(network, recipe.sampling)
     if network.uses_text and recipe.training.condition_dropout and "text" not in droppable:
         raise TesseraError(

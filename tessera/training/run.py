@@ -459,6 +459,7 @@ def build_objective(
         dtype=dtype,
         field_dropout=recipe.training.field_dropout,
         uniform_numbers=recipe.network.uniform_numbers,
+        frame_times=recipe.training.frame_times,
     )
 
 

@@ -14,7 +14,6 @@ from tessera.conditioning import NetworkFunction
 from tessera.data import Batch
 from tessera.models.network import Network
 from tessera.monitoring import health
-from tessera.times import mean_of_frames
 from tessera.training import parallel
 from tessera.training.objective import TrainingObjective, compute_loss, prepare_batch
 from tessera.training.optimizers import OptimizerConfig
@@ -82,7 +81,7 @@ def train_step(
         means = torch.stack(
             [value.detach().sum() / global_batch_size for value in by_name.values() if value is not None]
         )
-        sums.append(torch.cat((means, health.bin_by_timestep(losses.mse.detach(), mean_of_frames(t)).flatten())))
+        sums.append(torch.cat((means, health.bin_by_timestep(losses.mse.detach(), t).flatten())))
     gradients = parallel.collect_gradients(network, optimizer)
     group_names, index = state.parameter_groups
     norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
