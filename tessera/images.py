@@ -67,13 +67,18 @@ def with_captions(rows: Sequence[np.ndarray], captions: Sequence[str], height: i
     return np.concatenate(parts)
 
 
-def to_png(image: np.ndarray, settings: dict[str, Any] | None = None) -> bytes:
-    """uint8 [H, W, C] as a PNG. The settings that reproduce the image are stored in a text chunk."""
+def png_text(settings: dict[str, Any] | None) -> PngImagePlugin.PngInfo:
+    """The text chunk that stores settings."""
     text = PngImagePlugin.PngInfo()
     if settings is not None:
         text.add_text(KEY, json.dumps(settings))
+    return text
+
+
+def to_png(image: np.ndarray, settings: dict[str, Any] | None = None) -> bytes:
+    """uint8 [H, W, C] as a PNG. The settings that reproduce the image are stored in a text chunk."""
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="png", pnginfo=text)
+    to_pil(image).save(buffer, format="png", pnginfo=png_text(settings))
     return buffer.getvalue()
 
 

@@ -21,6 +21,7 @@ from tessera.cli.info import info
 from tessera.cli.plan import plan
 from tessera.cli.report import report
 from tessera.cli.sample import sample
+from tessera.cli.serve import serve
 from tessera.cli.study import study
 from tessera.cli.train import train
 from tessera.cli.tune import tune
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, train, sample, convert, classes, info, report, doctor, plan, tune, study):
+for _command in (demo, train, sample, serve, convert, classes, info, report, doctor, plan, tune, study):
     app.command()(_command)
 for _group in (data, codec, evaluate):
     app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2])

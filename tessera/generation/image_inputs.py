@@ -23,7 +23,7 @@ def images_config(model: Model) -> ImagesConfig:
 def read_image(name: str, file: Path | bytes, config: ImagesConfig) -> np.ndarray:
     """uint8 [H, W, C] of an image file, by path or content, read as training reads it. Raises TesseraError."""
     try:
-        pixels = np.asarray(data_images.read_image(file, config))
+        pixels = np.array(data_images.read_image(file, config))
     except InvalidSample as error:
         raise TesseraError(f"cannot read {name}: {error}") from None
     return pixels if pixels.ndim == 3 else pixels[..., None]
@@ -42,5 +42,5 @@ def crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, C] scaled and cropped to a size; unchanged if it has that size."""
     if pixels.shape[:2] == size:
         return pixels
-    cropped = np.asarray(centre_crop(images.to_pil(pixels), size))
+    cropped = np.array(centre_crop(images.to_pil(pixels), size))
     return cropped if cropped.ndim == 3 else cropped[..., None]

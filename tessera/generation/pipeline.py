@@ -228,8 +228,8 @@ class ContinuousSampler:
         self.batch = ContinuousBatch(build_denoiser(model, conditions, self.terms, batch, rows_per_call))
 
     @torch.no_grad()
-    def add(self, request: SampleRequest, names: Sequence[Any]) -> None:
-        """Rows that join at the next step, each with a name. Raises TesseraError."""
+    def add(self, request: SampleRequest, names: Sequence[Any]) -> RowState:
+        """Rows that join at the next step, each with a name; returns them. Raises TesseraError."""
         rows, model = request.resolve(self.model, joins=True), self.model
         guided = bool((rows.scale != 1).any())
         same = {
@@ -245,23 +245,21 @@ class ContinuousSampler:
         start, count = _start(model, rows), len(rows)
         conditions = self.terms.conditions(model, rows.condition.to(model.device), rows.weak.to(model.device))
         guidance = self.terms.guidance(rows.config, rows.scale)
-        self.batch.add(
-            start.solver,
-            RowState(
-                name=list(names),
-                x=start.x,
-                x0=torch.zeros_like(start.x),
-                times=start.times.expand(count, -1),
-                step=torch.zeros(count, dtype=torch.int64),
-                num_steps=torch.full((count,), len(start.times) - 1),
-                seed=rows.seed,
-                noise_calls=torch.ones(count, dtype=torch.int64),
-                inputs=DenoiserRows.build(
-                    conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping
-                ),
-                memory=start.memory,
-            ),
+        inputs = DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping)
+        state = RowState(
+            name=list(names),
+            x=start.x,
+            x0=torch.zeros_like(start.x),
+            times=start.times.expand(count, -1),
+            step=torch.zeros(count, dtype=torch.int64),
+            num_steps=torch.full((count,), len(start.times) - 1),
+            seed=rows.seed,
+            noise_calls=torch.ones(count, dtype=torch.int64),
+            inputs=inputs,
+            memory=start.memory,
         )
+        self.batch.add(start.solver, state)
+        return state
 
     @torch.no_grad()
     def step(self, names: Collection[Any] | None = None) -> dict[Any, Tensor | TesseraError]:

@@ -134,7 +134,7 @@ class ContinuousBatch:
         """Rows that leave without being finished: at once, or at the end of the step that they are in."""
         for group in self._groups:
             group.leaving |= names & set(group.state.name)
-            if group.running is None:
+            if group.running is None or group.leaving.issuperset(group.state.name):
                 group.leave()
         self._groups = [group for group in self._groups if len(group.state.x)]
 

@@ -19,6 +19,7 @@ from tessera.errors import TesseraError
 Name = Hashable
 Key = TypeVar("Key", bound=Hashable)
 FIRST_EVALUATIONS = 8  # of the first calls of a key, before its cost was measured
+MAX_KEYS = 1000  # whose cost is remembered
 MEMORY = 0.95  # weight of earlier measurements of the cost after another call
 
 
@@ -220,6 +221,8 @@ class RowScheduler:
     def charge(self, call: Call, seconds: float) -> None:
         """What a call took. Its rows pay by their evaluations, and go to the end of their queues."""
         self.costs.setdefault(call.key, CallCost()).add(call.evaluations, seconds)
+        if len(self.costs) > MAX_KEYS:  # clients choose sizes: there may be many
+            del self.costs[next(iter(self.costs))]
         paid: dict[Hashable, float] = {}
         for name in call.names:
             row = self._rows[name]

@@ -207,6 +207,19 @@ def test_rows_leave_between_steps(make_model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("sampler", ["ddim", "heun"], ids=["between steps", "within a step"])
+def test_a_row_leaves_at_the_end_of_its_step(make_model, sampler):
+    request = SampleRequest([1, 2], {"label": [0]}, settings={"sampler": sampler, "num_steps": 4})
+    continuous = ContinuousSampler(make_model({}))
+    continuous.add(request, ["a", "b"])
+    continuous.step()
+    continuous.batch.remove({"a"})
+    assert continuous.batch.num_rows == (2 if sampler == "heun" else 1)
+    continuous.step()
+    assert continuous.batch.num_rows == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampler", ["ddim", "heun"], ids=["between steps", "within a step"])
 def test_a_name_is_free_once_its_row_is_removed(make_model, sampler):
     model, settings = make_model({}), {"sampler": sampler, "num_steps": 4}
     one, two = (SampleRequest([seed], {"label": [0]}, settings=settings) for seed in (1, 2))
@@ -215,8 +228,9 @@ def test_a_name_is_free_once_its_row_is_removed(make_model, sampler):
     continuous.step()
     with pytest.raises(ValueError, match="different names"):
         continuous.add(two, ["a"])
+    continuous.add(replace(one, seeds=[3]), ["b"])  # joins at the next step
     continuous.batch.remove({"a"})
-    assert continuous.batch.num_rows == (sampler == "heun")
+    assert continuous.batch.num_rows == 1
     continuous.add(two, ["a"])
     while continuous.batch.num_rows:
         done |= continuous.step()

@@ -1,0 +1,91 @@
+"""`tessera serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tessera.cli.options import EMA, Adapters, AnyBase, CheckpointType, Codec, Device, NumClasses, NumHeads, TextEncoder
+from tessera.errors import TesseraError
+
+
+def serve(
+    model: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]MODEL...", help="bundles, runs, official .pt files or diffusers folders"),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the address is printed")] = 7860,
+    host: Annotated[str, typer.Option(help="another address than this machine's own needs --keys")] = "127.0.0.1",
+    out: Annotated[Path, typer.Option(help="the folder for jobs and their images")] = Path("served"),
+    keys: Annotated[Path | None, typer.Option(help="a file with a line 'client key' for each client")] = None,
+    without_keys: Annotated[bool, typer.Option("--without-keys", help="let everyone in who can reach --host")] = False,
+    max_loaded: Annotated[int, typer.Option(min=1, help="models in memory; others are loaded when needed")] = 2,
+    max_queue: Annotated[int, typer.Option(min=1, help="jobs that are accepted and not ended; more get 429")] = 64,
+    max_body: Annotated[int, typer.Option(min=1, help="of a request, in MiB")] = 16,
+    max_cost: Annotated[float, typer.Option(min=1, help="of one job: images x steps x pixels")] = 2e9,
+    call_seconds: Annotated[
+        float, typer.Option(min=0.001, help="target for one network call: longer is more throughput, later previews")
+    ] = 0.5,
+    max_rows: Annotated[int, typer.Option(min=1, help="rows in one network call; guided ones count twice")] = 64,
+    rows_per_call: Annotated[
+        int | None,
+        typer.Option(min=1, help="fill every call up to so many rows: equal bits whatever shares the call"),
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="for accepted jobs after SIGTERM")] = 30.0,
+    replicas: Annotated[int | None, typer.Option(min=1, help="several processes or machines, with Ray Serve")] = None,
+    device: Device = "auto",
+    adapter: Adapters = None,
+    any_base: AnyBase = False,
+    ema: EMA = None,
+    checkpoint_type: CheckpointType = None,
+    num_heads: NumHeads = None,
+    num_classes: NumClasses = None,
+    codec: Codec = None,
+    text_encoder: TextEncoder = None,
+) -> None:
+    """Serve models over HTTP: the images interface of OpenAI, and /v1/jobs for everything that can be sampled.
+
+    Requests of all clients share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are
+    finished first.
+    """
+    from importlib.util import find_spec
+
+    needed = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "multipart": "serve"}
+    needed |= {"ray": "ray"} if replicas is not None else {}
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise TesseraError(f"`tessera serve` needs {missing[0]}: pip install 'tessera[{needed[missing[0]]}]'")
+    from tessera.serving.admission import Limits
+    from tessera.serving.gate import read_keys
+    from tessera.serving.models import parse_models
+    from tessera.serving.server import ServerOptions, log_json, run
+    from tessera.serving.service import Service, ServiceOptions
+
+    clients = {} if keys is None else read_keys(keys)
+    model_options = {
+        "device": device,
+        "adapters": adapter or [],
+        "any_base": any_base,
+        "ema": ema,
+        "checkpoint_type": checkpoint_type,
+        "num_heads": num_heads,
+        "num_classes": num_classes,
+        "codec": codec,
+        "text_encoder": text_encoder,
+    }
+    options = ServiceOptions(
+        out,
+        Limits(
+            max_body_bytes=max_body * 2**20, max_job_cost=max_cost, max_queue_cost=10 * max_cost, max_queue=max_queue
+        ),
+        max_loaded,
+        call_seconds,
+        max_rows,
+        rows_per_call,
+        private=bool(clients),
+    )
+    server = ServerOptions(host, port, drain_seconds, without_keys)
+    log_json()
+    if replicas is not None:
+        raise TesseraError("--replicas is not available yet")
+    run(Service(parse_models(model, **model_options), options), server, clients)
