@@ -1,10 +1,12 @@
 """The convolutional U-Net of ADM (Dhariwal & Nichol 2021, "Diffusion models beat GANs on image synthesis", section 3),
 also used for latents (Rombach et al. 2022): the baseline of diffusion transformers.
 
-Convolutions see one frame at a time; attention sees all positions of all frames. So the weights are those of an image
-network, and an image is a clip of one frame. Shapes: B batch, C channels, O raw output channels, T frames (1 for an
-image), H W height and width, (h, w) of one level, K heads, D width of the conditioning vector, G conditioning vectors
-(1, or one for each frame).
+Convolutions see one frame at a time; attention sees all positions of all frames, or those that `attention` allows. So
+the weights are those of an image network, and an image is a clip of one frame. `temporal_attention` adds layers among
+the frames, as the 3-D U-Net of Ho et al. (2022, "Video diffusion models") has them.
+
+Shapes: B batch, C channels, O raw output channels, T frames (1 for an image), H W height and width, (h, w) of one
+level, K heads, D width of the conditioning vector, G conditioning vectors (1, or one for each frame).
 """
 
 import math
@@ -15,13 +17,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import avg_pool2d, interpolate, silu
 
 from tessera.conditioning import Condition
 from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
+from tessera.layers.frames import Alternating, AnyAttention, AttentionMode, ClipAttention, Full, Temporal, attend
 from tessera.layers.fused_linear import FusedLinear
 from tessera.layers.modulation import Modulation
 from tessera.layers.positions import sincos_frames
+from tessera.models.blocks import FULL, FramePositions
 from tessera.models.network import Network, NetworkConfig, check_rows, check_times, self_initialized
 from tessera.models.presets import UNET_PRESETS
 from tessera.rows import Rows
@@ -52,6 +56,16 @@ class UNetConfig(NetworkConfig):
         default=(2, 4, 8), description="downsampling factors (1, 2, 4 ...) of the levels with attention"
     )
     num_head_channels: PositiveInt = Field(default=64, description="largest number of channels of an attention head")
+    attention: AnyAttention = Field(
+        default=Full(), description="which positions of a clip attend to each other; the weights do not depend on it"
+    )
+    temporal_attention: bool = Field(
+        default=False, description="a layer of temporal attention after each attention, which begins without effect"
+    )
+    frame_positions: FramePositions = Field(
+        default="all",
+        description="which layers know the order of the frames; temporal: those of temporal_attention alone",
+    )
 
     @classmethod
     def expand_shorthand(cls, data: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +87,19 @@ class UNetConfig(NetworkConfig):
                 )
         if self.is_temporal and self.model_channels * self.channel_mult[0] % 2:
             raise ValueError(f"model_channels {self.model_channels} is odd: positions of frames need an even number")
-        if "input_size" in self.model_fields_set:
+        if isinstance(self.attention, Alternating):
+            raise ValueError(
+                "attention alternating is for blocks that all attend: set attention=spatial and temporal_attention=true"
+            )
+        if self.frame_positions == "temporal" and not self.temporal_attention:
+            raise ValueError("frame_positions temporal needs temporal_attention=true, or set frame_positions=none")
+        if "input_size" in self.model_fields_set:  # otherwise it follows from the data
+            is_default = isinstance(self.attention, Full) and not self.temporal_attention
+            if not self.is_temporal and not (is_default and self.frame_positions == "all"):
+                raise ValueError(
+                    "attention, temporal_attention and frame_positions are for clips: set input_size to (frames, "
+                    "height, width), or leave them out"
+                )
             self.check_size(self.input_size)
         return self
 
@@ -93,6 +119,8 @@ class UNetConfig(NetworkConfig):
     def summary(self) -> str:
         levels = ", 1/".join(map(str, self.attention_levels))
         attention = f"attention at 1/{levels}" if levels else "no attention"
+        attention += "" if isinstance(self.attention, Full) else f" ({self.attention.kind})"
+        attention += ", temporal attention" * self.temporal_attention
         channel_mult = ", ".join(map(str, self.channel_mult))
         return f"U-Net, width {self.model_channels} x ({channel_mult}), depth {self.num_res_blocks}, {attention}"
 
@@ -106,6 +134,7 @@ class UNetContext(Rows):
 
     c: Tensor  # [B, G, D] conditioning vectors: time + label
     frames: int = 1  # T
+    attention: AttentionMode = FULL
 
 
 class Norm(nn.GroupNorm):
@@ -178,14 +207,15 @@ class ResidualBlock(nn.Module):
         return positions * sum(convolution.weight.numel() for convolution in convolutions) + self.modulation.macs()
 
 
-class SpatialAttention(nn.Module):
-    """x + self-attention over all positions of all frames, in heads of at most `num_head_channels`.
+class UNetAttention(nn.Module):
+    """x + self-attention among the positions of all frames, in heads of at most `num_head_channels`.
 
-    A new layer is the identity.
+    A new layer is the identity. frame_positions: whether the positions of frames are added to its input.
     """
 
-    def __init__(self, channels: int, num_head_channels: int) -> None:
+    def __init__(self, channels: int, num_head_channels: int, frame_positions: bool = False) -> None:
         super().__init__()
+        self.frame_positions = frame_positions
         min_heads = math.ceil(channels / num_head_channels)
         self.num_heads = next(heads for heads in range(min_heads, channels + 1) if channels % heads == 0)
         self.norm = Norm(channels)
@@ -198,23 +228,27 @@ class SpatialAttention(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor, frames: int = 1) -> Tensor:
+    def forward(self, x: Tensor, frames: int = 1, mode: AttentionMode = FULL) -> Tensor:
         """x [B T, C, h, w] of T = frames -> the same shape"""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B T) C h w -> (B T) (h w) C
         if frames > 1:
-            tokens = tokens.unflatten(0, (-1, frames)).flatten(1, 2)  # -> B (T h w) C
+            tokens = tokens.unflatten(0, (-1, frames))
+            if self.frame_positions:
+                positions = sincos_frames(frames, x.shape[1]).to(tokens, non_blocking=x.is_cuda)
+                tokens = tokens + positions[:, None]
+            tokens = tokens.flatten(1, 2)  # -> B (T h w) C
         qkv = self.qkv(tokens).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in qkv)  # B N (K E) -> B K N E
-        branch = scaled_dot_product_attention(q, k, v)
+        branch = attend(q, k, v, ClipAttention(mode, (frames, *x.shape[2:])))
         branch = self.proj(branch.transpose(1, 2).flatten(2))  # B K N E -> B N (K E)
         if frames > 1:
             branch = branch.unflatten(1, (frames, -1)).flatten(0, 1)  # B (T h w) C -> (B T) (h w) C
         return x + branch.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    def macs(self, positions: int) -> int:
-        """Multiply-adds for one sample of N = positions: 4 N C^2 in the projections, 2 N^2 C between the positions."""
+    def macs(self, positions: int, keys: int) -> int:
+        """Multiply-adds for one sample of N positions: 4 N C^2 in the projections, 2 N C for each key of a position."""
         channels = self.proj.in_features
-        return 4 * positions * channels**2 + 2 * positions**2 * channels
+        return 4 * positions * channels**2 + 2 * positions * keys * channels
 
 
 Route = Literal["push", "plain", "concat"]
@@ -228,22 +262,35 @@ class UNetBlock(nn.Module):
     level: the output has 1 / 2^level of the height and width of the input of the network.
     """
 
-    def __init__(self, residual: ResidualBlock, attention: SpatialAttention | None, route: Route, level: int) -> None:
+    def __init__(
+        self,
+        residual: ResidualBlock,
+        attention: UNetAttention | None,
+        route: Route,
+        level: int,
+        temporal: UNetAttention | None = None,
+    ) -> None:
         super().__init__()
-        self.residual, self.attention = residual, attention
+        self.residual, self.attention, self.temporal = residual, attention, temporal
         self.route: Route = route
         self.level = level
 
     def forward(self, x: Tensor, context: UNetContext) -> Tensor:
         """x [B T, C, h, w] -> [B T, C', h', w']"""
         x = self.residual(x, context)
-        return x if self.attention is None else self.attention(x, context.frames)
+        x = x if self.attention is None else self.attention(x, context.frames, context.attention)
+        return x if self.temporal is None or context.frames == 1 else self.temporal(x, context.frames, Temporal())
 
-    def macs(self, size: Sequence[int]) -> int:
+    def macs(self, size: Sequence[int], mode: AttentionMode = FULL) -> int:
         """Multiply-adds for one image of size (H, W), or one clip of size (T, H, W)."""
         frames, height, width = (1, *size)[-3:]
-        positions = frames * (height >> self.level) * (width >> self.level)
-        return self.residual.macs(positions) + (0 if self.attention is None else self.attention.macs(positions))
+        grid = frames, height >> self.level, width >> self.level
+        macs = self.residual.macs(math.prod(grid))
+        if self.attention is not None:
+            macs += self.attention.macs(math.prod(grid), mode.keys(grid))
+        if self.temporal is not None and frames > 1:
+            macs += self.temporal.macs(math.prod(grid), frames)
+        return macs
 
 
 class UNetFinalLayer(nn.Module):
@@ -325,15 +372,15 @@ class UNet(Network):
         images = x if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1)  # B C T H W -> (B T) C H W
         # Features in the dtype of the input: under autocast, residuals are then summed in float32.
         features = self.stem(images).to(x.dtype)
-        if frames > 1:  # attention would not know the order of the frames
+        if frames > 1 and self.config.frame_positions == "all":  # attention would not know the order of the frames
             positions = sincos_frames(frames, features.shape[1]).to(features, non_blocking=x.is_cuda)[:, :, None, None]
             features = (features.unflatten(0, (-1, frames)) + positions).flatten(0, 1)
-        return features, UNetContext(c, frames)
+        return features, UNetContext(c, frames, self.config.attention)
 
     def macs(self, size: Sequence[int] | None = None) -> int:
         size = size or self.config.input_size
         ends = self.stem.weight.numel() + self.final_layer.conv.weight.numel()
-        inside = sum(block.macs(size) for block in self.blocks if isinstance(block, UNetBlock))
+        inside = sum(block.macs(size, self.config.attention) for block in self.blocks if isinstance(block, UNetBlock))
         return math.prod(size) * ends + self.t_embedder.macs() + inside
 
 
@@ -347,10 +394,12 @@ def build_blocks(config: UNetConfig) -> list[UNetBlock]:
     def add(
         in_channels: int, out_channels: int, route: Route, level: int, attends: bool, resampling: Resampling = "none"
     ) -> None:
-        attention = SpatialAttention(out_channels, config.num_head_channels) if attends else None
-        blocks.append(
-            UNetBlock(ResidualBlock(in_channels, out_channels, cond_channels, resampling), attention, route, level)
-        )
+        residual = ResidualBlock(in_channels, out_channels, cond_channels, resampling)
+        attention = UNetAttention(out_channels, config.num_head_channels) if attends else None
+        temporal = None
+        if attends and config.temporal_attention:
+            temporal = UNetAttention(out_channels, config.num_head_channels, config.frame_positions != "none")
+        blocks.append(UNetBlock(residual, attention, route, level, temporal))
 
     current, skip_channels = level_channels[0], [level_channels[0]]
     for level, channels in enumerate(level_channels):

@@ -62,8 +62,8 @@ class MixedTimes(Settings):
     def _check(self) -> "MixedTimes":
         if self.independent + self.given_frames > 1:
             raise ValueError(
-                f"independent {self.independent:g} and given_frames {self.given_frames:g} are fractions of all clips: together at "
-                "most 1"
+                f"independent {self.independent:g} and given_frames {self.given_frames:g} are fractions of all clips: "
+                "together at most 1"
             )
         return self
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tessera.conditioning import Condition
 from tessera.layers.frames import ClipAttention, Temporal, attend
-from tessera.models import DiTConfig
+from tessera.models import DiTConfig, UNetConfig
 from tessera.models.network import parameter_count
 
 FRAMES, TOKENS = 5, 6
@@ -41,6 +41,10 @@ def settings(name: str) -> dict:
 
 def config(mode: str | None = None, block: str = "adaln-zero", size: tuple[int, ...] = (FRAMES, 4, 6), **changes):
     attention = {} if mode is None else {"attention": settings(mode)}
+    if block == "unet":
+        inputs = {"input_size": size, "in_channels": 2, "out_channels": 4, "num_classes": 3}
+        shape = {"model_channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_levels": (2,)}
+        return UNetConfig.model_validate({**inputs, **shape, **attention, **changes})
     sizes = {"patch_size": 2, "depth": 2, "hidden_size": 32, "num_heads": 2, "num_classes": 3}
     inputs = {"input_size": size, "in_channels": 2, "out_channels": 4, "block": block}
     return DiTConfig.model_validate({**sizes, **inputs, **attention, **changes})
@@ -108,9 +112,11 @@ def test_attention_with_keys_of_earlier_frames(mode, count):
 BLOCKS = ["cross-attention", "adaln", "adaln-zero", "adaln-single", "rope-swiglu"]
 
 
+NETWORKS = [(mode, block) for mode in MODES for block in [*BLOCKS, "unet"] if (mode, block) != ("alternating", "unet")]
+
+
 @torch.no_grad()
-@ALL_MODES
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("mode", "block"), NETWORKS)
 @pytest.mark.parametrize("temporal", [False, True])
 def test_one_frame_is_the_image_network_bit_for_bit(make, mode, block, temporal):
     image = make(None, block, (4, 6))
@@ -125,8 +131,7 @@ def test_one_frame_is_the_image_network_bit_for_bit(make, mode, block, temporal)
 
 
 @torch.no_grad()
-@ALL_MODES
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("mode", "block"), NETWORKS)
 def test_equal_times_of_all_frames_are_one_time_bit_for_bit(make, mode, block):
     network, x = make(mode, block), normal(2, 2, FRAMES, 4, 6)
     one = network(x, TIMES, Condition(LABEL))
@@ -134,8 +139,7 @@ def test_equal_times_of_all_frames_are_one_time_bit_for_bit(make, mode, block):
 
 
 @torch.no_grad()
-@ALL_MODES
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("mode", "block"), NETWORKS)
 def test_frames_may_be_shuffled_without_frame_positions(make, mode, block):
     """Where the mode itself does not know their order: the output of a shuffled clip is shuffled."""
     times = torch.tensor([[1.0, 500, 20, 7, 900], [3, 4, 5, 6, 7]])
@@ -177,13 +181,13 @@ def test_alternating_is_spatial_then_temporal(make):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, "unet"])
 def test_frame_positions_of_temporal_attention_alone(make, block):
     """Without these layers, the frames are images."""
     network = make("spatial", block, frame_positions="temporal", temporal_attention=True)
-    for block_module in network.blocks:
-        torch.nn.init.zeros_(block_module.temporal.attn.proj.weight)
-        torch.nn.init.zeros_(block_module.temporal.attn.proj.bias)
+    for name, parameter in network.named_parameters():
+        if ".temporal." in name and ".proj." in name:
+            torch.nn.init.zeros_(parameter)
     x = normal(2, 2, FRAMES, 4, 6)
     whole = network(x, TIMES, Condition(LABEL))
     for frame in range(FRAMES if block != "cross-attention" else 0):  # it attends to a token of time for each frame
@@ -192,7 +196,7 @@ def test_frame_positions_of_temporal_attention_alone(make, block):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, "unet"])
 def test_new_temporal_attention_has_no_effect(make, block):
     plain = make("spatial", block)
     network = config("spatial", block, temporal_attention=True).build()
@@ -203,8 +207,7 @@ def test_new_temporal_attention_has_no_effect(make, block):
     assert isinstance(Temporal(), type(config("temporal").attention))
 
 
-@ALL_MODES
-@pytest.mark.parametrize("block", [*BLOCKS, "text keys"])
+@pytest.mark.parametrize(("mode", "block"), [*NETWORKS, *((mode, "text keys") for mode in MODES)])
 @pytest.mark.parametrize("temporal", [False, True])
 @pytest.mark.parametrize("size", [(FRAMES, 4, 6), (3, 8, 4), (1, 4, 6), (4, 6)])
 def test_macs_equal_pytorchs_counter(mode, block, temporal, size):

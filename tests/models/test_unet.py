@@ -15,8 +15,8 @@ from tessera.models.presets import UNET_PRESETS
 from tessera.models.unet import (
     Norm,
     ResidualBlock,
-    SpatialAttention,
     UNet,
+    UNetAttention,
     UNetConfig,
     UNetContext,
     UNetFinalLayer,
@@ -217,7 +217,7 @@ def test_new_network_predicts_zero_and_its_blocks_are_the_identity():
     assert not network(x, t, condition).any()
     features, context = network.embed(x, t, condition)
     assert torch.equal(network.blocks[0](features, context), features)
-    attention = next(module for module in network.modules() if isinstance(module, SpatialAttention))
+    attention = next(module for module in network.modules() if isinstance(module, UNetAttention))
     inside = torch.randn(2, attention.proj.in_features, 4, 4)
     assert torch.equal(attention(inside), inside)
 
@@ -258,7 +258,7 @@ def test_norm_groups_and_heads_for_any_width(channels, num_head_channels):
     if channels % 32 == 0 and channels >= 128:
         assert norm.num_groups == 32  # as published
     with torch.device("meta"):
-        heads = SpatialAttention(channels, num_head_channels).num_heads
+        heads = UNetAttention(channels, num_head_channels).num_heads
     assert channels % heads == 0
     assert channels // heads <= num_head_channels
     if channels % num_head_channels == 0:

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from tessera import randomness
+from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models import DiTConfig
+from tessera.settings import validate
 from tessera.training.frame_times import MixedTimes, SharedTimes, sample_given_frames
 from tessera.training.objective import TIMESTEP_STREAM, TrainingObjective, compute_loss, sample_noise
-from tessera.training.recipe import infer_pixel_channels, read_recipe, resolve_recipe
+from tessera.training.recipe import infer_pixel_channels, resolve_recipe
 
 PROCESSES = {
     "gaussian": GaussianDiffusionConfig(),
@@ -24,7 +26,14 @@ FRAMES = 6
 
 def objective(process: str, frame_times=None) -> TrainingObjective:
     return TrainingObjective(
-        PROCESSES[process].build(), None, False, 0.0, (), 5, None, frame_times=frame_times or MixedTimes()
+        PROCESSES[process].build(),
+        PixelsConfig().build(),
+        False,
+        0.0,
+        (),
+        5,
+        None,
+        frame_times=frame_times or MixedTimes(),
     )
 
 
@@ -98,7 +107,7 @@ def test_given_frames_are_clean_and_have_no_loss(process):
         return seen["raw"]
 
     losses, mean = compute_loss(network, x0, Condition(), position, work)
-    times = work.frame_times.sample(_shared_times(work, position), FRAMES, position, work.seed, diffusion)
+    times = MixedTimes().sample(_shared_times(work, position), FRAMES, position, work.seed, diffusion)
     assert 0 < times.is_given.any(dim=1).sum() < count
     given = times.is_given[:, None, :, None, None].expand_as(x0)
     assert torch.equal(seen["x"][given], x0[given])
@@ -164,6 +173,4 @@ def test_networks_without_times_of_frames(tiny, network, message):
 
 def test_fractions_of_more_than_all_clips():
     with pytest.raises(TesseraError, match="fractions of all clips"):
-        read_recipe(
-            {"run_dir": "r", "data": "digits", "training": {"frame_times": {"kind": "mixed", "given_frames": 0.8}}}
-        )
+        validate(MixedTimes, {"independent": 0.3, "given_frames": 0.8}, "times")
