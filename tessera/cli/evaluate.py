@@ -79,7 +79,7 @@ def score(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, clip_score (those that apply)"
+            help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, law, clip_score (those that apply)"
         ),
     ] = None,
     num_samples: Annotated[

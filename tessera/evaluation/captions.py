@@ -21,6 +21,7 @@ from tessera.evaluation.sources import SampleSource
 from tessera.generation.bulk import BulkSamples, hash_values
 from tessera.generation.request import image_size
 from tessera.generation.shards import num_shards
+from tessera.reporting.document import Block, Heading, Paragraph, Table
 from tessera.reporting.estimates import Estimate
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class ImageScores:
     notes: list[str]
     definition: dict[str, Any] = field(default_factory=dict)
     features: dict[str, str] = field(default_factory=dict)
-    lines: list[alignment.Line] = field(default_factory=list)
+    details: list[Block] = field(default_factory=list)  # for the report
 
 
 def caption_data(captions: str | None, reference: str | AnyData, model: Model) -> AnyData | None:
@@ -89,7 +90,15 @@ def alignment_scores(source: SampleSource) -> ImageScores:
         {line.score: line.images for line in lines if line.score},
         [alignment.summary(lines)],
         {"captions": hash_values(captions), **alignment.DEFINITION},
-        lines=lines,
+        details=[
+            Heading("Alignment"),
+            Paragraph(
+                "What images show of their captions, the same with captions of other images (chance), and of real "
+                "images with theirs (ceiling). A model that ignores which color belongs to which object shows captions "
+                "as often with the colors exchanged."
+            ),
+            Table(alignment.table(lines), alignment.COLUMNS),
+        ],
     )
 
 

@@ -85,6 +85,11 @@ class FeatureExtractor:
         return {kind: np.concatenate(values) for kind, values in features.items()}
 
 
+def built_in_features() -> list[str]:
+    """The names of the feature networks that come with the package."""
+    return sorted(folder.name for folder in BUILT_IN.iterdir()) if BUILT_IN.is_dir() else []
+
+
 def load_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network of a name: `digits`, `shapes`, `inception`, the path of its .pth, a folder written by
     `tessera evaluate train-features`, or a Hugging Face vision model by id or folder. Raises TesseraError.
@@ -93,8 +98,7 @@ def load_extractor(name: str, device: torch.device) -> FeatureExtractor:
         return FeatureExtractor(
             MEAN, "", "none", lambda images: {"pool": images.float().mean(dim=(1, 2, 3))[:, None]}, device
         )
-    path = Path(name).expanduser()
-    built_in = sorted(folder.name for folder in BUILT_IN.iterdir()) if BUILT_IN.is_dir() else []
+    path, built_in = Path(name).expanduser(), built_in_features()
     if name in built_in or feature_network.is_saved_at(path):
         network = feature_network.load(BUILT_IN / name if name in built_in else path).to(device)
         label = f"tessera/{name}" if name in built_in else path.name

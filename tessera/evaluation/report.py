@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tessera import images
-from tessera.evaluation import alignment, distances, protocol
+from tessera.evaluation import distances, protocol
 from tessera.evaluation.reference import subset_indices
 from tessera.evaluation.sources import SampleSource
 from tessera.evaluation.suite import Evaluation, row_subset
@@ -43,14 +43,7 @@ def build_report(evaluation: Evaluation, command: str = "") -> Document:
     ]
     blocks.append(Table(rows, ("metric", "value", "95 % interval", "fingerprint", "meaning")))
     blocks += [Paragraph(f"Note: {note}.") for note in evaluation.notes]
-    if evaluation.alignment:
-        explanation = (
-            "What images show of their captions, the same with captions of other images (chance), and of real images "
-            "with theirs (ceiling). A model that ignores which color belongs to which object shows captions as often "
-            "with the colors exchanged."
-        )
-        blocks += [Heading("Alignment"), Paragraph(explanation)]
-        blocks.append(Table(alignment.table(evaluation.alignment), alignment.COLUMNS))
+    blocks += evaluation.details
     blocks += [Heading("Samples"), _sample_grid(evaluation.source), *_neighbors(evaluation)]
     if evaluation.kid_by_class:
         by_class = sorted(evaluation.kid_by_class.items(), key=lambda item: -item[1].value)

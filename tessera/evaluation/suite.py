@@ -11,16 +11,24 @@ from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
 from tessera.errors import TesseraError
-from tessera.evaluation import captions, distances
-from tessera.evaluation.alignment import Line
+from tessera.evaluation import captions, clips, distances
 from tessera.evaluation.captions import ImageScores
-from tessera.evaluation.features import MEAN, FeatureExtractor, FeatureSet, Progress, extract, features_path
+from tessera.evaluation.features import (
+    MEAN,
+    FeatureExtractor,
+    FeatureSet,
+    Progress,
+    built_in_features,
+    extract,
+    features_path,
+)
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MAX_ROWS, check_widths, describe_reference, open_reference, statistics_features
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
 from tessera.evaluation.toy.digit_classifier import DigitClassifier, ShapesEvaluator, load_oracle
 from tessera.generation.bulk import BulkSamples
 from tessera.generation.shards import num_shards
+from tessera.reporting.document import Block
 from tessera.reporting.estimates import Estimate
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import unknown_name
@@ -94,9 +102,17 @@ METRICS = {
         min_samples=lambda width: 1,
     ),
 }
-IMAGE_METRICS = ("oracle", "alignment", "clip_score")  # that read the images themselves, not features
+IMAGE_METRICS = ("oracle", "alignment", "clip_score", "law")  # that read the images themselves, not features
 ALIASES = {"fid": "fd", "FID": "fd"}  # the same metric, with Inception features
-DEFAULT_METRICS = ("fd", "kid", "prdc", "authenticity", "oracle", "alignment")  # those of them that can be computed
+DEFAULT_METRICS = (
+    "fd",
+    "kid",
+    "prdc",
+    "authenticity",
+    "oracle",
+    "alignment",
+    "law",
+)  # those of them that can be computed
 
 
 def parse_metrics(text: str | None) -> list[str] | None:
@@ -157,7 +173,7 @@ class Evaluation:
     reference_images: SampleSource | None
     notes: list[str]
     kid_by_class: Estimates
-    alignment: list[Line] = field(default_factory=list)
+    details: list[Block] = field(default_factory=list)
 
 
 def evaluate(
@@ -175,9 +191,9 @@ def evaluate(
     """Score a sample source against a reference (see `open_reference`). The features are saved in `folder`, so an
     interrupted evaluation resumes.
 
-    metrics: names of METRICS; "oracle" for data with a known ground truth; "alignment" for captions of shapes;
-    "clip_score" for any captions, by the network at `clip`, a folder. None: the default metrics, and clip_score with a
-    network. Every rank must call it; only the main rank returns scores. Raises TesseraError.
+    metrics: names of METRICS; "oracle" for data with a known ground truth; "alignment" for captions of shapes; "law"
+    for clips of lanes; "clip_score" for any captions, by the network at `clip`, a folder. None: the default metrics,
+    and clip_score with a network. Every rank must call it; only the main rank returns scores. Raises TesseraError.
     """
 
     def task(name: str) -> Progress:
@@ -230,6 +246,8 @@ def evaluate(
                 of_images[name] = _oracle_scores(source, reference_images)
             elif name == "alignment":
                 of_images[name] = captions.alignment_scores(source)
+            elif name == "law":
+                of_images[name] = clips.law_scores(source)
             else:
                 assert scorer is not None
                 of_images[name] = captions.clip_scores(source, reference_images, scorer, batch_size)
@@ -238,7 +256,7 @@ def evaluate(
         except TesseraError as error:  # missing labels, too few reference rows: the other scores are still useful
             if metrics is not None and len(metrics) == 1:
                 raise
-            if metrics is not None or name not in ("oracle", "alignment"):
+            if metrics is not None or name not in ("oracle", "alignment", "law"):
                 notes.append(f"{name} is skipped: {error}")
     origin = {"description": source.description, "images": samples.hash, "reference": reference_features.description}
     origin |= source.model_identity if isinstance(source, BulkSamples) else {}
@@ -254,8 +272,8 @@ def evaluate(
         for metric, estimate in group.items()
     ]
     by_class = kid_by_class(samples, reference_features)
-    lines = of_images["alignment"].lines if "alignment" in of_images else []
-    return Evaluation(scores, source, samples, reference_features, reference_images, notes, by_class, lines)
+    details = [block for each in of_images.values() for block in each.details]
+    return Evaluation(scores, source, samples, reference_features, reference_images, notes, by_class, details)
 
 
 def training_data(model: Model) -> AnyData:
@@ -294,14 +312,14 @@ def open_samples(target: str, size: tuple[int, int] | None, count: int | None) -
 
 
 def default_features(reference: str | AnyData, metrics: Sequence[str] | None = None) -> str:
-    """The default feature network for a reference: that of its statistics, the built-in one for embedded data, else
+    """The default feature network for a reference: that of its statistics, the built-in one if there is one, else
     Inception, or the mean of the pixels where none of the metrics compares features.
     """
     fallback = "inception" if needs_reference(metrics) else MEAN
     if isinstance(reference, str) and Path(reference).suffix == ".npz":
         return statistics_features(Path(reference).expanduser()) or fallback
     kind = (resolve_data(reference, (1, 1)) if isinstance(reference, str) else reference).kind
-    return kind if kind in EMBEDDED else fallback
+    return kind if kind in built_in_features() else fallback
 
 
 def kid_by_class(samples: FeatureSet, reference: FeatureSet) -> Estimates:

@@ -2,7 +2,7 @@
 
 HIGHER_IS_BETTER = {"is", "precision", "recall", "density", "coverage", "authenticity", "accuracy"}
 HIGHER_IS_BETTER |= {"alignment", "alignment_one_object", "alignment_two_objects", "binding", "relation"}
-HIGHER_IS_BETTER |= {"composition", "clip_score"}
+HIGHER_IS_BETTER |= {"composition", "clip_score", "law", "law_occluded", "class_accuracy"}
 
 MEANING = {
     "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
@@ -25,5 +25,10 @@ MEANING = {
     "composition": "alignment of captions with a combination of color and shape that data.combinations=known leaves "
     "out of training; higher is better",
     "clip_score": "100 x cosine similarity of image and caption by CLIP, at least 0; higher is better",
+    "law": "fraction of lanes whose disc keeps color and speed, is reflected by the walls and seen in front of them",
+    "law_occluded": "the same of lanes with an occluded event: a disc is seen, hidden and seen again",
+    "class_accuracy": "fraction of clips whose top disc has the color of the class throughout",
+    "step_error": "mean distance of movements between frames from the nearest path's, px/frame; lower is better",
+    "speed_distance": "Wasserstein distance of the speeds between frames from real clips', px/frame; lower is better",
     "invalid": "fraction of images that cannot be from the data set, by the oracle",
 }
