@@ -30,7 +30,7 @@ from tessera import runtime
 from tessera.codecs import AnyCodec, Codec
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesDataset
-from tessera.data.images import Dataset, InvalidSample
+from tessera.data.images import Dataset, InvalidSample, sample_size
 from tessera.data.latents import (
     CACHE,
     DTYPES,
@@ -212,7 +212,7 @@ class CacheWriter(ShardedCache):
         self.names = {"codec": codec_name, "data": config.description}
         self.buckets = None
         if (buckets := getattr(config, "buckets", None)) is not None and isinstance(dataset, FilesDataset):
-            self.buckets = Buckets.assign(dataset.shapes(), buckets.sizes(config.size))
+            self.buckets = Buckets.assign(dataset.sizes(), buckets.sizes(sample_size(config)))
         # The samples of one size after those of another, and within a size ranges of shard_size samples.
         bucket_ids = np.zeros(len(dataset), np.int64) if self.buckets is None else self.buckets.bucket_ids
         self._order = np.argsort(bucket_ids, kind="stable")
@@ -229,9 +229,9 @@ class CacheWriter(ShardedCache):
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def size(self, shard: int) -> tuple[int, int]:
-        """Height and width of the images of a shard, in pixels."""
-        return self.config.size if self.buckets is None else self.buckets.sizes[self._ranges[shard][0]]
+    def size(self, shard: int) -> tuple[int, ...]:
+        """(height, width) of the images of a shard in pixels, (frames, height, width) of clips."""
+        return sample_size(self.config) if self.buckets is None else self.buckets.sizes[self._ranges[shard][0]]
 
     def indices(self, shard: int) -> np.ndarray:
         _, start, stop = self._ranges[shard]

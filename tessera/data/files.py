@@ -1,10 +1,12 @@
 """Images in files of any common layout as one data set. The files are indexed, and samples are read by the index."""
 
 import functools
+import math
 import os
 import sys
 import tarfile
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +16,9 @@ import numpy as np
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from tessera.data import layouts, tables
+from tessera.data.clips import Span, clip_shape, count_frames, load_clip
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
-from tessera.data.index import TABLE_SUFFIXES, arrow, compute, int_column, labels, metadata
+from tessera.data.index import SPAN_COLUMNS, TABLE_SUFFIXES, arrow, compute, int_column, labels, metadata
 from tessera.data.notes import printable
 from tessera.data.sampler import whole_weights
 from tessera.errors import TesseraError
@@ -28,10 +31,13 @@ MAX_NAME_BLOCKS = 8  # of a name before the header
 
 
 class FilesConfig(ImagesConfig):
-    """Folders of images, parquet files, WebDataset tars, data sets of Hugging Face, or an index of any of them."""
+    """Folders of images or clips, parquet files, WebDataset tars, lists of files (.csv, .jsonl), data sets of Hugging
+    Face, or an index of any of them."""
 
-    kind: Literal["files", "folder", "parquet"] = Field(
-        default="files", description="files: any layout, detected; folder: images only; parquet: tables only"
+    kind: Literal["files", "folder", "frame-folders", "parquet"] = Field(
+        default="files",
+        description="files: any layout, detected; folder: images only; frame-folders: each folder of images is a clip; "
+        "parquet: tables only",
     )
     path: str | list[str] = Field(
         description="a folder of images or of .parquet or .tar files, one such file, an index, hub:owner/name; a list"
@@ -71,6 +77,12 @@ class FilesConfig(ImagesConfig):
             raise ValueError("weights and buckets exclude each other: a batch of one size has images of any path")
         return self
 
+    @model_validator(mode="after")
+    def _check_frame_folders(self) -> "FilesConfig":
+        if self.kind == "frame-folders" and self.frames is None:
+            raise ValueError("kind frame-folders is for clips: set frames, such as frames: 16")
+        return self
+
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else self.path
@@ -101,19 +113,25 @@ def _print_once(text: str) -> None:
 class FilesDataset:
     """The samples of an index: encoded files, their labels and captions. It can be pickled.
 
+    A file of clips has one sample, or one for each `data.stride`.
+
     Attributes:
         notes: what the index leaves out. Data with errors are for `tessera data check` only.
         text: the captions as tokens, where a network reads them.
         path_sizes: how many samples each of config.paths has.
+        own_frames: of clips, the number of frames that `data.short` did not add, int32 [N]; known once a clip was read.
     """
 
     text: "EncodedCaptions | None" = None
     image_sizes: np.ndarray | None = None
+    own_frames: np.ndarray | None = None
 
     def __init__(self, config: FilesConfig) -> None:
         self.config = config
         self.table, self.notes, self.path_sizes = layouts.build_index(config)
         self._prepare()
+        if config.stride is not None:
+            self._cut_windows(config.stride)
 
     def _prepare(self) -> None:
         self.root, self.class_names = metadata(self.table)
@@ -122,7 +140,13 @@ class FilesDataset:
             self.table[name] for name in ("path", "offset", "length", "caption")
         )
         paths = tables.table_paths(self._path)
-        self._tables = dict(zip(paths, tables.open_images([self.root / path for path in paths], self.config.image)))
+        files, config = [self.root / path for path in paths], self.config
+        self._tables = dict(zip(paths, tables.open_images(files, config.image, config.frames)))
+        self._spans = None
+        if config.frames is not None:
+            numbers = [self.table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in SPAN_COLUMNS]
+            self._spans = np.stack(numbers, axis=1)  # NaN: null
+            self.own_frames = np.full(len(self.table), config.frames, np.int32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "table": self.table, "notes": [], "path_sizes": self.path_sizes}
@@ -162,7 +186,7 @@ class FilesDataset:
         )
 
     def encoded(self, index: int) -> Path | bytes:
-        """The encoded image: a file, or its bytes from a larger file. Raises InvalidSample."""
+        """The encoded image or clip: a file, a folder of frames, or bytes from a larger file. Raises InvalidSample."""
         path, offset = self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
             return self.root / path
@@ -170,14 +194,61 @@ class FilesDataset:
             return table[offset]
         return _read_bytes(self.root / path, offset, self._length[index].as_py())
 
-    def pixels(self, index: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """uint8 [C, H, W] of `size` (default: config.size). Raises InvalidSample."""
-        return load_image(self.encoded(index), self.config, size)
+    def pixels(self, index: int, size: tuple[int, ...] | None = None) -> np.ndarray:
+        """uint8 [C, H, W] or [C, T, H, W] of `size` (default: that of the data). Raises InvalidSample."""
+        if self.config.frames is None:
+            return load_image(self.encoded(index), self.config, size)
+        assert self.own_frames is not None
+        pixels, self.own_frames[index] = load_clip(self.encoded(index), self.config, self.span(index), size)
+        return pixels
+
+    def span(self, index: int) -> Span:
+        """The part of its file that a clip is."""
+        assert self._spans is not None
+        start, end, fps, first = self._spans[index].tolist()
+        start, end = 0.0 if math.isnan(start) else start, math.inf if math.isnan(end) else end
+        return Span(start, end, 0 if math.isnan(first) else int(first), None if math.isnan(fps) else fps)
+
+    def sizes(self) -> np.ndarray:
+        """What buckets are chosen by: height and width of every sample, int32 [N, 2]; of clips after the number of
+        frames [N, 3]."""
+        shapes = self.shapes()
+        return shapes if self.config.frames is None else np.concatenate((self.lengths()[:, None], shapes), axis=1)
+
+    def lengths(self) -> np.ndarray:
+        """How many frames each clip could have at the rate of the data, int32 [N]; 0 where it is invalid."""
+        counts = np.zeros(len(self), np.int32)
+
+        def count(index: int) -> None:
+            with suppress(InvalidSample):
+                span = self.span(index)
+                counts[index] = max(count_frames(self.encoded(index), self.config, span) - span.first, 0)
+
+        self._for_each(count, np.arange(len(self)))
+        return counts
+
+    def _cut_windows(self, stride: int) -> None:
+        """Several clips of each file that is long enough. Raises TesseraError if the index has them already."""
+        if self.table["first_frame"].null_count < len(self):
+            raise TesseraError("this index lists several clips of a file already: leave data.stride out")
+        frames = self.config.frames or 1
+        counts = np.maximum((self.lengths() - frames) // stride + 1, 1)
+        rows = np.repeat(np.arange(len(self)), counts)
+        numbers = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        column = self.table.schema.get_field_index("first_frame")
+        first = arrow().array(numbers * stride, "int32")
+        self.table = self.table.take(rows).set_column(column, "first_frame", first)
+        parts = np.repeat(np.arange(len(self.path_sizes)), self.path_sizes)[rows]
+        self.path_sizes = np.bincount(parts, minlength=len(self.path_sizes)).tolist()
+        self._prepare()
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width as displayed, from the index or else the file's header. Raises InvalidSample."""
         height, width = self.table["height"][index].as_py(), self.table["width"][index].as_py()
-        return image_shape(self.encoded(index)) if height is None or width is None else (height, width)
+        return self._read_shape(index) if height is None or width is None else (height, width)
+
+    def _read_shape(self, index: int) -> tuple[int, int]:
+        return (image_shape if self.config.frames is None else clip_shape)(self.encoded(index))
 
     def shapes(self) -> np.ndarray:
         """Height and width of every sample, int32 [N, 2]; 0 x 0 where an image is invalid."""
@@ -185,13 +256,17 @@ class FilesDataset:
 
         def read_shape(index: int) -> None:
             with suppress(InvalidSample):
-                shapes[index] = image_shape(self.encoded(index))
+                shapes[index] = self._read_shape(index)
 
-        with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:  # most of the time is waiting for the disk
-            unknown = np.flatnonzero((shapes == 0).any(axis=1))
-            for chunk in np.array_split(unknown, len(unknown) // 1024 + 1):  # an interrupt waits for one chunk
-                deque(pool.map(read_shape, chunk.tolist()), maxlen=0)
+        self._for_each(read_shape, np.flatnonzero((shapes == 0).any(axis=1)))
         return shapes
+
+    @staticmethod
+    def _for_each(function: Callable[[int], None], indices: np.ndarray) -> None:
+        """Call a function that waits for the disk most of its time."""
+        with ThreadPoolExecutor(max(8, 2 * (os.cpu_count() or 1))) as pool:
+            for chunk in np.array_split(indices, len(indices) // 1024 + 1):  # an interrupt waits for one chunk
+                deque(pool.map(function, chunk.tolist()), maxlen=0)
 
     def files(self) -> list[Path]:
         """Every file that holds samples, once, in order."""

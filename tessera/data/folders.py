@@ -26,6 +26,23 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in readable)
 
 
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp", ".mts", ".m2ts",
+})  # fmt: skip
+
+
+def sample_suffixes(frames: int | None) -> frozenset[str]:
+    """The suffixes of the files that are samples: images, and where the data are clips (with frames) videos, too."""
+    return image_suffixes() if frames is None else image_suffixes() | VIDEO_SUFFIXES
+
+
+def no_samples(frames: int | None) -> str:
+    """What was expected where a folder or tar has no samples."""
+    if frames is None:
+        return f"no images at any depth ({', '.join(sorted(image_suffixes()))})"
+    return f"no clips at any depth ({', '.join(sorted(VIDEO_SUFFIXES))}, .gif, .webp, .png)"
+
+
 @dataclass
 class FolderListing:
     """Paths relative to the folder, with '/'; those of folders end in '/'. Files are sorted part by part."""

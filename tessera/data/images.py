@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from tessera.data.buckets import BucketsConfig
 from tessera.settings import Settings, Size
@@ -44,6 +44,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of the last two
 SIXTEEN_BIT_FORMATS = ("PNG", "TIFF", "JPEG2000", "IM")  # whose integers of 16 bits have no sign
 METADATA_PROBLEM = "tessera: metadata problem"  # the key of `Image.info` with what could not be read
+MAX_FPS = 1000  # frames per second; more are an error of units
 MAX_SCALED = 16  # times the size: where scaling up an image would exceed it, the image is cropped first
 # What `load_image` does beside its settings. It is part of a latent cache's key: change it with centre_crop or flatten.
 RESIZING = "halved by boxes, bicubic, centre crop"
@@ -65,7 +66,10 @@ class ImagesConfig(Settings):
 
     size: Size = Field(default=(256, 256), description="height and width after the crop, in pixels")
     channels: Literal[1, 3] = Field(default=3, description="3 for colour, 1 for grey")
-    hflip: bool = Field(default=True, description="random horizontal flip; turn off where left and right differ")
+    hflip: bool = Field(
+        default=True,
+        description="random horizontal flip; turn off where left and right differ; of clips off by default",
+    )
     background: tuple[Level, Level, Level] = Field(
         default=(255, 255, 255), description="colour behind transparent pixels"
     )
@@ -84,9 +88,50 @@ class ImagesConfig(Settings):
         default=None, description="folder of cached latents (tessera data cache); null: encode during training"
     )
 
-    @property
-    def frames(self) -> int | None:
-        return None
+    frames: PositiveInt | None = Field(
+        default=None, description="frames of a clip, for data of videos and animations; null: images"
+    )
+    fps: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_FPS,
+        description="frames per second that clips are resampled to, by the nearest timestamp; null: every frame",
+    )
+    short: Literal["drop", "pad", "loop"] = Field(
+        default="drop",
+        description="clips of fewer frames: drop: skipped and named; pad: the last frame is repeated, without loss "
+        "there; loop: repeated from the start",
+    )
+    stride: PositiveInt | None = Field(
+        default=None, description="frames from the start of a clip to that of the next in a file; null: one clip a file"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flips_of_clips(cls, values: Any) -> Any:
+        """Motion has a direction, so clips are flipped only where the recipe sets it."""
+        if isinstance(values, dict) and values.get("frames") is not None and "hflip" not in values:
+            return {**values, "hflip": False}
+        return values
+
+    @model_validator(mode="after")
+    def _check_frames(self) -> Self:
+        lengths = self.buckets.frames if self.buckets is not None else ()
+        settings = {
+            "fps": self.fps is not None,
+            "short": self.short != "drop",
+            "stride": self.stride is not None,
+            "buckets.frames": bool(lengths),
+        }
+        if self.frames is None and (names := [name for name, is_set in settings.items() if is_set]):
+            raise ValueError(f"{', '.join(names)} has no effect on images: set frames, or leave it out")
+        if lengths and max(lengths) != self.frames:
+            raise ValueError(f"the longest of buckets.frames is {max(lengths)}, but frames is {self.frames}")
+        if self.stride is not None and len(lengths) > 1:
+            raise ValueError(
+                "stride and several buckets.frames exclude each other: the clips of a file have one length"
+            )
+        return self
 
 
 class SizedData(Protocol):
@@ -193,14 +238,14 @@ def _describe(error: Exception) -> str:
 
 
 @contextmanager
-def _decoding_errors() -> Iterator[None]:
+def decoding_errors(unidentified: str = "not an image") -> Iterator[None]:
     """Any error of a decoder as InvalidSample: on damaged bytes they raise anything, struct.error included."""
     try:
         yield
     except InvalidSample:
         raise
     except UnidentifiedImageError:
-        raise InvalidSample("not an image") from None
+        raise InvalidSample(unidentified) from None
     except Image.DecompressionBombError as error:
         raise InvalidSample(f"too large: {error}") from None
     except Exception as error:
@@ -218,26 +263,32 @@ def read_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] |
             image.draft(None, _draft_size(image.size, size))
         return flatten(upright(image), config)
 
-    with _decoding_errors():
+    with decoding_errors():
         return with_image(file, read)
 
 
-def load_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, int] | None = None) -> np.ndarray:
+def load_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, ...] | None = None) -> np.ndarray:
     """Decode an image file, by path or content, to uint8 [C, H, W] of `size` (default: config.size).
 
     Raises InvalidSample.
     """
-    size = size or config.size
+    height, width = size or config.size
+    size = height, width
     image = read_image(file, config, size)
+    check_covers(image, size, config)
+    with decoding_errors():  # an image without pixels, or without memory for them
+        pixels = np.asarray(centre_crop(image, size))
+    return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))
+
+
+def check_covers(image: Image.Image, size: tuple[int, int], config: ImagesConfig) -> None:
+    """Raise InvalidSample for an image that is smaller than a size, unless it may be scaled up."""
     height, width = size
     if not config.upscale and (image.height < height or image.width < width):
         raise InvalidSample(
             f"smaller than the size: {image.height} x {image.width}, but the size is {height} x {width} "
             "(data.upscale=true scales up)"
         )
-    with _decoding_errors():  # an image without pixels, or without memory for them
-        pixels = np.asarray(centre_crop(image, size))
-    return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))
 
 
 def _draft_size(shape: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -257,13 +308,13 @@ def image_shape(file: Path | bytes) -> tuple[int, int]:
         turned = _may_have_orientation(file, image) and orientation(image) in SIDEWAYS
         return (image.width, image.height) if turned else (image.height, image.width)
 
-    with _decoding_errors():
+    with decoding_errors():
         return with_image(file, read)
 
 
 def is_grey(file: Path | bytes) -> bool:
     """Whether an image has no colours, by its type, from its header. Raises InvalidSample."""
-    with _decoding_errors():
+    with decoding_errors():
         return with_image(file, lambda image: image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"))
 
 

@@ -1,8 +1,8 @@
 """The index: a data set as one table of samples, independent of the layout of its files.
 
 A sample is a whole file, a byte range of a tar, or a row of a parquet or arrow file, given by the columns `path`,
-`offset` and `length`. The root, class names and format are in the table's metadata, so the table alone is a complete
-data set, in memory and on disk.
+`offset` and `length`; or a part of a clip. The root, class names and format are in the table's metadata, so the table
+alone is a complete data set, in memory and on disk.
 
 Shapes: N samples.
 """
@@ -38,7 +38,14 @@ COLUMNS = {
     "other_captions": "list",  # further ones, of samples with several; null: none
     "hash": "uint64",  # perceptual; null: not measured
     "digest": "string",  # sha256 of the content; null: not measured
+    # Of clips, null elsewhere:
+    "start": "float64",  # seconds; null: the beginning
+    "end": "float64",  # seconds; null: the end
+    "fps": "float64",  # of a folder of frames; null: not stated
+    "first_frame": "int32",  # of one of several clips in a file, counted from the start at the rate of the data
 }
+SPAN_COLUMNS = ("start", "end", "fps", "first_frame")
+ADDED_COLUMNS = ("other_captions", *SPAN_COLUMNS)  # since the first version of the format
 
 
 def arrow() -> Any:
@@ -166,10 +173,9 @@ def read(path: Path) -> "pyarrow.Table":
         values = json.loads(table.schema.metadata[METADATA_KEY])
         version, root, class_names = int(values["format"]), Path(values["root"]), list(map(str, values["class_names"]))
         if version == FORMAT:
-            if "other_captions" not in table.column_names:  # an index of Tessera 0.9 or earlier
-                table = table.append_column(
-                    "other_captions", pa.nulls(len(table), schema().field("other_captions").type)
-                )
+            for column in schema():  # an index of an earlier version has fewer
+                if column.name in ADDED_COLUMNS and column.name not in table.column_names:
+                    table = table.append_column(column.name, pa.nulls(len(table), column.type))
             table = table.select(schema().names).cast(schema())
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise TesseraError(f"the index {path} is damaged: {error}; write it again") from None
@@ -191,7 +197,8 @@ def fingerprint(table: "pyarrow.Table") -> dict[str, Any]:
     """
     several = table["other_captions"].null_count < len(table)
     captions = ("caption", "other_captions") if several else ("caption",)
-    parts = {"samples": ("path", "offset", "length"), "labels": ("label",), "captions": captions}
+    spans = tuple(name for name in SPAN_COLUMNS if table[name].null_count < len(table))
+    parts = {"samples": ("path", "offset", "length", *spans), "labels": ("label",), "captions": captions}
     result: dict[str, Any] = {"count": len(table)}
     for part, columns in parts.items():
         digest = hashlib.blake2b(digest_size=16)
@@ -208,9 +215,10 @@ def _update_digest(digest: Any, column: Any) -> None:
     pa, pc = arrow(), compute()
     types = pa.types
     is_list = types.is_list(column.type) or types.is_large_list(column.type)
-    if types.is_integer(column.type):
+    if types.is_integer(column.type) or types.is_floating(column.type):
+        number = pa.int64() if types.is_integer(column.type) else pa.float64()
         for chunk in column.chunks:
-            digest.update(chunk.cast(pa.int64()).fill_null(-1).to_numpy())
+            digest.update(chunk.cast(number).fill_null(-1).to_numpy())
         return
     count = pc.list_value_length if is_list else pc.binary_length
     for chunk in column.chunks:

@@ -53,6 +53,7 @@ class LatentsDataset:
     source: Dataset | None = None
     text: "EncodedCaptions | None" = None
     image_sizes: np.ndarray | None = None
+    own_frames: np.ndarray | None = None
 
     def __init__(self, folder: Path) -> None:
         """folder: FOLDER/KEY. Raises TesseraError if the cache is not finished, damaged, or of another format."""

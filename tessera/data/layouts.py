@@ -29,16 +29,18 @@ from tessera.data.columns import (
     find_key,
     read_texts,
 )
-from tessera.data.folders import FolderListing, image_suffixes, list_folder
+from tessera.data.folders import VIDEO_SUFFIXES, FolderListing, list_folder, no_samples, sample_suffixes
 from tessera.data.index import arrow
 from tessera.data.metadata_files import (
     FILE_NAME,
+    FILE_NAMES,
     METADATA_FILES,
     MetadataRows,
     caption_values,
     label_values,
     path_values,
     read_metadata,
+    span_columns,
 )
 from tessera.data.notes import Note, about, printable
 from tessera.data.packed import (
@@ -48,6 +50,7 @@ from tessera.data.packed import (
     index_hub,
     index_tables,
     index_tars,
+    joined_spans,
     no_captions,
     progress,
     saved_dataset_files,
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
 CAPTION_SUFFIXES = (".txt", ".caption")  # of text files beside images
 DOCUMENT_SUFFIXES = {".md", ".rst", ".yaml", ".yml", ".html", ".htm", ".xml"}  # of files that are ignored unsaid
 LABEL_NOTES = {"missing-labels", "invalid-labels", "label-types", "loose-images"}  # without meaning without classes
+LIST_SUFFIXES = (".csv", ".jsonl")  # of files with one row for each sample, as data.path
 CHUNK = 1024  # text files read at once; an interrupt waits for one chunk
 BRACES = re.compile(r"\{([^{}]*)\}")  # of a pattern: {a,b} or {000..127}, as WebDataset and shells write them
 
@@ -156,13 +160,19 @@ def _index_path(name: str, options: LayoutOptions) -> Indexed:
     )
 
 
-EXPECTED = "a folder of images, or of one subfolder per class, or .parquet or .tar files, or hub:owner/name"
+EXPECTED = "a folder of images, or of one subfolder per class, or .parquet, .tar or .csv files, or hub:owner/name"
 
 
 def _index_match(path: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
     if path.is_dir():
         return _index_folder(path, name, split, options)
     suffix = path.suffix.lower()
+    if suffix in LIST_SUFFIXES or (suffix == ".parquet" and not index.is_index(path) and _is_list(path, options)):
+        table, notes = _index_metadata(path.parent, [path.name], [], lambda _: True, None, name, split, options)
+        if not len(table):
+            errors = [note.text for note in notes if note.severity == "error"]
+            raise TesseraError(errors[0] if errors else f"{path} has no rows")
+        return table, notes
     if suffix in index.TABLE_SUFFIXES:
         if not index.is_index(path):
             return index_tables([path], path.parent, options)
@@ -178,11 +188,23 @@ def _index_match(path: Path, name: str, split: str | None, options: LayoutOption
     raise TesseraError(f"data.path {name} is a file; expected {EXPECTED}")
 
 
+def _is_list(path: Path, options: LayoutOptions) -> bool:
+    """Whether a parquet file has the paths of files instead of their content."""
+    schema = tables.read_schema(path)
+    if find_key("auto", FILE_NAMES, schema.names) is None:
+        return False
+    try:
+        tables.find_image_column(schema, options.image, path, options.frames)
+    except TesseraError:
+        return True
+    return False
+
+
 # Folders
 
 
 def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
-    if options.kind != "folder" and (saved := saved_dataset_files(root, split)) is not None:
+    if options.kind not in ("folder", "frame-folders") and (saved := saved_dataset_files(root, split)) is not None:
         files, notes = saved
         table, more = index_tables(files, root, options)
         return table, notes + more
@@ -191,7 +213,7 @@ def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptio
     for path in listing.files:
         file_name = path.rpartition("/")[2].lower()
         suffix = os.path.splitext(file_name)[1]
-        if suffix in image_suffixes():
+        if suffix in sample_suffixes(options.frames):
             kinds["images"].append(path)
         elif file_name in METADATA_FILES:
             kinds["metadata"].append(path)
@@ -201,6 +223,9 @@ def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptio
             kinds["tars"].append(path)
     if options.kind == "parquet" and not kinds["tables"]:
         raise TesseraError(f"data.path {name} contains no parquet file")
+    frames = kinds["images"]
+    if options.kind == "frame-folders":
+        kinds["images"] = list(dict.fromkeys(path.rpartition("/")[0] or "." for path in frames))
     layout, notes = _choose_layout(name, kinds, options)
     if layout == "images":
         table, used, more = _index_images(listing, name, kinds, split, options)
@@ -209,7 +234,7 @@ def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptio
         index_files = index_tables if layout == "tables" else index_tars
         table, files_notes = index_files([root / path for path in chosen], root, options)
         used, more = set(kinds[layout]), more + files_notes
-    used |= set(kinds["indexes"])
+    used |= {*kinds["indexes"], *frames} if options.kind == "frame-folders" else set(kinds["indexes"])
     return table, [*listing.notes(name), *notes, *more, *_ignored_files(listing, used, name)]
 
 
@@ -218,7 +243,7 @@ def _choose_layout(name: str, kinds: dict[str, list[str]], options: LayoutOption
     if options.kind == "parquet":
         return "tables", []
     present = [layout for layout in ("images", "tables", "tars") if kinds[layout]]
-    if options.kind == "folder" or not present:
+    if options.kind in ("folder", "frame-folders") or not present:
         return "images", []
     if len(present) == 1:
         return present[0], []
@@ -278,8 +303,10 @@ def _index_images(
         table, more = _index_metadata(root, in_split, images, is_selected, depth, name, split, options)
         return table, {*kinds["images"], *metadata}, notes + more
     if not images:
+        videos = sum(os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES for path in listing.files)
         raise TesseraError(
-            f"data.path {name} contains no images at any depth ({', '.join(sorted(image_suffixes()))})"
+            f"data.path {name} contains {no_samples(options.frames)}"
+            + (f"; it has {videos:,} videos: set data.frames, such as data.frames=16" if videos else "")
             + ("; " + listing.unreadable[0] + " cannot be read" if listing.unreadable else "")
         )
     captions, texts, more = _read_caption_files(listing, images, options)
@@ -400,7 +427,7 @@ def _index_metadata(
     for file in files:
         try:
             rows = read_metadata(root / file, columns.is_candidate)
-            file_name = find_key("auto", (FILE_NAME,), rows.names) or FILE_NAME
+            file_name = find_key("auto", FILE_NAMES, rows.names) or FILE_NAME
             tables.find_column(file_name, (), rows.names, root / file, "path")
         except TesseraError as error:
             notes.append(Note("damaged-files", "error", str(error), "metadata files that cannot be read", (file,)))
@@ -418,7 +445,9 @@ def _index_metadata(
         if rows.is_guessed:
             notes += encoding_notes(root, [file], [])
         parts.append((file, rows, paths))
-        rank = (-len(folder.split("/")) if folder else 0, METADATA_FILES.index(file.rpartition("/")[2].lower()), file)
+        kind = file.rpartition("/")[2].lower()
+        number = METADATA_FILES.index(kind) if kind in METADATA_FILES else len(METADATA_FILES)
+        rank = (-len(folder.split("/")) if folder else 0, number, file)
         for path in paths:
             if path is not None:
                 best[path] = min(best.get(path, rank), rank)
@@ -428,6 +457,7 @@ def _index_metadata(
     else:
         splits, chosen = [[None] * len(paths) for _, _, paths in parts], {None}
     all_paths, captions, labels = [], [], []
+    spans: list[dict[str, Any]] = []
     for (file, rows, paths), row_splits in zip(parts, splits):
         keep = [
             row
@@ -440,6 +470,8 @@ def _index_metadata(
             notes += about("repeated-rows", root / file, "images have another description", elsewhere, advice)
         all_paths += [paths[row] for row in keep]
         taken = pa.array(keep, pa.int64())
+        times = span_columns(rows.columns if options.frames is not None else {}, len(rows))
+        spans.append({name: values.take(taken) for name, values in times.items()})
         caption, label = columns.find(rows.names, root / file, rows.names)
         texts = read_texts(caption_values(rows.columns[caption])) if caption else None
         if texts is not None and caption:
@@ -476,9 +508,11 @@ def _index_metadata(
         *("add rows for them, or move the metadata away", "warning", root),
     )
     repeated = [path for path, count in Counter(all_paths).items() if count > 1]
-    notes += about("repeated-rows", name, "images are listed more than once, and are that many samples", repeated)
+    times = joined_spans(spans) if spans else {}
+    if all(values.null_count == len(values) for values in times.values()):  # otherwise several clips of a file
+        notes += about("repeated-rows", name, "images are listed more than once, and are that many samples", repeated)
     paths = pa.array(all_paths, pa.string())
-    table = index.build(root, class_names, path=paths, label=class_ids, **columns_of(captions))
+    table = index.build(root, class_names, path=paths, label=class_ids, **columns_of(captions), **times)
     return table, notes
 
 

@@ -37,6 +37,7 @@ MAX_INVALID = 200  # invalid images in a row that make the data set unusable
 class Batch(Rows):
     """pixels uint8 [B, C, H, W] or [B, C, T, H, W], the condition of each sample, position int64 [B]
 
+    own_frames: of clips that were lengthened with data.short=pad, the frames before the padding, int64 [B]; None: all.
     From a latent cache, `pixels` are the codec's raw moments instead, floating point [B, 2 C, H / f, W / f]. control: a
     control image of each image, shaped like it.
     """
@@ -45,11 +46,13 @@ class Batch(Rows):
     condition: Condition
     position: Tensor
     control: Tensor | None = None
+    own_frames: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         pinned = {name: value.pin_memory() for name, value in self.condition.present.items()}
         control = None if self.control is None else self.control.pin_memory()
-        return Batch(self.pixels.pin_memory(), replace(self.condition, **pinned), self.position.pin_memory(), control)
+        condition, position = replace(self.condition, **pinned), self.position.pin_memory()
+        return Batch(self.pixels.pin_memory(), condition, position, control, self.own_frames)
 
 
 def flip_mask(seed: int, position: Tensor) -> Tensor:
@@ -66,6 +69,7 @@ class Loader:
     Attributes:
         invalid_samples: the reason by the name of each sample that could not be used.
         invalid_rows: the numbers of these samples.
+        short_samples: how many frames each clip has that data.short lengthened, by its name.
         skipped_positions: first positions of the batches to leave out.
     """
 
@@ -107,10 +111,19 @@ class Loader:
             self.order = BucketedOrder(buckets.bucket_ids, batch_size, seed)
         self.invalid_samples: dict[str, str] = {}
         self.invalid_rows: set[int] = set()
+        self.short_samples: dict[str, str] = {}
         self.skipped_positions: set[int] = set()
         self._memory: np.ndarray | None = None  # pixels, [N, C, H, W] or [N, C, T, H, W]
         self._in_memory = np.zeros(len(dataset), bool)
         self._lock = Lock()
+
+    @property
+    def own_frames(self) -> np.ndarray | None:
+        """The frames of each clip before the padding, int [N]; None if the loss has all frames."""
+        dataset = self.dataset
+        if isinstance(dataset, FilesDataset):
+            return dataset.own_frames if dataset.config.short == "pad" else None
+        return dataset.own_frames if isinstance(dataset, LatentsDataset) else None
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Endless batches from a position on. Raises TesseraError if no image is valid."""
@@ -148,7 +161,8 @@ class Loader:
         numbers = [int(sample) for sample in samples]
         condition = self.condition_type.load(self.condition_fields, self.dataset, numbers, positions)
         control = None if self.control is None else torch.from_numpy(self.control(pixels.numpy(), numbers))
-        batch = Batch(pixels, condition, positions, control)
+        own_frames = None if self.own_frames is None else torch.from_numpy(self.own_frames[numbers].astype(np.int64))
+        batch = Batch(pixels, condition, positions, control, own_frames)
         return batch.pin_memory() if self.pin_memory else batch
 
     def names(self, position: int) -> list[str]:
@@ -170,11 +184,14 @@ class Loader:
 
     def _pixels(self, index: int, start: int) -> np.ndarray:
         if self.buckets is not None and isinstance(self.dataset, FilesDataset):
-            return self.dataset.pixels(index, self.buckets.sizes[self.order.bucket(start)])
+            pixels = self.dataset.pixels(index, self.buckets.sizes[self.order.bucket(start)])
+            self._note_short(index, pixels)
+            return pixels
         assert not isinstance(self.dataset, LatentsDataset)
         if self._memory is not None and self._in_memory[index]:
             return self._memory[index]
         pixels = self.dataset.pixels(index)
+        self._note_short(index, pixels)
         if self._memory is None and len(self.dataset) * pixels.nbytes <= MEMORY_LIMIT:
             with self._lock:
                 if self._memory is None:  # the system provides the memory only as it is filled
@@ -183,3 +200,10 @@ class Loader:
             self._memory[index] = pixels
             self._in_memory[index] = True
         return pixels
+
+    def _note_short(self, index: int, pixels: np.ndarray) -> None:
+        """Name a clip that data.short lengthened."""
+        if isinstance(self.dataset, FilesDataset) and self.dataset.own_frames is not None:
+            own = int(self.dataset.own_frames[index])
+            if own < pixels.shape[1]:
+                self.short_samples[self.dataset.name(index)] = f"{own} of {pixels.shape[1]} frames"

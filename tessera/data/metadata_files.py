@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from tessera.errors import TesseraError
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # in order of preference, in any case
 FILE_NAME = "file_name"  # the column with the path of the image, relative to the folder of the file
+FILE_NAMES = (FILE_NAME, "path")  # the names that it may have, in order of preference and in any case
+SPAN_NAMES = ("start", "end", "fps")  # columns of clips: seconds in the file, and frames per second of a folder
 DELIMITERS = ",;\t"
 MAX_FIELD = 2**31 - 1  # characters of one value of a CSV file
 
@@ -107,7 +109,7 @@ def _json_objects(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _read_csv(text: str, select: Callable[[str], bool]) -> MetadataRows:
     header = text.split("\n", 1)[0].strip().lower()
-    delimiters = [mark for mark in DELIMITERS if FILE_NAME in [name.strip('" ') for name in header.split(mark)]]
+    delimiters = [mark for mark in DELIMITERS if {*FILE_NAMES} & {name.strip('" ') for name in header.split(mark)}]
     records = _csv_records(text, (delimiters or [","])[0])
     _, names = next(records, (1, []))
     names = names if isinstance(names, list) else []
@@ -198,6 +200,24 @@ def label_values(values: Any, is_typed: bool) -> Any:
         except pa.ArrowException:  # integers of more than 64 bits
             return pa.array([None if value is None else float(value) for value in values], pa.float64())
     return [str(value) if isinstance(value, str | int | float) else None for value in values]
+
+
+def span_columns(columns: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The columns SPAN_NAMES as arrow arrays of numbers [count]. What is no number becomes NaN, which no clip has."""
+    pa = arrow()
+    result = {}
+    for name in SPAN_NAMES:
+        values = columns.get(name)
+        values = [None] * count if values is None else values if isinstance(values, list) else values.to_pylist()
+        result[name] = pa.array([None if value is None else _number(value) for value in values], pa.float64())
+    return result
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def path_values(values: Any) -> list[str | None]:

@@ -27,9 +27,9 @@ from tessera.data.columns import (
     read_texts,
     unused_columns,
 )
-from tessera.data.folders import image_suffixes
+from tessera.data.folders import no_samples
 from tessera.data.index import arrow
-from tessera.data.metadata_files import FILE_NAME
+from tessera.data.metadata_files import FILE_NAMES, SPAN_NAMES, span_columns
 from tessera.data.notes import Note, about
 from tessera.data.splits import SPLIT_COLUMN, TRAIN
 from tessera.errors import TesseraError
@@ -62,7 +62,8 @@ class FileColumns:
 
     def is_candidate(self, name: str) -> bool:
         """Whether a column may be read."""
-        known = (FILE_NAME, SPLIT_COLUMN, *LABEL_COLUMNS, *CAPTION_COLUMNS)
+        known = (*FILE_NAMES, SPLIT_COLUMN, *LABEL_COLUMNS, *CAPTION_COLUMNS)
+        known += SPAN_NAMES if self.options.frames is not None else ()
         return name.lower() in known or name in (self.options.label, self.options.caption)
 
     def find(
@@ -105,19 +106,22 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
         raise TesseraError(f"data.classes=folders, but {root} contains tables: set data.label to their label column")
     pa = arrow()
     paths, offsets, captions, labels, notes = [], [], [], [], []
+    spans: list[dict[str, Any]] = []
     columns, label = FileColumns(options, root), None
     splits: set[Any] = set()
     for file in files:
         try:
             schema = tables.read_schema(file)
-            tables.find_image_column(schema, options.image, file)
+            tables.find_image_column(schema, options.image, file, options.frames)
             declared = tables.declared_labels(schema)
             readable = {field.name for field in schema if can_be_text(field.type)}
             caption, own_label = columns.find(schema.names, file, readable, declared)
             if options.classes == "none":
                 own_label = None
-            rows = tables.read_columns(file, [name for name in (caption, own_label) if name])
-            count = rows.num_rows if caption or own_label else tables.count_rows(file)
+            of_clips = [name for name in SPAN_NAMES if name in schema.names and options.frames is not None]
+            names = list(dict.fromkeys([name for name in (caption, own_label, *of_clips) if name]))
+            rows = tables.read_columns(file, names)
+            count = rows.num_rows if names else tables.count_rows(file)
             if column := find_key("auto", (SPLIT_COLUMN,), schema.names):
                 splits |= set(tables.read_columns(file, [column])[column].unique().to_pylist())
             texts = _table_captions(rows, caption, file) if caption else None
@@ -128,6 +132,7 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
             notes += text_notes(file, texts, "row {}".format)
         paths.append(repeat(file.relative_to(root).as_posix(), count))
         offsets.append(np.arange(count))
+        spans.append(span_columns({name: rows[name] for name in of_clips}, count))
         captions.append(no_captions(count) if texts is None else texts.captions)
         label = own_label or label
         values = rows[own_label] if own_label else pa.nulls(count)
@@ -146,6 +151,7 @@ def index_tables(files: Sequence[Path], root: Path, options: LayoutOptions) -> I
         offset=np.concatenate(offsets),
         label=encoded.ids if label else None,
         **columns_of(captions),
+        **joined_spans(spans),
     )
     return table, [*notes, *columns.notes(), *encoded.notes]
 
@@ -165,6 +171,11 @@ def repeat(text: str, count: int) -> Any:
 def no_captions(count: int) -> "pyarrow.Table":
     pa = arrow()
     return caption_columns(pa.nulls(count, pa.string()))
+
+
+def joined_spans(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of times of several files one after the other, by name."""
+    return {name: arrow().concat_arrays([part[name] for part in parts]) for name in SPAN_NAMES}
 
 
 def columns_of(tables: Sequence["pyarrow.Table"]) -> dict[str, Any]:
@@ -259,7 +270,7 @@ def index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> Ind
         raise TesseraError(notes[0].text)
     samples = pa.concat_tables(parts)
     if not len(samples):
-        raise TesseraError(f"the tars in {root} contain no images ({', '.join(sorted(image_suffixes()))})")
+        raise TesseraError(f"the tars in {root} contain {no_samples(options.frames)}")
     class_names, class_ids, labels = (), None, samples["label"]
     if options.classes == "auto" and labels.null_count < len(labels):
         encoded = encode_labels([(labels.to_pylist(), ())], "the tars")

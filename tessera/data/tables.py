@@ -92,18 +92,21 @@ def find_column(
     return find_key(name, defaults, known)
 
 
-def find_image_column(columns: "pyarrow.Schema", name: str, file: Path) -> str:
+def find_image_column(columns: "pyarrow.Schema", name: str, file: Path, frames: int | None = None) -> str:
     """The column of images: the named one; for `auto` "image", else the only one declared as images, or of bytes.
+
+    frames: where the data are clips, "video" and "clip" come first.
 
     Raises TesseraError if there is none or more than one.
     """
     pa = arrow()
-    if column := find_column(name, ("image",), columns.names, file, "image"):
+    defaults = ("image",) if frames is None else ("video", "clip", "image")
+    if column := find_column(name, defaults, columns.names, file, "image"):
         return column
     declared = [
         name
         for name, feature in _features(columns).items()
-        if isinstance(feature, dict) and feature.get("_type") == "Image"
+        if isinstance(feature, dict) and feature.get("_type") in ("Image", "Video")
     ]
     binary = [
         field.name
@@ -174,13 +177,13 @@ class ImageColumn:
         raise InvalidSample(NO_BYTES)
 
 
-def open_images(files: Sequence[Path], name: str) -> list[ImageColumn]:
+def open_images(files: Sequence[Path], name: str, frames: int | None = None) -> list[ImageColumn]:
     """The images of files, in memory if they are small, otherwise memory-mapped.
 
     Parquet has no random access to rows, so large files are unpacked once, into the cache folder.
     Raises TesseraError if a file is damaged or cannot be unpacked.
     """
-    columns = [find_image_column(read_schema(file), name, file) for file in files]
+    columns = [find_image_column(read_schema(file), name, file, frames) for file in files]
     packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if is_parquet(file))
     images = []
     for file, column in zip(files, columns):

@@ -20,7 +20,7 @@ from tessera.data.columns import (
     read_texts,
     unused_columns,
 )
-from tessera.data.folders import image_suffixes
+from tessera.data.folders import sample_suffixes
 from tessera.data.index import arrow
 from tessera.data.notes import printable
 from tessera.errors import TesseraError
@@ -51,7 +51,8 @@ def read_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarRe
     """Offset, length, caption and label (as text) of the images in a tar; cached if there are many."""
     import pyarrow.parquet as parquet
 
-    cached = tables.cache_path(file, "tars", ".parquet", FORMAT, options.caption, options.label)
+    reads_clips = () if options.frames is None else ("clips",)
+    cached = tables.cache_path(file, "tars", ".parquet", FORMAT, options.caption, options.label, *reads_clips)
     if cached.exists():
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: written again
             members = parquet.read_table(cached)
@@ -70,7 +71,7 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
     fallbacks: dict[str, tuple[int, int]] = {}  # such as 0001.mask.png, the image of a sample without 0001.png
     fallback_names: dict[str, str] = {}
     texts: dict[str, dict[str, Any]] = {}  # caption, or a list of several, and label by key
-    report, unread = TarReport(), Counter()
+    report, unread, suffixes = TarReport(), Counter(), sample_suffixes(options.frames)
     try:
         with tarfile.open(file, "r:") as opened:
             archive: Any = opened
@@ -85,11 +86,11 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
                     report.links.append(member_name)
                 if not member.isreg() or not stem:
                     continue
-                if f".{suffix}" in image_suffixes():
+                if f".{suffix}" in suffixes:
                     if key in images:
                         report.collisions.append(member_name)
                     images.setdefault(key, span)
-                elif os.path.splitext(name)[1].lower() in image_suffixes():
+                elif os.path.splitext(name)[1].lower() in suffixes:
                     if key in fallbacks:
                         report.collisions.append(member_name)
                     else:

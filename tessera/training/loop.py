@@ -26,6 +26,7 @@ from tessera.training.resume import changed_data, changed_settings, find_checkpo
 from tessera.training.run import (
     INIT_REPORT,
     SAMPLES,
+    SHORT_SAMPLES,
     SKIPPED_SAMPLES,
     TrainingRun,
     build_run,
@@ -118,6 +119,7 @@ class Trainer:
         self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
         self.invalid_samples: dict[str, str] = {}
         self.invalid_rows: set[int] = set()
+        self.short_samples: dict[str, str] = {}
         self.unusable_classes: set[str] = set()
         self.num_checked = -1  # invalid rows at the last look for classes without a usable image
 
@@ -235,10 +237,15 @@ class Trainer:
         run, skipped = self.run, self.recovery.skipped
         steps, means = self.metrics.steps, self.metrics.means()
         with self.stopwatch.measure("paused"):
-            for part, rows in self.world.gather((dict(run.loader.invalid_samples), set(run.loader.invalid_rows))):
+            loader = run.loader
+            facts = dict(loader.invalid_samples), set(loader.invalid_rows), dict(loader.short_samples)
+            for part, rows, short in self.world.gather(facts):
                 self.invalid_samples |= part
                 self.invalid_rows |= rows
-            self._write_invalid_samples()
+                self.short_samples |= short
+            self._write_samples(SKIPPED_SAMPLES, self.invalid_samples, "skipping images that cannot be used")
+            how = getattr(run.recipe.data, "short", "")
+            self._write_samples(SHORT_SAMPLES, self.short_samples, f"using short clips as data.short={how} specifies")
             self._report_unusable_classes()
             device = run.ema_model.device
             memory = max(self.world.gather(runtime.peak_memory(device)))
@@ -262,18 +269,19 @@ class Trainer:
             memory=memory,
         )
 
-    def _write_invalid_samples(self) -> None:
-        if not self.invalid_samples or not self.world.is_main:
+    def _write_samples(self, file: str, samples: dict[str, str], what: str) -> None:
+        """List samples with something in common in a file of the run, and report the first."""
+        if not samples or not self.world.is_main:
             return
-        path = self.run.run_dir / SKIPPED_SAMPLES
+        path = self.run.run_dir / file
         old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = list(dict.fromkeys(old + [f"{name}\t{reason}" for name, reason in self.invalid_samples.items()]))
+        lines = list(dict.fromkeys(old + [f"{name}\t{reason}" for name, reason in samples.items()]))
         if lines == old:
             return
         atomic_write(path, "\n".join(lines) + "\n")
         if not old:
-            name, reason = next(iter(self.invalid_samples.items()))
-            self.logger.info(f"skipping images that cannot be used, for example {name} ({reason}); {path} lists all")
+            name, reason = next(iter(samples.items()))
+            self.logger.info(f"{what}, for example {name} ({reason}); {path} lists all")
 
     def _report_unusable_classes(self) -> None:
         if len(self.invalid_rows) == self.num_checked:

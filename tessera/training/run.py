@@ -23,7 +23,7 @@ from tessera.data.buckets import Buckets
 from tessera.data.captions import Captions, TextSizes, encode_captions
 from tessera.data.control import control_images
 from tessera.data.files import FilesConfig, FilesDataset
-from tessera.data.images import Dataset
+from tessera.data.images import Dataset, sample_size
 from tessera.data.latents import LatentsDataset, open_cache
 from tessera.data.sampler import WeightedOrder
 from tessera.data.text_cache import open_text_cache
@@ -53,7 +53,7 @@ from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
 
 RECIPE, SAMPLES = "recipe.yaml", "samples"
-SKIPPED_SAMPLES, INIT_REPORT = "skipped_samples.txt", "init_report.txt"
+SKIPPED_SAMPLES, SHORT_SAMPLES, INIT_REPORT = "skipped_samples.txt", "short_clips.txt", "init_report.txt"
 
 
 @dataclass
@@ -90,8 +90,8 @@ class TrainingRun:
         """Multiply-adds of the forward pass of a sample; the mean over all samples if their sizes differ."""
         if self.loader.buckets is None:
             return self.network.macs()
-        factor, bucket_ids = self.ema_model.codec.factor, self.loader.buckets.bucket_ids
-        macs = [self.network.macs((height // factor, width // factor)) for height, width in self.loader.buckets.sizes]
+        codec, bucket_ids = self.ema_model.codec, self.loader.buckets.bucket_ids
+        macs = [self.network.macs(codec.latent_size(size)) for size in self.loader.buckets.sizes]
         return float(np.asarray(macs, dtype=np.float64)[bucket_ids].mean())
 
     @cached_property
@@ -304,7 +304,7 @@ def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets 
         return dataset.buckets
     assert isinstance(dataset, FilesDataset)
     return Buckets.assign(
-        dataset.shapes(), data.buckets.sizes(data.size), min_samples=recipe.training.global_batch_size
+        dataset.sizes(), data.buckets.sizes(sample_size(data)), min_samples=recipe.training.global_batch_size
     )
 
 
@@ -328,7 +328,11 @@ def image_sizes(dataset: Dataset | LatentsDataset, size: tuple[int, int], bucket
 
     size: of the crops without buckets. Images that are not files have the size of their crop.
     """
-    crops = np.broadcast_to(size, (len(dataset), 2)) if buckets is None else np.array(buckets.sizes)[buckets.bucket_ids]
+    crops = (
+        np.broadcast_to(size, (len(dataset), 2))
+        if buckets is None
+        else np.array(buckets.sizes)[buckets.bucket_ids, -2:]
+    )
     source, sizes = files_dataset(dataset), crops
     if source is not None:
         shapes = source.shapes()
