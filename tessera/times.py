@@ -44,12 +44,12 @@ def mean_like(x: Tensor, t: Tensor) -> Tensor:
 def mean_of_frames(values: Tensor, frames: Tensor | None = None) -> Tensor:
     """Values [B] unchanged, or the means over the frames of values [B, T]: [B]
 
-    frames: those that count, bool [B, T]; None: all
+    frames: those that count, bool [B, T]; None: all. Where none counts, the mean is 0.
     """
     if values.ndim == 1 or frames is None:
         return values if values.ndim == 1 else values.mean(dim=1)
     frames = frames.to(values.device, non_blocking=values.is_cuda)
-    return torch.where(frames, values, 0).sum(dim=1) / frames.sum(dim=1)
+    return torch.where(frames, values, 0).sum(dim=1) / frames.sum(dim=1).clamp(min=1)
 
 
 def row_mean(x: Tensor) -> Tensor:

@@ -102,12 +102,18 @@ def sample_noise(x0: Tensor, position: Tensor, objective: TrainingObjective) -> 
 
 
 def compute_loss(
-    network: NetworkFunction, x0: Tensor, condition: Condition, position: Tensor, objective: TrainingObjective
+    network: NetworkFunction,
+    x0: Tensor,
+    condition: Condition,
+    position: Tensor,
+    objective: TrainingObjective,
+    own_frames: Tensor | None = None,
 ) -> tuple[Losses, Tensor]:
     """The losses at the timesteps and noise that belong to these positions, and the timesteps [B], from 0 to 1: of
     clips, the means of the frames that have a loss.
 
-    x0 [B, C, h, w] or [B, C, T, h, w], position [B]
+    x0 [B, C, h, w] or [B, C, T, h, w], position [B]; own_frames [B]: frames in pixels that are no padding, which has no
+    loss
     """
     t = objective.diffusion.sample_timesteps(randomness.uniform(objective.seed, position, TIMESTEP_STREAM)[:, 0])
     noise, frames = sample_noise(x0, position, objective), None
@@ -120,6 +126,11 @@ def compute_loss(
             objective.diffusion.model_time(t).to(x0.device, non_blocking=True),
             condition,
         )
-    if frames is None:
-        return objective.diffusion.loss(raw.float(), x0, noise, t), t
-    return objective.diffusion.loss(raw.float(), x0, noise, frames.loss_t, frames.loss_frames), frames.mean
+    with_loss, loss_t = (None, t) if frames is None else (frames.loss_frames, frames.loss_t)
+    if own_frames is not None and x0.ndim == 5:
+        is_own = torch.arange(x0.shape[2]) * objective.codec.frame_factor < own_frames.cpu()[:, None]
+        if not is_own.all():
+            with_loss = is_own if with_loss is None else is_own & with_loss
+            loss_t = loss_t if loss_t.ndim == 2 else loss_t[:, None].expand(-1, x0.shape[2])
+    losses = objective.diffusion.loss(raw.float(), x0, noise, loss_t, with_loss)
+    return losses, t if frames is None else frames.mean

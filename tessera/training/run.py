@@ -328,11 +328,9 @@ def image_sizes(dataset: Dataset | LatentsDataset, size: tuple[int, int], bucket
 
     size: of the crops without buckets. Images that are not files have the size of their crop.
     """
-    crops = (
-        np.broadcast_to(size, (len(dataset), 2))
-        if buckets is None
-        else np.array(buckets.sizes)[buckets.bucket_ids, -2:]
-    )
+    crops = np.broadcast_to(size, (len(dataset), 2))
+    if buckets is not None:
+        crops = np.array(buckets.sizes)[buckets.bucket_ids, -2:]
     source, sizes = files_dataset(dataset), crops
     if source is not None:
         shapes = source.shapes()

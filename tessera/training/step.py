@@ -73,7 +73,7 @@ def train_step(
         rows = slice(batch_size * number // accumulation_steps, batch_size * (number + 1) // accumulation_steps)
         x0, condition, position = prepare_batch(batch[rows], objective, device)
         with parallel.gradient_sync(network, last=number == accumulation_steps - 1):
-            losses, t = compute_loss(state.forward, x0, condition, position, objective)
+            losses, t = compute_loss(state.forward, x0, condition, position, objective, batch[rows].own_frames)
             # sum / (global batch size / ranks): FSDP takes the mean over the ranks, so this is the mean over the batch.
             (losses.total.sum() / (global_batch_size / context.world.world_size)).backward()
         by_name = {"loss": losses.total, "mse": losses.mse, "vb": losses.vb}

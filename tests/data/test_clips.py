@@ -25,12 +25,14 @@ clip, grey, levels, shown, video = made.clip, made.grey, made.levels, made.shown
 
 KINDS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".png", "")
 
+WHOLE = Span()
+
 
 def config(frames=4, **settings):
     return ImagesConfig(**{"size": (16, 16), "channels": 1, "frames": frames, **settings})
 
 
-def read(source, span=Span(), **settings):
+def read(source, span=WHOLE, **settings):
     return shown(load_clip(source, config(**settings), span)[0])
 
 
@@ -231,9 +233,8 @@ def test_folders_of_clips_are_classes_with_captions_beside_them(tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(f"the {name}")
     dataset = data(tmp_path)
     assert dataset.class_names == ("jump", "walk")
-    assert [dataset.caption(number) for number in range(3)] == [
-        f"the {n}" for n in ("jump/c.webp", "walk/a.mp4", "walk/b.gif")
-    ]
+    captions = [dataset.caption(number) for number in range(3)]
+    assert captions == ["the jump/c.webp", "the walk/a.mp4", "the walk/b.gif"]
     assert [shown(dataset.pixels(number)) for number in range(3)] == [levels(4)] * 3
     assert dataset.sizes().tolist() == [[8, 32, 48]] * 3
     again = pickle.loads(pickle.dumps(dataset))
@@ -285,13 +286,11 @@ def test_a_list_of_parts_of_clips(tmp_path, suffix):
         dataset.pixels(3)
     index.write(dataset.table, tmp_path / "index.parquet")
     again = data(tmp_path / "index.parquet", fps=10)
-    assert [shown(again.pixels(number)) for number in range(2)] == [
-        shown(dataset.pixels(number)) for number in range(2)
-    ]
+    for number in range(2):
+        assert np.array_equal(again.pixels(number), dataset.pixels(number))
     assert index.fingerprint(again.table) == index.fingerprint(dataset.table)
-    other = data(path, fps=10).table.set_column(
-        dataset.table.schema.get_field_index("start"), "start", pa.array([0.1, 0.6, None, 3.0])
-    )
+    column = dataset.table.schema.get_field_index("start")
+    other = dataset.table.set_column(column, "start", pa.array([0.1, 0.6, None, 3.0]))
     assert index.fingerprint(other)["samples"] != index.fingerprint(dataset.table)["samples"]
 
 
@@ -355,8 +354,8 @@ def test_images_and_clips_in_one_run(tmp_path):
         clip(tmp_path / f"clips/{number}.gif", 5)
         Image.fromarray(grey([200])[0]).save(tmp_path / f"{number}.png")
     dataset = data(tmp_path, classes="none", buckets={"frames": [1, 4], "aspect": 1})
-    settings = dataset.config
-    buckets = Buckets.assign(dataset.sizes(), settings.buckets.sizes((4, 16, 16)), min_samples=2)
+    sizes = BucketsConfig(frames=(1, 4), aspect=1).sizes((4, 16, 16))
+    buckets = Buckets.assign(dataset.sizes(), sizes, min_samples=2)
     loader = Loader(dataset, 2, seed=0, buckets=buckets, condition_fields=())
     shapes = {}
     for number in range(6):
@@ -374,15 +373,16 @@ def test_short_clips_are_skipped_or_padded_and_named(tmp_path):
     clip(tmp_path / "short.gif", 2)
     loader = Loader(data(tmp_path), 4, seed=0, condition_fields=())
     loader.load_batch(0)
-    assert loader.invalid_samples == {
-        str(tmp_path / "short.gif"): "too short: 2 of 4 frames (data.short=pad or loop uses short clips)"
-    }
+    reason = "too short: 2 of 4 frames (data.short=pad or loop uses short clips)"
+    assert loader.invalid_samples == {str(tmp_path / "short.gif"): reason}
     loader = Loader(data(tmp_path, short="pad"), 4, seed=0, condition_fields=())
     batch = loader.load_batch(0)
     assert loader.short_samples == {str(tmp_path / "short.gif"): "2 of 4 frames"}
     assert batch.own_frames is not None
     assert sorted(batch.own_frames.tolist()) == [2, 4, 4, 4]
-    assert torch.equal(loader.load_batch(0).own_frames, batch.own_frames)  # from memory
+    again = loader.load_batch(0).own_frames  # from memory
+    assert again is not None
+    assert torch.equal(again, batch.own_frames)
     loader = Loader(data(tmp_path, short="loop"), 4, seed=0, condition_fields=())
     assert loader.load_batch(0).own_frames is None
     assert loader.short_samples == {str(tmp_path / "short.gif"): "2 of 4 frames"}

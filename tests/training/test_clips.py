@@ -1,5 +1,6 @@
 """Runs on clips: from a data set with frames to samples."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -9,10 +10,11 @@ from PIL import Image
 
 import tessera
 from tessera import bundle
-from tessera.data import Loader
+from tessera.data import FilesConfig, Loader
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 from tessera.training import dry_run, loop
+from tessera.training.objective import compute_loss, prepare_batch
 from tessera.training.run import build_run
 
 
@@ -59,7 +61,7 @@ class Ramps:
 def recipe(tiny):
     """A recipe of ramps with dotted changes."""
 
-    def make(*changes: str, data: RampsConfig | None = None, **sections: Any):
+    def make(*changes: str, data: Any = None, **sections: Any):
         return tiny("run", *changes, **sections).model_copy(update={"data": data or RampsConfig()})
 
     return make
@@ -128,6 +130,39 @@ def test_a_run_trains_samples_and_resumes(recipe):
     animation: Any = Image.open(run_dir / "samples/step-000000004.webp")
     assert animation.n_frames == 4
     assert len(bundle.checkpoints(run_dir)) == 2
+
+
+@pytest.mark.parametrize("times", ["shared", "mixed"])
+def test_padding_has_no_loss(recipe, times):
+    run = build_run(recipe(f"training.frame_times={times}"))
+    batch = run.loader.load_batch(0)
+    own = torch.tensor([1, 2, 3, 4] * 8)
+
+    def losses(pixels):
+        x0, condition, position = prepare_batch(replace(batch, pixels=pixels), run.objective, torch.device("cpu"))
+
+        def noise_only(x, t, condition):  # an output that does not depend on the padding
+            return torch.zeros(len(x), run.recipe.network.out_channels, *x.shape[2:])
+
+        return compute_loss(noise_only, x0, condition, position, run.objective, own)[0]
+
+    other = batch.pixels.clone()
+    other[torch.arange(4)[None, :].expand(32, 4)[:, None] >= own[:, None, None]] = 255
+    first, second = losses(batch.pixels), losses(other)
+    torch.testing.assert_close(first.total, second.total, rtol=0, atol=0)
+    assert bool(first.total.isfinite().all())
+    assert not torch.equal(losses(255 - batch.pixels).total, first.total)
+
+
+@pytest.mark.run
+def test_short_clips_of_files_are_padded_and_listed(recipe, tmp_path):
+    for number in range(6):
+        frames = [Image.new("L", (8, 8), 40 * step + number) for step in range(4 if number else 2)]
+        frames[0].save(tmp_path / f"{number}.gif", save_all=True, append_images=frames[1:], duration=100)
+    data = FilesConfig(path=str(tmp_path), size=(8, 8), channels=1, frames=4, short="pad", caption=None)
+    run_dir = loop.train(recipe("training.global_batch_size=6", "run_dir=" + str(tmp_path / "run"), data=data))
+    assert (run_dir / "short_clips.txt").read_text() == f"{tmp_path / '0.gif'}\t2 of 4 frames\n"
+    assert not (run_dir / "skipped_samples.txt").exists()
 
 
 @pytest.mark.run
