@@ -34,25 +34,9 @@ LAYERS = [  # lowest first
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "encoders", "interop", "models"}, "transformers": {"encoders"}, "typer": {"cli"}}
-<<<<<<< HEAD
 ONLY_IN |= dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "ray"), {"serving"})
 LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "tensorboard"}
-LAZY |= {"torch.utils.tensorboard"}
-=======
-LAZY = {
-    "diffusers",
-    "transformers",
-    "sklearn",
-    "matplotlib",
-    "jinja2",
-    "scipy",
-    "pyarrow",
-    "datasets",
-    "tensorboard",
-    "av",
-}
 LAZY |= {"torch.utils.tensorboard", "av"}
->>>>>>> 3b1d33f (Clips in files: videos by presentation time, animations, folders of frames, lists, tars and tables; windows, buckets of lengths; short clips are padded without loss, looped or skipped, and named)
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}
 EXEMPT = {"__init__.py", "__main__.py"}  # the table of public names, and `python -m tessera`
 
