@@ -32,8 +32,8 @@ KNOWN, UNSEEN_SPEEDS, UNSEEN_PAIRS = (
 )
 # The fractions that are reported: group of lanes, what must be correct, and the name of the score, if it is one.
 LINES = (
+    (OCCLUDED, "law", "law_occluded"),  # first: studies compare by it
     ("all", "law", "law"),
-    (OCCLUDED, "law", "law_occluded"),
     *(
         (group, word, "")
         for group in ("all", OCCLUDED)

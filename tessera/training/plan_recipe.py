@@ -65,7 +65,7 @@ from tessera.training.step import TrainState, train_step
 
 # Multiply-adds of a feature network for one image: Inception takes 299 x 299 pixels (5.7 billion), the built-in data
 # sets have small networks of their own. Other features count as Inception.
-FEATURE_MACS = {"inception": 5.7e9, "digits": 2e6, "shapes": 3e7}
+FEATURE_MACS = {"mean": 1, "inception": 5.7e9, "digits": 2e6, "shapes": 3e7}
 ASSUMED_CHANNELS, ASSUMED_TOKENS = {"minilm": 384, "folder": 4096}, 120  # of text encoders; those of T5-XXL
 PRESET_SETTINGS = {  # the recipe of a preset
     "run_dir": "runs/plan",
@@ -123,7 +123,9 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     num_evaluations = evaluation.count(config.steps)
     num_scored = evaluation.num_samples * num_evaluations
     features = evaluation.features or suite.default_features(evaluation.reference or recipe.data, evaluation.metrics)
-    num_extracted = num_scored + (min(images or num_scored, 50_000) if num_evaluations else 0)
+    num_extracted = num_scored
+    if num_evaluations and suite.needs_reference(evaluation.metrics):
+        num_extracted += min(images or num_scored, 50_000)
     autoencoder, pixel_size = None if isinstance(recipe.codec, PixelsConfig) else codec, sample_size(recipe.data)
     cached = isinstance(recipe.data, FilesConfig) and recipe.data.cache is not None
     checkpoints = config.keep_last + bool(num_evaluations) + 1  # the best, and the one being written

@@ -299,3 +299,13 @@ def test_classes_that_the_base_does_not_have_are_refused(base):
     recipe = adapter_recipe(base, {"kind": "lora", "rank": 2}, "data.kind=shapes")
     with pytest.raises(TesseraError, match="an adapter keeps the 10 classes of its base"):
         plan_recipe.plan_for_recipe(recipe, "rtx4090")
+
+
+def test_metrics_that_read_clips_need_no_features_of_the_reference():
+    """The law of lanes: 50,000 clips of the reference would take far longer than the samples."""
+    path = Path(__file__).parents[2] / "recipes" / "lanes.yaml"
+    words = ["evaluation.every=1000", "evaluation.metrics=[law]", "evaluation.num_samples=64"]
+    sampling = plan_recipe.workload(read_recipe(path, words)).sampling
+    assert sampling.extracted_images == sampling.scored_images == 3 * 64
+    assert sampling.extractor_macs < 10
+    assert plan_recipe.workload(read_recipe(path, [*words, "evaluation.metrics=[fd]"])).sampling.extractor_macs > 1e6
