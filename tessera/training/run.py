@@ -519,9 +519,15 @@ def _training_pass(
 
 def set_memory_policy(recipe: Recipe) -> None:
     """On a CPU, keep freed memory, which is faster; return it in runs that are to take little. For commands only."""
-    saves = recipe.adapter is not None or recipe.training.activation_checkpointing != "none"
-    if runtime.choose_device(recipe.training.device).type == "cpu":
-        (runtime.return_freed_memory if saves else runtime.keep_freed_memory)()
+    adapter, recomputes = recipe.adapter, recipe.training.activation_checkpointing != "none"
+    if runtime.choose_device(recipe.training.device).type != "cpu":
+        return
+    if recomputes or (adapter is not None and adapter.base_weights != "float32"):
+        runtime.return_freed_memory(2**18)
+    elif adapter is not None:
+        runtime.return_freed_memory()
+    else:
+        runtime.keep_freed_memory()
 
 
 def prepare_folder(run: TrainingRun) -> None:
