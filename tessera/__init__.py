@@ -7,6 +7,7 @@ __version__ = "0.10.0"
 
 if TYPE_CHECKING:
     from tessera.bundle import save as save
+    from tessera.clips import save_clip as save_clip
     from tessera.conditioning import Condition as Condition
     from tessera.errors import TesseraError as TesseraError
     from tessera.generation import ContinuousSampler as ContinuousSampler
@@ -29,12 +30,13 @@ _PUBLIC = {  # imported on first use: `tessera --help` must not import torch
     "generate_steps": "tessera.generation",
     "load": "tessera.interop.load",
     "save": "tessera.bundle",
+    "save_clip": "tessera.clips",
     "train": "tessera.training.api",
 }
 
 __all__ = [
     "Condition", "ContinuousSampler", "Model", "SampleRequest", "TesseraError", "decode", "generate", "generate_steps",
-    "load", "save", "train",
+    "load", "save", "save_clip", "train",
 ]  # fmt: skip
 
 

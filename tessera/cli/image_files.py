@@ -1,4 +1,4 @@
-"""Generated images as files, for `tessera sample`: PNGs with a grid, or one .npz."""
+"""Generated images and clips as files, for `tessera sample`: one file of each with a grid, or one .npz."""
 
 import hashlib
 import json
@@ -8,12 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Self
 
 import numpy as np
 
-from tessera import __version__, generation, images, runtime
+from tessera import __version__, clips, generation, images, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
@@ -21,6 +23,9 @@ from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, spl
 from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
 from tessera.data import AnyData
+from tessera.data.clips import read_clip
+from tessera.data.folders import VIDEO_SUFFIXES
+from tessera.data.images import InvalidSample
 from tessera.data.metadata_files import FILE_NAME, METADATA_FILES
 from tessera.data.resolve import parse_data
 from tessera.errors import TesseraError
@@ -36,6 +41,7 @@ from tessera.model import Model
 FORBIDDEN = re.compile(r'[\x00-\x1f\x7f"*/:<>?\\|%~\ud800-\udfff]')  # in file names, and the marks of `file_stems`
 MAX_STEM = 150  # bytes; a file name has at most 255
 METADATA = METADATA_FILES[0]
+CLIP_SUFFIXES = {*clips.VIDEOS, *clips.ANIMATIONS, *VIDEO_SUFFIXES}
 MAX_COLUMNS, MAX_ROWS = 16, 32  # of the grid
 
 
@@ -62,6 +68,18 @@ def make_request(
         return SampleRequest(seed_list, policy="unconditional", **settings)
     condition = {"label": [label for label in labels for _ in seed_list]}
     return SampleRequest(seed_list * len(labels), condition, **settings)
+
+
+def sample_size(model: Model, size: tuple[int, ...] | None, frames: int | None) -> tuple[int, ...] | None:
+    """The size of --size and --frames; None: as trained. Raises TesseraError."""
+    if frames is None:
+        return size
+    if size is not None and len(size) == 3:
+        raise TesseraError(f"--size {'x'.join(map(str, size))} has the frames already: leave out --frames")
+    trained = generation.image_size(model)
+    if len(trained) == 2:
+        raise TesseraError("--frames is for clips, and this model makes images: leave it out")
+    return frames, *(size or trained[1:])
 
 
 def _caption_data(model: Model, captions: str | None) -> AnyData | None:
@@ -277,15 +295,59 @@ def write_npz(model: Model, request: SampleRequest, target: Path, batch_size: in
         print(f"{samples.count} images in {target}")
 
 
-def write_images(model: Model, request: SampleRequest, out: Path, batch_size: int, settings: dict[str, Any]) -> None:
-    """Write a PNG of each image and a grid into a folder, or the grid alone into a .png file.
+@dataclass(frozen=True)
+class ClipFormat:
+    """How clips are written. suffix: of the files in a folder; "": a folder of PNGs each."""
 
-    An existing PNG with the same settings is not generated again. settings: stored in every PNG. The folder also gets a
-    metadata.jsonl with classes and prompts, so that it is a data set of its images.
+    fps: float
+    suffix: str = ".webp"
+
+    @classmethod
+    def of(cls, model: Model, request: SampleRequest, out: Path, fps: float | None, name: str | None) -> Self | None:
+        """The format of the options --fps and --format; None for a model or a size of images. Raises TesseraError."""
+        if len(request.size or generation.image_size(model)) == 2:
+            if fps is not None or name is not None:
+                raise TesseraError("--fps and --format are for clips, and this model makes images: leave them out")
+            if out.suffix.lower() in CLIP_SUFFIXES - {".png"}:
+                raise TesseraError(f"--out {out} is for a clip: give a folder, or a .png for the grid of images alone")
+            return None
+        is_file = out.suffix.lower() in CLIP_SUFFIXES
+        if name is not None and is_file:
+            raise TesseraError(f"--format is for a folder of clips, and --out is the file {out}: leave one out")
+        suffix = out.suffix.lower() if is_file else {None: ".webp", "frames": ""}.get(name, f".{name}")
+        fps = clips.frame_rate(SimpleNamespace(**(model.config.recipe or {}).get("data", {}))) if fps is None else fps
+        clips.check_target(Path("clip" + suffix), fps)
+        return cls(fps, suffix)
+
+    def read(self, path: Path, settings: dict[str, Any], frames: int, channels: int) -> np.ndarray | None:
+        """uint8 [T, H, W, C] of a file with exactly these settings, None without one."""
+        if not clips.holds(path, settings):
+            return None
+        try:
+            return read_clip(path, self.fps, channels)[:frames]
+        except InvalidSample:
+            return None
+
+
+def write_images(
+    model: Model,
+    request: SampleRequest,
+    out: Path,
+    batch_size: int,
+    settings: dict[str, Any],
+    clip_format: ClipFormat | None = None,
+) -> None:
+    """Write a file of each image or clip and a grid into a folder, or the grid alone into one file.
+
+    Images are PNGs. One clip in one file is written as it is, without a grid. An existing file with the same settings
+    is not generated again. settings: stored in every file. The folder also gets a metadata.jsonl with classes and
+    prompts, so that it is a data set of its images.
     """
     sampling = request.check(model).model_dump(mode="json")
     settings = {**settings, "tessera": __version__, "sampling": sampling, "weights": weights_hash(model.network)}
-    grid_only, count = out.suffix.lower() == ".png", len(request.seeds)
+    settings |= {} if clip_format is None else {"fps": clip_format.fps}
+    single_files = {".png"} if clip_format is None else CLIP_SUFFIXES
+    grid_only, count = out.suffix.lower() in single_files, len(request.seeds)
     if grid_only and count > MAX_COLUMNS * MAX_ROWS:
         raise TesseraError(
             f"a grid holds at most {MAX_COLUMNS * MAX_ROWS} images, not {count}: give a folder for --out"
@@ -295,25 +357,39 @@ def write_images(model: Model, request: SampleRequest, out: Path, batch_size: in
         report = start(f"generating {count}")
         for first in range(0, count, batch_size):
             rows = range(first, min(first + batch_size, count))
-            batch = _generate(model, request, stats, rows, None if grid_only else out, settings, metadata)
+            folder = None if grid_only else out
+            batch = _generate(model, request, stats, rows, folder, settings, metadata, clip_format)
             sheet += batch[: MAX_COLUMNS * MAX_ROWS - len(sheet)]
             report(rows.stop, count)
     all_settings = row_settings(model, request, range(count))
     seeds, groups = all_settings["seeds"], all_settings["prompts"] or all_settings["classes"]
     row_per_group = groups is not None and len(seeds) * len(groups) == count and len(seeds) <= MAX_COLUMNS
     columns, zoom = len(seeds) if row_per_group else min(count, 8), max(1, 64 // sheet[0].shape[-3])
-    if all_settings["prompts"] is not None and row_per_group:
-        rows = [
-            images.grid(np.stack(sheet[row : row + columns]), columns, zoom=zoom) for row in range(0, count, columns)
-        ]
-        grid = images.with_captions(rows, all_settings["prompts"])
+    prompts = all_settings["prompts"] if row_per_group else None
+    settings |= all_settings
+    if clip_format is None or out.suffix.lower() == ".png":
+        columns = columns if clip_format is None else 1  # of clips, each row is a row of frames
+        grid_path = out if grid_only else out / "grid.png"
+        images.save_png(grid_path, _grid(np.stack(sheet), columns, prompts, zoom), settings)
     else:
-        grid = images.grid(np.stack(sheet), columns, zoom=zoom)
-    images.save_png(out if grid_only else out / "grid.png", grid, settings | all_settings)
+        grid_path = out if grid_only else out / "grid.webp"
+        frames = np.stack(sheet).swapaxes(0, 1)
+        one = grid_only and count == 1
+        grid = sheet[0] if one else np.stack([_grid(frame, columns, prompts, zoom) for frame in frames])
+        clips.save_clip(grid_path, grid, clip_format.fps, settings)
     if not grid_only:
         _write_metadata(out / METADATA, metadata)
     caching = f"; caching computed {stats.computed / stats.requested:.0%} of the blocks" if stats.requested else ""
-    print((str(out) if grid_only else f"{count} images and grid.png in {out}") + caching)
+    what = "images" if clip_format is None else "clips"
+    print((str(out) if grid_only else f"{count} {what} and {grid_path.name} in {out}") + caching)
+
+
+def _grid(samples: np.ndarray, columns: int, prompts: Sequence[str] | None, zoom: int) -> np.ndarray:
+    """Images or clips in a grid, with a prompt above each row if there are any."""
+    if prompts is None:
+        return images.grid(samples, columns, zoom=zoom)
+    parts = np.split(samples, len(prompts))
+    return images.with_captions([images.grid(part, columns, zoom=zoom) for part in parts], prompts)
 
 
 def _write_metadata(path: Path, metadata: dict[str, dict[str, str]]) -> None:
@@ -340,8 +416,9 @@ def _generate(
     out: Path | None,
     settings: dict[str, Any],
     metadata: dict[str, dict[str, str]],
+    clip_format: ClipFormat | None = None,
 ) -> list[np.ndarray]:
-    """The images of some rows of a request: read from the folder where they exist, else generated and written.
+    """The images or clips of some rows of a request: read from the folder where they exist, else generated and written.
 
     metadata: their class and prompt by file name, which are added.
     """
@@ -355,11 +432,20 @@ def _generate(
             prefix = f"{prompt_names[one_settings['prompts'][0]]}-"
         if one_settings["classes"] is not None:
             prefix += f"class-{stems[one_settings['classes'][0]]}-"
-        files[row] = f"{prefix}seed-{request.seeds[row]}.png", {**settings, **one_settings}
+        suffix = ".png" if clip_format is None else clip_format.suffix
+        files[row] = f"{prefix}seed-{request.seeds[row]}{suffix}", {**settings, **one_settings}
         names, prompt = one_settings["class_names"], one_settings["prompts"]
         fields = {"label": names and names[0], "caption": prompt and prompt[0]}
         metadata[files[row][0]] = {name: value for name, value in fields.items() if value is not None}
-        if out is not None and (image := images.load_png(out / files[row][0], files[row][1])) is not None:
+        if out is None:
+            continue
+        path, stored = out / files[row][0], files[row][1]
+        if clip_format is None:
+            image = images.load_png(path, stored)
+        else:
+            frames = (request.size or generation.image_size(model))[0]
+            image = clip_format.read(path, stored, frames, model.codec.pixel_channels)
+        if image is not None:
             done[row] = image
     missing = [row for row in rows if row not in done]
     if missing:
@@ -368,6 +454,13 @@ def _generate(
         )
         for row, image in zip(missing, generated):
             done[row] = image
-            if out is not None:
-                images.save_png(out / files[row][0], image, files[row][1])
+            if out is None:
+                continue
+            path, stored = out / files[row][0], files[row][1]
+            if clip_format is None:
+                images.save_png(path, image, stored)
+                continue
+            if path.is_dir():  # of other settings
+                shutil.rmtree(path)
+            clips.save_clip(path, image, clip_format.fps, stored)
     return [done[row] for row in rows]

@@ -14,7 +14,7 @@ SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="a model, an adapter, or a PNG written by `tessera sample`")],
+    model: Annotated[str, typer.Argument(help="a model, an adapter, or an image or clip written by `tessera sample`")],
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
@@ -22,9 +22,12 @@ def info(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Print the facts of a model and its training, or of an adapter, or the command that reproduces an image."""
-    if Path(model).suffix.lower() == ".png":
-        print(_command(Path(model)))
+    """Print the facts of a model and its training, of an adapter, or the command that reproduces an image or clip."""
+    from tessera.clips import ANIMATIONS, SIDE_FILE, VIDEOS
+
+    path = Path(model)
+    if path.suffix.lower() in {*ANIMATIONS, *VIDEOS} or (path / SIDE_FILE).exists():
+        print(_command(path))
         return
     from tessera.bundle import weights_hash
     from tessera.interop import adapter_conversion
@@ -62,10 +65,11 @@ def _print(facts: dict[str, Any]) -> None:
 def _command(path: Path) -> str:
     """The `tessera sample` command that reproduces an image. It states every sampling setting, because the settings of
     the model may change."""
-    from tessera.images import read_settings
+    from tessera import clips, images
 
     try:
-        settings = read_settings(path)
+        is_image = path.suffix.lower() == ".png"
+        settings = images.read_settings(path) if is_image else clips.read_settings(path)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
         raise TesseraError(f"cannot read {path}: {error}") from None
     if not isinstance(settings, dict) or not settings.keys() >= SETTINGS:

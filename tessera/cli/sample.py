@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,10 +57,20 @@ def sample(
     ] = None,
     class_policy: ClassPolicy = "uniform",
     size: Size = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="of each clip (as trained)")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="frames per second of the files of clips (as trained, or 8)")
+    ] = None,
+    format: Annotated[
+        Literal["webp", "mp4", "webm", "gif", "frames"] | None,
+        typer.Option(help="of the clips in a folder (webp, without loss); frames: a folder of PNGs each"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     precision: Precision = "float32",
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="a folder, or a .png for the grid alone")] = Path("samples"),
+    out: Annotated[
+        Path, typer.Option(help="a folder, or a .png for the grid alone; of clips also .mp4, .webm, .webp or .gif")
+    ] = Path("samples"),
     npz: Annotated[Path | None, typer.Option(help="write one .npz in the format of the ADM suite instead")] = None,
     guidance_model: Annotated[
         str | None, typer.Option(help="autoguidance: a weaker model of the same kind, such as an early checkpoint")
@@ -91,7 +101,7 @@ def sample(
     ] = None,
     any_base: AnyBase = False,
 ) -> None:
-    """Generate images: a PNG of each, and a grid. `tessera info PNG` prints the command that reproduces an image.
+    """Generate images or clips: a file of each, and a grid. `tessera info FILE` prints the command that reproduces it.
 
     To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
     """
@@ -130,14 +140,17 @@ def sample(
         captions,
         settings={"overrides": overrides or []},
         precision=precision,
-        size=parse_sample_size(size),
+        size=image_files.sample_size(loaded, parse_sample_size(size), frames),
     )
+    clip_format = image_files.ClipFormat.of(loaded, request, out, fps, format)
     inputs, hashes = image_files.read_inputs(
         loaded, guidance_model, init_image, strength, mask, request.size, control or (), control_map or ()
     )
     if compile:
         image_files.compile_network(loaded)
     if npz is not None:
+        if fps is not None or format is not None:
+            raise TesseraError("--npz has no frame rate and one format: leave out --fps and --format")
         if inputs:
             raise TesseraError(
                 "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength, --mask and "
@@ -160,10 +173,14 @@ def sample(
         "any-base": any_base or None,
         "precision": None if precision == "float32" else precision,
         "size": None if request.size is None else "x".join(map(str, request.size)),
+        "fps": fps,
+        "format": format,
         "guidance-model": guidance_model,
         "init-image": init_image,
         "strength": strength,
         "mask": mask,
     }
     options = {name: value for name, value in options.items() if value is not None}
-    image_files.write_images(loaded, request, out, batch_size, {"model": model, "options": options, **hashes})
+    image_files.write_images(
+        loaded, request, out, batch_size, {"model": model, "options": options, **hashes}, clip_format
+    )

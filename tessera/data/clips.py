@@ -232,7 +232,8 @@ class _Video(Frames):
 def frame_numbers(frames: Frames, fps: float | None, span: Span, limit: int | None = None) -> np.ndarray:
     """The numbers of the frames of a span at a frame rate, int64 [n]: the nearest of those whose times lie in the span.
 
-    fps: None, or a folder without times: every frame. limit: the largest n that is needed.
+    A frame that is shown for longer than 1 / fps stays until the next one begins, as encoders merge equal frames. fps:
+    None, or a folder without times: every frame. limit: the largest n that is needed.
     """
     starts, end = frames.times[:-1], min(float(frames.times[-1]), span.end)
     inside = np.flatnonzero((starts >= span.start - EPSILON) & (starts < end - EPSILON))
@@ -249,7 +250,8 @@ def frame_numbers(frames: Frames, fps: float | None, span: Span, limit: int | No
     right = np.searchsorted(candidates, targets).clip(1, max(len(candidates) - 1, 1))
     if len(candidates) == 1:
         return np.repeat(inside, len(targets))
-    earlier = targets - candidates[right - 1] <= candidates[right] - targets + EPSILON
+    until = candidates[right] - targets
+    earlier = (targets - candidates[right - 1] <= until + EPSILON) | (until > 0.5 / fps + EPSILON)
     return inside[np.where(earlier, right - 1, right)]
 
 
@@ -305,3 +307,15 @@ def _lengthen(numbers: np.ndarray, count: int, config: ImagesConfig) -> np.ndarr
     if config.short == "loop":
         return np.resize(numbers, count)
     return np.concatenate((numbers, np.repeat(numbers[-1:], count - len(numbers))))
+
+
+def read_clip(source: Path | bytes, fps: float | None = None, channels: int = 3) -> np.ndarray:
+    """A whole clip as displayed, uint8 [T, H, W, C], at a frame rate (None: every frame). Raises InvalidSample."""
+    config = ImagesConfig(channels=1 if channels == 1 else 3)
+    with open_frames(source) as frames:
+        unique, inverse = np.unique(frame_numbers(frames, fps, Span()), return_inverse=True)
+        images = [np.asarray(flatten(image, config)) for image in frames.read(unique.tolist())]
+    if len({image.shape for image in images}) > 1:
+        raise InvalidSample("its frames have different sizes")
+    pixels = np.stack(images)[inverse]
+    return pixels if pixels.ndim == 4 else pixels[..., None]

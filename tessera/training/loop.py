@@ -355,7 +355,7 @@ class Trainer:
         if self.world.is_main:
             grid, animation = sample_grid(run.recipe, model, run.loader.dataset)
             if animation is not None:
-                clips.save(self._grid_path.with_suffix(".webp"), animation, clips.frame_rate(run.recipe.data))
+                clips.save_clip(self._grid_path.with_suffix(".webp"), animation, clips.frame_rate(run.recipe.data))
             images.save_png(self._grid_path, grid)
             self.logger.image(self.step, grid)
         run.unload_text_encoder()
