@@ -34,7 +34,7 @@ LAYERS = [  # lowest first
 ]
 LAYER = {part: number for number, parts in enumerate(LAYERS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "encoders", "interop", "models"}, "transformers": {"encoders"}, "typer": {"cli"}}
-ONLY_IN |= dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client", "ray"), {"serving"})
+ONLY_IN |= {library: {"serving"} for library in ("fastapi", "starlette", "uvicorn", "prometheus_client", "ray")}
 LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "tensorboard"}
 LAZY |= {"torch.utils.tensorboard", "av"}
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from tessera.conditioning import LabelField
 from tessera.generation.request import SampleRequest
 from tessera.model import Model
 
@@ -22,7 +23,8 @@ def row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> d
     def distinct(values: Sequence[Any] | None) -> list[Any] | None:
         return None if values is None else list(dict.fromkeys(values))
 
-    classes = None if part.classes is None else [int(label) for label in dict.fromkeys(part.classes)]
+    labels = None if part.classes is None else LabelField().encode(part.classes, model).tolist()
+    classes = distinct(labels)
     scales = None if part.guidance_scale is None else torch.as_tensor(part.guidance_scale).reshape(-1).tolist()
     return {
         "classes": classes,

@@ -98,7 +98,10 @@ def job_router(service: Service, responses: dict[int | str, Any]) -> APIRouter:
 
 
 async def _file(service: Service, job: str, name: str) -> FileResponse:
-    path = service.folder.path(job, name)
+    try:
+        path = service.folder.path(job, name)
+    except ValueError:  # its record was changed
+        raise ApiError(404, "there is no such file", "no_file") from None
     if not path.is_file():
         raise ApiError(404, f"the file {name} was removed", "no_file")
     return FileResponse(path, media_type=f"image/{path.suffix.removeprefix('.')}")

@@ -197,6 +197,9 @@ class EditParameters(GenerationParameters):
 
     strength: float | None = Field(default=None, description="how much the image may change, above 0 and at most 1")
 
+    def job(self, model: Model) -> JobParameters:
+        return super().job(model).model_copy(update={"strength": self.strength})
+
 
 def find_class(model: Model, text: str) -> int:
     """The number of the class with a name or number. Raises TesseraError with the nearest names."""

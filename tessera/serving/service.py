@@ -384,6 +384,14 @@ class Service:
             job.notify()
 
     async def _write_result(self, job: Job, running: _Running, row: int, image: np.ndarray) -> None:
+        try:
+            await self._write_image(job, running, row, image)
+        except Exception as error:
+            logger.exception("a result could not be written", extra={"job": job.id})
+            message = str(error) if isinstance(error, TesseraError) else f"{type(error).__name__}: {error}"
+            await self._stop(job, "failed", message)
+
+    async def _write_image(self, job: Job, running: _Running, row: int, image: np.ndarray) -> None:
         parameters, model = running.parameters, running.models[0]
         settings = {
             "model": model.path,
@@ -400,11 +408,7 @@ class Service:
             self.folder.write_file(job.id, name, content)
             return content
 
-        try:
-            content = await self._in_files(write)
-        except TesseraError as error:  # the disk is full
-            await self._stop(job, "failed", str(error))
-            return
+        content = await self._in_files(write)
         if not job.active:
             return
         if running.keeps_contents:
@@ -414,11 +418,7 @@ class Service:
         self.metrics.images.labels(job.model).inc()
         if all(job.results):
             record = job.record().model_copy(update={"state": "finished", "ended": time.time()})
-            try:
-                await self._in_files(self.folder.write, record)
-            except TesseraError as error:
-                await self._stop(job, "failed", str(error))
-                return
+            await self._in_files(self.folder.write, record)
             self._end(job, "finished")
         else:
             job.notify()
@@ -455,13 +455,12 @@ def job_cost(parameters: JobParameters, loaded: LoadedModel) -> float:
 
 def warm_up_request(loaded: LoadedModel) -> SampleRequest:
     """One image in two steps, with any condition."""
-    network = loaded.model.config.network
-    condition: dict[str, Any] = {}
-    rules = Condition.rules()
-    for name in network.condition_fields:
-        if name == "text":
-            condition[name] = [""] if loaded.model.config.text is not None else None
-        elif not rules[name].from_size:
-            condition[name] = rules[name].default_inputs([0], "balanced", loaded.model.config)
-    condition = {name: value for name, value in condition.items() if value is not None}
+    config, rules = loaded.model.config, Condition.rules()
+    names = [name for name in config.network.condition_fields if not rules[name].from_size]
+    companions = {companion for name in names for companion in rules[name].companions}
+    condition: dict[str, Any] = {
+        name: [""] if name == "text" else rules[name].default_inputs([0], "balanced", config)
+        for name in names
+        if name not in companions
+    }
     return SampleRequest([0], condition, settings={"num_steps": 2})
