@@ -9,13 +9,24 @@ import torch
 from torch import Tensor
 
 from tessera import runtime
-from tessera.acceleration.first_block_cache import CachedResiduals, CacheStats, FirstBlockCache
+from tessera.acceleration.first_block_cache import CacheStats, FirstBlockCache
+from tessera.acceleration.frame_cache import EarlierFrames, FrameCache
 from tessera.acceleration.modulation_cache import PrecomputedModulation
 from tessera.conditioning import Condition
-from tessera.generation.request import ALL
+from tessera.generation.request import ALL, FRAMES
 from tessera.model import Model
 from tessera.models.dit import DiT
-from tessera.sampling import CachedNetwork, FirstBlockCaching, Guidance, RowDenoiser, SamplingConfig, SamplingNetwork
+from tessera.rows import Rows
+from tessera.sampling import (
+    Autoregressive,
+    CachedNetwork,
+    FirstBlockCaching,
+    Guidance,
+    NoCaching,
+    RowDenoiser,
+    SamplingConfig,
+    SamplingNetwork,
+)
 
 # With this many tokens a CPU is faster if guidance calls the network twice (benchmarks/guidance_halves.md).
 SEPARATE_CALLS_TOKENS = 512
@@ -43,6 +54,11 @@ class Terms:
         has_weak = bool(model.null_fields or network.uses_text or guidance_model)
         return Terms((*([ALL] if has_weak else []), *model.null_fields), guidance_model)
 
+    def frame_noise(self, noise: Tensor) -> list[Tensor | None] | None:
+        """What replaces clean frames in each condition; None if no term is for them. noise: like x"""
+        names = (None, *self.names)
+        return [noise if name == FRAMES else None for name in names] if FRAMES in self.names else None
+
     def conditions(self, model: Model, condition: Condition, weak: Condition) -> list[Condition]:
         """The condition, and that of the weak output of each term, prepared by the network that it is for.
 
@@ -50,7 +66,9 @@ class Terms:
         """
         conditions = [model.network.prepare(condition)]
         for name in self.names:
-            if name != ALL:
+            if name == FRAMES:
+                conditions.append(conditions[0])
+            elif name != ALL:
                 fields = (name, *condition.rules()[name].companions)
                 changes: dict[str, Any] = {field: getattr(weak, field) for field in fields}
                 conditions.append(model.network.prepare(replace(condition, **changes)))
@@ -86,6 +104,7 @@ class BatchSettings:
     num_rows: int
     dtype: torch.dtype | None  # of matrix products
     cache_stats: CacheStats | None = None
+    frame_cache: bool = False  # keys and values of earlier frames are kept
 
 
 def build_denoiser(
@@ -129,6 +148,8 @@ def _build_network(model: Model, conditions: Condition, batch: BatchSettings) ->
     if isinstance(caching, FirstBlockCaching) and isinstance(network, DiT):  # others are rejected by check_caching
         cache = FirstBlockCache(network, caching, embed_condition=embed_condition, stats=batch.cache_stats)
         return _AutocastCache(cache, batch.dtype, device)
+    if batch.frame_cache and isinstance(network, DiT):
+        return AutocastFrameCache(FrameCache(network, embed_condition=embed_condition), batch.dtype, device)
 
     def run(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         with runtime.autocast(batch.dtype, device):  # only around the network: not in the caller's loop
@@ -140,12 +161,35 @@ def _build_network(model: Model, conditions: Condition, batch: BatchSettings) ->
 class _AutocastCache(CachedNetwork):
     """A cache whose network runs under autocast."""
 
-    def __init__(self, cache: FirstBlockCache, dtype: torch.dtype | None, device: torch.device) -> None:
+    def __init__(self, cache: CachedNetwork, dtype: torch.dtype | None, device: torch.device) -> None:
         self.cache, self.dtype, self.device = cache, dtype, device
 
-    def empty_state(self, x: Tensor) -> CachedResiduals:
+    def empty_state(self, x: Tensor) -> Rows:
         return self.cache.empty_state(x)
 
     def evaluate(self, x: Tensor, t: Tensor, condition: Condition, state: Any) -> tuple[Tensor, Any]:
         with runtime.autocast(self.dtype, self.device):
             return self.cache.evaluate(x, t, condition, state)
+
+
+class AutocastFrameCache(_AutocastCache):
+    """A cache of earlier frames whose network runs under autocast."""
+
+    def __init__(self, cache: FrameCache, dtype: torch.dtype | None, device: torch.device) -> None:
+        super().__init__(cache, dtype, device)
+        self.frames = cache
+
+    def finish(self, x: Tensor, t: Tensor, condition: Condition, state: EarlierFrames) -> EarlierFrames:
+        """See `FrameCache.finish`."""
+        with runtime.autocast(self.dtype, self.device):
+            return self.frames.finish(x, t, condition, state)
+
+
+def takes_frame_cache(model: Model, config: SamplingConfig, terms: Terms) -> bool:
+    """Whether keys and values of earlier frames are kept in sampling."""
+    schedule = config.frame_schedule
+    if not (isinstance(schedule, Autoregressive) and schedule.cache and schedule.window is None):
+        return False
+    models = [model, *([] if terms.guidance_model is None else [terms.guidance_model])]
+    is_causal = all(each.config.network.is_causal and isinstance(each.network, DiT) for each in models)
+    return is_causal and isinstance(config.caching, NoCaching) and FRAMES not in terms.names

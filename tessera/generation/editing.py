@@ -33,6 +33,17 @@ def edit_source(model: Model, rows: SampleRows) -> EditSource | None:
     return EditSource(model.codec.encode(data / 127.5 - 1), strength, mask)
 
 
+def given_latents(model: Model, rows: SampleRows) -> tuple[Tensor, list[int]] | None:
+    """The latents [B, C, F, h, w] of the given frames, and the numbers of these frames of latents."""
+    if rows.frames is None:
+        return None
+    numbers = rows.request.given_numbers(model)
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    data = rows.frames[:, order].movedim(-1, 1).contiguous().to(model.device, torch.float32)
+    latents = model.codec.encode(data / 127.5 - 1)
+    return latents, sorted(numbers) if model.codec.frame_factor == 1 else list(range(latents.shape[2]))
+
+
 def check_images(model: Model, images: Tensor) -> tuple[int, ...]:
     """The size (H, W) of images [B, H, W, C], or (T, H, W) of clips. Raises TesseraError for other contents."""
     channels, axes = model.codec.pixel_channels, 3 + model.config.network.is_temporal

@@ -5,8 +5,9 @@ Shapes: B images, C latent channels, T frames, H W height and width.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,21 +15,27 @@ from torch import Tensor
 
 from tessera import runtime
 from tessera.acceleration.first_block_cache import CacheStats
+from tessera.acceleration.frame_cache import EarlierFrames
+from tessera.conditioning import Condition
 from tessera.diffusion.process import Prediction
 from tessera.errors import TesseraError
-from tessera.generation.denoiser import BatchSettings, Terms, build_denoiser
-from tessera.generation.editing import edit_source
-from tessera.generation.request import SampleRequest, SampleRows, latent_size, sampling_config
+from tessera.generation.denoiser import AutocastFrameCache, BatchSettings, Terms, build_denoiser, takes_frame_cache
+from tessera.generation.editing import edit_source, given_latents
+from tessera.generation.request import FRAMES, SampleRequest, SampleRows, latent_size, sampling_config
 from tessera.model import Model
 from tessera.sampling import (
     ContinuousBatch,
     DenoiserRows,
+    FrameSolver,
     MaskedMemory,
     MaskedSolver,
     RowDenoiser,
     RowState,
     SampleState,
+    Stage,
     Stepper,
+    Together,
+    given_mask,
     sample_loop,
     sampling_noise,
     timestep_grid,
@@ -70,6 +77,8 @@ class _Start:
     solver: Stepper
     memory: Any
     grid: tuple[int, ...]
+    noise: Tensor  # like x
+    stages: list[Stage]  # of a clip whose frames have times of their own; otherwise empty
 
 
 def _start(model: Model, rows: SampleRows) -> _Start:
@@ -85,7 +94,13 @@ def _start(model: Model, rows: SampleRows) -> _Start:
         x = source.initial_state(model.diffusion, noise, times[0])
         if source.mask is not None:
             solver, memory = MaskedSolver(config.sampler), MaskedMemory(source, noise)
-    return _Start(x, times, solver, memory, network.token_grid(size))
+    stages, frames = [], given_latents(model, rows)
+    if len(size) == 3 and (frames is not None or not isinstance(config.frame_schedule, Together)):
+        is_given = given_mask(size[0], () if frames is None else frames[1])
+        stages = config.frame_schedule.stages(times, is_given, network.input_size[0])
+        if frames is not None:
+            x = x.index_copy(2, torch.tensor(frames[1], device=device), frames[0])
+    return _Start(x, times, solver, memory, network.token_grid(size), noise, stages)
 
 
 @torch.no_grad()
@@ -94,26 +109,74 @@ def sample_steps(model: Model, rows: SampleRows, cache_stats: CacheStats | None 
     device, config, start = model.device, rows.config, _start(model, rows)
     terms = Terms.of(config, rows.scale, rows.request.guidance_model)
     conditions = terms.conditions(model, rows.condition.to(device), rows.weak.to(device))
+    frame_cache, grid = bool(start.stages) and takes_frame_cache(model, config, terms), start.grid
     settings = BatchSettings(
         config,
         model.diffusion.model_time(start.times[:-1]).to(device),
-        start.grid,
+        (len(start.stages[0].sampled), *grid[1:]) if frame_cache else grid,
         len(rows),
         runtime.autocast_dtype(rows.request.precision, device),
         cache_stats,
+        frame_cache,
     )
     denoiser = build_denoiser(model, conditions, terms, settings)
     noise_calls = 0
 
-    def noise() -> Tensor:
-        nonlocal noise_calls
-        noise_calls += 1
-        return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), start.x.shape[1:]).to(device)
+    def sample(
+        solver: Stepper, frames: slice, x: Tensor, times: Tensor, memory: Any = None, states: Any = None
+    ) -> Iterator[SampleState]:
+        """The steps of x, which has these frames of the clip."""
+
+        def noise() -> Tensor:
+            nonlocal noise_calls
+            noise_calls += 1
+            return sampling_noise(rows.seed, torch.full_like(rows.seed, noise_calls), x.shape[1:]).to(device)
+
+        frame_noise = terms.frame_noise(start.noise[:, :, frames])
+        inputs = DenoiserRows.build(conditions, guidance, denoiser.networks, x, config.clipping, frame_noise)
+        inputs = inputs if states is None else replace(inputs, states=states)
+        return sample_loop(solver, _BatchDenoiser(denoiser, inputs), x, times, noise, memory)
 
     guidance = terms.guidance(config, rows.scale)
-    inputs = DenoiserRows.build(conditions, guidance, denoiser.networks, start.x, config.clipping)
-    denoise = _BatchDenoiser(denoiser, inputs)
-    yield from sample_loop(start.solver, denoise, start.x, start.times, noise, start.memory)
+    if not start.stages:
+        yield from sample(start.solver, slice(None), start.x, start.times, start.memory)
+        return
+    x, num_steps = start.x, sum(len(stage.times) - 1 for stage in start.stages)
+    yield SampleState(x, float(start.times[0]), 0, num_steps)
+    earlier = _EarlierFrames(denoiser, conditions) if frame_cache else None
+    step = 0
+    for stage in start.stages:
+        if earlier is not None:
+            frames = slice(stage.sampled[0], stage.sampled[-1] + 1)
+            part, states = x[:, :, frames], earlier.states(x[:, :, : frames.start])
+            steps = sample(config.sampler, frames, part, start.times, states=states)
+        else:
+            frames = slice(stage.start, stage.stop)
+            steps = sample(FrameSolver(config.sampler), frames, x[:, :, frames], stage.times)
+        for state in islice(steps, 1, None):
+            step += 1
+            x = torch.cat((x[:, :, : frames.start], state.x, x[:, :, frames.stop :]), dim=2)
+            yield SampleState(x, state.t, step, num_steps)
+
+
+class _EarlierFrames:
+    """Keys and values of the finished frames of a clip, for each condition."""
+
+    def __init__(self, denoiser: RowDenoiser, conditions: Sequence[Condition]) -> None:
+        self.denoiser, self.conditions, self.frames = denoiser, conditions, 0
+        self._states: list[EarlierFrames] = [EarlierFrames()] * len(conditions)
+
+    def states(self, x: Tensor) -> tuple[EarlierFrames, ...]:
+        """After the clean frames x [B, C, T, H, W], the first of which are known."""
+        if x.shape[2] > self.frames:
+            time = self.denoiser.diffusion.model_time(torch.zeros(len(x))).to(x.device)
+            networks = zip(self.denoiser.networks, self.conditions, self._states)
+            self._states = [
+                cast(AutocastFrameCache, network).finish(x[:, :, self.frames :], time, condition, state)
+                for network, condition, state in networks
+            ]
+            self.frames = x.shape[2]
+        return tuple(self._states)
 
 
 class _BatchDenoiser:
@@ -167,7 +230,8 @@ def generate(
     other inputs by field of the model's condition, one per row or one for all.
     progress is called with (steps done, steps in total). cache_stats: counts what caching saves.
 
-    options: guidance_scale, guidance_model, size, init_image, strength, mask and precision, as described in
+    options: guidance_scale, guidance_model, size, init_image, strength, mask, given_frames, given_indices and
+    precision, as described in
     `SampleRequest`; any other key of SamplingConfig; and `overrides`. Where a mask is 0 the image is init_image, bit
     for bit. Raises TesseraError for a request that the model cannot fulfill.
     """
@@ -195,6 +259,8 @@ def generate_request(
                 progress(number * state.num_steps + state.step, state.num_steps * num_batches)
         assert latents is not None  # sample_steps always yields
         images = decode(model, latents)
+        if rows.frames is not None:
+            images[:, request.given_numbers(model)] = rows.frames.numpy()
         if rows.image is not None and rows.mask is not None:
             images = np.where(rows.mask.numpy()[..., None], images, rows.image.numpy())
         results.append(images)
@@ -242,7 +308,17 @@ class ContinuousSampler:
             raise TesseraError(f"requests that are sampled together need the same {different} as the sampler")
         if len(names) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many names, not {len(names)}")
+        if FRAMES in rows.config.guidance_scales:
+            raise TesseraError("guidance_scales.frames needs a request that is sampled alone: leave it out")
         start, count = _start(model, rows), len(rows)
+        times, solver = start.times, start.solver
+        if start.stages:
+            if len(start.stages) > 1:
+                raise TesseraError(
+                    f"frame_schedule={rows.config.frame_schedule.kind} samples a clip in {len(start.stages)} stages, "
+                    "and so alone: use together or pyramid"
+                )
+            times, solver = start.stages[0].times, FrameSolver(rows.config.sampler)
         conditions = self.terms.conditions(model, rows.condition.to(model.device), rows.weak.to(model.device))
         guidance = self.terms.guidance(rows.config, rows.scale)
         inputs = DenoiserRows.build(conditions, guidance, self.batch.denoiser.networks, start.x, rows.config.clipping)
@@ -250,15 +326,15 @@ class ContinuousSampler:
             name=list(names),
             x=start.x,
             x0=torch.zeros_like(start.x),
-            times=start.times.expand(count, -1),
+            times=times.expand(count, *times.shape),
             step=torch.zeros(count, dtype=torch.int64),
-            num_steps=torch.full((count,), len(start.times) - 1),
+            num_steps=torch.full((count,), len(times) - 1),
             seed=rows.seed,
             noise_calls=torch.ones(count, dtype=torch.int64),
             inputs=inputs,
             memory=start.memory,
         )
-        self.batch.add(start.solver, state)
+        self.batch.add(solver, state)
         return state
 
     @torch.no_grad()

@@ -20,13 +20,14 @@ from tessera.model import Model
 from tessera.models import NetworkConfig
 from tessera.rows import Rows
 from tessera.runtime import Precision
-from tessera.sampling import SamplingConfig
+from tessera.sampling import Pyramid, SamplingConfig, Together, check_schedule
 from tessera.settings import apply_overrides, validate
 
 # The settings of a diffusion process that decide what a raw output means; the others are of training alone.
 OUTPUT_SETTINGS = {
     "kind", "num_timesteps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times",
 }  # fmt: skip
+FRAMES = "frames"  # the term whose weak output has noise in place of clean frames
 ALL = "all"  # the term of guidance whose weak output lacks every condition
 
 
@@ -45,6 +46,9 @@ class SampleRequest:
     init_image: uint8 [B, H, W, C], or [H, W, C] for all rows, to begin from: noise is added up to the nearest time of
     the grid below strength (default 0.6; with a mask 1, which begins in noise alone). The size is that of the image.
     mask: [B, H, W] or [H, W], 1 where to generate and 0 where the image stays. Clips have T before H.
+
+    given_frames: uint8 [B, F, H, W, C], or [F, H, W, C] for all rows: frames of the clips, whose numbers are
+    given_indices (-1 is the last frame). They stay as they are, and the other frames are sampled to go with them.
 
     policy: how the inputs were chosen, for the record. cut_long: prompts of more tokens than the text encoder takes are
     cut, as captions are in training, instead of an error. controls: images for the controls that are attached to the
@@ -65,6 +69,8 @@ class SampleRequest:
     negative: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     cut_long: bool = False
     controls: Mapping[str, Any] = field(default_factory=dict)
+    given_frames: np.ndarray | None = None
+    given_indices: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.size, int):
@@ -112,6 +118,7 @@ class SampleRequest:
         image, mask = self._with_rows(self.init_image, 4), self._with_rows(self.mask, 3)
         sequences |= {} if image is None else {"images": image}
         sequences |= {} if mask is None else {"masks": mask}
+        sequences |= {} if self.given_frames is None else {"clips of given frames": self._given_rows}
         for name, control in self.controls.items():
             sequences |= {f"images of control {name}": control.rows, f"strengths of control {name}": control.strengths}
         return {name: values for name, values in sequences.items() if name != "guidance scales" or len(values)}
@@ -122,6 +129,12 @@ class SampleRequest:
             return None
         array, is_clip = np.asarray(array), self.size is not None and len(self.size) == 3
         return array[None] if array.ndim == axes + is_clip - 1 else array
+
+    @property
+    def _given_rows(self) -> np.ndarray:
+        """given_frames [B, F, H, W, C]"""
+        frames = np.asarray(self.given_frames)
+        return frames[None] if frames.ndim == 4 else frames
 
     def select(self, rows: Sequence[int]) -> "SampleRequest":
         """A request for some of the rows."""
@@ -144,6 +157,7 @@ class SampleRequest:
             else chosen(torch.as_tensor(scale)),
             init_image=None if image is None else chosen(image),
             mask=None if mask is None else chosen(mask),
+            given_frames=None if self.given_frames is None else chosen(self._given_rows),
             controls={
                 name: replace(each, images=chosen(each.rows), strength=chosen(each.strengths))
                 for name, each in self.controls.items()
@@ -175,8 +189,9 @@ class SampleRequest:
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**63 or seed != int(seed)]:
             raise TesseraError(f"seeds are integers from 0 to 2^63 - 1; got {', '.join(map(str, bad[:5]))}")
         null_fields = model.null_fields
-        if unknown := sorted(config.guidance_scales.keys() - set(null_fields)):
-            known = ", ".join(null_fields) or "none"
+        frames = [FRAMES] if network.is_temporal else []
+        if unknown := sorted(config.guidance_scales.keys() - {*null_fields, *frames}):
+            known = ", ".join([*null_fields, *frames]) or "none"
             raise TesseraError(
                 f"guidance_scales has {', '.join(unknown)}; the conditions of this model with a null value: {known}"
             )
@@ -188,9 +203,68 @@ class SampleRequest:
                 raise TesseraError("a guidance model needs a guidance_scale other than 1, for example guidance_scale=2")
         self._check_weak_inputs(network, config, guided)
         latent_size(model, self.size)
+        self._check_frames(model, config)
         config.sampler.check(model.diffusion)
         check_caching(network, config.caching)
         return config
+
+    def _check_frames(self, model: Model, config: SamplingConfig) -> None:
+        """Raise TesseraError for given frames that do not fit, and for settings of frames without effect."""
+        network, schedule = model.config.network, config.frame_schedule
+        settings = {
+            "given_frames": self.given_frames is not None,
+            f"frame_schedule={schedule.kind}": not isinstance(schedule, Together),
+            "guidance_scales.frames": config.guidance_scales.get(FRAMES, 1.0) != 1,
+        }
+        named = [name for name, is_set in settings.items() if is_set]
+        if not named and not len(self.given_indices):
+            return
+        if problem := network.frame_times_problem():
+            raise TesseraError(f"{named[0] if named else 'given_indices'} {problem}: leave it out")
+        if self.init_image is not None and named:
+            raise TesseraError(f"{named[0]} and init_image exclude each other: leave out one of them")
+        check_schedule(schedule, config.sampler)
+        is_alone = isinstance(schedule, Together | Pyramid) and not settings["given_frames"]
+        if settings["guidance_scales.frames"] and is_alone:
+            raise TesseraError("guidance_scales.frames has no effect: no frame is given, and all are sampled together")
+        if settings["given_frames"]:
+            self._check_given_frames(model)
+        elif len(self.given_indices):
+            raise TesseraError(f"given_indices {list(self.given_indices)} need the frames: pass given_frames, too")
+
+    def _check_given_frames(self, model: Model) -> None:
+        frames, (count, height, width) = self._given_rows, self.clip_size(model)
+        channels = model.codec.pixel_channels
+        if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[2:] != (height, width, channels):
+            raise TesseraError(
+                f"given_frames are uint8 [B, F, {height}, {width}, {channels}], or without B for all rows; got "
+                f"{frames.dtype} {list(np.asarray(self.given_frames).shape)}"
+            )
+        indices = list(self.given_indices)
+        if len(indices) != frames.shape[1] or not indices:
+            raise TesseraError(f"given_frames has {frames.shape[1]} frames, and given_indices {len(indices)} numbers")
+        if bad := [index for index in indices if not -count <= index < count]:
+            raise TesseraError(f"given_indices has {bad[0]}, and the clip has frames 0 to {count - 1}")
+        numbers = self.given_numbers(model)
+        if len(set(numbers)) < len(numbers):
+            raise TesseraError(f"given_indices {indices} name a frame of {count} twice")
+        if len(numbers) == count:
+            raise TesseraError(f"all {count} frames of the clip are given: nothing is left to sample")
+        factor = model.codec.frame_factor
+        if factor > 1 and (sorted(numbers) != list(range(len(numbers))) or (len(numbers) - 1) % factor):
+            raise TesseraError(
+                f"the codec compresses {factor} frames to one, so the given frames must be the first ones, one more "
+                f"than a multiple of {factor}; got the frames {sorted(numbers)}"
+            )
+
+    def clip_size(self, model: Model) -> tuple[int, int, int]:
+        """The size of the clips in pixels, (T, H, W)."""
+        frames, height, width = (1, *(self.size or image_size(model)))[-3:]
+        return frames, height, width
+
+    def given_numbers(self, model: Model) -> list[int]:
+        """The numbers of the given frames, from 0."""
+        return [int(index) % self.clip_size(model)[0] for index in self.given_indices]
 
     def _check_weak_inputs(self, network: NetworkConfig, config: SamplingConfig, guided: bool) -> None:
         """Raise TesseraError for a null value that the model does not have, and for negative inputs without effect."""
@@ -271,6 +345,9 @@ class SampleRequest:
             scale=_expand(self.scales(config), num_rows),
             image=None if image is None else _expand(torch.from_numpy(np.ascontiguousarray(image)), num_rows),
             mask=None if mask is None else _expand(torch.from_numpy(mask != 0), num_rows),
+            frames=None
+            if self.given_frames is None
+            else _expand(torch.from_numpy(np.ascontiguousarray(self._given_rows)), num_rows),
             config=config,
             request=self,
         )
@@ -286,6 +363,7 @@ class SampleRows(Rows):
     scale: Tensor  # float32 [B] of guidance
     image: Tensor | None  # uint8 [B, H, W, C] to begin from
     mask: Tensor | None  # bool [B, H, W] true where to generate
+    frames: Tensor | None  # uint8 [B, F, H, W, C] that are given
     config: SamplingConfig
     request: SampleRequest
 

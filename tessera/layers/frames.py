@@ -25,6 +25,11 @@ class AttentionMode(Settings):
 
     is_causal: ClassVar[bool] = False  # a frame depends on itself and earlier frames alone
 
+    @property
+    def most_past(self) -> int | None:
+        """How many frames before a frame it attends to, in a causal mode; None: all"""
+        return None
+
     def for_block(self, number: int) -> "AnyAttention":
         """The mode of one block."""
         return self  # pyright: ignore[reportReturnType]
@@ -50,6 +55,10 @@ class Spatial(AttentionMode):
 
     kind: Literal["spatial"] = "spatial"
     is_causal: ClassVar[bool] = True
+
+    @property
+    def most_past(self) -> int:
+        return 0
 
     def frames(self, count: int) -> list[Frames]:
         return [[frame] for frame in range(count)]
@@ -92,6 +101,10 @@ class Causal(AttentionMode):
     is_causal: ClassVar[bool] = True
     past: PositiveInt | None = Field(default=None, description="earlier frames that a frame attends to; null: all")
 
+    @property
+    def most_past(self) -> int | None:
+        return self.past
+
     def frames(self, count: int) -> list[Frames]:
         return [range(max(0, frame - (count if self.past is None else self.past)), frame + 1) for frame in range(count)]
 
@@ -105,6 +118,10 @@ class Previous(AttentionMode):
     is_causal: ClassVar[bool] = True
     first: bool = Field(default=False, description="attend to the first frame, too")
     own: bool = Field(default=False, description="attend to the frame itself, too")
+
+    @property
+    def most_past(self) -> int | None:
+        return None if self.first else 1
 
     def frames(self, count: int) -> list[Frames]:
         return [

@@ -160,6 +160,12 @@ class DiTConfig(NetworkConfig):
     def uses_text(self) -> bool:
         return self.block.uses_text
 
+    @property
+    def is_causal(self) -> bool:
+        # In cross-attention blocks, all frames attend to the times of all frames.
+        allowed = self.attention.is_causal and not self.temporal_attention and self.block.kind != "cross-attention"
+        return self.is_temporal and self.temporal_patch_size == 1 and allowed
+
     def frame_times_problem(self) -> str | None:
         if self.temporal_patch_size > 1:
             return f"needs temporal_patch_size 1, not {self.temporal_patch_size}: frames of a patch have one time"

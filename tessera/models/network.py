@@ -71,6 +71,11 @@ class NetworkConfig(Settings, ABC):
         """Whether the network is for clips. A network for clips takes images, too: a clip with one frame."""
         return len(self.input_size) == 3
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a frame depends on itself and earlier frames alone, whose keys and values may be kept."""
+        return False
+
     def frame_times_problem(self) -> str | None:
         """Why frames cannot have times of their own, as the end of a sentence about them; None if they can"""
         return None if self.is_temporal else "needs a network for clips, and this one is for images"

@@ -24,6 +24,17 @@ from tessera.sampling.denoiser import (
 from tessera.sampling.dpm import DPMSolver, DPMSolverSDE
 from tessera.sampling.editing import EditSource, MaskedMemory, MaskedSolver
 from tessera.sampling.euler import Euler
+from tessera.sampling.frames import (
+    AnyFrameSchedule,
+    Autoregressive,
+    FrameSolver,
+    Pyramid,
+    Sliding,
+    Stage,
+    Together,
+    check_schedule,
+    given_mask,
+)
 from tessera.sampling.guidance import (
     AnyGuidanceSchedule,
     ConstantGuidance,
@@ -66,7 +77,8 @@ class SamplingConfig(Settings):
     guidance_scale: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
     guidance_scales: dict[str, float] = Field(
         default_factory=dict,
-        description="further guidance, away from the output without one condition: scales by field",
+        description="further guidance, away from the output without one condition: scales by field; frames: away from "
+        "the output in which the clean frames of a clip are noise",
     )
     guidance_channels: PositiveInt | Literal["all"] = Field(
         default="all", description="3 repeats the official code's rule"
@@ -88,6 +100,9 @@ class SamplingConfig(Settings):
         description="the text of the weak output of guidance: the network's null value, or an encoded empty prompt",
     )
     clipping: AnyClipping = Field(default=NoClipping(), description="limits of the predicted x0, for pixels")
+    frame_schedule: AnyFrameSchedule = Field(
+        default=Together(), description="the order in which the frames of a clip are sampled"
+    )
     caching: AnyCaching = Field(default=NoCaching(), description="what is reused from one step to the next")
 
     @field_validator("guidance_interval")
@@ -118,12 +133,64 @@ class SamplingConfig(Settings):
 
 
 __all__ = [
-    "DDIM", "SAMPLERS", "SDE", "TIMESTEP_SPACINGS", "Ancestral", "AnyCaching", "AnyClipping",
-    "AnyGuidanceSchedule", "AnySampler", "AnyTimestepSpacing", "CachedNetwork", "ConstantGuidance",
-    "ContinuousBatch", "CosineGuidance", "DPMSolver", "DPMSolverSDE", "Denoiser", "DenoiserRows",
-    "DynamicThresholding", "EditSource", "Euler", "FirstBlockCaching", "Guidance", "GuidanceModel", "Heun",
-    "Karras", "Leading", "LinearGuidance", "LogSNR", "MaskedMemory", "MaskedSolver", "NoCaching", "NoClipping",
-    "PoweredCosineGuidance", "Quadratic", "RangeClipping", "ResolutionShifted", "RowDenoiser", "RowState",
-    "SampleState", "SamplingConfig", "SamplingNetwork", "Shifted", "Solver", "Stepper", "Trailing", "UniPC",
-    "Uniform", "sample_loop", "sampling_noise", "timestep_grid",
+    "DDIM",
+    "SAMPLERS",
+    "SDE",
+    "TIMESTEP_SPACINGS",
+    "Ancestral",
+    "AnyCaching",
+    "AnyClipping",
+    "AnyFrameSchedule",
+    "AnyGuidanceSchedule",
+    "AnySampler",
+    "AnyTimestepSpacing",
+    "Autoregressive",
+    "CachedNetwork",
+    "ConstantGuidance",
+    "ContinuousBatch",
+    "CosineGuidance",
+    "DPMSolver",
+    "DPMSolverSDE",
+    "Denoiser",
+    "DenoiserRows",
+    "DynamicThresholding",
+    "EditSource",
+    "Euler",
+    "FirstBlockCaching",
+    "FrameSolver",
+    "Guidance",
+    "GuidanceModel",
+    "Heun",
+    "Karras",
+    "Leading",
+    "LinearGuidance",
+    "LogSNR",
+    "MaskedMemory",
+    "MaskedSolver",
+    "NoCaching",
+    "NoClipping",
+    "PoweredCosineGuidance",
+    "Pyramid",
+    "Quadratic",
+    "RangeClipping",
+    "ResolutionShifted",
+    "RowDenoiser",
+    "RowState",
+    "SampleState",
+    "SamplingConfig",
+    "SamplingNetwork",
+    "Shifted",
+    "Sliding",
+    "Solver",
+    "Stage",
+    "Stepper",
+    "Together",
+    "Trailing",
+    "UniPC",
+    "Uniform",
+    "check_schedule",
+    "given_mask",
+    "sample_loop",
+    "sampling_noise",
+    "timestep_grid",
 ]  # fmt: skip

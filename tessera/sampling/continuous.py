@@ -33,7 +33,7 @@ class RowState(Rows):
     name: list[Any]  # [B] of the row, for the caller
     x: Tensor  # [B, C, ...]
     x0: Tensor  # [B, C, ...] as last predicted; before the first prediction, any value
-    times: Tensor = field(metadata=pad(0))  # float64 [B, n + 1]
+    times: Tensor = field(metadata=pad(0))  # float64 [B, n + 1], or [B, n + 1, T] of frames
     step: Tensor  # int64 [B] steps done
     num_steps: Tensor  # int64 [B]
     seed: Tensor  # int64 [B]
@@ -42,8 +42,8 @@ class RowState(Rows):
     memory: Any  # of the solver
 
     def time(self, offset: int) -> Tensor:
-        """The time of each row, `offset` steps ahead: float64 [B]"""
-        return self.times.gather(1, (self.step + offset)[:, None])[:, 0]
+        """The time of each row, `offset` steps ahead: float64 [B], or [B, T] of frames"""
+        return self.times[torch.arange(len(self.step)), self.step + offset]
 
     @property
     def finished(self) -> Tensor:
@@ -156,7 +156,7 @@ class ContinuousBatch:
             by_size.setdefault(group.state.x.shape[1:], []).append(group)
         for groups in by_size.values():
             points = [group.point for group in groups if group.point is not None]
-            x, t = torch.cat([x for x, _ in points]), torch.cat([t for _, t in points])
+            x, t = torch.cat([x for x, _ in points]), _joined_times(points)
             prediction, inputs = self.denoiser(x, t, DenoiserRows.cat([group.state.inputs for group in groups]))
             start = 0
             for group in groups:
@@ -183,3 +183,10 @@ class ContinuousBatch:
                 waiting.setdefault((group.solver, state.x.shape[1:], structure(state)), []).append(state)
         self._groups = running + [_Group(key[0], RowState.cat(states)) for key, states in waiting.items()]
         return finished
+
+
+def _joined_times(points: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The times of all points (x, t): [B], or [B, T] if those of some are [B, T]"""
+    if any(t.ndim == 2 for _, t in points):
+        return torch.cat([t if t.ndim == 2 else t[:, None].expand(-1, x.shape[2]) for x, t in points])
+    return torch.cat([t for _, t in points])

@@ -18,7 +18,7 @@ from tessera.errors import TesseraError
 from tessera.rows import Rows
 from tessera.sampling.clipping import AnyClipping, NoClipping, clipped
 from tessera.sampling.guidance import AnyGuidanceSchedule, Guidance
-from tessera.times import shared_time
+from tessera.times import expand, shared_time
 
 Noise = Callable[[], Tensor]  # returns a new standard normal tensor shaped like x at every call
 
@@ -78,6 +78,9 @@ class DenoiserRows(Rows):
     guidance: Guidance
     states: tuple[Any, ...]  # of a network with a cache, one for each condition; else None
     clipping: list[AnyClipping]  # [B] of x0
+    # For each condition: noise [B, C, T, H, W] that replaces clean frames, or None. With it a term of guidance leads
+    # away from the output without the frames before and after (Song et al. 2025, "History-guided video diffusion").
+    frame_noise: tuple[Tensor | None, ...] | None = None
 
     @staticmethod
     def build(
@@ -86,10 +89,12 @@ class DenoiserRows(Rows):
         networks: Sequence[SamplingNetwork],
         x: Tensor,
         clipping: AnyClipping | None = None,
+        frame_noise: Sequence[Tensor | None] | None = None,
     ) -> "DenoiserRows":
         """Rows that were not evaluated. networks: of each condition; x: of the first evaluation"""
         states = [network.empty_state(x) if isinstance(network, CachedNetwork) else None for network in networks]
-        return DenoiserRows(tuple(conditions), guidance, tuple(states), [clipping or NoClipping()] * len(x))
+        noise = None if frame_noise is None else tuple(frame_noise)
+        return DenoiserRows(tuple(conditions), guidance, tuple(states), [clipping or NoClipping()] * len(x), noise)
 
 
 class RowDenoiser:
@@ -144,8 +149,10 @@ class RowDenoiser:
         self, x: Tensor, t: Tensor, rows: DenoiserRows, terms: list[tuple[int, Tensor | None]]
     ) -> tuple[list[Tensor], DenoiserRows]:
         """The raw output of each term for its rows."""
-        time = self.diffusion.model_time(t).to(x.device, non_blocking=x.is_cuda)
-        all_inputs = (_Inputs(x, time, rows.conditions[number], rows.states[number]) for number, _ in terms)
+        all_inputs = (
+            _Inputs(*self._state(x, t, rows, number), rows.conditions[number], rows.states[number])
+            for number, _ in terms
+        )
         inputs = [each if selection is None else each[selection] for each, (_, selection) in zip(all_inputs, terms)]
         outputs: list[Tensor | None] = [None] * len(terms)
         states = list(rows.states)
@@ -164,6 +171,14 @@ class RowDenoiser:
                     new = state[part] if len(group) > 1 else state
                     states[number] = new if selection is None else states[number].put(selection, new)
         return [output for output in outputs if output is not None], replace(rows, states=tuple(states))
+
+    def _state(self, x: Tensor, t: Tensor, rows: DenoiserRows, number: int) -> tuple[Tensor, Tensor]:
+        """x and the time that the network gets for a term of guidance."""
+        noise = None if rows.frame_noise is None else rows.frame_noise[number]
+        if noise is not None and t.ndim == 2:
+            is_clean = t == 0
+            x, t = torch.where(expand(is_clean, x).bool(), noise, x), torch.where(is_clean, 1, t)
+        return x, self.diffusion.model_time(t).to(x.device, non_blocking=x.is_cuda)
 
     def _call(self, network: NetworkFunction, inputs: _Inputs) -> Tensor:
         count, size = len(inputs.x), self.rows_per_call

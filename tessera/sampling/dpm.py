@@ -1,6 +1,6 @@
 """DPM-Solver++, multistep: earlier outputs of the denoiser replace further calls (Lu et al. 2022)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class DPMSolver(Solver):
     """
 
     kind: Literal["dpm++"] = "dpm++"
+    uses_history: ClassVar[bool] = True
     order: Literal[2, 3] = 2
 
     @property
@@ -39,6 +40,7 @@ class DPMSolverSDE(Solver):
     """SDE-DPM-Solver++(2M): as much noise as ancestral sampling, in far fewer steps; one call per step."""
 
     kind: Literal["dpm++-sde"] = "dpm++-sde"
+    uses_history: ClassVar[bool] = True
 
     @property
     def convergence_order(self) -> float:

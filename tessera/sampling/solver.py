@@ -26,6 +26,7 @@ class Solver(Settings):
     """
 
     calls_per_step: ClassVar[int] = 1  # predictions
+    uses_history: ClassVar[bool] = False  # predictions of earlier steps
 
     @property
     def convergence_order(self) -> float:

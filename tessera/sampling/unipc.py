@@ -1,7 +1,7 @@
 """UniPC: the denoiser call at the end of a step first corrects that step, then starts the next (Zhao et al. 2023)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -29,6 +29,7 @@ class UniPC(Solver):
     """
 
     kind: Literal["unipc"] = "unipc"
+    uses_history: ClassVar[bool] = True
     order: Literal[2, 3] = Field(default=2, description="of the predictor; the corrector is one higher")
     variant: Literal["bh1", "bh2"] = "bh2"
 

@@ -24,7 +24,7 @@ from tessera.models.dit import DiTConfig
 from tessera.models.network import NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
-from tessera.sampling import SamplingConfig
+from tessera.sampling import SamplingConfig, Together, check_schedule
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, read_yaml, validate
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
@@ -321,6 +321,10 @@ def resolve_recipe(
         )
     if not isinstance(recipe.training.frame_times, SharedTimes) and (problem := network.frame_times_problem()):
         raise TesseraError(f"training.frame_times={recipe.training.frame_times.kind} {problem}: leave it out")
+    schedule = recipe.sampling.frame_schedule
+    if not isinstance(schedule, Together) and (problem := network.frame_times_problem()):
+        raise TesseraError(f"sampling.frame_schedule={schedule.kind} {problem}: leave it out")
+    check_schedule(schedule, recipe.sampling.sampler)
     droppable = null_fields(network, recipe.sampling)
     if network.uses_text and recipe.training.condition_dropout and "text" not in droppable:
         raise TesseraError(
@@ -335,7 +339,8 @@ def resolve_recipe(
     known = (*network.null_fields, *(["control"] if isinstance(recipe.adapter, ControlConfig) else []))
     for key in ("training.field_dropout", "sampling.guidance_scales"):
         section, name = key.split(".")
-        if unknown := sorted(getattr(getattr(recipe, section), name).keys() - set(known)):
+        frames = {"frames"} if key == "sampling.guidance_scales" and network.is_temporal else set()
+        if unknown := sorted(getattr(getattr(recipe, section), name).keys() - set(known) - frames):
             raise TesseraError(
                 f"{key} has {', '.join(unknown)}, but the network has the conditions with a null value: "
                 f"{', '.join(known) or 'none'}"

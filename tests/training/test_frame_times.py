@@ -171,6 +171,12 @@ def test_networks_without_times_of_frames(tiny, network, message):
             resolve_recipe(recipe, ("0",) * 10, recipe.codec.build())
 
 
+def test_an_image_network_has_no_schedule_of_frames(tiny):
+    recipe = infer_pixel_channels(tiny("run", "sampling.frame_schedule=sliding"))
+    with pytest.raises(TesseraError, match="sampling.frame_schedule=sliding needs a network for clips"):
+        resolve_recipe(recipe, ("0",) * 10, recipe.codec.build())
+
+
 def test_fractions_of_more_than_all_clips():
     with pytest.raises(TesseraError, match="fractions of all clips"):
         validate(MixedTimes, {"independent": 0.3, "given_frames": 0.8}, "times")
