@@ -29,8 +29,8 @@ def cache(
     device: Device = "auto",
     verify: Annotated[bool, typer.Option("--verify", help="only compare every file with its checksum")] = False,
 ) -> None:
-    """Encode every image of a data set once, and every caption if the recipe has a frozen text encoder. Training reads
-    them with data.cache.
+    """Encode every image or clip of a data set once, and every caption if the recipe has a frozen text encoder.
+    Training reads them with data.cache.
 
     To resume after an interruption, repeat the command. On several GPUs: torchrun --nproc-per-node 8 -m tessera data
     cache RECIPE.
@@ -150,7 +150,7 @@ def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any
             raise TesseraError(f"--size has no effect with the recipe {target}: give data.size=")
         config: Any = recipe.read_recipe(Path(target), overrides)
     else:
-        data = resolve_data(target, parse_size(size)).model_dump(mode="json")
+        data = resolve_data(target, parse_size(size)).model_dump(mode="json", exclude_unset=True)
         if not any(word.startswith("codec") for word in overrides):
             raise TesseraError(
                 f"a codec is needed to encode {target}: give codec.source=FOLDER, or a hub id such as "

@@ -40,6 +40,7 @@ from tessera.data.latents import (
     LABELS,
     LATENTS,
     METADATA_KEY,
+    OWN_FRAMES,
     PLAN,
     SAMPLES,
     SKIPPED,
@@ -73,12 +74,13 @@ class LatentStatistics:
 
     @classmethod
     def from_moments(cls, moments: Tensor, channels: int) -> "LatentStatistics":
-        """From raw moments [B, 2C, h, w], or [B, C, h, w] without standard deviations, B > 0."""
+        """From raw moments [B, 2C, ...], or [B, C, ...] without standard deviations, B > 0."""
         values = moments.to(torch.float64).numpy()
         modes, std = values[:, :channels], values[:, channels:]
-        mean = modes.mean(axis=(0, 2, 3))
-        sum_squares = ((modes - mean[:, None, None]) ** 2).sum(axis=(0, 2, 3))
-        sum_variances = (std**2).sum(axis=(0, 2, 3)) if std.shape[1] else np.zeros(channels)
+        axes = (0, *range(2, values.ndim))
+        mean = modes.mean(axis=axes)
+        sum_squares = ((modes - mean.reshape(-1, *(1,) * (values.ndim - 2))) ** 2).sum(axis=axes)
+        sum_variances = (std**2).sum(axis=axes) if std.shape[1] else np.zeros(channels)
         return cls(modes[:, 0].size, mean, sum_squares, sum_variances)
 
     def __add__(self, other: "LatentStatistics") -> "LatentStatistics":
@@ -268,7 +270,7 @@ class CacheWriter(ShardedCache):
 
     def finish(self) -> dict[str, Any] | None:
         """As the base class. Raises TesseraError if no sample is valid."""
-        shards, skipped, statistics, labels, indices = [], [], [], [], []
+        shards, skipped, statistics, labels, indices, own_frames = [], [], [], [], [], []
         if not all(self.path(shard).exists() for shard in range(len(self))):
             return None
         for facts, metadata, tensors in self.shards():
@@ -278,6 +280,7 @@ class CacheWriter(ShardedCache):
             statistics += [LatentStatistics.from_json(metadata["statistics"])] if count else []
             labels.append(tensors[LABELS])
             indices.append(tensors[INDICES])
+            own_frames += [tensors[OWN_FRAMES]] if OWN_FRAMES in tensors else []
         if not statistics:
             reasons = [f"{name}: {reason}" for _, name, reason in skipped]
             raise TesseraError(f"no image of {self.config.description} is valid:{bullet_list(reasons)}")
@@ -294,7 +297,9 @@ class CacheWriter(ShardedCache):
             },
             "shards": shards,
         }
-        write_file(self.folder / SAMPLES, save({LABELS: torch.cat(labels), INDICES: torch.cat(indices)}))
+        samples = {LABELS: torch.cat(labels), INDICES: torch.cat(indices)}
+        samples |= {OWN_FRAMES: torch.cat(own_frames)} if own_frames else {}
+        write_file(self.folder / SAMPLES, save(samples))
         lines = [
             json.dumps({"index": index, "name": name, "reason": reason}, ensure_ascii=False) + "\n"
             for index, name, reason in skipped
@@ -358,6 +363,9 @@ class ShardWriter:
             LABELS: torch.tensor([cache.dataset.label(index) for index in self.indices], dtype=torch.int32),
             INDICES: torch.tensor(self.indices, dtype=torch.int64),
         }
+        if getattr(cache.config, "short", None) == "pad" and isinstance(cache.dataset, FilesDataset):
+            assert cache.dataset.own_frames is not None
+            tensors[OWN_FRAMES] = torch.from_numpy(cache.dataset.own_frames[self.indices])
         for name, batches in ((LATENTS, self.latents), (FLIPPED, self.flipped)):
             if batches:
                 tensors[name] = torch.cat(batches)
@@ -476,10 +484,11 @@ def _check_sizes(config: "AnyData", codec: Codec) -> None:
         raise TesseraError(
             f"the codec expects images of {codec.pixel_channels} channels, but data.channels is {config.channels}"
         )
-    buckets = getattr(config, "buckets", None)
-    for size in [config.size] if buckets is None else buckets.sizes(config.size):
-        if size[0] % codec.factor or size[1] % codec.factor:
+    buckets, own_size = getattr(config, "buckets", None), sample_size(config)
+    for size in [own_size] if buckets is None else buckets.sizes(own_size):
+        if size[-2] % codec.factor or size[-1] % codec.factor:
             raise TesseraError(
-                f"images of {size[0]} x {size[1]} cannot be divided into squares of {codec.factor} pixels, one per "
+                f"images of {size[-2]} x {size[-1]} cannot be divided into squares of {codec.factor} pixels, one per "
                 "latent: change data.size" + ("" if buckets is None else " or data.buckets.multiple")
             )
+        codec.latent_size(size)

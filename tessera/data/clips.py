@@ -35,6 +35,7 @@ from tessera.data.images import (
 ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")  # of Pillow, whose frames follow each other in time
 DEFAULT_DURATION = 0.1  # seconds of a frame of an animation that states none, as browsers show it
 TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+READING = "nearest timestamp, long frames stay"  # part of a latent cache's key: change it with `frame_numbers`
 EPSILON = 1e-6  # seconds, for the rounding of times
 ALPHA = re.compile(r"yuva|rgba|argb|bgra|abgr|gbrap|ya\d")  # pixel formats of videos with transparency
 NO_VIDEO = "has no video stream"

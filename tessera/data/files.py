@@ -269,8 +269,11 @@ class FilesDataset:
                 deque(pool.map(function, chunk.tolist()), maxlen=0)
 
     def files(self) -> list[Path]:
-        """Every file that holds samples, once, in order."""
-        return [self.root / path for path in self._path.unique().to_pylist()]
+        """Every file that holds samples, once, in order; of a folder of frames each frame."""
+        paths = [self.root / path for path in self._path.unique().to_pylist()]
+        if self.config.kind != "frame-folders":
+            return paths
+        return [file for folder in paths for file in sorted(folder.iterdir()) if file.is_file()]
 
 
 def _read_bytes(path: Path, offset: int, length: int) -> bytes:

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from tessera.codecs import Codec
 from tessera.data.buckets import Buckets, area_then_height
+from tessera.data.clips import READING
 from tessera.data.files import FilesDataset
 from tessera.data.images import RESIZING, Dataset, ImagesConfig
+from tessera.data.index import SPAN_COLUMNS
 from tessera.errors import TesseraError
 from tessera.files import read_json
 from tessera.settings import diff
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 PLAN, CACHE, SAMPLES, SKIPPED = "plan.json", "cache.json", "samples.safetensors", "skipped.jsonl"
 LATENTS, FLIPPED, LABELS, INDICES = "latents", "flipped", "labels", "indices"  # tensors of a shard
+OWN_FRAMES = "own_frames"  # the same, of clips with data.short=pad: the frames before the padding
 METADATA_KEY = "tessera"  # the only key of a shard's metadata: safetensors writes several in random order
 KEY_LENGTH = 16
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,7 +50,8 @@ class LatentsDataset:
     """The samples of a finished cache: all valid samples of the data set. It can be pickled.
 
     labels: int32 [N]. indices: the index of each sample in the data set, int64 [N]. source: that data set, if it is
-    open. text: the captions as tokens, where a network reads them.
+    open. text: the captions as tokens, where a network reads them. own_frames: of clips with data.short=pad, the frames
+    before the padding, int32 [N].
     """
 
     source: Dataset | None = None
@@ -76,6 +80,7 @@ class LatentsDataset:
                 raise TesseraError(f"{path} is damaged: {size or 'no'} bytes of {shard['bytes']}; {REPAIR}")
         samples = load_tensors(folder / SAMPLES)
         self.labels, self.indices = samples[LABELS].numpy(), samples[INDICES].numpy()
+        self.own_frames = samples[OWN_FRAMES].numpy() if OWN_FRAMES in samples else None
         self._ends = counts.cumsum()
         self._starts = self._ends - counts
         self._maps: dict[int, tuple[np.ndarray, ...]] = {}  # by shard, opened on demand
@@ -116,7 +121,7 @@ class LatentsDataset:
         """Raw moments of samples of one size, each of the image or of its horizontal flip.
 
         indices int64 [B], flip bool [B] -> float16 or bfloat16 [B, 2C, h, w], mean and standard deviation; [B, C, h, w]
-        from a deterministic codec.
+        from a deterministic codec. Of clips with frames before h.
         """
         if len(indices) and not (indices.min() >= 0 and indices.max() < len(self)):
             raise IndexError(f"samples {indices.min()} to {indices.max()} of {len(self)}")
@@ -208,6 +213,7 @@ def cache_spec(config: "AnyData", codec: Codec, dataset: Dataset | None) -> dict
     names = ImagesConfig.model_fields.keys() - {"hflip", "cache"}
     images = {name: value for name, value in settings.items() if name in names}
     images |= {"size": list(config.size), "channels": config.channels, "resizing": RESIZING}
+    images |= {} if config.frames is None else {"reading": READING}
     spec = {"codec": codec.fingerprint(), "images": images, "hflip": config.hflip}
     return spec if dataset is None else {**spec, "data": data_fingerprint(config, dataset)}
 
@@ -222,6 +228,7 @@ def data_fingerprint(config: "AnyData", dataset: Dataset) -> str:
     table = dataset.table
     has_digests = not table["digest"].null_count
     columns = ["path", "offset", "length", "label"] + (["digest"] if has_digests else [])
+    columns += [name for name in SPAN_COLUMNS if table[name].null_count < len(table)]
     digest.update(f"column {dataset.config.image}".encode())
     for start in range(0, len(table), 65536):
         digest.update(json.dumps(table.slice(start, 65536).select(columns).to_pydict()).encode())

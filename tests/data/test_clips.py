@@ -16,8 +16,10 @@ from PIL import Image
 
 from tessera.data import FilesConfig, Loader, index
 from tessera.data.buckets import Buckets, BucketsConfig, assign_buckets
+from tessera.data.cache import CacheWriter
 from tessera.data.clips import Span, count_frames, load_clip, open_frames
 from tessera.data.images import ImagesConfig, InvalidSample
+from tessera.data.latents import open_cache
 from tessera.errors import TesseraError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("clip_files.py"))))
@@ -386,3 +388,92 @@ def test_short_clips_are_skipped_or_padded_and_named(tmp_path):
     loader = Loader(data(tmp_path, short="loop"), 4, seed=0, condition_fields=())
     assert loader.load_batch(0).own_frames is None
     assert loader.short_samples == {str(tmp_path / "short.gif"): "2 of 4 frames"}
+
+
+# The latent cache
+
+
+@pytest.fixture
+def tiny_codec(tmp_path):
+    """A codec with random weights that halves height and width three times."""
+    from safetensors.torch import save_file
+
+    from tessera.codecs import TinyConfig
+    from tessera.codecs.tiny import Pair
+
+    torch.manual_seed(0)
+    folder = tmp_path / "codec"
+    folder.mkdir()
+    network = Pair(latent_channels=4, pool=False)
+    for name in ("encoder", "decoder"):
+        save_file(dict(getattr(network, name).state_dict()), folder / f"some_{name}.safetensors")
+    return TinyConfig(source=str(folder))
+
+
+def write_cache(folder, config, codec_config):
+    dataset = config.open()
+    writer = CacheWriter(folder, config, dataset, codec_config, codec_config.build(), shard_size=2)
+    writer.begin()
+    list(writer.write(range(len(writer)), torch.device("cpu"), batch_size=2))
+    writer.finish()
+    return dataset
+
+
+def cached(folder, config, codec_config):
+    return open_cache(folder, config, codec_config.build(), config.open())
+
+
+def test_cached_latents_are_those_of_the_clips(tmp_path, tiny_codec):
+    for number in range(5):
+        clip(tmp_path / f"data/{number}.gif", 2 if number == 3 else 5)
+    config = FilesConfig(path=str(tmp_path / "data"), size=(16, 16), frames=4, short="pad", caption=None)
+    dataset = write_cache(tmp_path / "cache", config, tiny_codec)
+    latents = cached(tmp_path / "cache", config, tiny_codec)
+    assert latents.own_frames is not None
+    assert latents.own_frames.tolist() == [4, 4, 4, 2, 4]
+    moments = latents.gather(np.array([3, 0]), np.array([False, False]))
+    assert moments.shape == (2, 4, 4, 2, 2)
+    pixels = torch.from_numpy(np.stack([dataset.pixels(3), dataset.pixels(0)])).float() / 127.5 - 1
+    expected = tiny_codec.build().encode(pixels)
+    torch.testing.assert_close(moments.float(), expected, rtol=2e-3, atol=2e-3)
+    loader = Loader(latents, 5, seed=0, condition_fields=())
+    batch = loader.load_batch(0)
+    assert batch.own_frames is not None
+    assert sorted(batch.own_frames.tolist()) == [2, 4, 4, 4, 4]
+
+
+def test_lengths_and_images_have_shards_of_their_own(tmp_path, tiny_codec):
+    for number in range(3):
+        clip(tmp_path / f"data/{number}.gif", 5)
+        Image.fromarray(grey([200])[0]).save(tmp_path / f"data/{number}.png")
+    config = FilesConfig(
+        path=str(tmp_path / "data"), size=(16, 16), frames=4, caption=None, buckets={"frames": [1, 4], "aspect": 1}
+    )
+    write_cache(tmp_path / "cache", config, tiny_codec)
+    latents = cached(tmp_path / "cache", config, tiny_codec)
+    assert latents.buckets.sizes == [(1, 16, 16), (4, 16, 16)]
+    assert sorted(latents.buckets.bucket_ids.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"frames": 3}, {"fps": 5}, {"short": "loop"}, {"stride": 2}, {"buckets": {"frames": [2, 4], "aspect": 1}}],
+    ids=str,
+)
+def test_a_cache_of_other_clips_is_refused(tmp_path, tiny_codec, changes):
+    clip(tmp_path / "data/a.gif", 8)
+    settings = {"path": str(tmp_path / "data"), "size": (16, 16), "frames": 4, "caption": None}
+    write_cache(tmp_path / "cache", FilesConfig(**settings), tiny_codec)
+    name = next(iter(changes))
+    with pytest.raises(TesseraError, match=f"(?s)no cache in .* images.{name}"):
+        cached(tmp_path / "cache", FilesConfig(**settings | changes), tiny_codec)
+
+
+def test_a_cache_of_changed_clips_is_refused(tmp_path, tiny_codec):
+    clip(tmp_path / "data/a", 8)
+    config = FilesConfig(path=str(tmp_path / "data"), size=(16, 16), frames=4, kind="frame-folders", caption=None)
+    write_cache(tmp_path / "cache", config, tiny_codec)
+    assert len(cached(tmp_path / "cache", config, tiny_codec)) == 1
+    Image.fromarray(grey([200], (64, 64))[0]).save(tmp_path / "data/a/frame-2.png")
+    with pytest.raises(TesseraError, match="(?s)no cache in .* data was"):
+        cached(tmp_path / "cache", config, tiny_codec)
