@@ -79,8 +79,8 @@ def score(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="of fd, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, law, clip_score (default: "
-            "those that apply)"
+            help="of fd, frame_fd, motion, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, law, "
+            "clip_score (default: those that apply)"
         ),
     ] = None,
     num_samples: Annotated[

@@ -38,6 +38,7 @@ from tessera.settings import unknown_name
 SUMMARY = "summary.json"
 BUILT_IN = Path(__file__).parent / "weights"  # the feature networks that come with the package
 ROWS = 1000  # rows read from disk at a time
+NUM_FRAMES = 4  # of a clip, whose features are compared one by one
 Progress = Callable[[int, int], None] | None
 
 
@@ -54,7 +55,7 @@ class FeatureExtractor:
     network: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
     channels: tuple[int, ...] = (1, 3)
-    size: tuple[int, int] | None = None  # the only size it takes; None: any
+    size: tuple[int, ...] | None = None  # the only size it takes, (T, H, W) of clips; None: any
 
     @property
     def identity(self) -> dict[str, str]:
@@ -62,22 +63,38 @@ class FeatureExtractor:
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """The number of features of each kind."""
+        """The number of features of each kind. Those of frames are of clips alone."""
         blank = np.zeros((1, *(self.size or (64, 64)), self.channels[-1]), np.uint8)
-        return {kind: values.shape[1] for kind, values in self(blank, 1).items()}
+        widths = {kind: values.shape[1] for kind, values in self(blank, 1).items()}
+        return widths | {"frames": NUM_FRAMES * widths["pool"], "motion": 1}
 
-    @torch.no_grad()
     def __call__(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         """uint8 [B, H, W, C] -> float32 [B, D] of each kind: pool, and spatial and logits if the network has them.
 
-        Of clips uint8 [B, T, H, W, C], the mean over the frames: motion has no effect on it.
+        Clips are uint8 [B, T, H, W, C]. A network of images gives the mean over the frames: motion has no effect on it.
+        Two more kinds: `frames`, pool of NUM_FRAMES frames one by one [B, NUM_FRAMES D]; and `motion` [B, T - 1], the
+        mean absolute difference of frames that follow each other, in levels.
         """
-        if images.ndim == 5:
-            frames = self(images.reshape(-1, *images.shape[2:]), batch_size)
-            return {kind: values.reshape(*images.shape[:2], -1).mean(axis=1) for kind, values in frames.items()}
+        if images.ndim == 4:
+            return self._features(images, batch_size)
+        count, length = images.shape[:2]
+        chosen = np.linspace(0, length - 1, NUM_FRAMES).round().astype(int)
+        if self.size is not None and len(self.size) == 3:
+            features = self._features(images, batch_size)
+            frames = self._features(images[:, chosen].reshape(-1, *images.shape[2:]), batch_size)["pool"]
+        else:
+            each = self._features(images.reshape(-1, *images.shape[2:]), batch_size)
+            features = {kind: values.reshape(count, length, -1).mean(axis=1) for kind, values in each.items()}
+            frames = each["pool"].reshape(count, length, -1)[:, chosen]
+        motion = np.stack([np.abs(np.diff(clip.astype(np.float32), axis=0)).mean(axis=(1, 2, 3)) for clip in images])
+        return features | {"frames": frames.reshape(count, -1), "motion": motion}
+
+    @torch.no_grad()
+    def _features(self, images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+        """Images uint8 [B, H, W, C], or clips [B, T, H, W, C] of a network of clips."""
         features: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.array(images[start : start + batch_size].transpose(0, 3, 1, 2), order="C"))
+            batch = torch.from_numpy(np.array(np.moveaxis(images[start : start + batch_size], -1, 1), order="C"))
             with full_float32(self.device):
                 outputs = self.network(batch.to(self.device))
             for kind, values in outputs.items():
@@ -187,10 +204,12 @@ def check_images(source: SampleSource, extractor: FeatureExtractor) -> None:
             f"{source.description} has {source.channels} channels, but the features {extractor.name} take "
             f"{extractor.channels[0]}: choose other --features"
         )
-    if extractor.size is not None and tuple(source.size[-2:]) != tuple(extractor.size):
+    size = extractor.size
+    if size is not None and (len(source.size) < len(size) or tuple(source.size[-2:]) != tuple(size[-2:])):
+        theirs, ours = (" x ".join(map(str, each)) for each in (source.size, size))
         raise TesseraError(
-            f"{source.description} is {source.size[-2]} x {source.size[-1]}, but the features {extractor.name} take "
-            f"{extractor.size[0]} x {extractor.size[1]}: choose other --features, or --size"
+            f"{source.description} is {theirs}, but the features {extractor.name} take {ours}: choose other "
+            "--features, or --size"
         )
 
 
@@ -265,7 +284,7 @@ def _read_features(
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except ValueError as error:
         raise TesseraError(f"{folder / SUMMARY} is damaged: {error}; remove {folder} to compute it again") from None
-    kinds = [kind for kind in ("pool", "spatial", "logits") if (folder / f"{kind}.npy").exists()]
+    kinds = [kind for kind in ("pool", "spatial", "logits", "frames", "motion") if (folder / f"{kind}.npy").exists()]
     rows = {kind: read_array(folder / f"{kind}.npy") for kind in kinds}
     labels = folder / "labels.npy"
     return FeatureSet(

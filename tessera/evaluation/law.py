@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 
 from tessera.data.lanes import COLOURS, HELD_OUT_PAIRS, HELD_OUT_SPEEDS, LANE, LanesConfig
+from tessera.evaluation import distances
 from tessera.evaluation.toy import lane_reader
 from tessera.evaluation.toy.lane_reader import Readings, path_colours, read_clips
 from tessera.reporting.estimates import Estimate
@@ -82,27 +83,11 @@ def measure(
     return scores, rows
 
 
-def wasserstein(x: np.ndarray, y: np.ndarray) -> float:
-    """The Wasserstein distance of two samples of numbers, in their unit: the mean distance of their quantiles."""
-    from scipy.stats import wasserstein_distance
-
-    return float(wasserstein_distance(x, y))
-
-
-def jackknife(groups: Sequence[np.ndarray], reference: np.ndarray) -> Estimate:
-    """The Wasserstein distance of samples in groups from a reference, with the error of leaving out one group."""
-    value = wasserstein(np.concatenate(groups), reference)
-    others = [np.concatenate([*groups[:index], *groups[index + 1 :]]) for index in range(len(groups))]
-    values = np.array([wasserstein(part, reference) for part in others])
-    count = len(values)
-    return Estimate.normal(value, float(np.sqrt((count - 1) / count * ((values - values.mean()) ** 2).sum())))
-
-
 def _speed_distance(readings: Readings, real_steps: np.ndarray) -> Estimate:
     steps = np.abs(np.diff(readings.centres, axis=1))
     groups = [steps[index::GROUPS] for index in range(GROUPS)]
     finite = [part for group in groups if len(part := group[np.isfinite(group)])]
-    return jackknife(finite, real_steps) if len(finite) > 1 else Estimate.normal(wasserstein(finite[0], real_steps), 0)
+    return distances.wasserstein(finite, real_steps)
 
 
 def _fractions(readings: Readings, labels: Sequence[int] | None, lanes: int) -> Fractions:

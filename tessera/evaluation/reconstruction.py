@@ -152,10 +152,11 @@ def _batches(dataset: Dataset, indices: Sequence[int], batch_size: int) -> Itera
             yield torch.from_numpy(np.stack(images))
 
 
-def _reduce(pixels: Tensor, size: tuple[int, int] | None) -> np.ndarray:
+def _reduce(pixels: Tensor, size: tuple[int, ...] | None) -> np.ndarray:
     """uint8 [B, C, H, W] -> [B, h, w, C] by average pooling."""
-    if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
-        pixels = functional.adaptive_avg_pool2d(pixels.float(), size).round().to(torch.uint8)
+    if size is not None and pixels.shape[-2:] != size[-2:]:
+        height, width = size[-2:]
+        pixels = functional.adaptive_avg_pool2d(pixels.float(), (height, width)).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy()
 
 

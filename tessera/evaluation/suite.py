@@ -15,6 +15,7 @@ from tessera.evaluation import captions, clips, distances
 from tessera.evaluation.captions import ImageScores
 from tessera.evaluation.features import (
     MEAN,
+    NUM_FRAMES,
     FeatureExtractor,
     FeatureSet,
     Progress,
@@ -22,6 +23,7 @@ from tessera.evaluation.features import (
     extract,
     features_path,
 )
+from tessera.evaluation.moments import Moments
 from tessera.evaluation.protocol import Protocol, Score
 from tessera.evaluation.reference import MAX_ROWS, check_widths, describe_reference, open_reference, statistics_features
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
@@ -34,6 +36,7 @@ from tessera.runtime import SINGLE, Distributed
 from tessera.settings import unknown_name
 
 MIN_CLASS_IMAGES = 20  # to score a class by itself
+MOTION_GROUPS = 20  # of clips, of which one at a time is left out for the interval of a distance
 
 
 def row_subset(features: FeatureSet, limit: int = MAX_ROWS) -> np.ndarray:
@@ -64,8 +67,44 @@ class Metric:
     min_samples: Callable[[int], int] = lambda width: 2  # by the number of features
 
 
+def _fd(samples: FeatureSet, reference: FeatureSet) -> Estimates:
+    """Of clips always with `motion`: a distance alone can prefer clips that stand still."""
+    fd = {"fd": _frechet(samples, reference, "pool")}
+    return fd | (_motion(samples, reference) if "motion" in samples.rows and "motion" in reference.rows else {})
+
+
+def _frame_fd(samples: FeatureSet, reference: FeatureSet) -> Estimates:
+    """The Fréchet distance of single frames. Its interval is that of as many independent frames as there are clips."""
+    width = samples.rows["pool"].shape[1]
+    x, y = (_rows_of_clips(features, "frames").reshape(-1, width) for features in (samples, reference))
+    value = distances.frechet(x, Moments.from_rows(x), Moments.from_rows(y))
+    half = (value.high - value.value) * NUM_FRAMES**0.5
+    return {"frame_fd": Estimate(value.value, value.value - half, value.value + half)}
+
+
+def _motion(samples: FeatureSet, reference: FeatureSet) -> Estimates:
+    x, y = (_rows_of_clips(features, "motion") for features in (samples, reference))
+    return {"motion": distances.wasserstein(np.array_split(x, min(MOTION_GROUPS, len(x))), y.ravel())}
+
+
+def _rows_of_clips(features: FeatureSet, kind: str) -> np.ndarray:
+    if kind not in features.rows:
+        raise TesseraError(f"{kind} are compared of clips, and {features.description} has images or statistics")
+    return np.asarray(features.rows[kind])
+
+
 METRICS = {
-    "fd": Metric(lambda x, y: {"fd": _frechet(x, y, "pool")}, {"distance": "Fréchet", "features": "pool"}, "pool"),
+    "fd": Metric(_fd, {"distance": "Fréchet", "features": "pool"}, "pool"),
+    "frame_fd": Metric(
+        _frame_fd,
+        {"distance": "Fréchet", "features": "pool of single frames", "frames": NUM_FRAMES},
+        rows=("frames", "frames"),
+    ),
+    "motion": Metric(
+        _motion,
+        {"distance": "Wasserstein", "of": "mean absolute difference of frames that follow each other"},
+        rows=("motion", "motion"),
+    ),
     "fd_inf": Metric(
         lambda x, y: {"fd_inf": distances.frechet_infinity(x.rows["pool"], y.moments["pool"])},
         {"distance": "Fréchet, infinitely many samples", "features": "pool"},

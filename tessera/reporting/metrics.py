@@ -6,6 +6,9 @@ HIGHER_IS_BETTER |= {"composition", "clip_score", "law", "law_occluded", "class_
 
 MEANING = {
     "fd": "Fréchet distance of the features; lower is better; falls with the number of samples",
+    "frame_fd": "Fréchet distance of the features of single frames; blind to motion; lower is better",
+    "motion": "Wasserstein distance of the mean differences between frames, in levels; lower is better; a still clip "
+    "is far",
     "fd_inf": "Fréchet distance extrapolated to infinitely many samples; lower is better",
     "sfid": "Fréchet distance of spatial features: layout rather than content; lower is better",
     "kid": "kernel distance, unbiased at any number of samples; lower is better, 0 is equal",

@@ -154,3 +154,43 @@ def test_its_distance_of_noise_is_larger_than_that_of_digits(digits: FeatureExtr
     }
     assert abs(fd["same"]) < 1e-6 * reference.cov.trace()
     assert fd["noise"] > 20 * fd["other"] > 0
+
+
+class Moving:
+    """Clips of a bright column that moves by a pixel in each frame, to the left or to the right: the class."""
+
+    class_names = ("left", "right")
+    text = image_sizes = None
+
+    def __len__(self) -> int:
+        return 300
+
+    def label(self, index: int) -> int:
+        return index % 2
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def pixels(self, index: int) -> np.ndarray:
+        clip = np.random.default_rng(index).integers(0, 100, (1, 4, 8, 8), dtype=np.uint8)
+        for frame in range(4):
+            clip[:, frame, :, (index // 2 + (frame if index % 2 else -frame)) % 8] += 100
+        return clip
+
+
+def test_a_network_of_clips_sees_motion_and_takes_clips_of_any_length_and_images():
+    settings = {"hflip": False, "description": "moving", "width": 8, "steps": 100, "batch_size": 32}
+    network = feature_network.train(Moving(), (4, 8, 8), 1, **settings)  # frames are the same in both classes
+    assert network.config.origin["held_out_accuracy"] >= 0.9
+    extractor = FeatureExtractor("moving", "", "none", network, torch.device("cpu"), (1,), (4, 8, 8))
+    clips = np.stack([np.moveaxis(Moving().pixels(index), 0, -1) for index in range(10)])
+    features = extractor(clips, 3)
+    widths = {kind: values.shape[1] for kind, values in features.items()}
+    assert widths == extractor.widths | {"motion": 3}
+    np.testing.assert_allclose(
+        features["frames"].reshape(10, 4, -1)[:, 2], extractor(clips[:, 2], 50)["pool"], atol=1e-5
+    )
+    assert extractor(clips[:, :2], 10)["pool"].shape == features["pool"].shape
+    assert extractor(np.repeat(clips[:, :1], 4, axis=1), 10)["motion"].max() == 0
+    change = np.abs(np.diff(clips[0, :2].astype(int), axis=0)).mean()
+    assert features["motion"][0, 0] == pytest.approx(change, rel=1e-5)

@@ -273,3 +273,30 @@ def test_metrics_that_compare_no_features_need_no_inception():
     extractor = load_extractor("mean", torch.device("cpu"))
     images = np.stack([np.zeros((4, 6, 3), np.uint8), np.full((4, 6, 3), 200, np.uint8)])
     np.testing.assert_array_equal(extractor(images, 1)["pool"], [[0], [200]])
+
+
+# Clips
+
+
+def test_a_still_clip_has_good_frames_but_no_motion(scored, real, digits, make_npz, tmp_path):
+    """Clips of shuffled digits; still copies of their first frames; and noise."""
+    clips = real[:600].reshape(100, 6, 8, 8, 1)
+    reference = str(make_npz("reference.npz", clips[50:]))
+    metrics = ["fd", "frame_fd"]
+    moving, still, bad = (
+        values(scored(samples, reference=reference, out=out, metrics=metrics))
+        for out, samples in (
+            ("moving", clips[:50]),
+            ("still", np.repeat(clips[:50, :1], 6, axis=1)),
+            ("bad", noise(300).reshape(50, 6, 8, 8, 1)),
+        )
+    )
+    assert moving.keys() == {"fd", "motion", "frame_fd"}  # motion always beside a distance of clips
+    assert moving["motion"] < 3 < 30 < still["motion"]
+    assert still["frame_fd"] < bad["frame_fd"] / 4
+    assert moving["frame_fd"] < still["frame_fd"]  # a quarter as many different frames
+
+
+def test_frames_are_compared_of_clips_only(scored, real):
+    with pytest.raises(TesseraError, match="frames are compared of clips, and npz .* has images or statistics"):
+        scored(real[:60], metrics=["frame_fd"])

@@ -83,7 +83,8 @@ def test_bulk_sampling_npz_and_scores(make_model, tmp_path):
     evaluation = suite.evaluate(
         samples, str(tmp_path / "clips.npz"), extractor, tmp_path / "work", ["fd"]
     )  # fmt: skip
-    [score] = evaluation.scores
+    score, motion = evaluation.scores
+    assert (motion.metric, motion.value) == ("motion", pytest.approx(0))
     assert score.value == pytest.approx(0, abs=1e-3)
     assert score.protocol.size == (3, 8, 8)
     assert NpzSource(tmp_path / "clips.npz").size == (3, 8, 8)

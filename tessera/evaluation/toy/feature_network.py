@@ -1,8 +1,8 @@
 """A small feature network: for data that no pretrained network fits, and where none can be downloaded.
 
-Two come with the package, for the embedded data sets; `tessera evaluate train-features` trains one on labeled data.
+Some come with the package, for the embedded data sets; `tessera evaluate train-features` trains one on labeled data.
 
-Shapes: B images, C channels, H W height and width, D features, K classes.
+Shapes: B images or clips, C channels, T frames, H W height and width, D features, K classes.
 """
 
 import json
@@ -22,7 +22,7 @@ from tessera.data.images import Dataset
 from tessera.data.loader import Loader
 from tessera.errors import TesseraError
 from tessera.files import atomic_folder
-from tessera.settings import Settings, Size, validate
+from tessera.settings import InputSize, Settings, validate
 
 if TYPE_CHECKING:
     from tessera.data.captions import EncodedCaptions
@@ -38,7 +38,7 @@ class FeatureConfig(Settings):
     """config.json of a feature network."""
 
     format: Literal["tessera-features-2"] = FORMAT
-    size: Size
+    size: InputSize = Field(description="(H, W), or (T, H, W): a network of clips, with 3-D convolutions")
     channels: Literal[1, 3]
     num_classes: PositiveInt
     width: PositiveInt = Field(
@@ -51,28 +51,42 @@ class FeatureConfig(Settings):
 
 
 class FeatureNetwork(nn.Module):
-    """Convolutions that halve the image until it is 4 wide, a mean over positions, and a linear classifier."""
+    """Convolutions that halve the image or clip until it is 4 wide, a mean over positions, and a linear classifier.
+
+    A network of clips takes clips of any length, and single images.
+    """
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
         self.config = config
-        side, width, max_width = min(config.size), config.width, 4 * config.width
+        side, width, max_width = min(config.size[-2:]), config.width, 4 * config.width
+        convolution = nn.Conv3d if self.is_of_clips else nn.Conv2d
         stride = 1
         while side // stride > MAX_SIDE:
             stride *= 2
-        self.stem = nn.Conv2d(config.channels, width, max(3, 2 * stride - 1), stride, padding=max(1, stride - 1))
+        self.stem = convolution(config.channels, width, max(3, 2 * stride - 1), stride, padding=max(1, stride - 1))
         side //= stride
         stages: list[nn.Module] = []
         while side // 2 >= MIN_SIDE:
             out_width = min(2 * width, max_width)
-            stages.append(nn.Sequential(nn.Conv2d(width, out_width, 3, 2, padding=1), Residual(out_width)))
+            stages.append(
+                nn.Sequential(convolution(width, out_width, 3, 2, padding=1), Residual(out_width, convolution))
+            )
             width, side = out_width, side // 2
-        self.stages = nn.ModuleList(stages or [Residual(width)])
+        self.stages = nn.ModuleList(stages or [Residual(width, convolution)])
         self.norm = nn.GroupNorm(8, width)
         self.classify = nn.Linear(width, config.num_classes)
 
+    @property
+    def is_of_clips(self) -> bool:
+        return len(self.config.size) == 3
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, C, H, W] -> pool [B, D], spatial (7 channels of the first stage, flat) and logits [B, K]"""
+        """uint8 [B, C, H, W], of clips [B, C, T, H, W] -> pool [B, D], spatial (7 channels of the first stage, flat)
+        and logits [B, K]
+        """
+        if self.is_of_clips and images.ndim == 4:
+            images = images[:, :, None]
         x = self.stem(images.float() / 127.5 - 1)
         spatial = None
         for stage in self.stages:
@@ -80,15 +94,15 @@ class FeatureNetwork(nn.Module):
             if spatial is None:
                 spatial = functional.relu(x)[:, :7].flatten(1)
         assert spatial is not None  # there is at least one stage
-        pool = functional.relu(self.norm(x)).mean(dim=(2, 3))
+        pool = functional.relu(self.norm(x)).mean(dim=tuple(range(2, x.ndim)))
         return {"pool": pool, "spatial": spatial, "logits": self.classify(pool)}
 
 
 class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, convolution: type[nn.Conv2d] | type[nn.Conv3d]) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.convolutions = nn.ModuleList(convolution(width, width, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         branch = x
@@ -151,7 +165,7 @@ class Subset:
 
 def train(
     dataset: Dataset,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     channels: Literal[1, 3],
     *,
     hflip: bool,
@@ -165,8 +179,8 @@ def train(
 ) -> FeatureNetwork:
     """Train a network to classify a data set. A tenth is held out; the accuracy on it is saved in `config.origin`.
 
-    Images are shifted by up to an eighth of their side and, with hflip, flipped. AdamW, one cycle of the learning rate
-    (Smith 2018). Raises TesseraError without classes or with too few images.
+    Images, but not clips, are shifted by up to an eighth of their side and, with hflip, flipped. AdamW, one cycle of
+    the learning rate (Smith 2018). Raises TesseraError without classes or with too few images.
     """
     if len(dataset.class_names) < 2:
         raise TesseraError(
@@ -186,7 +200,8 @@ def train(
     batches = Loader(training, batch_size, seed=0).batches()
     for step in range(steps):
         batch = next(batches)
-        images = random_shift(batch.pixels, batch.position, hflip).to(device)
+        is_images = batch.pixels.ndim == 4
+        images = (random_shift(batch.pixels, batch.position, hflip) if is_images else batch.pixels).to(device)
         assert batch.condition.label is not None
         label = batch.condition.label.to(device)
         loss = functional.cross_entropy(network(images)["logits"], label, label_smoothing=0.1)
