@@ -4,10 +4,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tessera import adapter_files, bundle
+from tessera import adapter_files, adapters, bundle
 from tessera.errors import TesseraError
 from tessera.files import atomic_file, atomic_folder
-from tessera.interop import load, lora_files, lora_keys, lora_names
+from tessera.interop import load, lora_files, lora_keys, lora_names, pixart_delta
 from tessera.interop.adapters import ACCEPTED, find_base, find_file
 from tessera.interop.adapters import read as read_adapter
 from tessera.interop.lora_export import FORMATS
@@ -16,6 +16,7 @@ from tessera.settings import unknown_name
 
 ADAPTER = "adapter"  # the folder of Tessera
 ALL_FORMATS = (ADAPTER, *FORMATS)
+CONTROL_FORMATS = (ADAPTER, "official", "diffusers")  # of controls by copied blocks: PixArt-delta
 ONLY_ADAPTERS = (ADAPTER, "peft", "kohya")  # formats that no model has
 
 
@@ -36,13 +37,12 @@ def convert(
     """Write an adapter in another format; returns a message about what was written.
 
     source: an adapter of Tessera, the run that trained one, or an adapter of another program. to: adapter, peft,
-    diffusers or kohya. base: the model it belongs to, which gives the names and the sizes of its layers; for an adapter
-    in a run or a bundle it is known. alpha: if no file states it. any_base: also another model of the same shapes.
+    diffusers or kohya; of a control by copied blocks: adapter, official (a .pth) or diffusers (a folder). base: the
+    model it belongs to, which gives the names and the sizes of its layers; for an adapter in a run or a bundle it is
+    known. alpha: if no file states it. any_base: also another model of the same shapes.
     Raises TesseraError if the target exists, or the adapter does not fit the model or the format.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    if to not in ALL_FORMATS:
-        raise TesseraError(unknown_name("format of adapters", to, ALL_FORMATS))
     if not source.exists():
         raise TesseraError(f"there is nothing at {source}: {ACCEPTED}")
     file = find_file(source)
@@ -68,6 +68,16 @@ def convert(
         info = AdapterInfo(
             summary=lora_files.summary(state), base_network=model.config.network.summary(), provenance=provenance
         )
+    is_control = any(key.startswith("copy.") for key in state)
+    formats = CONTROL_FORMATS if is_control else ALL_FORMATS
+    if to not in formats:
+        raise TesseraError(unknown_name("format of this adapter", to, formats))
+    if is_control and to != ADAPTER:
+        if target.exists():
+            raise TesseraError(f"{target} exists already: remove it or give another name")
+        adapters.attach(model.network, source.stem, adapters.layers_from_state(model.network, state, str(source)))
+        pixart_delta.write(target, model, source.stem)
+        return f"wrote {target}: {info.summary}, as a ControlNet of PixArt"
     if to != ADAPTER:
         return lora_files.write(target, state, model.network, to)
     if target.suffix == ".safetensors":

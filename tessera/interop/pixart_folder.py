@@ -167,14 +167,15 @@ def from_diffusers(
     return network, diffusers.from_mappings(list(tensor_mappings(network)), tensors, source)
 
 
+def both(ours: str, theirs: str, parts: str = "") -> Iterator[TensorMapping]:
+    """Weight and bias of a layer, with its name or names in diffusers."""
+    names = [f"{theirs}{part}" for part in parts] or [theirs]
+    for kind in ("weight", "bias"):
+        yield TensorMapping(f"{ours}.{kind}", "chunks", tuple(f"{name}.{kind}" for name in names))
+
+
 def tensor_mappings(network: PixArtConfig) -> Iterator[TensorMapping]:
     """Every tensor of a network with its name or names in diffusers."""
-
-    def both(ours: str, theirs: str, parts: str = "") -> Iterator[TensorMapping]:
-        names = [f"{theirs}{part}" for part in parts] or [theirs]
-        for kind in ("weight", "bias"):
-            yield TensorMapping(f"{ours}.{kind}", "chunks", tuple(f"{name}.{kind}" for name in names))
-
     embedder = "adaln_single.emb"
     yield from both("x_embedder.proj", "pos_embed.proj")
     embedders = {"t_embedder": "timestep_embedder"}
@@ -191,15 +192,19 @@ def tensor_mappings(network: PixArtConfig) -> Iterator[TensorMapping]:
     yield from both("final_layer.linear", "proj_out")
     yield TensorMapping("final_layer.scale_shift_table", "chunks", ("scale_shift_table",))
     for number in range(network.depth):
-        ours, theirs = f"blocks.{number}", f"transformer_blocks.{number}"
-        yield TensorMapping(f"{ours}.adaLN_modulation.table", "chunks", (f"{theirs}.scale_shift_table",))
-        yield from both(f"{ours}.attn.qkv", f"{theirs}.attn1.to_", "qkv")
-        yield from both(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0")
-        yield from both(f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q")
-        yield from both(f"{ours}.cross_attn.kv_linear", f"{theirs}.attn2.to_", "kv")
-        yield from both(f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0")
-        yield from both(f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj")
-        yield from both(f"{ours}.mlp.fc2", f"{theirs}.ff.net.2")
+        yield from block_mappings(f"blocks.{number}", f"transformer_blocks.{number}")
+
+
+def block_mappings(ours: str, theirs: str) -> Iterator[TensorMapping]:
+    """Every tensor of a block, whose name is `ours` here and `theirs` in diffusers."""
+    yield TensorMapping(f"{ours}.adaLN_modulation.table", "chunks", (f"{theirs}.scale_shift_table",))
+    yield from both(f"{ours}.attn.qkv", f"{theirs}.attn1.to_", "qkv")
+    yield from both(f"{ours}.attn.proj", f"{theirs}.attn1.to_out.0")
+    yield from both(f"{ours}.cross_attn.q_linear", f"{theirs}.attn2.to_q")
+    yield from both(f"{ours}.cross_attn.kv_linear", f"{theirs}.attn2.to_", "kv")
+    yield from both(f"{ours}.cross_attn.proj", f"{theirs}.attn2.to_out.0")
+    yield from both(f"{ours}.mlp.fc1", f"{theirs}.ff.net.0.proj")
+    yield from both(f"{ours}.mlp.fc2", f"{theirs}.ff.net.2")
 
 
 # Export

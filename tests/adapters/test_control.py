@@ -24,6 +24,7 @@ from tessera.errors import TesseraError
 from tessera.generation import ContinuousSampler, ControlInput, SampleRequest
 from tessera.model import AdapterInfo, BundleConfig, Model
 from tessera.models import DiTConfig, UNetConfig
+from tessera.models.blocks import Context
 from tessera.models.dit import DiT
 from tessera.models.pixart import PixArtConfig
 from tessera.settings import validate
@@ -499,6 +500,52 @@ def test_the_command_takes_control_images(base_run: Path, tmp_path: Path) -> Non
     assert len(settings["control_edges_hash"]) == 16
     twice = CliRunner().invoke(app, [*command, "--control", spec, "--control-map", spec])
     assert twice.exit_code != 0
+
+
+def test_a_folder_of_diffusers_holds_the_blocks_of_its_transformer(tmp_path: Path) -> None:
+    """Each block loads strictly into diffusers' own, and has its output; the folder comes back with the same state."""
+    attention = pytest.importorskip("diffusers.models.attention")
+    from safetensors.torch import load_file
+    from typer.testing import CliRunner
+
+    from tessera import adapter_files, bundle
+    from tessera.cli import app
+    from tessera.interop.adapters import attach_adapters
+
+    network, _ = build("pixart")
+    config = BundleConfig(network=network.config, diffusion={"kind": "gaussian"}, codec={"kind": "pixels"})
+    bundle.save(Model(config, network), tmp_path / "model")
+    adapters.attach(network, "edges", ControlConfig(how="copy", copies=2).layers(network, ()))
+    randomize(network, "adapters")
+    state = adapters.adapter_state(network, "edges")
+    adapter_files.write(AdapterInfo(), state, tmp_path / "edges.safetensors")
+    command = ["convert", tmp_path / "edges.safetensors", tmp_path / "folder", "--to", "diffusers", "--base"]
+    result = CliRunner().invoke(app, [str(word) for word in [*command, tmp_path / "model"]])
+    assert result.exit_code == 0, result.output
+    tensors = load_file(tmp_path / "folder/diffusion_pytorch_model.safetensors")
+    copied = network.controls["edges"].blocks
+    x, text = torch.randn(2, 16, 32), torch.randn(2, 5, 32)
+    times = torch.randn(2, 6 * 32)
+    for number in range(2):
+        theirs = attention.BasicTransformerBlock(
+            32, 4, 8, cross_attention_dim=32, activation_fn="gelu-approximate", attention_bias=True,
+            norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
+        ).eval()  # fmt: skip
+        prefix = f"controlnet_blocks.{number}.transformer_block."
+        theirs.load_state_dict({key.removeprefix(prefix): each for key, each in tensors.items() if prefix in key})
+        shared = times[:, None]
+        context = Context(c=shared, cond_tokens=x, grid=(4, 4), text=text, shared_modulation=shared)
+        expected = theirs(x, encoder_hidden_states=text, timestep=times)
+        torch.testing.assert_close(copied[number](x, context), expected, rtol=1e-5, atol=1e-5)
+    adapters.detach(network)
+    attach_adapters(Model(config, network), [f"hed={tmp_path}/folder"])
+    again = adapters.adapter_state(network, "hed")
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    (tmp_path / "folder/config.json").write_text('{"_class_name": "PixArtControlNetAdapterModel", "num_layers": 3}')
+    adapters.detach(network)
+    with pytest.raises(TesseraError, match="missing controlnet_blocks.2"):
+        attach_adapters(Model(config, network), [f"hed={tmp_path}/folder"])
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
