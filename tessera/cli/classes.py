@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads, TextEncoder, join_names
+from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads, TextEncoder
 from tessera.errors import TesseraError
+from tessera.reporting.text import join_names
 
 if TYPE_CHECKING:
     from tessera.model import Model

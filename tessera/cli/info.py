@@ -1,13 +1,11 @@
 """`tessera info`: facts of a model or an adapter, or the command that reproduces an image."""
 
-import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, TextEncoder, join_names
+from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, TextEncoder
 from tessera.errors import TesseraError
 
 SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "weights"}  # of an image
@@ -63,9 +61,9 @@ def _print(facts: dict[str, Any]) -> None:
 
 
 def _command(path: Path) -> str:
-    """The `tessera sample` command that reproduces an image. It states every sampling setting, because the settings of
-    the model may change."""
+    """The `tessera sample` command that reproduces an image or clip."""
     from tessera import clips, images
+    from tessera.generation.image_settings import sample_command
 
     try:
         is_image = path.suffix.lower() == ".png"
@@ -74,29 +72,4 @@ def _command(path: Path) -> str:
         raise TesseraError(f"cannot read {path}: {error}") from None
     if not isinstance(settings, dict) or not settings.keys() >= SETTINGS:
         raise TesseraError(f"{path} holds no settings: it was not written by `tessera sample` of this version")
-    model = settings["model"]
-    words = ["tessera", "sample", f"./{model}" if model.startswith("-") else model]
-    sampling = settings["sampling"]
-    if settings["guidance_scales"] is not None:
-        sampling |= {"guidance_scale": settings["guidance_scales"][0]}
-    words += [word for name, value in sampling.items() for word in _overrides(name, value)]
-    for option, value in settings["options"].items():
-        for each in value if isinstance(value, list) else [value]:
-            words += [f"--{option}"] if each is True else [f"--{option}", str(each)]
-    if settings["class_names"] is not None:
-        words += ["--classes", join_names(settings["class_names"])]
-    for prompt in settings["prompts"] or ():
-        words += ["--prompt", prompt]
-    negative = settings["negative_prompts"]
-    if negative is not None and negative[0] is not None:
-        words += ["--negative-prompt", negative[0]]
-    words += ["--seeds", ",".join(map(str, settings["seeds"]))]
-    return f"{shlex.join(words)}\n# weights {settings['weights']}; compare with `tessera info` of the model"
-
-
-def _overrides(name: str, value: Any) -> list[str]:
-    """A setting as override words. The kind of a choice comes first, because it drops the previous fields."""
-    if not isinstance(value, dict):
-        return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    words = [f"{name}={value['kind']}"] if "kind" in value else []
-    return words + [word for key in value if key != "kind" for word in _overrides(f"{name}.{key}", value[key])]
+    return sample_command(settings)

@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
 
@@ -100,12 +100,6 @@ def split_names(option: str, text: str) -> list[str]:
     if len(rows) > 1:
         raise TesseraError(f"{option} {text!r} has several lines; {QUOTING}")
     return rows[0] if rows and rows[0] else [""]
-
-
-def join_names(names: Sequence[str]) -> str:
-    """The text that `split_names` splits into these names."""
-    special = [name in ("", "all") or name != name.strip() or any(c in name for c in ',"\r\n') for name in names]
-    return ",".join('"' + name.replace('"', '""') + '"' if quote else name for name, quote in zip(names, special))
 
 
 def print_error(text: str) -> None:

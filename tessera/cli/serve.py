@@ -17,6 +17,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the address is printed")] = 7860,
     host: Annotated[str, typer.Option(help="another address than this machine's own needs --keys")] = "127.0.0.1",
     out: Annotated[Path, typer.Option(help="the folder for jobs and their images")] = Path("served"),
+    runs: Annotated[Path | None, typer.Option(help="a folder with runs of training that the page shows")] = None,
     keys: Annotated[Path | None, typer.Option(help="a file with a line 'client key' for each client")] = None,
     without_keys: Annotated[bool, typer.Option("--without-keys", help="let everyone in who can reach --host")] = False,
     max_loaded: Annotated[int, typer.Option(min=1, help="models in memory; others are loaded when needed")] = 2,
@@ -84,7 +85,7 @@ def serve(
         rows_per_call,
         private=bool(clients),
     )
-    server = ServerOptions(host, port, drain_seconds, without_keys)
+    server = ServerOptions(host, port, drain_seconds, without_keys, runs)
     log_json()
     if replicas is not None:
         raise TesseraError("--replicas is not available yet")

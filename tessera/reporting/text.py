@@ -1,6 +1,7 @@
 """Numbers as text."""
 
 import math
+from collections.abc import Sequence
 
 
 def format_duration(seconds: float) -> str:
@@ -31,3 +32,9 @@ def format_bytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
     return f"{count:.0f} B"
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The text that `split_names` of the command line splits into these names."""
+    special = [name in ("", "all") or name != name.strip() or any(c in name for c in ',"\r\n') for name in names]
+    return ",".join('"' + name.replace('"', '""') + '"' if quote else name for name, quote in zip(names, special))

@@ -20,10 +20,11 @@ from tessera.serving.errors import ApiError, ErrorBody
 from tessera.serving.gate import Gate
 from tessera.serving.images_api import image_router, invalid
 from tessera.serving.jobs_api import job_router
+from tessera.serving.runs_api import runs_router
 from tessera.serving.service import Service
+from tessera.serving.studio_api import STUDIO, studio_router
 
 logger = logging.getLogger(__name__)
-STATIC = Path(__file__).with_name("static")  # served at /; the content-security-policy allows files from here alone
 ERRORS = {
     400: "the request is not valid", 401: "no or a wrong API key", 403: "a foreign origin or host",
     404: "not found", 408: "the body came too slowly", 409: "the state of the job forbids it",
@@ -45,8 +46,12 @@ def create_app(
     keys: Mapping[str, str] | None = None,
     hosts: Sequence[str] | None = None,
     run_service: bool = False,
+    runs: Path | None = None,
 ) -> Gate:
-    """The application. keys, hosts: see `Gate`. run_service: start and close the service with the application."""
+    """The application. keys, hosts: see `Gate`. run_service: start and close the service with the application.
+
+    runs: a folder with runs that the studio shows
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,6 +67,9 @@ def create_app(
     app = FastAPI(title="Tessera", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.include_router(image_router(service, responses))
     app.include_router(job_router(service, responses))
+    app.include_router(studio_router(service, responses, runs is not None))
+    if runs is not None:
+        app.include_router(runs_router(service, runs, responses))
 
     @app.get("/health", response_model=Status, responses=responses)
     async def health() -> Status:
@@ -85,7 +93,7 @@ def create_app(
         """For Prometheus."""
         return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    app.mount("/", StaticFiles(directory=STATIC, html=True), name="static")
+    app.mount("/", StaticFiles(directory=STUDIO, html=True), name="studio")
     _handle_errors(app)
     _describe(app)
     return Gate(app, service, keys, hosts)

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -153,11 +153,11 @@ class Job:
             await self.changed()
 
     async def changes(self) -> AsyncIterator[None]:
-        """Once now and after every change, until the job has ended. Changes in quick succession are one."""
+        """Once now and after every change; the last time, the job has ended. Changes in quick succession are one."""
         while True:
-            changed = self._changed
+            changed, active = self._changed, self.active
             yield
-            if not self.active:
+            if not active:  # it may have ended while the caller was busy, which then sees that first
                 return
             await changed.wait()
 
@@ -170,6 +170,7 @@ class JobStore:
     def __init__(self, folder: JobFolder, replica: str = "0") -> None:
         self.folder, self.replica = folder, replica
         self.jobs: dict[str, Job] = {}
+        self.listeners: set[Callable[[Job], None]] = set()  # are called with new jobs
         self._ended: list[str] = []
 
     def new_id(self) -> str:
@@ -177,6 +178,8 @@ class JobStore:
 
     def add(self, job: Job) -> None:
         self.jobs[job.id] = job
+        for listener in list(self.listeners):
+            listener(job)
 
     def active(self) -> list[Job]:
         return [job for job in self.jobs.values() if job.active]

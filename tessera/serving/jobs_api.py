@@ -1,7 +1,9 @@
 """The native interface: /v1/jobs, for everything that can be sampled, clips included."""
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -49,6 +51,11 @@ def job_router(service: Service, responses: dict[int | str, Any]) -> APIRouter:
         """The jobs of the client, newest first."""
         records, has_more = await service.list_jobs(request.state.client, limit, after)
         return JobList(data=records, has_more=has_more)
+
+    @router.get("/events", response_class=StreamingResponse, include_in_schema=False)
+    async def all_events(request: Request) -> StreamingResponse:
+        """The events of all jobs of the client that are active, or are submitted while this is read."""
+        return event_stream(_all_events(service, request.state.client))
 
     @router.get("/{job}", response_model=JobRecord)
     async def get_job(request: Request, job: JobId) -> JobRecord:
@@ -119,17 +126,46 @@ async def _events(job: Job | None, record: JobRecord) -> AsyncIterator[bytes]:
             for row, step in enumerate(job.steps):
                 if step > steps[row]:
                     steps[row] = step
-                    yield event("progress", {"image": row, "step": step, "num_steps": job.num_steps})
+                    yield event("progress", {"job": job.id, "image": row, "step": step, "num_steps": job.num_steps})
             for row, (step, content) in list(job.previews.items()):
                 if step > shown.get(row, 0):
                     shown[row] = step
-                    data = {"image": row, "step": step, "num_steps": job.num_steps}
+                    data = {"job": job.id, "image": row, "step": step, "num_steps": job.num_steps}
                     data["output_format"] = job.parameters["output_format"]
                     yield event("preview", {**data, "b64_json": base64.b64encode(content).decode()})
             for row, name in enumerate(job.results):
                 if name is not None and row not in results:
                     results.add(row)
-                    data = {"image": row, "url": f"/v1/jobs/{job.id}/results/{row}", "settings": job.settings[row]}
-                    yield event("result", data)
+                    data = {"job": job.id, "image": row, "url": f"/v1/jobs/{job.id}/results/{row}"}
+                    yield event("result", {**data, "settings": job.settings[row]})
         record = job.record()
     yield event("end", record.model_dump(mode="json"))
+
+
+async def _all_events(service: Service, client: str) -> AsyncIterator[bytes]:
+    """Ends when the server shuts down and the client's jobs are done."""
+    events: asyncio.Queue[bytes] = asyncio.Queue(64)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def follow(job: Job) -> None:
+        async for content in _events(job, job.record()):
+            await events.put(content)
+
+    def start(job: Job) -> None:
+        if job.client == client:
+            task = asyncio.ensure_future(follow(job))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    for active in service.store.active():
+        start(active)
+    service.store.listeners.add(start)
+    try:
+        yield b": open\n\n"
+        while tasks or not events.empty() or not service.draining:
+            with suppress(TimeoutError):
+                yield await asyncio.wait_for(events.get(), 1)
+    finally:
+        service.store.listeners.discard(start)
+        for task in list(tasks):
+            task.cancel()

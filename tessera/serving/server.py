@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -28,12 +29,13 @@ CLOSE_SECONDS = 5  # for responses that are being sent when all jobs are done
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """drain_seconds: the deadline after SIGTERM"""
+    """drain_seconds: the deadline after SIGTERM; runs: a folder with runs that the studio shows"""
 
     host: str = "127.0.0.1"
     port: int = 7860
     drain_seconds: float = 30.0
     without_keys: bool = False
+    runs: Path | None = None
 
 
 class JsonFormatter(logging.Formatter):
@@ -96,7 +98,7 @@ def run(service: Service, options: ServerOptions, keys: Mapping[str, str] | None
     keys = keys or {}
     check_keys(options.host, keys, options.without_keys)
     open_to_all = bool(keys) or options.without_keys
-    app = create_app(service, keys, None if open_to_all else sorted(LOOPBACK_NAMES | {options.host}))
+    app = create_app(service, keys, None if open_to_all else sorted(LOOPBACK_NAMES | {options.host}), runs=options.runs)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -10,9 +10,10 @@ from PIL import Image
 
 from tessera import bundle
 from tessera.cli.image_files import file_stems, parse_classes
-from tessera.cli.options import join_names, split_names
+from tessera.cli.options import split_names
 from tessera.errors import TesseraError
 from tessera.images import read_settings
+from tessera.reporting.text import join_names
 
 NAMES = (
     "5", "0", "red, blue", "red", "blue", " left", "right ", 'say "hi"', '"', "a/b", "..", "-1", "--npz", "all",
