@@ -153,9 +153,11 @@ class PipelineTextEncoder(TextEncoder):
         """[B, M, E] and the valid rows [B, M]: only the last part may have fewer than the others of a batch."""
         known = inspect.signature(self.pipeline_type.encode_prompt).parameters
         needed = {name: None for name, each in known.items() if name != "self" and each.default is each.empty}
-        arguments: dict[str, Any] = {**needed, "prompt": captions, "device": self.device, **self.options}
+        least = max(part.least_prompts for part in self.config.parts)
+        prompts = captions + captions[-1:] * (least - len(captions))
+        arguments: dict[str, Any] = {**needed, "prompt": prompts, "device": self.device, **self.options}
         if NEGATIVE in known:
-            arguments |= {NEGATIVE: captions if negative else None, GUIDED: negative}
+            arguments |= {NEGATIVE: prompts if negative else None, GUIDED: negative}
         outputs: dict[str, Any] = {}
         parts: list[Tensor] = []
         lengths = torch.zeros(len(captions), dtype=torch.int64)
@@ -164,7 +166,7 @@ class PipelineTextEncoder(TextEncoder):
             if key not in outputs:
                 with torch.autocast(self.device.type, enabled=False):
                     outputs[key] = self.network.encode_prompt(**arguments, **part.options)
-            values, mask = self._part(part, outputs[key], negative)
+            values, mask = (each[: len(captions)] for each in self._part(part, outputs[key], negative))
             is_last = part is self.config.parts[-1]
             lengths += mask.sum(dim=1) if is_last else values.shape[1]
             parts.append(pad(values, (0, self.channels - values.shape[2])))

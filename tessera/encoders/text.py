@@ -278,6 +278,7 @@ class PipelineTextPart(Settings):
     positive: tuple[int, int | None]
     negative: tuple[int, int | None]
     rows: PositiveInt | None = None
+    least_prompts: PositiveInt = 1
     options: dict[str, Any] = {}
 
 

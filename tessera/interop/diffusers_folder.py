@@ -127,7 +127,7 @@ def text_config(folder: Path, row: TransformerClass, network: DiffusersConfig) -
     if not any(name.startswith("text_encoder") for name, _ in components(read_json(folder / INDEX))):
         return None
     parts = [
-        {name: getattr(part, name) for name in ("width", "positive", "negative", "rows")}
+        {name: getattr(part, name) for name in ("width", "positive", "negative", "rows", "least_prompts")}
         | {"options": dict(part.options)}
         for part in network.text_parts
     ]

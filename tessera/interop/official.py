@@ -4,7 +4,9 @@ The file is the released state dict, or the training script's dict of model, ema
 of other programs are read, too (`weights`). The keys are those of Tessera's DiT; the architecture is inferred from the
 tensors or passed as an argument. SiT's checkpoints (Ma et al. 2024; willisma/SiT) have the same keys and shapes with
 flow matching, and REPA's (Yu et al. 2025; sihyun-yu/REPA) those of SiT with time reversed and projectors beside them.
-Both are read with `checkpoint_type`.
+Both are read with `checkpoint_type`. Latte's checkpoints of classes and without condition (Ma et al. 2024;
+Vchitect/Latte) are those of DiT with a table of frames beside them; its network of text is another one, see
+`tessera.models.diffusers_classes`.
 
 Shapes: C channels, O output channels, H W height and width, p patch side, L tokens, D width.
 """
@@ -31,12 +33,14 @@ from tessera.interop.common import relative_difference, require_dit
 from tessera.interop.weights import find_weights
 from tessera.layers.positions import sincos_grid
 from tessera.models.dit import DiTConfig
+from tessera.models.latte import LatteConfig
 from tessera.models.pixart import PixArt
 from tessera.models.presets import NUM_HEADS_BY_WIDTH
 from tessera.sampling import Ancestral, Euler, Heun, SamplingConfig
 from tessera.settings import unknown_name, validate
 
 SUFFIXES = (".pt", ".pth")  # of files that are written
+FRAME_TABLE, LATTE_TEXT = "temp_embed", "text_embedding_projection.1.weight"
 LABEL_TABLE, HEAD = "y_embedder.embedding_table.weight", "final_layer.linear."
 REQUIRED = {  # the tensors that determine the architecture, with their numbers of axes
     "x_embedder.proj.weight": 4,  # [D, C, p, p]
@@ -93,6 +97,12 @@ def read(
     heads = [name for name in tensors if TRAINING_HEADS.match(name)]
     args = _arguments(stored)
     recorded = args.get("num_classes") if isinstance(args.get("num_classes"), int) else None
+    if LATTE_TEXT in tensors:
+        raise TesseraError(
+            f"{path} is a Latte of text in the code for classes, whose last layer ignores the text: load the published "
+            "Latte of text as a folder of diffusers"
+        )
+    is_latte = FRAME_TABLE in tensors
     network = infer_config(
         tensors, str(path), num_heads=num_heads, size=size, num_classes=recorded if num_classes is None else num_classes
     )
@@ -100,6 +110,8 @@ def read(
         tensors["pos_embed"] = sincos_grid(network.grid, network.hidden_size)[None]
     diffusion: AnyDiffusionConfig = implied_diffusion(network, str(path))
     checkpoint_type = _checkpoint_type(checkpoint_type, args, tensors, network, bool(heads), str(path))
+    if is_latte and checkpoint_type != "dit":
+        raise TesseraError(f"{path} is a Latte, not a {checkpoint_type}: leave out --checkpoint-type")
     for name in heads:
         del tensors[name]
     if heads:
@@ -112,8 +124,10 @@ def read(
         network = network.model_copy(update={"out_channels": network.in_channels})
     decoder = "mse" if args.get("vae") == "mse" else "ema"
     project = {"dit": "official DiT", "sit": "SiT", "repa": "REPA"}[checkpoint_type.partition("-")[0]]
+    project = "official Latte" if is_latte else project
     assumed = None
-    if network.num_classes and recorded is None and num_classes is None and network.num_classes + 1 != IMAGENET_ROWS:
+    is_known = is_latte or network.num_classes + 1 == IMAGENET_ROWS  # Latte always has a null label
+    if network.num_classes and recorded is None and num_classes is None and not is_known:
         rows = network.num_classes + 1
         assumed = (
             f"the last of its {rows} label vectors is the null label, so it has {rows - 1} classes; if it was trained "
@@ -152,10 +166,10 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         raise TesseraError(
             f"the official format has no {network.block.kind} blocks, only {', '.join(WRITABLE)}: convert to a bundle"
         )
-    if network.is_temporal:
-        raise TesseraError("the official format has no networks for clips: convert to a bundle")
+    if network.is_temporal and not isinstance(network, LatteConfig):
+        raise TesseraError("the official formats have no network for clips but Latte: convert to a bundle")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    height, width = network.input_size
+    height, width = network.input_size[-2:]
     implied = infer_config(tensors, str(target), num_heads=network.num_heads, size=(height, width))
     lost = _lost(network, model.config.diffusion, implied, str(target))
     if lost and not approximate:
@@ -245,7 +259,10 @@ def infer_config(
         "mlp_ratio": _ratio(tensors["blocks.0.mlp.fc1.weight"].shape[0], width),
         "block": _block_kind(tensors, width, source),
     }
-    return validate(DiTConfig, config, f"the architecture inferred from {source}")
+    kind = DiTConfig
+    if FRAME_TABLE in tensors:
+        kind, config["input_size"] = LatteConfig, (tensors[FRAME_TABLE].shape[1], *config["input_size"])
+    return validate(kind, config, f"the architecture inferred from {source}")
 
 
 def _size(table: Tensor | None, patch: int, size: int | tuple[int, int] | None, source: str) -> tuple[int, int]:
@@ -320,8 +337,11 @@ def implied_diffusion(network: DiTConfig, source: str) -> GaussianDiffusionConfi
 
 def _sampling(network: DiTConfig, checkpoint_type: str) -> SamplingConfig:
     """As in the official sample.py: 250 calls of the network, guidance scale 4 on three channels; SiT with Heun's
-    method along its ODE, two calls per step (Ma et al. 2024); REPA's generate.py: Euler's method, scale 1.5."""
+    method along its ODE, two calls per step (Ma et al. 2024); REPA's generate.py: Euler's method, scale 1.5; Latte: all
+    four channels of epsilon are guided, scale 7."""
     guided = bool(network.num_classes) and network.learn_null_class
+    if isinstance(network, LatteConfig):
+        return SamplingConfig(sampler=Ancestral(), num_steps=250, guidance_scale=7.0 if guided else 1.0)
     if checkpoint_type.startswith("repa"):
         return SamplingConfig(sampler=Euler(), num_steps=50, guidance_scale=1.5 if guided else 1.0)
     sampler, steps = (Ancestral(), 250) if checkpoint_type == "dit" else (Heun(), 125)
@@ -407,7 +427,7 @@ def _lost(network: DiTConfig, diffusion: AnyDiffusionConfig, implied: DiTConfig,
     ignored = {"mlp_ratio"}  # determined by the hidden width, which is in the weights
     if not network.num_classes:
         ignored.add("learn_null_class")
-    for name in DiTConfig.model_fields.keys() - ignored:
+    for name in type(network).model_fields.keys() - ignored:
         if getattr(network, name) != getattr(implied, name):
             lost.append(f"network.{name} is {getattr(network, name)}; it would be read as {getattr(implied, name)}")
     read_back = implied_diffusion(implied, source)

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from tessera.models.diffusers_network import DiffusersConfig, DiffusersNetwork
 from tessera.models.dit import DiT, DiTConfig
+from tessera.models.latte import Latte, LatteConfig
 from tessera.models.network import Network, NetworkConfig, parameter_count
 from tessera.models.pixart import PixArt, PixArtConfig
 from tessera.models.presets import PRESETS, UNET_PRESETS
@@ -13,8 +14,9 @@ from tessera.models.unet import UNet, UNetConfig
 from tessera.settings import expand_kind
 
 __all__ = [
-    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "DiffusersConfig", "DiffusersNetwork", "Network",
-    "NetworkConfig", "PixArt", "PixArtConfig", "UNet", "UNetConfig", "parameter_count", "with_kind",
+    "PRESETS", "UNET_PRESETS", "AnyNetwork", "DiT", "DiTConfig", "DiffusersConfig", "DiffusersNetwork", "Latte",
+    "LatteConfig", "Network", "NetworkConfig", "PixArt", "PixArtConfig", "UNet", "UNetConfig", "parameter_count",
+    "with_kind",
 ]  # fmt: skip
 
 
@@ -27,5 +29,7 @@ def with_kind(value: Any) -> Any:
 
 
 AnyNetwork = Annotated[
-    DiTConfig | PixArtConfig | UNetConfig | DiffusersConfig, BeforeValidator(with_kind), Field(discriminator="kind")
+    DiTConfig | LatteConfig | PixArtConfig | UNetConfig | DiffusersConfig,
+    BeforeValidator(with_kind),
+    Field(discriminator="kind"),
 ]

@@ -25,7 +25,8 @@ class TextPart:
     part in `Call.text`. width: its channels. rows: how many it has; None for the last part, which has the rest, and of
     which only the valid rows are kept if it has a mask.
     positive, negative: the outputs for a prompt and for a negative prompt: the tokens [B, M, E], or [B, E] as one row,
-    and their mask, or None. options: further arguments of `encode_prompt`.
+    and their mask, or None. options: further arguments of `encode_prompt`. least_prompts: fewer are repeated, because
+    `encode_prompt` would treat them in another way.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TextPart:
     negative: tuple[int, int | None]
     rows: int | None = None
     pooled: bool = False
+    least_prompts: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -88,6 +90,7 @@ class TransformerClass:
     scheduler: ConfigDict = field(default_factory=dict)  # of the published models, where it is not of flow matching
     needs: ConfigDict = field(default_factory=dict)  # settings that have only these values here
     index_needs: ConfigDict = field(default_factory=dict)  # the same, of model_index.json
+    frames: Callable[[ConfigDict], tuple[int, ...]] | None = None  # that it takes, if not any number
     differences: tuple[str, ...] = ()  # what of the pipeline is not repeated
 
 
@@ -473,6 +476,21 @@ CLASSES: dict[str, TransformerClass] = {
         length=226,
         sampling=(50, 6.0),
         published="zai-org/CogVideoX-2b",
+    ),
+    "LatteTransformer3DModel": TransformerClass(
+        pipeline="LattePipeline",
+        blocks=("transformer_blocks", "temporal_transformer_blocks"),
+        text=_tokens("caption_channels", (0, None), (1, None), least_prompts=2),
+        channels=_setting("in_channels"),
+        patch=_setting("patch_size"),
+        size=lambda settings: (settings["video_length"], settings["sample_size"], settings["sample_size"]),
+        frames=lambda settings: (1, settings["video_length"]),
+        times=None,
+        scheduler={"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"},
+        length=120,
+        sampling=(50, 7.5),
+        published="maxin-cn/Latte-1",
+        differences=("a single prompt is encoded like several: with zeros for its padding instead of without it",),
     ),
     "LTXVideoTransformer3DModel": TransformerClass(
         pipeline="LTXPipeline",

@@ -109,6 +109,10 @@ class DiffusersConfig(NetworkConfig):
         if any(side % self.size_multiple or side < self.size_multiple for side in size[-2:]):
             raise ValueError(f"height and width {size[-2]} x {size[-1]} are not multiples of {self.size_multiple}")
 
+        frames = None if self.row.frames is None else self.row.frames(self.settings)
+        if frames is not None and (count := size[0] if len(size) == 3 else 1) not in frames:
+            raise ValueError(f"{self.class_name} takes {' or '.join(map(str, frames))} frames, not {count}")
+
     def summary(self) -> str:
         names = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "patch_size")
         values = [f"{name} {self.settings[name]}" for name in names if self.settings.get(name) is not None]

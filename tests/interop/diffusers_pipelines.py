@@ -256,6 +256,22 @@ def cogvideox():
     )  # fmt: skip
 
 
+def latte():
+    transformer = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, cross_attention_dim=32, caption_channels=32, video_length=3, attention_bias=True,
+        activation_fn="gelu-approximate", num_embeds_ada_norm=1000, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6,
+    )  # fmt: skip
+    return diffusers.LattePipeline(
+        transformer=randomise(transformer),
+        scheduler=diffusers.DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False),
+        vae=kl(4),
+        text_encoder=t5(),
+        tokenizer=tokenizer(120),
+    )
+
+
 def ltx():
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
@@ -364,6 +380,7 @@ PIPELINES = {
     "QwenImageTransformer2DModel": qwen,
     "PRXTransformer2DModel": prx,
     "CogVideoXTransformer3DModel": cogvideox,
+    "LatteTransformer3DModel": latte,
     "LTXVideoTransformer3DModel": ltx,
     "WanTransformer3DModel": wan,
     "SanaVideoTransformer3DModel": sana_video,
@@ -379,6 +396,7 @@ OPTIONS = {
     "SanaVideoTransformer3DModel": {"use_resolution_binning": False, "frames": 5},
     "HunyuanVideoTransformer3DModel": {"guidance_scale": 6.0, "true_cfg_scale": 3.0},
     "PRXTransformer2DModel": {"use_resolution_binning": False},
+    "LatteTransformer3DModel": {"video_length": 3, "clean_caption": False},
 }
 SIZES = {"FluxTransformer2DModel": (8, 12), "SanaTransformer2DModel": (16, 16)}
 SIZES |= {"ChromaTransformer2DModel": (8, 8), "QwenImageTransformer2DModel": (8, 12), "PRXTransformer2DModel": (8, 8)}

@@ -76,6 +76,8 @@ def test_the_pipeline_generates_the_same(folders, name, tmp_path):
     options |= {"negative_prompt": [NEGATIVE] * len(prompts), "output_type": "np"} | tiny.OPTIONS.get(name, {})
     if "frames" in options:  # its name in the pipeline of SANA-Video
         options["frames"] = options.pop("num_frames")
+    if "video_length" in options:  # that of Latte
+        options["video_length"] = options.pop("num_frames")
     output = theirs(prompts, latents=their_latents(name, noise), **options)
     expected = output.frames if len(size) == 3 else output.images
     negative = {"negative_prompts": [NEGATIVE]} if scale != 1 else {}
@@ -357,3 +359,24 @@ def test_tables_follow_the_weights_to_their_device(folders):
     assert {name for name, _ in network.named_buffers()} - stored.keys()
     network.load_state_dict({name: value.to("meta") for name, value in stored.items()}, assign=True)
     assert all(each.is_meta for each in (*network.parameters(), *network.buffers()))
+
+
+@torch.no_grad()
+def test_latte_takes_the_frames_that_it_has_positions_for(folders):
+    name = "LatteTransformer3DModel"
+    model = load.load(folders(name), "cpu")
+    theirs = diffusers.LatteTransformer3DModel.from_pretrained(folders(name), subfolder="transformer")
+    generator = torch.Generator().manual_seed(0)
+    tokens, t = torch.randn(2, 7, 32, generator=generator), torch.tensor([10.0, 900.0])
+    condition = Condition(text=tokens, text_mask=torch.ones(2, 7, dtype=torch.bool))
+    for frames in (1, 3):
+        x = torch.randn(2, 4, frames, 8, 8, generator=generator)
+        expected = theirs(x, t, tokens, return_dict=False)[0][:, :4]
+        torch.testing.assert_close(model.network(x, t, condition), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="takes 1 or 3 frames, not 2"):
+        model.network(x[:, :, :2], t, condition)
+    with pytest.raises(TesseraError, match="takes 1 or 3 frames, not 4"):
+        generation.generate(model, prompts=["a dog"], size=(4, 16, 16))
+    frame = np.zeros((1, 16, 16, 3), np.uint8)
+    with pytest.raises(TesseraError, match="has one time"):
+        generation.generate(model, prompts=["a dog"], size=(3, 16, 16), given_frames=frame, given_indices=[0])
