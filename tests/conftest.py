@@ -194,7 +194,8 @@ RUNS = {
     "runs", "data/test_cache.py", "data/test_check.py", "data/test_check_messy.py", "data/test_similarity.py",
     "evaluation/test_distances.py", "evaluation/test_features.py", "evaluation/test_shape_reader.py",
     "evaluation/test_suite.py", "models/test_later_blocks.py", "models/test_matching.py", "monitoring/test_report.py",
-    "planning/test_plan.py", "sampling/test_orders.py", "studies/test_report.py", "studies/test_runner.py",
+    "planning/test_plan.py", "sampling/test_orders.py", "serving/test_server.py",
+    "studies/test_report.py", "studies/test_runner.py",
     "studies/test_tune.py", "training/test_buckets.py", "training/test_codec.py", "training/test_loop.py",
     "training/test_parallel.py", "training/test_recovery.py", "training/test_scores.py", "training/test_unet.py",
 }  # fmt: skip

@@ -54,6 +54,12 @@ SMALL = {
     "paper_law": ["--out {tmp}"],
     "plan": ["--threads 1 --rounds 1 --only 'digits, batch 8'"],
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
+    "serving": [
+        "throughput --requests 2 --shorter 10 --rounds 1",
+        "latency --model tiny --requests 11 --rounds 1",
+        "storm --requests 60 --clients 6",
+        "refusal --requests 5",
+    ],
     "sharding": ["--width 32 --depth 1 --batch 4 --steps 1 --max-processes 1"],
     "solver_orders": ["--counts 4 8 --noise-counts 4 8"],
     "versions": [
