@@ -237,13 +237,13 @@ def read_inputs(
                 raise TesseraError(f"there are two images for control {name}: give one")
             image = crop(read_image(f"{option} {path}", Path(path), config), size)
             arguments["controls"][name] = generation.ControlInput(image, how_much, option == "--control-map")
-            hashes[f"control_{name}_hash"] = _hash(image)
+            hashes[f"control_{name}_hash"] = pixels_hash(image)
     if init_image is None and (strength is not None or mask is not None):
         raise TesseraError(f"{'--mask' if strength is None else '--strength'} needs --init-image IMAGE")
     if init_image is not None:
         image = read_image(f"--init-image {init_image}", Path(init_image), config)
         arguments["init_image"] = crop(image, size)
-        hashes["init_image_hash"] = _hash(arguments["init_image"])
+        hashes["init_image_hash"] = pixels_hash(arguments["init_image"])
         if mask is not None:
             mask_image = read_mask(f"--mask {mask}", Path(mask))
             if mask_image.shape[:2] != image.shape[:2]:
@@ -252,7 +252,7 @@ def read_inputs(
                     f"--init-image {init_image} has {image.shape[0]} x {image.shape[1]}: both need the same size"
                 )
             arguments["mask"] = crop(mask_image, size)[..., 0] >= 128
-            hashes["mask_hash"] = _hash(arguments["mask"])
+            hashes["mask_hash"] = pixels_hash(arguments["mask"])
     return arguments, hashes
 
 
@@ -267,7 +267,8 @@ def _parse_control(option: str, text: str) -> tuple[str, str, float]:
     return name, path, 1.0 if strength is None else float(strength)
 
 
-def _hash(pixels: np.ndarray) -> str:
+def pixels_hash(pixels: np.ndarray) -> str:
+    """A hash of the contents of images."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 

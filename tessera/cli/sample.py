@@ -82,6 +82,13 @@ def sample(
     mask: Annotated[
         str | None, typer.Option(help="inpainting: an image that is white where --init-image is replaced")
     ] = None,
+    first: Annotated[str | None, typer.Option("--from", help="the first frame of the clips, an image")] = None,
+    last: Annotated[str | None, typer.Option(help="the last frame of the clips, an image")] = None,
+    given: Annotated[
+        list[str] | None, typer.Option(help="NUMBER=IMAGE for any frame of the clips, from 0; repeatable")
+    ] = None,
+    extend: Annotated[str | None, typer.Option(help="a clip that is continued, up to --frames in all")] = None,
+    precede: Annotated[str | None, typer.Option(help="a clip that the others lead to, with --frames in all")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="compile the network first; for many images")] = False,
     ema: EMA = None,
     checkpoint_type: CheckpointType = None,
@@ -106,6 +113,7 @@ def sample(
     To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
     """
     from tessera.cli import image_files
+    from tessera.cli.given_frames import read_given_frames
     from tessera.cli.prompts import read_prompts
     from tessera.interop import load
 
@@ -146,6 +154,10 @@ def sample(
     inputs, hashes = image_files.read_inputs(
         loaded, guidance_model, init_image, strength, mask, request.size, control or (), control_map or ()
     )
+    frame_inputs, frame_hashes = read_given_frames(
+        loaded, request.size, clip_format and clip_format.fps, first, last, given or (), extend, precede
+    )
+    inputs, hashes = inputs | frame_inputs, hashes | frame_hashes
     if compile:
         image_files.compile_network(loaded)
     if npz is not None:
@@ -153,8 +165,8 @@ def sample(
             raise TesseraError("--npz has no frame rate and one format: leave out --fps and --format")
         if inputs:
             raise TesseraError(
-                "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength, --mask and "
-                "--control"
+                "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength, --mask, "
+                "--control and given frames"
             )
         image_files.write_npz(loaded, request, npz, batch_size, model)
         return
@@ -179,6 +191,11 @@ def sample(
         "init-image": init_image,
         "strength": strength,
         "mask": mask,
+        "from": first,
+        "last": last,
+        "given": given,
+        "extend": extend,
+        "precede": precede,
     }
     options = {name: value for name, value in options.items() if value is not None}
     image_files.write_images(

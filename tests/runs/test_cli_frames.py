@@ -1,0 +1,101 @@
+"""Given frames on the command line: from a first frame to a last one, a clip continued and led to."""
+
+import runpy
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera.clips import save_clip
+from tessera.data.clips import read_clip
+
+pytestmark = pytest.mark.run
+made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data/clip_files.py")))
+
+
+@pytest.fixture
+def run(tessera, recipe, tmp_path) -> Path:
+    """A trained model of clips of four frames, some of which were given in training; two images, and a clip."""
+    for number in range(4):
+        made.clip(tmp_path / f"data/{'up' if number % 2 else 'down'}/{number}.gif", 6)
+    text = recipe.read_text().replace(
+        "data: {kind: digits}",
+        f"data: {{path: {tmp_path}/data, size: 8, channels: 1, frames: 4, fps: 5, short: pad, stride: 2}}",
+    )
+    recipe.write_text(text)
+    done = tessera("train", recipe, "training.frame_times=mixed")
+    assert done.code == 0, done.err
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{name}.png")
+    save_clip(tmp_path / "clip.webp", random.integers(0, 256, (3, 8, 8, 1), np.uint8), 5)
+    return tmp_path / "run"
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))[..., None]
+
+
+def test_from_a_first_frame_to_a_last_one(tessera, run, tmp_path):
+    out, a, b = tmp_path / "out.webp", tmp_path / "a.png", tmp_path / "b.png"
+    words = ("--classes", "up", "--seeds", "3", "--from", a, "--last", b)
+    done = tessera("sample", run, *words, "--out", out)
+    assert done.code == 0, done.err
+    result = read_clip(out, channels=1)
+    assert result.shape == (4, 8, 8, 1)
+    assert (result[0] == pixels(a)).all()
+    assert (result[3] == pixels(b)).all()
+    assert (result[1] != result[2]).any()
+    command = tessera("info", out).out.splitlines()[0]
+    assert "--from" in command
+    assert "--last" in command
+    again = tmp_path / "again.webp"
+    assert tessera(*shlex.split(command)[1:], "--out", again).code == 0
+    assert np.array_equal(read_clip(again), read_clip(out))
+    numbered = ("--given", f"0={a}", "--given", f"3={b}")
+    assert tessera("sample", run, *words[:4], *numbered, "--out", tmp_path / "numbered.webp").code == 0
+    assert np.array_equal(read_clip(tmp_path / "numbered.webp", channels=1), result)
+
+
+def test_a_clip_is_continued_and_led_to(tessera, run, tmp_path):
+    clip = tmp_path / "clip.webp"
+    words = ("--classes", "up", "--frames", "7", "frame_schedule=sliding", "frame_schedule.overlap=3")
+    for option, frames in (("--extend", slice(0, 3)), ("--precede", slice(4, 7))):
+        out = tmp_path / f"{option[2:]}.webp"
+        done = tessera("sample", run, *words, option, clip, "--out", out)
+        assert done.code == 0, done.err
+        result = read_clip(out, channels=1)
+        assert result.shape == (7, 8, 8, 1)
+        assert (result[frames] == read_clip(clip, channels=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from", "gone.png"], "cannot read the frame gone.png"),
+        (["--given", "a.png"], "--given a.png is not valid: write NUMBER=IMAGE"),
+        (["--given", "9=a.png"], "given_indices has 9, and the clip has frames 0 to 3"),
+        (["--from", "a.png", "--given", "0=b.png"], "name a frame of 4 twice"),
+        (["--extend", "gone.mp4"], "cannot read --extend gone.mp4"),
+        (["--extend", "recipe.yaml"], "cannot read --extend recipe.yaml"),
+        (["--extend", "clip.webp", "--frames", "3"], "has 3 frames, and the whole clip 3: set --frames to more"),
+        (["--from", "a.png", "frame_schedule=pyramid", "sampler=dpm++"], "pyramid needs a sampler"),
+        (["--from", "a.png", "--npz", "x.npz"], "takes one model and no image"),
+    ],
+)
+def test_errors(tessera, run, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    done = tessera("sample", run, "--classes", "up", *words, "--out", "s")
+    assert done.code == 1
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+def test_a_model_of_images(tessera, recipe, tmp_path):
+    assert tessera("train", recipe).code == 0
+    done = tessera("sample", tmp_path / "run", "--classes", "3", "--from", "a.png", "--out", tmp_path / "s")
+    assert done.code == 1
+    assert "need a model of clips, not of images" in " ".join(done.err.split())
