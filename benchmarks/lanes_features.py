@@ -1,5 +1,5 @@
 """Train the feature network of clips of lanes that comes with the package: 3-D convolutions, which classify color and
-speed.
+speed, and clips whose frames are shuffled.
 
     python benchmarks/lanes_features.py --out tessera/evaluation/weights/lanes
 """
@@ -17,13 +17,14 @@ from tessera.evaluation.toy import feature_network
 if TYPE_CHECKING:
     from tessera.data.captions import EncodedCaptions
 
-BINS = 3  # of speeds
+SPEED_CLASSES = 3  # thirds of the range
+SHUFFLED = 4  # one clip in this many has its frames in a random order
 
 
 class ColoursAndSpeeds:
-    """Clips of one lane; the class is the color of the disc and a third of the range of speeds."""
+    """Clips of one lane; the class is the color of the disc, and a third of the range of speeds or "shuffled"."""
 
-    class_names = tuple(f"{colour} {number}" for colour in COLOURS for number in range(BINS))
+    class_names = tuple(f"{colour} {motion}" for colour in COLOURS for motion in (*range(SPEED_CLASSES), "shuffled"))
     text: "EncodedCaptions | None" = None
     image_sizes: np.ndarray | None = None
 
@@ -35,13 +36,20 @@ class ColoursAndSpeeds:
 
     def label(self, index: int) -> int:
         [disc] = self.lanes.discs(index)
-        return BINS * self.lanes.label(index) + int(BINS * (disc.speed - SPEEDS[0]) / (SPEEDS[1] - SPEEDS[0]))
+        motion = int(SPEED_CLASSES * (disc.speed - SPEEDS[0]) / (SPEEDS[1] - SPEEDS[0]))
+        return (SPEED_CLASSES + 1) * self.lanes.label(index) + (SPEED_CLASSES if self._is_shuffled(index) else motion)
 
     def name(self, index: int) -> str:
         return self.lanes.name(index)
 
     def pixels(self, index: int) -> np.ndarray:
-        return self.lanes.pixels(index)
+        clip = self.lanes.pixels(index)
+        order = np.random.default_rng(index).permutation(clip.shape[1])
+        return clip[:, order] if self._is_shuffled(index) else clip
+
+    @staticmethod
+    def _is_shuffled(index: int) -> bool:
+        return index // len(COLOURS) % SHUFFLED == 0
 
 
 def main() -> None:
@@ -56,7 +64,7 @@ def main() -> None:
         (config.frames, *config.size),
         3,
         hflip=False,
-        description="lanes, split test: color and third of the speed",
+        description="lanes, split test: color and third of the speed, or shuffled frames",
         width=16,
         steps=arguments.steps,
         batch_size=32,

@@ -61,6 +61,7 @@ SMALL = {
         "refusal --requests 5",
     ],
     "sharding": ["--width 32 --depth 1 --batch 4 --steps 1 --max-processes 1"],
+    "sprites": ["write --data {sheets} --out {tmp} --limit 1", "check --data {sheets} --count 1"],
     "solver_orders": ["--counts 4 8 --noise-counts 4 8"],
     "versions": [
         f"forward --before {ROOT} --rounds 1",
@@ -108,7 +109,12 @@ def places(tmp_path_factory) -> dict[str, Path]:
     words = ("a", "small", "large", *COLOURS, *SHAPES, "left", "right", "above", "below", "of")
     _save_text_model(folder / "shapes", words, depth=2, tokens=11)
     _save_digits_model(folder / "digits")
-    names = ("images", "codec", "parquet", "digits", "shapes")
+    for part in ("body", "bottomwear", "topwear", "hair", "shoes"):
+        (folder / "sheets" / part).mkdir(parents=True)
+        for variant in range(6):
+            sheet = random.integers(0, 256, (17 * 64, 13 * 64, 4), np.uint8)
+            Image.fromarray(sheet).save(folder / "sheets" / part / f"{variant}.png")
+    names = ("images", "codec", "parquet", "digits", "shapes", "sheets")
     return {name: folder / name for name in names} | {"text_model": folder / "text-model"}
 
 
