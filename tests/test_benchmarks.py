@@ -35,6 +35,7 @@ SMALL = {
     "evaluation_real": ["--data {parquet} --features shapes --count 390"],
     "evaluation_speed": ["memory --samples 64", "torchmetrics --scale 0.25 --rounds 1"],
     "faults": ["--processes 1 --out {tmp} nan"],
+    "frame_cache": ["--frames 3 --steps 1 --rounds 1 --sides 8 --width 64 --depth 1"],
     "gpu_throughput": [
         "--train --model DiT-S/8 --micro 1 --seconds 0.1",
         "--sample --model DiT-S/8 --batch 1 --samplers ddim:2",

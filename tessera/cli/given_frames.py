@@ -25,7 +25,7 @@ def read_given_frames(
     fps: float | None,
     first: str | None = None,
     last: str | None = None,
-    given: Sequence[str] = (),
+    numbered: Sequence[str] = (),
     extend: str | None = None,
     precede: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -34,7 +34,7 @@ def read_given_frames(
     size: of the clips; None: as trained. fps: at which clips are read; None: all of their frames. Images and frames are
     cropped to the size. Raises TesseraError for what does not fit.
     """
-    texts = [f"0={first}"] * (first is not None) + [f"-1={last}"] * (last is not None) + list(given)
+    texts = [f"0={first}"] * (first is not None) + [f"-1={last}"] * (last is not None) + list(numbered)
     if not texts and extend is None and precede is None:
         return {}, {}
     if not model.config.network.is_temporal:

@@ -84,8 +84,8 @@ def sample(
     ] = None,
     first: Annotated[str | None, typer.Option("--from", help="the first frame of the clips, an image")] = None,
     last: Annotated[str | None, typer.Option(help="the last frame of the clips, an image")] = None,
-    given: Annotated[
-        list[str] | None, typer.Option(help="NUMBER=IMAGE for any frame of the clips, from 0; repeatable")
+    numbered: Annotated[
+        list[str] | None, typer.Option("--given", help="NUMBER=IMAGE for any frame of the clips, from 0; repeatable")
     ] = None,
     extend: Annotated[str | None, typer.Option(help="a clip that is continued, up to --frames in all")] = None,
     precede: Annotated[str | None, typer.Option(help="a clip that the others lead to, with --frames in all")] = None,
@@ -155,7 +155,7 @@ def sample(
         loaded, guidance_model, init_image, strength, mask, request.size, control or (), control_map or ()
     )
     frame_inputs, frame_hashes = read_given_frames(
-        loaded, request.size, clip_format and clip_format.fps, first, last, given or (), extend, precede
+        loaded, request.size, clip_format and clip_format.fps, first, last, numbered or (), extend, precede
     )
     inputs, hashes = inputs | frame_inputs, hashes | frame_hashes
     if compile:
@@ -193,7 +193,7 @@ def sample(
         "mask": mask,
         "from": first,
         "last": last,
-        "given": given,
+        "given": numbered,
         "extend": extend,
         "precede": precede,
     }
