@@ -19,7 +19,7 @@ app.command()(cache)
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(metavar="PATH", help="images in any layout, or a recipe")],
+    data: Annotated[str, typer.Argument(metavar="PATH", help="images or clips in any layout, or a recipe")],
     reference: Annotated[str | None, typer.Option(help="validation data that must not be part of it")] = None,
     write_index: Annotated[Path | None, typer.Option(help="write an index of the accepted samples: .parquet")] = None,
     exclude: Annotated[
@@ -27,6 +27,8 @@ def check(
     ] = "corrupt,duplicates,leaks",
     out: Annotated[Path | None, typer.Option(help="folder for report and decisions (check/NAME)")] = None,
     size: Size = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="of training, for clips (as the recipe)")] = None,
+    fps: Annotated[float | None, typer.Option(help="of training, for clips (as the recipe)")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
     shard: Shard = None,
     json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
@@ -47,7 +49,7 @@ def check(
     if write_index is not None and write_index.suffix != ".parquet":
         raise TesseraError(f"--write-index {write_index} must end in .parquet")
     folder = out or Path("check") / (Path(data).stem or "data")
-    request = CheckRequest(data, folder, reference, parse_size(size))
+    request = CheckRequest(data, folder, reference, parse_size(size), frames, fps)
     result = None
     with runtime.distributed_session() as ranks, progress() as start:
         if shard is not None and ranks.world_size > 1:

@@ -66,12 +66,13 @@ class Frames(ABC):
     """An opened file.
 
     times: when each frame is shown, and when the last one ends, in seconds, float64 [N + 1]. is_timed: whether they are
-    known. rotation: degrees counterclockwise by which frames are turned to be displayed. rate: as a container states
-    it, None if it does not.
+    known. format: of Pillow or of the container. rotation: degrees counterclockwise by which frames are turned to be
+    displayed. rate: as a container states it, None if it does not.
     """
 
     times: np.ndarray
     is_timed: bool = True
+    format: str = "frames"
     rotation: int = 0
     rate: float | None = None
 
@@ -125,7 +126,7 @@ class _Animation(Frames):
         count = getattr(image, "n_frames", 1) if image.format in ANIMATED_FORMATS else 1
         # A PNG may have a separate image for programs that show no animations.
         numbers = range(1 if count > 1 and image.info.get("default_image") else 0, count)
-        self.images, durations = [], []
+        self.images, durations, self.format = [], [], image.format or ""
         for number in numbers:
             if count > 1:
                 image.seek(number)
@@ -168,7 +169,7 @@ class _Video(Frames):
         streams = [stream for stream in container.streams.video if not stream.disposition & attached]
         if not streams:
             raise InvalidSample(NO_VIDEO)
-        self.container, self.stream = container, streams[0]
+        self.container, self.stream, self.format = container, streams[0], container.format.name.partition(",")[0]
         self.stream.codec_context.thread_count = 1  # the loader reads several files at once
         base = self.stream.time_base or Fraction(1, 1000)
         packets = [packet for packet in container.demux(self.stream) if packet.size and not packet.is_discard]

@@ -19,7 +19,7 @@ from tessera.data.check.non_samples import find_non_samples
 from tessera.data.check.rules import find_problems
 from tessera.data.check.scan import ALL, ScanShard
 from tessera.data.files import FilesConfig, FilesDataset
-from tessera.data.resolve import EMBEDDED, resolve_data
+from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL, atomic_file, atomic_write, exclusive_lock
 
@@ -30,21 +30,36 @@ Progress = Callable[[str], Callable[[int, int], None]]
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """data, reference: a path of any layout, or a recipe. folder: of parts and reports. size: of training."""
+    """data, reference: a path of any layout, or a recipe. folder: of parts and reports. size, frames, fps: of training;
+    frames: None for images, or where a recipe sets them."""
 
     data: str
     folder: Path
     reference: str | None = None
     size: tuple[int, int] | None = None
+    frames: int | None = None
+    fps: float | None = None
 
     @cached_property
     def dataset(self) -> FilesDataset:
         """The data set. Raises TesseraError if it cannot be opened."""
-        return FilesDataset(_files_config(self.data, self.size))
+        return FilesDataset(self._config(self.data))
 
     @cached_property
     def reference_dataset(self) -> FilesDataset | None:
-        return None if self.reference is None else FilesDataset(_files_config(self.reference, self.size))
+        return None if self.reference is None else FilesDataset(self._config(self.reference))
+
+    def _config(self, path: str) -> FilesConfig:
+        config = resolve_data(path, self.size or NO_SIZE)
+        if not isinstance(config, FilesConfig):
+            raise TesseraError(f"{path}: embedded data ({', '.join(EMBEDDED)}) has no files to check; expected a path")
+        if self.frames is None and self.fps is not None and config.frames is None:
+            raise TesseraError("--fps is for clips: add --frames, such as --frames 16")
+        changes = {name: value for name in ("frames", "fps") if (value := getattr(self, name)) is not None}
+        settings = config.model_dump(exclude_unset=True, exclude={"stride"})  # a file is checked as a whole
+        checked = parse_data({"kind": config.kind, **settings, **changes}, f"the data {path}")
+        assert isinstance(checked, FilesConfig)
+        return checked
 
 
 @dataclass(frozen=True)
@@ -54,13 +69,6 @@ class CheckResult:
     findings: list[Finding]
     keep: np.ndarray
     summary: list[tuple[str, str]]
-
-
-def _files_config(path: str, size: tuple[int, int] | None) -> FilesConfig:
-    config = resolve_data(path, size or NO_SIZE)
-    if not isinstance(config, FilesConfig):
-        raise TesseraError(f"{path}: embedded data ({', '.join(EMBEDDED)}) has no files to check; expected a path")
-    return config
 
 
 def scan_data(

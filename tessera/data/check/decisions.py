@@ -23,6 +23,7 @@ SAMPLE_KINDS = (
     *("small", "extreme-aspect"),
     *("blank", "invisible", "low-information", "missing-captions", "empty-captions", "animated", "transparent"),
     *("sixteen-bit", "cmyk", "profile", "rotated", "wrong-endings"),
+    *("short-clips", "frozen", "scene-cuts", "odd-fps", "low-fps", "variable-fps"),
 )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tessera.data.check.findings import Finding, ScanResult
+from tessera.data.clips import frame_numbers, open_frames
 from tessera.data.files import FilesDataset
 from tessera.data.images import flatten, upright, with_image
 from tessera.reporting.document import Block, Bullets, Code, Document, Figure, Heading, Images, Notice, Paragraph, Table
@@ -48,6 +49,10 @@ def summary(result: ScanResult, keep: np.ndarray) -> list[tuple[str, str]]:
         area = height * width
         least, most = int(area.argmin()), int(area.argmax())
         rows.append(("sizes", f"{height[least]} x {width[least]} to {height[most]} x {width[most]} (height x width)"))
+    if result.dataset.config.frames is not None and usable.any():
+        frames, rate = result.column("frames")[usable], result.column("rate")[usable]
+        rates = f" at {rate[rate > 0].min():.4g} to {rate.max():.4g} fps" if (rate > 0).any() else ""
+        rows.append(("frames", f"{frames.min():,} to {frames.max():,}{rates}"))
     rows.append(("checked", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"))
     return rows
 
@@ -95,6 +100,16 @@ def _thumbnails(result: ScanResult, finding: Finding, rows: Sequence[int]) -> Im
     return Images([Figure(_thumbnail(result.dataset, row), text) for row, text in zip(rows, captions)], thumbnails=True)
 
 
+def _filmstrip(dataset: FilesDataset, row: int) -> Image.Image:
+    """The first, the middle and the last frame of a clip."""
+    span = dataset.span(row)
+    with open_frames(dataset.encoded(row), span.fps) as frames:
+        numbers = frame_numbers(frames, None, span)
+        chosen = sorted({int(numbers[place]) for place in (0, len(numbers) // 2, -1)})
+        images = [flatten(image, dataset.config).convert("RGB") for image in frames.read(chosen)]
+    return Image.fromarray(np.concatenate([np.asarray(image) for image in images], axis=1))
+
+
 def _thumbnail(dataset: FilesDataset, row: int) -> bytes | None:
     """A sample as training reads it, as a PNG of at most THUMBNAIL_SIDE pixels; None if it cannot be decoded."""
 
@@ -102,11 +117,12 @@ def _thumbnail(dataset: FilesDataset, row: int) -> bytes | None:
         image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
         return flatten(upright(image), dataset.config).convert("RGB")
 
+    is_clip = dataset.config.frames is not None
     try:
-        thumbnail = with_image(dataset.encoded(row), read)
+        thumbnail = _filmstrip(dataset, row) if is_clip else with_image(dataset.encoded(row), read)
     except Exception:  # InvalidSample, and decoders raise anything on damaged bytes
         return None
-    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    thumbnail.thumbnail((THUMBNAIL_SIDE * (3 if is_clip else 1), THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     thumbnail.save(buffer, "PNG")
     return buffer.getvalue()

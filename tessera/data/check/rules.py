@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from tessera.data.check import similarity
+from tessera.data.check.clips import short_clips
 from tessera.data.check.findings import (
     MIN_CONTRAST,
     NO_SIZE,
@@ -44,6 +45,8 @@ FAINT_CONTRAST = 16  # of 255: largest range of a channel of an image with low i
 PLAIN_FRACTION = 0.99  # of the area with one colour, from which on an image has low information
 FEW_IMAGES = 20  # of a class
 IMBALANCE = 10.0  # the largest class over the smallest
+STILL = 0.25  # of 255 levels of the mean difference of frames: nothing moves
+MIN_RATE, MAX_RATE = 1, 240  # frames per second; others are most likely a mistake of units
 MAX_COMMANDS = 8  # commands, or names in a command, of one finding
 
 EXCLUDE = "write an index without them, and train with data.path=accepted.parquet"
@@ -78,6 +81,7 @@ def _excludable(
 FAULT_MESSAGES = {
     "empty": ("files without content", "download the files again"),
     "no image": ("files with the name of an image and other content", "download the files again, or move them away"),
+    "no video": ("files without a video stream", "move them away"),
     "truncated": ("truncated files", "download the files again"),
     "damaged": ("damaged files that cannot be decoded", "download the files again, or save them in an image editor"),
     "unsupported": ("images whose values have no defined range", "convert them to 8 or 16 bits per channel"),
@@ -262,7 +266,7 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     message = "images with a colour profile that is not sRGB and is not applied, so a viewer shows other colours"
     advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
     yield _excludable(scan, "profile", "note", message, rows, {row: profiles[row].as_py() for row in rows}, advice)
-    message = "images stored rotated or flipped, which are turned upright as EXIF specifies"
+    message = "images or videos stored rotated or flipped, which are turned upright as the file specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
     problems = scan.stats["metadata_problem"]
     rows = scan.rows(compute().not_equal(problems, "").to_numpy())
@@ -279,11 +283,11 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     wrong = {}
     if scan.dataset.table["offset"].null_count:  # samples that are whole files
         names_and_formats = scan.stats.select(["name", "format"]).filter(scan.stats["fault"].is_null())
-        rows = iter(scan.rows(scan.usable))
+        rows, formats = iter(scan.rows(scan.usable)), {"MPO", *_suffix_formats().values()}  # not of videos
         for batch in names_and_formats.to_batches():
             for name, format_ in zip(batch["name"].to_pylist(), batch["format"].to_pylist()):
                 row = next(rows)
-                if not _suffix_matches(os.path.splitext(name)[1].lower(), format_):
+                if format_ in formats and not _suffix_matches(os.path.splitext(name)[1].lower(), format_):
                     wrong[row] = format_
     yield Finding(
         "wrong-endings",
@@ -445,6 +449,49 @@ def _non_sample_names(scan: ScanResult, kind: str) -> tuple[str, ...]:
     return tuple(str(non_sample) for non_sample in scan.non_samples if non_sample.kind == kind)
 
 
+def clips(scan: ScanResult) -> Iterator[Finding]:
+    """Lengths, motion and frame rates of clips."""
+    config = scan.dataset.config
+    if config.frames is None:
+        return
+    frames, motion, cut, rate = (scan.column(name) for name in ("frames", "motion", "cut", "rate"))
+    least = short_clips(config)
+    rows = scan.rows(frames < least)
+    what = {"drop": "training skips", "pad": "training pads", "loop": "training repeats from the start"}[config.short]
+    message = f"clips of fewer than {least} frames, which {what}"
+    reasons = {row: f"{frames[row]} frames" for row in rows}
+    advice = "data.short=pad or loop uses short clips, as do shorter data.buckets.frames"
+    yield _excludable(scan, "short-clips", "warning", message, rows, reasons, advice)
+    rows = scan.rows((motion <= STILL) & (frames > 1))
+    yield _excludable(scan, "frozen", "warning", "clips in which nothing moves", rows, advice=REVIEW)
+    rows = scan.rows(cut >= 0)
+    reasons = {row: f"at {cut[row]:.2f} s" for row in rows}
+    message = "clips in which the scene changes, so that a model learns to jump"
+    advice = "list the scenes with start and end in a .csv or .jsonl"
+    yield _excludable(scan, "scene-cuts", "warning", message, rows, reasons, advice)
+    known, variable = rate > 0, scan.column("variable_rate")
+    rows = scan.rows(known & ((rate < MIN_RATE) | (rate > MAX_RATE)))
+    reasons = {row: f"{rate[row]:.4g} fps" for row in rows}
+    message = f"clips of less than {MIN_RATE} or more than {MAX_RATE} frames per second; their times may be wrong"
+    yield _excludable(scan, "odd-fps", "warning", message, rows, reasons, REVIEW)
+    if config.fps is None:
+        rates = np.round(rate[known & scan.usable], 1)
+        if len(rates) and rates.max() > 1.1 * rates.min():
+            text = f"clips have {rates.min():g} to {rates.max():g} frames per second, so one motion has several speeds"
+            advice = f"set data.fps, such as data.fps={float(np.median(rates)):g}"
+            yield Finding("several-fps", "warning", text, advice, samples=scan.rows(known))
+    else:
+        rows = scan.rows(known & (rate < config.fps * 0.95))
+        reasons = {row: f"{rate[row]:.4g} fps" for row in rows}
+        message = f"clips of fewer than data.fps={config.fps:g} frames per second, whose frames are repeated"
+        yield _excludable(scan, "low-fps", "warning", message, rows, reasons, "lower data.fps")
+    message = "clips of a variable frame rate, which are read by time"
+    advice = NOTHING if config.fps is not None else "set data.fps, so that their motion has one speed"
+    severity: Severity = "note" if config.fps is not None else "warning"
+    yield Finding("variable-fps", severity, message, advice, samples=scan.rows(variable))
+
+
 RULES: tuple[Rule, ...] = (
-    *(faults, duplicates, near_duplicates, leaks, classes, sizes, contents, captions, names, formats, layout, others),
+    *(faults, duplicates, near_duplicates, leaks, classes, sizes, contents, clips, captions, names, formats, layout),
+    others,
 )

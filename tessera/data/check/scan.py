@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from tessera.data.check import similarity
+from tessera.data.check.clips import measure_clip
 from tessera.data.files import FilesDataset
 from tessera.data.images import (
     METADATA_PROBLEM,
@@ -33,7 +34,7 @@ from tessera.data.images import (
     upright,
     with_image,
 )
-from tessera.data.index import arrow
+from tessera.data.index import SPAN_COLUMNS, arrow
 from tessera.data.processes import run_in_processes
 from tessera.data.tables import NO_BYTES
 from tessera.errors import TesseraError
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 PART_SIZE = 512  # samples
 MIN_SECONDS = 8.0  # of remaining work for which processes are started; each needs about three to start
-FORMAT = 4  # of a part; a part of another format is made again
+FORMAT = 5  # of a part; a part of another format is made again
 THUMBNAIL_SIDE = 64  # pixels of the longer side at which colours are counted
 MIN_PROFILE_DIFFERENCE = 4  # of 255 levels: profiles that are called sRGB differ by one or two
 CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured images
@@ -53,6 +54,7 @@ CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured i
 Fault = Literal[
     "empty",
     "no image",
+    "no video",
     "truncated",
     "damaged",
     "unsupported",
@@ -88,6 +90,23 @@ class SampleStats:
     max_colour_fraction: float = 0.0  # of the area, of the most frequent colour
     hash: int = 0  # perceptual
     colour_grid: bytes = b"\0" * (3 * CELLS**2)  # RGB means of CELLS x CELLS cells
+    # Of clips:
+    frames: int = 0  # at the rate of the data
+    seconds: float = 0.0  # of the whole file
+    rate: float = 0.0  # frames per second of the file; 0: not known
+    variable_rate: bool = False
+    motion: float = 0.0  # of 255: the largest mean difference of two frames
+    cut: float = -1.0  # seconds at which the scene changes; -1: it does not
+
+    def describe_pixels(self, image: Image.Image, grey: np.ndarray) -> None:
+        """Measure an RGB image without transparency. grey: uint8 [similarity.SIDE, similarity.SIDE]"""
+        self.contrast = self.visible_contrast = _contrast(image)
+        scale = min(1.0, THUMBNAIL_SIDE / max(image.size))
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        thumbnail = image if scale == 1 else image.resize(size, Image.Resampling.BOX)
+        self.max_colour_fraction = _max_colour_fraction(np.asarray(thumbnail))
+        self.hash = similarity.perceptual_hash(grey)
+        self.colour_grid = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
 ARROW_TYPES = {str: "string", int: "int64", bool: "bool_", float: "float32", bytes: "binary"}
@@ -159,7 +178,8 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
     stats.metadata_problem = image.info.get(METADATA_PROBLEM, "")
 
     flat = flatten(shown, config).convert("RGB")
-    stats.contrast = stats.visible_contrast = _contrast(flat)
+    grey = flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX)
+    stats.describe_pixels(flat, np.asarray(grey))
     if has_transparency(shown):
         rgba = shown.convert("RGBA")
         alpha = np.asarray(rgba.getchannel("A"))
@@ -167,14 +187,6 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
             stats.transparent_fraction = float((alpha < 255).mean())
             # On black and on white: an image without contrast on either is blank on any background.
             stats.visible_contrast = max(_contrast(_on_grey(rgba, level)) for level in (0, 255))
-    scale = min(1.0, THUMBNAIL_SIDE / max(flat.size))
-    size = (max(round(flat.width * scale), 1), max(round(flat.height * scale), 1))
-    thumbnail = flat if scale == 1 else flat.resize(size, Image.Resampling.BOX)
-    stats.max_colour_fraction = _max_colour_fraction(np.asarray(thumbnail))
-    stats.hash = similarity.perceptual_hash(
-        np.asarray(flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX))
-    )
-    stats.colour_grid = flat.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
 @functools.lru_cache(16)
@@ -293,20 +305,24 @@ def part_path(folder: Path, part: int) -> Path:
 
 def part_key(dataset: FilesDataset, part: int) -> str:
     """A hash of the samples of a part, the present state of their files, and the settings that affect measurements."""
-    rows = dataset.table.select(["path", "offset", "length"]).slice(part * PART_SIZE, PART_SIZE)
+    rows = dataset.table.select(["path", "offset", "length", *SPAN_COLUMNS]).slice(part * PART_SIZE, PART_SIZE)
     paths = rows["path"].to_pylist()
     states = [_file_state(dataset.root / path) for path in dict.fromkeys(paths)]
     spans = (rows["offset"].to_pylist(), rows["length"].to_pylist())
-    facts = (FORMAT, dataset.config.background, dataset.config.channels, paths, states, spans)
+    config = dataset.config
+    facts: tuple[object, ...] = (FORMAT, config.background, config.channels, paths, states, spans)
+    if config.frames is not None:
+        facts += (config.fps, [rows[name].to_pylist() for name in SPAN_COLUMNS])
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _file_state(path: Path) -> tuple[int, ...]:
     try:
         state = path.stat()
+        frames = sorted(path.iterdir()) if path.is_dir() else []
     except OSError:
         return ()
-    return state.st_size, state.st_mtime_ns, state.st_mode
+    return state.st_size, state.st_mtime_ns, state.st_mode, *(number for each in frames for number in _file_state(each))
 
 
 def scan(
@@ -373,6 +389,8 @@ def _scan_sample(dataset: FilesDataset, row: int) -> SampleStats:
     except InvalidSample as error:
         reason = str(error)
         return _failed(SampleStats(name), "empty" if reason == NO_BYTES else "damaged", reason)
+    if dataset.config.frames is not None:
+        return measure_clip(SampleStats(name), content, dataset.span(row), dataset.config)
     return measure_sample(content, name, dataset.config)
 
 
