@@ -34,7 +34,7 @@ docs: .setup/dev
 	mkdir -p .setup && touch $@
 
 .setup/demo: .setup/venv pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,serve]"
 	touch $@
 
 .setup/dev: .setup/venv pyproject.toml constraints.txt

@@ -54,6 +54,7 @@ def run(out: Path, seconds: float = 120) -> float:
     for name in ("grid.png", "denoising.gif", "loss.png", "report.md"):
         print(out / name)
     print(f"more samples:  tessera sample {run_dir} --classes 3,7 --per-class 4")
+    print(f"in a browser:  tessera serve {run_dir} --runs {out}, then open http://127.0.0.1:7860")
     return accuracy
 
 

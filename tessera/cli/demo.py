@@ -9,8 +9,15 @@ import typer
 def demo(
     seconds: Annotated[float, typer.Option(help="training time")] = 120,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("demo"),
+    serve: Annotated[bool, typer.Option("--serve", help="then open the page of `tessera serve`")] = False,
 ) -> None:
     """Train a small DiT on handwritten digits, sample from it and score the samples. Needs no download."""
+    from tessera.cli.serve import check_installed
+    from tessera.cli.serve import serve as serve_models
     from tessera.demo import run
 
+    if serve:
+        check_installed()
     run(out, seconds)
+    if serve:
+        serve_models([str(out / "run")], runs=out, out=out / "served", open_page=True)

@@ -1,5 +1,6 @@
 """`tessera serve`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,20 @@ from tessera.cli.options import EMA, Adapters, AnyBase, CheckpointType, Codec, D
 from tessera.errors import TesseraError
 
 
+def check_installed(with_ray: bool = False) -> None:
+    """Raise TesseraError if a library of the server is missing."""
+    needed = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "multipart": "serve"}
+    needed |= {"ray": "ray"} if with_ray else {}
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise TesseraError(f"`tessera serve` needs {missing[0]}: pip install 'tessera[{needed[missing[0]]}]'")
+
+
 def serve(
     model: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="[NAME=]MODEL...", help="bundles, runs, official .pt files or diffusers folders"),
-    ],
+    ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the address is printed")] = 7860,
     host: Annotated[str, typer.Option(help="another address than this machine's own needs --keys")] = "127.0.0.1",
     out: Annotated[Path, typer.Option(help="the folder for jobs and their images")] = Path("served"),
@@ -33,6 +43,7 @@ def serve(
         typer.Option(min=1, help="fill every call up to so many rows: equal bits whatever shares the call"),
     ] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="for accepted jobs after SIGTERM")] = 30.0,
+    open_page: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
     replicas: Annotated[int | None, typer.Option(min=1, help="several processes or machines, with Ray Serve")] = None,
     device: Device = "auto",
     adapter: Adapters = None,
@@ -44,18 +55,14 @@ def serve(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Serve models over HTTP: the images interface of OpenAI, and /v1/jobs for everything that can be sampled.
+    """Serve models over HTTP: a page to work with, the images interface of OpenAI, and /v1/jobs.
 
     Requests of all clients share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are
     finished first.
     """
-    from importlib.util import find_spec
-
-    needed = {"fastapi": "serve", "uvicorn": "serve", "prometheus_client": "serve", "multipart": "serve"}
-    needed |= {"ray": "ray"} if replicas is not None else {}
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise TesseraError(f"`tessera serve` needs {missing[0]}: pip install 'tessera[{needed[missing[0]]}]'")
+    check_installed(with_ray=replicas is not None)
+    if not model and runs is None:
+        raise TesseraError("no model to serve: give at least one, or a folder of runs to look at with --runs")
     from tessera.serving.admission import Limits
     from tessera.serving.gate import read_keys
     from tessera.serving.models import parse_models
@@ -85,8 +92,8 @@ def serve(
         rows_per_call,
         private=bool(clients),
     )
-    server = ServerOptions(host, port, drain_seconds, without_keys, runs)
+    server = ServerOptions(host, port, drain_seconds, without_keys, runs, open_page)
     log_json()
     if replicas is not None:
         raise TesseraError("--replicas is not available yet")
-    run(Service(parse_models(model, **model_options), options), server, clients)
+    run(Service(parse_models(model or [], **model_options), options), server, clients)

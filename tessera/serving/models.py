@@ -91,15 +91,18 @@ class ModelPool:
     def __init__(
         self, entries: Sequence[ModelEntry], max_loaded: int = 1, on_load: Callable[[str, float], None] | None = None
     ) -> None:
-        if not entries:
-            raise TesseraError("no model to serve: give at least one")
         if max_loaded < 1:
             raise TesseraError(f"max_loaded is {max_loaded}; use 1 or more")
         self.entries = {entry.name: entry for entry in entries}
-        self.max_loaded, self.default = max_loaded, entries[0].name
+        self.max_loaded = max_loaded
         self._on_load = on_load
         self._lock = asyncio.Lock()  # first come, first served: a model in constant use cannot keep others out
         self._idle = asyncio.Event()
+
+    @property
+    def default(self) -> str:
+        """The first model; empty if there is none yet, as on a server that shows runs."""
+        return next(iter(self.entries), "")
 
     @property
     def loaded(self) -> list[ModelEntry]:

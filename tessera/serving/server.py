@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 import time
+import webbrowser
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,15 @@ CLOSE_SECONDS = 5  # for responses that are being sent when all jobs are done
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """drain_seconds: the deadline after SIGTERM; runs: a folder with runs that the studio shows"""
+    """drain_seconds: the deadline after SIGTERM; runs: a folder with runs that the studio shows;
+    open_page: in the browser, when the models are loaded"""
 
     host: str = "127.0.0.1"
     port: int = 7860
     drain_seconds: float = 30.0
     without_keys: bool = False
     runs: Path | None = None
+    open_page: bool = False
 
 
 class JsonFormatter(logging.Formatter):
@@ -113,8 +116,9 @@ def run(service: Service, options: ServerOptions, keys: Mapping[str, str] | None
     with _listen(options.host, options.port) as listening:
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        print(f"http://{shown}:{address[1]}", flush=True)
-        asyncio.run(_serve(server, service, listening))
+        page = f"http://{shown}:{address[1]}"
+        print(page, flush=True)
+        asyncio.run(_serve(server, service, listening, page if options.open_page else None))
     if service.startup_error is not None:
         raise service.startup_error
 
@@ -132,7 +136,7 @@ def _listen(host: str, port: int) -> socket.socket:
         raise TesseraError(f"cannot listen at {host}, port {port}: {reason}; choose another --port") from None
 
 
-async def _serve(server: _Server, service: Service, listening: socket.socket) -> None:
+async def _serve(server: _Server, service: Service, listening: socket.socket, page: str | None) -> None:
     """Serve; /health is answered while models are loaded."""
     server.loop = asyncio.get_running_loop()
     start = time.monotonic()
@@ -141,6 +145,8 @@ async def _serve(server: _Server, service: Service, listening: socket.socket) ->
         try:
             await service.start()
             logger.info("started", extra={"seconds": round(time.monotonic() - start, 3)})
+            if page is not None:
+                await asyncio.to_thread(webbrowser.open, page)
         except BaseException as error:
             if not isinstance(error, TesseraError | asyncio.CancelledError):
                 logger.exception("the service could not start")

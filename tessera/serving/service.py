@@ -161,6 +161,8 @@ class Service:
     def model_entry(self, name: str | None) -> ModelEntry:
         """A model by name; None: the first. Raises ApiError 404."""
         name = self.pool.default if name is None else name
+        if not self.pool.entries:
+            raise ApiError(404, "this server has no model yet", "model_not_found", "model")
         if name not in self.pool.entries:
             message = unknown_name("model", name[:100], self.pool.entries)
             raise ApiError(404, message, "model_not_found", "model")

@@ -12,12 +12,12 @@ const storage = "tessera-key";
 const stored = () => { try { return sessionStorage.getItem(storage); } catch { return null; } };
 let key = stored();
 /** `resolve` is set while the page waits for the person's key. */
-export const keyDialog = createStore({ resolve: null, wrong: false });
+export const keyDialog = createStore({ resolve: null, wrong: false, count: 0 });
 let asking = null;
 
 /** Ask for the key, once: all requests wait for the same answer. */
 function askKey(wrong) {
-  asking ||= new Promise((resolve) => keyDialog.set({ resolve, wrong })).then((value) => {
+  asking ||= new Promise((resolve) => keyDialog.set(({ count }) => ({ resolve, wrong, count: count + 1 }))).then((value) => {
     keyDialog.set({ resolve: null });
     if (!value) throw new ApiError(401, "This server needs an API key. Reload the page to enter one.");
     key = value;

@@ -16,10 +16,10 @@ const THEMES = { "": "System", light: "Light", dark: "Dark" };
 const dialog = createStore({ shortcuts: false });
 
 function KeyDialog() {
-  const { resolve, wrong } = keyDialog.use(), [key, setKey] = useState("");
+  const { resolve, wrong, count } = keyDialog.use(), [key, setKey] = useState("");
   if (!resolve) return null;
   return html`
-    <${Dialog} title="API key" onClose=${() => resolve(key)}>
+    <${Dialog} key=${count} title="API key" onClose=${() => resolve(key)}>
       <form method="dialog">
         <p>${wrong ? "The server does not accept this key. Check it, and enter it again." : "This server needs a key. Whoever runs it has a file with a key for each client."}</p>
         <${Field} label="Key"><input type="password" autocomplete="off" required minlength="16" value=${key} onInput=${(event) => setKey(event.target.value)} /><//>

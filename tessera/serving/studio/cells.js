@@ -64,7 +64,7 @@ export function StepSlider({ cells, step, onStep }) {
   const steps = Math.max(...cells.map((cell) => cell.numSteps), 1);
   return html`
     <label class="slider"><span>Step</span>
-      <input type="range" min="0" max=${steps} value=${step ?? steps} aria-valuetext=${step === null ? "newest" : `step ${step} of ${steps}`}
+      <input type="range" aria-label="Step" min="0" max=${steps} value=${step ?? steps} aria-valuetext=${step === null ? "newest" : `step ${step} of ${steps}`}
         onInput=${(event) => onStep(Number(event.target.value) >= steps ? null : Number(event.target.value))} />
       <output>${step === null ? "newest" : step}</output>
     </label>`;

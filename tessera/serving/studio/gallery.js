@@ -29,18 +29,21 @@ function imagesOf(jobs) {
       key: `${record.id}/${index}`, job: record.id, index, parameters, settings, state: record.state, error: record.error, frames: [],
       url: record.results[index] && `/v1/jobs/${record.id}/results/${index}`, numSteps: record.num_steps, step: record.num_steps, inputs: record.inputs,
       created: record.created, title: [condition, `seed ${seed}`].filter((part) => part !== undefined && part !== "").join(", "),
-      text: [record.model, condition, `seed ${seed}`, seed, record.id, record.state, JSON.stringify(parameters.settings), settings?.sampling?.sampler.kind,
+      text: [record.model, condition, `seed ${seed}`, record.state, Object.values(parameters.settings).join(" "), settings?.sampling?.sampler.kind,
         `${settings?.sampling?.num_steps} steps`, record.user, record.inputs.includes("mask.png") ? "inpainting" : record.inputs.length ? "image-to-image" : ""].join(" ").toLowerCase(),
     };
   }));
 }
+
+/** Whether a word of the search is in a text: a number as a whole, other words from their beginning. */
+const contains = (text, word) => (/^[\d.]+$/.test(word) ? text.split(/\s+/).includes(word) : ` ${text}`.includes(` ${word}`));
 
 export function Gallery() {
   const { jobs, hasMore, loading } = gallery.use(), [search, setSearch] = useState(""), [model, setModel] = useState(""), [state, setState] = useState("images");
   const [key, setKey] = useState(null);
   useEffect(() => { load(); }, []);
   const all = imagesOf(jobs), words = search.toLowerCase().split(/\s+/).filter(Boolean);
-  const shown = all.filter((item) => (!model || item.parameters.model === model) && (state === "images" ? item.url : !item.url) && words.every((word) => item.text.includes(word)));
+  const shown = all.filter((item) => (!model || item.parameters.model === model) && (state === "images" ? item.url : !item.url) && words.every((word) => contains(item.text, word)));
   const selected = all.find((item) => item.key === key);
   const deleteJob = async () => {
     const count = all.filter((item) => item.job === selected.job).length;

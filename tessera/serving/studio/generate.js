@@ -2,7 +2,7 @@
 import { Field, Select, announce, createStore, html, tell, tellError, useEffect, useState } from "./ui.js";
 import { dataUrl, events, fetchDataUrl, query } from "./api.js";
 import { AXES, EMPTY, axisValues, fill, form, plan, usesText } from "./form.js";
-import { Detail, Progress, StepSlider, Table } from "./cells.js";
+import { Detail, Image, Progress, StepSlider, Table } from "./cells.js";
 import { ACTIVE, cancel, changes, forget, run } from "./jobs.js";
 import { MaskEditor, readFile } from "./mask.js";
 import { choices, modelFacts, models } from "./models.js";
@@ -46,7 +46,7 @@ export function sameWith(item) {
   const facts = modelFacts(item.parameters.model), steps = item.settings?.sampling.num_steps ?? 50, seed = item.parameters.seeds[0];
   const go = (extra) => useAgain(item, extra).then(generate).catch(tellError);
   const axis = (columns) => go({ rows: "condition", columns, columnValues: axisValues(columns, facts, namesOf()) });
-  const fromImage = async () => useAgain(item, { init: { url: await fetchDataUrl(item.url), name: `seed ${seed}` }, mask: null, strength: "0.6", count: 4 });
+  const fromImage = async () => useAgain(item, { init: { url: await fetchDataUrl(item.url), name: `seed ${seed}` }, mask: null, strength: "", count: 4 });
   return [
     ["Other seeds", () => go({ seed: String(seed + 1), count: 8 })],
     ["Twice the steps", () => go({ num_steps: 2 * steps })],
@@ -74,6 +74,7 @@ export function Generate() {
   const set = (name) => (value) => form.set({ [name]: value });
   const input = (name) => ({ value: values[name], onInput: (event) => form.set({ [name]: event.target.value }) });
   const sampling = facts?.sampling;
+  if (models.get().ready && !list.length) return html`<p class="empty">This server has no model yet. Compare checkpoints of a run under <a href="#runs">Runs</a>, or start it with one: <code>tessera serve MODEL</code></p>`;
   return html`
     <div class="generate">
       <form class="panel" aria-label="Settings" onSubmit=${(event) => { event.preventDefault(); generate(); }}>
@@ -83,8 +84,8 @@ export function Generate() {
           <${Field} label="Prompt" hint="One in each line"><textarea rows="3" ...${input("prompts")}></textarea><//>
           <${Field} label="Negative prompt" hint="What guidance leads away from"><input ...${input("negative")} /><//>` : facts?.classes.length > 0 && html`<${Classes} facts=${facts} model=${values.model} labels=${values.labels} onChange=${set("labels")} />`}
         <div class="pair">
-          <${Field} label="First seed"><span class="joined"><input inputmode="numeric" ...${input("seed")} />
-            <button type="button" aria-label="Random seed" title="Random seed" onClick=${() => form.set({ seed: String(Math.floor(Math.random() * 2 ** 32)) })}>⚄</button></span><//>
+          <${Field} label="First seed" after=${html`<button type="button" aria-label="Random seed" title="Random seed" onClick=${() => form.set({ seed: String(Math.floor(Math.random() * 2 ** 32)) })}>⚄</button>`}>
+            <input inputmode="numeric" ...${input("seed")} /><//>
           <${Field} label="Seeds"><input type="number" min="1" max="64" required value=${values.count} onInput=${(event) => form.set({ count: Math.min(64, Math.max(1, Math.round(Number(event.target.value)) || 1)) })} /><//>
         </div>
         <div class="pair">
@@ -178,7 +179,7 @@ function Start({ values, facts }) {
     <details open=${Boolean(init)}><summary>Start from an image</summary>
       ${!init ? html`<${FileInput} label="Choose an image, or drop it here" onImage=${(image) => form.set({ init: image, mask: null })} />` : html`
         <div class="start">
-          <div class="stack"><img src=${init.url} alt=${init.name} />${mask && html`<img class="mask" src=${mask} alt="the mask" />`}</div>
+          <div class="stack"><${Image} path=${init.url} alt=${init.name} />${mask && html`<img class="mask pixels" src=${mask} alt="the mask" />`}</div>
           <div>
             <button type="button" onClick=${() => setEditing(true)}>${mask ? "Change the mask" : "Paint a mask"}</button>
             ${mask && html`<button type="button" onClick=${() => form.set({ mask: null })}>Remove the mask</button>`}

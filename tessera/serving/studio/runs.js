@@ -85,7 +85,7 @@ function RunSamples({ state }) {
   return html`
     <section class="block"><h3>Samples</h3>
       <label class="slider"><span>Step</span>
-        <input type="range" min="0" max=${last} value=${index ?? last} aria-valuetext=${`step ${shown.step}`} onInput=${(event) => setIndex(Number(event.target.value) === last ? null : Number(event.target.value))} />
+        <input type="range" aria-label="Step of the samples" min="0" max=${last} value=${index ?? last} aria-valuetext=${`step ${shown.step}`} onInput=${(event) => setIndex(Number(event.target.value) === last ? null : Number(event.target.value))} />
         <output>${shown.step}</output></label>
       ${shown.files.map((file) => html`<${Image} key=${file} path=${path(file)} alt=${`grid of samples at step ${shown.step}`} class="sample-grid" />`)}
     </section>`;

@@ -1,10 +1,10 @@
 // preact, htm, and what all views share: a store, messages, small components.
-import { h, render, Fragment } from "./vendor/preact.js";
-import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/hooks.js";
+import { cloneElement, h, render, Fragment } from "./vendor/preact.js";
+import { useEffect, useId, useRef, useState } from "./vendor/hooks.js";
 import htm from "./vendor/htm.js";
 
 export const html = htm.bind(h);
-export { Fragment, render, useEffect, useLayoutEffect, useMemo, useRef, useState };
+export { Fragment, render, useEffect, useRef, useState };
 
 /** A value that components share. `use()` renders again when it changes; changes are collected for a frame. */
 export function createStore(value) {
@@ -60,9 +60,15 @@ export function Messages() {
     <div class="hidden-text" aria-live="polite">${progress}</div>`;
 }
 
-/** A labelled control. hint: shown below it. */
-export function Field({ label, hint, children, wide }) {
-  return html`<label class="field ${wide ? "wide" : ""}"><span>${label}</span>${children}${hint && html`<small>${hint}</small>`}</label>`;
+/** A labelled control. hint: shown below it. after: shown beside it */
+export function Field({ label, hint, after, children }) {
+  const id = useId(), [control] = [children].flat();
+  return html`
+    <div class="field">
+      <label for=${id}>${label}</label>
+      <span class="joined">${cloneElement(control, { id, "aria-describedby": hint ? `${id}-hint` : undefined })}${after}</span>
+      ${hint && html`<small id=${`${id}-hint`}>${hint}</small>`}
+    </div>`;
 }
 
 export function Select({ value, options, onChange, ...rest }) {
@@ -81,7 +87,7 @@ export function Menu({ text, actions }) {
   return html`
     <details class="menu" ref=${details}
       onKeyDown=${(event) => { if (event.key === "Escape") { close(); details.current.firstElementChild.focus(); event.stopPropagation(); } }}
-      onFocusOut=${(event) => details.current.contains(event.relatedTarget) || setTimeout(close, 150)}>
+      onFocusOut=${() => setTimeout(() => details.current && !details.current.contains(document.activeElement) && close(), 150)}>
       <summary>${text}</summary>
       <div>${actions.map(([name, action]) => html`
         <button key=${name} type="button" onClick=${() => { close(); action(); }}>${name}</button>`)}</div>
