@@ -1,6 +1,7 @@
 """What the reader of lanes makes of ideal samplers that see little of the past: no network, only exact conditionals.
 
     python benchmarks/lanes_oracle.py
+    python benchmarks/lanes_oracle.py --distances       # Fréchet distances of clips and of frames, too
 
 A sampler that sees K previous frames continues a real clip frame by frame from the data's exact conditional
 distribution given what these K frames show: position and colour of a visible disc, or that it is hidden. Chaining and
@@ -13,8 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from tessera.data.lanes import COLOURS, HIGH, LOW, PERIOD, SPEEDS, positions, render
+from tessera.evaluation import distances
+from tessera.evaluation.features import load_extractor
+from tessera.evaluation.moments import Moments
 from tessera.evaluation.toy import lane_reader
 from tessera.evaluation.toy.lane_reader import Readings, hidden_interval, read_clips
 from tessera.reporting.estimates import Estimate
@@ -159,10 +164,21 @@ def row(name: str, clips: np.ndarray, readings: Readings) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
+def distance_row(name: str, samples: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> str:
+    """Fréchet distances of clips and of single frames, and the distance of how much frames change, from features."""
+    width = samples["pool"].shape[1]
+    pairs = [(samples["pool"], reference["pool"])]
+    pairs.append((samples["frames"].reshape(-1, width), reference["frames"].reshape(-1, width)))
+    values = [distances.frechet(x, Moments.from_rows(x), Moments.from_rows(y)).value for x, y in pairs]
+    values.append(distances.wasserstein([samples["motion"]], reference["motion"].ravel()).value)
+    return f"| {name} | " + " | ".join(f"{value:.4f}" for value in values) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=500, help="lanes of each sampler (default: 500)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--distances", action="store_true", help="also distances of the built-in features")
     arguments = parser.parse_args()
     print(f"LawPass: root mean square distance below {lane_reader.TOLERANCE} px; 95 % intervals (Wilson)\n")
     columns = (
@@ -178,6 +194,14 @@ def main() -> None:
     for name in SAMPLERS:
         clips = sample_clips(name, arguments.count, arguments.seed)
         print(row(name, clips, read_clips(clips)), flush=True)
+    if arguments.distances:
+        extractor = load_extractor("lanes", torch.device("cpu"))
+        reference = extractor(sample_clips("real", 2 * arguments.count, arguments.seed + 1), 50)
+        columns = ("sampler", "fd of clips", "frame_fd", "motion (levels)")
+        print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+        for name in SAMPLERS:
+            clips = sample_clips(name, arguments.count, arguments.seed)
+            print(distance_row(name, extractor(clips, 50), reference), flush=True)
 
 
 if __name__ == "__main__":

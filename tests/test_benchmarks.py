@@ -42,7 +42,7 @@ SMALL = {
     ],
     "guidance_halves": ["--batches 1 --seconds 0.1 --widths 64 --sides 2"],
     "lanes_features": ["--out {tmp}/features --steps 1 --count 100"],
-    "lanes_oracle": ["--count 4"],
+    "lanes_oracle": ["--count 4", "--count 4 --distances"],
     "latent_cache": [
         "read --count 64 --threads 1 --rounds 1",
         "million --counts 64",

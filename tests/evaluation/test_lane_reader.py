@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tessera.data import LanesConfig
 from tessera.data.lanes import BAR_COLUMNS, COLOURS, Disc, positions, render_clip
 from tessera.errors import TesseraError
+from tessera.evaluation.distances import frechet
+from tessera.evaluation.features import load_extractor
+from tessera.evaluation.moments import Moments
 from tessera.evaluation.toy.lane_reader import HIDDEN, INVALID, hidden_interval, path_colours, read_clips
 
 ROOT = Path(__file__).parents[2]
@@ -174,3 +178,19 @@ def test_ideal_samplers(oracle, name, least, most):
     if name == "still copy":  # which the flicker score ranks best
         assert oracle.flicker(clips) == 1.0
         assert readings.steps.max() == 0
+
+
+def test_the_features_of_clips_see_motion_and_those_of_frames_do_not(oracle):
+    """The built-in 3-D network: shuffled frames are far from real clips, but frame by frame they are the same."""
+    extractor = load_extractor("lanes", torch.device("cpu"))
+    real, other = (oracle.sample_clips("real", 60, seed) for seed in (0, 1))
+    shuffled = np.stack([clip[np.random.default_rng(row).permutation(24)] for row, clip in enumerate(real)])
+    reference, same, mixed = (extractor(clips, 30) for clips in (other, real, shuffled))
+
+    def distance(features: dict[str, np.ndarray], kind: str) -> float:
+        x, y = (values[kind].reshape(-1, 32) for values in (features, reference))
+        return frechet(x, Moments.from_rows(x), Moments.from_rows(y)).value
+
+    assert distance(mixed, "pool") > 5 * distance(same, "pool")
+    assert distance(mixed, "frames") < 4 * distance(same, "frames")
+    assert mixed["motion"].mean() > 2 * same["motion"].mean()
