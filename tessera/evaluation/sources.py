@@ -8,15 +8,18 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 import numpy as np
 
-from tessera import randomness
+from tessera import clips, randomness
 from tessera.data import AnyData
+from tessera.data.clips import open_frames, read_clip
 from tessera.data.columns import MAX_CLASSES
 from tessera.data.files import FilesConfig, FilesDataset
+from tessera.data.folders import VIDEO_SUFFIXES
 from tessera.data.images import ImagesConfig, InvalidSample, is_grey, read_image, sample_size
 from tessera.data.resolve import open_data
 from tessera.errors import TesseraError
@@ -24,6 +27,8 @@ from tessera.generation.shards import ImageShard, shard_range
 from tessera.images import read_settings
 
 T = TypeVar("T")
+GRIDS = ("grid.png", "grid.webp")  # written by `tessera sample`
+CLIP_SUFFIXES = ({*clips.ANIMATIONS} - {".png"}) | clips.VIDEOS.keys()
 STREAM = 0x726F7773  # random stream of `subset_indices`
 
 
@@ -96,7 +101,10 @@ class DatasetSource:
 
 
 class FolderSource:
-    """A folder of samples as they are displayed: they must have one size. They have one channel if all are grey.
+    """A folder of images or clips as they are displayed: they must have one size, and clips one length.
+
+    They have one channel if all are grey (of clips: in their first frames). Clips have the frame rate that is stored
+    with them, as `tessera sample` does, else every frame of the file.
 
     Attributes:
         skipped: the reason by file of each damaged one that was met. It is printed, too.
@@ -105,24 +113,26 @@ class FolderSource:
     size: tuple[int, ...]
 
     def __init__(self, path: Path, count: int | None = None) -> None:
-        dataset = open_data(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1)))
+        self.has_clips = _holds_clips(path.expanduser())
+        frames = 1 if self.has_clips else None
+        dataset = open_data(FilesConfig(kind="folder", path=str(path), caption=None, size=(1, 1), frames=frames))
         files = [(Path(dataset.name(index)), dataset.label(index)) for index in range(len(dataset))]
         self.description, self.path, self.class_names = f"folder {path}", path, dataset.class_names
-        files = [(file, label) for file, label in files if file.name != "grid.png"]  # written by `tessera sample`
+        files = [(file, label) for file, label in files if file.name not in GRIDS]
         if not files:
             raise TesseraError(f"{path} holds a grid of samples only: sample with a folder, not a .png, as --out")
         files = [files[index] for index in _select(count, len(files), self.description)]
         self.paths, self.count = [file for file, _ in files], len(files)
         self.skipped: dict[Path, str] = {}
-        grey = {path: self._usable(is_grey, path) for path in self.paths}
+        grey = {path: self._usable(_is_grey_clip if self.has_clips else is_grey, path) for path in self.paths}
         readable = [path for path, value in grey.items() if value is not None]
         self.channels = 3 if False in grey.values() else 1
         self._config = ImagesConfig(channels=1 if self.channels == 1 else 3)
-        images = ((path, self._usable(read_image, path, self._config)) for path in readable)
+        images = ((path, self._usable(self._pixels, path)) for path in readable)
         self._first, first = next(((path, image) for path, image in images if image is not None), (None, None))
         if first is None:
             raise TesseraError(f"{path} holds no image that can be scored: {next(iter(self.skipped.values()))}")
-        self.size = (first.height, first.width)
+        self.size = first.shape[:-1]
         if dataset.class_names:
             self._labels = [label for _, label in files]
         else:
@@ -152,15 +162,21 @@ class FolderSource:
             return None
 
     def _read(self, path: Path) -> np.ndarray | None:
-        image = self._usable(read_image, path, self._config)
-        if image is None:
-            return None
-        if (image.height, image.width) != self.size:
+        pixels = self._usable(self._pixels, path)
+        if pixels is not None and pixels.shape[:-1] != self.size:
+            size, other = (" x ".join(map(str, each)) for each in (pixels.shape[:-1], self.size))
             raise TesseraError(
-                f"{path} is {image.height} x {image.width}, but {self._first} is {self.size[0]} x {self.size[1]}: "
-                "samples are scored as they are, at one size; give --size to crop and scale all of them like data"
+                f"{path} is {size}, but {self._first} is {other}: samples are scored as they are, at one size; give "
+                "--size to crop and scale all of them like data"
             )
-        pixels = np.asarray(image)
+        return pixels
+
+    def _pixels(self, path: Path) -> np.ndarray:
+        """uint8 [H, W, C], of a clip [T, H, W, C]. Raises InvalidSample."""
+        if self.has_clips:
+            settings = _saved_settings(path)
+            return read_clip(path, settings.get("fps") if isinstance(settings, dict) else None, self.channels)
+        pixels = np.asarray(read_image(path, self._config))
         return pixels[..., None] if self.channels == 1 else pixels
 
 
@@ -237,6 +253,25 @@ class NpzSource:
         return content
 
 
+def _holds_clips(folder: Path) -> bool:
+    """Whether a folder has videos, or animations that `tessera sample` may have written."""
+    files = (path for path in sorted(folder.rglob("*")) if path.name not in GRIDS)
+    for path in files:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return True
+        if path.suffix.lower() in CLIP_SUFFIXES:
+            with suppress(InvalidSample), open_frames(path) as frames:
+                return len(frames.times) > 2
+    return False
+
+
+def _is_grey_clip(path: Path) -> bool:
+    """Whether the first frame of a clip has no colours. Raises InvalidSample."""
+    with open_frames(path) as frames:
+        pixels = np.asarray(frames.read([0])[0].convert("RGB"))
+    return bool((pixels == pixels[..., :1]).all())
+
+
 def _saved_labels(paths: list[Path]) -> list[int]:
     """The classes that `tessera sample` saved in its PNG files; empty if one of the files has none."""
     labels = []
@@ -259,7 +294,10 @@ def _saved_prompt(path: Path) -> str | None:
 
 def _saved_settings(path: Path) -> Any:
     try:
-        return read_settings(path) if path.suffix.lower() == ".png" else None
+        suffix = path.suffix.lower()
+        if suffix in CLIP_SUFFIXES:
+            return clips.read_settings(path)
+        return read_settings(path) if suffix == ".png" else None
     except Exception:  # damaged bytes, or another program's settings: reading the image reports what is wrong
         return None
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tessera.data.clips import read_clip
+from tessera.evaluation.sources import FolderSource
 from tessera.generation import generate
 from tessera.interop.load import load
 
@@ -109,6 +110,18 @@ def test_options_of_clips_are_errors_for_a_model_of_images(tessera, trained, tmp
     done = tessera("sample", trained, "--classes", "1", *words)
     assert done.code == 1
     assert "clip" in done.err
+
+
+def test_a_folder_of_clips_is_scored_as_the_model_is(tessera, run, tmp_path):
+    assert tessera("sample", run, "--num-samples", "6", "--out", tmp_path / "s").code == 0
+    source = FolderSource(tmp_path / "s")
+    assert (source.size, source.channels, source.count) == ((4, 8, 8), 1, 6)
+    shard = source.shard(0)
+    assert shard.labels is not None
+    model = load(run)
+    expected = {(label, seed): generate(model, [label], [seed])[0] for label in range(2) for seed in range(6)}
+    for path, clip, label in zip(source.paths, shard.images, shard.labels):
+        assert np.array_equal(clip, expected[int(label), int(path.stem.rpartition("-")[2])])
 
 
 def test_info_of_a_model_of_clips(tessera, run):

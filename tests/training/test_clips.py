@@ -11,6 +11,7 @@ from PIL import Image
 import tessera
 from tessera import bundle
 from tessera.data import FilesConfig, Loader
+from tessera.data.buckets import BucketsConfig
 from tessera.errors import TesseraError
 from tessera.settings import Settings
 from tessera.training import dry_run, loop
@@ -162,6 +163,27 @@ def test_short_clips_of_files_are_padded_and_listed(recipe, tmp_path):
     data = FilesConfig(path=str(tmp_path), size=(8, 8), channels=1, frames=4, short="pad", caption=None)
     run_dir = loop.train(recipe("training.global_batch_size=6", "run_dir=" + str(tmp_path / "run"), data=data))
     assert (run_dir / "short_clips.txt").read_text() == f"{tmp_path / '0.gif'}\t2 of 4 frames\n"
+    assert not (run_dir / "skipped_samples.txt").exists()
+
+
+@pytest.mark.run
+def test_images_and_clips_of_several_lengths_in_one_run(recipe, tmp_path):
+    for number in range(4):
+        frames = [Image.new("L", (8, 8), 40 * step + number) for step in range(6)]
+        for count in (2, 6):
+            name = tmp_path / f"data/{count}-{number}.gif"
+            name.parent.mkdir(exist_ok=True)
+            frames[0].save(name, save_all=True, append_images=frames[1:count], duration=100)
+        frames[0].save(tmp_path / f"data/{number}.png")
+    buckets = BucketsConfig(frames=(1, 2, 4), aspect=1, multiple=4)
+    data = FilesConfig(path=str(tmp_path / "data"), size=(8, 8), channels=1, frames=4, buckets=buckets, caption=None)
+    changes = ("training.global_batch_size=4", "training.steps=6", "network.patch_size=2")
+    run = build_run(recipe(*changes, data=data))
+    assert run.loader.buckets is not None
+    assert [size[0] for size in run.loader.buckets.sizes] == [1, 2, 4]
+    shapes = {tuple(run.loader.load_batch(4 * number).pixels.shape[2:]) for number in range(6)}
+    assert shapes == {(1, 8, 8), (2, 8, 8), (4, 8, 8)}
+    run_dir = loop.train(recipe(*changes, data=data))
     assert not (run_dir / "skipped_samples.txt").exists()
 
 
