@@ -420,6 +420,13 @@ def build_network(
                 f"{len(untrained)} of its weights, such as {untrained[0]}: its network has {', '.join(differing)}; "
                 "leave out the settings of data, codec and network that cause this"
             )
+        names = [name for name in names_by_kind[initialization.INITIALIZED] if initialization.TEMPORAL not in name]
+        if recipe.training.trainable == "temporal" and names:
+            raise TesseraError(
+                f"training.trainable=temporal trains temporal layers alone, and {recipe.training.init_from} has no "
+                f"values for {len(names)} other weights, such as {names[0]}: leave trainable out, or train on the same "
+                "classes and channels"
+            )
     if recipe.training.trainable == "temporal":
         initialization.freeze_image_layers(network)
     return network, report
