@@ -23,6 +23,7 @@ from tessera.settings import validate
 from tessera.training.recipe import Recipe
 
 TABLE, POSITIONS = "y_embedder.embedding_table.weight", "pos_embed"
+FRAME_POSITIONS = "temp_embed"  # of Latte
 PATCHES, HEAD = "x_embedder.proj.weight", "final_layer.linear."
 UNET_STEM, UNET_HEAD = "stem.", "final_layer.conv."
 RELATIVE = (".rel_pos_h", ".rel_pos_w")
@@ -137,7 +138,7 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
     differences = [
         f"{key} is {tuple(old[key].shape)}, expected {tuple(new[key].shape)}" if key in old else f"{key} is missing"
         for key in new
-        if not key.startswith((TABLE, POSITIONS, PATCHES, HEAD, UNET_STEM, UNET_HEAD, *free))
+        if not key.startswith((TABLE, POSITIONS, FRAME_POSITIONS, PATCHES, HEAD, UNET_STEM, UNET_HEAD, *free))
         and not key.endswith(RELATIVE)
         and (key not in old or old[key].shape != new[key].shape)
     ]
@@ -159,8 +160,8 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
             )
     report: dict[str, list[str]] = {COPIED: [], RESAMPLED: [], INITIALIZED: []}
     for key, target in new.items():
-        if key == POSITIONS:
-            same = old[key].shape == target.shape and before.grid[-2:] == after.grid[-2:]
+        if key in (POSITIONS, FRAME_POSITIONS):
+            same = old[key].shape == target.shape and (before.grid[-2:] == after.grid[-2:] or key == FRAME_POSITIONS)
             report[COPIED if same else RESAMPLED].append(key)  # the new network has positions for its own grid
             if same:
                 target.copy_(old[key])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tessera import generation
+from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.interop import load
@@ -21,6 +22,7 @@ from tessera.interop.common import relative_difference
 from tessera.layers.frames import Alternating
 from tessera.models import DiTConfig, LatteConfig, parameter_count
 from tessera.sampling import Denoiser
+from tessera.training.initialization import init_from
 
 GOLDEN = np.load(Path(__file__).with_name("latte_tiny.npz"))
 CONFIG = json.loads(str(GOLDEN["config"]))
@@ -107,9 +109,26 @@ def test_there_and_back(checkpoint, tmp_path):
     assert relative_difference(load.load(tmp_path / "bundle", "cpu").network, model.network) == 0
 
 
+@pytest.mark.parametrize("frames", [5, 3])
+def test_training_starts_from_it(checkpoint, frames):
+    """Clips of fewer frames have the first positions."""
+    _, model, classes = checkpoint
+    settings = {**model.config.network.model_dump(), "input_size": (frames, 8, 8)}
+    network = LatteConfig.model_validate(settings).build()
+    report = init_from(network, ("a",) * 7 if classes else (), model, "latte")
+    assert report["initialized"] == []
+    torch.testing.assert_close(network.temp_embed, model.network.temp_embed[:, :frames])
+    x, t = torch.randn(2, 4, frames, 8, 8), torch.tensor([3.0, 500.0])
+    condition = Condition(torch.tensor([1, 6]) if classes else None)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(x, t, condition), model.network(x, t, condition))
+
+
 def test_sampling(checkpoint):
     _, model, classes = checkpoint
-    model = type(model)(model.config.model_copy(update={"codec": _pixels()}), model.network)
+    model = type(model)(
+        model.config.model_copy(update={"codec": PixelsConfig.model_construct(channels=4)}), model.network
+    )
     labels = [3] if classes else None
     clip = generation.generate(model, labels, [1], num_steps=2, size=(4, 8, 8))
     assert clip.shape == (1, 4, 8, 8, 4)
@@ -118,12 +137,6 @@ def test_sampling(checkpoint):
             generation.generate(model, labels, size=size)
     long = generation.generate(model, labels, [1], num_steps=2, size=(5, 8, 8), caching="first-block")
     assert long.shape == (1, 5, 8, 8, 4)
-
-
-def _pixels():
-    from tessera.codecs import PixelsConfig
-
-    return PixelsConfig.model_construct(channels=4)
 
 
 @pytest.mark.parametrize(
