@@ -306,7 +306,7 @@ def _index_images(
         videos = sum(os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES for path in listing.files)
         raise TesseraError(
             f"data.path {name} contains {no_samples(options.frames)}"
-            + (f"; it has {videos:,} videos: set data.frames, such as data.frames=16" if videos else "")
+            + (f"; it has {videos:,} videos: set data.frames (--frames of commands)" if videos else "")
             + ("; " + listing.unreadable[0] + " cannot be read" if listing.unreadable else "")
         )
     captions, texts, more = _read_caption_files(listing, images, options)

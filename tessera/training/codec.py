@@ -357,5 +357,10 @@ def _check_sizes(recipe: CodecRecipe) -> None:
         )
     if min(height, width) < WINDOW:
         raise TesseraError(f"data.size is {height} x {width}, but SSIM, one of the scores, needs {WINDOW} or more")
+    if recipe.data.frames is not None:
+        raise TesseraError(
+            "this codec is trained on images, and encodes each frame of a clip by itself: leave out data.frames, and "
+            "give the frames as images"
+        )
     if getattr(recipe.data, "buckets", None) is not None:
         raise TesseraError("a codec is trained on one size, but it works on any: leave out data.buckets")

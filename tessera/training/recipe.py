@@ -174,6 +174,8 @@ class Recipe(Settings):
         if self.adapter is not None and self.training.init_from is None:
             raise ValueError("an adapter changes a trained model: set training.init_from=MODEL, or leave adapter: out")
         if isinstance(self.adapter, ControlConfig):
+            if self.data.frames is not None:
+                raise ValueError("a control image is made of an image, and the data are clips: leave out data.frames")
             if getattr(self.data, "cache", None) is not None:
                 raise ValueError(
                     "a control image is made of the image, which a latent cache does not hold: leave out data.cache"

@@ -13,8 +13,8 @@ from tessera import bundle
 from tessera.data import FilesConfig, Loader
 from tessera.data.buckets import BucketsConfig
 from tessera.errors import TesseraError
-from tessera.settings import Settings
-from tessera.training import dry_run, loop
+from tessera.settings import Settings, validate
+from tessera.training import codec, dry_run, loop
 from tessera.training.objective import compute_loss, prepare_batch
 from tessera.training.run import build_run
 
@@ -190,3 +190,11 @@ def test_images_and_clips_of_several_lengths_in_one_run(recipe, tmp_path):
 @pytest.mark.run
 def test_a_dry_run_estimates_a_run_of_clips(recipe):
     assert "a forward pass" in str(dry_run.dry_run(recipe()))
+
+
+def test_codecs_and_controls_are_trained_on_images(recipe, tiny, tmp_path):
+    settings = {"run_dir": "run", "data": {"path": "x", "size": 32, "frames": 4}}
+    with pytest.raises(TesseraError, match="leave out data.frames"):
+        codec.train_codec(validate(codec.CodecRecipe, settings, "the recipe"))
+    with pytest.raises(TesseraError, match="a control image is made of an image, and the data are clips"):
+        tiny("run", data=settings["data"], training={"init_from": "m"}, adapter={"kind": "control", "image": "edges"})

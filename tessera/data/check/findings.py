@@ -97,6 +97,9 @@ class ScanResult:
     def exclude_command(self, kind: str) -> str:
         """The command that writes an index without the samples of a finding."""
         reference = f" --reference {shlex.quote(self.reference_path)}" if self.reference_path else ""
+        config, is_recipe = self.dataset.config, self.path.endswith((".yaml", ".yml"))
+        if config.frames is not None and not is_recipe:
+            reference += f" --frames {config.frames}" + (f" --fps {config.fps:g}" if config.fps is not None else "")
         exclude = "" if kind in EXCLUDED else f" --exclude {','.join((*EXCLUDED, kind))}"
         return f"tessera data check {shlex.quote(self.path)}{reference}{exclude} --write-index accepted.parquet"
 
