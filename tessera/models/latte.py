@@ -33,8 +33,7 @@ class LatteConfig(DiTConfig):
         frames = size[0] if len(size) == 3 else 1
         if not 1 < frames <= self.input_size[0]:
             raise ValueError(
-                f"this Latte has positions for clips of 2 to {self.input_size[0]} frames, and the size has {frames}; "
-                "longer clips need frame_schedule=sliding"
+                f"this Latte has positions for clips of 2 to {self.input_size[0]} frames, and the size has {frames}"
             )
 
     def summary(self) -> str:

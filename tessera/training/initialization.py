@@ -67,7 +67,8 @@ def inherit_settings(recipe: Recipe, source: Model) -> Recipe:
     }
     data = recipe.data
     if (
-        isinstance(old.codec, PixelsConfig)
+        recipe.adapter is not None  # other runs may train on more channels than they start from
+        and isinstance(old.codec, PixelsConfig)
         and isinstance(data, ImagesConfig)
         and "channels" not in data.model_fields_set
         and "codec" not in recipe.model_fields_set
