@@ -67,7 +67,7 @@ class Frames(ABC):
 
     times: when each frame is shown, and when the last one ends, in seconds, float64 [N + 1]. is_timed: whether they are
     known. format: of Pillow or of the container. rotation: degrees counterclockwise by which frames are turned to be
-    displayed. rate: as a container states it, None if it does not.
+    displayed, once one was read. rate: as a container states it, None if it does not.
     """
 
     times: np.ndarray
@@ -187,8 +187,6 @@ class _Video(Frames):
             if not self.rate:
                 raise InvalidSample("its frames have no times, and it states no frame rate")
             self.times = np.arange(len(packets) + 1) / self.rate
-        first = self._decode([0])[0]
-        self.rotation = round(first.rotation) % 360
 
     def _decode(self, indices: Sequence[int]) -> list[Any]:
         """Decoded frames with these ascending numbers."""
@@ -220,7 +218,9 @@ class _Video(Frames):
         return frames
 
     def read(self, indices: Sequence[int]) -> list[Image.Image]:
-        return [self._image(frame) for frame in self._decode(indices)]
+        frames = self._decode(indices)
+        self.rotation = round(frames[0].rotation) % 360
+        return [self._image(frame) for frame in frames]
 
     def _image(self, frame: Any) -> Image.Image:
         has_alpha = ALPHA.match(frame.format.name)

@@ -39,7 +39,7 @@ def measure_clip(stats: "SampleStats", content: Path | bytes, span: Span, config
     except InvalidSample as error:
         stats.detail = str(error)
         faults: list[Fault] = [fault for words, fault in FAULTS if words in stats.detail]
-        stats.fault = next(iter(faults), "unsupported")
+        stats.fault = faults[0] if faults else "unsupported"
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         stats.detail = error.strerror or str(error)
@@ -72,8 +72,8 @@ def _measure(stats: "SampleStats", frames: Frames, span: Span, config: ImagesCon
     if frames.is_timed:
         stats.rate = len(durations) / max(stats.seconds, 1e-9)
         stats.variable_rate = len(durations) > 2 and float(durations[:-1].max()) > 1.5 * float(durations[:-1].min())
-    stats.orientation = {0: 1, 90: 8, 180: 3, 270: 6}.get(frames.rotation, 1)  # as the EXIF orientation
     images = [flatten(image, config).convert("RGB") for image in frames.read(numbers.tolist())]
+    stats.orientation = {0: 1, 90: 8, 180: 3, 270: 6}.get(frames.rotation, 1)  # as the EXIF orientation
     stats.height, stats.width = images[0].height, images[0].width
     if len({image.size for image in images}) > 1:
         raise InvalidSample("its frames have different sizes")
