@@ -95,5 +95,14 @@ def serve(
     server = ServerOptions(host, port, drain_seconds, without_keys, runs, open_page)
     log_json()
     if replicas is not None:
-        raise TesseraError("--replicas is not available yet")
+        from tessera.serving import ray_deployment
+
+        if runs is not None or open_page:
+            raise TesseraError(
+                "--replicas serve no page with runs: leave out --runs and the option that opens the page"
+            )
+        names = model or []
+        parse_models(names, **model_options)  # reports what is wrong here, not in a replica
+        ray_deployment.run(ray_deployment.Deployment(names, options, server, clients, model_options), replicas)
+        return
     run(Service(parse_models(model or [], **model_options), options), server, clients)

@@ -1,8 +1,7 @@
 """The HTTP interface as an ASGI application."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +44,17 @@ def create_app(
     service: Service,
     keys: Mapping[str, str] | None = None,
     hosts: Sequence[str] | None = None,
-    run_service: bool = False,
     runs: Path | None = None,
 ) -> Gate:
-    """The application. keys, hosts: see `Gate`. run_service: start and close the service with the application.
+    """The application. keys, hosts: see `Gate`. The caller starts and closes the service.
 
     runs: a folder with runs that the studio shows
     """
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if run_service:
-            await service.start()
-        yield
-        if run_service:
-            await service.close()
-
     responses: dict[int | str, Any] = {
         status: {"model": ErrorBody, "description": text} for status, text in ERRORS.items()
     }
-    app = FastAPI(title="Tessera", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="Tessera", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(image_router(service, responses))
     app.include_router(job_router(service, responses))
     app.include_router(studio_router(service, responses, runs is not None))

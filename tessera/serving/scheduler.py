@@ -10,8 +10,10 @@ Nothing here knows networks or clocks: the caller measures the seconds of each c
 """
 
 import math
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Generic, TypeVar
 
 from tessera.errors import TesseraError
@@ -19,6 +21,8 @@ from tessera.errors import TesseraError
 Name = Hashable
 Key = TypeVar("Key", bound=Hashable)
 FIRST_EVALUATIONS = 8  # of the first calls of a key, before its cost was measured
+RECENT = 5  # calls of one size, whose median counts
+TOLERANCE = 1.05  # an evaluation that is more expensive by more than this is one of too large a call
 MAX_KEYS = 1000  # whose cost is remembered
 MEMORY = 0.95  # weight of earlier measurements of the cost after another call
 
@@ -61,8 +65,11 @@ class CallCost:
     sum_y: float = 0.0
     sum_ny: float = 0.0
     most: int = 0  # evaluations measured in one call
+    rates: dict[int, deque[float]] = field(default_factory=dict)  # seconds of an evaluation, by the size of the call
 
     def add(self, evaluations: int, seconds: float) -> None:
+        recent = self.rates.setdefault(evaluations.bit_length(), deque(maxlen=RECENT))
+        recent.append(seconds / evaluations)
         n = float(evaluations)
         for name, value in {
             "weights": 1.0,
@@ -91,13 +98,32 @@ class CallCost:
         constant, slope = self.line
         return constant + slope * evaluations
 
+    @property
+    def knee(self) -> int | None:
+        """The largest calls whose evaluations are not clearly more expensive than those of smaller ones; None: unknown.
+
+        Sizes are compared by powers of two. On a CPU, large calls leave its caches.
+        """
+        medians = {size: median(recent) for size, recent in self.rates.items() if len(recent) == RECENT}
+        cheapest, result = math.inf, None
+        for size, rate in sorted(medians.items()):
+            if rate > TOLERANCE * cheapest:
+                return result
+            cheapest, result = min(cheapest, rate), 2**size - 1
+        return None
+
     def limit(self, seconds: float, most: int) -> int:
-        """The most evaluations, up to `most`, of a call of these seconds. It at most doubles what was measured."""
+        """The most evaluations, up to `most`, of a call of these seconds.
+
+        It grows by doubling, after a few calls of each size, and stays below the knee.
+        """
         if not self.weights:
             return min(FIRST_EVALUATIONS, most)
         constant, slope = self.line
         affordable = (seconds - constant) / slope if slope > 0 else math.inf
-        return int(max(1, min(affordable, 2 * self.most, most)))
+        is_known = len(self.rates[self.most.bit_length()]) == RECENT
+        growth = max(2 * self.most if is_known else self.most, FIRST_EVALUATIONS)
+        return int(max(1, min(affordable + 1e-6, growth, self.knee or most, most)))
 
 
 @dataclass

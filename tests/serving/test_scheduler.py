@@ -151,6 +151,20 @@ def test_the_cost_of_a_call_is_learned():
     assert cost.line == pytest.approx((0.05, 0.01), rel=1e-3)
 
 
+def test_calls_stay_below_the_size_at_which_evaluations_become_more_expensive():
+    """Up to 15 an evaluation takes 10 ms, above 12 ms: after a few calls of 16 to 31 there are no more of them."""
+    scheduler, lengths = RowScheduler(seconds_per_call=10, max_evaluations=64), []
+    for row in range(200):
+        scheduler.add("client", "key", "job", row)
+    for _ in range(40):
+        call = scheduler.choose()
+        lengths.append(call.evaluations)
+        scheduler.charge(call, call.evaluations * (0.012 if call.evaluations > 15 else 0.010))
+    assert max(lengths) == 16
+    assert scheduler.costs["key"].knee == 15
+    assert set(lengths[10:]) == {15}
+
+
 def test_a_debt_is_limited():
     ring = DeficitRing(1.0)
     ring.add("a")
