@@ -99,7 +99,7 @@ def serve(
 
         if runs is not None or open_page:
             raise TesseraError(
-                "--replicas serve no page with runs: leave out --runs and the option that opens the page"
+                "--replicas serve no page with runs: leave out --runs and --open"
             )
         names = model or []
         parse_models(names, **model_options)  # reports what is wrong here, not in a replica
