@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tessera import generation
+from tessera import adapters, generation
+from tessera.adapters import ControlConfig
+from tessera.model import AdapterInfo
 from tessera.monitoring.logger import read_log
 
 uvicorn, playwright = pytest.importorskip("uvicorn"), pytest.importorskip("playwright.sync_api")
@@ -212,6 +214,40 @@ def test_only_the_painted_part_is_replaced(studio, tiny_model, tmp_path):
     assert mask[:4].max() == 0  # and the dot at the centre was undone
     assert np.array_equal(result[mask == 0], image[mask == 0])
     assert (result != image)[mask == 255].any()
+
+
+def test_clips_play(studio, make_model):
+    model = make_model({"input_size": [3, 8, 8]})
+    server = studio(model)
+    page = server.page
+    field(page, "Seeds").fill("1")
+    generate(page, 1)
+    (job,) = records(server.out)
+    with Image.open(job["folder"] / "0.png") as clip:  # an animation, which browsers play
+        assert (clip.n_frames, clip.size) == (3, (8, 8))
+    page.get_by_role("button", name="cat, seed 0: finished").click()
+    page.locator(".large img[src*='results']").wait_for()
+    assert page.get_by_text("Start from an image").count() == 0
+
+
+def test_images_of_controls_are_sent(studio, make_model, tmp_path):
+    model = make_model()
+    config = ControlConfig.model_validate({"image": "grey"})
+    adapters.attach(model.network, "grey", config.layers(model.network, ()))
+    model.adapters["grey"] = AdapterInfo(settings=config.model_dump(mode="json"))
+    image = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "control.png")
+    server = studio(model)
+    page = server.page
+    page.get_by_text("Control: grey").click()
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "control.png")
+    page.get_by_role("img", name="image of grey").wait_for()
+    field(page, "Strength of grey").fill("0.5")
+    field(page, "Seeds").fill("1")
+    generate(page, 1)
+    (job,) = records(server.out)
+    assert job["parameters"]["controls"] == {"grey": {"strength": 0.5, "is_map": False}}
+    assert np.array_equal(pixels(job["folder"] / "control-grey.png"), image)
 
 
 def test_the_gallery_finds_images_and_uses_them_again(studio, tiny_model):

@@ -69,7 +69,7 @@ export function Gallery() {
               <button type="button" class="image" aria-pressed=${item.key === key} aria-label=${`${item.title}${item.url ? "" : `: ${item.state}`}`} onClick=${() => setKey(item.key)}>
                 ${item.url ? html`<${Image} path=${item.url} alt="" loading="lazy" />` : html`<span class="no-image">${item.state}</span>`}
               </button>
-              <small>${item.title}</small>
+              <small title=${item.title}>${item.title}</small>
             </li>`)}
         </ul>
         ${hasMore && html`<button type="button" disabled=${loading} onClick=${() => load(true)}>More</button>`}

@@ -197,7 +197,7 @@ function Control({ name, control = { image: null, strength: 1, is_map: false }, 
     <details open=${Boolean(control.image)}><summary>Control: ${name}</summary>
       ${control.image ? html`<div class="start"><img src=${control.image} alt=${`image of ${name}`} /><button type="button" onClick=${() => onChange({ ...control, image: null })}>Remove</button></div>`
         : html`<${FileInput} label="Choose an image, or drop it here" onImage=${(image) => onChange({ ...control, image: image.url })} />`}
-      <${Field} label="Strength"><input type="number" step="any" value=${control.strength} onInput=${(event) => onChange({ ...control, strength: event.target.value })} /><//>
+      <${Field} label=${`Strength of ${name}`}><input type="number" step="any" value=${control.strength} onInput=${(event) => onChange({ ...control, strength: event.target.value })} /><//>
       <label class="check"><input type="checkbox" checked=${control.is_map} onChange=${(event) => onChange({ ...control, is_map: event.target.checked })} /> The image is the map itself, such as a sketch</label>
     </details>`;
 }
