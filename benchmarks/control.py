@@ -32,7 +32,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "mask": {"kind": "mask", "threshold": 215},  # the lightest colour is below, the darkest background above
     "low resolution": {"kind": "low-resolution", "factor": 8},  # 4 x 4 pixels
 }
-RATES = {"channels": 6e-3, "copy": 6e-3, "tokens": 6e-3}  # of 2e-3, 6e-3 and 2e-2, for edges
+RATES = {"channels": 6e-3, "copy": 6e-3, "tokens": 6e-3}  # not searched for each kind
 PLACE = 1.0  # pixels that a centroid may be away
 
 
