@@ -56,9 +56,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Started:
-    """The first network call with rows of the job begins."""
+    """The first network call with rows of the job begins; each will take `num_steps` steps."""
 
     job: str
+    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class _ActiveJob:
     work: Work
     variant: Variant
     rows: set[int]
+    num_steps: int
     previews: set[int]
     started: bool = False
     steps: dict[int, int] = field(default_factory=dict)
@@ -190,7 +192,7 @@ class Engine:
         state = sampler.add(request, names)
         self._samplers[variant] = sampler
         num_steps = int(state.num_steps[0])
-        self._jobs[work.job] = _ActiveJob(work, variant, set(range(len(names))), work.previews(num_steps))
+        self._jobs[work.job] = _ActiveJob(work, variant, set(range(len(names))), num_steps, work.previews(num_steps))
         key = (*variant, *state.x.shape[1:])
         weak_outputs = (state.inputs.guidance.scale != 1).sum(dim=1).tolist()
         for name, count in zip(names, weak_outputs, strict=True):
@@ -234,7 +236,8 @@ class Engine:
         sampled_jobs = list(counts)
         variant = self._jobs[sampled_jobs[0]].variant
         sampler, model = self._samplers[variant], self._jobs[sampled_jobs[0]].work.model
-        events: list[Event] = [Started(job) for job in sampled_jobs if not self._jobs[job].started]
+        new = [job for job in sampled_jobs if not self._jobs[job].started]
+        events: list[Event] = [Started(job, self._jobs[job].num_steps) for job in new]
         for job in sampled_jobs:
             self._jobs[job].started = True
         if events:

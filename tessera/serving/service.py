@@ -338,7 +338,7 @@ class Service:
                 continue
             changed[job.id] = job
             if isinstance(event, Started):
-                job.state, job.started = "running", time.time()
+                job.state, job.started, job.num_steps = "running", time.time(), event.num_steps
                 self.metrics.job_wait_seconds.labels(job.model).observe(job.started - job.created)
             elif isinstance(event, Progress):
                 job.steps[event.row] = event.step
@@ -366,7 +366,7 @@ class Service:
         elif running is None:  # the image that is generated at the start
             self.store.end(job, "finished")
         else:
-            job.steps[event.row] = job.num_steps or job.steps[event.row]
+            job.steps[event.row] = job.num_steps
             self._run_task(self._write_result(job, running, event.row, event.result))
 
     def _fail(self, job: Job, message: str) -> None:
