@@ -98,9 +98,7 @@ def serve(
         from tessera.serving import ray_deployment
 
         if runs is not None or open_page:
-            raise TesseraError(
-                "--replicas serve no page with runs: leave out --runs and --open"
-            )
+            raise TesseraError("--replicas serve no page with runs: leave out --runs and --open")
         names = model or []
         parse_models(names, **model_options)  # reports what is wrong here, not in a replica
         ray_deployment.run(ray_deployment.Deployment(names, options, server, clients, model_options), replicas)

@@ -182,6 +182,10 @@ def unmet_requirement(name: str, count: int, extractor: FeatureExtractor, refere
         return (
             f"{name} needs the moments of {metric.moments} features, which the reference {reference.description} lacks"
         )
+    if of_reference in ("frames", "motion") and of_reference not in reference.rows:
+        return (
+            f"{of_reference} are compared of clips, and the reference {reference.description} has images or statistics"
+        )
     if of_reference and of_reference not in reference.rows:
         return f"{name} compares row by row, but the reference {reference.description} holds statistics only"
     return ""
@@ -351,14 +355,15 @@ def open_samples(target: str, size: tuple[int, int] | None, count: int | None) -
 
 
 def default_features(reference: str | AnyData, metrics: Sequence[str] | None = None) -> str:
-    """The default feature network for a reference: that of its statistics, the built-in one if there is one, else
-    Inception, or the mean of the pixels where none of the metrics compares features.
+    """The default feature network for a reference: the mean of the pixels where none of the metrics compares features,
+    else that of its statistics, the built-in one if there is one, or Inception.
     """
-    fallback = "inception" if needs_reference(metrics) else MEAN
+    if not needs_reference(metrics):
+        return MEAN
     if isinstance(reference, str) and Path(reference).suffix == ".npz":
-        return statistics_features(Path(reference).expanduser()) or fallback
+        return statistics_features(Path(reference).expanduser()) or "inception"
     kind = (resolve_data(reference, (1, 1)) if isinstance(reference, str) else reference).kind
-    return kind if kind in built_in_features() else fallback
+    return kind if kind in built_in_features() else "inception"
 
 
 def kid_by_class(samples: FeatureSet, reference: FeatureSet) -> Estimates:

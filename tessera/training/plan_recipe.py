@@ -65,7 +65,7 @@ from tessera.training.step import TrainState, train_step
 
 # Multiply-adds of a feature network for one image: Inception takes 299 x 299 pixels (5.7 billion), the built-in data
 # sets have small networks of their own. Other features count as Inception.
-FEATURE_MACS = {"mean": 1, "inception": 5.7e9, "digits": 2e6, "shapes": 3e7}
+FEATURE_MACS = {"mean": 1, "inception": 5.7e9, "digits": 2e6, "shapes": 3e7, "lanes": 6.1e7}
 ASSUMED_CHANNELS, ASSUMED_TOKENS = {"minilm": 384, "folder": 4096}, 120  # of text encoders; those of T5-XXL
 PRESET_SETTINGS = {  # the recipe of a preset
     "run_dir": "runs/plan",

@@ -24,7 +24,8 @@ diffusers.utils.logging.disable_progress_bar()
 pytestmark = pytest.mark.run
 
 FLUX, PIXART = "FluxTransformer2DModel", "PixArtTransformer2DModel"
-WITHOUT_LOADER = {"HunyuanDiT2DModel", "PRXTransformer2DModel", PIXART}  # diffusers loads no LoRA into these
+# diffusers loads no LoRA into these
+WITHOUT_LOADER = {"HunyuanDiT2DModel", "LatteTransformer3DModel", "PRXTransformer2DModel", PIXART}
 IN_FAST_SUITE = {FLUX, "WanTransformer3DModel", "HunyuanDiT2DModel"}
 NAMES = [
     pytest.param(name, marks=[] if name in IN_FAST_SUITE else pytest.mark.slow) for name in sorted((*CLASSES, PIXART))

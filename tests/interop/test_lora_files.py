@@ -627,7 +627,7 @@ def test_what_convert_refuses(files, make_model):
         ((style, target, "--to", "kohya"), "pass base (--base MODEL)"),
         ((style, target, "--to", "kohya", "--base", folder / "other"), "was trained on other weights"),
         ((style, target, "--to", "kohya", "--alpha", "8", *base), "leave out alpha"),
-        ((style, target, "--to", "official", *base), "unknown format of adapters"),
+        ((style, target, "--to", "official", *base), "unknown format of this adapter"),
         ((folder / "base", target, "--to", "kohya", *base), "is not an adapter that Tessera can read"),
         ((folder / "base", folder / "new", "--to", "bundle", *base), "--base and --alpha are for adapters"),
         ((folder / "none", target, "--to", "kohya", *base), "there is nothing at"),

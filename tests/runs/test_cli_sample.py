@@ -321,7 +321,7 @@ def test_a_changed_initial_image_is_used(tessera, trained, tmp_path):
         (["--guidance-model", "bare.pt"], "to a bundle first"),
         (
             ["--init-image", "gray.png", "--npz", "many.npz"],
-            "leave out --guidance-model, --init-image, --strength, --mask and --control",
+            "leave out --guidance-model, --init-image, --strength, --mask, --control and given frames",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """The page of `tessera serve` in a real browser: the system's Chromium, driven by Playwright."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -50,10 +51,18 @@ def studio(browser, tmp_path):
     def start(*models, keys=None, runs=None, **options):
         entries = [ModelEntry(f"model-{n}", f"path/{n}", lambda model=model: model) for n, model in enumerate(models)]
         service = Service(entries, ServiceOptions(out=tmp_path / "served", private=bool(keys)))
-        app = create_app(service, keys, run_service=True, runs=runs)
+        app = create_app(service, keys, runs=runs)
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+
+        async def serve():
+            await service.start()
+            try:
+                await server.serve(sockets=[listening])
+            finally:
+                await service.close()
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
         while not service.ready:
             assert thread.is_alive()

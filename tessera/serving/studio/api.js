@@ -58,8 +58,9 @@ export const remove = async (path) => (await send(path, { method: "DELETE" })).j
 export const query = (values) => new URLSearchParams(Object.entries(values).flatMap(([name, value]) => [value].flat().map((each) => [name, each])));
 
 /** Server-sent events as [name, data]. EventSource cannot send a key. */
-export async function* events(path, signal) {
+export async function* events(path, signal, onOpen = () => {}) {
   const response = await send(path, { signal });
+  onOpen();
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let buffer = ""; ;) {
     const { done, value } = await reader.read();
@@ -72,14 +73,14 @@ export async function* events(path, signal) {
   }
 }
 
-/** Follow events until the returned function is called, and connect again after an interruption. */
+/** Follow events until the returned function is called, and connect again after an interruption. onState: connected,
+ * ended, or failed with the error. */
 export function follow(path, onEvent, onState = () => {}) {
   const control = new AbortController();
   (async () => {
     for (let wait = 1; !control.signal.aborted; wait = Math.min(2 * wait, 15)) {
       try {
-        onState("connecting");
-        for await (const [name, data] of events(path, control.signal)) { wait = 1; onEvent(name, data); }
+        for await (const [name, data] of events(path, control.signal, () => onState("connected"))) { wait = 1; onEvent(name, data); }
         onState("ended");
       } catch (error) {
         if (control.signal.aborted) return;

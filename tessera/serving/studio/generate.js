@@ -11,9 +11,11 @@ export const results = createStore({ tables: [], selected: null, step: null });
 const allCells = () => results.get().tables.flatMap((table) => table.cells.flat());
 let ended = true;
 
-/** Submit the table of the form. */
-export function generate() {
+/** Submit the table of the form. What a model needs is known once it was loaded. */
+export async function generate() {
   try {
+    if (!models.get().ready) await models.refresh();
+    if (!modelFacts(form.get().model)) await models.load(form.get().model);
     const values = form.get(), tables = plan(values, modelFacts(values.model));
     forget(allCells());
     results.set({ tables, selected: null, step: null });

@@ -9,7 +9,7 @@ export const ACTIVE = new Set(["waiting", "submitted", "running"]);
 export const changes = createStore({}); // notified when any cell changes
 const byJob = new Map(); // cells
 const early = new Map(); // events of jobs whose number has not arrived yet
-let waiting = [], submitting = 0, pausedUntil = 0, stop = null;
+let waiting = [], submitting = 0, pausedUntil = 0, following = null;
 
 /** parameters: of /v1/jobs, with one seed. place: anything that a view shows beside it */
 export function createCell(parameters, place = {}) {
@@ -17,7 +17,10 @@ export function createCell(parameters, place = {}) {
 }
 
 export function run(cells) {
-  stop ||= follow("/v1/jobs/events", handle, (state) => state === "connecting" && byJob.size && refresh());
+  following ||= new Promise((resolve) => follow("/v1/jobs/events", handle, (state) => {
+    resolve(); // jobs are submitted from now on: the end of a fast one would be missed before
+    if (state === "connected") refresh();
+  }));
   waiting.push(...cells);
   pump();
 }
@@ -50,6 +53,7 @@ function pump() {
 async function submit(cell) {
   submitting++;
   try {
+    await following;
     const record = await post("/v1/jobs", cell.parameters);
     cell.job = record.id;
     byJob.set(record.id, cell);
