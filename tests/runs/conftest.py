@@ -1,11 +1,13 @@
 """Whole commands, in this process where possible, else in a process of their own."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,3 +115,17 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "tiny.yaml").write_text(RECIPE)
     return loop.train(read_recipe(folder / "tiny.yaml", [f"run_dir={folder / 'run'}", "training.ema.decay=0"]))
+
+
+@pytest.fixture
+def clips_recipe(recipe, tmp_path) -> Path:
+    """The recipe, with clips of four frames, at 5 frames per second, in files."""
+    made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data/clip_files.py")))
+    for number in range(4):
+        made.clip(tmp_path / f"data/{'up' if number % 2 else 'down'}/{number}.gif", 6)
+    text = recipe.read_text().replace(
+        "data: {kind: digits}",
+        f"data: {{path: {tmp_path}/data, size: 8, channels: 1, frames: 4, fps: 5, short: pad, stride: 2}}",
+    )
+    recipe.write_text(text)
+    return recipe

@@ -1,9 +1,7 @@
 """Clips on the command line: training, samples as files of every kind, and the commands that reproduce them."""
 
-import runpy
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,20 +13,12 @@ from tessera.generation import generate
 from tessera.interop.load import load
 
 pytestmark = pytest.mark.run
-made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data/clip_files.py")))
 
 
 @pytest.fixture
-def run(tessera, recipe, tmp_path) -> Path:
+def run(tessera, clips_recipe, tmp_path) -> Path:
     """A trained model of clips of four frames, at 5 frames per second."""
-    for number in range(4):
-        made.clip(tmp_path / f"data/{'up' if number % 2 else 'down'}/{number}.gif", 6)
-    text = recipe.read_text().replace(
-        "data: {kind: digits}",
-        f"data: {{path: {tmp_path}/data, size: 8, channels: 1, frames: 4, fps: 5, short: pad, stride: 2}}",
-    )
-    recipe.write_text(text)
-    done = tessera("train", recipe)
+    done = tessera("train", clips_recipe)
     assert done.code == 0, done.err
     return tmp_path / "run"
 

@@ -1,9 +1,7 @@
 """Given frames on the command line: from a first frame to a last one, a clip continued and led to."""
 
-import runpy
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,20 +11,12 @@ from tessera.clips import save_clip
 from tessera.data.clips import read_clip
 
 pytestmark = pytest.mark.run
-made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data/clip_files.py")))
 
 
 @pytest.fixture
-def run(tessera, recipe, tmp_path) -> Path:
+def run(tessera, clips_recipe, tmp_path) -> Path:
     """A trained model of clips of four frames, some of which were given in training; two images, and a clip."""
-    for number in range(4):
-        made.clip(tmp_path / f"data/{'up' if number % 2 else 'down'}/{number}.gif", 6)
-    text = recipe.read_text().replace(
-        "data: {kind: digits}",
-        f"data: {{path: {tmp_path}/data, size: 8, channels: 1, frames: 4, fps: 5, short: pad, stride: 2}}",
-    )
-    recipe.write_text(text)
-    done = tessera("train", recipe, "training.frame_times=mixed")
+    done = tessera("train", clips_recipe, "training.frame_times=mixed")
     assert done.code == 0, done.err
     random = np.random.default_rng(0)
     for name in ("a", "b"):
