@@ -26,6 +26,10 @@ from tessera.bundle import BundleConfig, Model
 hypothesis_settings.register_profile("tessera", deadline=None)  # benchmarks/ measure speed, tests do not
 hypothesis_settings.load_profile("tessera")
 torch.set_num_threads(1)  # for tiny tensors, more threads are slower
+if hasattr(os, "register_at_fork"):
+    # torch drops its thread pool in a forked process and makes a new one at the first use. Two threads that do so at
+    # the same time fail with "Invalid thread pool!"; here the process has only one thread.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 # A shell that runs the tests in the background makes them and their child processes ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -105,7 +105,6 @@ def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, t
     import torch
 
     os.environ.update(environment)
-    torch.set_num_threads(1)  # the processes share few cores
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and gloo's messages about killed processes
     file, name, arguments = call
     result, code = {}, 0
