@@ -62,14 +62,32 @@ def save_clip(
     """
     path, clip = Path(path), np.asarray(clip)
     check_target(path, fps)
+    if path.suffix:
+        atomic_write(path, encode_clip(clip, path.suffix, fps, settings))
+    else:
+        _check_clip(clip)
+        _save_folder(path, clip, None if settings is None else json.dumps(settings))
+
+
+def encode_clip(
+    clip: np.ndarray,
+    suffix: str,
+    fps: float = DEFAULT_FPS,
+    settings: dict[str, Any] | None = None,
+    quality: int | None = None,
+) -> bytes:
+    """A clip uint8 [T, H, W, C] as the content of a file with this suffix, as `save_clip` writes it.
+
+    quality: of a .webp, 0 to 100; None: without loss. Raises TesseraError.
+    """
+    _check_clip(clip)
+    suffix, text = suffix.lower(), None if settings is None else json.dumps(settings)
+    return _animation(suffix, clip, fps, text, quality) if suffix in ANIMATIONS else _video(suffix, clip, fps, text)
+
+
+def _check_clip(clip: np.ndarray) -> None:
     if clip.ndim != 4 or clip.dtype != np.uint8 or clip.shape[-1] not in (1, 3) or 0 in clip.shape:
         raise TesseraError(f"a clip is uint8 [T, H, W, 1 or 3]; got {clip.dtype} {list(clip.shape)}")
-    suffix, text = path.suffix.lower(), None if settings is None else json.dumps(settings)
-    if not suffix:
-        _save_folder(path, clip, text)
-    else:
-        write = _animation if suffix in ANIMATIONS else _video
-        atomic_write(path, write(path, clip, fps, text))
 
 
 def _save_folder(path: Path, clip: np.ndarray, text: str | None) -> None:
@@ -80,11 +98,11 @@ def _save_folder(path: Path, clip: np.ndarray, text: str | None) -> None:
             (partial / SIDE_FILE).write_text(text, encoding="utf-8")
 
 
-def _animation(path: Path, clip: np.ndarray, fps: float, text: str | None) -> bytes:
-    suffix = path.suffix.lower()
+def _animation(suffix: str, clip: np.ndarray, fps: float, text: str | None, quality: int | None) -> bytes:
     options: dict[str, Any] = {"format": suffix[1:], "loop": 0, "duration": _durations(len(clip), fps, suffix)}
     if suffix == ".webp":
-        options |= {"lossless": True} | ({} if text is None else {"xmp": XMP.format(html.escape(text)).encode()})
+        options |= {"lossless": True} if quality is None else {"quality": quality}
+        options |= {} if text is None else {"xmp": XMP.format(html.escape(text)).encode()}
     elif text is not None and suffix == ".gif":
         options["comment"] = text.encode()
     elif text is not None:
@@ -102,8 +120,8 @@ def _durations(count: int, fps: float, suffix: str) -> list[int]:
     return np.maximum(np.diff(times), unit).tolist()
 
 
-def _video(path: Path, clip: np.ndarray, fps: float, text: str | None) -> bytes:
-    av, suffix, buffer = _av(path), path.suffix.lower(), io.BytesIO()
+def _video(suffix: str, clip: np.ndarray, fps: float, text: str | None) -> bytes:
+    av, buffer = _av(Path(f"clip{suffix}")), io.BytesIO()
     codec, (height, width) = VIDEOS[suffix], clip.shape[1:3]
     even = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(buffer, "w", format=suffix[1:]) as container:

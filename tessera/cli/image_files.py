@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -34,7 +33,7 @@ from tessera.files import atomic_write
 from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.generation.image_inputs import crop, images_config, read_image, read_mask
-from tessera.generation.image_settings import row_settings
+from tessera.generation.image_settings import row_settings, trained_fps
 from tessera.interop import load
 from tessera.model import Model
 
@@ -316,7 +315,7 @@ class ClipFormat:
         if name is not None and is_file:
             raise TesseraError(f"--format is for a folder of clips, and --out is the file {out}: leave one out")
         suffix = out.suffix.lower() if is_file else {None: ".webp", "frames": ""}.get(name, f".{name}")
-        fps = clips.frame_rate(SimpleNamespace(**(model.config.recipe or {}).get("data", {}))) if fps is None else fps
+        fps = trained_fps(model) if fps is None else fps
         clips.check_target(Path("clip" + suffix), fps)
         return cls(fps, suffix)
 

@@ -3,10 +3,12 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tessera import clips
 from tessera.conditioning import LabelField
 from tessera.generation.request import SampleRequest
 from tessera.model import Model
@@ -17,6 +19,11 @@ def class_text(model: Model, label: int) -> str:
     """The name of a class, or its number if another class has the same name."""
     names = model.class_names
     return names[label] if names.count(names[label]) == 1 else str(label)
+
+
+def trained_fps(model: Model) -> float:
+    """The frames per second of the clips that a model was trained on."""
+    return clips.frame_rate(SimpleNamespace(**(model.config.recipe or {}).get("data", {})))
 
 
 def row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:

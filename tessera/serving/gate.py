@@ -26,8 +26,8 @@ from tessera.serving.service import Service
 logger = logging.getLogger(__name__)
 SUBMITS = {"/v1/images/generations", "/v1/images/edits", "/v1/jobs"}  # with POST
 HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
-    "frame-ancestors 'none'; form-action 'self'",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
+    "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",

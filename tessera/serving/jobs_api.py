@@ -10,7 +10,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel
 
-from tessera.serving.encoding import MEDIA_TYPES
+from tessera.serving.encoding import MEDIA_TYPES, preview_format
 from tessera.serving.errors import ApiError
 from tessera.serving.images_api import event, event_stream
 from tessera.serving.jobs import ID, Job, JobRecord
@@ -111,7 +111,7 @@ async def _file(service: Service, job: str, name: str) -> FileResponse:
         raise ApiError(404, "there is no such file", "no_file") from None
     if not path.is_file():
         raise ApiError(404, f"the file {name} was removed", "no_file")
-    return FileResponse(path, media_type=f"image/{path.suffix.removeprefix('.')}")
+    return FileResponse(path, media_type=MEDIA_TYPES.get(path.suffix.removeprefix(".")))
 
 
 async def _events(job: Job | None, record: JobRecord) -> AsyncIterator[bytes]:
@@ -131,7 +131,7 @@ async def _events(job: Job | None, record: JobRecord) -> AsyncIterator[bytes]:
                 if step > shown.get(row, 0):
                     shown[row] = step
                     data = {"job": job.id, "image": row, "step": step, "num_steps": job.num_steps}
-                    data["output_format"] = job.parameters["output_format"]
+                    data["output_format"] = preview_format(job.parameters["output_format"])
                     yield event("preview", {**data, "b64_json": base64.b64encode(content).decode()})
             for row, name in enumerate(job.results):
                 if name is not None and row not in results:

@@ -11,13 +11,14 @@ import io
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from tessera import images
+from tessera import clips, images
 from tessera.conditioning import LabelField
 from tessera.conditioning.fields import INTEGER
 from tessera.errors import TesseraError
@@ -29,6 +30,8 @@ from tessera.sampling import SamplingConfig
 from tessera.settings import Settings, shorten, unknown_name
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+JobFormat = Literal["png", "jpeg", "webp", "mp4", "webm"]
+VIDEO_FORMATS = ("mp4", "webm")
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Value = int | float | str | list[Any]
 MAX_ROWS = 1000  # of one job; the limit of its cost is usually lower
@@ -69,7 +72,10 @@ class JobParameters(Settings):
     guidance_model: str | None = Field(default=None, description="one of /v1/models: autoguidance by a weaker model")
     cut_long: bool = Field(default=False, description="cut prompts that are too long, instead of an error")
     controls: dict[str, ControlParameters] = Field(default_factory=dict, description="images for controls, by name")
-    output_format: OutputFormat = "png"
+    output_format: JobFormat = Field(default="png", description="of clips, png and webp are animations without loss")
+    fps: float | None = Field(
+        default=None, gt=0, le=clips.MAX_FPS, description="of clips, frames per second; null: as trained"
+    )
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="quality of jpeg and webp (90); webp without it is lossless"
     )
@@ -77,8 +83,8 @@ class JobParameters(Settings):
 
     def complete(self, default_model: str) -> "JobParameters":
         """With a model and seeds, and the settings checked by name. Raises TesseraError."""
-        if self.output_format == "png" and self.output_compression is not None:
-            raise TesseraError("output_compression is for jpeg and webp: leave it out, as PNGs are lossless")
+        if self.output_format not in ("jpeg", "webp") and self.output_compression is not None:
+            raise TesseraError(f"output_compression is for jpeg and webp: leave it out for {self.output_format}")
         known = [*SamplingConfig.model_fields, "overrides"]
         if unknown := [name for name in self.settings if name not in known]:
             raise TesseraError(unknown_name("setting", unknown[0], known))
@@ -286,6 +292,7 @@ class ResolvedJob:
 def resolve_job(parameters: JobParameters, model: Model, guidance_model: Model | None, max_pixels: int) -> ResolvedJob:
     """What to sample, with all images read. Raises TesseraError."""
     size = tuple(parameters.size) if parameters.size is not None else None
+    _check_format(parameters, len(size or image_size(model)) == 3)
     height, width = (size or image_size(model))[-2:]
     config, inputs, arguments = images_config(model), {}, {}
 
@@ -337,6 +344,16 @@ def resolve_job(parameters: JobParameters, model: Model, guidance_model: Model |
     return ResolvedJob(request, inputs)
 
 
+def _check_format(parameters: JobParameters, is_clip: bool) -> None:
+    """Raise TesseraError if results cannot be written in the format of a job."""
+    name = parameters.output_format
+    if is_clip and name != "jpeg":
+        clips.check_target(Path(f"clip.{name}"), parameters.fps or clips.DEFAULT_FPS)
+    elif parameters.fps is not None or name in VIDEO_FORMATS:
+        setting = name if name in VIDEO_FORMATS else "fps"
+        raise TesseraError(f"{setting} is for files of clips: leave it out for {'JPEGs' if is_clip else 'images'}")
+
+
 def command_options(parameters: JobParameters, files: Mapping[str, str]) -> dict[str, Any]:
     """The options of `tessera sample` for a job, beside settings, classes, prompts and seeds. files: of its inputs"""
     controls = {True: [], False: []}
@@ -345,6 +362,8 @@ def command_options(parameters: JobParameters, files: Mapping[str, str]) -> dict
     options = {
         "precision": None if parameters.precision == "float32" else parameters.precision,
         "size": None if parameters.size is None else "x".join(map(str, parameters.size)),
+        "fps": parameters.fps,
+        "format": parameters.output_format if parameters.output_format in VIDEO_FORMATS else None,
         "guidance-model": parameters.guidance_model,
         "init-image": files.get("init-image"),
         "strength": parameters.strength,

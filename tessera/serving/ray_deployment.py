@@ -20,6 +20,7 @@ import httpx
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
+from tessera.errors import TesseraError
 from tessera.serving.app import create_app
 from tessera.serving.gate import LOOPBACK_NAMES
 from tessera.serving.models import parse_models
@@ -116,15 +117,21 @@ def make_application(deployment: Deployment, replicas: int, autoscaling: Mapping
 
 def start(deployment: Deployment, replicas: int, autoscaling: Mapping[str, Any] | None = None) -> None:
     """Start the replicas in the cluster of RAY_ADDRESS, or on this machine. Returns when requests reach them."""
+    server = deployment.server
+    if not server.port:
+        raise TesseraError("--replicas need a --port that is not 0: all machines listen at the same one")
     import ray
     from ray import serve
 
+    application = make_application(deployment, replicas, autoscaling)
     os.environ.setdefault(*SPREAD)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING)
-    server = deployment.server
     serve.start(http_options={"host": server.host, "port": server.port})
-    serve.run(make_application(deployment, replicas, autoscaling), name=APPLICATION, route_prefix="/")
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise TesseraError(f"the replicas could not start: {error}") from None
     while True:  # the proxies learn their routes a moment later
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"http://{server.host}:{server.port}/ready", timeout=10).status_code == 200:
@@ -133,13 +140,16 @@ def start(deployment: Deployment, replicas: int, autoscaling: Mapping[str, Any] 
 
 
 def run(deployment: Deployment, replicas: int) -> None:
-    """Serve with replicas until a signal."""
+    """Serve with replicas until a signal. Then accepted jobs are finished, and other applications of the cluster stay.
+
+    Raises TesseraError.
+    """
     from ray import serve
 
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     start(deployment, replicas)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after the start, in which Ray sets a handler of its own
+        signal.signal(number, lambda *_: stopped.set())
     print(f"http://{deployment.server.host}:{deployment.server.port}", flush=True)
     stopped.wait()
-    serve.shutdown()
+    serve.delete(APPLICATION)

@@ -19,9 +19,9 @@ from tessera import __version__
 from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.generation import SampleRequest, image_size, sampling_config
-from tessera.generation.image_settings import row_settings
+from tessera.generation.image_settings import row_settings, trained_fps
 from tessera.serving.admission import Admission, Limits, Place
-from tessera.serving.encoding import encode
+from tessera.serving.encoding import encode, preview_format
 from tessera.serving.engine import (
     CallReport,
     Engine,
@@ -379,8 +379,8 @@ class Service:
         running = self._running.get(job.id)
         if running is None:
             return
-        parameters = running.parameters
-        content = await self._in_files(encode, image, parameters.output_format, parameters.output_compression)
+        parameters, shown_format = running.parameters, preview_format(running.parameters.output_format)
+        content = await self._in_files(encode, image, shown_format, parameters.output_compression)
         if job.active and job.results[row] is None and job.previews.get(row, (-1,))[0] < step:
             job.previews[row] = step, content
             job.notify()
@@ -403,10 +403,13 @@ class Service:
             "weights": model.weights,
             **row_settings(model.model, running.request, [row]),
         }
+        fps = parameters.fps or trained_fps(model.model)
+        if image.ndim == 4:
+            settings["fps"] = fps
         name = f"{row}.{parameters.output_format}"
 
         def write() -> bytes:
-            content = encode(image, parameters.output_format, parameters.output_compression, settings)
+            content = encode(image, parameters.output_format, parameters.output_compression, settings, fps)
             self.folder.write_file(job.id, name, content)
             return content
 

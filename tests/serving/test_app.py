@@ -4,14 +4,19 @@ import asyncio
 import base64
 import io
 import json
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from tessera import adapters, generation
+from tessera import adapters, bundle, clips, generation
 from tessera.adapters import ControlConfig
+from tessera.cli import app as cli
+from tessera.data.clips import read_clip
 from tessera.encoders.text import WordsConfig
+from tessera.generation.image_settings import sample_command
 from tessera.images import read_settings
 from tessera.model import AdapterInfo
 from tessera.serving.admission import Limits
@@ -124,7 +129,7 @@ def test_at_a_fixed_number_of_rows_bits_do_not_depend_on_company(serve, run, mak
         ({"prompt": "cat", "settings": {"num_stps": 3}}, "did you mean 'num_steps'"),
         ({"prompt": "cat", "partial_images": 2}, "stream=true"),
         ({"prompt": "cat", "stream": True, "n": 2}, "one image"),
-        ({"prompt": "cat", "output_compression": 50}, "lossless"),
+        ({"prompt": "cat", "output_compression": 50}, "for jpeg and webp"),
         ({"prompt": "cat", "label": "dog"}, "not both"),
         ({"prompt": "cat", "seed": 2**63 - 1, "n": 2}, "leaves no 2 seeds"),
         ({"prompt": "cat", "seed": -1}, "seed"),
@@ -417,6 +422,56 @@ def test_controls(serve, run, make_model):
     controls = {"grey": generation.ControlInput(image[..., None], 0.5)}
     assert close(controlled, generation.generate(model, ["cat"], [1], controls=controls, **options)[0])
     assert close(plain, generation.generate(model, ["cat"], [1], **options)[0])
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp", "mp4"])
+def test_clips_are_those_of_the_command_line(serve, run, make_model, tmp_path, output_format):
+    """The settings of the file give a command; the clip that it writes is the same."""
+    pytest.importorskip("av")
+    model = make_model({"input_size": [3, 8, 8], "in_channels": 3, "out_channels": 6})
+    bundle.save(model, tmp_path / "model")
+    body = {"condition": {"label": ["dog"]}, "seeds": [3], "settings": {"num_steps": 3}, "preview_every": 1}
+    body |= {"output_format": output_format, "fps": 4}
+
+    async def work():
+        async with serve(bundle.load(tmp_path / "model")) as server:
+            job = (await server.client.post("/v1/jobs", json=body)).json()["id"]
+            stream = events((await server.client.get(f"/v1/jobs/{job}/events")).text)
+            return stream, await server.client.get(f"/v1/jobs/{job}/results/0")
+
+    stream, result = run(work())
+    previews = {data["output_format"] for name, data in stream if name == "preview"}
+    assert previews <= {"webp" if output_format == "mp4" else output_format}
+    assert result.headers["content-type"] == f"{'video' if output_format == 'mp4' else 'image'}/{output_format}"
+    path = tmp_path / f"served.{output_format}"
+    path.write_bytes(result.content)
+    settings = clips.read_settings(path)
+    words = shlex.split(sample_command({**settings, "model": str(tmp_path / "model")}), comments=True)
+    assert CliRunner().invoke(cli, [*words[1:], "--out", str(tmp_path / "samples")]).exit_code == 0
+    (expected,) = (tmp_path / "samples").glob(f"*3.{output_format.replace('png', 'webp')}")
+    frames = [read_clip(each, 4, channels=3).astype(int) for each in (path, expected)]
+    assert frames[0].shape == (3, 8, 8, 3)
+    assert np.abs(frames[0] - frames[1]).max() <= (3 if output_format == "mp4" else 1)  # H.264 may differ by more
+
+
+@pytest.mark.parametrize(
+    ("network", "body", "message"),
+    [
+        ({}, {"output_format": "mp4"}, "mp4 is for files of clips"),
+        ({}, {"fps": 8}, "fps is for files of clips"),
+        ({"input_size": [3, 8, 8]}, {"output_format": "jpeg", "fps": 8}, "leave it out for JPEGs"),
+        ({"input_size": [3, 8, 8]}, {"output_format": "mp4", "output_compression": 80}, "leave it out for mp4"),
+        ({"input_size": [3, 8, 8]}, {"output_format": "gif"}, "output_format"),
+    ],
+)
+def test_formats_that_are_refused(serve, run, make_model, network, body, message):
+    async def work():
+        async with serve(make_model(network)) as server:
+            return await server.client.post("/v1/jobs", json={"condition": {"label": ["cat"]}, **body})
+
+    answer = run(work())
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
 
 
 def test_the_description_of_models(serve, run, tiny_model):

@@ -1,19 +1,29 @@
 """Several servers with one output folder, and the same application on a Ray cluster of two nodes."""
 
 import asyncio
+import base64
+import io
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tessera import bundle
+from tessera import bundle, generation
+from tessera.errors import TesseraError
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
 
 from tessera.serving.peers import PeerRouter  # noqa: E402
+from tessera.serving.server import ServerOptions  # noqa: E402
+from tessera.serving.service import ServiceOptions  # noqa: E402
 
 JOB = {"condition": {"label": ["cat"]}, "seeds": [1], "settings": {"num_steps": 200}}
 
@@ -62,6 +72,52 @@ def test_a_job_is_found_from_every_replica(serve, run, slow_model, tmp_path):
     assert refused == 403
 
 
+def test_what_replicas_need(tiny_model, tmp_path, monkeypatch):
+    from tessera.cli.serve import check_installed
+    from tessera.serving.ray_deployment import Deployment, start
+
+    deployment = Deployment([str(tmp_path)], ServiceOptions(out=tmp_path / "out"), ServerOptions(port=0))
+    with pytest.raises(TesseraError, match="--port that is not 0"):
+        start(deployment, 2)
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    check_installed()
+    with pytest.raises(TesseraError, match=r"needs ray: pip install 'tessera\[ray\]'"):
+        check_installed(with_ray=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_the_command_serves_with_replicas_and_ends_after_accepted_jobs(tmp_path, tiny_model):
+    pytest.importorskip("ray.serve")
+    bundle.save(tiny_model, tmp_path / "model")
+    words = [sys.executable, "-m", "tessera", "serve", str(tmp_path / "model"), "--replicas", "2"]
+    words += ["--port", str(free_port()), "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        assert address, (tmp_path / "log").read_text()
+        with httpx.Client(base_url=address, timeout=120) as client:
+            image = client.post("/v1/images/generations", json={"prompt": "dog", "seed": 1, "num_steps": 3}).json()
+            jobs = [client.post("/v1/jobs", json=JOB).json()["id"] for _ in range(8)]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(120) == 0
+    finally:
+        server.kill()
+    content = base64.b64decode(image["data"][0]["b64_json"])
+    (expected,) = generation.generate(tiny_model, ["dog"], [1], num_steps=3)
+    assert np.abs(np.asarray(Image.open(io.BytesIO(content))).astype(int) - expected[..., 0]).max() <= 1
+    assert len({job.split("_")[1] for job in jobs}) == 2
+    states = [json.loads((tmp_path / f"out/jobs/{job}/job.json").read_text())["state"] for job in jobs]
+    assert states == ["finished"] * len(jobs)
+
+
 @pytest.mark.slow
 def test_a_ray_cluster_of_two_nodes(tmp_path, tiny_model, monkeypatch):
     """Requests are spread over replicas on both nodes; every job is found from any of them."""
@@ -71,15 +127,12 @@ def test_a_ray_cluster_of_two_nodes(tmp_path, tiny_model, monkeypatch):
     from ray.cluster_utils import Cluster
 
     from tessera.serving.ray_deployment import SPREAD, Deployment, start
-    from tessera.serving.server import ServerOptions
-    from tessera.serving.service import ServiceOptions
 
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv(*SPREAD)
     bundle.save(tiny_model, tmp_path / "model")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     node = {"num_cpus": 2, "object_store_memory": 80_000_000}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     cluster.add_node(**node)

@@ -238,6 +238,15 @@ def test_clips_play(studio, make_model):
     page.locator(".large img[src*='results']").wait_for()
     assert page.get_by_text("Start from an image").count() == 0
 
+    pytest.importorskip("av")
+    body = {"condition": {"label": ["dog"]}, "seeds": [5], "settings": {"num_steps": 2}, "output_format": "mp4"}
+    page.request.post(page.url.partition("#")[0] + "v1/jobs", data=body)
+    page.keyboard.press("Alt+2")
+    while page.get_by_text("2 of 2").count() == 0:
+        page.get_by_role("button", name="Refresh").click()
+    page.get_by_role("button", name="dog, seed 5").click()
+    page.wait_for_function("() => document.querySelector('.large video')?.currentTime > 0")
+
 
 def test_images_of_controls_are_sent(studio, make_model, tmp_path):
     model = make_model()

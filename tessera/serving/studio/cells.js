@@ -4,11 +4,17 @@ import { Menu, copy, number, tell, tellError } from "./ui.js";
 import { fetchDataUrl, get, query, useImage } from "./api.js";
 import { ACTIVE, cancel, changes, frameAt } from "./jobs.js";
 
-export function Image({ path, alt, ...rest }) {
+/** An image or a clip. format: of its file; videos play, and animations are images */
+export function Image({ path, alt, format, ...rest }) {
   const url = useImage(path);
+  if (url && VIDEOS.has(format)) return html`<video src=${url} aria-label=${alt || null} autoplay loop muted playsinline controls=${Boolean(alt)}
+    onLoadedMetadata=${(event) => event.target.classList.toggle("pixels", event.target.videoWidth < 128)}></video>`;
   return url ? html`<img src=${url} alt=${alt} draggable=${false} decoding="async"
     onLoad=${(event) => event.target.classList.toggle("pixels", event.target.naturalWidth < 128)} ...${rest} />` : html`<span class="no-image"></span>`;
 }
+
+const VIDEOS = new Set(["mp4", "webm"]);
+const formatOf = (item, frame) => (frame === item.url ? item.parameters.output_format : null); // previews are images
 
 const STATES = { waiting: "waiting", submitted: "in the queue", running: "running", finished: "finished", cancelled: "cancelled", failed: "failed" };
 
@@ -19,7 +25,7 @@ function Cell({ cell, step, selected, onSelect, ...rest }) {
     <div class="cell ${cell.state} ${selected ? "selected" : ""}">
       <button type="button" class="image" aria-label=${`${cell.title}: ${text}`} aria-pressed=${selected} onClick=${onSelect}
         onKeyDown=${(event) => { if (event.key === "Delete" || event.key === "Backspace") cancel([cell]); }} ...${rest}>
-        ${frame ? html`<${Image} path=${frame} alt="" />` : html`<span class="no-image">${cell.state === "failed" ? "failed" : cell.state === "cancelled" ? "cancelled" : ""}</span>`}
+        ${frame ? html`<${Image} path=${frame} format=${formatOf(cell, frame)} alt="" />` : html`<span class="no-image">${cell.state === "failed" ? "failed" : cell.state === "cancelled" ? "cancelled" : ""}</span>`}
       </button>
       ${active && html`
         <progress max=${cell.numSteps || 1} value=${cell.step} aria-label=${`Progress: ${cell.title}`}></progress>
@@ -140,13 +146,13 @@ export function Detail({ item, step, onStep, actions = [], onClose }) {
   return html`
     <aside class="detail" aria-label="Selected image">
       <header><h2 ref=${heading}>${item.title}</h2>${onClose && html`<button class="quiet" type="button" aria-label="Close the details" onClick=${onClose}>×</button>`}</header>
-      <div class="large">${frame ? html`<${Image} path=${frame} alt=${item.title} />` : html`<span class="no-image">${item.error ? "" : STATES[item.state]}</span>`}</div>
+      <div class="large">${frame ? html`<${Image} path=${frame} format=${formatOf(item, frame)} alt=${item.title} />` : html`<span class="no-image">${item.error ? "" : STATES[item.state]}</span>`}</div>
       ${item.error && html`<p class="problem">${item.error}</p>`}
       ${item.frames?.length > 0 && html`
         <div class="strip" role="group" aria-label="Steps of this image">
           ${[...item.frames, ...(item.url ? [{ step: item.numSteps, url: item.url }] : [])].map((each) => html`
             <button key=${each.step} type="button" aria-pressed=${step === each.step || (step === null && each.url === item.url)} aria-label=${`Step ${each.step}`}
-              onClick=${() => onStep(each.url === item.url ? null : each.step)}><${Image} path=${each.url} alt="" /><small>${each.step}</small></button>`)}
+              onClick=${() => onStep(each.url === item.url ? null : each.step)}><${Image} path=${each.url} format=${formatOf(item, each.url)} alt="" /><small>${each.step}</small></button>`)}
         </div>`}
       ${item.url && html`
         <div class="actions">

@@ -67,7 +67,7 @@ export function Gallery() {
           ${shown.map((item) => html`
             <li key=${item.key}>
               <button type="button" class="image" aria-pressed=${item.key === key} aria-label=${`${item.title}${item.url ? "" : `: ${item.state}`}`} onClick=${() => setKey(item.key)}>
-                ${item.url ? html`<${Image} path=${item.url} alt="" loading="lazy" />` : html`<span class="no-image">${item.state}</span>`}
+                ${item.url ? html`<${Image} path=${item.url} format=${item.parameters.output_format} alt="" loading="lazy" />` : html`<span class="no-image">${item.state}</span>`}
               </button>
               <small title=${item.title}>${item.title}</small>
             </li>`)}

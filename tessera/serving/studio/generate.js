@@ -55,7 +55,7 @@ export function sameWith(item) {
     ["Several guidance scales", () => axis("guidance_scale")],
     ["Several step counts", () => axis("num_steps")],
     ["All samplers", () => axis("sampler")],
-    ["This image as the start", () => fromImage().catch(tellError)],
+    ...(facts?.clips ? [] : [["This image as the start", () => fromImage().catch(tellError)]]),
   ];
 }
 
