@@ -1,7 +1,7 @@
 """Serving: throughput, waiting time, a storm of requests, and how fast a full queue refuses.
 
     python benchmarks/serving.py throughput [--model digits|DiT-S/4] [--rounds 5]
-    python benchmarks/serving.py latency [--requests 60] [--rounds 3]
+    python benchmarks/serving.py latency --model small [--requests 60] [--rounds 3]
     python benchmarks/serving.py storm [--requests 10000] [--clients 24]
     python benchmarks/serving.py refusal [--requests 300]
 
@@ -10,7 +10,8 @@ server (HTTP in the same process, queue, files), against the same requests one a
 pipelines around its own transformer and schedulers, and `tessera.generate`. All start from noise and end with PNGs. CPU
 time of the process, one thread, the ways in turns.
 latency: requests of 10 steps, one in ten of 250, at Poisson times that keep a first-in-first-out server busy for 70 %
-of the time; the same server with and without one request at a time. Wall time of the short ones.
+of the time; the same server with and without one request at a time. Wall time of the short ones. Then the scheduler
+alone in virtual time, with the CPU time of calls as measured: other programs on the machine do not change it.
 storm: a server process with a tiny network on loopback; a fifth of the clients leave early, 5 % send what is not valid.
 refusal: the time of 429 answers of a server process whose queue is full.
 """
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ import torch
 import tessera
 from tessera import bundle, generation
 from tessera.bundle import BundleConfig
-from tessera.generation import SampleRequest
+from tessera.generation import ContinuousSampler, SampleRequest
 from tessera.images import to_png
 from tessera.serving.admission import Limits
 from tessera.serving.app import create_app
 from tessera.serving.models import ModelEntry
+from tessera.serving.scheduler import RowScheduler
 from tessera.serving.service import Service, ServiceOptions
 from tessera.settings import read_yaml
 from tessera.training.recipe import Recipe
@@ -170,7 +172,7 @@ async def throughput(options: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {"the server": [], "tessera, one by one": [], "diffusers, one by one": []}
     rows = len(bodies) + 1
     async with serving(model, limits=Limits(max_queue=rows)) as client:
-        for number in range(options.rounds + 1):
+        for number in range((options.rounds or 5) + 1):
             for name, values in seconds.items():
                 start = time.process_time()
                 if name == "the server":
@@ -190,41 +192,117 @@ async def throughput(options: argparse.Namespace) -> None:
     assert ours > 0
 
 
+LONG, SHORT = 250, 10  # steps
+WAYS = ("first in, first out", "shared")
+
+
+def steps_of(number: int) -> int:
+    return LONG if number % 10 == 4 else SHORT
+
+
+def summary(times: Sequence[float]) -> tuple[float, float, float]:
+    """Median and 95th percentile of the short requests, and the mean of the long ones."""
+    short = [seconds for number, seconds in enumerate(times) if steps_of(number) == SHORT]
+    long = [seconds for number, seconds in enumerate(times) if steps_of(number) == LONG]
+    return float(np.percentile(short, 50)), float(np.percentile(short, 95)), statistics.mean(long)
+
+
+def print_latencies(rounds: Sequence[dict[str, tuple[float, float, float]]]) -> None:
+    print("| round | first in, first out: median, p95 of short; mean of long (s) | shared | p95, shared / fifo |")
+    print("|---|---|---|---|")
+    ratios = []
+    for number, results in enumerate(rounds):
+        fifo, shared = (results[name] for name in WAYS)
+        ratios.append(shared[1] / fifo[1])
+        cells = [", ".join(f"{value:.3f}" for value in values) for values in (fifo, shared)]
+        print(f"| {number} | {cells[0]} | {cells[1]} | {ratios[-1]:.3f} |")
+    print(f"\nmedian ratio {statistics.median(ratios):.3f}")
+
+
 async def latency(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    count, model, results = options.requests or 60, make_model(options.model), {"fifo": [], "shared": []}
+    count, model, rounds = options.requests or 60, make_model(options.model), []
     async with serving(model, limits=Limits(max_queue=count + 1)) as client:
 
-        def body(number: int) -> dict[str, Any]:
-            steps = 250 if number % 10 == 4 else 10
-            return {"prompt": str(number % 10), "seed": number, "num_steps": steps, "guidance_scale": 2.0}
-
-        await post(client, body(0))
-        start = time.perf_counter()
-        for number in range(10):
-            await post(client, body(number))
-        interval = (time.perf_counter() - start) / 10 / options.busy
+        async def request(number: int) -> None:
+            body = {"prompt": str(number % 10), "seed": number, "num_steps": steps_of(number), "guidance_scale": 2.0}
+            await post(client, body)
 
         async def one(number: int, arrival: float, begin: float, lock: asyncio.Lock | None) -> float:
             await asyncio.sleep(begin + arrival - time.perf_counter())
             async with lock or contextlib.nullcontext():
-                await post(client, body(number))
+                await request(number)
             return time.perf_counter() - begin - arrival
 
-        for round_number in range(options.rounds):
-            arrivals = np.random.default_rng(round_number).exponential(interval, count).cumsum()
-            for name in results if round_number % 2 else reversed(results):
-                lock, begin = asyncio.Lock() if name == "fifo" else None, time.perf_counter()
+        await request(0)
+        for number in range(options.rounds or 3):
+            start = time.perf_counter()  # in every round, since other programs may slow the machine down
+            for each in range(10):
+                await request(each)
+            interval = (time.perf_counter() - start) / 10 / options.busy
+            arrivals, results = np.random.default_rng(number).exponential(interval, count).cumsum(), {}
+            for name in WAYS if number % 2 else reversed(WAYS):
+                lock, begin = asyncio.Lock() if name == WAYS[0] else None, time.perf_counter()
                 times = await asyncio.gather(*(one(n, arrival, begin, lock) for n, arrival in enumerate(arrivals)))
-                short = [seconds for number, seconds in enumerate(times) if number % 10 != 4]
-                long = [seconds for number, seconds in enumerate(times) if number % 10 == 4]
-                results[name].append((np.percentile(short, 50), np.percentile(short, 95), statistics.mean(long)))
-    print(f"{model.config.network.summary()}, {count} requests, one each {1000 * interval:.0f} ms on average\n")
-    print("| round | fifo: median, p95 of short; mean of long (s) | shared | p95, shared / fifo |\n|---|---|---|---|")
-    for number, (fifo, shared) in enumerate(zip(results["fifo"], results["shared"], strict=True)):
-        cells = [", ".join(f"{value:.3f}" for value in values) for values in (fifo, shared)]
-        print(f"| {number} | {cells[0]} | {cells[1]} | {shared[1] / fifo[1]:.3f} |")
-    print(f"\nmedian ratio {statistics.median(s[1] / f[1] for f, s in zip(results['fifo'], results['shared'])):.3f}")
+                results[name] = summary(times)
+            rounds.append(results)
+            print(f"round {number}: a request each {1000 * interval:.0f} ms on average", file=sys.stderr)
+    print(f"{model.config.network.summary()}, {count} requests\n")
+    print_latencies(rounds)
+    sizes, seconds = measure_calls(model)
+    costs = ", ".join(f"{size}: {1000 * value:.2f}" for size, value in zip(sizes, seconds))
+    print(f"\nReplay of {options.replayed} requests. CPU ms of a network call by its evaluations: {costs}\n")
+    print_latencies([replay(sizes, seconds, options.replayed, options.busy, seed) for seed in range(3)])
+
+
+def measure_calls(model: tessera.Model) -> tuple[list[int], list[float]]:
+    """Evaluations in a call, and the median of the CPU seconds of a step with so many, solver and guidance included."""
+    sizes, medians = [2, 4, 8, 16, 32, 64], []
+    for size in sizes:
+        sampler, times = ContinuousSampler(model), []
+        request = SampleRequest(list(range(size // 2)), {"label": [1]}, 2.0, settings={"num_steps": 12})
+        sampler.add(request, list(range(size // 2)))
+        for _ in range(11):
+            start = time.thread_time()
+            sampler.step()
+            times.append(time.thread_time() - start)
+        medians.append(statistics.median(times[1:]))
+    return sizes, medians
+
+
+def replay(
+    sizes: list[int], seconds: list[float], count: int, busy: float, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """The scheduler of the server in virtual time, with measured costs of calls, and one request after the other."""
+
+    def cost(evaluations: int) -> float:
+        return float(np.interp(evaluations, sizes, seconds))
+
+    services = [steps_of(number) * cost(2) for number in range(count)]
+    arrivals = np.random.default_rng(seed).exponential(statistics.mean(services) / busy, count).cumsum()
+    fifo, free = [], 0.0
+    for arrival, service in zip(arrivals, services):
+        free = max(free, arrival) + service
+        fifo.append(free - arrival)
+    scheduler, now, left = RowScheduler(max_evaluations=sizes[-1]), 0.0, {}
+    shared, number = [0.0] * count, 0
+    while number < count or left:
+        now = now if left else max(now, arrivals[number])
+        while number < count and arrivals[number] <= now:
+            left[number] = steps_of(number)
+            scheduler.add("client", "key", number, number, evaluations=2)
+            number += 1
+        call = scheduler.choose()
+        assert call is not None
+        now += cost(call.evaluations)
+        scheduler.charge(call, cost(call.evaluations))
+        for name in call.names:
+            left[name] -= 1
+            if not left[name]:
+                del left[name]
+                scheduler.remove(name)
+                shared[name] = now - arrivals[name]
+    return {WAYS[0]: summary(fifo), WAYS[1]: summary(shared)}
 
 
 @contextlib.contextmanager
@@ -353,7 +431,8 @@ def main() -> None:
     parser.add_argument("--model", default="digits", help="digits, small, tiny or a preset such as DiT-S/4")
     parser.add_argument("--requests", type=int, help="16, 60, 10000 or 300")
     parser.add_argument("--shorter", type=int, default=1, help="throughput: divide the step counts, 10 to 40, by this")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="throughput: 5, latency: 3")
+    parser.add_argument("--replayed", type=int, default=2000, help="requests of the replay in virtual time")
     parser.add_argument("--clients", type=int, default=24, help="at once, of the storm")
     parser.add_argument("--busy", type=float, default=0.7, help="utilization of the first-in-first-out server")
     options = parser.parse_args()

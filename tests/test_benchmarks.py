@@ -57,7 +57,7 @@ SMALL = {
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
     "serving": [
         "throughput --requests 2 --shorter 10 --rounds 1",
-        "latency --model tiny --requests 11 --rounds 1",
+        "latency --model tiny --requests 11 --rounds 1 --replayed 50",
         "storm --requests 60 --clients 6",
         "refusal --requests 5",
     ],
