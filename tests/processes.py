@@ -8,11 +8,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 PATIENCE = 120  # seconds for which ranks may go on after one of them has failed
@@ -100,9 +102,28 @@ def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[
     return [outcome.result for outcome in outcomes]
 
 
+def command(words: list[str], output: Path, log: Path) -> BaseProcess:
+    """Start `tessera WORDS` in a process that need not import torch first. Its output goes to files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    variables = {"words": words, "output": str(output), "log": str(log)}
+    process = context.Process(target=runpy.run_path, args=(__file__, variables, "command"), daemon=True)
+    process.start()
+    return process
+
+
+def _command(words: list[str], output: str, log: str) -> None:
+    """The main function of the process of a command."""
+    from tessera import cli
+
+    for path, stream in ((output, 1), (log, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv, sys.stdout, sys.stderr = ["tessera", *words], open(1, "w"), open(2, "w")  # noqa: SIM115
+    cli.main()
+
+
 def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, tuple]) -> None:
     """The main function of a forked process."""
-    import torch
 
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and gloo's messages about killed processes
@@ -117,5 +138,7 @@ def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, t
     os._exit(code)
 
 
+if __name__ == "command":
+    _command(globals()["words"], globals()["output"], globals()["log"])
 if __name__ == "process":
     _work(globals()["environment"], globals()["pipe"], globals()["call"])

@@ -4,20 +4,21 @@ import base64
 import concurrent.futures
 import io
 import json
+import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tessera import bundle, generation
+from tessera import bundle, cli, generation
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("fastapi")
@@ -31,24 +32,22 @@ def pixels(content: bytes) -> np.ndarray:
 class Server:
     """`tessera serve` of a model on a free port of loopback."""
 
-    def __init__(self, folder: Path, *words: str) -> None:
-        command = [sys.executable, "-m", "tessera", "serve", str(folder / "model"), "--port", "0"]
-        command += ["--out", str(folder / "out"), *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.out, self.log = folder / "out", (folder / "log").open("a")
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, cwd=Path(__file__).parents[2]
-        )
-        assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip()
-        while self.process.poll() is None:
+    def __init__(self, command: Callable, folder: Path, *words: str) -> None:
+        self.out, self.log, output = folder / "out", folder / "log", folder / f"address-{time.monotonic_ns()}"
+        serve = ["serve", str(folder / "model"), "--port", "0", "--out", str(self.out), *words]
+        self.process = command(serve, output, self.log)
+        while self.process.is_alive():
             try:
+                self.address = output.read_text().strip() if output.exists() else ""
+                if not self.address:
+                    time.sleep(0.02)
+                    continue
                 if httpx.get(f"{self.address}/ready", timeout=10).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.05)
-        raise AssertionError((folder / "log").read_text())
+        raise AssertionError(self.log.read_text())
 
     @property
     def port(self) -> int:
@@ -57,26 +56,31 @@ class Server:
     def post(self, path: str = "/v1/images/generations", **body) -> "httpx.Response":
         return httpx.post(self.address + path, json=body, timeout=60)
 
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int | None:
+        self.process.join(60)
+        return self.process.exitcode
+
+    def end(self, number: int = signal.SIGTERM) -> int | None:
+        self.send_signal(number)
+        return self.wait()
 
 
 @pytest.fixture
-def start(tmp_path, tiny_model):
+def start(tmp_path, tiny_model, processes):
     bundle.save(tiny_model, tmp_path / "model")
     servers = []
 
     def started(*words: str) -> Server:
-        servers.append(Server(tmp_path, *words))
+        servers.append(Server(processes.command, tmp_path, *words))
         return servers[-1]
 
     yield started
     for server in servers:
-        if server.process.poll() is None:
-            server.process.kill()
-        server.process.wait()
-        server.log.close()
+        server.process.kill()
+        server.process.join()
 
 
 def test_the_openai_client(start, tiny_model):
@@ -111,7 +115,7 @@ def test_sigterm_under_load_loses_no_accepted_request(start):
         while "_running 0.0" in (text := httpx.get(f"{server.address}/metrics").text) or len(list_jobs(server)) < 13:
             time.sleep(0.01)
         assert "tessera_jobs_running" in text
-        server.process.send_signal(signal.SIGTERM)
+        server.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         refused = None
         try:
@@ -121,7 +125,7 @@ def test_sigterm_under_load_loses_no_accepted_request(start):
         answers = [each.result() for each in waiting]
     assert [answer.status_code for answer in answers] == [200] * 12
     assert refused == 503
-    assert server.process.wait(60) == 0
+    assert server.wait() == 0
     assert {record["state"] for record in list_jobs(server)} == {"finished"}
     assert jobs[0] in {record["id"] for record in list_jobs(server)}
 
@@ -155,7 +159,7 @@ def test_a_deadline_and_a_second_signal(start):
     assert (record["id"], record["state"]) == (job, "failed")
     again = start("--drain-seconds", "1000")
     again.post("/v1/jobs", **body)
-    again.process.send_signal(signal.SIGINT)
+    again.send_signal(signal.SIGINT)
     time.sleep(0.2)
     assert again.end(signal.SIGINT) == 0
 
@@ -182,11 +186,13 @@ def test_clients_that_send_slowly_or_nonsense_or_leave(start):
     thread.start()
     thread.join(30)
     assert codes == [200]
-    assert "Traceback" not in Path(server.log.name).read_text()
+    assert "Traceback" not in server.log.read_text()
     assert server.end() == 0
 
 
-def test_errors_at_the_start(tmp_path, tiny_model):
+def test_errors_at_the_start(tmp_path, tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])  # the command sets its own, which end with this test
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
     bundle.save(tiny_model, tmp_path / "model")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
@@ -199,9 +205,11 @@ def test_errors_at_the_start(tmp_path, tiny_model):
         "two models have the name": [str(tmp_path / "model"), str(tmp_path / "model")],
     }
     for message, words in cases.items():
-        command = [sys.executable, "-m", "tessera", "serve", "--out", str(tmp_path / "out"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        monkeypatch.setattr(sys, "argv", ["tessera", "serve", "--out", str(tmp_path / "out"), *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
     busy.close()
