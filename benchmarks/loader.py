@@ -14,6 +14,7 @@ photos   400 synthetic JPEGs of about 600 x 500 in a folder, to 256 x 256
 """
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
@@ -96,7 +97,7 @@ def ours(path: Path, size: int, workers: int, kept: bool, decoding: str) -> Iter
 
 def rate(batches: Iterator[Any], seconds: float) -> float:
     """Samples per second."""
-    for _ in range(20):  # until the other has stopped reading ahead; on a busy machine measure after 20 attempts
+    for _ in range(math.ceil(5 * seconds)):  # until the other has stopped reading ahead; not longer if others are busy
         if idle() > 0.8:
             break
     for _ in range(5):  # what was read ahead before

@@ -10,7 +10,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -102,24 +102,45 @@ def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[
     return [outcome.result for outcome in outcomes]
 
 
-def command(words: list[str], output: Path, log: Path) -> BaseProcess:
-    """Start `tessera WORDS` in a process that need not import torch first. Its output goes to files."""
+def program(
+    words: Sequence[str],
+    output: Path,
+    log: Path,
+    folder: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Start a Python script with its arguments, or `tessera WORDS`, in a process that need not import torch first.
+
+    Its output goes to files. folder: where it runs
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    variables = {"words": words, "output": str(output), "log": str(log)}
-    process = context.Process(target=runpy.run_path, args=(__file__, variables, "command"), daemon=True)
+    call = {"words": list(words), "output": str(output), "log": str(log), "environment": dict(environment or {})}
+    call["folder"] = str(folder or Path.cwd())
+    process = context.Process(target=runpy.run_path, args=(__file__, {"call": call}, "program"))
     process.start()
     return process
 
 
-def _command(words: list[str], output: str, log: str) -> None:
-    """The main function of the process of a command."""
+def _program(words: list[str], output: str, log: str, folder: str, environment: dict[str, str]) -> None:
+    """The main function of the process of a program."""
+    import torch
+
     from tessera import cli
 
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    os.chdir(folder)
     for path, stream in ((output, 1), (log, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    sys.argv, sys.stdout, sys.stderr = ["tessera", *words], open(1, "w"), open(2, "w")  # noqa: SIM115
-    cli.main()
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+    if words[0].endswith(".py"):
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        sys.argv = ["tessera", *words]
+        cli.main()
 
 
 def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, tuple]) -> None:
@@ -138,7 +159,7 @@ def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, t
     os._exit(code)
 
 
-if __name__ == "command":
-    _command(globals()["words"], globals()["output"], globals()["log"])
+if __name__ == "program":
+    _program(**globals()["call"])
 if __name__ == "process":
     _work(globals()["environment"], globals()["pipe"], globals()["call"])

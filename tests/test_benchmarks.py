@@ -1,9 +1,6 @@
 """Every script in benchmarks/ runs, at sizes so small that it takes seconds. Its numbers mean nothing then."""
 
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,12 +160,15 @@ def test_every_script_is_in_the_table():
         for number, words in enumerate(calls)
     ],
 )
-def test_a_script_runs(script, words, places, tmp_path):
+def test_a_script_runs(script, words, places, tmp_path, processes):
     arguments = shlex.split(words.format(tmp=tmp_path, **places))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *arguments],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    environment = {"OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")}
+    command, output, log = (
+        [str(ROOT / "benchmarks" / f"{script}.py"), *arguments],
+        tmp_path / "output",
+        tmp_path / "log",
+    )
+    process = processes.program(command, output, log, tmp_path, environment)
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-2000:]
+    assert output.read_text().strip()

@@ -32,10 +32,10 @@ def pixels(content: bytes) -> np.ndarray:
 class Server:
     """`tessera serve` of a model on a free port of loopback."""
 
-    def __init__(self, command: Callable, folder: Path, *words: str) -> None:
+    def __init__(self, program: Callable, folder: Path, *words: str) -> None:
         self.out, self.log, output = folder / "out", folder / "log", folder / f"address-{time.monotonic_ns()}"
         serve = ["serve", str(folder / "model"), "--port", "0", "--out", str(self.out), *words]
-        self.process = command(serve, output, self.log)
+        self.process = program(serve, output, self.log)
         while self.process.is_alive():
             try:
                 self.address = output.read_text().strip() if output.exists() else ""
@@ -74,7 +74,7 @@ def start(tmp_path, tiny_model, processes):
     servers = []
 
     def started(*words: str) -> Server:
-        servers.append(Server(processes.command, tmp_path, *words))
+        servers.append(Server(processes.program, tmp_path, *words))
         return servers[-1]
 
     yield started
