@@ -3,10 +3,10 @@
     python benchmarks/loader.py [--data ../shared/data] [--workers 2] [--rounds 7]
 
 The same files, the same work: decode, crop to the size, uint8 batches of 64 in a shuffled order; two workers each
-(ours: threads; DataLoader: processes, kept between rounds). They are measured alternately for --seconds each, after the
-other has finished reading ahead. A row has medians, and the median of the ratios of a round. "in memory": the default;
-a small data set stays in memory once it was read, and has been read before the measurement. "decoded again": each image
-is decoded every time.
+(ours: threads, or processes; DataLoader: processes, kept between rounds). They are measured alternately for --seconds
+each, after the other has finished reading ahead. A row has medians, and the median of the ratios of a round. "in memory": the
+default; a small data set stays in memory once it was read, and has been read before the measurement. "decoded again":
+each image is decoded every time.
 
 cifar    50,000 JPEGs of 32 x 32 in a parquet file
 emoji    2,789 PNGs of 64 x 64 in a parquet file
@@ -84,11 +84,11 @@ def plain(path: Path, size: int, workers: int) -> Iterator[dict[str, torch.Tenso
         yield from loader
 
 
-def ours(path: Path, size: int, workers: int, kept: bool, decoding: str) -> Iterator[Any]:
+def ours(path: Path, size: int, workers: int, kept: bool, decoding: str, processes: int = 0) -> Iterator[Any]:
     config = FilesConfig.model_validate({"path": str(path), "size": (size, size), "decoding": decoding})
     loading.MEMORY_LIMIT = 2**30 if kept else 0
     source = config.open()
-    loader = Loader(source, BATCH, seed=0, num_workers=workers)
+    loader = Loader(source, BATCH, seed=0, num_workers=workers, decode_processes=processes)
     batches = loader.batches()
     for _ in range(-(-len(source) // BATCH) if kept else 1):
         next(batches)
@@ -146,6 +146,7 @@ def main() -> None:
             ways = {
                 "in memory": ours(path, size, options.workers, True, "exact"),
                 "decoded again": ours(path, size, options.workers, False, "exact"),
+                "decoded again, by processes": ours(path, size, options.workers, False, "exact", options.workers),
             }
             if name == "photos":
                 ways["decoded again, decoding: fast"] = ours(path, size, options.workers, False, "fast")

@@ -439,6 +439,8 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return _crop_before_scaling(image, scaled, size)
     if scaled != image.size:
         image = image.resize(scaled, Image.Resampling.BICUBIC)
+    if image.size == (width, height):
+        return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

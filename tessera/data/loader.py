@@ -9,8 +9,10 @@ Shapes: B batch, C channels, T frames, H W height and width.
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -21,6 +23,7 @@ from tessera import randomness
 from tessera.conditioning import Condition
 from tessera.data.buckets import Buckets
 from tessera.data.control import ControlImages
+from tessera.data.decoding import DecodingProcesses
 from tessera.data.files import FilesDataset
 from tessera.data.images import Dataset, InvalidSample
 from tessera.data.latents import LatentsDataset
@@ -61,7 +64,7 @@ def flip_mask(seed: int, position: Tensor) -> Tensor:
 
 
 class Loader:
-    """Reads batches ahead in threads; decoding releases the GIL.
+    """Reads batches ahead in threads; decoding releases the GIL, or is done by processes.
 
     An invalid image is replaced by the next valid one of the epoch's order, so that the order stays a function of
     position. A small data set stays in memory once it was read.
@@ -87,11 +90,18 @@ class Loader:
         condition_fields: Sequence[str] = ("label",),
         control: ControlImages | None = None,
         order: SampleOrder | None = None,
+        decode_processes: int = 0,
     ) -> None:
         """rank_slice: the part of every batch that this rank reads; buckets: of images in files, every batch has the
         size of one bucket; hflip: whether to read latents of flipped images (pixels are flipped after loading);
         condition_fields: the fields of the condition that are read; control: what gives their control images; order:
-        instead of that of the buckets, or of shuffled epochs."""
+        instead of that of the buckets, or of shuffled epochs; decode_processes: of images in files, the number of
+        processes that decode them, 0: the threads do. Raises TesseraError if there is nothing for them to decode."""
+        if decode_processes and not (isinstance(dataset, FilesDataset) and dataset.config.frames is None):
+            raise TesseraError(
+                f"training.decode_processes is {decode_processes}, but the data are not images in files, which alone "
+                "are decoded in processes: leave it out"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
@@ -109,6 +119,8 @@ class Loader:
             self.order = ShuffledOrder(len(dataset), batch_size, seed)
         else:
             self.order = BucketedOrder(buckets.bucket_ids, batch_size, seed)
+        self.decode_processes = decode_processes
+        self._decoder: DecodingProcesses | None = None
         self.invalid_samples: dict[str, str] = {}
         self.invalid_rows: set[int] = set()
         self.short_samples: dict[str, str] = {}
@@ -127,17 +139,24 @@ class Loader:
 
     def batches(self, position: int = 0) -> Generator[Batch, None, None]:
         """Endless batches from a position on. Raises TesseraError if no image is valid."""
-        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="tessera-data")
+        num_threads = max(self.num_workers, self.decode_processes)  # a thread waits for each process
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tessera-data")
         pending = deque()
         try:
+            if self.decode_processes and not self._in_memory.all():
+                assert isinstance(self.dataset, FilesDataset)
+                self._decoder = DecodingProcesses(self.dataset.config, self.decode_processes)
             while True:
-                while len(pending) < self.num_workers + 1:
+                while len(pending) < num_threads + 1:
                     position = self.next_position(position)
                     pending.append(pool.submit(self.load_batch, position))
                     position += self.batch_size
                 yield pending.popleft().result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            if self._decoder is not None:
+                self._decoder.close()
+                self._decoder = None
 
     def next_position(self, position: int) -> int:
         """The first position from here on at which a batch starts that is not skipped."""
@@ -156,8 +175,14 @@ class Loader:
         elif self._memory is not None and self._in_memory[samples := self.order.batch(position)[self.rank_slice]].all():
             pixels = torch.from_numpy(self._memory[samples])
         else:
-            images, samples = zip(*(self._sample(position, offset) for offset in offsets))
-            pixels = torch.from_numpy(np.stack(images))
+            samples, images = self._decode(position)
+            if len(samples) < len(offsets):
+                decoded = dict(zip(samples, images))
+                images, samples = zip(*(self._sample(position, offset, decoded) for offset in offsets))
+                images = np.stack(images)
+            else:
+                self._remember(samples, images)
+            pixels = torch.from_numpy(images)
         numbers = [int(sample) for sample in samples]
         condition = self.condition_type.load(self.condition_fields, self.dataset, numbers, positions)
         control = None if self.control is None else torch.from_numpy(self.control(pixels.numpy(), numbers))
@@ -169,12 +194,27 @@ class Loader:
         """The names of all samples of the batch at a position."""
         return [self.dataset.name(int(index)) for index in self.order.batch(position)]
 
-    def _sample(self, start: int, offset: int) -> tuple[np.ndarray, int]:
+    def _decode(self, start: int) -> tuple[list[int], np.ndarray]:
+        """The samples of a batch that processes decoded, and their pixels: without invalid ones."""
+        if self._decoder is None:
+            return [], np.empty(0)
+        assert isinstance(self.dataset, FilesDataset)
+        numbers: list[int] = []
+        files: list[Path | bytes] = []
+        for index in self.order.batch(start)[self.rank_slice].tolist():
+            with suppress(InvalidSample):  # read once more by `_sample`, for its reason
+                files.append(self.dataset.encoded(index))
+                numbers.append(index)
+        size = None if self.buckets is None else self.buckets.sizes[self.order.bucket(start)]
+        valid, pixels = self._decoder.decode(files, size)
+        return [numbers[place] for place in valid], pixels
+
+    def _sample(self, start: int, offset: int, decoded: dict[int, np.ndarray]) -> tuple[np.ndarray, int]:
         """The pixels and the number of the sample at an offset in a batch, or of the valid one that replaces it."""
         tries, name, reason = 0, "", ""
         for index in islice(self.order.candidates(start, offset), MAX_INVALID):
             try:
-                return self._pixels(index, start), index
+                return self._pixels(index, start, decoded.get(index)), index
             except InvalidSample as error:
                 name, reason = self.dataset.name(index), str(error)
                 self.invalid_samples[name] = reason
@@ -182,24 +222,32 @@ class Loader:
                 tries += 1
         raise TesseraError(f"no valid image among {tries} of {len(self.dataset)}; the last, {name}: {reason}")
 
-    def _pixels(self, index: int, start: int) -> np.ndarray:
+    def _pixels(self, index: int, start: int, decoded: np.ndarray | None) -> np.ndarray:
         if self.buckets is not None and isinstance(self.dataset, FilesDataset):
+            if decoded is not None:
+                return decoded
             pixels = self.dataset.pixels(index, self.buckets.sizes[self.order.bucket(start)])
             self._note_short(index, pixels)
             return pixels
         assert not isinstance(self.dataset, LatentsDataset)
         if self._memory is not None and self._in_memory[index]:
             return self._memory[index]
-        pixels = self.dataset.pixels(index)
+        pixels = self.dataset.pixels(index) if decoded is None else decoded
         self._note_short(index, pixels)
-        if self._memory is None and len(self.dataset) * pixels.nbytes <= MEMORY_LIMIT:
+        self._remember([index], pixels[None])
+        return pixels
+
+    def _remember(self, numbers: Sequence[int], pixels: np.ndarray) -> None:
+        """Keep samples of a small data set in memory. pixels: [B, C, H, W] or [B, C, T, H, W]"""
+        if self.buckets is not None:  # of several sizes
+            return
+        if self._memory is None and len(self.dataset) * pixels[0].nbytes <= MEMORY_LIMIT:
             with self._lock:
                 if self._memory is None:  # the system provides the memory only as it is filled
-                    self._memory = np.zeros((len(self.dataset), *pixels.shape), np.uint8)
+                    self._memory = np.zeros((len(self.dataset), *pixels.shape[1:]), np.uint8)
         if self._memory is not None:
-            self._memory[index] = pixels
-            self._in_memory[index] = True
-        return pixels
+            self._memory[numbers] = pixels
+            self._in_memory[numbers] = True
 
     def _note_short(self, index: int, pixels: np.ndarray) -> None:
         """Name a clip that data.short lengthened."""

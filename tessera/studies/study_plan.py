@@ -38,6 +38,7 @@ RUNTIME_SETTINGS = {
     "run_dir",
     "training.device",
     "training.num_workers",
+    "training.decode_processes",
     "training.tensorboard",
     "evaluation.reference_folder",
 }

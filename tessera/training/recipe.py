@@ -103,6 +103,9 @@ class TrainingConfig(Settings):
     seed: NonNegativeInt = 0
     device: DeviceName = "auto"
     num_workers: PositiveInt = Field(default=2, description="threads that read data ahead")
+    decode_processes: NonNegativeInt = Field(
+        default=0, description="processes that decode images, for many small ones; 0: the threads decode"
+    )
     init_from: str | None = Field(
         default=None, description="start from this bundle, run, official .pt or diffusers folder"
     )

@@ -244,6 +244,7 @@ def build_data(
         recipe.network.condition_fields,
         control_images(recipe.adapter.image, dataset) if isinstance(recipe.adapter, ControlConfig) else None,
         order=weighted_order(recipe, dataset),
+        decode_processes=config.decode_processes,
     )
     return recipe, loader, accumulation_steps
 

@@ -2,6 +2,7 @@
 
 import threading
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 from tessera.data import Loader
 from tessera.data import loader as loader_module
+from tessera.data.files import FilesConfig
 from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
+from tests.data import damages
 
 
 class Numbers:
@@ -172,3 +175,52 @@ def test_a_small_data_set_is_read_once(monkeypatch, invalid):
     uncached = Counted(20, invalid)
     assert expected == read_samples(Loader(uncached, 4, seed=0, num_workers=1), 100)
     assert uncached.calls >= 100
+
+
+@pytest.fixture(scope="module")
+def messy_folder(tmp_path_factory) -> Path:
+    """Images of many formats, some of them damaged."""
+    folder = tmp_path_factory.mktemp("messy")
+    damages.damage_all(folder)
+    for number in range(30):
+        damages.put(folder, f"good/{number}.jpg", damages.encoded(damages.image(number, (40, 37)), "jpeg"))
+    return folder
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("memory", [0, 2**30])
+def test_processes_decode_what_threads_decode(messy_folder, monkeypatch, memory):
+    monkeypatch.setattr(loader_module, "MEMORY_LIMIT", memory)
+    dataset = FilesConfig(path=str(messy_folder), size=(32, 32), classes="none").open()
+
+    def read(decode_processes: int) -> tuple[Loader, list[loader_module.Batch]]:
+        loader = Loader(dataset, 16, seed=1, decode_processes=decode_processes)
+        batches = loader.batches(16)
+        result = list(islice(batches, 2 * len(dataset) // 16))
+        batches.close()
+        return loader, result
+
+    (threads, expected), (processes, batches) = read(0), read(2)
+    assert threads.invalid_samples  # some cannot be read
+    assert processes.invalid_samples == threads.invalid_samples
+    for one, other in zip(expected, batches, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.position, other.position)
+
+
+@pytest.mark.run
+def test_the_end_of_a_decoding_process_is_an_error(messy_folder):
+    dataset = FilesConfig(path=str(messy_folder / "good"), size=(32, 32)).open()
+    loader = Loader(dataset, 8, seed=0, decode_processes=1)
+    batches = loader.batches()
+    next(batches)
+    decoder = loader._decoder
+    assert decoder is not None
+    decoder._processes[0].kill()
+    with pytest.raises(TesseraError, match=r"training\.decode_processes to fewer than 1, or to 0"):
+        list(islice(batches, 10))  # some were ready before
+
+
+def test_processes_need_images_in_files():
+    with pytest.raises(TesseraError, match=r"training\.decode_processes is 2, but the data are not images in files"):
+        Loader(Numbers(4), 2, seed=0, decode_processes=2)  # pyright: ignore[reportArgumentType]
