@@ -312,4 +312,6 @@ def invalid(problems: Any) -> ApiError:
     first = problems[0]
     param = ".".join(str(part) for part in first.get("loc", ()) if part != "body") or None
     message = str(first.get("msg", "not valid")).removeprefix("Value error, ")
+    if first.get("type") == "model_attributes_type":  # another type of content is not even parsed
+        message = "the body must be a JSON object, sent with the header Content-Type: application/json"
     return ApiError(400, f"{param}: {message}" if param else message, "invalid_request", param)

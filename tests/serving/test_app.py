@@ -21,6 +21,8 @@ from tessera.images import read_settings
 from tessera.model import AdapterInfo
 from tessera.serving.admission import Limits
 
+PATHS = ("jobs", "images/generations")
+
 
 def pixels(content: bytes) -> np.ndarray:
     image = np.asarray(Image.open(io.BytesIO(content)))
@@ -163,6 +165,19 @@ def test_an_unknown_model_and_path_and_method(serve, run, tiny_model):
 
     codes = ["model_not_found", "not_found", "method_not_allowed", "model_not_found"]
     assert run(work()) == list(zip([404, 404, 405, 404], codes))
+
+
+def test_a_body_without_its_type_is_explained(serve, run, tiny_model):
+    async def work():
+        async with serve(tiny_model) as server:  # as curl sends it without a header
+            headers = {"content-type": "application/x-www-form-urlencoded"}
+            return [
+                await server.client.post(f"/v1/{path}", content=b'{"prompt": "cat"}', headers=headers) for path in PATHS
+            ]
+
+    for answer in run(work()):
+        assert answer.status_code == 400
+        assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
 def test_a_stream_has_its_first_preview_within_two_steps(serve, run, tiny_model):
