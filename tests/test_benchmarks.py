@@ -58,6 +58,7 @@ SMALL = {
         "storm --requests 60 --clients 6",
         "refusal --requests 5",
     ],
+    "simulation": ["--only 'LLM Foundry'"],
     "sharding": ["--width 32 --depth 1 --batch 4 --steps 1 --max-processes 1"],
     "sprites": ["write --data {sheets} --out {tmp} --limit 1", "check --data {sheets} --count 1"],
     "solver_orders": ["--counts 4 8 --noise-counts 4 8"],

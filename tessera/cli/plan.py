@@ -1,6 +1,7 @@
 """`tessera plan`: the cost of a run before it starts."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,8 @@ from tessera.errors import TesseraError
 from tessera.reporting.text import format_bytes as _bytes
 
 if TYPE_CHECKING:
-    from tessera.planning.plan import Plan
+    from tessera.planning.cluster import Reliability
+    from tessera.planning.plan import Plan, ScalingRow
     from tessera.planning.scaling_law import Law
     from tessera.training.recipe import Recipe
 
@@ -29,6 +31,13 @@ def plan(
     law: Annotated[
         Path | None, typer.Option(help="law.json of a study: report the best model size for this compute")
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="also simulate FSDP and HSDP on 8 to this many GPUs, with failures and storage"),
+    ] = None,
+    mtbf: Annotated[float | None, typer.Option(help="of --gpus: hours between failures of a GPU (50,000)")] = None,
+    restart: Annotated[float | None, typer.Option(help="of --gpus: seconds from failure to step (600)")] = None,
+    storage: Annotated[float | None, typer.Option(help="of --gpus: GB/s that all GPUs write together (10)")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="measure this machine again")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -44,14 +53,17 @@ def plan(
     from tessera.training.plan_recipe import is_preset, resolve_target, workload
 
     parsed_budget = None if budget is None else budgets.parse(budget)
+    reliability = _reliability(gpus, mtbf, restart, storage)
     fitted_law = None if law is None else scaling_law.read_law(law)
     recipe = resolve_target(target, overrides or [])
-    if is_preset(target) and hardware is None and budget is None and law is None and not measure:
+    if is_preset(target) and hardware is gpus is None and budget is None and law is None and not measure:
         print(_short(target, recipe, as_json))
         return
     machine = machines.find(hardware, price)
     if parsed_budget is not None:
         parsed_budget.seconds(machine.devices, machine.price)  # raises for a missing price before anything is measured
+    if gpus is not None and machine.is_local:
+        raise TesseraError("--gpus simulates a known GPU, not this machine: give --hardware h100, h200 or a100")
     profiler = None
     if machine.is_local:
         from tessera.runtime import choose_device, keep_freed_memory
@@ -64,7 +76,11 @@ def plan(
     with progress() as start:
         report = start("measuring operators") if machine.is_local else None
         result = make_plan(work, machine, budget=parsed_budget, profiler=profiler, progress=report)
-    print(json.dumps(result.to_dict(), indent=1) if as_json else format_plan(result, fitted_law))
+    rows = [] if gpus is None else _simulate(result, gpus, reliability)
+    if as_json:
+        print(json.dumps(result.to_dict() | {"simulation": [asdict(row) for row in rows]}, indent=1))
+    else:
+        print("\n".join([format_plan(result, fitted_law), *format_simulation(rows)]))
     if result.budget is not None and not result.budget.enough:
         raise TesseraError(
             f"the budget of {budget} is too small: it pays for {result.budget.steps:,} of {work.steps:,} steps; "
@@ -78,6 +94,56 @@ def plan(
             "usable; "
             "see the alternatives that fit, or lower training.micro_batch_size"
         )
+
+
+def _reliability(gpus: int | None, mtbf: float | None, restart: float | None, storage: float | None) -> "Reliability":
+    """The options of --gpus, checked."""
+    from tessera.planning.cluster import Reliability
+
+    values = {"mtbf": mtbf, "restart": restart, "storage": storage}
+    names = [f"--{name}" for name, value in values.items() if value is not None]
+    if names and gpus is None:
+        raise TesseraError(f"{', '.join(names)} has no effect without --gpus: give --gpus, or leave it out")
+    for name, value in {"gpus": gpus, **values}.items():
+        if value is not None and not (value >= 0 if name == "restart" else value > 0):
+            raise TesseraError(f"--{name} is {value:g}; expected {'0 or more' if name == 'restart' else 'more than 0'}")
+    default = Reliability()
+    return Reliability(
+        device_hours=default.device_hours if mtbf is None else mtbf,
+        restart=default.restart if restart is None else restart,
+        storage=default.storage if storage is None else storage * 1e9,
+    )
+
+
+def _simulate(result: "Plan", gpus: int, reliability: "Reliability") -> "list[ScalingRow]":
+    from tessera.planning.plan import simulate
+
+    return simulate(result, [count for count in (8, 64, 512, 4096) if count < gpus] + [gpus], reliability)
+
+
+def format_simulation(rows: "list[ScalingRow]") -> list[str]:
+    """The simulation as lines of text: two tables."""
+    lines = []
+    for scaling, title in (("strong", "the same global batch"), ("weak", "the same batch per GPU")):
+        chosen = [row for row in rows if row.scaling == scaling]
+        if not chosen:
+            continue
+        base = max(row.images_per_second / row.devices for row in chosen if row.devices == chosen[0].devices)
+        lines += [
+            "",
+            f"simulation   {scaling} scaling ({title}); images/s after the loss by failures and checkpoints",
+            "             GPUs  shards   batch  s/step  waits for links  memory  fits  saves every  loss   read/s  "
+            "images/s  efficiency",
+        ]
+        for row in chosen:
+            lines.append(
+                f"            {row.devices:>5}  {row.shards:>6}  {row.global_batch_size:>6}  {row.step.total:>6.3f}  "
+                f"{row.step.exposed / row.step.total:>15.0%}  {_bytes(row.memory.peak):>6}  "
+                f"{'yes' if row.fits else 'no':<4}  {row.failures.interval / 60:>7.1f} min  {row.failures.loss:>4.1%}  "
+                f"{_bytes(int(row.read_rate)):>7}  {row.images_per_second:>8,.0f}  "
+                f"{row.images_per_second / row.devices / base:>10.0%}"
+            )
+    return lines
 
 
 def _short(name: str, recipe: "Recipe", as_json: bool) -> str:

@@ -38,6 +38,8 @@ class Hardware(Settings):
     bandwidth: PositiveFloat = Field(description="bytes per second read and written")
     call_overhead: PositiveFloat = Field(description="seconds in which the host launches one operator")
     interconnect: PositiveFloat = Field(default=1e10, description="bytes per second to and from other devices")
+    node_size: PositiveInt = Field(default=8, description="devices that the interconnect joins")
+    network: PositiveFloat = Field(default=1e9, description="bytes per second of a device to and from other nodes")
     price: NonNegativeFloat = Field(default=0.0, description="dollars per device hour")
     source: str = Field(description="origin of the numbers")
 
@@ -82,8 +84,25 @@ GPUS = {
             bandwidth=2.7e12,
             call_overhead=CALL_OVERHEAD,
             interconnect=3.5e11,
+            network=4.5e10,
             source="matrix rate measured (790 TFLOP/s in bfloat16, of 989 on the data sheet); attention published "
-            "(FlashAttention-2: about 350 TFLOP/s); TF32 and bandwidth 80 % of the data sheet; " + UNCONFIRMED,
+            "(FlashAttention-2: about 350 TFLOP/s); TF32 and bandwidth 80 % of the data sheet; links: 78 % of NVLink's "
+            "450 GB/s, 90 % of InfiniBand NDR's 400 Gb/s; " + UNCONFIRMED,
+        ),
+        Hardware(
+            name="h200",
+            title="NVIDIA H200 SXM, 141 GB",
+            device="cuda",
+            memory=140 * 10**9,
+            price=3.5,
+            bfloat16=790e12,
+            float32=395e12,
+            attention_efficiency=0.44,
+            bandwidth=3.8e12,
+            call_overhead=CALL_OVERHEAD,
+            interconnect=3.5e11,
+            network=4.5e10,
+            source="as the H100, which has the same processor; bandwidth 80 % of 4.8 TB/s; " + UNCONFIRMED,
         ),
         Hardware(
             name="a100",
@@ -97,8 +116,10 @@ GPUS = {
             bandwidth=1.6e12,
             call_overhead=CALL_OVERHEAD,
             interconnect=2.4e11,
+            network=2.25e10,
             source="80 % of the data sheet (312 TFLOP/s in bfloat16, 156 in TF32, 2.0 TB/s); attention published "
-            "(FlashAttention-2: up to 230 TFLOP/s); " + UNCONFIRMED,
+            "(FlashAttention-2: up to 230 TFLOP/s); links: 80 % of NVLink's 300 GB/s, 90 % of InfiniBand HDR's "
+            "200 Gb/s; " + UNCONFIRMED,
         ),
         Hardware(
             name="rtx4090",

@@ -6,7 +6,7 @@ operator on this machine, and estimated from a table of rates for other hardware
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -18,6 +18,7 @@ from tessera.models.network import DATA_DEPENDENT, NetworkConfig, parameter_coun
 from tessera.models.presets import PRESETS
 from tessera.planning import FLOPS_PER_MAC
 from tessera.planning.budget import Budget
+from tessera.planning.cluster import Failures, Reliability, StepCost, StepTime, plan_failures, simulate_step
 from tessera.planning.hardware import CompileMode, Hardware
 from tessera.planning.op_profiler import OpProfiler, Progress
 from tessera.planning.trace import StepMemory, StepTrace, Trace, meta_network
@@ -345,6 +346,60 @@ def plan(
     return result if budget is None else replace(result, budget=budget_outcome(result, budget))
 
 
+@dataclass(frozen=True)
+class ScalingRow:
+    """A simulated step on a number of devices."""
+
+    scaling: Literal["strong", "weak"]  # strong: the recipe's global batch; weak: its samples per device
+    devices: int
+    shards: int
+    global_batch_size: int
+    step: StepTime
+    memory: Memory
+    fits: bool
+    failures: Failures
+    read_rate: float  # bytes per second of data, of all devices together
+
+    @property
+    def images_per_second(self) -> float:
+        """With the time that failures and checkpoints cost."""
+        return self.global_batch_size / self.step.total * (1 - self.failures.loss)
+
+
+def simulate(planned: Plan, counts: Sequence[int], reliability: Reliability | None = None) -> list[ScalingRow]:
+    """Simulate the run of a plan on other numbers of its devices, fully sharded, sharded inside nodes and replicated.
+
+    Strong scaling keeps the global batch, while each device has a sample; weak scaling keeps the samples per device.
+    Raises TesseraError for this machine, whose links are not known.
+    """
+    workload, hardware = planned.workload, planned.hardware
+    if hardware.is_local:
+        raise TesseraError("--gpus simulates a cluster of a known GPU: give --hardware h100, h200, a100 or rtx4090")
+    reliability = reliability or Reliability()
+    planner = _Planner(workload, hardware, None, None)
+    sample_bytes = workload.latent_bytes or workload.image_bytes
+    if workload.latent_bytes and planned.encode_seconds:
+        sample_bytes = workload.image_bytes
+    per_device, rows = -(-workload.global_batch_size // hardware.devices), []
+    for scaling in ("strong", "weak"):
+        for devices in sorted(set(counts)):
+            batch = workload.global_batch_size if scaling == "strong" else per_device * devices
+            if batch < devices:
+                continue  # some would have no samples
+            for shards in sorted({1, min(hardware.node_size, devices), devices}):
+                if devices % shards:
+                    continue
+                layout = divide_batch(replace(workload, global_batch_size=batch, fsdp=shards), devices)
+                cost = planner.step_cost(layout, planned.precision, planned.encode_seconds / per_device)
+                step = simulate_step(cost, hardware, devices, shards)
+                memory = planner.memory(workload.network, layout, planned.precision, workload.activation_checkpointing)
+                failures = plan_failures(planned.checkpoint_bytes, devices, shards, reliability)
+                fits = memory.peak <= hardware.usable_bytes
+                read_rate = sample_bytes * batch / step.total
+                rows.append(ScalingRow(scaling, devices, shards, batch, step, memory, fits, failures, read_rate))
+    return rows
+
+
 def divide_batch(workload: Workload, devices: int) -> BatchLayout:
     """Divide the batch among devices and accumulation steps as training does. Raises TesseraError if impossible."""
     per_device = -(-workload.global_batch_size // devices)
@@ -467,6 +522,40 @@ class _Planner:
             return tuple((forward + back) * repeats + update / layout.shards for forward, back, update in zip(*phases))
 
         return max(self.extrapolate_seconds(measure))
+
+    def step_cost(self, layout: BatchLayout, precision: Precision, encode_seconds: float) -> StepCost:
+        """The parts of a step for a simulation. encode_seconds: per sample. Blocks of a transformer and the rest
+        are separated by two depths; in other networks everything is in blocks of equal cost."""
+        network, checkpointing = self.workload.network, self.workload.activation_checkpointing
+        num_blocks, blocks = len(meta_network(network).blocks), meta_network(network).blocks
+
+        def phases(config: NetworkConfig) -> list[float]:
+            step = self.trace(config, layout.micro_batch_size, 1, _dtype(precision), checkpointing)
+            return [max(self.seconds(part)) for part in (step.forward, step.backward, step.update)]
+
+        update = self._extrapolate(network, lambda config: tuple(phases(config)), SHALLOW_DEPTHS[1])[2]
+        adapter = self.workload.adapter
+        if isinstance(network, DiTConfig) and (adapter is None or adapter.is_uniform):
+            less, more = SHALLOW_DEPTHS
+            low, high = (phases(network.model_copy(update={"depth": depth})) for depth in SHALLOW_DEPTHS)
+            forward, backward = ((b - a) / (more - less) for a, b in zip(low[:2], high[:2]))
+            rest = [max(a - less * block, 0.0) for a, block in zip(low[:2], (forward, backward))]
+        else:
+            total = phases(network)
+            (forward, backward), rest = (seconds / num_blocks for seconds in total[:2]), [0.0, 0.0]
+        weights = self.step_memory(network, layout, precision, checkpointing).weights
+        block_bytes = weights / parameter_count(meta_network(network)) * parameter_count(blocks) / num_blocks
+        return StepCost(
+            num_blocks=num_blocks,
+            block_forward=forward,
+            block_backward=backward,
+            rest_forward=rest[0] + encode_seconds * layout.micro_batch_size,
+            rest_backward=rest[1],
+            update=update,
+            block_bytes=block_bytes,
+            rest_bytes=weights - num_blocks * block_bytes,
+            accumulation_steps=layout.accumulation_steps,
+        )
 
     def exchange_seconds(self, layout: BatchLayout, precision: Precision, checkpointing: Checkpointing) -> float:
         """Seconds of the all-reduce of gradients, and of gathering sharded weights twice per micro-batch."""
