@@ -13,7 +13,9 @@ A checkpoint of an adapter has no weights of its own: `base` in config.json is t
 
 import hashlib
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera import __version__, adapter_files, adapters, model_card
+from tessera import __version__, adapter_files, adapters, model_card, storage
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import FolderConfig
@@ -42,6 +44,7 @@ __all__ = [
     "checkpoints",
     "load",
     "load_config",
+    "localize",
     "save",
     "weights_hash",
     "write",
@@ -59,8 +62,43 @@ def save(model: Model, folder: Path, shared_folder: str | None = None) -> None:
     shared_folder: the folder with copies of both, relative to the bundle, if they are not to be copied.
     Raises TesseraError if the folder exists or cannot be written.
     """
+    if storage.is_remote(place := storage.locate(folder)):
+        _upload(model, place)
+        return
     with atomic_folder(Path(folder)) as partial:
         write(model, partial, shared_folder)
+
+
+def _upload(model: Model, place: Path) -> None:
+    """Write a bundle into a bucket. config.json, without which it is none, is uploaded last."""
+    url = storage.address(place)
+    if storage.listing(place):
+        raise TesseraError(f"{url} exists already: remove it or give another name")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write(model, folder)
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        storage.upload_folder(folder, url, [name for name in names if name != CONFIG])
+        storage.upload(folder / CONFIG, f"{url}/{CONFIG}")
+
+
+def localize(path: str | Path) -> Path:
+    """The path of a model; of one in a bucket that of a downloaded copy, of a run there its newest whole checkpoint.
+
+    Raises TesseraError if the bucket has no such model.
+    """
+    place = storage.locate(path)
+    if not storage.is_remote(place):
+        return place
+    if not (names := storage.listing(place)):
+        return storage.fetch(place)
+    steps = sorted(name.split("/")[1] for name in names if re.fullmatch(r"checkpoints/step-\d{9}/training\.json", name))
+    model = f"checkpoints/{steps[-1]}/" if steps else ""
+    parts = tuple(f"{part}/" for part in (CODEC, TEXT, BASE))  # of a run
+    for name in names:
+        if (name.startswith(model) and "/state/" not in name) or name.startswith(parts):
+            storage.fetch(place / name)
+    return place / model
 
 
 def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:

@@ -35,21 +35,21 @@ def cache(
     To resume after an interruption, repeat the command. On several GPUs: torchrun --nproc-per-node 8 -m tessera data
     cache RECIPE.
     """
-    from tessera import runtime
+    from tessera import runtime, storage
     from tessera.data import cache as latent_cache
     from tessera.data import latents, text_cache
     from tessera.data.captions import Captions
 
     index, count = parse_shard(shard)
-    if verify and (Path(target) / latents.CACHE).exists():
-        _verify(latents.LatentsDataset(Path(target)))
+    if verify and storage.exists(storage.locate(target) / latents.CACHE):
+        _verify(latents.LatentsDataset(storage.locate(target)))
         return
-    if verify and (Path(target) / text_cache.SUMMARY).exists():
-        _verify(text_cache.CachedTokens(Path(target)), "captions")
+    if verify and storage.exists(storage.locate(target) / text_cache.SUMMARY):
+        _verify(text_cache.CachedTokens(storage.locate(target)), "captions")
         return
     data, codec_config, text, dataset = _open(target, overrides or [], size)
-    images_folder = out or Path(getattr(data, "cache", None) or "latents")
-    text_folder = out or Path((text and text.cache) or images_folder)
+    images_folder = storage.locate(out or getattr(data, "cache", None) or "latents")
+    text_folder = storage.locate(out or (text and text.cache) or images_folder)
     command = shlex.join(["tessera", *(word for word in sys.argv[1:] if word != "--verify")])
     options = _Options(index, count, workers, batch_size)
     folder = images_folder

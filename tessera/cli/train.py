@@ -31,4 +31,4 @@ def train(
         return
     folder = loop.train(config, resume)
     if os.environ.get("RANK", "0") == "0":
-        print(folder)
+        print(folder if folder == Path(config.run_dir) else config.run_dir)  # of one in a bucket not the copy

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tessera import runtime
+from tessera import runtime, storage
 from tessera.codecs import AnyCodec, Codec
 from tessera.data.buckets import Buckets
 from tessera.data.files import FilesDataset
@@ -152,7 +152,7 @@ class ShardedCache(ABC):
     def begin(self) -> None:
         """Create the folder and write the plan. Raises TesseraError if it cannot be written."""
         path = self.folder / PLAN
-        if not path.exists():
+        if not storage.exists(path):
             write_file(path, json.dumps({"spec": self.spec, "names": self.names}, indent=1).encode())
 
     def is_valid(self, shard: int) -> bool:
@@ -183,7 +183,7 @@ class ShardedCache(ABC):
                 metadata, tensors = read_shard(path)
             except READ_ERRORS as error:
                 raise TesseraError(f"{path} is damaged ({error}): run the same command again") from None
-            facts = {"file": path.name, "bytes": path.stat().st_size, "sha256": metadata["sha256"]}
+            facts = {"file": path.name, "bytes": storage.stat(path).st_size, "sha256": metadata["sha256"]}
             yield facts, metadata, tensors
 
 
@@ -271,7 +271,7 @@ class CacheWriter(ShardedCache):
     def finish(self) -> dict[str, Any] | None:
         """As the base class. Raises TesseraError if no sample is valid."""
         shards, skipped, statistics, labels, indices, own_frames = [], [], [], [], [], []
-        if not all(self.path(shard).exists() for shard in range(len(self))):
+        if not all(storage.exists(self.path(shard)) for shard in range(len(self))):
             return None
         for facts, metadata, tensors in self.shards():
             count = len(tensors[LABELS])
@@ -410,6 +410,8 @@ def damaged_shards(dataset: LatentsDataset, progress: Callable[[int, int], None]
 
 def is_intact(path: Path, **expected: str) -> bool:
     """Whether a shard exists, its checksum is right, and its metadata has the expected values."""
+    if storage.is_remote(path) and not storage.exists(path):
+        return False
     try:
         metadata, tensors = read_shard(path)
         return expected.items() <= metadata.items() and metadata["sha256"] == checksum(metadata, tensors)
@@ -457,7 +459,7 @@ def prefetch(pool: ThreadPoolExecutor, function: Any, items: Iterable[Any], coun
 
 def read_shard(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The metadata of a shard, and its tensors as a memory map. Raises READ_ERRORS."""
-    with safe_open(path, "pt") as file:
+    with safe_open(storage.fetch(path), "pt") as file:
         metadata = json.loads((file.metadata() or {})[METADATA_KEY])
         return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
 
@@ -475,6 +477,7 @@ def checksum(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def write_file(path: Path, content: bytes) -> None:
     with atomic_file(path, uuid.uuid4().hex[:8]) as partial:
         partial.write_bytes(content)
+    storage.publish(path)
 
 
 def _check_sizes(config: "AnyData", codec: Codec) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from tessera import storage
 from tessera.data import layouts, tables
 from tessera.data.clips import Span, clip_shape, count_frames, load_clip
 from tessera.data.images import ImagesConfig, InvalidSample, image_shape, load_image
 from tessera.data.index import SPAN_COLUMNS, TABLE_SUFFIXES, arrow, compute, int_column, labels, metadata
+from tessera.data.index import shards as index_shards
 from tessera.data.notes import printable
 from tessera.data.sampler import whole_weights
 from tessera.errors import TesseraError
@@ -62,6 +64,12 @@ class FilesConfig(ImagesConfig):
         description="of the paths: the share of each in every batch, as in 1, 1; empty: every image equally often",
     )
 
+    shuffle_shards: PositiveInt | None = Field(
+        default=None,
+        description="tars or tables (of a cache: its files) whose samples are shuffled together, so that twice as many "
+        "have to be on the disk; null: all samples",
+    )
+
     @field_validator("weights")
     @classmethod
     def _check_ratio(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -75,6 +83,8 @@ class FilesConfig(ImagesConfig):
             raise ValueError(f"weights has {len(self.weights)} numbers, and path has {len(self.paths)}: give one each")
         if self.weights and self.buckets is not None:
             raise ValueError("weights and buckets exclude each other: a batch of one size has images of any path")
+        if self.shuffle_shards is not None and (self.weights or self.buckets is not None):
+            raise ValueError("shuffle_shards is for shuffled samples of one size: leave weights and buckets out")
         return self
 
     @model_validator(mode="after")
@@ -142,16 +152,39 @@ class FilesDataset:
         paths = tables.table_paths(self._path)
         files, config = [self.root / path for path in paths], self.config
         self._tables = dict(zip(paths, tables.open_images(files, config.image, config.frames)))
+        self.remote = storage.holds_remote(self.root)
+        self._whole = True  # whether files of several samples are downloaded whole, or what is read of them
+        if self.remote:
+            self._check_room()
         self._spans = None
         if config.frames is not None:
             numbers = [self.table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in SPAN_COLUMNS]
             self._spans = np.stack(numbers, axis=1)  # NaN: null
             self.own_frames = np.full(len(self.table), config.frames, np.int32)
 
+    def _check_room(self) -> None:
+        """Decide how shards are read. Raises TesseraError for tables that have no room on the disk."""
+        shards = [path for path in (self.root / name for name in index_shards(self.table)) if storage.is_remote(path)]
+        self._states = {str(path): storage.stat(path)[:2] for path in shards}
+        total = sum(size for size, _ in self._states.values())
+        if total <= storage.limit() or self.config.shuffle_shards is not None:
+            return
+        if self._tables:
+            raise TesseraError(
+                f"the tables of {self.config.description} take {total / 1e9:.1f} GB, more than TESSERA_STORAGE_GB "
+                f"({storage.limit() / 1e9:.1f}): set data.shuffle_shards, such as data.shuffle_shards=8, or raise it"
+            )
+        self._whole = False
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "table": self.table, "notes": [], "path_sizes": self.path_sizes}
+        states = self._states if self.remote else {}
+        return {
+            "config": self.config, "table": self.table, "notes": [], "path_sizes": self.path_sizes, "states": states
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        for path, known in state.pop("states").items():
+            storage.expect(Path(path), *known)
         self.__dict__.update(state)
         self._prepare()
 
@@ -180,7 +213,9 @@ class FilesDataset:
     def name(self, index: int) -> str:
         path, offset = self.root / self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
-            return str(path)
+            return storage.address(path) if self.remote else str(path)
+        if self.remote and storage.is_remote(path):
+            return f"{storage.address(path)} {'row' if path.suffix.lower() in TABLE_SUFFIXES else 'byte'} {offset}"
         return (
             f"{path} row {offset}" if path.suffix.lower() in TABLE_SUFFIXES else f"{path} {_member_name(path, offset)}"
         )
@@ -189,10 +224,26 @@ class FilesDataset:
         """The encoded image or clip: a file, a folder of frames, or bytes from a larger file. Raises InvalidSample."""
         path, offset = self._path[index].as_py(), self._offset[index].as_py()
         if offset is None:
+            if self.remote and storage.is_remote(self.root / path):
+                return storage.read(self.root / path)
             return self.root / path
         if (table := self._tables.get(path)) is not None:
             return table[offset]
+        if self.remote and storage.is_remote(file := self.root / path):
+            read = storage.read if self._whole else storage.read_range
+            return read(file, offset, self._length[index].as_py())
         return _read_bytes(self.root / path, offset, self._length[index].as_py())
+
+    def shard_ids(self) -> np.ndarray:
+        """The file of each sample, int64 [N]"""
+        return self._path.combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Download the files of samples that are read soon, if they are in a bucket."""
+        if self.remote and self._whole:
+            paths = {self.root / self._path[index].as_py() for index in indices.tolist()}
+            with ThreadPoolExecutor(8) as pool:
+                deque(pool.map(storage.fetch, sorted(paths)), maxlen=0)
 
     def pixels(self, index: int, size: tuple[int, ...] | None = None) -> np.ndarray:
         """uint8 [C, H, W] or [C, T, H, W] of `size` (default: that of the data). Raises InvalidSample."""

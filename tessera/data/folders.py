@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from tessera import storage
 from tessera.data.notes import Note, about, printable
 
 # Folders and files of systems and network storage, in lower case; names that begin with a dot are hidden, too.
@@ -83,6 +84,12 @@ def list_folder(root: Path) -> FolderListing:
     """List a folder. Links to folders are followed, but each folder is listed once: at its own place if it is in the
     root, otherwise at the first link to it."""
     listing = FolderListing(root)
+    if storage.is_remote(root):
+        for name in storage.listing(root):
+            hidden = any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in name.split("/"))
+            (listing.hidden if hidden else listing.files).append(name)
+        listing.files.sort(key=lambda path: path.split("/"))
+        return listing
     real_root = os.path.realpath(root)
     listed = {real_root}
     # Path, path relative to the root, and real path of each folder; links wait until there are no other folders.

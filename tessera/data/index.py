@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tessera import storage
 from tessera.errors import TesseraError
 from tessera.files import atomic_file
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT = 1
-METADATA_KEY = b"tessera"
+FILE = "index.parquet"  # of a remote folder that is read by its index, without listing it
+METADATA_KEY, STATES_KEY = b"tessera", b"tessera files"
 ROW_GROUP_SIZE = 100_000
 TABLE_SUFFIXES = (".parquet", ".arrow")  # in these files `offset` is the number of a row
 
@@ -98,10 +100,15 @@ def _column(values: Any, kind: Any) -> Any:
     return pa.array(values, kind)
 
 
-def with_metadata(table: "pyarrow.Table", root: Path, class_names: Sequence[str]) -> "pyarrow.Table":
+def with_metadata(table: "pyarrow.Table", root: Path | str, class_names: Sequence[str]) -> "pyarrow.Table":
     """The table with this root and these class names."""
     values = {"format": FORMAT, "root": str(root), "class_names": list(class_names)}
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(values).encode()})
+
+
+def shards(table: "pyarrow.Table") -> list[str]:
+    """The paths of the files that hold several samples, once each."""
+    return table["path"].filter(table["offset"].is_valid()).unique().to_pylist()
 
 
 def metadata(table: "pyarrow.Table") -> tuple[Path, tuple[str, ...]]:
@@ -141,16 +148,24 @@ def write(table: "pyarrow.Table", path: Path) -> None:
     """
     from pyarrow import parquet
 
+    path = storage.locate(path)
     root, class_names = metadata(table)
     here = path.expanduser().absolute().parent
     if root.is_relative_to(here) or here.is_relative_to(root):
         root = Path(os.path.relpath(root, here))
-    table = with_metadata(table, root, class_names)
+    states = {}
+    if storage.holds_remote(metadata(table)[0]):
+        paths = {name: metadata(table)[0] / name for name in shards(table)}
+        states = {name: list(storage.stat(each)[:2]) for name, each in paths.items() if storage.is_remote(each)}
+    table = with_metadata(table, storage.address(root), class_names)
+    if states:  # by which a changed file is noticed
+        table = table.replace_schema_metadata({**table.schema.metadata, STATES_KEY: json.dumps(states).encode()})
     with atomic_file(path) as partial:
         dictionary_columns: Any = ["label"]  # for paths and captions a dictionary costs more than it saves
         parquet.write_table(
             table, partial, compression="zstd", use_dictionary=dictionary_columns, row_group_size=ROW_GROUP_SIZE
         )
+    storage.publish(path)
 
 
 def is_index(path: Path) -> bool:
@@ -158,7 +173,7 @@ def is_index(path: Path) -> bool:
     import pyarrow.parquet as parquet
 
     try:
-        return METADATA_KEY in (parquet.read_schema(path).metadata or {})
+        return METADATA_KEY in (parquet.read_schema(storage.fetch(path)).metadata or {})
     except (OSError, ValueError):
         return False
 
@@ -169,9 +184,14 @@ def read(path: Path) -> "pyarrow.Table":
     import pyarrow.parquet as parquet
 
     try:
-        table = parquet.ParquetFile(path).read()
+        table = parquet.ParquetFile(storage.fetch(path)).read()
         values = json.loads(table.schema.metadata[METADATA_KEY])
-        version, root, class_names = int(values["format"]), Path(values["root"]), list(map(str, values["class_names"]))
+        version, root, class_names = (
+            int(values["format"]),
+            storage.locate(values["root"]),
+            list(map(str, values["class_names"])),
+        )
+        states = json.loads(table.schema.metadata.get(STATES_KEY, b"{}"))
         if version == FORMAT:
             for column in schema():  # an index of an earlier version has fewer
                 if column.name in ADDED_COLUMNS and column.name not in table.column_names:
@@ -182,7 +202,9 @@ def read(path: Path) -> "pyarrow.Table":
     if version != FORMAT:
         raise TesseraError(f"the index {path} has format {version}; this version of Tessera reads format {FORMAT} only")
     root = Path(os.path.normpath(path.absolute().parent / root))
-    if not root.is_dir():
+    for name, (size, mtime) in states.items():
+        storage.expect(root / name, size, mtime)
+    if not storage.holds_remote(root) and not root.is_dir():
         raise TesseraError(
             f"the files of the index {path} are expected in {root}, which is not a folder: "
             "move them there, or write the index again"

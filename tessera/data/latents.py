@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tessera import storage
 from tessera.codecs import Codec
 from tessera.data.buckets import Buckets, area_then_height
 from tessera.data.clips import READING
@@ -42,6 +43,7 @@ LATENTS, FLIPPED, LABELS, INDICES = "latents", "flipped", "labels", "indices"  #
 OWN_FRAMES = "own_frames"  # the same, of clips with data.short=pad: the frames before the padding
 METADATA_KEY = "tessera"  # the only key of a shard's metadata: safetensors writes several in random order
 KEY_LENGTH = 16
+OPEN_SHARDS = 64  # of a cache in a bucket that are mapped at once
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 REPAIR = "run the same `tessera data cache` again, which repairs it"
 
@@ -62,7 +64,7 @@ class LatentsDataset:
     def __init__(self, folder: Path) -> None:
         """folder: FOLDER/KEY. Raises TesseraError if the cache is not finished, damaged, or of another format."""
         self.folder = folder
-        plan, cache = read_plan(folder), read_json(folder / CACHE, REPAIR)
+        plan, cache = read_plan(folder), read_json(storage.fetch(folder / CACHE), REPAIR)
         try:
             self.spec: dict[str, Any] = plan["spec"]
             self.description: str = plan["names"]["data"]
@@ -73,9 +75,12 @@ class LatentsDataset:
             counts = np.array([shard["count"] for shard in self.shards], np.int64)
         except (KeyError, TypeError) as error:
             raise TesseraError(f"{folder / CACHE} is damaged ({error}): {REPAIR}") from None
+        self.remote = storage.is_remote(folder)
+        if self.remote:
+            storage.listing(folder)
         for shard in self.shards:
             path = folder / shard["file"]
-            size = path.stat().st_size if path.exists() else None
+            size = storage.size_of(path)
             if size != shard["bytes"]:
                 raise TesseraError(f"{path} is damaged: {size or 'no'} bytes of {shard['bytes']}; {REPAIR}")
         samples = load_tensors(folder / SAMPLES)
@@ -114,6 +119,16 @@ class LatentsDataset:
         caption = getattr(self.source, "caption", None)
         return None if caption is None else caption(int(self.indices[index]))
 
+    def shard_ids(self) -> np.ndarray:
+        """The file of each sample, int64 [N]"""
+        return np.repeat(np.arange(len(self.shards)), [shard["count"] for shard in self.shards])
+
+    def prefetch(self, indices: np.ndarray) -> None:
+        """Download the files of samples that are read soon, if they are in a bucket."""
+        if self.remote:
+            for shard in np.unique(np.searchsorted(self._ends, indices, side="right")).tolist():
+                storage.fetch(self.folder / self.shards[shard]["file"])
+
     def name(self, index: int) -> str:
         return f"{self.description} sample {self.indices[index]}"
 
@@ -144,13 +159,15 @@ class LatentsDataset:
         if (arrays := self._maps.get(shard)) is None:
             tensors = load_tensors(self.folder / self.shards[shard]["file"])
             names = (LATENTS, FLIPPED) if self.hflip else (LATENTS,)
+            while self.remote and len(self._maps) >= OPEN_SHARDS:  # a removed file takes space while it is mapped
+                self._maps.pop(next(iter(self._maps)), None)
             arrays = self._maps[shard] = tuple(tensors[name].view(torch.int16).numpy() for name in names)
         return arrays
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """The plan of a cache. Raises TesseraError if a version of Tessera with another format wrote it."""
-    plan = read_json(folder / PLAN, REPAIR)
+    plan = read_json(storage.fetch(folder / PLAN), REPAIR)
     if (version := plan.get("spec", {}).get("format", 1)) != FORMAT:
         raise TesseraError(
             f"the latent cache {folder} has format {version}, of another version of Tessera; this version reads format "
@@ -173,15 +190,16 @@ def open_cache(
     """
     spec = cache_spec(config, codec, dataset)
     others = []
-    for path in sorted(folder.glob(f"*/{PLAN}")):
+    for path in storage.glob(folder, f"*/{PLAN}"):
         differences = _differences(read_plan(path.parent), spec)
-        if not differences and (path.parent / CACHE).exists():
+        if not differences and storage.exists(path.parent / CACHE):
             latents = LatentsDataset(path.parent)
             latents.source = dataset
             return latents
         others.append(f"{path.parent.name}: {'; '.join(differences) or 'not finished'}")
+    where = storage.address(folder)
     existing = "\n".join(["existing caches:", *(f"  {other}" for other in others)]) if others else "there is none"
-    raise TesseraError(f"no cache in {folder} has this codec, preprocessing and data; {existing}\ncreate it: {command}")
+    raise TesseraError(f"no cache in {where} has this codec, preprocessing and data; {existing}\ncreate it: {command}")
 
 
 def _differences(plan: dict[str, Any], spec: dict[str, Any]) -> list[str]:
@@ -234,7 +252,7 @@ def data_fingerprint(config: "AnyData", dataset: Dataset) -> str:
         digest.update(json.dumps(table.slice(start, 65536).select(columns).to_pydict()).encode())
     for file in [] if has_digests else dataset.files():
         try:
-            state = file.stat()
+            state = storage.stat(file)
         except OSError:  # reported when the file is read
             continue
         digest.update(f"{state.st_size} {int(state.st_mtime)}\n".encode())
@@ -249,7 +267,7 @@ def cache_key(spec: dict[str, Any]) -> str:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, as a memory map. Raises TesseraError."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(storage.fetch(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (OSError, SafetensorError) as error:
         raise TesseraError(f"{path} is damaged ({error}): {REPAIR}") from None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tessera import storage
 from tessera.data import index, tables
 from tessera.data.columns import (
     Indexed,
@@ -113,10 +114,17 @@ def expand_path(name: str) -> list[Path]:
 
     Raises TesseraError if some alternatives of braces do not exist.
     """
-    path = Path(name).expanduser().absolute()
+    if storage.is_remote(path := storage.locate(name)):
+        existing, alternatives = path, _expand_braces(name)
+        matches = {each: storage.matching(storage.locate(each)) for each in alternatives}
+        return _all_matches(name, existing, matches)
+    path = path.absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     alternatives = _expand_braces(path.relative_to(existing).as_posix())
-    matches = {alternative: _expand_pattern(existing, alternative) for alternative in alternatives}
+    return _all_matches(name, existing, {each: _expand_pattern(existing, each) for each in alternatives})
+
+
+def _all_matches(name: str, existing: Path, matches: dict[str, list[Path]]) -> list[Path]:
     missing = [alternative for alternative, paths in matches.items() if not paths]
     if 0 < len(missing) < len(matches):
         count = f"{len(missing)} of {len(matches)}"
@@ -164,7 +172,7 @@ EXPECTED = "a folder of images, or of one subfolder per class, or .parquet, .tar
 
 
 def _index_match(path: Path, name: str, split: str | None, options: LayoutOptions) -> Indexed:
-    if path.is_dir():
+    if storage.is_folder(path):
         return _index_folder(path, name, split, options)
     suffix = path.suffix.lower()
     if suffix in LIST_SUFFIXES or (suffix == ".parquet" and not index.is_index(path) and _is_list(path, options)):
@@ -208,6 +216,8 @@ def _index_folder(root: Path, name: str, split: str | None, options: LayoutOptio
         files, notes = saved
         table, more = index_tables(files, root, options)
         return table, notes + more
+    if storage.is_remote(root) and storage.exists(root / index.FILE) and index.is_index(root / index.FILE):
+        return index.read(root / index.FILE), []
     listing = list_folder(root)
     kinds: dict[str, list[str]] = {"images": [], "metadata": [], "tables": [], "tars": [], "indexes": []}
     for path in listing.files:
@@ -383,7 +393,7 @@ def _read_caption_files(
         if file is None:
             return None
         try:
-            text, is_guessed = decode_text((listing.root / file).read_bytes())
+            text, is_guessed = decode_text(storage.read(listing.root / file))
         except OSError:
             text, is_guessed = None, False
         if text is None:

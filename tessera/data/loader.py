@@ -32,6 +32,7 @@ from tessera.errors import TesseraError
 from tessera.rows import Rows
 
 FLIP_STREAM = 4  # random stream that decides which positions are flipped
+AHEAD = 32  # batches before its first sample is read that a file in a bucket is downloaded
 MEMORY_LIMIT = 2**30  # bytes; a data set whose pixels need no more stays in memory once it was read
 MAX_INVALID = 200  # invalid images in a row that make the data set unusable
 
@@ -142,6 +143,10 @@ class Loader:
         num_threads = max(self.num_workers, self.decode_processes)  # a thread waits for each process
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tessera-data")
         pending = deque()
+        dataset, prefetch = self.dataset, None
+        if isinstance(dataset, FilesDataset | LatentsDataset) and dataset.remote:
+            prefetch = dataset.prefetch
+        ahead = ThreadPoolExecutor(1, thread_name_prefix="tessera-download")
         try:
             if self.decode_processes and not self._in_memory.all():
                 assert isinstance(self.dataset, FilesDataset)
@@ -149,10 +154,13 @@ class Loader:
             while True:
                 while len(pending) < num_threads + 1:
                     position = self.next_position(position)
+                    if prefetch is not None:  # an error is raised where the sample is read
+                        ahead.submit(prefetch, self.order.batch(position + AHEAD * self.batch_size)[self.rank_slice])
                     pending.append(pool.submit(self.load_batch, position))
                     position += self.batch_size
                 yield pending.popleft().result()
         finally:
+            ahead.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=True, cancel_futures=True)
             if self._decoder is not None:
                 self._decoder.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tessera import storage
 from tessera.data import tables
 from tessera.data.columns import can_be_text, decode_text, read_texts
 from tessera.data.index import arrow
@@ -55,7 +56,7 @@ def read_metadata(file: Path, select: Callable[[str], bool]) -> MetadataRows:
         columns = {name: rows[name] for name in rows.column_names}
         return MetadataRows("row", schema.names, columns, list(range(len(rows))))
     try:
-        text, is_guessed = decode_text(file.read_bytes())
+        text, is_guessed = decode_text(storage.read(file))
     except OSError as error:
         raise TesseraError(f"{file} cannot be read: {error.strerror or error}") from None
     if text is None:

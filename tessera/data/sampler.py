@@ -55,6 +55,22 @@ class ShuffledOrder:
         return randomness.permutation(self.seed, SAMPLE_STREAM, epoch, self.length).numpy()
 
 
+class ShardedOrder(ShuffledOrder):
+    """The shards are shuffled, and then the samples of each `window` of them, in every epoch.
+
+    So a few shards at a time are needed. shards: of each sample, int64 [N]
+    """
+
+    def __init__(self, shards: np.ndarray, window: int, batch_size: int, seed: int) -> None:
+        super().__init__(len(shards), batch_size, seed)
+        self.shards, self.window = shards, window
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        places = randomness.permutation(self.seed, BATCH_STREAM, epoch, int(self.shards.max()) + 1).numpy()
+        samples = super()._shuffle(epoch)
+        return samples[np.argsort(places[self.shards[samples]] // self.window, kind="stable")]
+
+
 class BucketedOrder:
     """Each batch comes from one bucket, each bucket in proportion to its samples, and no sample is left out.
 

@@ -3,6 +3,7 @@
 Shapes: N rows.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tessera import storage
 from tessera.data.columns import find_key
 from tessera.data.images import InvalidSample
 from tessera.data.index import TABLE_SUFFIXES, arrow, compute
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 NO_BYTES = "no image bytes in this row, or they cannot be unpacked"
 MAX_IN_MEMORY = 1 << 30  # bytes of parquet images in memory; larger data sets are unpacked to the disk
+OPEN_TABLES = 16  # tables of a bucket that are mapped at once
 ROWS_PER_BATCH = 256  # rows unpacked at once
 
 
@@ -51,7 +54,7 @@ def read_schema(file: Path) -> "pyarrow.Schema":
     import pyarrow.parquet as parquet
 
     with _read_errors(file):
-        return parquet.read_schema(file) if is_parquet(file) else _reader(file).schema
+        return parquet.read_schema(storage.fetch(file)) if is_parquet(file) else _reader(file).schema
 
 
 def read_columns(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
@@ -60,7 +63,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> "pyarrow.Table":
 
     with _read_errors(file):
         if is_parquet(file):
-            return parquet.ParquetFile(file).read(columns=list(columns))
+            return parquet.ParquetFile(storage.fetch(file)).read(columns=list(columns))
         return _reader(file).read_all().select(list(columns))
 
 
@@ -69,12 +72,16 @@ def count_rows(file: Path) -> int:
     import pyarrow.parquet as parquet
 
     with _read_errors(file):
-        return parquet.read_metadata(file).num_rows if is_parquet(file) else _reader(file).read_all().num_rows
+        return (
+            parquet.read_metadata(storage.fetch(file)).num_rows
+            if is_parquet(file)
+            else _reader(file).read_all().num_rows
+        )
 
 
 def _reader(file: Path) -> Any:
     pa = arrow()
-    mapped = pa.memory_map(str(file))
+    mapped = pa.memory_map(str(storage.fetch(file)))
     magic = mapped.read(6)
     mapped.seek(0)
     return pa.ipc.open_file(mapped) if magic == b"ARROW1" else pa.ipc.open_stream(mapped)  # `datasets` writes streams
@@ -177,12 +184,31 @@ class ImageColumn:
         raise InvalidSample(NO_BYTES)
 
 
-def open_images(files: Sequence[Path], name: str, frames: int | None = None) -> list[ImageColumn]:
+class RemoteColumn:
+    """The encoded images of a table in a bucket, which is downloaded and unpacked when a row of it is read."""
+
+    def __init__(self, file: Path, name: str, frames: int | None) -> None:
+        self.file, self.name, self.frames = file, name, frames
+
+    def __getitem__(self, row: int) -> Path | bytes:
+        return _opened(self.file, self.name, self.frames)[row]
+
+
+@functools.lru_cache(maxsize=OPEN_TABLES)
+def _opened(file: Path, name: str, frames: int | None) -> ImageColumn:
+    column = find_image_column(read_schema(file), name, file, frames)
+    values = read_columns(_unpacked(file, column), [column])[column] if is_parquet(file) else _read_images(file, column)
+    return ImageColumn(values, file.parent)
+
+
+def open_images(files: Sequence[Path], name: str, frames: int | None = None) -> Sequence[ImageColumn | RemoteColumn]:
     """The images of files, in memory if they are small, otherwise memory-mapped.
 
     Parquet has no random access to rows, so large files are unpacked once, into the cache folder.
     Raises TesseraError if a file is damaged or cannot be unpacked.
     """
+    if any(map(storage.is_remote, files)):
+        return [RemoteColumn(file, name, frames) for file in files]
     columns = [find_image_column(read_schema(file), name, file, frames) for file in files]
     packed = sum(_unpacked_size(file, column) for file, column in zip(files, columns) if is_parquet(file))
     images = []
@@ -213,7 +239,7 @@ def _readable_batches(file: Path, column: str) -> Iterator["pyarrow.RecordBatch"
     pa = arrow()
     import pyarrow.parquet as parquet
 
-    source = parquet.ParquetFile(file)
+    source = parquet.ParquetFile(storage.fetch(file))
     kind = pa.schema([source.schema_arrow.field(column)])
     for group in range(source.num_row_groups):
         missing = source.metadata.row_group(group).num_rows
@@ -227,7 +253,7 @@ def _readable_batches(file: Path, column: str) -> Iterator["pyarrow.RecordBatch"
 
 def cache_path(file: Path, kind: str, suffix: str, *options: Any) -> Path:
     """The path in the cache folder for what is derived from a file with some options; another once the file changes."""
-    state = file.stat()
+    state = storage.stat(file)
     key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, *options))
     return cache_folder() / kind / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
 
@@ -250,6 +276,8 @@ def _unpacked(file: Path, column: str) -> Path:
     from filelock import FileLock
 
     target = cache_path(file, "tables", ".arrow", column)
+    if storage.is_remote(file):  # beside it, so that room is made for both
+        target = file.with_name(target.name)
     if target.exists():
         return target
     try:
@@ -261,7 +289,7 @@ def _unpacked(file: Path, column: str) -> Path:
             return target
         print(f"unpacking {file.name} once into {target}, for random access to its rows", file=sys.stderr, flush=True)
         with _read_errors(file), atomic_file(target) as partial, pa.OSFile(str(partial), "wb") as sink:
-            kind = pa.schema([parquet.read_schema(file).field(column)])
+            kind = pa.schema([parquet.read_schema(storage.fetch(file)).field(column)])
             with pa.ipc.new_file(sink, kind) as writer:
                 for batch in _readable_batches(file, column):
                     writer.write_batch(batch)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tessera import storage
 from tessera.data import tables
 from tessera.data.columns import (
     CAPTION_COLUMNS,
@@ -58,7 +59,7 @@ def read_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarRe
             members = parquet.read_table(cached)
             return members, TarReport(**json.loads(members.schema.metadata[REPORT_KEY]))
     members, report = _list_tar(file, options)
-    if len(members) >= MIN_CACHED_MEMBERS:
+    if len(members) >= MIN_CACHED_MEMBERS or storage.is_remote(file):
         with suppress(TesseraError), atomic_file(cached) as partial:  # no space: the tar is listed again next time
             metadata = {REPORT_KEY: json.dumps(vars(report)).encode()}
             parquet.write_table(members.replace_schema_metadata(metadata), partial)
@@ -73,7 +74,7 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
     texts: dict[str, dict[str, Any]] = {}  # caption, or a list of several, and label by key
     report, unread, suffixes = TarReport(), Counter(), sample_suffixes(options.frames)
     try:
-        with tarfile.open(file, "r:") as opened:
+        with tarfile.open(storage.fetch(file), "r:") as opened:
             archive: Any = opened
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile keeps them, so memory would grow with their number

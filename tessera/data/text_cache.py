@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from tessera import storage
 from tessera.data.cache import ShardedCache, deterministic, write_file
 from tessera.data.captions import Captions, encode_batch
 from tessera.data.latents import PLAN, REPAIR, cache_key, load_tensors, short
@@ -80,7 +81,7 @@ class TextCacheWriter(ShardedCache):
                 yield len(texts)
 
     def finish(self) -> dict[str, Any] | None:
-        if not all(self.path(shard).exists() for shard in range(len(self))):
+        if not all(storage.exists(self.path(shard)) for shard in range(len(self))):
             return None
         shards, lengths, is_cut = [], [], []
         for shard, _, tensors in self.shards():
@@ -105,14 +106,16 @@ class CachedTokens:
     def __init__(self, folder: Path) -> None:
         """folder: FOLDER/text/KEY. Raises TesseraError if the cache is damaged."""
         self.folder = folder
-        summary, texts = read_json(folder / SUMMARY, REPAIR), load_tensors(folder / TEXTS)
+        summary, texts = read_json(storage.fetch(folder / SUMMARY), REPAIR), load_tensors(folder / TEXTS)
         try:
             self.shards: list[dict[str, Any]] = summary["shards"]
             self.lengths = texts[LENGTHS].numpy().astype(np.int64)
             self.is_cut = texts[IS_CUT].numpy()
+            if storage.is_remote(folder):
+                storage.listing(folder)
             for shard in self.shards:
                 path = folder / shard["file"]
-                size = path.stat().st_size if path.exists() else None
+                size = storage.size_of(path)
                 if size != shard["bytes"]:
                     raise TesseraError(f"{path} is damaged: {size or 'no'} bytes of {shard['bytes']}; {REPAIR}")
         except (KeyError, TypeError) as error:
@@ -147,18 +150,19 @@ def open_text_cache(
     command: what writes the cache, for the message. Raises TesseraError with the caches that exist and how they differ.
     """
     spec, others = text_spec(captions, encoder), []
-    for path in sorted((folder / FOLDER).glob(f"*/{PLAN}")):
-        plan = read_json(path, REPAIR)
+    for path in storage.glob(folder / FOLDER, f"*/{PLAN}"):
+        plan = read_json(storage.fetch(path), REPAIR)
         before, names = plan.get("spec", {}), plan.get("names", {})
         differences = [
             f"{name} was {short(old)}" + (f" ({names[name]})" if name in names else "") + f", is {short(new)}"
             for name, old, new in diff(before, spec)
         ]
-        if not differences and (path.parent / SUMMARY).exists():
+        if not differences and storage.exists(path.parent / SUMMARY):
             return CachedTokens(path.parent)
         others.append(f"{path.parent.name}: {'; '.join(differences) or 'not finished'}")
+    where = storage.address(folder)
     existing = "\n".join(["existing caches:", *(f"  {other}" for other in others)]) if others else "there is none"
     raise TesseraError(
-        f"no cache of text in {folder} has this text encoder and these captions; {existing}\ncreate it: {command}, or "
+        f"no cache of text in {where} has this text encoder and these captions; {existing}\ncreate it: {command}, or "
         "leave text.cache and data.cache out to encode the captions at the start of each run"
     )

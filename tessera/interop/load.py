@@ -63,7 +63,7 @@ def load(
     What was left out or assumed is in the provenance of the model, and logged as a warning.
     Raises TesseraError if no model is recognized, or the files are damaged.
     """
-    path, device = Path(path).expanduser(), runtime.choose_device(str(device))
+    path, device = bundle.localize(path), runtime.choose_device(str(device))
     options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
     model = _load_official(path, device, ema, codec=codec, **options)
     if model is None:

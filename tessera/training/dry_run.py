@@ -63,7 +63,7 @@ def dry_run(
 
     log: called with what the start of the run states. Raises the TesseraError that the run would raise.
     """
-    run_dir = Path(recipe.run_dir)
+    run_dir = checkpoint.local_folder(recipe.run_dir)
     path = find_checkpoint(run_dir, resume)
     _check_writable(run_dir)
     with tempfile.TemporaryDirectory(prefix=".tessera-", dir=_existing_parent(run_dir.absolute())) as scratch:

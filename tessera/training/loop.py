@@ -1,8 +1,9 @@
 """The training loop: resume, train, log, sample, save, and stop so that the run can be resumed."""
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -58,9 +59,14 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
     folder that holds a run; a path resumes from that run or checkpoint. Ctrl-C and SIGTERM save a checkpoint and raise
     Interrupted.
     """
-    run_dir = Path(recipe.run_dir)
+    run_dir, remote = checkpoint.local_folder(recipe.run_dir), checkpoint.remote_run(recipe.run_dir)
     device = runtime.choose_device(recipe.training.device)
-    with runtime.distributed_session(device) as world, _report_lost_ranks(run_dir, world):
+    with (
+        runtime.distributed_session(device) as world,
+        _report_lost_ranks(run_dir, world),
+        _local_copy(remote, recipe.training.keep_last, world),
+    ):
+        is_locked = world.is_main and remote is None  # a local copy is locked already
 
         def log(text: str) -> None:  # until there is a MetricLogger
             if world.is_main:
@@ -71,11 +77,12 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
             if world.is_main:
                 checkpoint.quarantine(path)
 
-        with exclusive_lock(run_dir) if world.is_main and run_dir.exists() else nullcontext():
+        with exclusive_lock(run_dir) if is_locked and run_dir.exists() else nullcontext():
             path = find_checkpoint(run_dir, resume, world, quarantine)
         run = build_run(recipe, path, world, log)
+        run.remote = remote if world.is_main else None
         state = restore_run(run, path)
-        with exclusive_lock(run_dir) if world.is_main else nullcontext():
+        with exclusive_lock(run_dir) if is_locked else nullcontext():
             if world.is_main:
                 prepare_folder(run)
             world.barrier()
@@ -88,6 +95,33 @@ def train(recipe: Recipe, resume: str = "auto") -> Path:
             finally:
                 logger.close()
     return run_dir
+
+
+@contextmanager
+def _local_copy(remote: checkpoint.RemoteRun | None, keep: int, world: Distributed) -> Iterator[None]:
+    """Hold the folder of a run in a bucket, download it, and upload the rest at the end. keep: checkpoints."""
+    if remote is None:
+        yield
+        return
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world.world_size)) < world.world_size:
+        raise TesseraError(
+            f"run_dir={remote.address} is in a bucket, which works for the processes of one machine: give a folder "
+            "that all machines share"
+        )
+    if not world.is_main:
+        world.barrier()
+        yield
+        return
+    with exclusive_lock(remote.local), remote.exclusive(lambda text: print(text, file=sys.stderr, flush=True)):
+        remote.pull(keep)
+        world.barrier()
+        try:
+            yield
+        except BaseException:
+            with suppress(TesseraError):  # the first error is the one to report
+                remote.push()
+            raise
+        remote.push()
 
 
 @contextmanager
@@ -114,7 +148,7 @@ class Trainer:
         self.run, self.logger, self.world = run, logger, run.parallel.world
         self.config = run.recipe.training
         self.step, self.position = state.step, state.position
-        self.writer = CheckpointWriter(run.run_dir, self.world)
+        self.writer = CheckpointWriter(run.run_dir, self.world, run.remote)
         self.recovery = Recovery(run, state, self.writer, logger)
         self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
         self.invalid_samples: dict[str, str] = {}
@@ -142,7 +176,7 @@ class Trainer:
                     self._sample()
                     if resumed_from is None:
                         if self.world.is_main:
-                            checkpoint.delete_after(run.run_dir, -1)
+                            run.delete_checkpoints_after(-1)
                         self._save()  # for rollbacks
                 logger.start(self.step)
                 self.stopwatch = Stopwatch()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tessera import __version__, adapters, bundle, runtime
+from tessera import __version__, adapters, bundle, runtime, storage
 from tessera.acceleration import compilation
 from tessera.acceleration.activation_checkpointing import checkpoint_activations
 from tessera.adapters import ControlConfig
@@ -25,7 +25,7 @@ from tessera.data.control import control_images
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import Dataset, sample_size
 from tessera.data.latents import LatentsDataset, open_cache
-from tessera.data.sampler import WeightedOrder
+from tessera.data.sampler import ShardedOrder, WeightedOrder
 from tessera.data.text_cache import open_text_cache
 from tessera.diffusion import DiffusionProcess
 from tessera.encoders.text import FrozenConfig, WordsConfig
@@ -70,11 +70,12 @@ class TrainingRun:
     compile_mode: compilation.CompileMode
     init_report: str  # which weights were taken from training.init_from
     scorer: Scorer | None  # if the recipe has evaluations
+    remote: checkpoint.RemoteRun | None = None  # the folder of the run in a bucket, of which run_dir is a copy
     base: dict[str, Tensor] | None = None  # the whole weights below an adapter, until they are in the run's folder
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.recipe.run_dir)
+        return checkpoint.local_folder(self.recipe.run_dir)
 
     @property
     def parallel(self) -> ParallelContext:
@@ -108,6 +109,12 @@ class TrainingRun:
         """Free the memory that a frozen encoder takes after sampling texts that are not training captions."""
         if self.loader.dataset.text is not None:
             self.loader.dataset.text.encoder.unload()
+
+    def delete_checkpoints_after(self, step: int) -> None:
+        """Delete the checkpoints after a step that the run has rolled back to."""
+        checkpoint.delete_after(self.run_dir, step)
+        if self.remote is not None:
+            self.remote.delete_after(step)
 
     def full_ema_model(self) -> bundle.Model:
         """The EMA model with whole weights, for sampling. Every rank must call it."""
@@ -166,7 +173,11 @@ def build_run(
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
         objective = replace(objective, empty_text=Condition(text=text, text_mask=mask))
     evaluates = recipe.evaluation.enabled
-    scorer = Scorer(recipe.evaluation, ema_model, recipe.data, Path(recipe.run_dir)) if evaluates else None
+    scorer = (
+        Scorer(recipe.evaluation, ema_model, recipe.data, checkpoint.local_folder(recipe.run_dir))
+        if evaluates
+        else None
+    )
     # The ranks communicate from here on. Each of them has raised the errors of the recipe before.
     context = ParallelContext(world, config.fsdp, device.type)
     checkpoint_activations(network, config.activation_checkpointing)
@@ -179,7 +190,17 @@ def build_run(
     optimizer.register_step_pre_hook(lambda *_: ema.synchronize())
     state = TrainState(network, forward, optimizer, config.optimizer, context)
     return TrainingRun(
-        recipe, ema_model, state, ema, loader, accumulation_steps, objective, compile_mode, init_report, scorer, base
+        recipe,
+        ema_model,
+        state,
+        ema,
+        loader,
+        accumulation_steps,
+        objective,
+        compile_mode,
+        init_report,
+        scorer,
+        base=base,
     )
 
 
@@ -218,7 +239,7 @@ def build_data(
     recipe = resolve_text(recipe, captions)
     if recipe.text is not None and captions is not None:
         encoder, folder = recipe.text.build().to(device), text_cache_folder(recipe)
-        values = None if folder is None else open_text_cache(Path(folder), captions, encoder)
+        values = None if folder is None else open_text_cache(storage.locate(folder), captions, encoder)
         prompts = list(config.sample_prompts) if world.is_main else []
         prompts += [""] if recipe.sampling.null_text == "empty" else []
         dataset.text = encode_captions(dataset, captions, encoder, config.seed, values, log, prompts)
@@ -243,7 +264,7 @@ def build_data(
         recipe.network.condition_type,
         recipe.network.condition_fields,
         control_images(recipe.adapter.image, dataset) if isinstance(recipe.adapter, ControlConfig) else None,
-        order=weighted_order(recipe, dataset),
+        order=sample_order(recipe, dataset),
         decode_processes=config.decode_processes,
     )
     return recipe, loader, accumulation_steps
@@ -272,7 +293,7 @@ def open_data(recipe: Recipe, codec: Codec) -> Dataset | LatentsDataset:
     """The data of a recipe, or its latent cache. Raises TesseraError."""
     data = recipe.data
     cache = data.cache if isinstance(data, FilesConfig) else None
-    return data.open() if cache is None else open_cache(Path(cache), data, codec, data.open())
+    return data.open() if cache is None else open_cache(storage.locate(cache), data, codec, data.open())
 
 
 def files_dataset(dataset: Dataset | LatentsDataset) -> FilesDataset | None:
@@ -309,9 +330,15 @@ def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets 
     )
 
 
-def weighted_order(recipe: Recipe, dataset: Dataset | LatentsDataset) -> WeightedOrder | None:
-    """The order of samples if the recipe has weights of paths. Raises TesseraError if a path has no usable sample."""
+def sample_order(recipe: Recipe, dataset: Dataset | LatentsDataset) -> WeightedOrder | ShardedOrder | None:
+    """The order of samples if the recipe has weights of paths, or shuffles some shards at a time.
+
+    Raises TesseraError if a path with a weight has no usable sample.
+    """
     source, data, config = files_dataset(dataset), recipe.data, recipe.training
+    if isinstance(data, FilesConfig) and data.shuffle_shards is not None:
+        assert isinstance(dataset, FilesDataset | LatentsDataset)
+        return ShardedOrder(dataset.shard_ids(), data.shuffle_shards, config.global_batch_size, config.seed)
     if source is None or not isinstance(data, FilesConfig) or not data.weights:
         return None
     parts = np.repeat(np.arange(len(source.path_sizes)), source.path_sizes)
@@ -588,4 +615,7 @@ def prune_checkpoints(run: TrainingRun) -> None:
     """Delete the checkpoints that the recipe does not keep."""
     best = scores.best(scores.history(run.run_dir)) if run.scorer else None
     config = run.recipe.training
-    checkpoint.prune(run.run_dir, config.keep_last, config.keep_every_n_steps, best[0] if best else None)
+    rule = config.keep_last, config.keep_every_n_steps, best[0] if best else None
+    checkpoint.prune(run.run_dir, *rule)
+    if run.remote is not None:
+        run.remote.prune(*rule)

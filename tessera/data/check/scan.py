@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from tessera import storage
 from tessera.data.check import similarity
 from tessera.data.check.clips import measure_clip
 from tessera.data.files import FilesDataset
@@ -318,7 +319,7 @@ def part_key(dataset: FilesDataset, part: int) -> str:
 
 def _file_state(path: Path) -> tuple[int, ...]:
     try:
-        state = path.stat()
+        state = storage.stat(path)
         frames = sorted(path.iterdir()) if path.is_dir() else []
     except OSError:
         return ()

@@ -15,6 +15,7 @@ loaded by any number of ranks.
 """
 
 from tessera.training.checkpoint.read import latest_valid, load_weights, missing_state, quarantine, restore, verify
+from tessera.training.checkpoint.remote import RemoteRun, local_folder, remote_run
 from tessera.training.checkpoint.retention import delete_after, prune
 from tessera.training.checkpoint.state import (
     STATE_DIR,
@@ -28,4 +29,5 @@ from tessera.training.checkpoint.write import CheckpointWriter
 
 __all__ = ["STATE_DIR", "TRAINER_STATE", "CheckpointWriter", "TrainerState", "checkpoint_path", "delete_after"]
 __all__ += ["latest_valid", "load_weights", "missing_state", "prune", "quarantine", "read_state", "restore"]
+__all__ += ["RemoteRun", "local_folder", "remote_run"]
 __all__ += ["training_state_dict", "verify"]

@@ -21,6 +21,7 @@ from tessera.errors import TesseraError
 from tessera.models.network import Network
 from tessera.runtime import SINGLE, Distributed
 from tessera.training import parallel
+from tessera.training.checkpoint.remote import RemoteRun
 from tessera.training.checkpoint.state import (
     FORMAT,
     STATE_DIR,
@@ -44,8 +45,9 @@ class CheckpointWriter:
     must not mix.
     """
 
-    def __init__(self, run_dir: Path, world: Distributed = SINGLE) -> None:
-        self.run_dir, self.world = run_dir, world
+    def __init__(self, run_dir: Path, world: Distributed = SINGLE, remote: RemoteRun | None = None) -> None:
+        """remote: where each checkpoint is uploaded to once it is complete."""
+        self.run_dir, self.world, self.remote = run_dir, world, remote
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tessera-checkpoint")
         self._pending: Future[None] | None = None
         self._group: Any = None
@@ -132,7 +134,9 @@ class CheckpointWriter:
                 }
                 (partial / TRAINER_STATE).write_text(json.dumps(content), encoding="utf-8")
                 files.commit(partial, target)
-            except OSError as error:
+                if self.remote is not None:
+                    self.remote.push_checkpoint(state.step)
+            except (OSError, TesseraError) as error:
                 failure = error_reason(error)
         failure = self._gather(failure)[0]
         if failure is not None:

@@ -1,0 +1,384 @@
+"""Objects in buckets and on web servers (s3://, gs://, hf://, https://), through fsspec, which only this file imports.
+
+An object has a path in the cache folder that stands for its address: `locate` gives it, `fetch` downloads the object to
+it, `publish` uploads it. So everything else works with paths, and paths of local files are used as they are.
+
+Downloaded files take at most TESSERA_STORAGE_GB; beyond that the files that were not used for longest are removed. The
+size and the ETag of each object are known from one listing of its folder, or from an index; an object that no longer
+has them is an error. Requests are repeated with growing random waits.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import re
+import shutil
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
+
+from tessera.errors import TesseraError
+from tessera.files import PARTIAL, cache_folder
+
+PROTOCOLS = ("s3", "gs", "hf", "https", "http", "memory", "file")  # the last two for tests
+ADDRESS = re.compile(rf"({'|'.join(PROTOCOLS)}):/+(.+?)/*")  # `Path` makes one slash of two
+INSTALL = {"s3": "pip install 'tessera[storage]'", "gs": "pip install gcsfs", "hf": "pip install huggingface_hub"}
+CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "set HF_TOKEN",
+}
+# Requests are repeated here alone, so that waits do not multiply.
+OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
+TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.1, 10.0  # attempts of a request, seconds between them
+ETAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "created", "LastModified")  # what changes with an object
+THREADS = 16
+
+T = TypeVar("T")
+
+
+class State(NamedTuple):
+    """What is known of an object, with the names of `os.stat_result`: mtime is a hash of the ETag."""
+
+    st_size: int
+    st_mtime_ns: int
+    st_mode: int = 0
+
+    @property
+    def st_mtime(self) -> float:
+        return self.st_mtime_ns / 1e9
+
+
+_known: dict[str, State] = {}  # by path
+_folders: set[str] = set()
+_locks: defaultdict[str, Lock] = defaultdict(Lock)
+_stored: dict[str, int] = {}  # bytes of all downloaded files, by folder
+
+
+def _root() -> Path:
+    return cache_folder().absolute() / "storage"
+
+
+def locate(text: str | Path) -> Path:
+    """The path that stands for an address; any other text is a local path."""
+    match = ADDRESS.fullmatch(str(text))
+    return Path(text).expanduser() if match is None else _root() / match[1] / match[2]
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path stands for an address."""
+    return str(path).startswith(f"{_root()}{os.sep}")
+
+
+def holds_remote(folder: Path) -> bool:
+    """Whether a folder is remote, or above the paths that are."""
+    return is_remote(folder) or _root().is_relative_to(folder)
+
+
+def address(path: Path) -> str:
+    """The address of a path; of a local path itself."""
+    if not is_remote(path):
+        return str(path)
+    protocol, *parts = path.relative_to(_root()).parts
+    return f"{protocol}://{'/' if protocol == 'file' else ''}{'/'.join(parts)}"
+
+
+def _call(url: str, action: str, function: Callable[[Any, str], T]) -> T:
+    """`function(file system, path)`, repeated while it fails for reasons that may pass.
+
+    Raises FileNotFoundError if there is no such object, else TesseraError.
+    """
+    protocol, start, problem = url.partition(":")[0], time.monotonic(), ""
+    for attempt in range(TRIES):
+        try:
+            from fsspec.core import url_to_fs
+
+            files, path = url_to_fs(url, use_listings_cache=False, **OPTIONS.get(protocol, {}))
+            files.retries = 1  # of s3fs
+            return function(files, path)
+        except ImportError:
+            install = INSTALL.get(protocol, INSTALL["s3"])
+            raise TesseraError(f"{url}: reading {protocol}:// needs another library: {install}") from None
+        except (FileNotFoundError, FileExistsError, TesseraError):
+            raise
+        except Exception as error:  # each library has errors of its own
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise TesseraError(f"{url}: cannot {action}: {error}; TESSERA_STORAGE_GB limits what stays") from None
+            problem = f"{type(error).__name__}: {error}".strip()[:300]
+            if "Credentials" in type(error).__name__ or isinstance(error, PermissionError):
+                advice = CREDENTIALS.get(protocol, "check the permissions")
+                raise TesseraError(f"{url}: cannot {action} without permission ({problem}); {advice}") from None
+        if attempt + 1 < TRIES:
+            time.sleep(random.uniform(0.5, 1) * min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
+    raise TesseraError(
+        f"{url}: could not {action} in {TRIES} attempts over {time.monotonic() - start:.0f} seconds; the last error: "
+        f"{problem}\ncheck the network and the server, then run the same command again"
+    )
+
+
+def _state(info: dict[str, Any]) -> State:
+    tag = next((str(info[name]) for name in ETAGS if info.get(name)), "")
+    seconds = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:4], "big") >> 1
+    return State(int(info.get("size") or 0), seconds * 10**9)
+
+
+def stat(path: Path) -> Any:
+    """`path.stat()`, of an object what is known of it, else what its server reports. Raises OSError, TesseraError."""
+    if not is_remote(path):
+        return path.stat()
+    if (state := _known.get(str(path))) is None:
+        state = _known[str(path)] = _ask(path)
+    return state
+
+
+def _ask(path: Path) -> State:
+    return _state(_call(address(path), "read", lambda files, name: files.info(name)))
+
+
+def expect(path: Path, size: int, mtime_ns: int) -> None:
+    """State what an object must be, as `stat` gave it when an index was written."""
+    _known[str(path)] = State(size, mtime_ns)
+
+
+def listing(folder: Path) -> list[str]:
+    """The paths of all objects below a remote folder, relative to it, by one listing. Empty if there are none."""
+    try:
+        entries = _call(address(folder), "list", lambda files, name: (name, files.find(name, detail=True)))
+    except FileNotFoundError:
+        return []
+    name, objects = entries
+    names = []
+    for key, info in objects.items():
+        relative = key.removeprefix(name).lstrip("/")
+        if relative and not relative.endswith("/"):
+            _known[str(folder / relative)] = _state(info)
+            names.append(relative)
+    return sorted(names)
+
+
+def matching(pattern: Path) -> list[Path]:
+    """The remote paths of a pattern with *, ? and [], sorted; of a path without them itself, if it exists."""
+    if not re.search(r"[*?\[]", str(pattern)):
+        return [pattern] if exists(pattern) else []
+    url = address(pattern)
+    names = _call(url, "list", lambda files, name: [files.unstrip_protocol(each) for each in files.glob(name)])
+    return sorted(locate(name) for name in names)
+
+
+def glob(folder: Path, pattern: str) -> list[Path]:
+    """The paths of a pattern in a folder, sorted."""
+    return matching(folder / pattern) if is_remote(folder) else sorted(folder.glob(pattern))
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None if it does not exist."""
+    try:
+        return stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder at a path."""
+    if not is_remote(path):
+        return path.exists()
+    return str(path) in _known or is_folder(path) or str(path) in _known
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder. Of a bucket, an answer of yes is remembered."""
+    if not is_remote(path):
+        return path.is_dir()
+    if str(path) in _folders or str(path) in _known:
+        return str(path) in _folders
+    with contextlib.suppress(FileNotFoundError):
+        info = _call(address(path), "read", lambda files, name: files.info(name))
+        if info.get("type") == "directory":
+            _folders.add(str(path))
+            return True
+        _known[str(path)] = _state(info)
+    return False
+
+
+def fetch(path: Path) -> Path:
+    """The path itself, once its object is there. Raises TesseraError if there is none or it has changed."""
+    if not is_remote(path):
+        return path
+    with _locks[str(path)]:
+        try:
+            known = stat(path)
+            with contextlib.suppress(FileNotFoundError):
+                stored = path.stat()
+                if (stored.st_size, stored.st_mtime_ns) == (known.st_size, known.st_mtime_ns):
+                    os.utime(path, ns=(time.time_ns(), known.st_mtime_ns))
+                    return path
+            _download(path, known)
+        except FileNotFoundError:
+            raise TesseraError(f"{address(path)} does not exist, or its bucket does not") from None
+    _make_room(path)
+    return path
+
+
+def _download(path: Path, known: State) -> None:
+    url = address(path)
+
+    def get(files: Any, name: str) -> None:
+        state = _state(files.info(name))
+        if state != known:
+            raise TesseraError(
+                f"{url} has changed since its index was written or its folder was listed: {known.st_size:,} bytes "
+                f"then, {state.st_size:,} now; write the index again, or restore the file"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+        try:
+            files.get_file(name, str(partial))
+            if partial.stat().st_size != state.st_size:
+                raise ConnectionError(f"{partial.stat().st_size:,} of {state.st_size:,} bytes arrived")
+            os.utime(partial, ns=(time.time_ns(), state.st_mtime_ns))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    _call(url, "download", get)
+
+
+def limit() -> int:
+    """How many bytes of downloaded files stay on the disk."""
+    text = os.environ.get("TESSERA_STORAGE_GB", "50")
+    try:
+        return int(float(text) * 10**9)
+    except ValueError:
+        raise TesseraError(f"TESSERA_STORAGE_GB is {text!r}; expected a number of gigabytes, such as 50") from None
+
+
+def _make_room(added: Path) -> None:
+    """Remove the files that were not used for longest, if all exceed the limit."""
+    root = str(_root())
+    with _locks[root]:
+        size = added.stat().st_size if added.exists() else 0
+        if root in _stored and _stored[root] + size <= limit():
+            _stored[root] += size
+            return
+        entries = []
+        for folder, _, names in os.walk(root):
+            for name in names:
+                with contextlib.suppress(OSError):  # removed by another process
+                    state = os.stat(path := os.path.join(folder, name))
+                    entries.append((state.st_atime_ns, state.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        if total > limit():
+            for _, size, path in sorted(entries):
+                if total <= 0.9 * limit():
+                    break
+                if path != str(added):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                    total -= size
+        _stored[root] = total
+
+
+def read(path: Path, offset: int = 0, length: int = -1) -> bytes:
+    """Bytes of a file, which is downloaded whole. Raises OSError, TesseraError."""
+    while True:
+        try:
+            with open(fetch(path), "rb") as file:
+                file.seek(offset)
+                return file.read(length)
+        except FileNotFoundError:
+            if not is_remote(path):
+                raise  # of others: another process made room before it was opened
+
+
+def read_range(path: Path, offset: int, length: int) -> bytes:
+    """Bytes of an object, without the rest of it. Raises TesseraError."""
+
+    def get(files: Any, name: str) -> bytes:
+        content = files.cat_file(name, start=offset, end=offset + length)
+        if len(content) != length:
+            raise ConnectionError(f"{len(content):,} of {length:,} bytes arrived")
+        return content
+
+    try:
+        return _call(address(path), "read", get)
+    except FileNotFoundError:
+        raise TesseraError(f"{address(path)} does not exist, or its bucket does not") from None
+
+
+def publish(path: Path) -> None:
+    """Upload a file that was written at a remote path; a local one is where it belongs. Raises TesseraError."""
+    if is_remote(path):
+        _known[str(path)] = upload(path, address(path))
+        os.utime(path, ns=(time.time_ns(), _known[str(path)].st_mtime_ns))
+
+
+def upload(path: Path, url: str) -> State:
+    """Upload a file to an address, whole or not at all. Raises TesseraError."""
+
+    def put(files: Any, name: str) -> State:
+        files.makedirs(files._parent(name), exist_ok=True) if url.startswith(("file:", "memory:")) else None
+        files.put_file(str(path), name)
+        state = _state(files.info(name))
+        if state.st_size != path.stat().st_size:
+            raise ConnectionError(f"{state.st_size:,} of {path.stat().st_size:,} bytes arrived")
+        return state
+
+    try:
+        return _call(url, "write", put)
+    except FileNotFoundError as error:
+        raise TesseraError(f"cannot write {url}: {error}; create the bucket first, or correct its name") from None
+
+
+def create(url: str, content: bytes, overwrite: bool = False) -> bool:
+    """Write a small object. Returns whether it was written: not if it exists, unless it is to be overwritten."""
+
+    def put(files: Any, name: str) -> bool:
+        files.makedirs(files._parent(name), exist_ok=True) if url.startswith(("file:", "memory:")) else None
+        files.pipe_file(name, content, mode="overwrite" if overwrite else "create")
+        return True
+
+    try:
+        return _call(url, "write", put)
+    except FileExistsError:
+        return False
+    except FileNotFoundError as error:
+        raise TesseraError(f"cannot write {url}: {error}; create the bucket first, or correct its name") from None
+
+
+def content(url: str) -> bytes | None:
+    """A small object; None if there is none."""
+    try:
+        return _call(url, "read", lambda files, name: files.cat_file(name))
+    except FileNotFoundError:
+        return None
+
+
+def remove(urls: Iterable[str]) -> None:
+    """Delete objects, in this order; those that do not exist are no error."""
+    for url in urls:
+        with contextlib.suppress(FileNotFoundError):
+            _call(url, "delete", lambda files, name: files.rm_file(name))
+
+
+def copy_folder(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy objects below a remote folder into a local one. Raises TesseraError."""
+
+    def copy(name: str) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(fetch(source / name), target / name)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(copy, names))
+
+
+def upload_folder(source: Path, url: str, names: Iterable[str]) -> None:
+    """Upload files below a local folder. Raises TesseraError."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda name: upload(source / name, f"{url}/{name}"), names))
