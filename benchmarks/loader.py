@@ -4,9 +4,9 @@
 
 The same files, the same work: decode, crop to the size, uint8 batches of 64 in a shuffled order; two workers each
 (ours: threads, or processes; DataLoader: processes, kept between rounds). They are measured alternately for --seconds
-each, after the other has finished reading ahead. A row has medians, and the median of the ratios of a round. "in memory": the
-default; a small data set stays in memory once it was read, and has been read before the measurement. "decoded again":
-each image is decoded every time.
+each, after the other has finished reading ahead. A row has medians, and the median of the ratios of a round. "in
+memory": the default; a small data set stays in memory once it was read, and has been read before the measurement.
+"decoded again": each image is decoded every time.
 
 cifar    50,000 JPEGs of 32 x 32 in a parquet file
 emoji    2,789 PNGs of 64 x 64 in a parquet file

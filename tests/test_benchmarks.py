@@ -32,6 +32,7 @@ SMALL = {
     "evaluation_real": ["--data {parquet} --features shapes --count 390"],
     "evaluation_speed": ["memory --samples 64", "torchmetrics --scale 0.25 --rounds 1"],
     "faults": ["--processes 1 --out {tmp} nan"],
+    "few_steps": ["run --out {tmp} --seeds 0 --steps 2 --samples 20 alpha-flow"],
     "frame_cache": ["--frames 3 --steps 1 --rounds 1 --sides 8 --width 64 --depth 1"],
     "gpu_throughput": [
         "--train --model DiT-S/8 --micro 1 --seconds 0.1",

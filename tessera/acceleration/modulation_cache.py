@@ -71,7 +71,7 @@ class PrecomputedModulation:
     def embed_condition(self, t: Tensor, condition: Condition, grid: tuple[int, ...]) -> Context:
         """The same as `network.embed_condition`, with modulation from the table if it has all times and conditions."""
         # Condition tokens depend on the number of frames.
-        known = t.ndim == 1 and grid[:-2] == self.context.grid[:-2]
+        known = t.ndim == 1 and condition.step_size is None and grid[:-2] == self.context.grid[:-2]
         table_rows = self._table_rows(t, condition) if known else None
         if table_rows is None:
             return self.network.embed_condition(t, condition, grid)

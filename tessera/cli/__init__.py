@@ -16,6 +16,7 @@ from tessera.cli import codec, data, evaluate
 from tessera.cli.classes import classes
 from tessera.cli.convert import convert
 from tessera.cli.demo import demo
+from tessera.cli.distill import distill
 from tessera.cli.doctor import doctor
 from tessera.cli.info import info
 from tessera.cli.plan import plan
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, train, sample, serve, convert, classes, info, report, doctor, plan, tune, study):
+for _command in (demo, train, distill, sample, serve, convert, classes, info, report, doctor, plan, tune, study):
     app.command()(_command)
 for _group in (data, codec, evaluate):
     app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2])

@@ -27,7 +27,8 @@ class Condition(Rows):
     valid, bool [B, M]. size: height, width and their ratio, float32 [B, 3]. uniform: random numbers in 0..1 of each
     row in training, float32 [B, n], for networks with stochastic depth; absent in sampling. control: latents of the
     images of K controls that are attached to the network, float32 [B, K, C, h, w]; NaN where a row has none.
-    control_strength: of each, float32 [B, K]; absent: 1.
+    control_strength: of each, float32 [B, K]; absent: 1. step_size: t - s of the step over which the network predicts
+    the average velocity, float32 [B], or [B, T] of frames; absent: 0, the velocity at t itself.
     """
 
     label: Tensor | None = condition_field(LabelField())
@@ -37,6 +38,7 @@ class Condition(Rows):
     uniform: Tensor | None = None
     control: Tensor | None = condition_field(ControlField())
     control_strength: Tensor | None = condition_field(ControlStrengthField())
+    step_size: Tensor | None = None
     prepared: Rows | None = None  # what a network computed ahead from these fields: see `Network.prepare`
     prepared_control: Any = None  # the same from control images
 

@@ -185,8 +185,8 @@ class _BatchDenoiser:
     def __init__(self, denoiser: RowDenoiser, inputs: DenoiserRows) -> None:
         self.denoiser, self.inputs, self.diffusion = denoiser, inputs, denoiser.diffusion
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        prediction, self.inputs = self.denoiser(x, t, self.inputs)
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Prediction:
+        prediction, self.inputs = self.denoiser(x, t, self.inputs, s)
         return prediction
 
 

@@ -20,7 +20,7 @@ from tessera.model import Model
 from tessera.models import NetworkConfig
 from tessera.rows import Rows
 from tessera.runtime import Precision
-from tessera.sampling import Pyramid, SamplingConfig, Together, check_schedule
+from tessera.sampling import Pyramid, SamplingConfig, Together, check_schedule, check_step_size
 from tessera.settings import apply_overrides, validate
 
 # The settings of a diffusion process that decide what a raw output means; the others are of training alone.
@@ -205,6 +205,7 @@ class SampleRequest:
         latent_size(model, self.size)
         self._check_frames(model, config)
         config.sampler.check(model.diffusion)
+        check_step_size(config.sampler, network.takes_step_size)
         check_caching(network, config.caching)
         return config
 

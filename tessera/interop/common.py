@@ -15,6 +15,11 @@ def require_dit(model: Model, target: str) -> DiT:
         raise TesseraError(
             f"{target} holds a DiT, and this model is a {model.config.network.display_name}: convert it to a bundle"
         )
+    if model.config.network.takes_step_size:
+        raise TesseraError(
+            f"{target} has no place for the length of a step, which this distilled model is given: convert it to a "
+            "bundle"
+        )
     return model.network
 
 

@@ -50,6 +50,37 @@ class TimestepEmbedder(nn.Module):
         return sum(linear.weight.numel() for linear in self.linears)
 
 
+class StepSizeEmbedder(nn.Module):
+    """An embedding of the length of a step, exactly 0 for a step of length 0: there the network is as without it.
+
+    All features of a length of 0 are 0, and the MLP has no biases. A new one is 0 everywhere.
+    """
+
+    CHANNELS = TimestepEmbedder.CHANNELS
+    SCALE = 1000.0  # so that the lengths 0 to 1 span the same angles as times
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(self.CHANNELS, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        first, last = cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2])
+        nn.init.normal_(first.weight, std=0.02)
+        nn.init.zeros_(last.weight)
+
+    def forward(self, step_size: Tensor) -> Tensor:
+        """step_size [...] in the time of the diffusion process -> [..., D]"""
+        cosines, sines = sinusoidal_embedding(self.SCALE * step_size, self.CHANNELS, self.CHANNELS // 2).chunk(2, -1)
+        return self.mlp(torch.cat((1 - cosines, sines), dim=-1).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+
+    def macs(self) -> int:
+        """Multiply-adds for one length."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
 class LabelEmbedder(nn.Module):
     """A learned vector per class, and one more for the null label, which label dropout and guidance use.
 

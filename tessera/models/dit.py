@@ -17,7 +17,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from tessera.conditioning import Condition
-from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
+from tessera.layers.embeddings import LabelEmbedder, StepSizeEmbedder, TimestepEmbedder
 from tessera.layers.frames import AnyAttention, Full
 from tessera.layers.modulation import Modulation, modulate
 from tessera.layers.patches import PatchEmbed, unpatchify
@@ -97,6 +97,11 @@ class DiTConfig(NetworkConfig):
         description="which attention layers know the order of the frames; temporal: those of temporal_attention alone, "
         "so that the others see images",
     )
+    step_size_embedding: bool = Field(
+        default=False,
+        description="the network is given the length of a step, and predicts the average velocity over it, for "
+        "sampling in one or a few steps (tessera distill)",
+    )
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers' DiT was trained with 127"
     )
@@ -159,6 +164,10 @@ class DiTConfig(NetworkConfig):
     @property
     def uses_text(self) -> bool:
         return self.block.uses_text
+
+    @property
+    def takes_step_size(self) -> bool:
+        return self.step_size_embedding
 
     @property
     def is_causal(self) -> bool:
@@ -248,6 +257,7 @@ class DiT(Network):
         )
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width, config.temporal_patch_size)
         self.t_embedder = TimestepEmbedder(width, config.timestep_freq_divisor)
+        self.step_size_embedder = StepSizeEmbedder(width) if config.step_size_embedding else None
         self.y_embedder = (
             LabelEmbedder(config.num_classes, width, config.learn_null_class) if config.num_classes else None
         )
@@ -337,6 +347,8 @@ class DiT(Network):
         t [B], or [B, G]: a time for each frame (G = t), or for each token (G = N).
         """
         time = self.t_embedder(t if t.ndim == 2 else t[:, None])
+        if condition.step_size is not None:
+            time = time + self._embed_step_size(condition.step_size)
         c, cond_tokens = time, [self._time_tokens(time, grid)]
         if self.y_embedder is not None:
             label = self.y_embedder(condition.label)[:, None]
@@ -345,6 +357,13 @@ class DiT(Network):
         context = Context(c, torch.cat(cond_tokens, dim=1), grid, attention=self.config.attention)
         context = context if self.text_embedder is None else self._with_text(context, condition)
         return self._with_controls(context, condition)
+
+    def _embed_step_size(self, step_size: Tensor) -> Tensor:
+        if self.step_size_embedder is None:
+            raise ValueError(
+                "this network predicts the velocity at a time, not over a step: it has step_size_embedding=false"
+            )
+        return self.step_size_embedder(step_size if step_size.ndim == 2 else step_size[:, None])
 
     def _with_text(self, context: Context, condition: Condition) -> Context:
         prepared = condition.prepared
@@ -497,6 +516,7 @@ class DiT(Network):
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()
+            + (0 if self.step_size_embedder is None else self.step_size_embedder.macs())
             + (0 if self.text_embedder is None else self.text_embedder.macs(text_tokens))
             + (0 if self.shared is None else self.shared.macs(tokens + appended))
             + sum(blocks)

@@ -76,6 +76,11 @@ class NetworkConfig(Settings, ABC):
         """Whether a frame depends on itself and earlier frames alone, whose keys and values may be kept."""
         return False
 
+    @property
+    def takes_step_size(self) -> bool:
+        """Whether the network predicts the average velocity over a step whose length it is given."""
+        return False
+
     def frame_times_problem(self) -> str | None:
         """Why frames cannot have times of their own, as the end of a sentence about them; None if they can"""
         return None if self.is_temporal else "needs a network for clips, and this one is for images"

@@ -28,7 +28,13 @@ MAX_PROBE = 16  # samples of a probe
 STILL = 0.02  # patches whose standard deviation between samples is below this hardly vary; that of the noise is 1
 DEAD = 0.1  # the same for the output, as a fraction of the standard deviation of its target
 MAX_LOGITS = 2**23  # attention logits held in memory at a time
-GROUPS = {"x_embedder": "patches", "t_embedder": "time", "y_embedder": "labels", "final_layer": "head"}
+GROUPS = {
+    "x_embedder": "patches",
+    "t_embedder": "time",
+    "step_size_embedder": "step size",
+    "y_embedder": "labels",
+    "final_layer": "head",
+}
 
 
 def bin_by_timestep(mse: Tensor, t: Tensor) -> Tensor:

@@ -294,6 +294,12 @@ def _internals(health: Sequence[Record]) -> Iterator[Block]:
     groups = list(dict.fromkeys(group for record in norms for group in record))
     values = [[_number(record, group) for group in groups] for record in norms]
     figures.append(heat_map("Gradient norm by part", groups, steps, values, "before clipping", "log"))
+    errors = [record.get("average_velocity_error") or {} for record in health]
+    if any(errors):  # of a student
+        names = dict.fromkeys(name for record in errors for name in record)
+        lines = [Line(name, steps, [_number(record, name) for record in errors]) for name in names]
+        unit = "squared, relative to the teacher's, by the times of the step"
+        figures.append(line_chart("Error of the average velocity", lines, unit, "log"))
     for key, unit, scale in MAPS:
         records = [record for record in health if isinstance(record.get(key), list)]
         blocks = range(max((len(record[key]) for record in records), default=0))

@@ -44,6 +44,7 @@ from tessera.sampling.guidance import (
     PoweredCosineGuidance,
 )
 from tessera.sampling.heun import Heun
+from tessera.sampling.jump import Jump, check_step_size
 from tessera.sampling.loop import SampleState, Stepper, sample_loop
 from tessera.sampling.sde import SDE
 from tessera.sampling.solver import Solver
@@ -63,7 +64,7 @@ from tessera.sampling.timesteps import (
 from tessera.sampling.unipc import UniPC
 from tessera.settings import Settings, expand_kind
 
-_Sampler = Ancestral | DDIM | Euler | Heun | DPMSolver | DPMSolverSDE | UniPC | SDE
+_Sampler = Ancestral | DDIM | Euler | Heun | DPMSolver | DPMSolverSDE | UniPC | SDE | Jump
 AnySampler = Annotated[_Sampler, BeforeValidator(expand_kind), Field(discriminator="kind")]
 SAMPLERS = {solver.model_fields["kind"].default: solver for solver in get_args(_Sampler)}
 
@@ -161,6 +162,7 @@ __all__ = [
     "Guidance",
     "GuidanceModel",
     "Heun",
+    "Jump",
     "Karras",
     "Leading",
     "LinearGuidance",
@@ -189,6 +191,7 @@ __all__ = [
     "UniPC",
     "Uniform",
     "check_schedule",
+    "check_step_size",
     "given_mask",
     "sample_loop",
     "sampling_noise",

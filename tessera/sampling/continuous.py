@@ -16,7 +16,7 @@ from tessera import randomness
 from tessera.diffusion.process import Prediction
 from tessera.rows import Rows, pad, structure
 from tessera.sampling.denoiser import DenoiserRows, RowDenoiser
-from tessera.sampling.solver import Step, Stepper, start_step
+from tessera.sampling.solver import Point, Step, Stepper, start_step
 
 STREAM = 0x64726177  # random stream of sampling; training uses others
 
@@ -57,7 +57,7 @@ class _Group:
     solver: Stepper
     state: RowState
     running: Step[Any] | None = None
-    point: tuple[Tensor, Tensor] | None = None  # where the running step needs a prediction
+    point: Point | None = None  # where the running step needs a prediction
     noises: int = 0  # used in the running step
     leaving: set[Any] = field(default_factory=set)  # names of rows that are removed after the running step
 
@@ -156,8 +156,8 @@ class ContinuousBatch:
             by_size.setdefault(group.state.x.shape[1:], []).append(group)
         for groups in by_size.values():
             points = [group.point for group in groups if group.point is not None]
-            x, t = torch.cat([x for x, _ in points]), _joined_times(points)
-            prediction, inputs = self.denoiser(x, t, DenoiserRows.cat([group.state.inputs for group in groups]))
+            x, (t, s) = torch.cat([x for x, *_ in points]), _joined_times(points)
+            prediction, inputs = self.denoiser(x, t, DenoiserRows.cat([group.state.inputs for group in groups]), s)
             start = 0
             for group in groups:
                 rows = slice(start, start + len(group.state.x))
@@ -185,8 +185,14 @@ class ContinuousBatch:
         return finished
 
 
-def _joined_times(points: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The times of all points (x, t): [B], or [B, T] if those of some are [B, T]"""
-    if any(t.ndim == 2 for _, t in points):
-        return torch.cat([t if t.ndim == 2 else t[:, None].expand(-1, x.shape[2]) for x, t in points])
-    return torch.cat([t for _, t in points])
+def _joined_times(points: Sequence[Point]) -> tuple[Tensor, Tensor | None]:
+    """The times t and s of all points: [B], or [B, T] if those of some are [B, T]. s: None if no point has one; a point
+    without predicts at t itself, over a step of length 0"""
+    times = [(x, t, rest[0] if rest else t) for x, t, *rest in points]
+    if any(t.ndim == 2 for _, t, _ in times):
+        times = [
+            (x, *(each if each.ndim == 2 else each[:, None].expand(-1, x.shape[2]) for each in (t, s)))
+            for x, t, s in times
+        ]
+    has_end = any(len(point) == 3 for point in points)
+    return torch.cat([t for _, t, _ in times]), torch.cat([s for _, _, s in times]) if has_end else None

@@ -28,8 +28,11 @@ class Denoise(Protocol):
 
     diffusion: DiffusionProcess
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """x [B, C, ...], t [B] or [B, T] -> Prediction"""
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Prediction:
+        """x [B, C, ...], t [B] or [B, T] -> Prediction
+
+        s: like t, the end of the step over which the prediction is the average; None: at t
+        """
         ...
 
 
@@ -120,13 +123,16 @@ class RowDenoiser:
         self.diffusion = diffusion
         self.separate_calls = separate_calls
 
-    def __call__(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Prediction, DenoiserRows]:
-        """x [B, C, ...], t [B] or [B, T] -> (Prediction, the rows with new states)"""
-        raw, rows = self.raw(x, t, rows)
+    def __call__(
+        self, x: Tensor, t: Tensor, rows: DenoiserRows, s: Tensor | None = None
+    ) -> tuple[Prediction, DenoiserRows]:
+        """x [B, C, ...], t [B] or [B, T] -> (Prediction, the rows with new states). s: see `Denoise`"""
+        raw, rows = self.raw(x, t, rows, s)
         return clipped(self.diffusion.predict(raw, x, t), rows.clipping), rows
 
-    def raw(self, x: Tensor, t: Tensor, rows: DenoiserRows) -> tuple[Tensor, DenoiserRows]:
+    def raw(self, x: Tensor, t: Tensor, rows: DenoiserRows, s: Tensor | None = None) -> tuple[Tensor, DenoiserRows]:
         """The network's raw output [B, O, ...], guided, and the rows with new states."""
+        step_size = None if s is None else shared_time(t - s).to(x.device, torch.float32, non_blocking=x.is_cuda)
         t = shared_time(t)
         scales = rows.guidance.scales_at(t)
         terms: list[tuple[int, Tensor | None]] = [(0, None)]  # each term with its rows; None: all
@@ -135,7 +141,7 @@ class RowDenoiser:
             if guided.any():
                 selected = None if guided.all() else guided.nonzero()[:, 0].to(x.device, non_blocking=x.is_cuda)
                 terms.append((number, selected))
-        outputs, rows = self._evaluate(x, t, rows, terms)
+        outputs, rows = self._evaluate(x, t, rows, terms, step_size)
         if len(terms) == 1:
             return outputs[0], rows
         cond, weak = outputs[0], []
@@ -146,12 +152,18 @@ class RowDenoiser:
         return raw, rows
 
     def _evaluate(
-        self, x: Tensor, t: Tensor, rows: DenoiserRows, terms: list[tuple[int, Tensor | None]]
+        self,
+        x: Tensor,
+        t: Tensor,
+        rows: DenoiserRows,
+        terms: list[tuple[int, Tensor | None]],
+        step_size: Tensor | None,
     ) -> tuple[list[Tensor], DenoiserRows]:
         """The raw output of each term for its rows."""
         all_inputs = (
-            _Inputs(*self._state(x, t, rows, number), rows.conditions[number], rows.states[number])
+            _Inputs(*self._state(x, t, rows, number), condition, rows.states[number])
             for number, _ in terms
+            for condition in [replace(rows.conditions[number], step_size=step_size)]
         )
         inputs = [each if selection is None else each[selection] for each, (_, selection) in zip(all_inputs, terms)]
         outputs: list[Tensor | None] = [None] * len(terms)
@@ -234,14 +246,14 @@ class Denoiser:
         )  # fmt: skip
         self._rows: DenoiserRows | None = None
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        """x [B, C, ...], t [B] or [B, T] -> Prediction"""
-        return self.diffusion.predict(self.raw(x, t), x, t)
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Prediction:
+        """x [B, C, ...], t [B] or [B, T] -> Prediction. s: see `Denoise`"""
+        return self.diffusion.predict(self.raw(x, t, s), x, t)
 
-    def raw(self, x: Tensor, t: Tensor) -> Tensor:
+    def raw(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
         """The network's raw output [B, O, ...], guided."""
         if self._rows is None:
             guidance = Guidance.build(len(x), *self._guidance_settings)
             self._rows = DenoiserRows.build(self._conditions, guidance, self._denoiser.networks, x)
-        raw, self._rows = self._denoiser.raw(x, t, self._rows)
+        raw, self._rows = self._denoiser.raw(x, t, self._rows, s)
         return raw

@@ -181,12 +181,13 @@ class FrameSolver:
         step, prediction = self.solver.step(diffusion, x, inner_t, inner_s, memory, noise), None
         while True:
             try:
-                point, time = step.send(prediction)  # pyright: ignore[reportArgumentType]
-            except StopIteration as end:
-                result, memory = end.value
+                point, time, *end = step.send(prediction)  # pyright: ignore[reportArgumentType]
+            except StopIteration as stop:
+                result, memory = stop.value
                 return torch.where(is_still, x, result), memory
             time = time if time.ndim == 2 else time[:, None]
-            prediction = yield torch.where(is_still, x, point), torch.where(moves, time, t)
+            end = [torch.where(moves, each if each.ndim == 2 else each[:, None], s) for each in end]
+            prediction = yield torch.where(is_still, x, point), torch.where(moves, time, t), *end
             x0, eps = torch.where(is_still, x, prediction.x0), torch.where(is_still, 0, prediction.eps)
             prediction = replace(prediction, x0=x0, eps=eps)
 

@@ -14,19 +14,22 @@ from tessera.settings import Settings
 from tessera.times import expand
 
 Memory = TypeVar("Memory")
-# A step that asks for predictions: it yields (x, t), is sent the prediction there, and returns (x, memory).
-Step = Generator[tuple[Tensor, Tensor], Prediction, tuple[Tensor, Memory]]
+# Where a step needs a prediction: (x, t), or (x, t, s) of a network that predicts the average over the times s to t.
+Point = tuple[Tensor, ...]
+# A step that asks for predictions: it yields points, is sent the prediction there, and returns (x, memory).
+Step = Generator[Point, Prediction, tuple[Tensor, Memory]]
 
 
 class Solver(Settings):
     """One step from t to s < t, both per row.
 
     The step is a generator, so that a caller can evaluate the network for several solvers at once: it yields each
-    (x, t) where it needs a prediction. `solver(denoise, x, t, s, memory, noise)` runs a step with a denoiser.
+    point where it needs a prediction. `solver(denoise, x, t, s, memory, noise)` runs a step with a denoiser.
     """
 
     calls_per_step: ClassVar[int] = 1  # predictions
     uses_history: ClassVar[bool] = False  # predictions of earlier steps
+    needs_step_size: ClassVar[bool] = False  # a network that predicts the average over a step
 
     @property
     def convergence_order(self) -> float:
@@ -88,12 +91,12 @@ def _with_x0(step: Step[Memory], diffusion: DiffusionProcess, s: Tensor) -> Step
     prediction: Any = None
     while True:
         try:
-            x, t = step.send(prediction)
-        except StopIteration as end:
-            return end.value
+            x, t, *end = step.send(prediction)
+        except StopIteration as result:
+            return result.value
         noise_only = diffusion.alpha(t) == 0
         middle = torch.where(noise_only, (t + s) / 2, t)
-        prediction = yield expand(torch.where(noise_only, diffusion.sigma(middle), 1.0), x) * x, middle
+        prediction = yield expand(torch.where(noise_only, diffusion.sigma(middle), 1.0), x) * x, middle, *end
         eps = torch.where(expand(noise_only, x).bool(), x, prediction.eps)
         prediction = replace(prediction, eps=eps)
 

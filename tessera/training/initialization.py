@@ -27,6 +27,7 @@ FRAME_POSITIONS = "temp_embed"  # of Latte
 PATCHES, HEAD = "x_embedder.proj.weight", "final_layer.linear."
 UNET_STEM, UNET_HEAD = "stem.", "final_layer.conv."
 RELATIVE = (".rel_pos_h", ".rel_pos_w")
+STEP_SIZE = "step_size_embedder."  # of a student, which begins without effect
 SIZE_OUTPUTS = ("csize_embedder.mlp.2.", "ar_embedder.mlp.2.")
 PIXART_OPTIONS = ("y_embedder.y_embedding", "csize_embedder.", "ar_embedder.")
 TEXT, TEXT_IN_BLOCKS = "text_embedder.", (".text_kv.", ".text_offset", ".cross_attn.")
@@ -134,6 +135,8 @@ def init_from(network: Network, class_names: tuple[str, ...], source: Model, nam
                 f"cannot start from {name}: its blocks are {before.block.summary()}, network.block is "
                 f"{after.block.summary()}: leave block: out of the recipe to take it from there"
             )
+    if not before.takes_step_size:
+        free = (*free, *(key for key in new if key.startswith(STEP_SIZE)))
     if not getattr(before, "temporal_attention", False):
         free = (*free, *(key for key in new if TEMPORAL in key))
     differences = [

@@ -336,6 +336,11 @@ class Trainer:
         objective, inputs = run.objective, probe_inputs(batch, run.objective, run.state.device)
         settings = objective.diffusion, run.recipe.network.num_classes, objective.dtype
         probe = health.probe(run.network, run.ema.network, *inputs, *settings)
+        if objective.distillation is not None:
+            x0, condition, noise = inputs
+            with torch.compiler.set_stance("force_eager"):
+                errors = objective.distillation.errors(run.ema.network, x0, noise, condition)
+            probe["average_velocity_error"] = errors
         for network in (run.network, run.ema.network):
             parallel.reshard(network)
         values = {

@@ -18,11 +18,12 @@ from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Losses
 from tessera.monitoring import health
+from tessera.training.distillation import Distillation
 from tessera.training.frame_times import AnyFrameTimes, MixedTimes, SharedTimes
 
 SHARED_TIMES = SharedTimes()
-# Random streams, one for each use; `frame_times` has another. Never change a number: an old run could not be resumed
-# exactly.
+# Random streams, one for each use; `frame_times` and `distillation` have others. Never change a number: an old run
+# could not be resumed exactly.
 TIMESTEP_STREAM, NOISE_STREAM, CONDITION_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
 
 
@@ -40,6 +41,7 @@ class TrainingObjective:
     field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
     uniform_numbers: int = 0  # that the network uses for each row
     frame_times: AnyFrameTimes = SHARED_TIMES  # of clips
+    distillation: Distillation | None = None  # of a teacher, in place of the data's own velocity
     empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
 
@@ -115,6 +117,9 @@ def compute_loss(
     x0 [B, C, h, w] or [B, C, T, h, w], position [B]; own_frames [B]: frames in pixels that are no padding, which has no
     loss
     """
+    if objective.distillation is not None:
+        noise = sample_noise(x0, position, objective)
+        return objective.distillation.loss(network, x0, noise, condition, position)
     t = objective.diffusion.sample_timesteps(randomness.uniform(objective.seed, position, TIMESTEP_STREAM)[:, 0])
     noise, frames = sample_noise(x0, position, objective), None
     if isinstance(objective.frame_times, MixedTimes) and x0.ndim == 5:

@@ -24,9 +24,10 @@ from tessera.models.dit import DiTConfig
 from tessera.models.network import NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.runtime import DeviceName, Precision
-from tessera.sampling import SamplingConfig, Together, check_schedule
+from tessera.sampling import SamplingConfig, Together, check_schedule, check_step_size
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, read_yaml, validate
+from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
@@ -83,6 +84,9 @@ class TrainingConfig(Settings):
         description="times of the frames of clips; mixed: shared, independent, or 0 and without loss where a frame is "
         "given, for sampling from given frames",
     )
+    distillation: DistillationConfig | None = Field(
+        default=None, description="train the average velocity of a teacher, for sampling in a few steps; null: the data"
+    )
     field_dropout: dict[str, Annotated[float, Field(ge=0, lt=1)]] = Field(
         default_factory=dict,
         description="fraction of samples without one field of their condition, each by itself; for guidance_scales",
@@ -138,6 +142,13 @@ class TrainingConfig(Settings):
         default=100, description="steps between health records for `tessera doctor`; null: never"
     )
     tensorboard: bool = Field(default=True, description="write TensorBoard logs, where tensorboard is installed")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_teacher(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("distillation"), dict) and data.get("init_from") is None:
+            return {**data, "init_from": data["distillation"].get("teacher")}
+        return data
 
     @model_validator(mode="after")
     def _check_divides(self) -> "TrainingConfig":
@@ -330,6 +341,7 @@ def resolve_recipe(
     if not isinstance(schedule, Together) and (problem := network.frame_times_problem()):
         raise TesseraError(f"sampling.frame_schedule={schedule.kind} {problem}: leave it out")
     check_schedule(schedule, recipe.sampling.sampler)
+    check_step_size(recipe.sampling.sampler, network.takes_step_size)
     droppable = null_fields(network, recipe.sampling)
     if network.uses_text and recipe.training.condition_dropout and "text" not in droppable:
         raise TesseraError(

@@ -38,6 +38,7 @@ from tessera.runtime import SINGLE, Distributed
 from tessera.settings import to_yaml
 from tessera.training import checkpoint, initialization, parallel, scores
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
+from tessera.training.distillation import Distillation, Teacher
 from tessera.training.ema import EMA
 from tessera.training.objective import TrainingObjective
 from tessera.training.parallel import ParallelContext
@@ -51,6 +52,7 @@ from tessera.training.recipe import (
 )
 from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
+from tessera.training.students import check_student, load_teacher, student_recipe
 
 RECIPE, SAMPLES = "recipe.yaml", "samples"
 SKIPPED_SAMPLES, SHORT_SAMPLES, INIT_REPORT = "skipped_samples.txt", "short_clips.txt", "init_report.txt"
@@ -88,9 +90,12 @@ class TrainingRun:
 
     @property
     def macs(self) -> float:
-        """Multiply-adds of the forward pass of a sample; the mean over all samples if their sizes differ."""
+        """Multiply-adds of the forward pass of a sample; the mean over all samples if their sizes differ. With
+        distillation: a third of those of a sample in a step of training."""
+        distillation = self.objective.distillation
         if self.loader.buckets is None:
-            return self.network.macs()
+            macs = self.network.macs()
+            return macs if distillation is None else macs + distillation.extra_macs(macs) / 3
         codec, bucket_ids = self.ema_model.codec, self.loader.buckets.bucket_ids
         macs = [self.network.macs(codec.latent_size(size)) for size in self.loader.buckets.sizes]
         return float(np.asarray(macs, dtype=np.float64)[bucket_ids].mean())
@@ -132,10 +137,16 @@ def build_run(
 
     checkpoint_dir: the checkpoint to resume. It replaces training.init_from, which may no longer exist.
     """
-    config, device = recipe.training, runtime.choose_device(recipe.training.device)
+    device, teacher = runtime.choose_device(recipe.training.device), None
+    if recipe.training.distillation is not None:
+        teacher = load_teacher(recipe.training.distillation)
+        recipe = student_recipe(recipe, teacher)
+    config = recipe.training
     init_model = load_init_model(recipe, checkpoint_dir)
     if init_model is not None:
         recipe = initialization.inherit_settings(recipe, init_model)
+    if teacher is not None:
+        check_student(recipe)
     recipe = infer_pixel_channels(recipe)
     trained = bundle.load_config(checkpoint_dir) if checkpoint_dir else init_model and init_model.config
     recipe = inherit_text(recipe, trained and trained.text)
@@ -168,6 +179,8 @@ def build_run(
     if loader.dataset.text is not None:
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
+    if teacher is not None:
+        objective = replace(objective, distillation=build_distillation(recipe, teacher, objective, device))
     if recipe.sampling.null_text == "empty" and loader.dataset.text is not None:
         text = loader.dataset.text.encoder.encode_exactly("", is_negative=True)[None]
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
@@ -498,6 +511,16 @@ def build_objective(
         uniform_numbers=recipe.network.uniform_numbers,
         frame_times=recipe.training.frame_times,
     )
+
+
+def build_distillation(
+    recipe: Recipe, teacher: Teacher, objective: TrainingObjective, device: torch.device
+) -> Distillation:
+    config = recipe.training
+    assert config.distillation is not None
+    teacher.model.network.to(device)
+    positions = config.steps * config.global_batch_size
+    return Distillation(config.distillation, teacher, objective.diffusion, objective.seed, positions, objective.dtype)
 
 
 def compile_network(

@@ -82,7 +82,7 @@ def test_sixteen_mixed_rows_joining_at_different_moments_equal_each_alone(model)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_request_is_bit_for_bit_the_usual_loop(make_model, sampler):
     """At equal batch size every network call is the same, so is every bit."""
-    model = make_model({"in_channels": 1, "out_channels": 2})
+    model = make_model({"in_channels": 1, "out_channels": 2, "step_size_embedding": sampler == "jump"})
     request = SampleRequest([5, 6, 7], {"label": [0, 1, 2]}, 2.5, settings={"sampler": sampler, "num_steps": 6})
     model.network.forward = type(model.network).forward.__get__(model.network)
     with without_table():

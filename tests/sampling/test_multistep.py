@@ -153,7 +153,7 @@ class Smooth:
     def __init__(self, process: DiffusionProcess) -> None:
         self.diffusion = process
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Prediction:
         time = expand(t.double(), x)
         return Prediction(torch.tanh(x) * torch.cos(time), torch.sin(x + time))
 

@@ -277,8 +277,8 @@ class NotFinite(Denoiser):
         super().__init__(network, process(), Condition())
         self.at = at
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        prediction = super().__call__(x, t)
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Prediction:
+        prediction = super().__call__(x, t, s)
         self.at -= 1
         if self.at == 0:
             prediction.x0[1, 0, 0, 0] = math.inf

@@ -36,9 +36,14 @@ def with_calls(config: SamplingConfig, calls: int) -> SamplingConfig:
     return with_changes(config, num_steps=max(1, calls // config.sampler.calls_per_step))
 
 
-def solvers() -> list[AnySampler]:
-    """One of each kind, and the third orders. euler is left out: it equals ddim without noise."""
-    kinds: list[AnySampler] = [kind() for name, kind in SAMPLERS.items() if name != "euler"]
+def solvers(takes_step_size: bool = False) -> list[AnySampler]:
+    """One of each kind, and the third orders. euler is left out: it equals ddim without noise.
+
+    takes_step_size: whether the network predicts the average velocity over a step.
+    """
+    kinds: list[AnySampler] = [
+        kind() for name, kind in SAMPLERS.items() if name != "euler" and (takes_step_size or not kind.needs_step_size)
+    ]
     return [*kinds, DPMSolver(order=3), UniPC(order=3)]
 
 
@@ -57,7 +62,7 @@ def solver_candidates(model: Model, baseline: SamplingConfig) -> list[SamplingCo
     """Every solver with every spacing at equal calls, the baseline's spacing first."""
     candidates = [
         with_calls(with_changes(baseline, sampler=solver, timestep_spacing=spacing), SOLVER_CALLS)
-        for solver in solvers()
+        for solver in solvers(model.config.network.takes_step_size)
         for spacing in distinct_spacings(
             model, baseline.timestep_spacing, max(1, SOLVER_CALLS // solver.calls_per_step)
         )

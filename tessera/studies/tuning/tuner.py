@@ -339,7 +339,8 @@ class Tuner:
             starts = self.best_solvers() or starts
         if "steps" in stages:
             self.search_steps(starts)
-        if "guidance" in stages and network.num_classes and network.learn_null_class:
+        # The guidance of a student is in its weights.
+        if "guidance" in stages and network.num_classes and network.learn_null_class and not network.takes_step_size:
             self.search_guidance()
         if "caching" in stages and isinstance(self.model.network, DiT):
             for start in self.best_and_fastest():
@@ -359,7 +360,8 @@ class Tuner:
     def search_steps(self, starts: Sequence[SamplingConfig]) -> None:
         """From few calls to many, until a start has been acceptable twice."""
         accepted: Counter[int] = Counter()
-        for calls in CALLS:
+        few = (1, 2) if self.model.config.network.takes_step_size else ()
+        for calls in (*few, *CALLS):
             for number, start in enumerate(starts):
                 if accepted[number] < 2:
                     trial = self.try_candidate("steps", with_calls(start, calls))
