@@ -23,7 +23,7 @@ GUIDANCE = 1.5
 MEMBER = "modern (... + decaying rate)"
 STEPS = (1, 2, 4, 8)
 TEACHER = f"guidance_scale={GUIDANCE} num_steps=25 sampler=ddim"
-SLOW = "training.optimizer.learning_rate=0.003 training.optimizer.adamw_learning_rate=0.001"  # they fail at 0.012
+SLOW = "training.optimizer.learning_rate=0.003 training.optimizer.adamw_learning_rate=0.001"  # they fail at 0.006
 ARMS = {
     "alpha-flow": "",
     "mean-flow": f"training.distillation.target=mean-flow {SLOW}",
