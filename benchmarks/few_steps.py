@@ -78,7 +78,7 @@ def run(out: Path, arms: list[str], seeds: list[int], steps: int | None, count: 
                 score(student, out / f"scores/{folder(arm)}-{seed}-{number}", f"num_steps={number}", count)
 
 
-def measure_time(out: Path, rounds: int = 7) -> None:
+def measure_time(out: Path, rounds: int = 3) -> None:
     """CPU time of an image: 250 guided ancestral steps and the student's steps in turns, medians of the ratios."""
     import time
 
