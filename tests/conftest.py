@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from tessera import bundle
+from tessera import bundle, storage
 from tessera.bundle import BundleConfig, Model
 
 hypothesis_settings.register_profile("tessera", deadline=None)  # benchmarks/ measure speed, tests do not
@@ -62,6 +62,15 @@ def processes() -> SimpleNamespace:
     if not hasattr(os, "fork"):
         pytest.skip("this system cannot fork")
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("processes.py"))))
+
+
+@pytest.fixture
+def fresh_storage(tmp_path, monkeypatch) -> None:
+    """Copies of remote files in a folder of the test, and nothing known of earlier ones."""
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "_known", {})
+    monkeypatch.setattr(storage, "_stored", {})
+    monkeypatch.setattr(storage, "_folders", set())
 
 
 def _whole_state(run: Path) -> dict[str, bytes]:

@@ -14,12 +14,8 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch) -> str:
+def bucket(tmp_path, fresh_storage) -> str:
     """The address of an empty remote folder, which `file` serves; its copies are in a folder of the test."""
-    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "_known", {})
-    monkeypatch.setattr(storage, "_stored", {})
-    monkeypatch.setattr(storage, "_folders", set())
     (tmp_path / "bucket").mkdir()
     return f"file://{tmp_path}/bucket"
 

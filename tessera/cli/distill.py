@@ -1,11 +1,11 @@
 """`tessera distill`."""
 
-import os
 from typing import Annotated
 
 import typer
 
-from tessera.cli.options import Overrides, print_error
+from tessera.cli.options import Overrides
+from tessera.cli.train import train_recipe
 
 
 def distill(
@@ -20,16 +20,6 @@ def distill(
     The guidance of MODEL is learned, too: samples need no second evaluation. Settings follow from the recipe of MODEL;
     any can be changed, for example training.distillation.guidance_scale=2 training.steps=5000.
     """
-    from tessera.training import loop
-    from tessera.training.dry_run import dry_run as estimate_run
-    from tessera.training.run import set_memory_policy
     from tessera.training.students import distillation_recipe
 
-    recipe = distillation_recipe(model, to, overrides or [])
-    set_memory_policy(recipe)
-    if dry_run:
-        print(estimate_run(recipe, resume, log=print_error))
-        return
-    folder = loop.train(recipe, resume)
-    if os.environ.get("RANK", "0") == "0":
-        print(folder)
+    train_recipe(distillation_recipe(model, to, overrides or []), resume, dry_run)

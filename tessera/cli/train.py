@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tessera.cli.options import Overrides, print_error
+
+if TYPE_CHECKING:
+    from tessera.training.recipe import Recipe
 
 
 def train(
@@ -19,12 +22,17 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
     """
+    from tessera.training.recipe import read_recipe
+
+    train_recipe(read_recipe(recipe, overrides or []), resume, dry_run)
+
+
+def train_recipe(config: "Recipe", resume: str, dry_run: bool) -> None:
+    """Train and print the folder of the run, or print the estimate of a dry run."""
     from tessera.training import loop
     from tessera.training.dry_run import dry_run as estimate_run
-    from tessera.training.recipe import read_recipe
     from tessera.training.run import set_memory_policy
 
-    config = read_recipe(recipe, overrides or [])
     set_memory_policy(config)
     if dry_run:
         print(estimate_run(config, resume, log=print_error))

@@ -67,12 +67,8 @@ def untimed(run: Path) -> list[dict]:
 
 
 @pytest.fixture
-def bucket(tmp_path, monkeypatch) -> Path:
+def bucket(tmp_path, fresh_storage) -> Path:
     """A folder that `file://` serves; the copies are in a folder of the test."""
-    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "_known", {})
-    monkeypatch.setattr(storage, "_stored", {})
-    monkeypatch.setattr(storage, "_folders", set())
     return tmp_path / "bucket"
 
 
