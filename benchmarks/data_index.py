@@ -54,9 +54,9 @@ def written(folder: Path, samples: int) -> Path:
 
 
 def resident() -> float:
-    """MiB of memory of this process."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    """MiB of memory of this process, without files that are mapped, whose pages the system can take back."""
+    pages, mapped = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (pages - mapped) * 4096 / 2**20
 
 
 @contextmanager
@@ -72,6 +72,8 @@ def measure(path: Path, epochs: int) -> None:
     base = resident()
     with row("open", base):
         source = FilesConfig(path=str(path), size=256).open()
+    if epochs == 0:
+        return
     order = ShuffledOrder(len(source), BATCH, seed=0)
     batches = len(source) // BATCH
     for epoch in range(epochs):
@@ -140,6 +142,8 @@ def main() -> None:
         path = written(Path(folder), options.samples)
         took, size = time.perf_counter() - start, path.stat().st_size / 2**20
         print(f"made and written in {took:.1f} s, {size:.0f} MiB\n\n{HEAD}", flush=True)
+        os.environ["TESSERA_CACHE"] = folder
+        apart(measure, path, 0)  # a large index is unpacked
         apart(measure, path, options.epochs)
 
 

@@ -17,7 +17,6 @@ import re
 import shutil
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,12 +57,18 @@ class State(NamedTuple):
 
 _known: dict[str, State] = {}  # by path
 _folders: set[str] = set()
-_locks: defaultdict[str, Lock] = defaultdict(Lock)
+_locks = [Lock() for _ in range(64)]  # of paths, by their hash: no file is downloaded twice at once
+_room_lock = Lock()
 _stored: dict[str, int] = {}  # bytes of all downloaded files, by folder
 
 
 def _root() -> Path:
-    return cache_folder().absolute() / "storage"
+    return cache_folder().absolute() / "storage/objects"
+
+
+def unpacked_folder() -> Path:
+    """For files that are made of downloaded ones, and are removed like them."""
+    return _root().with_name("unpacked")
 
 
 def locate(text: str | Path) -> Path:
@@ -211,7 +216,7 @@ def fetch(path: Path) -> Path:
     """The path itself, once its object is there. Raises TesseraError if there is none or it has changed."""
     if not is_remote(path):
         return path
-    with _locks[str(path)]:
+    with _locks[hash(path) % len(_locks)]:
         try:
             known = stat(path)
             with contextlib.suppress(FileNotFoundError):
@@ -222,7 +227,7 @@ def fetch(path: Path) -> Path:
             _download(path, known)
         except FileNotFoundError:
             raise TesseraError(f"{address(path)} does not exist, or its bucket does not") from None
-    _make_room(path)
+    make_room(path)
     return path
 
 
@@ -259,10 +264,10 @@ def limit() -> int:
         raise TesseraError(f"TESSERA_STORAGE_GB is {text!r}; expected a number of gigabytes, such as 50") from None
 
 
-def _make_room(added: Path) -> None:
+def make_room(added: Path) -> None:
     """Remove the files that were not used for longest, if all exceed the limit."""
-    root = str(_root())
-    with _locks[root]:
+    root = str(_root().parent)
+    with _room_lock:
         size = added.stat().st_size if added.exists() else 0
         if root in _stored and _stored[root] + size <= limit():
             _stored[root] += size

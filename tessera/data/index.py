@@ -18,7 +18,7 @@ import numpy as np
 
 from tessera import storage
 from tessera.errors import TesseraError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, cache_folder
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,6 +27,7 @@ FORMAT = 1
 FILE = "index.parquet"  # of a remote folder that is read by its index, without listing it
 METADATA_KEY, STATES_KEY = b"tessera", b"tessera files"
 ROW_GROUP_SIZE = 100_000
+MAX_ROWS_IN_MEMORY = 500_000  # of an index; a larger one is memory-mapped
 TABLE_SUFFIXES = (".parquet", ".arrow")  # in these files `offset` is the number of a row
 
 COLUMNS = {
@@ -178,13 +179,34 @@ def is_index(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> "pyarrow.Table":
-    """Read an index. Raises TesseraError if it is damaged, has another format, or its root does not exist."""
+def _read_table(path: Path) -> "pyarrow.Table":
+    """A parquet file in memory; a large one unpacked once into the cache folder and memory-mapped."""
     pa = arrow()
     import pyarrow.parquet as parquet
 
+    file = parquet.ParquetFile(path)
+    if file.metadata.num_rows <= MAX_ROWS_IN_MEMORY:
+        return file.read()
+    state = path.stat()
+    key = hashlib.sha256(repr((str(path.resolve()), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:16]
+    target = cache_folder() / "indexes" / f"{path.stem}-{key}.arrow"
+    if not target.exists():
+        with (
+            atomic_file(target, str(os.getpid())) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, file.schema_arrow) as writer,
+        ):
+            for batch in file.iter_batches(ROW_GROUP_SIZE):
+                writer.write_batch(batch)
+    return pa.ipc.open_file(pa.memory_map(str(target))).read_all()
+
+
+def read(path: Path) -> "pyarrow.Table":
+    """Read an index. Raises TesseraError if it is damaged, has another format, or its root does not exist."""
+    pa = arrow()
+
     try:
-        table = parquet.ParquetFile(storage.fetch(path)).read()
+        table = _read_table(storage.fetch(path))
         values = json.loads(table.schema.metadata[METADATA_KEY])
         version, root, class_names = (
             int(values["format"]),

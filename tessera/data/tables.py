@@ -276,8 +276,8 @@ def _unpacked(file: Path, column: str) -> Path:
     from filelock import FileLock
 
     target = cache_path(file, "tables", ".arrow", column)
-    if storage.is_remote(file):  # beside it, so that room is made for both
-        target = file.with_name(target.name)
+    if storage.is_remote(file):
+        target = storage.unpacked_folder() / target.name
     if target.exists():
         return target
     try:
@@ -293,4 +293,6 @@ def _unpacked(file: Path, column: str) -> Path:
             with pa.ipc.new_file(sink, kind) as writer:
                 for batch in _readable_batches(file, column):
                     writer.write_batch(batch)
+    if storage.is_remote(file):
+        storage.make_room(target)
     return target

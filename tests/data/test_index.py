@@ -148,3 +148,18 @@ def test_the_fingerprint_depends_on_samples_order_labels_and_captions_only(tmp_p
         assert [name for name in expected if other[name] != expected[name]] == [part]
     assert index.fingerprint(base.take([0, 2, 1]))["samples"] != expected["samples"]
     assert index.fingerprint(index.build(tmp_path, ["x", "z"], **columns))["labels"] != expected["labels"]
+
+
+def test_a_large_index_is_memory_mapped_and_equal(tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    table = make_index(tmp_path)
+    index.write(table, tmp_path / "index.parquet")
+    monkeypatch.setattr(index, "MAX_ROWS_IN_MEMORY", 2)
+    before = arrow.total_allocated_bytes()
+    mapped = index.read(tmp_path / "index.parquet")
+    assert mapped.equals(table)
+    assert arrow.total_allocated_bytes() - before < 4096
+    np.testing.assert_array_equal(index.labels(mapped), index.labels(table))
+    index.write(make_index(tmp_path, caption=["new", "and", "longer"]), tmp_path / "index.parquet")
+    assert index.read(tmp_path / "index.parquet")["caption"].to_pylist() == ["new", "and", "longer"]
+    assert len(list((tmp_path / "cache/indexes").iterdir())) == 2

@@ -255,6 +255,8 @@ def test_faults_of_a_server_are_waited_out_and_at_the_end_named(s3, tmp_path, mo
             assert storage.read(folder / name) == (source / name).read_bytes()
             assert storage.read_range(folder / name, 512, 100) == (source / name).read_bytes()[512:612]
     assert set(proxy.faults) == set(kinds)
+    web = storage.locate(f"{proxy.url}/{place.removeprefix('s3://')}/data/000.tar")
+    assert storage.read(web) == (source / "000.tar").read_bytes()
     assert not list(folder.glob("*.partial"))
     for kind, name in (("503", "SlowDown"), ("500", "InternalError"), ("cut", "Error"), ("truncated", "")):
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
