@@ -358,6 +358,9 @@ def test_a_run_is_watched_while_it_trains_and_its_checkpoints_compared(studio, t
     page.locator("img.sample-grid[src*='step-000000002.png']").wait_for()
     page.get_by_role("heading", name="Diagnostics").wait_for()
 
+    # The page may have read the folder before the last checkpoint was written, or before the oldest was deleted.
+    page.get_by_role("checkbox", name="6", exact=True).wait_for()
+    page.get_by_role("checkbox", name="2", exact=True).wait_for(state="detached")
     page.get_by_role("button", name="Compare").click()
     page.get_by_text(re.compile(r"(\d+) of \1 finished")).wait_for()
     jobs = records(server.out)
