@@ -145,7 +145,12 @@ def _program(words: list[str], output: str, log: str, folder: str, environment: 
 
 def _work(environment: dict[str, str], pipe: Connection, call: tuple[str, str, tuple]) -> None:
     """The main function of a forked process."""
+    import torch
 
+    # One thread: the processes share few cores, and one that has used several and is forked then waits for ever at its
+    # first convolution. The handler: see `conftest.py`, which these processes have not read.
+    torch.set_num_threads(1)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and gloo's messages about killed processes
     file, name, arguments = call
