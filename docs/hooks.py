@@ -3,6 +3,7 @@
 `<!-- recipe keys -->` becomes a table of every key of a recipe, `<!-- commands -->` the help of every command.
 """
 
+import textwrap
 import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -106,7 +107,10 @@ def command_reference() -> str:
 def _commands(command: Any, name: str) -> Iterator[str]:
     parts = getattr(command, "commands", {})
     if not parts:
-        yield f"## `{name}`\n\n{(command.help or '').strip()}\n\n| argument or option | meaning |\n|---|---|"
+        text, _, examples = (command.help or "").partition("\b\n")
+        examples = examples.partition("\n")[2]  # without its heading
+        yield f"## `{name}`\n\n{text.strip()}\n\n```\n{textwrap.dedent(examples).strip()}\n```\n"
+        yield "| argument or option | meaning |\n|---|---|"
         for parameter in command.params:
             if getattr(parameter, "hidden", False) or parameter.name == "help":
                 continue

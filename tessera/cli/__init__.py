@@ -28,11 +28,18 @@ from tessera.cli.train import train
 from tessera.cli.tune import tune
 from tessera.errors import TesseraError
 
+START = """tessera: diffusion transformers
+
+  see what it does        tessera demo
+  train on your images    tessera train recipes/modern.yaml data.path=my-images --dry-run
+  sample from a model     tessera sample MODEL --classes all --per-class 4
+  work in the browser     tessera serve MODEL --open
+
+tessera --help lists all commands, and tessera COMMAND --help has examples of each."""
+
 app = typer.Typer(
     name="tessera",
-    help="Diffusion transformers: data, training, sampling, evaluation.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Diffusion transformers: data, training, sampling, evaluation, serving.",
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -43,10 +50,15 @@ for _group in (data, codec, evaluate):
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(START)
 
 
 def main() -> None:

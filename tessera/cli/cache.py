@@ -34,6 +34,10 @@ def cache(
 
     To resume after an interruption, repeat the command. On several GPUs: torchrun --nproc-per-node 8 -m tessera data
     cache RECIPE.
+
+    \b
+    Example:
+      tessera data cache mine.yaml
     """
     from tessera import runtime, storage
     from tessera.data import cache as latent_cache

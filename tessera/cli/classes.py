@@ -41,9 +41,16 @@ def classes(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """List the classes of a model, or write a model with classes added, removed, renamed or merged, or with new words.
+    """List the classes of a model, or change them.
+
+    A new model is written with classes added, removed, renamed or merged, or with new words.
 
     Each option may be repeated. The kept classes give the same images as before, and so do texts without the new words.
+
+    \b
+    Examples:
+      tessera classes runs/mine
+      tessera classes runs/mine start --add wolf=dog,fox --remove cat
     """
     from tessera import bundle
     from tessera.interop.load import load

@@ -20,6 +20,10 @@ def train(
     """Train a small KL autoencoder from a recipe, score it on held-out images, and print its folder.
 
     To resume an interrupted run, repeat the command.
+
+    \b
+    Example:
+      tessera codec train recipes/codec-emoji.yaml data.path=my-images
     """
     from tessera.runtime import choose_device, keep_freed_memory
     from tessera.training import codec
@@ -45,7 +49,12 @@ def score(
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="a .png with rows of images above their reconstructions")] = None,
 ) -> None:
-    """Measure the reconstructions of a codec (PSNR, SSIM) and the spread of its latents, which should be near 1."""
+    """Measure the reconstructions of a codec (PSNR, SSIM) and the spread of its latents, which should be near 1.
+
+    \b
+    Example:
+      tessera codec score runs/codec-emoji/codec my-images --size 64
+    """
     from tessera import images, runtime
     from tessera.codecs.resolve import resolve_codec
     from tessera.data.resolve import open_data, resolve_data

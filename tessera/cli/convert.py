@@ -46,6 +46,11 @@ def convert(
     """Convert a model, or an adapter, to another format.
 
     The weights stay bit-identical, unless adapters are merged into them.
+
+    \b
+    Examples:
+      tessera convert runs/mine mine.pt --to official
+      tessera convert runs/lora style.safetensors --to diffusers
     """
     from tessera.interop import adapter_conversion, load
     from tessera.settings import unknown_name

@@ -37,6 +37,10 @@ def check(
 
     To resume after an interruption, repeat the command. On several machines: run it with --shard 1/4 to 4/4, then once
     without --shard.
+
+    \b
+    Example:
+      tessera data check my-images --write-index clean.parquet
     """
     from tessera import runtime
     from tessera.data.check import FINDINGS, REPORT, CheckRequest, report_findings, scan_data

@@ -11,7 +11,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("demo"),
     serve: Annotated[bool, typer.Option("--serve", help="then open the page of `tessera serve`")] = False,
 ) -> None:
-    """Train a small DiT on handwritten digits, sample from it and score the samples. Needs no download."""
+    """Train a small DiT on handwritten digits, and look at samples.
+
+    An independent classifier scores 1,000 samples. Needs no download.
+
+    \b
+    Example:
+      tessera demo --serve
+    """
     from tessera.cli.serve import check_installed
     from tessera.cli.serve import serve as serve_models
     from tessera.demo import run

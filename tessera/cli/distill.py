@@ -15,10 +15,16 @@ def distill(
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and estimate time and memory")] = False,
 ) -> None:
-    """Train a model that samples in one or a few steps from a trained one, on the same data.
+    """Train a model that samples in one or a few steps.
+
+    It learns from a trained one, on the same data.
 
     The guidance of MODEL is learned, too: samples need no second evaluation. Settings follow from the recipe of MODEL;
     any can be changed, for example training.distillation.guidance_scale=2 training.steps=5000.
+
+    \b
+    Example:
+      tessera distill runs/mine --to runs/mine-few
     """
     from tessera.training.students import distillation_recipe
 

@@ -46,7 +46,8 @@ class DefaultToScore(TyperGroup):
 
 app = typer.Typer(
     cls=DefaultToScore,
-    help="Score a model, a folder or an .npz of samples: tessera evaluate TARGET [options of score].",
+    help="Score a model, or a folder or an .npz of samples. `tessera evaluate TARGET` is short for `tessera evaluate "
+    "score TARGET`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -110,6 +111,11 @@ def score(
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
 
     To resume after an interruption, repeat the command. With torchrun, all ranks share the work.
+
+    \b
+    Examples:
+      tessera evaluate runs/mine --num-samples 10000
+      tessera evaluate samples.npz --reference my-images --features inception
     """
     from tessera import runtime
     from tessera.evaluation import protocol, report, suite
@@ -185,7 +191,12 @@ def stats(
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     device: Device = "auto",
 ) -> None:
-    """Save the statistics of a data set as a reference, in the format of pytorch-fid, clean-fid and ADM."""
+    """Save the statistics of a data set as a reference, in the format of pytorch-fid, clean-fid and ADM.
+
+    \b
+    Example:
+      tessera evaluate stats my-images --size 64 --out reference.npz
+    """
     from tessera import runtime
     from tessera.evaluation import reference, suite
     from tessera.evaluation.features import extract, load_extractor
@@ -217,7 +228,12 @@ def train_features(
     width: Annotated[int, typer.Option(min=8, help="a multiple of 8; up to four times as many features")] = 24,
     device: Device = "auto",
 ) -> None:
-    """Train a small feature network on labelled data, where no pretrained network fits. Needs no download."""
+    """Train a small feature network on labelled data, where no pretrained network fits. Needs no download.
+
+    \b
+    Example:
+      tessera evaluate train-features my-images --out features
+    """
     from tessera import runtime
     from tessera.data.resolve import resolve_data
     from tessera.evaluation.toy import feature_network
@@ -248,7 +264,12 @@ def compare(
     first: Annotated[Path, typer.Argument(help="a scores.json, or the folder of an evaluation")],
     second: Annotated[Path, typer.Argument(help="another")],
 ) -> None:
-    """Compare two evaluations, and list the differences of their protocols."""
+    """Compare two evaluations, and list the differences of their protocols.
+
+    \b
+    Example:
+      tessera evaluate compare evaluation/mine evaluation/other
+    """
     from tessera.evaluation import protocol
 
     print(protocol.compare(protocol.load(first), protocol.load(second)))

@@ -20,7 +20,15 @@ def info(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Print the facts of a model and its training, of an adapter, or the command that reproduces an image or clip."""
+    """Print the facts of a model, an adapter, an image or a clip.
+
+    Of a model also its training; of an image or clip the command that reproduces it.
+
+    \b
+    Examples:
+      tessera info runs/mine
+      tessera info samples/class-cat-seed-0.png
+    """
     from tessera.clips import ANIMATIONS, SIDE_FILE, VIDEOS
 
     path = Path(model)

@@ -41,9 +41,16 @@ def plan(
     measure: Annotated[bool, typer.Option("--measure", help="measure this machine again")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Estimate parameters, compute, memory, time, disk and money of a run. Nothing is trained or downloaded.
+    """Estimate the cost of a run before it starts.
+
+    Parameters, compute, memory, time, disk and money. Nothing is trained or downloaded.
 
     For a preset alone, parameters and multiply-adds are printed; with --hardware it is planned as the paper trained it.
+
+    \b
+    Examples:
+      tessera plan DiT-XL/2
+      tessera plan mine.yaml --hardware h100x8 --budget '$2000'
     """
     from tessera.planning import budget as budgets
     from tessera.planning import hardware as machines

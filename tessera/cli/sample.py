@@ -111,6 +111,11 @@ def sample(
     """Generate images or clips: a file of each, and a grid. `tessera info FILE` prints the command that reproduces it.
 
     To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
+
+    \b
+    Examples:
+      tessera sample runs/mine --classes cat,dog --seeds 0-7 guidance_scale=2
+      tessera sample runs/text --prompt "a red circle" --per-class 4
     """
     from tessera.cli import image_files
     from tessera.cli.given_frames import read_given_frames

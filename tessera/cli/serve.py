@@ -55,10 +55,14 @@ def serve(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Serve models over HTTP: a page to work with, the images interface of OpenAI, and /v1/jobs.
+    """Serve models over HTTP, with a page to work in.
 
-    Requests of all clients share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are
-    finished first.
+    There are the images interface of OpenAI, and /v1/jobs for all that `tessera sample` can do. Requests of all clients
+    share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are finished first.
+
+    \b
+    Example:
+      tessera serve runs/mine --open
     """
     check_installed(with_ray=replicas is not None)
     if not model and runs is None:

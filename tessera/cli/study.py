@@ -22,9 +22,15 @@ def study(
     report: Annotated[bool, typer.Option("--report", help="write the report of the results so far and exit")] = False,
     hardware: Annotated[str | None, typer.Option(help="plan for this, as in `tessera plan` (this machine)")] = None,
 ) -> None:
-    """Train a grid of recipes, score all members alike, and report scaling laws or comparisons.
+    """Train and compare a grid of recipes.
+
+    All members are scored alike. The report has scaling laws or comparisons.
 
     A study that does not fit its budget is refused before it starts. To resume, repeat the command.
+
+    \b
+    Example:
+      tessera study recipes/studies/scaling.yaml --dry-run
     """
     from tessera.studies import runner, study_plan
     from tessera.studies import study as studies

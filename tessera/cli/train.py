@@ -21,6 +21,11 @@ def train(
     """Train a model from a recipe. To resume an interrupted run, repeat the command.
 
     On several GPUs: torchrun --nproc-per-node 8 -m tessera train RECIPE.
+
+    \b
+    Examples:
+      tessera train recipes/modern.yaml data.path=my-images --dry-run
+      tessera train recipes/modern.yaml data.path=my-images training.steps=20000
     """
     from tessera.training.recipe import read_recipe
 

@@ -58,10 +58,16 @@ def tune(
     ] = None,
     save_to: Annotated[Path | None, typer.Option(help="write a new bundle instead of changing the model")] = None,
 ) -> None:
-    """Search solver, timestep grid, steps, guidance and caching, and write the best settings into the model.
+    """Search the fastest sampling settings of equal quality.
+
+    Solver, timestep grid, steps, guidance and caching are varied; the best settings are written into the model.
 
     Each trial is compared with the baseline by fd on the same seeds, the finalists again on new seeds. To resume after
     an interruption or to spend more time, repeat the command.
+
+    \b
+    Example:
+      tessera tune runs/mine --budget 15
     """
     from tessera import runtime
     from tessera.evaluation import suite
