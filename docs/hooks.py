@@ -1,6 +1,7 @@
 """MkDocs hooks: pages that are generated from the code, so that they cannot differ from it.
 
-`<!-- recipe keys -->` becomes a table of every key of a recipe, `<!-- commands -->` the help of every command.
+`<!-- recipe keys -->` becomes a table of every key of a recipe, `<!-- build keys -->` of a recipe of `tessera data
+build`, `<!-- commands -->` the help of every command.
 """
 
 import textwrap
@@ -17,6 +18,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the generated parts of a page (called by MkDocs for each page)."""
     if "<!-- recipe keys -->" in markdown:
         markdown = markdown.replace("<!-- recipe keys -->", recipe_reference())
+    if "<!-- build keys -->" in markdown:
+        markdown = markdown.replace("<!-- build keys -->", build_reference())
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", command_reference())
     return markdown
@@ -27,6 +30,13 @@ def recipe_reference() -> str:
     from tessera.training.recipe import Recipe
 
     return "\n".join(_sections("", Recipe))
+
+
+def build_reference() -> str:
+    """Markdown tables of the keys of a recipe of `tessera data build`."""
+    from tessera.data.build import BuildRecipe
+
+    return "\n".join(_sections("", BuildRecipe)).replace("## Top level", "## Recipe of `tessera data build`")
 
 
 def _sections(prefix: str, model: type[BaseModel]) -> Iterator[str]:

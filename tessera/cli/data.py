@@ -1,4 +1,4 @@
-"""`tessera data`: check a data set, and cache its latents."""
+"""`tessera data`: build and check a data set, and cache its latents."""
 
 import shlex
 import sys
@@ -7,14 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from tessera.cli.build import build
 from tessera.cli.cache import cache
 from tessera.cli.options import Shard, Size, parse_shard, parse_size, progress
 from tessera.errors import Interrupted, TesseraError
 
 app = typer.Typer(
-    help="Check a data set before training, and cache its latents.", no_args_is_help=True, rich_markup_mode=None
+    help="Build and check a data set, and cache its latents.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
-app.command()(cache)
+for _command in (build, cache):
+    app.command()(_command)
 
 
 @app.command()

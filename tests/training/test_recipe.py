@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tessera.codecs import PixelsConfig
-from tessera.data import DigitsConfig
+from tessera.data import DigitsConfig, build
 from tessera.data.captions import TextSizes
 from tessera.errors import TesseraError
 from tessera.models import parameter_count
@@ -28,7 +28,11 @@ def resolved(recipe: Recipe) -> Recipe:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid_and_starts_with_its_command(path):
-    command = re.search(rf"tessera (codec )?train \S*{path.name}", path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if re.search(rf"tessera data build \S*{path.name}", text):
+        assert build.read_recipe(path).output
+        return
+    command = re.search(rf"tessera (codec )?train \S*{path.name}", text)
     assert command
     recipe = codec.read_codec_recipe(path, []) if command[1] else read_recipe(path, [])
     assert recipe.run_dir

@@ -411,18 +411,33 @@ def _read_key(path: Path) -> str | None:
         return None
 
 
+def missing_parts(dataset: FilesDataset, folder: Path) -> list[Path]:
+    """The parts that do not exist, are damaged, or whose files have changed."""
+    paths = [part_path(folder, part) for part in range(num_parts(dataset))]
+    return [path for part, path in enumerate(paths) if _read_key(path) != part_key(dataset, part)]
+
+
+def part_keys(dataset: FilesDataset, folder: Path) -> list[str | None]:
+    """The keys of the parts as they were written."""
+    return [_read_key(part_path(folder, part)) for part in range(num_parts(dataset))]
+
+
 def read_parts(dataset: FilesDataset, folder: Path) -> "pyarrow.Table":
     """All parts as one memory-mapped table of SampleStats, in the order of the samples.
 
     Raises TesseraError if parts are missing or their files have changed.
     """
+    if missing := missing_parts(dataset, folder):
+        raise TesseraError(
+            f"{len(missing)} of {num_parts(dataset)} parts in {folder} are missing or their files have changed (the "
+            f"first: {missing[0].name}): run the missing shards, or the command without --shard"
+        )
+    return open_parts(dataset, folder)
+
+
+def open_parts(dataset: FilesDataset, folder: Path) -> "pyarrow.Table":
+    """`read_parts` of parts that are known to be valid."""
     pa = arrow()
     paths = [part_path(folder, part) for part in range(num_parts(dataset))]
-    missing = [path.name for part, path in enumerate(paths) if _read_key(path) != part_key(dataset, part)]
-    if missing:
-        raise TesseraError(
-            f"{len(missing)} of {len(paths)} parts in {folder} are missing or their files have changed (the first: "
-            f"{missing[0]}): run the missing shards, or the command without --shard"
-        )
     tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
