@@ -16,6 +16,12 @@ class Interrupted(TesseraError):
     exit_code = 130  # as a shell reports Ctrl-C
 
 
+class PartlyFailed(TesseraError):
+    """The command did all its work, and parts of it failed. A repetition does not help."""
+
+    exit_code = 3
+
+
 def bullet_list(items: list[str], limit: int = 8) -> str:
     """The first items, one per indented line, and the number of the others."""
     rest = [f"and {len(items) - limit} more"] if len(items) > limit else []

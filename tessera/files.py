@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,17 +83,25 @@ def atomic_file(target: Path, writer: str = "") -> Iterator[Path]:
         raise
 
 
-def atomic_write(target: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name and rename it to the target. Raises TesseraError."""
-    with atomic_file(target) as partial:
+def this_writer() -> str:
+    """A name of this process, for `atomic_file` where processes of several machines write one target."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def atomic_write(target: Path, data: bytes | str, writer: str = "") -> None:
+    """Write a file under a temporary name and rename it to the target. writer: as in `atomic_file`.
+
+    Raises TesseraError.
+    """
+    with atomic_file(target, writer) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def write_array(target: Path, array: np.ndarray) -> None:
-    """Write an .npy file atomically. Raises TesseraError."""
+def write_array(target: Path, array: np.ndarray, writer: str = "") -> None:
+    """Write an .npy file atomically. writer: as in `atomic_file`. Raises TesseraError."""
     buffer = io.BytesIO()
     np.save(buffer, array)
-    atomic_write(target, buffer.getvalue())
+    atomic_write(target, buffer.getvalue(), writer)
 
 
 def read_array(path: Path) -> np.ndarray:

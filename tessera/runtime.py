@@ -73,7 +73,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def available_cpus() -> int:
-    """The number of CPU cores that this process may use."""
+    """The number of CPU cores that this process may use: TESSERA_CPUS, or those that the system allows.
+
+    Raises TesseraError if TESSERA_CPUS is not a number.
+    """
+    if text := os.environ.get("TESSERA_CPUS"):
+        if not text.isdecimal() or int(text) < 1:
+            raise TesseraError(f"TESSERA_CPUS={text} is not valid: expected a number of CPU cores, for example 4")
+        return int(text)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

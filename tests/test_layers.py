@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 LAYERS = [  # lowest first
     ("errors",),
     ("settings", "files", "randomness", "rows", "times"),
-    ("conditioning", "reporting", "runtime", "images", "checkpoint_files", "storage"),
+    ("conditioning", "reporting", "runtime", "images", "checkpoint_files", "storage", "launch"),
     ("diffusion", "layers", "encoders", "clips"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),
@@ -35,9 +35,10 @@ LAYERS = [  # lowest first
 LAYER = {part: number for number, parts in enumerate(LAYERS, start=-1) for part in parts}
 ONLY_IN = {"diffusers": {"codecs", "encoders", "interop", "models"}, "transformers": {"encoders"}, "typer": {"cli"}}
 ONLY_IN |= {library: {"storage"} for library in ("fsspec", "s3fs", "gcsfs")}
-ONLY_IN |= {library: {"serving"} for library in ("fastapi", "starlette", "uvicorn", "prometheus_client", "ray")}
+ONLY_IN |= {library: {"serving"} for library in ("fastapi", "starlette", "uvicorn", "prometheus_client")}
+ONLY_IN |= {"ray": {"serving", "launch"}, "submitit": {"launch"}}
 LAZY = {"diffusers", "transformers", "sklearn", "matplotlib", "jinja2", "scipy", "pyarrow", "datasets", "tensorboard"}
-LAZY |= {"torch.utils.tensorboard", "av", "fsspec"}
+LAZY |= {"torch.utils.tensorboard", "av", "fsspec", "submitit"}
 PUBLIC = {name: module.split(".")[1] for name, module in tessera._PUBLIC.items()}
 EXEMPT = {"__init__.py", "__main__.py"}  # the table of public names, and `python -m tessera`
 

@@ -26,7 +26,8 @@ from tessera.cli.serve import serve
 from tessera.cli.study import study
 from tessera.cli.train import train
 from tessera.cli.tune import tune
-from tessera.errors import TesseraError
+from tessera.errors import Interrupted, TesseraError
+from tessera.launch.task import exit_with_parent
 
 START = """tessera: diffusion transformers
 
@@ -66,6 +67,7 @@ def main() -> None:
     rank = os.environ.get("RANK", "0")  # of torchrun
     prefix = "error: " if rank == "0" else f"rank {rank}: error: "
     code = 1
+    exit_with_parent()
     # `tessera data check` reports what is odd about an image; Pillow's own lines on stderr do not name the file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
@@ -74,9 +76,9 @@ def main() -> None:
         return
     except TesseraError as error:
         code = error.exit_code
-        if code == 1:
+        if not isinstance(error, Interrupted):
             print(f"{prefix}{error}", file=sys.stderr)
-        elif rank == "0":  # interrupted: all ranks stop, one reports it
+        elif rank == "0":  # all ranks stop, one reports it
             print(error, file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

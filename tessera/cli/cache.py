@@ -1,14 +1,26 @@
 """`tessera data cache`."""
 
 import shlex
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
-from tessera.cli.options import Device, Overrides, Shard, Size, parse_shard, parse_size, print_error, progress
+from tessera.cli import launching
+from tessera.cli.options import (
+    Device,
+    Launch,
+    LaunchOptions,
+    Overrides,
+    Shard,
+    Size,
+    Tasks,
+    parse_shard,
+    parse_size,
+    print_error,
+    progress,
+)
 from tessera.errors import Interrupted, TesseraError
 
 
@@ -24,6 +36,9 @@ def cache(
         int | None, typer.Option(min=1, help="processes on the CPU, reader threads for a GPU (one per core)")
     ] = None,
     shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
     shard_size: Annotated[int, typer.Option(min=1, help="samples per file")] = 512,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     device: Device = "auto",
@@ -32,8 +47,8 @@ def cache(
     """Encode every image or clip of a data set once, and every caption if the recipe has a frozen text encoder.
     Training reads them with data.cache.
 
-    To resume after an interruption, repeat the command. On several GPUs: torchrun --nproc-per-node 8 -m tessera data
-    cache RECIPE.
+    To resume after an interruption, repeat the command. On several GPUs: --launch local --tasks 8, or torchrun
+    --nproc-per-node 8 -m tessera data cache RECIPE. On several machines: --launch ray or slurm.
 
     \b
     Example:
@@ -45,6 +60,7 @@ def cache(
     from tessera.data.captions import Captions
 
     index, count = parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     if verify and storage.exists(storage.locate(target) / latents.CACHE):
         _verify(latents.LatentsDataset(storage.locate(target)))
         return
@@ -54,9 +70,11 @@ def cache(
     data, codec_config, text, dataset = _open(target, overrides or [], size)
     images_folder = storage.locate(out or getattr(data, "cache", None) or "latents")
     text_folder = storage.locate(out or (text and text.cache) or images_folder)
-    command = shlex.join(["tessera", *(word for word in sys.argv[1:] if word != "--verify")])
+    command = shlex.join(["tessera", *(word for word in launching.own_words() if word != "--verify")])
     options = _Options(index, count, workers, batch_size)
     folder = images_folder
+    if launched is not None and not verify:
+        launched.run((images_folder if codec_config is not None else text_folder) / launching.FOLDER)
     try:
         with runtime.distributed_session() as ranks, progress() as start:
             torch_device = runtime.choose_device(device)
@@ -99,6 +117,7 @@ def _write(writer: Any, options: _Options, device: Any, ranks: Any, start: Any, 
     """Write the missing files of a cache, and print its folder. Returns its summary if it is complete."""
     from tessera import runtime
     from tessera.data import cache as latent_cache
+    from tessera.files import exclusive_lock
 
     writer.begin()
     shards = range(options.part, len(writer), options.parts)[ranks.rank :: ranks.world_size]
@@ -124,7 +143,8 @@ def _write(writer: Any, options: _Options, device: Any, ranks: Any, start: Any, 
     ranks.barrier()
     if not ranks.is_main:
         return None
-    summary = writer.finish()
+    with exclusive_lock(writer.folder, on_wait=lambda: None):  # several shards may finish at the same time
+        summary = writer.finish()
     if summary is None:
         existing = sum(writer.path(number).exists() for number in range(len(writer)))
         part = f"shard {options.part + 1}/{options.parts}"

@@ -1,15 +1,15 @@
 """`tessera data`: build and check a data set, and cache its latents."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from tessera.cli import launching
 from tessera.cli.build import build
 from tessera.cli.cache import cache
-from tessera.cli.options import Shard, Size, parse_shard, parse_size, progress
+from tessera.cli.options import Launch, LaunchOptions, Shard, Size, Tasks, parse_shard, parse_size, progress
 from tessera.errors import Interrupted, TesseraError
 
 app = typer.Typer(
@@ -35,12 +35,15 @@ def check(
     fps: Annotated[float | None, typer.Option(help="of training, for clips (as the recipe)")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
     shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
     json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
 ) -> None:
     """Find damaged, duplicate, leaked and unusual samples, and suggest remedies. Changes nothing.
 
-    To resume after an interruption, repeat the command. On several machines: run it with --shard 1/4 to 4/4, then once
-    without --shard.
+    To resume after an interruption, repeat the command. On several machines: --launch ray or slurm; or run it with
+    --shard 1/4 to 4/4, then once without --shard.
 
     \b
     Example:
@@ -54,11 +57,15 @@ def check(
     kinds = [word.strip() for word in exclude.split(",") if word.strip()]
     excluded_kinds(kinds)
     index, count = parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     if write_index is not None and write_index.suffix != ".parquet":
         raise TesseraError(f"--write-index {write_index} must end in .parquet")
     folder = out or Path("check") / (Path(data).stem or "data")
     request = CheckRequest(data, folder, reference, parse_size(size), frames, fps)
     result = None
+    if launched is not None:
+        _ = request.dataset, request.reference_dataset  # errors are reported here, and the index is made once
+        launched.run(folder / launching.FOLDER, uses_gpu=False)
     with runtime.distributed_session() as ranks, progress() as start:
         if shard is not None and ranks.world_size > 1:
             raise TesseraError("the processes of torchrun are the shards: leave --shard out")
@@ -68,7 +75,7 @@ def check(
             scan_data(request, workers, part, start if ranks.is_main else None)
             ranks.barrier()
             if shard is None and ranks.is_main:
-                result = report_findings(request, kinds, shlex.join(["tessera", *sys.argv[1:]]), write_index)
+                result = report_findings(request, kinds, shlex.join(["tessera", *launching.own_words()]), write_index)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"interrupted; measurements so far are in {folder}: repeat the command to resume"

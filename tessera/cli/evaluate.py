@@ -2,7 +2,6 @@
 
 import shlex
 import shutil
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from tessera.cli import launching
 from tessera.cli.options import (
     EMA,
     MAX_SAMPLES,
@@ -21,13 +21,18 @@ from tessera.cli.options import (
     DataPath,
     Device,
     Features,
+    Launch,
+    LaunchOptions,
     NumClasses,
     NumHeads,
     Precision,
     SamplingOverrides,
+    Shard,
     Size,
+    Tasks,
     TextEncoder,
     parse_sample_size,
+    parse_shard,
     parse_size,
     print_error,
     progress,
@@ -107,10 +112,15 @@ def score(
     adapter: Adapters = None,
     any_base: AnyBase = False,
     out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
+    shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
 ) -> None:
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
 
-    To resume after an interruption, repeat the command. With torchrun, all ranks share the work.
+    To resume after an interruption, repeat the command. With torchrun, all ranks share the work; with --launch, tasks
+    here, in a Ray cluster or of SLURM sample and compute features. --shard 1/4 does a part of both.
 
     \b
     Examples:
@@ -127,6 +137,8 @@ def score(
     from tessera.interop import load
     from tessera.interop.adapters import AdapterSpec
 
+    part = parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     names = suite.parse_metrics(metrics)
     specs = [AdapterSpec.parse(text) for text in adapter or ()]
     name = "+".join([suite.evaluation_name(target), *(spec.label for spec in specs)])
@@ -168,12 +180,20 @@ def score(
         if isinstance(data, str):
             check_reference(data)  # before features are loaded, which may download them
         extractor = load_extractor(features or suite.default_features(data, names), torch_device)
+        if shard is not None:
+            if ranks.world_size > 1:
+                raise TesseraError("the processes of torchrun are the shards: leave --shard out")
+            suite.extract_shard(samples, data, extractor, folder, part, names, batch_size, start, clip)
+            print(f"shard {shard} of {target} is done; when all are done, run the command without --shard")
+            return
         with exclusive_lock(folder) if ranks.is_main else nullcontext():
+            if launched is not None:
+                launched.run(folder / launching.FOLDER)
             start = start if ranks.is_main else None
             result = suite.evaluate(samples, data, extractor, folder, names, ranks, batch_size, start, clip=clip)
             if not ranks.is_main:
                 return
-            report.write(result, folder, shlex.join(["tessera", *sys.argv[1:]]))
+            report.write(result, folder, shlex.join(["tessera", *launching.own_words()]))
     for note in result.notes:
         print_error(f"note: {note}")
     print(protocol.score_table(result.scores))

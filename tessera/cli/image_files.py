@@ -18,6 +18,7 @@ from tessera import __version__, clips, generation, images, runtime
 from tessera.acceleration import compilation
 from tessera.acceleration.first_block_cache import CacheStats
 from tessera.bundle import weights_hash
+from tessera.cli.launching import Launch
 from tessera.cli.options import MAX_SAMPLES, QUOTING, print_error, progress, split_names
 from tessera.cli.prompts import Prompt
 from tessera.conditioning import LabelField
@@ -278,20 +279,39 @@ def compile_network(model: Model) -> None:
         print_error(f"continuing without compilation: {reason}")
 
 
-def write_npz(model: Model, request: SampleRequest, target: Path, batch_size: int, description: str) -> None:
-    """Generate shards beside the target, shared by all processes, and join them into one .npz."""
+def write_npz(
+    model: Model,
+    request: SampleRequest,
+    target: Path,
+    batch_size: int,
+    description: str,
+    part: tuple[int, int] | None = None,
+    launched: Launch | None = None,
+) -> None:
+    """Generate shards beside the target, shared by all processes, and join them into one .npz.
+
+    part: generate only these shards: number from 0, and of how many. launched: tasks generate the shards.
+    """
     if target.suffix != ".npz":
         raise TesseraError(f"--npz {target} must end in .npz")
     if target.exists():
         raise TesseraError(f"{target} exists already: remove it or give another name")
     folder = target.with_name(target.name + ".shards")
+    logs = target.with_name(target.name + ".launch")
+    if launched is not None:
+        request.check(model)
+        launched.run(logs)
     with runtime.distributed_session() as ranks, progress() as start:
         samples = BulkSamples(model, request, folder, batch_size, description)
-        bulk.generate_shards(samples, ranks, start(f"generating {samples.count}") if ranks.is_main else None)
-        if ranks.is_main:
+        report = start(f"generating {samples.count}") if ranks.is_main else None
+        bulk.generate_shards(samples, ranks, report, part or (0, 1))
+        if ranks.is_main and part is None:
             bulk.write_npz(samples, target)
             shutil.rmtree(folder, ignore_errors=True)
-    if ranks.is_main:
+            shutil.rmtree(logs, ignore_errors=True)
+    if part is not None:
+        print(f"shard {part[0] + 1}/{part[1]} is done; when all are done, run the command without --shard")
+    elif ranks.is_main:
         print(f"{samples.count} images in {target}")
 
 

@@ -62,6 +62,20 @@ Shard = Annotated[
     str | None, typer.Option(metavar="I/N", help="do part I of N, counted from 1; the others may run on other machines")
 ]
 
+Launch = Annotated[
+    Literal["local", "ray", "slurm"] | None,
+    typer.Option("--launch", help="run as --tasks N: processes here, a Ray cluster, or a SLURM job array"),
+]
+Tasks = Annotated[int | None, typer.Option("--tasks", min=1, max=100_000, help="of --launch, each does a part")]
+LaunchOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--launch-option",
+        metavar="KEY=VALUE",
+        help="cpus, gpus of a task; retries (2); parallel (local); any option of sbatch, as in partition=gpu (slurm)",
+    ),
+]
+
 
 def parse_shard(text: str | None) -> tuple[int, int]:
     """'1/4' -> (0, 4): index from 0 and count. None is the only shard. Raises TesseraError."""

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from tessera.cli import launching
 from tessera.cli.options import (
     EMA,
     MAX_SAMPLES,
@@ -15,14 +16,19 @@ from tessera.cli.options import (
     ClassPolicy,
     Codec,
     Device,
+    Launch,
+    LaunchOptions,
     ModelPath,
     NumClasses,
     NumHeads,
     Precision,
     SamplingOverrides,
+    Shard,
     Size,
+    Tasks,
     TextEncoder,
     parse_sample_size,
+    parse_shard,
 )
 from tessera.errors import TesseraError
 
@@ -72,6 +78,10 @@ def sample(
         Path, typer.Option(help="a folder, or a .png for the grid alone; of clips also .mp4, .webm, .webp or .gif")
     ] = Path("samples"),
     npz: Annotated[Path | None, typer.Option(help="write one .npz in the format of the ADM suite instead")] = None,
+    shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
     guidance_model: Annotated[
         str | None, typer.Option(help="autoguidance: a weaker model of the same kind, such as an early checkpoint")
     ] = None,
@@ -110,7 +120,8 @@ def sample(
 ) -> None:
     """Generate images or clips: a file of each, and a grid. `tessera info FILE` prints the command that reproduces it.
 
-    To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz.
+    To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz; with
+    --launch, tasks here, in a Ray cluster or of SLURM do.
 
     \b
     Examples:
@@ -126,6 +137,12 @@ def sample(
         raise TesseraError(
             "--num-samples sets classes, prompts and seeds: leave out --classes, --prompt, --prompts, "
             "--negative-prompt, --per-class and --seeds"
+        )
+    part = None if shard is None else parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
+    if npz is None and (launched is not None or part is not None):
+        raise TesseraError(
+            f"{'--launch' if part is None else '--shard'} is for many images in one file: add --npz FILE"
         )
     prompt_list = read_prompts(prompt or [], prompts, negative_prompt)
     loaded = load.load(
@@ -173,7 +190,7 @@ def sample(
                 "--npz takes one model and no image: leave out --guidance-model, --init-image, --strength, --mask, "
                 "--control and given frames"
             )
-        image_files.write_npz(loaded, request, npz, batch_size, model)
+        image_files.write_npz(loaded, request, npz, batch_size, model, part, launched)
         return
     request = replace(request, **inputs)
     options = {

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import Shard, parse_shard, print_error, progress
+from tessera.cli import launching
+from tessera.cli.options import Launch, LaunchOptions, Shard, Tasks, parse_shard, print_error, progress
 
 
 def study(
@@ -18,6 +19,9 @@ def study(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and exit")] = False,
     shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed members again")] = False,
     report: Annotated[bool, typer.Option("--report", help="write the report of the results so far and exit")] = False,
     hardware: Annotated[str | None, typer.Option(help="plan for this, as in `tessera plan` (this machine)")] = None,
@@ -26,7 +30,8 @@ def study(
 
     All members are scored alike. The report has scaling laws or comparisons.
 
-    A study that does not fit its budget is refused before it starts. To resume, repeat the command.
+    A study that does not fit its budget is refused before it starts. To resume, repeat the command. On several GPUs or
+    machines: --launch local, ray or slurm.
 
     \b
     Example:
@@ -37,6 +42,7 @@ def study(
 
     config = studies.read_study(file, overrides or [])
     part = parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     if report:
         _report(config)
         return
@@ -54,8 +60,11 @@ def study(
     if previous is None:
         print_error(study_plan.format_plan(plan))
     study_plan.write_plan(config, plan)
+    if launched is not None:
+        launched.run(Path(config.output) / launching.FOLDER)
+        retry = False  # the tasks have
     try:
-        runner.run_study(config, plan, names, retry, print_error)
+        runner.run_study(config, plan, names, retry, print_error, wait=shard is not None)
     except runner.MembersFailed:
         _report(config)
         raise

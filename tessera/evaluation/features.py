@@ -28,7 +28,7 @@ from tessera.evaluation.inception import full_float32
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.sources import SampleSource
 from tessera.evaluation.toy import feature_network
-from tessera.files import atomic_write, read_array, write_array
+from tessera.files import atomic_write, read_array, remove_partials, this_writer, write_array
 from tessera.generation.bulk import BulkSamples
 from tessera.generation.resumable import claim_folder
 from tessera.generation.shards import ImageShard, num_shards
@@ -173,22 +173,56 @@ def extract(
     """
     check_images(source, extractor)
     if distributed.is_main:
-        claim_folder(folder, {"source": source.plan, "features": extractor.identity})
+        _claim(source, extractor, folder)
     distributed.barrier()
     total = num_shards(source.count)
     if not (folder / SUMMARY).exists():
-        assigned = range(distributed.rank, total, distributed.world_size)
-        missing = [index for index in assigned if not _shard_path(folder, index).exists()]
-        done = len(assigned) - len(missing)
-        for step, (index, shard) in enumerate(_prefetch(source, missing), start=done + 1):
-            _extract_shard(shard, extractor, batch_size, _shard_path(folder, index))
-            if progress is not None:
-                progress(step, len(assigned))
+        shards = range(distributed.rank, total, distributed.world_size)
+        _extract_missing(source, extractor, folder, shards, batch_size, progress)
         distributed.barrier()
         if distributed.is_main:
             _join_shards(folder, total, source)
         distributed.barrier()
     return _read_features(source, extractor, folder, distributed)
+
+
+def extract_part(
+    source: SampleSource,
+    extractor: FeatureExtractor,
+    folder: Path,
+    part: tuple[int, int],
+    batch_size: int = 50,
+    progress: Progress = None,
+) -> None:
+    """Compute a part of what `extract` computes, and leave the rest to it. part: number from 0, and of how many.
+
+    Raises TesseraError as `extract` does.
+    """
+    check_images(source, extractor)
+    _claim(source, extractor, folder)
+    if not (folder / SUMMARY).exists():
+        shards = range(part[0], num_shards(source.count), part[1])
+        _extract_missing(source, extractor, folder, shards, batch_size, progress)
+
+
+def _claim(source: SampleSource, extractor: FeatureExtractor, folder: Path) -> None:
+    claim_folder(folder, {"source": source.plan, "features": extractor.identity})
+
+
+def _extract_missing(
+    source: SampleSource,
+    extractor: FeatureExtractor,
+    folder: Path,
+    shards: Sequence[int],
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    missing = [index for index in shards if not _shard_path(folder, index).exists()]
+    done = len(shards) - len(missing)
+    for step, (index, shard) in enumerate(_prefetch(source, missing), start=done + 1):
+        _extract_shard(shard, extractor, batch_size, _shard_path(folder, index))
+        if progress is not None:
+            progress(step, len(shards))
 
 
 def features_path(folder: Path, name: str, source: SampleSource, extractor: FeatureExtractor) -> Path:
@@ -244,7 +278,7 @@ def _extract_shard(shard: ImageShard, extractor: FeatureExtractor, batch_size: i
     if shard.labels is not None:
         arrays["labels"] = shard.labels
     np.savez(buffer, **arrays)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue(), this_writer())
 
 
 def _join_shards(folder: Path, total: int, source: SampleSource) -> None:
@@ -275,6 +309,7 @@ def _join_shards(folder: Path, total: int, source: SampleSource) -> None:
     atomic_write(folder / SUMMARY, json.dumps(summary))
     for path in paths:
         path.unlink()
+    remove_partials(folder)  # of processes that were killed
 
 
 def _read_features(

@@ -21,11 +21,19 @@ from tessera.evaluation.features import (
     Progress,
     built_in_features,
     extract,
+    extract_part,
     features_path,
 )
 from tessera.evaluation.moments import Moments
 from tessera.evaluation.protocol import Protocol, Score
-from tessera.evaluation.reference import MAX_ROWS, check_widths, describe_reference, open_reference, statistics_features
+from tessera.evaluation.reference import (
+    MAX_ROWS,
+    check_widths,
+    describe_reference,
+    open_reference,
+    resolve_reference,
+    statistics_features,
+)
 from tessera.evaluation.sources import DatasetSource, FolderSource, NpzSource, SampleSource, subset_indices
 from tessera.evaluation.toy.digit_classifier import DigitClassifier, ShapesEvaluator, load_oracle
 from tessera.generation.bulk import BulkSamples
@@ -317,6 +325,38 @@ def evaluate(
     by_class = kid_by_class(samples, reference_features)
     details = [block for each in of_images.values() for block in each.details]
     return Evaluation(scores, source, samples, reference_features, reference_images, notes, by_class, details)
+
+
+def extract_shard(
+    source: SampleSource,
+    reference: str | AnyData,
+    extractor: FeatureExtractor,
+    folder: Path,
+    part: tuple[int, int],
+    metrics: Sequence[str] | None = None,
+    batch_size: int = 50,
+    progress: Callable[[str], Progress] | None = None,
+    clip: str | None = None,
+) -> None:
+    """Sample and compute features for a part of what `evaluate` needs. part: number from 0, and of how many.
+
+    Parts may be computed anywhere in any order; `evaluate` with the same arguments then computes the scores. Raises
+    TesseraError.
+    """
+
+    def task(name: str) -> Progress:
+        return progress(name) if progress is not None else None
+
+    check_metrics(metrics or (), source.count, extractor)
+    captions.check(metrics, source, clip, extractor.device)
+    if isinstance(source, BulkSamples):
+        source.begin(SINGLE)
+    resolved = resolve_reference(reference, source, extractor)
+    if needs_reference(metrics) and not isinstance(resolved, FeatureSet):
+        path = features_path(folder, "reference", resolved, extractor)
+        extract_part(resolved, extractor, path, part, batch_size, task("features of the reference"))
+    path = features_path(folder, "features", source, extractor)
+    extract_part(source, extractor, path, part, batch_size, task("features of the samples"))
 
 
 def training_data(model: Model) -> AnyData:

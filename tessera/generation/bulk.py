@@ -22,7 +22,7 @@ from tessera.data import AnyData
 from tessera.data.images import Dataset
 from tessera.data.latents import LatentsDataset
 from tessera.data.resolve import open_data
-from tessera.files import atomic_file, read_array, write_array
+from tessera.files import atomic_file, read_array, this_writer, write_array
 from tessera.generation.pipeline import generate_request
 from tessera.generation.request import SampleRequest, image_size
 from tessera.generation.resumable import claim_folder
@@ -156,21 +156,24 @@ class BulkSamples:
         positions, path = shard_range(index, self.count), self.path(index)
         request = self.request.select(positions)
         if not path.exists():
-            write_array(path, generate_request(self.model, request, self.batch_size))
+            write_array(path, generate_request(self.model, request, self.batch_size), this_writer())
         labels = None if request.classes is None else np.array(request.classes, np.int64)
         return ImageShard(read_array(path), np.array(positions), labels, request.prompts)
 
 
 def generate_shards(
-    samples: BulkSamples, ranks: Distributed, progress: Callable[[int, int], None] | None = None
+    samples: BulkSamples,
+    ranks: Distributed,
+    progress: Callable[[int, int], None] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Generate every missing shard, distributed over the ranks."""
+    """Generate every missing shard, distributed over the ranks. part: only these: number from 0, and of how many."""
     samples.begin(ranks)
-    total = num_shards(samples.count)
-    for index in range(ranks.rank, total, ranks.world_size):
-        samples.shard(index)
+    shards = range(part[0], num_shards(samples.count), part[1])
+    for done in range(ranks.rank, len(shards), ranks.world_size):
+        samples.shard(shards[done])
         if progress is not None:
-            progress(min(index + ranks.world_size, total), total)
+            progress(min(done + ranks.world_size, len(shards)), len(shards))
     ranks.barrier()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tessera.errors import TesseraError
-from tessera.files import atomic_write, read_json
+from tessera.files import atomic_write, read_json, this_writer
 from tessera.settings import diff
 
 PLAN = "plan.json"
@@ -18,7 +18,7 @@ def claim_folder(folder: Path, plan: dict[str, Any], remedy: str = "Give another
     """
     path, plan = folder / PLAN, json.loads(json.dumps(plan))
     if not path.exists():
-        atomic_write(path, json.dumps(plan, indent=1))
+        atomic_write(path, json.dumps(plan, indent=1), this_writer())  # shards may start at the same time
         return
     saved = read_json(path, f"remove {folder} to start from scratch")
     if differences := diff(saved, plan):

@@ -7,13 +7,14 @@ several machines that share its folder: a lock gives each member to one command.
 import multiprocessing
 import os
 import signal
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from tessera.errors import Interrupted, TesseraError
+from tessera.errors import Interrupted, PartlyFailed
 from tessera.files import InUse, atomic_write, exclusive_lock
 from tessera.monitoring.logger import read_log
 from tessera.reporting.text import format_duration
@@ -30,18 +31,21 @@ POLL_SECONDS = 0.2
 Log = Callable[[str], None]
 
 
-class MembersFailed(TesseraError):
+class MembersFailed(PartlyFailed):
     """Members of a study failed; the others are done."""
 
 
-def run_study(study: Study, plan: StudyPlan, names: Sequence[str], retry: bool, log: Log) -> None:
-    """Run or resume these members, in this order. retry: also those that failed before.
+def run_study(study: Study, plan: StudyPlan, names: Sequence[str], retry: bool, log: Log, wait: bool = False) -> None:
+    """Run or resume these members, in this order. retry: also those that failed before. wait: until members that other
+    commands run are done, and run those that such a command leaves unfinished.
 
     Raises Interrupted after Ctrl-C or SIGTERM, when everything is saved; MembersFailed at the end if members failed.
     """
     folder = Path(study.output)
+    pending, busy = deque(enumerate(names, start=1)), set[str]()
     with stop_signals() as signals:
-        for number, name in enumerate(names, start=1):
+        while pending:
+            number, name = pending.popleft()
             run_dir, member = folder / MEMBERS / name, plan.members[name]
             failed = run_dir / worker.FAILED
             try:
@@ -57,7 +61,12 @@ def run_study(study: Study, plan: StudyPlan, names: Sequence[str], retry: bool, 
                         atomic_write(failed, error + "\n")
                         log(f"{name} failed: {error.splitlines()[0]}")
             except InUse:
-                log(f"{name} is being run by another command")
+                if name not in busy:
+                    log(f"{name} is being run by another command" + (": waiting for it" if wait else ""))
+                busy.add(name)
+                if wait:
+                    pending.append((number, name))
+                    time.sleep(POLL_SECONDS)
             if signals:
                 break
     states = {result.name: result.state for result in read_results(study, folder) if result.name in names}

@@ -5,8 +5,6 @@ OUTPUT/plan.json    the recipe of each member, and its cost as planned before it
 """
 
 import json
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 from tessera.errors import TesseraError, bullet_list
 from tessera.evaluation import suite
 from tessera.evaluation.features import FeatureSet, Progress
-from tessera.files import atomic_file, read_json
+from tessera.files import atomic_file, read_json, this_writer
 from tessera.models.network import parameter_count
 from tessera.planning import FLOPS_PER_MAC
 from tessera.planning.hardware import Hardware, find
@@ -342,7 +340,7 @@ def read_plan(folder: Path) -> StudyPlan | None:
 
 def write_plan(study: Study, plan: StudyPlan) -> None:
     """Write study.yaml and plan.json. Raises TesseraError if that fails."""
-    folder, writer = Path(study.output), f"{platform.node()}-{os.getpid()}"
+    folder, writer = Path(study.output), this_writer()
     data = json.dumps(plan.model_dump(mode="json"), indent=1) + "\n"
     for path, text in ((folder / STUDY, to_yaml(study)), (folder / PLAN, data)):
         if not path.exists() or path.read_text(encoding="utf-8") != text:

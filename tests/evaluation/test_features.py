@@ -74,10 +74,10 @@ def test_an_extraction_killed_while_joining_resumes(digits, small_shards, tmp_pa
     whole = extract(DatasetSource(DigitsConfig(), 90), digits, tmp_path / "whole")
     write = features.atomic_write
 
-    def killed(path, data):
+    def killed(path, data, writer=""):
         if path.name == features.SUMMARY:
             raise Killed
-        write(path, data)
+        write(path, data, writer)
 
     with monkeypatch.context() as patch:
         patch.setattr(features, "atomic_write", killed)

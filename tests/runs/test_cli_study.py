@@ -68,14 +68,14 @@ def test_shards_share_the_members_and_each_writes_the_report(tessera, study, tmp
     assert "training.global_batch_size was 32, is 16" in other.err
 
 
-def test_a_study_with_failed_members_has_a_report_and_exit_code_1(tessera, study, tmp_path):
+def test_a_study_with_failed_members_has_a_report_and_exit_code_3(tessera, study, tmp_path):
     words = (
         "axes.size.L.training.optimizer.learning_rate=1e30",
         "set.training.stability.max_rollbacks=1",
         "budget.steps=40",
     )
     done = tessera("study", study, *words, *GPU)
-    assert done.code == 1
+    assert done.code == 3
     assert done.out == f"{tmp_path / 'out/report.md'}\n"
     assert "error: 1 of 2 members failed: L; L: " in done.err
     assert "diverged" in (tmp_path / "out/members/L/failed.txt").read_text()

@@ -1,0 +1,176 @@
+"""A Ray cluster of three nodes on this machine: the bytes of one process, lost nodes, a cluster that is idle."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera import bundle
+
+pytestmark = [pytest.mark.slow, pytest.mark.run]
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+run_dir: {run}
+data: {{kind: digits}}
+network: {{patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}}
+diffusion: {{num_timesteps: 20, schedule: cosine, prediction: v}}
+sampling: {{num_steps: 3}}
+training:
+  {{steps: 4, global_batch_size: 32, sample_every: 1000, sample_seeds: 1, checkpoint_every: 5, health_every: null,
+  tensorboard: false, device: cpu}}
+"""
+STUDY = """
+question: Does width help?
+recipe: tiny.yaml
+axes:
+  size:
+    S: {network.hidden_size: 16}
+    M: {network.hidden_size: 24}
+    L: {network.hidden_size: 32}
+set: {evaluation: {num_samples: 40, batch_size: 40, metrics: [kid]}}
+budget: {steps: 10}
+"""
+LAUNCH = ("--launch", "ray", "--tasks", "3")
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head that runs no tasks and three nodes with a core each."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def tessera(environment, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """`python -m tessera` in a process, which must succeed. address: of a Ray cluster"""
+
+    def run(*words: object, address: str | None = None, folder: Path = tmp_path) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            [sys.executable, "-m", "tessera", *map(str, words)],
+            cwd=folder, env=environment | ({"RAY_ADDRESS": address} if address else {}),
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """1100 images: three parts of a check, six files of a cache."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    for number in range(1100):
+        path = folder / f"{number % 2}/{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (8, 8, 3), np.uint8)).save(path)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "launch" not in path.parts}
+
+
+def test_every_command_gives_the_bytes_of_one_process(
+    cluster, tessera, images, autoencoder_folder, tmp_path, whole_state
+):
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    tessera("train", "tiny.yaml")
+    caching = ("data", "cache", images, f"codec.source={autoencoder_folder}", "--size", 8, "--shard-size", 200)
+    commands = [
+        ("data", "check", images, "--out", "check"),
+        (*caching, "--out", "cache", "--device", "cpu"),
+        ("sample", tmp_path / "run", "--npz", "a.npz", "--num-samples", 700),
+        ("evaluate", tmp_path / "run", "--num-samples", 700, "--metrics", "fd,kid", "--out", "scores"),
+    ]
+    for name, launch, address in (("one", (), None), ("ray", LAUNCH, cluster.address)):
+        (tmp_path / name).mkdir()
+        for words in commands:
+            done = tessera(*words, *launch, folder=tmp_path / name, address=address)
+        study = ("study", tmp_path / "study.yaml", f"output={tmp_path / name}-study", "--hardware", "h100")
+        tessera(*study, *launch, address=address)
+    assert "shard 3/3 is done" in done.stderr
+    files = contents(tmp_path / "one")
+    assert {"a.npz", "check/decisions.jsonl", "scores/scores.json"} < set(files)
+    assert files == contents(tmp_path / "ray")
+    for member in "SML":
+        runs = [tmp_path / f"{name}-study/members" / member for name in ("one", "ray")]
+        assert whole_state(runs[0]) == whole_state(runs[1])
+        scores = [sorted((run / "evaluation").glob("step-*.json")) for run in runs]
+        assert [path.read_bytes() for path in scores[0]] == [path.read_bytes() for path in scores[1]]
+
+
+def test_a_node_that_is_killed_loses_nothing(cluster, tessera, environment, tmp_path, whole_state):
+    """While its member of a study trains."""
+    import ray
+
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    words = ("study", tmp_path / "study.yaml", "budget.steps=400", "--hardware", "h100")
+    tessera(*words, f"output={tmp_path / 'one'}")
+    out = tmp_path / "ray"
+    with subprocess.Popen(
+        [sys.executable, "-m", "tessera", *map(str, words), f"output={out}", *LAUNCH],
+        env=environment | {"RAY_ADDRESS": cluster.address}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while len(bundle.checkpoints(out / "members/S")) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None
+        node = next(node for node in cluster.list_all_nodes() if node is not cluster.head_node)
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert len([each for each in ray.nodes() if each["Alive"]]) == 4
+        cluster.remove_node(node, allow_graceful=False)
+        ray.shutdown()
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "3 of 3" in err
+    for member in "SML":
+        runs = [tmp_path / name / "members" / member for name in ("one", "ray")]
+        assert whole_state(runs[0]) == whole_state(runs[1])
+    starts = [path.read_text().count("resum") for path in sorted((out / "launch").glob("*.log"))]
+    assert sum(starts) >= 1  # the task of the lost node resumed elsewhere
+
+
+def test_ctrl_c_stops_the_tasks_and_a_repetition_resumes(cluster, environment, tmp_path):
+    import signal
+
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
+    (tmp_path / "study.yaml").write_text(STUDY)
+    out = tmp_path / "out"
+    words = ["study", str(tmp_path / "study.yaml"), "budget.steps=400", f"output={out}", "--hardware", "h100", *LAUNCH]
+    settings: dict[str, Any] = {"env": environment | {"RAY_ADDRESS": cluster.address}, "text": True}
+    with subprocess.Popen([sys.executable, "-m", "tessera", *words], stderr=subprocess.PIPE, **settings) as process:
+        while len(bundle.checkpoints(out / "members/L")) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "repeat the command to resume" in err
+    assert "Traceback" not in err
+    before = {path: path.read_bytes() for path in out.glob("members/*/log.jsonl")}
+    time.sleep(3)
+    assert before == {path: path.read_bytes() for path in out.glob("members/*/log.jsonl")}  # nothing runs
+    done = subprocess.run([sys.executable, "-m", "tessera", *words], stderr=subprocess.PIPE, check=False, **settings)
+    assert done.returncode == 0, done.stderr
