@@ -1,0 +1,109 @@
+"""The guide's pages: their code blocks, figures and notebooks.
+
+    python docs/guide.py figures                  # run the chapters and write docs/figures/guide/
+    python docs/guide.py notebooks --out FOLDER   # a notebook of each chapter, in English and in Chinese
+
+A chapter's code saves its figures in the working directory, so both commands run it in a temporary folder. Blocks of
+the Chinese chapters are those of the English ones (`tests/test_guide.py`).
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+FIGURES = DOCS / "figures" / "guide"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def chapters(language: str = "en") -> list[Path]:
+    """The pages of the guide with code, in order. language: en or zh"""
+    folder = DOCS / "guide" if language == "en" else DOCS / language / "guide"
+    return sorted(folder.glob("[0-9]*.md"))
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, content) of each fenced block of a page."""
+    return FENCE.findall(text)
+
+
+def code_blocks(text: str) -> list[str]:
+    """The Python blocks of a page."""
+    return [content for language, content in fenced_blocks(text) if language == "python"]
+
+
+def run(page: Path, folder: Path) -> dict[str, Any]:
+    """Run the blocks of a page in order, with a folder as the working directory. Returns the names they define."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names: dict[str, Any] = {"__name__": "guide"}
+    blocks = code_blocks(page.read_text(encoding="utf-8"))
+    with contextlib.chdir(folder):
+        for number, block in enumerate(blocks, 1):
+            exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    plt.close("all")
+    return names
+
+
+def write_figures() -> None:
+    """Run every chapter and copy the figures that it saves to docs/figures/guide/."""
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for page in chapters():
+        with tempfile.TemporaryDirectory() as folder:
+            run(page, Path(folder))
+            for figure in sorted(Path(folder).glob("*.png")):
+                shutil.copy(figure, FIGURES / figure.name)
+                print(f"{page.name}: {figure.name}, {os.path.getsize(figure) / 1024:.0f} KiB")
+
+
+def notebook(page: Path) -> Any:
+    """A page as a notebook: its Python blocks are cells, and its answers are no longer hidden.
+
+    The figures are left out, because the cells show them.
+    """
+    import jupytext
+
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^<details[^>]*><summary>(.*?)</summary>$", r"**\1**", text, flags=re.MULTILINE)
+    text = re.sub(r"^</details>\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^!\[.*?\]\([^)]*figures/guide/[^)]*\)\n", "", text, flags=re.MULTILINE)
+    book = jupytext.reads(text, fmt="md")
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return book
+
+
+def write_notebooks(out: Path) -> list[Path]:
+    """Write the notebooks of all chapters to out/en and out/zh."""
+    import nbformat
+
+    targets = []
+    for language in ("en", "zh"):
+        for page in chapters(language):
+            target = out / language / f"{page.stem}.ipynb"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(notebook(page), target)
+            targets.append(target)
+    return targets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["figures", "notebooks"])
+    parser.add_argument("--out", type=Path, default=Path("notebooks"), help="folder for the notebooks")
+    options = parser.parse_args()
+    if options.what == "figures":
+        write_figures()
+    else:
+        print(f"{len(write_notebooks(options.out))} notebooks in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
