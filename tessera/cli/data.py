@@ -1,6 +1,8 @@
 """`tessera data`: build and check a data set, and cache its latents."""
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +87,8 @@ def check(
     if result is None:
         return
     if json:
-        print((folder / FINDINGS).read_text(encoding="utf-8"), end="")
+        with (folder / FINDINGS).open(encoding="utf-8") as file:
+            shutil.copyfileobj(file, sys.stdout)
         return
     _print_findings(result)
     print(f"{result.keep.sum():,} of {len(result.keep):,} samples accepted; report in {folder / REPORT}")

@@ -10,7 +10,7 @@ Shapes: N samples.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +147,14 @@ def write(table: "pyarrow.Table", path: Path) -> None:
 
     If the index is in its root or above it, the root is saved as a relative path, so that both can be moved together.
     """
+    write_parts([table], table, path)
+
+
+def write_parts(parts: Iterable["pyarrow.Table"], table: "pyarrow.Table", path: Path) -> None:
+    """`write` of parts that follow each other, which need not be in memory together.
+
+    table: with the root, the class names and all files of the parts.
+    """
     from pyarrow import parquet
 
     path = storage.locate(path)
@@ -158,14 +166,16 @@ def write(table: "pyarrow.Table", path: Path) -> None:
     if storage.holds_remote(metadata(table)[0]):
         paths = {name: metadata(table)[0] / name for name in shards(table)}
         states = {name: list(storage.stat(each)[:2]) for name, each in paths.items() if storage.is_remote(each)}
-    table = with_metadata(table, storage.address(root), class_names)
+    columns = with_metadata(table.slice(0, 0), storage.address(root), class_names).schema
     if states:  # by which a changed file is noticed
-        table = table.replace_schema_metadata({**table.schema.metadata, STATES_KEY: json.dumps(states).encode()})
-    with atomic_file(path) as partial:
-        dictionary_columns: Any = ["label"]  # for paths and captions a dictionary costs more than it saves
-        parquet.write_table(
-            table, partial, compression="zstd", use_dictionary=dictionary_columns, row_group_size=ROW_GROUP_SIZE
-        )
+        columns = columns.with_metadata({**columns.metadata, STATES_KEY: json.dumps(states).encode()})
+    dictionary_columns: Any = ["label"]  # for paths and captions a dictionary costs more than it saves
+    with (
+        atomic_file(path) as partial,
+        parquet.ParquetWriter(partial, columns, compression="zstd", use_dictionary=dictionary_columns) as writer,
+    ):
+        for part in parts:
+            writer.write_table(part.replace_schema_metadata(columns.metadata), row_group_size=ROW_GROUP_SIZE)
     storage.publish(path)
 
 

@@ -283,7 +283,7 @@ def test_a_build_that_is_killed_at_any_time_ends_with_the_same_bytes(folder, tmp
     summary(recipe([folder], tmp_path / "whole", format=form))
     config = recipe([folder], tmp_path / "killed", format=form)
     moments = [(scan, "measure_sample", 6), (build, "select_samples", 1), (write, "encode", 1), (write, "encode", 9)]
-    moments += [(write.ShardWriter, "_write_record", 1), (index, "write", 1), (build.Builder, "_summarize", 1)]
+    moments += [(write.ShardWriter, "_write_record", 1), (index, "write_parts", 1), (build.Builder, "_summarize", 1)]
     for module, name, calls in moments:
         build_and_die(config, module, name, calls)
         assert not (tmp_path / "killed" / build.SUMMARY).exists()
@@ -503,7 +503,7 @@ def test_the_selection_is_arrays(folder, tmp_path):
     builder.scan(1, scan.ALL, None)
     selection = select.select_samples(builder.recipe, builder._results())
     assert (selection.reason.dtype, selection.rows.dtype) == (np.int16, np.int64)
-    assert selection.details == {}
+    assert [finding.count for finding in selection.findings[0].values()] == [0] * len(selection.findings[0])
 
 
 def test_a_prompt_is_not_part_of_a_description(blip):

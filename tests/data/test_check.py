@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from tessera.data import check, index, processes
-from tessera.data.check import findings, scan
+from tessera.data.check import findings, rules, scan
 from tessera.data.check.scan import ScanShard
 from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
@@ -223,7 +223,7 @@ def test_rows_of_parquet(tmp_path):
     request = check.CheckRequest(str(tmp_path / "data.parquet"), tmp_path / "out")
     check.scan_data(request)
     done = check.report_findings(request, write_index=tmp_path / "accepted.parquet")
-    rows = {finding.kind: finding.samples for finding in done.findings}
+    rows = {finding.kind: tuple(finding.samples.tolist()) for finding in done.findings}
     assert rows == {"empty": (3, 7), "no-image": (5,), "duplicates": (9,), "conflicts": (8, 9)}
     dataset = FilesConfig(path=str(tmp_path / "accepted.parquet"), size=(16, 16)).open()
     assert len(dataset) == 46
@@ -294,3 +294,58 @@ def test_colour_profiles_are_described_by_how_much_they_change():
         name, problem = scan.describe_profile(damaged)
         assert name == ""
         assert problem.startswith("colour profile: ")
+
+
+def test_colour_grids_stay_in_their_parts_and_are_read_by_row():
+    pa = pytest.importorskip("pyarrow")
+    cells = np.random.default_rng(0).integers(0, 256, (50, 3 * scan.CELLS**2), dtype=np.uint8)
+    whole = pa.array([row.tobytes() for row in cells], "binary")
+    tables = [pa.table({"colour_grid": pa.chunked_array([whole[:7], whole[7:7], whole[7:30]])})]
+    tables.append(pa.table({"colour_grid": pa.chunked_array([whole[30:]])}))
+    rows = np.random.default_rng(1).permutation(50)[:40]
+    grids = findings.ColourGrids(tables, rows)
+    assert len(grids) == 40
+    for index_ in (np.arange(40), np.array([3, 3, 39, 0]), np.empty(0, np.int64)):
+        np.testing.assert_array_equal(grids[index_], cells[rows][index_])
+
+
+def test_groups_of_a_finding_begin_with_the_row_to_keep():
+    rows, leaders = np.array([3, 5, 6, 9]), np.array([1, 0, 1, 9])
+    finding = findings.Finding("conflicts", "error", "", samples=rows, leaders=leaders)
+    assert list(finding.groups()) == [(0, 5), (1, 3, 6), (9,)]
+    assert (finding.num_groups, finding.count) == (3, 4)
+    assert list(findings.Finding("small", "note", "", samples=rows).groups()) == []
+
+
+def test_findings_as_json_hold_rows_groups_and_reasons(data, tmp_path):
+    (data / "cat/99.png").write_bytes(png(1))
+    (data / "dog/99.png").write_bytes(b"")
+    request = check.CheckRequest(str(data), tmp_path / "out")
+    check.scan_data(request)
+    checked = check.report_findings(request)
+    content = json.loads((tmp_path / "out/findings.json").read_text())
+    assert content["summary"] == dict(checked.summary)
+    by_kind = {finding["kind"]: finding for finding in content["findings"]}
+    assert set(by_kind) == {"empty", "duplicates", "conflicts"}
+    names = [request.dataset.name(row).rpartition("data/")[2] for row in range(len(request.dataset))]
+    copy, original, empty = (names.index(name) for name in ("dog/01.png", "cat/99.png", "dog/99.png"))
+    assert by_kind["duplicates"]["samples"] == [copy]
+    assert by_kind["duplicates"]["groups"] == by_kind["conflicts"]["groups"] == [[original, copy]]
+    assert by_kind["duplicates"]["reasons"] == {str(copy): "the same file as cat/99.png"}
+    reason = "the same file in 'cat' and 'dog'"
+    assert by_kind["conflicts"]["reasons"] == {str(row): reason for row in (original, copy)}
+    assert (by_kind["empty"]["samples"], by_kind["empty"]["count"]) == ([empty], 1)
+
+
+def test_names_that_differ_only_in_case_across_slices(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "CHUNK", 4)
+    for number in range(10):
+        path = tmp_path / f"data/{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(number))
+    for name in ("A.png", "a.png", "Z.PNG", "z.png"):
+        (tmp_path / "data" / name).write_bytes(png(20 + ord(name[0])))
+    request = check.CheckRequest(str(tmp_path / "data"), tmp_path / "out")
+    check.scan_data(request)
+    names = {each.kind: each.names for each in check.report_findings(request).findings}
+    assert sorted(names["case-names"]) == ["A.png, a.png", "Z.PNG, z.png"]

@@ -91,7 +91,7 @@ def test_each_finding_names_its_clips(folder, tmp_path):
     assert broken == {"j-half.mp4", "k-text.mp4"}
     cut = findings["scene-cuts"]
     assert " --frames 6 --fps 10 " in cut.commands[0]
-    assert cut.reasons[cut.samples[0]] == "at 0.50 s"
+    assert cut.reason(int(cut.samples[0])) == "at 0.50 s"
     rejected = {name for name, keep in zip(listed, result.keep) if not keep}
     assert rejected == {"h-copy.mp4", "i-empty.mp4", "j-half.mp4", "k-text.mp4"}
 

@@ -163,3 +163,11 @@ def test_a_large_index_is_memory_mapped_and_equal(tmp_path, monkeypatch):
     index.write(make_index(tmp_path, caption=["new", "and", "longer"]), tmp_path / "index.parquet")
     assert index.read(tmp_path / "index.parquet")["caption"].to_pylist() == ["new", "and", "longer"]
     assert len(list((tmp_path / "cache/indexes").iterdir())) == 2
+
+
+def test_an_index_written_in_parts_equals_one_written_whole(tmp_path):
+    paths = [f"{row:03d}.png" for row in range(10)]
+    table = index.build(tmp_path, ("a", "b"), path=paths, label=np.arange(10, dtype=np.int32) % 3 - 1)
+    index.write(table, tmp_path / "whole.parquet")
+    index.write_parts((table.slice(start, 4) for start in (0, 4, 8)), table, tmp_path / "parts.parquet")
+    assert index.read(tmp_path / "parts.parquet").equals(index.read(tmp_path / "whole.parquet"), check_metadata=True)

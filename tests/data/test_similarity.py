@@ -116,3 +116,18 @@ def test_the_same_image_in_another_file_is_similar_and_others_are_not(change):
     assert {tuple(pair) for pair in similarity.pairs(hashes, colours).tolist()} == {
         (row, row + 20) for row in range(20)
     }
+
+
+def test_appearances_are_equal_for_equal_images_only():
+    generator = np.random.default_rng(0)
+    hashes = generator.integers(0, 2**64, 100_000, dtype=np.uint64)
+    colours = generator.integers(0, 256, (100_000, 192), dtype=np.uint8)
+    hashes[50_000:] = hashes[:50_000]
+    colours[50_000:] = colours[:50_000]
+    changed = np.arange(75_000, 100_000)  # in one bit of one cell
+    colours[changed, generator.integers(0, 192, 25_000)] ^= 1
+    values = similarity.appearances(hashes, colours)
+    equal = (values[:50_000] == values[50_000:]).all(axis=1)
+    assert equal[:25_000].all()
+    assert not equal[25_000:].any()
+    assert len(np.unique(values, axis=0)) == 75_000

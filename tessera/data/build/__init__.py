@@ -258,13 +258,16 @@ class Builder:
         storage.publish(path)
 
     def _write_index(self, writer: ShardWriter) -> None:
-        pa = arrow()
-        records = [writer.read_record(number) for number in range(len(writer))]
-        table = pa.concat_tables(records)
-        paths = [pa.repeat(writer.name(number), len(record)) for number, record in enumerate(records)]
-        columns = {name: table[name] for name in table.column_names}
-        made = index.build(self.output.absolute(), writer.class_names, path=pa.chunked_array(paths), **columns)
-        index.write(made, self.output / index.FILE)
+        """The index, from the records in the memory-mapped work: it is never in memory as a whole."""
+        root, names, numbers = self.output.absolute(), writer.class_names, range(len(writer))
+
+        def part(number: int) -> Any:
+            record = writer.read_record(number)
+            columns = {name: record[name] for name in record.column_names}
+            return index.build(root, names, path=arrow().repeat(writer.name(number), len(record)), **columns)
+
+        shards = index.build(root, names, path=[writer.name(number) for number in numbers], offset=[0] * len(writer))
+        index.write_parts(map(part, numbers), shards, self.output / index.FILE)
 
     def _summarize(self, writer: ShardWriter) -> dict[str, Any]:
         facts = read_json(self.work / SELECTION)

@@ -13,7 +13,7 @@ import numpy as np
 from tessera.data.build.recipe import BuildRecipe
 from tessera.data.check import rules, similarity
 from tessera.data.check.decisions import excluded_kinds
-from tessera.data.check.findings import CORRUPT, ScanResult, colour_grids, digests, first_equal, has_contrast
+from tessera.data.check.findings import CORRUPT, ColourGrids, Finding, ScanResult, digests, first_equal, has_contrast
 from tessera.data.check.scan import FAULTS
 from tessera.data.index import arrow, compute
 
@@ -29,13 +29,14 @@ RULES = (rules.leaks, rules.classes, rules.contents, rules.formats)  # of findin
 @dataclass
 class Selection:
     """reason: of each sample, an index into `kinds`, or -1 for selected ones, int16 [N]. original: the sample that it
-    copies, int64 [N], or -1. details: of findings, by row. rows: of the selected samples in their new order, int64 [M].
+    copies, int64 [N], or -1. findings: of each source by kind. rows: of the selected samples in their new order, int64
+    [M].
     """
 
     kinds: tuple[str, ...]
     reason: np.ndarray
     original: np.ndarray
-    details: dict[int, str]
+    findings: list[dict[str, Finding]]
     rows: np.ndarray
 
     def counts(self) -> dict[str, int]:
@@ -50,26 +51,26 @@ def select_samples(recipe: BuildRecipe, sources: Sequence[ScanResult]) -> Select
     kinds = (*CORRUPT, *OWN_REASONS, *(kind for kind in exclude if kind not in (*CORRUPT, *COPIES)), *COPIES)
     starts = np.cumsum([0, *(len(source.stats) for source in sources)]).tolist()
     reason, original = np.full(starts[-1], -1, np.int16), np.full(starts[-1], -1)
-    details: dict[int, str] = {}
+    findings = []
     for source, start in zip(sources, starts):
-        own, texts = _own_reasons(recipe, source, kinds)
+        own, own_findings = _own_reasons(recipe, source, kinds)
         reason[start : start + len(own)] = own
-        details |= {start + row: text for row, text in texts.items()}
+        findings.append(own_findings)
     _mark_copies(exclude, sources, kinds, reason, original)
     rows = np.flatnonzero(reason < 0)
     if recipe.shuffle is not None:
         rows = np.random.default_rng(recipe.shuffle).permutation(rows)
-    return Selection(kinds, reason, original, details, rows)
+    return Selection(kinds, reason, original, findings, rows)
 
 
-def _own_reasons(recipe: BuildRecipe, source: ScanResult, kinds: Sequence[str]) -> tuple[np.ndarray, dict[int, str]]:
-    """The reasons of one source that do not depend on other sources, int16 [N], and details by row."""
+def _own_reasons(
+    recipe: BuildRecipe, source: ScanResult, kinds: Sequence[str]
+) -> tuple[np.ndarray, dict[str, Finding]]:
+    """The reasons of one source that do not depend on other sources, int16 [N], and its findings by kind."""
     reason = np.full(len(source.stats), -1, np.int16)
 
-    def mark(kind: str, mask: np.ndarray) -> np.ndarray:
-        mask = mask & (reason < 0)
-        reason[mask] = kinds.index(kind)
-        return mask
+    def mark(kind: str, mask: np.ndarray) -> None:
+        reason[mask & (reason < 0)] = kinds.index(kind)
 
     # Samples that cannot be read are left out, whatever the recipe excludes: there is nothing to write.
     faults = compute().index_in(source.stats["fault"], arrow().array(FAULTS)).fill_null(-1).to_numpy()
@@ -81,16 +82,15 @@ def _own_reasons(recipe: BuildRecipe, source: ScanResult, kinds: Sequence[str]) 
         mark("extreme-aspect", longer > recipe.max_aspect * shorter)
     if recipe.require_captions and recipe.captioner is None:
         mark("missing-captions", ~has_caption(source.dataset.table))
-    details: dict[int, str] = {}
+    findings = {}
     for rule in RULES:
         for finding in rule(source):
             if finding.kind in kinds and finding.kind not in (*OWN_REASONS, *CORRUPT):
                 mask = np.zeros(len(reason), bool)
-                mask[list(finding.samples)] = True
-                for row in np.flatnonzero(mark(finding.kind, mask)).tolist():
-                    if text := finding.reasons.get(row):
-                        details[row] = text
-    return reason, details
+                mask[finding.samples] = True
+                mark(finding.kind, mask)
+                findings[finding.kind] = finding
+    return reason, findings
 
 
 def has_caption(table: "pyarrow.Table") -> np.ndarray:
@@ -130,20 +130,9 @@ def _mark_copies(
         area = np.concatenate([source.column("height") * source.column("width") for source in sources])
         rows = rows[np.argsort(-area[rows], kind="stable")]  # so that the first of a group is the largest
         hashes = np.concatenate([source.column("hash") for source in sources])[rows]
-        leader = rows[similarity.leaders(hashes, _colours(sources, rows))]
+        leader = rows[similarity.leaders(hashes, ColourGrids([source.stats for source in sources], rows))]
         similar = np.flatnonzero(leader != rows)
         mark("near-duplicates", rows[similar], leader[similar])
-
-
-def _colours(sources: Sequence[ScanResult], rows: np.ndarray) -> np.ndarray:
-    """The colour grids of some rows, uint8 [len(rows), cells]"""
-    starts = np.cumsum([0, *(len(source.stats) for source in sources)])
-    cells = [colour_grids(source.stats) for source in sources]
-    result = np.empty((len(rows), cells[0].shape[1]), np.uint8)
-    for start, end, grid in zip(starts, starts[1:], cells):
-        inside = (rows >= start) & (rows < end)
-        result[inside] = grid[rows[inside] - start]
-    return result
 
 
 def class_numbers(sources: Sequence[ScanResult]) -> tuple[tuple[str, ...], np.ndarray]:
@@ -162,20 +151,22 @@ def left_out_lines(selection: Selection, sources: Sequence[ScanResult]) -> Itera
     """One line of JSON for each sample that is left out: its source, name, reason and detail."""
     starts = np.cumsum([0, *(len(source.stats) for source in sources)])
 
-    def place(row: int) -> tuple[ScanResult, int]:
+    def place(row: int) -> tuple[int, int]:
         number = int(np.searchsorted(starts, row, "right")) - 1
-        return sources[number], row - int(starts[number])
+        return number, row - int(starts[number])
 
     for row in np.flatnonzero(selection.reason >= 0).tolist():
-        source, own = place(row)
-        kind, detail = selection.kinds[selection.reason[row]], selection.details.get(row, "")
+        number, own = place(row)
+        source, kind, detail = sources[number], selection.kinds[selection.reason[row]], ""
         if kind in CORRUPT:
             detail = source.stats["detail"][own].as_py()
         elif kind in ("small", "extreme-aspect"):
             detail = f"{source.stats['height'][own].as_py()} x {source.stats['width'][own].as_py()}"
         elif selection.original[row] >= 0:
             other, other_row = place(int(selection.original[row]))
-            detail = f"{other.path}: {other.name(other_row)}"
+            detail = f"{sources[other].path}: {sources[other].name(other_row)}"
+        elif finding := selection.findings[number].get(kind):
+            detail = finding.reason(own)
         yield left_out_line(source.path, source.name(own), kind, detail)
 
 

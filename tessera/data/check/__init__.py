@@ -4,8 +4,8 @@ Scanning writes parts, in any order and anywhere. Reporting reads all parts and 
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from tessera.data import index
 from tessera.data.check import page, scan
-from tessera.data.check.decisions import accepted_index, decide, excluded_kinds
+from tessera.data.check.decisions import accepted_parts, decide, excluded_kinds, reasons_between
 from tessera.data.check.findings import EXCLUDED, NO_SIZE, Finding, ScanResult
 from tessera.data.check.non_samples import find_non_samples
 from tessera.data.check.rules import find_problems
@@ -25,6 +25,7 @@ from tessera.files import PARTIAL, atomic_file, atomic_write, exclusive_lock
 
 PARTS, REFERENCE_PARTS = "parts", "parts-reference"  # folders of measurements
 DECISIONS, FINDINGS, REPORT = "decisions.jsonl", "findings.json", "report.html"
+ROWS_PER_CHUNK = 1 << 14  # of findings that are written
 Progress = Callable[[str], Callable[[int, int], None]]
 
 
@@ -104,11 +105,12 @@ def report_findings(
             request.reference or "",
         )
         findings = find_problems(result)
-        keep, reasons = decide(findings, kinds, len(dataset))
+        keep = decide(findings, kinds, len(dataset))
         checked = CheckResult(findings, keep, page.summary(result, keep))
         with atomic_file(request.folder / DECISIONS) as partial, partial.open("w", encoding="utf-8") as file:
-            file.writelines(_decision_lines(result, keep, reasons))
-        atomic_write(request.folder / FINDINGS, to_json(checked))
+            file.writelines(_decision_lines(result, findings, keep))
+        with atomic_file(request.folder / FINDINGS) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json_parts(checked))
         atomic_write(request.folder / REPORT, page.page(result, findings, keep, command))
         if write_index is not None:
             for note in dataset.notes:
@@ -117,21 +119,45 @@ def report_findings(
             if not keep.any():
                 report = request.folder / REPORT
                 raise TesseraError(f"no sample of {request.data} is accepted: see {report}, or exclude fewer kinds")
-            index.write(accepted_index(result, keep), write_index)
+            index.write_parts(accepted_parts(result, keep), dataset.table, write_index)
     return checked
 
 
-def _decision_lines(result: ScanResult, keep: np.ndarray, reasons: dict[int, list[str]]) -> Iterator[str]:
+def _decision_lines(result: ScanResult, findings: Sequence[Finding], keep: np.ndarray) -> Iterator[str]:
     """One line of JSON per sample."""
-    row = 0
+    start = 0
     for chunk in result.stats["name"].chunks:
-        for name in chunk.to_pylist():
+        reasons = reasons_between(findings, start, start + len(chunk))
+        for row, name in enumerate(chunk.to_pylist(), start):
             decision = {"name": name, "keep": bool(keep[row]), "reasons": reasons.get(row, [])}
             yield json.dumps(decision, ensure_ascii=False) + "\n"
-            row += 1
+        start += len(chunk)
 
 
-def to_json(checked: CheckResult) -> str:
-    """The findings as JSON; samples are rows of the data set, as in decisions.jsonl."""
-    findings = [asdict(finding) | {"count": finding.count} for finding in checked.findings]
-    return json.dumps({"summary": dict(checked.summary), "findings": findings}, ensure_ascii=False) + "\n"
+def json_parts(checked: CheckResult) -> Iterator[str]:
+    """The findings as JSON, in pieces; samples are rows of the data set, as in decisions.jsonl."""
+
+    def dump(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def joined(texts: Iterable[str]) -> Iterator[str]:
+        yield from (f"{', ' if number else ''}{text}" for number, text in enumerate(texts))
+
+    yield f'{{"summary": {dump(dict(checked.summary))}, "findings": ['
+    for number, finding in enumerate(checked.findings):
+        names = ("kind", "severity", "message", "advice", "commands", "names", "count")
+        yield f"{', ' if number else ''}{dump({name: getattr(finding, name) for name in names})[:-1]}"
+        yield ', "samples": ['
+        yield from joined(str(row) for chunk in _chunks(finding.samples) for row in chunk)
+        yield '], "groups": ['
+        yield from joined(dump(group) for group in finding.groups())
+        yield '], "reasons": {'
+        texts = ((row, finding.reason(row)) for chunk in _chunks(finding.samples) for row in chunk)
+        yield from joined(f'"{row}": {dump(text)}' for row, text in texts if text)
+        yield "}}"
+    yield "]}\n"
+
+
+def _chunks(rows: np.ndarray) -> Iterator[list[int]]:
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        yield rows[start : start + ROWS_PER_CHUNK].tolist()

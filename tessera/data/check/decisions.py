@@ -4,13 +4,13 @@ Shapes: N samples.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tessera.data.check.findings import CORRUPT, Finding, ScanResult
-from tessera.data.index import arrow
+from tessera.data.index import ROW_GROUP_SIZE, arrow
 from tessera.errors import TesseraError
 from tessera.settings import unknown_name
 
@@ -43,31 +43,42 @@ def excluded_kinds(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def decide(findings: Sequence[Finding], exclude: Sequence[str], count: int) -> tuple[np.ndarray, dict[int, list[str]]]:
-    """Which samples are accepted, bool [N], and the reasons from all findings, by row.
+def decide(findings: Sequence[Finding], exclude: Sequence[str], count: int) -> np.ndarray:
+    """Which samples are accepted, bool [N].
 
     If the first of several near duplicates is excluded for another reason, no other one replaces it.
     """
     keep = np.ones(count, bool)
+    for finding in findings:
+        if finding.kind in exclude:
+            keep[finding.samples] = False
+    return keep
+
+
+def reasons_between(findings: Sequence[Finding], start: int, end: int) -> dict[int, list[str]]:
+    """What all findings state about some rows, by row."""
     reasons: dict[int, list[str]] = defaultdict(list)
     for finding in findings:
-        for row in finding.samples:
-            detail = finding.reasons.get(row)
+        first, last = np.searchsorted(finding.samples, (start, end))
+        for row in finding.samples[first:last].tolist():
+            detail = finding.reason(row)
             reasons[row].append(f"{finding.kind}: {detail}" if detail else finding.kind)
-        if finding.kind in exclude:
-            keep[list(finding.samples)] = False
-    return keep, reasons
+    return reasons
 
 
-def accepted_index(scan: ScanResult, keep: np.ndarray) -> "pyarrow.Table":
-    """The index of the accepted samples with their measurements. keep: bool [N]"""
+def accepted_parts(scan: ScanResult, keep: np.ndarray) -> Iterator["pyarrow.Table"]:
+    """The index of the accepted samples with their measurements, in parts that fit into memory. keep: bool [N]"""
     pa = arrow()
-    table, digest = scan.dataset.table, scan.stats["digest"].to_pylist()
-    for name, values in {
-        "height": pa.array(scan.column("height"), "int32", mask=~scan.usable),
-        "width": pa.array(scan.column("width"), "int32", mask=~scan.usable),
-        "hash": pa.array(scan.column("hash"), "uint64", mask=~scan.usable),
-        "digest": pa.array([None if value is None else value.hex() for value in digest], "string"),
-    }.items():
-        table = table.set_column(table.schema.get_field_index(name), name, values)
-    return table.filter(pa.array(keep))
+    measured = scan.stats.select(["fault", "height", "width", "hash", "digest"])
+    for start in range(0, len(keep), ROW_GROUP_SIZE):
+        part, stats = (table.slice(start, ROW_GROUP_SIZE) for table in (scan.dataset.table, measured))
+        faulty = ~scan.usable[start : start + ROW_GROUP_SIZE]
+        digests = (None if value is None else value.hex() for value in stats["digest"].to_pylist())
+        for name, values in {
+            "height": pa.array(stats["height"].to_numpy(), "int32", mask=faulty),
+            "width": pa.array(stats["width"].to_numpy(), "int32", mask=faulty),
+            "hash": pa.array(stats["hash"].to_numpy(), "uint64", mask=faulty),
+            "digest": pa.array(list(digests), "string"),
+        }.items():
+            part = part.set_column(part.schema.get_field_index(name), name, values)
+        yield part.filter(pa.array(keep[start : start + ROW_GROUP_SIZE]))

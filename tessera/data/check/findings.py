@@ -5,9 +5,10 @@ Shapes: N samples.
 
 import functools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tessera.data.check import similarity
 from tessera.data.check.non_samples import NonSample
 from tessera.data.check.scan import FAULTS
 from tessera.data.files import FilesDataset
-from tessera.data.index import arrow
+from tessera.data.index import arrow, compute
 
 if TYPE_CHECKING:
     import pyarrow
@@ -29,23 +30,44 @@ CORRUPT = tuple(fault.replace(" ", "-") for fault in FAULTS)  # kinds of finding
 EXCLUDED = ("corrupt", "duplicates", "leaks")  # excluded by default
 
 
-@dataclass(frozen=True)
+def no_reason(row: int) -> str:
+    return ""
+
+
+@dataclass(frozen=True, eq=False)
 class Finding:
-    """One problem of a data set, with the samples that have it."""
+    """One problem of a data set, with the samples that have it.
+
+    Samples are 8 bytes each, or 16 in groups: what is reported about a sample is computed when it is written.
+    """
 
     kind: str  # one word, as --exclude accepts it
     severity: Severity
     message: str  # what the samples have in common, without their number: "files without content"
     advice: str = ""  # what to do, as prose
     commands: tuple[str, ...] = ()  # shell commands that can be pasted
-    samples: tuple[int, ...] = ()  # rows, in order
-    groups: tuple[tuple[int, ...], ...] = ()  # rows that belong together, the one to keep first
+    samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows, in order, int64 [K]
+    leaders: np.ndarray | None = None  # of samples in groups: the row to keep of the group of each, int64 [K]
     names: tuple[str, ...] = ()  # of files, classes or folders that are not samples
-    reasons: dict[int, str] = field(default_factory=dict)  # details by row
+    reason: Callable[[int], str] = no_reason  # details of a row, "" if there are none
 
     @property
     def count(self) -> int:
         return len(self.samples) + len(self.names)
+
+    @functools.cached_property
+    def num_groups(self) -> int:
+        return 0 if self.leaders is None else len(np.unique(self.leaders))
+
+    def groups(self) -> Iterator[tuple[int, ...]]:
+        """Rows that belong together, the one to keep first."""
+        if self.leaders is None:
+            return
+        order = np.argsort(self.leaders, kind="stable")
+        edges = np.r_[0, np.flatnonzero(np.diff(self.leaders[order])) + 1, len(order)]
+        for start, end in pairwise(edges) if len(order) else ():
+            first = int(self.leaders[order[start]])
+            yield first, *(row for row in self.samples[order[start:end]].tolist() if row != first)
 
 
 @dataclass(frozen=True)
@@ -76,9 +98,17 @@ class ScanResult:
     def name(self, row: int) -> str:
         return self.stats["name"][row].as_py()
 
-    def rows(self, mask: np.ndarray) -> tuple[int, ...]:
-        """The usable rows in a mask, bool [N]."""
-        return tuple(np.flatnonzero(mask & self.usable).tolist())
+    def value(self, name: str, row: int) -> Any:
+        """One measurement of a sample. Findings use it in place of `column`, which would stay in memory with them."""
+        return self.stats[name][row].as_py()
+
+    def equals(self, name: str, value: str) -> np.ndarray:
+        """Where a column of text has a value, bool [N]"""
+        return compute().equal(self.stats[name], value).fill_null(False).to_numpy()
+
+    def rows(self, mask: np.ndarray) -> np.ndarray:
+        """The usable rows in a mask, bool [N] -> int64 [K]"""
+        return np.flatnonzero(mask & self.usable)
 
     @functools.cached_property
     def first_copy(self) -> np.ndarray:
@@ -91,7 +121,7 @@ class ScanResult:
         own = np.arange(len(self.stats))
         rows = np.flatnonzero(has_contrast(self.stats) & (self.first_copy == own))
         leader = own.copy()
-        leader[rows] = rows[similarity.leaders(self.column("hash")[rows], colour_grids(self.stats)[rows])]
+        leader[rows] = rows[similarity.leaders(self.column("hash")[rows], ColourGrids([self.stats], rows))]
         return leader
 
     def exclude_command(self, kind: str) -> str:
@@ -114,17 +144,48 @@ def has_contrast(stats: "pyarrow.Table") -> np.ndarray:
 
 
 def digests(stats: "pyarrow.Table") -> np.ndarray:
-    """uint64 [N, 4]; zeros where nothing could be read"""
+    """The first 128 bits of each digest, uint64 [N, 2]; zeros where nothing could be read"""
     pa = arrow()
-    values = stats["digest"].fill_null(bytes(32)).cast(pa.binary(32)).combine_chunks()
-    return np.frombuffer(values.buffers()[1], np.uint64).reshape(-1, 4)[: len(stats)]
+    result, start = np.empty((len(stats), 2), np.uint64), 0
+    for chunk in stats["digest"].chunks:
+        values = chunk.fill_null(bytes(32)).cast(pa.binary(32))
+        words = np.frombuffer(values.buffers()[1], np.uint64).reshape(-1, 4)
+        result[start : start + len(chunk)] = words[values.offset : values.offset + len(chunk), :2]
+        start += len(chunk)
+    return result
 
 
-def colour_grids(stats: "pyarrow.Table") -> np.ndarray:
-    """uint8 [N, cells]"""
-    values = stats["colour_grid"].combine_chunks()
-    begin, end = np.frombuffer(values.buffers()[1], np.int32)[[0, len(values)]]
-    return np.frombuffer(values.buffers()[2], np.uint8)[begin:end].reshape(len(values), -1)
+class ColourGrids:
+    """The colour grids of some rows of tables that follow each other. They stay in the memory-mapped parts: only what
+    is indexed is copied."""
+
+    def __init__(self, tables: Sequence["pyarrow.Table"], rows: np.ndarray) -> None:
+        """rows: int64 [K]"""
+        self._rows = rows
+        self._chunks = [_grids(chunk) for table in tables for chunk in table["colour_grid"].chunks if len(chunk)]
+        self._starts = np.cumsum([0, *map(len, self._chunks)])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """int64 [E] -> uint8 [E, cells]"""
+        rows = self._rows[index]
+        order = np.argsort(rows, kind="stable")
+        rows = rows[order]
+        numbers = np.searchsorted(self._starts, rows, "right") - 1
+        edges = np.r_[0, np.flatnonzero(np.diff(numbers)) + 1, len(rows)]
+        result = np.empty((len(rows), similarity.LOW**2 * 3), np.uint8)
+        for start, end in pairwise(edges) if len(rows) else ():
+            number = numbers[start]
+            result[order[start:end]] = self._chunks[number][rows[start:end] - self._starts[number]]
+        return result
+
+
+def _grids(chunk: Any) -> np.ndarray:
+    """An arrow array of bytes as uint8 [N, cells], without a copy."""
+    limits = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return np.frombuffer(chunk.buffers()[2], np.uint8)[limits[0] : limits[-1]].reshape(len(chunk), -1)
 
 
 def first_equal(values: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ NonSampleKind = Literal[
 ]
 
 ARCHIVE_SUFFIXES = {".zip", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".tar", ".zst"}
+CHUNK = 1 << 16  # paths in memory at once
 DETAILS = {"unreadable": "a folder without permission to read it"}
 
 
@@ -38,19 +39,16 @@ class NonSample:
 
 def find_non_samples(dataset: FilesDataset) -> Iterator[NonSample]:
     """Everything in the folders of a data set that is not a sample, except documents."""
-    stems = {os.path.splitext(path)[0] for path in dataset.table["path"].unique().to_pylist()}
     has_captions = dataset.table["caption"].null_count < len(dataset)
+    without_image = _texts_without_image(dataset) if has_captions else set()
     for note in dataset.notes:
         if note.folder is None:
             continue
-        prefix = os.path.relpath(note.folder, dataset.root).replace(os.sep, "/") + "/"
-        prefix = "" if prefix == "./" else prefix
+        prefix = _prefix(note.folder, dataset)
         for name in note.names:
             path = note.folder / name
             if note.kind == "ignored-files":
-                is_text = path.suffix.lower() in CAPTION_SUFFIXES
-                without_image = is_text and has_captions and os.path.splitext(prefix + name)[0] not in stems
-                if without_image:
+                if prefix + name in without_image:
                     yield NonSample("captions-without-image", prefix + name)
                 else:
                     yield _classify(path, prefix + name)
@@ -58,6 +56,27 @@ def find_non_samples(dataset: FilesDataset) -> Iterator[NonSample]:
                 yield NonSample("broken-link", prefix + name, f"a link to {os.readlink(path)}")
             elif note.kind in ("hidden-files", "empty-folders", "other-files", "unreadable"):
                 yield NonSample(note.kind, prefix + name, DETAILS.get(note.kind, ""))
+
+
+def _prefix(folder: Path, dataset: FilesDataset) -> str:
+    """What precedes the names of a folder in the paths of an index."""
+    prefix = os.path.relpath(folder, dataset.root).replace(os.sep, "/") + "/"
+    return "" if prefix == "./" else prefix
+
+
+def _texts_without_image(dataset: FilesDataset) -> set[str]:
+    """Files with the suffix of a caption that are ignored, and are not beside a sample of the same name."""
+    texts = {
+        _prefix(note.folder, dataset) + name
+        for note in dataset.notes
+        if note.kind == "ignored-files" and note.folder is not None
+        for name in note.names
+        if os.path.splitext(name)[1].lower() in CAPTION_SUFFIXES
+    }
+    stems = {os.path.splitext(name)[0] for name in texts}
+    for batch in dataset.table.select(["path"]).to_batches(CHUNK) if stems else ():
+        stems -= {os.path.splitext(path)[0] for path in batch["path"].to_pylist()}
+    return {name for name in texts if os.path.splitext(name)[0] in stems}
 
 
 def _classify(path: Path, name: str) -> NonSample:

@@ -4,6 +4,7 @@ import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -61,12 +62,18 @@ def _charts(result: ScanResult) -> Iterator[Figure]:
     usable, names = result.usable, result.dataset.class_names
     labels = result.labels[usable & (result.labels >= 0)]
     classes = dict(zip(names or (), np.bincount(labels, minlength=len(names or ())).tolist()))
-    sizes = Counter(zip(result.column("height")[usable].tolist(), result.column("width")[usable].tolist()))
-    formats = Counter(zip(result.column("format")[usable], result.column("mode")[usable]))
+    shapes, counts = np.unique(
+        result.column("height")[usable] << 32 | result.column("width")[usable], return_counts=True
+    )
+    sizes = {f"{shape >> 32} x {shape & 0xFFFFFFFF}": count for shape, count in zip(shapes.tolist(), counts.tolist())}
+    formats: Counter[str] = Counter()
+    for batch in result.stats.select(["format", "mode", "fault"]).to_batches():
+        columns = (batch[name].to_pylist() for name in ("format", "mode", "fault"))
+        formats.update(f"{kind} {mode}" for kind, mode, fault in zip(*columns) if fault is None)
     for title, counts in (
         ("Images per class", classes),
-        ("Sizes (height x width)", {f"{height} x {width}": count for (height, width), count in sizes.items()}),
-        ("Formats", {f"{kind} {mode}": count for (kind, mode), count in formats.items()}),
+        ("Sizes (height x width)", sizes),
+        ("Formats", formats),
     ):
         bars = sorted(counts.items(), key=lambda item: -item[1])
         chart = bar_chart(title, bars[:MAX_BARS], f"the first {MAX_BARS} of {len(bars):,}" * (len(bars) > MAX_BARS))
@@ -79,24 +86,25 @@ def _notice(result: ScanResult, finding: Finding) -> Notice:
     if finding.advice:
         blocks.append(Paragraph(f"Remedy: {finding.advice}."))
     blocks += [Code(command) for command in finding.commands]
-    for group in finding.groups[:MAX_GROUPS]:
-        blocks += [_thumbnails(result, finding, group[:MAX_GROUP_SIZE]), *_more(group, MAX_GROUP_SIZE, "in this group")]
-    blocks += _more(finding.groups, MAX_GROUPS, "groups")
-    if finding.samples and not finding.groups:
-        blocks.append(_thumbnails(result, finding, finding.samples[:MAX_SAMPLES]))
-        blocks += _more(finding.samples, MAX_SAMPLES, "samples")
+    for group in islice(finding.groups(), MAX_GROUPS):
+        blocks += [_thumbnails(result, finding, group[:MAX_GROUP_SIZE])]
+        blocks += _more(len(group), MAX_GROUP_SIZE, "in this group")
+    blocks += _more(finding.num_groups, MAX_GROUPS, "groups")
+    if len(finding.samples) and not finding.num_groups:
+        blocks.append(_thumbnails(result, finding, finding.samples[:MAX_SAMPLES].tolist()))
+        blocks += _more(len(finding.samples), MAX_SAMPLES, "samples")
     if finding.names:
-        blocks += [Bullets(finding.names[:MAX_NAMES]), *_more(finding.names, MAX_NAMES, "names")]
+        blocks += [Bullets(finding.names[:MAX_NAMES]), *_more(len(finding.names), MAX_NAMES, "names")]
     return Notice(finding.severity, finding.kind, blocks)
 
 
-def _more(items: Sequence[object], limit: int, name: str) -> list[Block]:
-    count = len(items) - limit
+def _more(total: int, limit: int, name: str) -> list[Block]:
+    count = total - limit
     return [Paragraph(f"and {count:,} more {name}; decisions.jsonl lists all samples")] if count > 0 else []
 
 
 def _thumbnails(result: ScanResult, finding: Finding, rows: Sequence[int]) -> Images:
-    captions = [": ".join(filter(None, (result.name(row), finding.reasons.get(row)))) for row in rows]
+    captions = [": ".join(filter(None, (result.name(row), finding.reason(row)))) for row in rows]
     return Images([Figure(_thumbnail(result.dataset, row), text) for row, text in zip(rows, captions)], thumbnails=True)
 
 

@@ -9,9 +9,10 @@ import re
 import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from PIL import Image
@@ -21,18 +22,19 @@ from tessera.data.check.clips import short_clips
 from tessera.data.check.findings import (
     MIN_CONTRAST,
     NO_SIZE,
+    ColourGrids,
     Finding,
     ScanResult,
     Severity,
-    colour_grids,
     digests,
     first_equal,
     has_contrast,
     is_usable,
+    no_reason,
 )
 from tessera.data.check.non_samples import NonSampleKind
 from tessera.data.check.scan import CELLS, FAULTS
-from tessera.data.index import compute
+from tessera.data.index import arrow, compute
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,6 +49,7 @@ FEW_IMAGES = 20  # of a class
 IMBALANCE = 10.0  # the largest class over the smallest
 STILL = 0.25  # of 255 levels of the mean difference of frames: nothing moves
 MIN_RATE, MAX_RATE = 1, 240  # frames per second; others are most likely a mistake of units
+CHUNK = 1 << 16  # names in memory at once
 MAX_COMMANDS = 8  # commands, or names in a command, of one finding
 
 EXCLUDE = "write an index without them, and train with data.path=accepted.parquet"
@@ -66,15 +69,15 @@ def _excludable(
     kind: str,
     severity: Severity,
     message: str,
-    rows: Sequence[int],
-    reasons: dict[int, str] | None = None,
+    rows: np.ndarray,
+    reason: Callable[[int], str] = no_reason,
     advice: str = "",
-    groups: tuple[tuple[int, ...], ...] = (),
+    leaders: np.ndarray | None = None,
 ) -> Finding:
     """A finding whose samples can be excluded by a command. advice: another remedy."""
     advice = f"{advice}; or {EXCLUDE}" if advice else EXCLUDE
     command = scan.exclude_command(kind)
-    return Finding(kind, severity, message, advice, (command,), tuple(rows), groups, reasons=reasons or {})
+    return Finding(kind, severity, message, advice, (command,), rows, leaders, reason=reason)
 
 
 # Message and advice by fault; {path} is the data set.
@@ -94,10 +97,9 @@ FAULT_COMMANDS = {"unreadable": "chmod -R u+rX {path}", "broken link": "find {pa
 
 
 def faults(scan: ScanResult) -> Iterator[Finding]:
-    values, detail = scan.column("fault"), scan.stats["detail"]
     for fault in FAULTS:
         kind = fault.replace(" ", "-")
-        rows = tuple(np.flatnonzero(values == fault).tolist())
+        rows = np.flatnonzero(scan.equals("fault", fault))
         message, advice = FAULT_MESSAGES[fault]
         command = FAULT_COMMANDS.get(fault, "").format(path=shlex.quote(scan.path))
         yield Finding(
@@ -108,53 +110,49 @@ def faults(scan: ScanResult) -> Iterator[Finding]:
             (*filter(None, [command]), scan.exclude_command("corrupt")),
             rows,
             names=_non_sample_names(scan, kind),
-            reasons={row: detail[row].as_py() for row in rows},
+            reason=functools.partial(scan.value, "detail"),
         )
 
 
 def duplicates(scan: ScanResult) -> Iterator[Finding]:
-    groups = _groups(scan.first_copy)
-    labels = scan.labels
-    copies = sorted(row for group in groups for row in group[1:])
-    reasons = {row: f"the same file as {scan.name(group[0])}" for group in groups for row in group[1:]}
+    first, labels = scan.first_copy, scan.labels
+    copies = np.flatnonzero(first != np.arange(len(first)))
     message = "copies with the same bytes as an earlier file"
-    yield _excludable(scan, "duplicates", "warning", message, copies, reasons, groups=groups)
-    conflicts = tuple(group for group in groups if len({int(labels[row]) for row in group}) > 1)
-    names = scan.dataset.class_names
 
-    def classes(group: Sequence[int]) -> str:
-        group_labels = sorted({int(labels[row]) for row in group})
-        return " and ".join(f"'{names[label]}'" if label >= 0 else "no class" for label in group_labels)
+    def original(row: int) -> str:
+        return f"the same file as {scan.name(int(first[row]))}"
 
-    rows = sorted(row for group in conflicts for row in group)
-    reasons = {row: f"the same file in {classes(group)}" for group in conflicts for row in group}
+    yield _excludable(scan, "duplicates", "warning", message, copies, original, leaders=first[copies])
+    conflicting = np.unique(first[copies[labels[copies] != labels[first[copies]]]])  # the first of each such group
+    rows = np.sort(np.concatenate((conflicting, copies[np.isin(first[copies], conflicting)])))
+    leaders = first[rows]
+    order = np.argsort(leaders, kind="stable")
+    sorted_leaders, names = leaders[order], scan.dataset.class_names
+
+    def classes(row: int) -> str:
+        begin, end = (np.searchsorted(sorted_leaders, first[row], side) for side in ("left", "right"))
+        group_labels = np.unique(labels[rows[order[begin:end]]]).tolist()
+        texts = (f"'{names[label]}'" if label >= 0 else "no class" for label in group_labels)
+        return f"the same file in {' and '.join(texts)}"
+
     message, advice = "copies of an image in different classes", "choose one class and delete the other copies"
-    yield _excludable(scan, "conflicts", "error", message, rows, reasons, advice, conflicts)
+    yield _excludable(scan, "conflicts", "error", message, rows, classes, advice, leaders)
 
 
 def near_duplicates(scan: ScanResult) -> Iterator[Finding]:
-    groups = _groups(scan.leader)
-    hashes = scan.column("hash")
+    leader, hashes = scan.leader, scan.stats["hash"]
     message = (
         f"images similar to an earlier one: at most {similarity.BITS} of 64 bits of the perceptual hashes differ, and "
         f"the colour of no cell of {CELLS} x {CELLS} by more than {similarity.LEVELS} of 255 levels; they may be "
         "variants that differ in a detail"
     )
-    rows = sorted(row for group in groups for row in group[1:])
-    reasons = {
-        row: f"similar to {scan.name(group[0])} ({_bits_differ(hashes[row], hashes[group[0]])})"
-        for group in groups
-        for row in group[1:]
-    }
-    yield _excludable(scan, "near-duplicates", "warning", message, rows, reasons, REVIEW, groups)
+    rows = np.flatnonzero(leader != np.arange(len(leader)))
 
+    def similar(row: int) -> str:
+        first = int(leader[row])
+        return f"similar to {scan.name(first)} ({_bits_differ(hashes[row].as_py(), hashes[first].as_py())})"
 
-def _groups(leader: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    """Rows with the same leader, the leader first, of all leaders with followers. leader: int64 [N]"""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for row in np.flatnonzero(leader != np.arange(len(leader))).tolist():
-        groups[int(leader[row])].append(row)
-    return tuple((first, *rest) for first, rest in sorted(groups.items()))
+    yield _excludable(scan, "near-duplicates", "warning", message, rows, similar, REVIEW, leader[rows])
 
 
 def leaks(scan: ScanResult) -> Iterator[Finding]:
@@ -168,33 +166,42 @@ def leaks(scan: ScanResult) -> Iterator[Finding]:
     names = reference["name"]
     path = scan.reference_path
     message = f"files that are also in {path}, with the same bytes, so that scores on it would measure memorization"
-    reasons = {int(row): f"the same file as {names[int(match[row])].as_py()} in {path}" for row in rows}
-    yield _excludable(scan, "leaks", "error", message, rows.tolist(), reasons)
-    near = {row: other for row, other in _near_leaks(scan, reference).items() if match[row] >= len(reference)}
-    hashes, reference_hashes = scan.column("hash"), reference["hash"].to_numpy()
-    reasons = {
-        row: f"similar to {names[other].as_py()} in {path} ({_bits_differ(hashes[row], reference_hashes[other])})"
-        for row, other in near.items()
-    }
-    yield _excludable(scan, "near-leaks", "warning", f"images similar to one in {path}", sorted(near), reasons, REVIEW)
+
+    def same(row: int) -> str:
+        return f"the same file as {names[int(match[row])].as_py()} in {path}"
+
+    yield _excludable(scan, "leaks", "error", message, rows, same)
+    near, others = _near_leaks(scan, reference)
+    is_other_file = match[near] >= len(reference)
+    near, others = near[is_other_file], others[is_other_file]
+    hashes, reference_hashes = scan.stats["hash"], reference["hash"]
+
+    def similar(row: int) -> str:
+        other = int(others[np.searchsorted(near, row)])
+        difference = _bits_differ(hashes[row].as_py(), reference_hashes[other].as_py())
+        return f"similar to {names[other].as_py()} in {path} ({difference})"
+
+    yield _excludable(scan, "near-leaks", "warning", f"images similar to one in {path}", near, similar, REVIEW)
 
 
-def _near_leaks(scan: ScanResult, reference: "pyarrow.Table") -> dict[int, int]:
-    """The first similar row of the reference, by row."""
+def _near_leaks(scan: ScanResult, reference: "pyarrow.Table") -> tuple[np.ndarray, np.ndarray]:
+    """The rows that are similar to the reference, in order, and the first such row there: int64 [K] each"""
     rows, reference_rows = np.flatnonzero(has_contrast(scan.stats)), np.flatnonzero(has_contrast(reference))
     hashes = np.concatenate((scan.column("hash")[rows], reference["hash"].to_numpy()[reference_rows]))
-    colours = np.concatenate((colour_grids(scan.stats)[rows], colour_grids(reference)[reference_rows]))
+    every_row = np.concatenate((rows, len(scan.stats) + reference_rows))
     # One image per hash and colours is compared on each side, so that a thousand copies are one pair.
-    values = np.concatenate((hashes[:, None], colours.view(np.uint64)), axis=1)
+    values = similarity.appearances(hashes, ColourGrids([scan.stats, reference], every_row))
     in_reference = np.arange(len(hashes)) >= len(rows)
     first = np.where(in_reference, first_equal(values, in_reference), first_equal(values, ~in_reference))
     heads = np.flatnonzero(first == np.arange(len(first)))
-    pairs = heads[similarity.pairs(hashes[heads], colours[heads])]
-    partner: dict[int, int] = {}
-    for left, right in pairs[(pairs[:, 0] < len(rows)) & (pairs[:, 1] >= len(rows))].tolist():
-        partner.setdefault(left, int(reference_rows[right - len(rows)]))
-    heads_by_row = zip(rows.tolist(), first[: len(rows)].tolist())
-    return {row: partner[head] for row, head in heads_by_row if head in partner}
+    grids = ColourGrids([scan.stats, reference], every_row[heads])
+    pairs = heads[similarity.pairs(hashes[heads], grids)]
+    pairs = pairs[(pairs[:, 0] < len(rows)) & (pairs[:, 1] >= len(rows))]
+    left, place = np.unique(pairs[:, 0], return_index=True)  # the first partner of each
+    partner = np.full(len(first), -1)
+    partner[left] = reference_rows[pairs[place, 1] - len(rows)]
+    others = partner[first[: len(rows)]]
+    return rows[others >= 0], others[others >= 0]
 
 
 def _bits_differ(left: int, right: int) -> str:
@@ -213,13 +220,15 @@ def sizes(scan: ScanResult) -> Iterator[Finding]:
         least = max(MIN_SIDE, median / 4)
         rows = scan.rows(shorter < least)
         message = f"images with a shorter side below {least:.0f} pixels; the median is {median:.0f}"
-    shapes = {row: f"{height[row]} x {width[row]}" for row in rows}
-    yield _excludable(scan, "small", "warning", message, rows, shapes, "data.upscale=true scales them up")
+
+    def shape(row: int) -> str:
+        return f"{scan.value('height', row)} x {scan.value('width', row)}"
+
+    yield _excludable(scan, "small", "warning", message, rows, shape, "data.upscale=true scales them up")
     rows = scan.rows(longer > MAX_ASPECT * shorter)
-    shapes = {row: f"{height[row]} x {width[row]}" for row in rows}
     message = f"images more than {MAX_ASPECT:.0f} times as long as wide, of which a crop removes most"
     advice = "data.buckets={aspect: 3} crops to many shapes"
-    yield _excludable(scan, "extreme-aspect", "warning", message, rows, shapes, advice)
+    yield _excludable(scan, "extreme-aspect", "warning", message, rows, shape, advice)
 
 
 def contents(scan: ScanResult) -> Iterator[Finding]:
@@ -241,8 +250,11 @@ def contents(scan: ScanResult) -> Iterator[Finding]:
         f"images with little information: {PLAIN_FRACTION:.0%} of the area has one colour, or the colours span at most "
         f"{FAINT_CONTRAST} of 255 levels"
     )
-    reasons = {row: f"{fraction[row]:.1%} of one colour, {contrast[row]} levels" for row in rows}
-    yield _excludable(scan, "low-information", "warning", message, rows, reasons)
+
+    def plainness(row: int) -> str:
+        return f"{scan.value('max_colour_fraction', row):.1%} of one colour, {scan.value('contrast', row)} levels"
+
+    yield _excludable(scan, "low-information", "warning", message, rows, plainness)
     yield Finding(
         "transparent",
         "note",
@@ -257,20 +269,17 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     yield _excludable(scan, "animated", "note", "files with several frames or pages, of which the first is read", rows)
     message = "images with more than 8 bits per channel, which are read as 8 bits"
     yield Finding("sixteen-bit", "note", message, NOTHING, samples=scan.rows(scan.column("bits") > 8))
-    rows = scan.rows(scan.column("mode") == "CMYK")
+    rows = scan.rows(scan.equals("mode", "CMYK"))
     message = "images in print colours (CMYK), converted without their profile, so that colours may be inaccurate"
     advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
     yield _excludable(scan, "cmyk", "note", message, rows, advice=advice)
-    profiles = scan.stats["profile"]
-    rows = scan.rows(compute().not_equal(profiles, "").to_numpy())
+    rows = scan.rows(~scan.equals("profile", ""))
     message = "images with a colour profile that is not sRGB and is not applied, so a viewer shows other colours"
     advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
-    yield _excludable(scan, "profile", "note", message, rows, {row: profiles[row].as_py() for row in rows}, advice)
+    yield _excludable(scan, "profile", "note", message, rows, functools.partial(scan.value, "profile"), advice)
     message = "images or videos stored rotated or flipped, which are turned upright as the file specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))
-    problems = scan.stats["metadata_problem"]
-    rows = scan.rows(compute().not_equal(problems, "").to_numpy())
-    reasons = {row: problems[row].as_py() for row in rows}
+    rows = scan.rows(~scan.equals("metadata_problem", ""))
     message = "images with metadata that cannot be read, which are ignored; their pixels are used"
     yield Finding(
         "odd-metadata",
@@ -278,25 +287,25 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
         message,
         "save them without metadata, if other programs read them",
         samples=rows,
-        reasons=reasons,
+        reason=functools.partial(scan.value, "metadata_problem"),
     )
-    wrong = {}
+    wrong: dict[int, str] = {}
     if scan.dataset.table["offset"].null_count:  # samples that are whole files
-        names_and_formats = scan.stats.select(["name", "format"]).filter(scan.stats["fault"].is_null())
-        rows, formats = iter(scan.rows(scan.usable)), {"MPO", *_suffix_formats().values()}  # not of videos
-        for batch in names_and_formats.to_batches():
-            for name, format_ in zip(batch["name"].to_pylist(), batch["format"].to_pylist()):
-                row = next(rows)
-                if format_ in formats and not _suffix_matches(os.path.splitext(name)[1].lower(), format_):
+        formats, row = {"MPO", *_suffix_formats().values()}, 0  # not of videos
+        for batch in scan.stats.select(["name", "format", "fault"]).to_batches():
+            for name, format_, fault in zip(*(batch[column].to_pylist() for column in ("name", "format", "fault"))):
+                is_known = fault is None and format_ in formats
+                if is_known and not _suffix_matches(os.path.splitext(name)[1].lower(), format_):
                     wrong[row] = format_
+                row += 1
     yield Finding(
         "wrong-endings",
         "note",
         "files whose suffix is of another format; they are read by their content",
         "rename them, if other programs read them",
-        tuple(_rename_command(scan, row, format_) for row, format_ in list(wrong.items())[:MAX_COMMANDS]),
-        tuple(wrong),
-        reasons={row: f"a {format_} image" for row, format_ in wrong.items()},
+        tuple(_rename_command(scan, row, format_) for row, format_ in islice(wrong.items(), MAX_COMMANDS)),
+        np.array(list(wrong), np.int64),
+        reason=lambda row: f"a {wrong[row]} image",
     )
 
 
@@ -349,13 +358,15 @@ def classes(scan: ScanResult) -> Iterator[Finding]:
         return
     reasons = {row: reason for note in scan.dataset.notes for row, reason in note.rows.items()}
     loose = {row for note in scan.dataset.notes if note.kind == "loose-images" for row in note.rows}
-    unlabeled = [row for row in np.flatnonzero(labels < 0).tolist() if row not in loose]
+    loose_rows = np.array(sorted(loose), np.int64)
+    unlabeled = np.setdiff1d(np.flatnonzero(labels < 0), loose_rows)
     message = "images beside the class folders, without a class"
     advice = "move them into a class folder, or train without classes (data.classes=none)"
-    yield _excludable(scan, "loose-images", "error", message, sorted(loose), advice=advice)
+    yield _excludable(scan, "loose-images", "error", message, loose_rows, advice=advice)
     message, advice = "samples without a usable label", "give them one, or train without classes (data.classes=none)"
-    reasons = {row: reasons.get(row, "no label") for row in unlabeled}
-    yield _excludable(scan, "missing-labels", "error", message, unlabeled, reasons, advice)
+    yield _excludable(
+        scan, "missing-labels", "error", message, unlabeled, lambda row: reasons.get(row, "no label"), advice
+    )
     counts = np.bincount(labels[(labels >= 0) & scan.usable], minlength=len(names))
     if len(names) == 1:
         message, advice = "only one class, so there is nothing to condition on", "set data.classes=none"
@@ -401,14 +412,17 @@ def classes(scan: ScanResult) -> Iterator[Finding]:
 
 def names(scan: ScanResult) -> Iterator[Finding]:
     """Names that are the same on Windows and macOS."""
-    pc = compute()
-    paths = scan.dataset.table["path"].unique()
-    lower = pc.utf8_lower(paths.cast("string"))
-    counts = pc.value_counts(lower)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    paths = scan.dataset.table["path"]
+    hashes = np.concatenate([np.empty((0, 2), np.int64), *map(_name_hashes, _slices(paths))])  # 16 bytes a name
+    hashes = np.unique(hashes, axis=0)[:, 0]
+    repeated = np.unique(hashes[1:][np.diff(hashes) == 0])
     groups: dict[str, list[str]] = defaultdict(list)
-    for path in paths.filter(pc.is_in(lower, repeated)).to_pylist() if len(repeated) else ():
-        groups[path.lower()].append(path)
+    for chunk in _slices(paths) if len(repeated) else ():
+        is_repeated = np.isin(_name_hashes(chunk)[:, 0], repeated)
+        for path in chunk.filter(arrow().array(is_repeated)).to_pylist():
+            if path not in groups[path.lower()]:
+                groups[path.lower()].append(path)
+    groups = {name: group for name, group in groups.items() if len(group) > 1}
     last = [scan.dataset.root / group[-1] for group in list(groups.values())[:MAX_COMMANDS]]
     yield Finding(
         "case-names",
@@ -418,6 +432,19 @@ def names(scan: ScanResult) -> Iterator[Finding]:
         tuple(_move(path, path.with_name(f"{path.stem}-2{path.suffix}")) for path in last),
         names=tuple(", ".join(group) for group in groups.values()),
     )
+
+
+def _slices(column: Any) -> Iterator[Any]:
+    """The different values within each CHUNK of a column, arrow arrays."""
+    for start in range(0, len(column), CHUNK):
+        yield column.slice(start, CHUNK).unique()
+
+
+def _name_hashes(names: Any) -> np.ndarray:
+    """Hashes of names in lower case, and of names, int64 [N, 2]. names: an arrow array of text"""
+    texts = names.to_pylist()
+    pairs = ((hash(text.lower()), hash(text)) for text in texts)
+    return np.fromiter(chain.from_iterable(pairs), np.int64, 2 * len(texts)).reshape(-1, 2)
 
 
 def layout(scan: ScanResult) -> Iterator[Finding]:
@@ -459,21 +486,26 @@ def clips(scan: ScanResult) -> Iterator[Finding]:
     rows = scan.rows(frames < least)
     what = {"drop": "training skips", "pad": "training pads", "loop": "training repeats from the start"}[config.short]
     message = f"clips of fewer than {least} frames, which {what}"
-    reasons = {row: f"{frames[row]} frames" for row in rows}
     advice = "data.short=pad or loop uses short clips, as do shorter data.buckets.frames"
-    yield _excludable(scan, "short-clips", "warning", message, rows, reasons, advice)
+    yield _excludable(
+        scan, "short-clips", "warning", message, rows, lambda row: f"{scan.value('frames', row)} frames", advice
+    )
     rows = scan.rows((motion <= STILL) & (frames > 1))
     yield _excludable(scan, "frozen", "warning", "clips in which nothing moves", rows, advice=REVIEW)
     rows = scan.rows(cut >= 0)
-    reasons = {row: f"at {cut[row]:.2f} s" for row in rows}
     message = "clips in which the scene changes, so that a model learns to jump"
     advice = "list the scenes with start and end in a .csv or .jsonl"
-    yield _excludable(scan, "scene-cuts", "warning", message, rows, reasons, advice)
+    yield _excludable(
+        scan, "scene-cuts", "warning", message, rows, lambda row: f"at {scan.value('cut', row):.2f} s", advice
+    )
     known, variable = rate > 0, scan.column("variable_rate")
     rows = scan.rows(known & ((rate < MIN_RATE) | (rate > MAX_RATE)))
-    reasons = {row: f"{rate[row]:.4g} fps" for row in rows}
+
+    def speed(row: int) -> str:
+        return f"{scan.value('rate', row):.4g} fps"
+
     message = f"clips of less than {MIN_RATE} or more than {MAX_RATE} frames per second; their times may be wrong"
-    yield _excludable(scan, "odd-fps", "warning", message, rows, reasons, REVIEW)
+    yield _excludable(scan, "odd-fps", "warning", message, rows, speed, REVIEW)
     if config.fps is None:
         rates = np.round(rate[known & scan.usable], 1)
         if len(rates) and rates.max() > 1.1 * rates.min():
@@ -482,9 +514,8 @@ def clips(scan: ScanResult) -> Iterator[Finding]:
             yield Finding("several-fps", "warning", text, advice, samples=scan.rows(known))
     else:
         rows = scan.rows(known & (rate < config.fps * 0.95))
-        reasons = {row: f"{rate[row]:.4g} fps" for row in rows}
         message = f"clips of fewer than data.fps={config.fps:g} frames per second, whose frames are repeated"
-        yield _excludable(scan, "low-fps", "warning", message, rows, reasons, "lower data.fps")
+        yield _excludable(scan, "low-fps", "warning", message, rows, speed, "lower data.fps")
     message = "clips of a variable frame rate, which are read by time"
     advice = NOTHING if config.fps is not None else "set data.fps, so that their motion has one speed"
     severity: Severity = "note" if config.fps is not None else "warning"

@@ -4,7 +4,9 @@ Shapes: N images, E pairs.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 
@@ -15,7 +17,30 @@ LEVELS = 32  # of 255: largest difference of the colour of a cell
 VARIANCE_FRACTION = 0.03  # largest mean square difference of cells, relative to the variance within an image
 BANDS = ((0, 21), (21, 21), (42, 22))  # first bit and width of each band of the hash
 LEADERS = 64  # leaders per hash; more images with one hash and different colours are textures, not copies
-CHUNK = 1 << 22  # pairs compared at once
+CHUNK = 1 << 20  # pairs compared at once
+
+
+class Colours(Protocol):
+    """The colours of images: an array uint8 [N, cells], or what is indexed like one and need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
+        """int64 [E] -> uint8 [E, cells]"""
+        ...
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Some rows of colours. rows: int64 [K]"""
+
+    colours: Colours
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return self.colours[self.rows[index]]
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -44,11 +69,11 @@ def near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     multi-index of Norouzi et al. 2012): a million evenly spread hashes cost some 30 million comparisons, not 5e11.
     """
     for first, width in BANDS:
-        band = ((hashes >> np.uint64(first)) & np.uint64((1 << width) - 1)).astype(np.int64)
-        order = np.argsort(band, kind="stable")
-        start = np.searchsorted(band[order], np.arange((1 << width) + 1))  # where each value starts in the order
+        band = ((hashes >> np.uint64(first)) & np.uint64((1 << width) - 1)).astype(np.int32)
+        order = np.argsort(band, kind="stable").astype(np.int32 if len(band) < 1 << 31 else np.int64)
+        start = np.searchsorted(band[order], np.arange((1 << width) + 1, dtype=np.int32))  # of each value in the order
         position = np.empty_like(order)
-        position[order] = np.arange(len(order))
+        position[order] = np.arange(len(order), dtype=order.dtype)
         yield from _matches(hashes, order, np.arange(len(hashes)), position + 1, start[band + 1])
         for bit in range(width):
             clear = np.flatnonzero(~band >> bit & 1)  # each pair once, from the value without the bit
@@ -60,7 +85,7 @@ def _matches(
     hashes: np.ndarray, order: np.ndarray, index: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The pairs of index[i] and order[low[i]:high[i]] whose hashes differ in at most BITS bits."""
-    counts = high - low
+    counts = high - low  # [len(index)]
     nonempty = np.flatnonzero(counts)
     index, low, counts = index[nonempty], low[nonempty], counts[nonempty]
     total = np.cumsum(counts)
@@ -78,11 +103,11 @@ def _matches(
         begin = end
 
 
-def same_colours(colours: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def same_colours(colours: Colours, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Whether no cell of two images differs by more than LEVELS, and the mean square difference is small compared with
     the variance within each image, bool [E]. So recoloured, dark or small motifs are not duplicates.
 
-    colours: uint8 [N, cells]; left, right: int64 [E]
+    left, right: int64 [E]
     """
     near = np.empty(len(left), bool)
     for start in range(0, len(left), CHUNK >> 8):
@@ -101,11 +126,8 @@ def _variance(cells: np.ndarray) -> np.ndarray:
     return channels.var(axis=1).mean(axis=1)
 
 
-def pairs(hashes: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """All pairs that are similar in hash and colours, int64 [E, 2], sorted, each once.
-
-    hashes: uint64 [N]; colours: uint8 [N, cells]
-    """
+def pairs(hashes: np.ndarray, colours: Colours) -> np.ndarray:
+    """All pairs that are similar in hash and colours, int64 [E, 2], sorted, each once. hashes: uint64 [N]"""
     chunks = [np.empty((0, 2), np.int64)]
     for left, right in near_pairs(hashes):
         similar = same_colours(colours, left, right)
@@ -113,11 +135,29 @@ def pairs(hashes: np.ndarray, colours: np.ndarray) -> np.ndarray:
     return np.unique(np.concatenate(chunks), axis=0)
 
 
-def leaders(hashes: np.ndarray, colours: np.ndarray) -> np.ndarray:
+def appearances(hashes: np.ndarray, colours: Colours) -> np.ndarray:
+    """Two 64-bit hashes of the perceptual hash and the colours of each image, uint64 [N, 2]: equal for equal images,
+    and for others with a probability of about 1e-26 a pair.
+
+    hashes: uint64 [N]
+    """
+    result = np.stack((hashes, hashes ^ np.uint64(0x9E3779B97F4A7C15)), axis=1)
+    factors = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # of SplitMix64 (Steele et al. 2014)
+    for start in range(0, len(hashes), CHUNK >> 4):
+        rows = np.arange(start, min(start + (CHUNK >> 4), len(hashes)))
+        words, state = np.ascontiguousarray(colours[rows]).view(np.uint64), result[rows]
+        for word in words.T:
+            state = (state ^ word[:, None]) * factors
+            state ^= state >> np.uint64(29)
+        result[rows] = state
+    return result
+
+
+def leaders(hashes: np.ndarray, colours: Colours) -> np.ndarray:
     """For each image the first image that it is similar to, itself if there is none: int64 [N]
 
     A leader has no other leader, and every follower is similar to its leader directly. So no chain of similar images
-    connects very different ones. hashes: uint64 [N]; colours: uint8 [N, cells]
+    connects very different ones. hashes: uint64 [N]
     """
     leader = np.arange(len(hashes))
     order = np.argsort(hashes, kind="stable")
@@ -134,7 +174,7 @@ def leaders(hashes: np.ndarray, colours: np.ndarray) -> np.ndarray:
             leader[group] = group
     heads = _select_leaders(hashes, leader)
     before = leader.copy()
-    for first, later in heads[pairs(hashes[heads], colours[heads])]:
+    for first, later in heads[pairs(hashes[heads], _Selected(colours, heads))]:
         if leader[first] == first and leader[later] == later:
             leader[later] = first
     moved = np.flatnonzero(leader[before] != before)
