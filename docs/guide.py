@@ -2,6 +2,7 @@
 
     python docs/guide.py figures                  # run the chapters and write docs/figures/guide/
     python docs/guide.py notebooks --out FOLDER   # a notebook of each chapter, in English and in Chinese
+    python docs/guide.py sync                     # copy the code of the English pages to the Chinese ones
 
 A chapter's code saves its figures in the working directory, so both commands run it in a temporary folder. Blocks of
 the Chinese chapters are those of the English ones (`tests/test_guide.py`).
@@ -35,6 +36,28 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
 def code_blocks(text: str) -> list[str]:
     """The Python blocks of a page."""
     return [content for language, content in fenced_blocks(text) if language == "python"]
+
+
+def translated() -> list[tuple[Path, Path]]:
+    """(English page, Chinese page) of everything that is translated."""
+    pages = [DOCS / "tutorial" / "first-model.md", DOCS / "guide" / "index.md", *chapters()]
+    pairs = [(page, DOCS / "zh" / page.relative_to(DOCS)) for page in pages]
+    return [(DOCS.parent / "README.md", DOCS / "zh" / "README.md"), *pairs]
+
+
+def sync() -> None:
+    """Replace the fenced blocks of the Chinese pages by those of the English ones, where their number is equal."""
+    for english, chinese in translated():
+        blocks = [match[0] for match in FENCE.finditer(english.read_text(encoding="utf-8"))]
+        text = chinese.read_text(encoding="utf-8")
+        if len(fenced_blocks(text)) != len(blocks):
+            print(f"{chinese}: {len(fenced_blocks(text))} blocks, and {english} has {len(blocks)}: add or remove some")
+            continue
+        remaining = iter(blocks)
+        changed = FENCE.sub(lambda _, remaining=remaining: next(remaining), text)
+        if changed != text:
+            chinese.write_text(changed, encoding="utf-8")
+            print(f"{chinese}: copied the code of {english}")
 
 
 def run(page: Path, folder: Path) -> dict[str, Any]:
@@ -96,11 +119,13 @@ def write_notebooks(out: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["figures", "notebooks"])
+    parser.add_argument("what", choices=["figures", "notebooks", "sync"])
     parser.add_argument("--out", type=Path, default=Path("notebooks"), help="folder for the notebooks")
     options = parser.parse_args()
     if options.what == "figures":
         write_figures()
+    elif options.what == "sync":
+        sync()
     else:
         print(f"{len(write_notebooks(options.out))} notebooks in {options.out}")
 

@@ -1,6 +1,6 @@
 """The guide's code runs, block after block, as a reader would run it, and makes the figures that the pages show.
 
-Every chapter becomes a notebook.
+Every chapter becomes a notebook. The Chinese pages have the headings and the code of the English ones.
 """
 
 import importlib.util
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 DOCS = Path(__file__).parents[1] / "docs"
 spec = importlib.util.spec_from_file_location("guide", DOCS / "guide.py")
@@ -79,3 +80,33 @@ def test_all_notebooks_run(tmp_path):
             output for cell in book.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
         ]
         assert images, f"{path.name} shows no figure"
+
+
+def headings(text: str) -> list[int]:
+    """The levels of the headings of a page, in order."""
+    return [len(marks) for marks in re.findall(r"^(#+) ", guide.FENCE.sub("", text), flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize(("english", "chinese"), guide.translated(), ids=lambda page: page.stem)
+def test_a_chinese_page_has_the_headings_and_the_code_of_the_english_one(english, chinese):
+    source, text = english.read_text(encoding="utf-8"), chinese.read_text(encoding="utf-8")
+    assert headings(text) == headings(source), f"{chinese} has other headings than {english}: translate the change"
+    assert guide.fenced_blocks(text) == guide.fenced_blocks(source), "run: python docs/guide.py sync"
+    assert figures_of(text) == figures_of(source)
+    assert text.count("<details") == source.count("<details")
+
+
+@pytest.mark.parametrize("page", [chinese for _, chinese in guide.translated()], ids=lambda page: page.stem)
+def test_a_chinese_page_is_chinese_and_has_its_punctuation(page):
+    prose = guide.FENCE.sub("", page.read_text(encoding="utf-8"))
+    assert len(re.findall(r"[\u4e00-\u9fff]", prose)) > 200
+    assert not re.findall(r"[\u4e00-\u9fff] ?[,;:?!](?=\s)", prose)
+
+
+def test_the_navigation_has_both_languages():
+    navigation = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    sections = {title: pages for section in navigation for title, pages in section.items()}
+    english = [next(iter(page.values())) for page in sections["Guide"]]
+    chinese = [next(iter(page.values())) for page in sections["中文"]]
+    assert [f"zh/{page}" for page in english] == [page for page in chinese if page.startswith("zh/guide/")]
+    assert chinese[:2] == ["zh/README.md", "zh/tutorial/first-model.md"]
