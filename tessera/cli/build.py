@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import Overrides, Shard, parse_shard, print_error, progress
+from tessera.cli import launching
+from tessera.cli.options import (
+    Launch,
+    LaunchOptions,
+    Overrides,
+    Shard,
+    Tasks,
+    parse_shard,
+    print_error,
+    progress,
+)
 from tessera.errors import Interrupted
 
 
@@ -15,24 +25,33 @@ def build(
     overrides: Overrides = None,
     workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
     shard: Shard = None,
+    launch: Launch = None,
+    tasks: Tasks = None,
+    launch_option: LaunchOptions = None,
 ) -> None:
     """Build a data set: read sources in any layout, leave out damaged images and copies, resize, and write shards of
     even size with an index.
 
-    To resume after an interruption, repeat the command. On several machines: run --shard 1/4 to 4/4 to measure, and
-    the same again to write; or the second time once without --shard.
+    To resume after an interruption, repeat the command. On several machines: --launch ray or slurm; or run --shard 1/4
+    to 4/4 to measure, and the same again to write; or the second time once without --shard.
 
     \b
     Example:
       tessera data build recipes/build.yaml sources=my-images output=built size=256
     """
-    from tessera import runtime
+    from tessera import runtime, storage
+    from tessera.data.build import Builder, read_recipe
     from tessera.data.build import build as build_data
-    from tessera.data.build import read_recipe
     from tessera.data.check.scan import ScanShard
 
     index, count = parse_shard(shard)
+    launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     config = read_recipe(recipe, overrides)
+    if launched is not None:
+        Builder(config).begin()
+        for name in ("measure", "write"):
+            logs = storage.locate(config.output) / launching.FOLDER / name
+            launched.run(logs, uses_gpu=config.captioner is not None)
     try:
         with progress() as start:
             built = build_data(config, workers or runtime.available_cpus(), ScanShard(index, count), start)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tessera.launch.launcher import Launcher
 
 FOLDER = "launch"  # beside the results: logs of tasks
-OPTIONS = ("--launch", "--tasks", "--launch-option")
+OPTIONS = ("--launch", "--tasks", "--nodes", "--ranks-per-node", "--launch-option")
 COMMON = ("cpus", "gpus", "retries")  # launch options of every launcher
 RETRIES = 2
 

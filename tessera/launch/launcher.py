@@ -45,7 +45,7 @@ def run(
     outcomes: dict[str, Outcome] = {}
     failures: dict[str, Outcome] = {}
     try:
-        with _interrupt_on_sigterm():
+        with interrupt_on_sigterm():
             launcher.submit(tasks)
             while len(outcomes) + len(failures) < len(tasks):
                 for outcome in launcher.wait():
@@ -98,7 +98,7 @@ def _describe_failures(failures: Sequence[Outcome], count: int, retries: int) ->
 
 
 @contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
+def interrupt_on_sigterm() -> Iterator[None]:
     """Handle SIGTERM as Ctrl-C, where this is the main thread."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ TAIL_LINES = 12  # of the log of a failed task
 class Task:
     """words: of the command, without `tessera`. folder: its working directory. log: of its output, appended to.
 
-    cpus: CPU cores that it uses. gpus: GPUs that it needs.
+    cpus: CPU cores that it uses. gpus: GPUs that it needs. module: what Python runs.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Task:
     log: Path
     cpus: int = 1
     gpus: int = 0
+    module: str = "tessera"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def run_task(
     with task.log.open("ab") as log:
         start = os.fstat(log.fileno()).st_size
         process = subprocess.Popen(
-            [sys.executable, "-m", "tessera", *task.words],
+            [sys.executable, "-m", task.module, *task.words],
             cwd=task.folder,
             env={**variables, **(environment or {})},
             stdin=subprocess.PIPE,  # closes when this process ends: see `exit_with_parent`
@@ -123,11 +124,11 @@ def exit_with_parent() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    threading.Thread(target=_wait_for_end, args=(stdin,), daemon=True).start()
+    threading.Thread(target=wait_for_end, args=(stdin,), daemon=True).start()
 
 
-def _wait_for_end(stdin: int) -> None:
-    """The parent writes nothing, so reading ends only when it exits."""
+def wait_for_end(stdin: int) -> None:
+    """Kill this process and what it started when the process that started it exits, which writes nothing to `stdin`."""
     with contextlib.suppress(OSError):
         os.read(stdin, 1)
     os.killpg(0, signal.SIGKILL)

@@ -120,6 +120,22 @@ def test_a_cache_as_tasks_has_the_same_files(command, images, autoencoder_folder
     assert files == contents(tmp_path / "tasks")
 
 
+def test_a_build_as_tasks_has_the_same_files(command, images, tmp_path):
+    (tmp_path / "build.yaml").write_text("size: 8\nsamples_per_shard: 300\n")
+    for name, launch in {"one": (), "tasks": ("--launch", "local", "--tasks", "2")}.items():
+        words = (f"sources={images}", "output=built")
+        (tmp_path / name).mkdir()
+        done = command("data", "build", tmp_path / "build.yaml", *words, *launch, cwd=tmp_path / name)
+        assert done.code == 0, done.err
+    files = contents(tmp_path / "one")
+    assert len([name for name in files if name.endswith(".tar")]) == 4
+    assert {name for name in files if "/work/" not in name} == {
+        name for name in contents(tmp_path / "tasks") if "/work/" not in name
+    }
+    for name, content in contents(tmp_path / "tasks").items():
+        assert "/work/" in name or content == files[name], name
+
+
 STUDY = """
 question: Does width help?
 recipe: tiny.yaml
