@@ -388,7 +388,7 @@ class AdaLNZeroBlock(Block):
 
 
 class AdaLNSingle(BlockConfig):
-    """adaLN-Zero with one modulation layer for all blocks (PixArt-alpha): a quarter fewer parameters.
+    """adaLN-Zero with one modulation layer for all blocks (PixArt-alpha): up to a third fewer parameters.
 
     A block adds a learned table to the shared parameters. PixArt-alpha initializes the tables randomly. Here they and
     the shared layer are zero-initialized, so that a fresh block is the identity: in the DiT paper this made the
