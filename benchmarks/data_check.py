@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -91,7 +92,22 @@ def report_cost(count: int) -> dict[str, float]:
         return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
+def anonymous_memory() -> float:
+    """MiB of this process without mapped files, which the system can drop at any time; 0 where it is not known."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon")), 0.0)
+
+
 def report(folder: Path) -> None:
+    samples: list[float] = [anonymous_memory()]
+
+    def watch() -> None:
+        while True:
+            samples.append(anonymous_memory())
+            time.sleep(0.01)
+
+    threading.Thread(target=watch, daemon=True).start()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     began = time.perf_counter()
     done = check.report_findings(
@@ -100,7 +116,9 @@ def report(folder: Path) -> None:
     seconds = time.perf_counter() - began
     counts = {finding.kind: finding.count for finding in done.findings}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "MiB before": before, "MiB at most": most, **counts}))
+    memory = {"MiB before": before, "MiB at most": most}
+    memory |= {"anonymous MiB before": samples[0], "anonymous MiB at most": max(samples)}
+    print(json.dumps({"seconds": seconds, **memory, **counts}))
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def build(
     Example:
       tessera data build recipes/build.yaml sources=my-images output=built size=256
     """
-    from tessera import runtime, storage
+    from tessera import runtime
     from tessera.data.build import Builder, read_recipe
     from tessera.data.build import build as build_data
     from tessera.data.check.scan import ScanShard
@@ -48,10 +48,11 @@ def build(
     launched = launching.Launch.parse(launch, tasks, launch_option, shard)
     config = read_recipe(recipe, overrides)
     if launched is not None:
-        Builder(config).begin()
-        for name in ("measure", "write"):
-            logs = storage.locate(config.output) / launching.FOLDER / name
-            launched.run(logs, uses_gpu=config.captioner is not None)
+        builder = Builder(config)
+        builder.begin()
+        for name in ("measure", "write") if builder.missing_parts() else ("write",):
+            # Of a bucket, too, the work is a folder that all machines share.
+            launched.run(builder.work / launching.FOLDER / name, uses_gpu=config.captioner is not None)
     try:
         with progress() as start:
             built = build_data(config, workers or runtime.available_cpus(), ScanShard(index, count), start)

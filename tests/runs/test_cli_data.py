@@ -1,4 +1,4 @@
-"""`tessera data check` on the command line."""
+"""`tessera data check` and `tessera data build` on the command line."""
 
 import io
 import json
@@ -116,3 +116,21 @@ def test_an_interrupted_check_resumes(data, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {name: (tmp_path / "out/parts" / name).stat().st_mtime_ns for name in written} == written
+
+
+def test_a_data_set_is_built_in_shards_of_the_work(tessera, data, tmp_path):
+    recipe = tmp_path / "build.yaml"
+    recipe.write_text(f"{{sources: {data}, output: {tmp_path / 'out'}, size: 512}}")
+    words = ("data", "build", recipe, "size=16", "samples_per_shard=20", "exclude=[duplicates]", "--workers", 1)
+    first = tessera(*words, "--shard", "1/2")
+    assert first.code == 0, first.err
+    assert "2 of 3 files exist" in first.out
+    done = tessera(*words)
+    assert done.out.startswith("47 of 50 samples in 3 files, ")
+    assert "left out:            2 duplicates\n  left out:            1 empty" in done.out
+    assert f"to train on it: data.path={tmp_path / 'out/index.parquet'}" in done.out
+    failed = tessera(*words, "size=8")
+    assert failed.code == 1
+    assert "begun with another recipe:\n  size: 16 there, 8 now" in failed.err
+    assert "unknown key 'siz'; did you mean 'size'?" in tessera("data", "build", recipe, "siz=8").err
+    assert "no recipe at" in tessera("data", "build", tmp_path / "none.yaml").err

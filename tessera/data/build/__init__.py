@@ -117,7 +117,9 @@ class Builder:
             if not storage.is_remote(self.output) and self.output.exists():
                 if not self.output.is_dir():
                     raise TesseraError(f"output {address} is a file; expected a folder, or a path that does not exist")
-                if others := [each.name for each in self.output.iterdir() if PARTIAL not in each.name]:
+                # What another shard, which began at the same time, has written since is no other data.
+                names = (each.name for each in self.output.iterdir() if PARTIAL not in each.name)
+                if others := [name for name in names if name not in (RECIPE, WORK, SHARDS)]:
                     raise TesseraError(
                         f"output {address} holds {others[0]} and no {RECIPE}, so data build did not write it: give "
                         "another folder as output"
