@@ -1,6 +1,7 @@
 """A Ray cluster of three nodes on this machine: the bytes of one process, lost nodes, a cluster that is idle."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tessera import bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.run]
+pytestmark = [pytest.mark.slow, pytest.mark.run, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 run_dir: {run}
@@ -87,9 +88,16 @@ def images(tmp_path) -> Path:
     return folder
 
 
+def without_date(content: bytes) -> bytes:
+    """Without the time of a check."""
+    return re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", content)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if "launch" not in path.parts}
+    return {
+        str(path.relative_to(folder)): without_date(path.read_bytes()) for path in files if "launch" not in path.parts
+    }
 
 
 def test_every_command_gives_the_bytes_of_one_process(
@@ -151,6 +159,29 @@ def test_a_node_that_is_killed_loses_nothing(cluster, tessera, environment, tmp_
         assert whole_state(runs[0]) == whole_state(runs[1])
     starts = [path.read_text().count("resum") for path in sorted((out / "launch").glob("*.log"))]
     assert sum(starts) >= 1  # the task of the lost node resumed elsewhere
+
+
+def test_a_training_on_two_nodes_survives_a_lost_one(cluster, tessera, environment, tmp_path, whole_state):
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "whole"))
+    words = ("train", "tiny.yaml", "training.steps=120", "training.fsdp=full")
+    launch = ("--launch", "ray", "--nodes", "2")
+    tessera(*words, *launch, address=cluster.address)
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        [sys.executable, "-m", "tessera", *words, f"run_dir={out}", *launch], cwd=tmp_path,
+        env=environment | {"RAY_ADDRESS": cluster.address}, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        while len(bundle.checkpoints(out)) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None
+        used = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
+        cluster.remove_node(used[0], allow_graceful=False)
+        cluster.remove_node(used[1], allow_graceful=False)  # of three, at least one of the two trained
+        cluster.add_node(num_cpus=1)
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "in attempt 1 of 4" in err
+    assert whole_state(out) == whole_state(tmp_path / "whole")
 
 
 def test_ctrl_c_stops_the_tasks_and_a_repetition_resumes(cluster, environment, tmp_path):

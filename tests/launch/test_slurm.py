@@ -14,7 +14,7 @@ import pytest
 
 from tessera import bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.run]
+pytestmark = [pytest.mark.slow, pytest.mark.run, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 daemons = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("slurm_cluster.py"))))
 RECIPE = """

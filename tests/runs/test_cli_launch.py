@@ -1,5 +1,6 @@
 """--launch: commands as tasks, with the bytes of one process; errors."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -52,15 +53,38 @@ def test_slurm_needs_its_programs(monkeypatch, tmp_path):
         launching.Launch.parse("slurm", 2, None)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--nodes", "2"), "--nodes and --launch-option are for --launch"),
+        (("--launch", "ray"), "--launch ray needs the number of machines: add --nodes 2"),
+        (("--launch", "slurm", "--nodes", "2", "--resume", "never"), "--resume never would refuse the restart"),
+        (("--launch", "ray", "--nodes", "2", "--launch-option", "partition=x"), "partition is not known to --launch"),
+    ],
+)
+def test_errors_of_a_launched_training(tessera, recipe, words, message):
+    done = tessera("train", recipe, *words)
+    assert (done.code, message in done.err) == (1, True), done.err
+
+
 def test_sampling_into_a_folder_cannot_be_launched(tessera, trained):
     done = tessera("sample", trained, "--launch", "local", "--tasks", "2")
     assert (done.code, "add --npz FILE" in done.err) == (1, True)
     assert "add --npz FILE" in tessera("sample", trained, "--shard", "1/2").err
 
 
+def without_date(content: bytes) -> bytes:
+    """Without the time of a check."""
+    return re.sub(rb"\d{4}-\d\d-\d\d \d\d:\d\d UTC", b"", content)
+
+
 def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
     files = (path for path in folder.glob(pattern) if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if launching.FOLDER not in path.parts}
+    return {
+        str(path.relative_to(folder)): without_date(path.read_bytes())
+        for path in files
+        if launching.FOLDER not in path.parts
+    }
 
 
 @pytest.fixture
