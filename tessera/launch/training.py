@@ -20,6 +20,7 @@ from tessera.launch.slurm import require_program
 from tessera.launch.task import STOP_SECONDS, Outcome, Task, run_task
 
 SAVE_SECONDS = 110  # for all ranks to save after a signal
+MARGIN_SECONDS = 30  # for an answer of a task that was stopped
 NODE_SECONDS = 600  # to wait for enough nodes of a Ray cluster
 SCRIPT = """#!/bin/bash
 {directives}
@@ -182,6 +183,9 @@ def _attempt(training: Training, attempt: int, log: Callable[[str], None]) -> li
             endpoint = ray.get(on_node(_meeting_point, 0, 0, 0)())
             for node in range(training.nodes):
                 meeting = [f"--rdzv-id={attempt}", f"--rdzv-endpoint={endpoint}"]
+                meeting.append(
+                    f"--rdzv-conf=is_host={int(node == 0)}"
+                )  # torchrun may not know Ray's address as its own
                 words = (*training.torchrun, *meeting, "-m", "tessera", *training.words)
                 path = training.log.with_name(f"{training.log.stem}-{node + 1}.log")
                 task = Task(
@@ -196,7 +200,8 @@ def _attempt(training: Training, attempt: int, log: Callable[[str], None]) -> li
         for reference in references:
             ray.cancel(reference, force=False)
         if references:
-            ray.wait(list(references), num_returns=len(references), timeout=STOP_SECONDS)
+            # Longer than a task takes to stop: Ray's driver aborts if one replies after its node was taken from it.
+            ray.wait(list(references), num_returns=len(references), timeout=STOP_SECONDS + MARGIN_SECONDS)
         remove_placement_group(group)
 
 
