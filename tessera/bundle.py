@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera import __version__, adapter_files, adapters, model_card, storage
+from tessera import __version__, adapter_files, adapters, model_card, pretrained, storage
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import FolderConfig
@@ -56,40 +56,42 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(Path(run).glob("checkpoints/step-" + "[0-9]" * 9), reverse=True)
 
 
-def save(model: Model, folder: Path, shared_folder: str | None = None) -> None:
+def save(model: Model, folder: Path, shared_folder: str | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a bundle, whole or not at all; a codec and a text encoder in local folders are copied in.
 
     shared_folder: the folder with copies of both, relative to the bundle, if they are not to be copied.
+    dtype: the weights are rounded to it in the file (default: as they are); `load` gives float32.
     Raises TesseraError if the folder exists or cannot be written.
     """
     if storage.is_remote(place := storage.locate(folder)):
-        _upload(model, place)
+        _upload(model, place, dtype)
         return
     with atomic_folder(Path(folder)) as partial:
-        write(model, partial, shared_folder)
+        write(model, partial, shared_folder, dtype)
 
 
-def _upload(model: Model, place: Path) -> None:
+def _upload(model: Model, place: Path, dtype: torch.dtype | None) -> None:
     """Write a bundle into a bucket. config.json, without which it is none, is uploaded last."""
     url = storage.address(place)
     if storage.listing(place):
         raise TesseraError(f"{url} exists already: remove it or give another name")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write(model, folder)
+        write(model, folder, dtype=dtype)
         names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
         storage.upload_folder(folder, url, [name for name in names if name != CONFIG])
         storage.upload(folder / CONFIG, f"{url}/{CONFIG}")
 
 
 def localize(path: str | Path) -> Path:
-    """The path of a model; of one in a bucket that of a downloaded copy, of a run there its newest whole checkpoint.
+    """The path of a model; of a shipped one its folder, of one in a bucket that of a downloaded copy, of a run
+    there its newest whole checkpoint.
 
     Raises TesseraError if the bucket has no such model.
     """
     place = storage.locate(path)
     if not storage.is_remote(place):
-        return place
+        return pretrained.find(path) or place
     if not (names := storage.listing(place)):
         return storage.fetch(place)
     steps = sorted(name.split("/")[1] for name in names if re.fullmatch(r"checkpoints/step-\d{9}/training\.json", name))
@@ -101,8 +103,8 @@ def localize(path: str | Path) -> Path:
     return place / model
 
 
-def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
-    """Write the files of a bundle into an existing folder.
+def write(model: Model, folder: Path, shared_folder: str | None = None, dtype: torch.dtype | None = None) -> None:
+    """Write the files of a bundle into an existing folder; dtype: see `save`.
 
     The weights below an adapter that is being trained are not written again: the shared folder has them.
     """
@@ -121,7 +123,8 @@ def write(model: Model, folder: Path, shared_folder: str | None = None) -> None:
     config = config.model_copy(update={**parts_and_version, "base": base, "adapters": strengths})
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     if base is None:
-        write_tensors(adapters.base_state(model.network), folder / WEIGHTS)
+        state = adapters.base_state(model.network)
+        write_tensors({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, folder / WEIGHTS)
     for name in strengths:
         info = model.adapters.get(name, AdapterInfo())
         adapter_files.write(

@@ -13,6 +13,7 @@ from tessera.evaluation.toy.digit_classifier import DigitClassifier
 from tessera.monitoring.logger import read_log
 from tessera.reporting.estimates import Estimate
 from tessera.reporting.text import format_duration
+from tessera.settings import RECIPES
 from tessera.training import loop
 from tessera.training.dry_run import dry_run
 from tessera.training.recipe import Recipe, read_recipe
@@ -66,8 +67,7 @@ def _read_recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
         duration = f"{recipe.training.steps} steps, as started before"
         print(f"resuming the demo in {out}: {duration}; give another --out for a new one", flush=True)
         return recipe, duration
-    installed = Path(__file__).parent / "recipes"  # inside the package if installed, beside it in a checkout
-    path = (installed if installed.is_dir() else Path(__file__).parents[1] / "recipes") / "digits.yaml"
+    path = RECIPES / "digits.yaml"
     recipe = read_recipe(path, overrides)
     print("measuring the speed of this machine", flush=True)
     estimate = dry_run(recipe, steps=10)

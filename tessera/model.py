@@ -20,8 +20,10 @@ FORMAT = 2  # of bundles; 0.6.0 and earlier wrote format 1
 
 
 class Provenance(Settings):
-    """Where the weights of a model come from. Every field is None where it is not known."""
+    """What a model is for, and where its weights come from. Every field is None where it is not known."""
 
+    about: str | None = Field(default=None, description="what the model generates, in one line")
+    license: str | None = Field(default=None, description="of the weights, and of the data where it asks for it")
     trained_with: str | None = Field(default=None, description="versions of tessera and torch, and the hardware")
     device: str | None = Field(default=None, description="the type of the device it was trained on, such as cuda")
     data: str | None = Field(default=None, description="what it was trained on")

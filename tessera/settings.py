@@ -26,6 +26,11 @@ InputSize = Annotated[
 ]
 
 
+_PACKAGE = Path(__file__).parent
+# The recipes that come with Tessera: inside the installed package, beside it in a checkout.
+RECIPES = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent / "recipes"
+
+
 class Settings(BaseModel):
     """Base class of all configuration: immutable, without unknown keys, with validated defaults.
 
@@ -248,15 +253,23 @@ def _construct(loader: _Loader, node: yaml.Node, types: Sequence[Any]) -> Any:
     return result
 
 
+def find_recipe(path: Path) -> Path:
+    """The path itself, or where nothing is there and it begins with recipes/: that recipe as it comes with Tessera."""
+    shipped = RECIPES.parent / path
+    return shipped if path.parts[:1] == ("recipes",) and not path.exists() and shipped.is_file() else path
+
+
 def read_yaml(path: Path, kind: type[Settings] | None = None) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises TesseraError.
 
     kind: the class of the settings. Where its fields are text, the text of the file is taken as it is written.
     """
     try:
-        data = _load(path.read_text(encoding="utf-8"), [kind])
+        data = _load(find_recipe(path).read_text(encoding="utf-8"), [kind])
     except FileNotFoundError:
-        raise TesseraError(f"no recipe at {path}: give the path of a .yaml file") from None
+        raise TesseraError(
+            f"no recipe at {path}: give the path of a .yaml file; recipes/modern.yaml and others come with Tessera"
+        ) from None
     except (*_YAML_ERRORS, OSError) as error:
         raise TesseraError(f"{path} is not readable as YAML: {_yaml_problem(error)}") from None
     if not isinstance(data, dict):

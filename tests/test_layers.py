@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "tessera"
 LAYERS = [  # lowest first
     ("errors",),
     ("settings", "files", "randomness", "rows", "times"),
-    ("conditioning", "reporting", "runtime", "images", "checkpoint_files", "storage", "launch"),
+    ("conditioning", "reporting", "runtime", "images", "checkpoint_files", "storage", "launch", "pretrained"),
     ("diffusion", "layers", "encoders", "clips"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BeforeValidator, Field, PositiveInt, ValidationError
 
+from tessera import settings
 from tessera.diffusion.gaussian import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.models.dit import DiTConfig
@@ -465,3 +466,14 @@ def test_a_missing_recipe(tmp_path):
         read_yaml(tmp_path / "recipe.yaml")
     with pytest.raises(TesseraError, match="not readable"):
         read_yaml(tmp_path)
+
+
+def test_recipes_that_come_with_the_package_are_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("recipes/modern.yaml")
+    assert settings.find_recipe(path) == settings.RECIPES / "modern.yaml"
+    assert settings.find_recipe(Path("modern.yaml")) == Path("modern.yaml")
+    assert settings.find_recipe(Path("recipes/gone.yaml")) == Path("recipes/gone.yaml")
+    path.parent.mkdir()
+    path.write_text("network: mine")
+    assert settings.read_yaml(path) == {"network": "mine"}  # a file of the user's comes first

@@ -19,6 +19,7 @@ from tessera.cli.demo import demo
 from tessera.cli.distill import distill
 from tessera.cli.doctor import doctor
 from tessera.cli.info import info
+from tessera.cli.models import models
 from tessera.cli.plan import plan
 from tessera.cli.report import report
 from tessera.cli.sample import sample
@@ -33,8 +34,8 @@ START = """tessera: diffusion transformers
 
   see what it does        tessera demo
   train on your images    tessera train recipes/modern.yaml data.path=my-images --dry-run
-  sample from a model     tessera sample MODEL --classes all --per-class 4
-  work in the browser     tessera serve MODEL --open
+  sample from a model     tessera sample digits --classes all --per-class 4
+  work in the browser     tessera serve digits --open
 
 tessera --help lists all commands, and tessera COMMAND --help has examples of each."""
 
@@ -44,7 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, train, distill, sample, serve, convert, classes, info, report, doctor, plan, tune, study):
+COMMANDS = (demo, models, train, distill, sample, serve, convert, classes, info, report, doctor, plan, tune, study)
+for _command in COMMANDS:
     app.command()(_command)
 for _group in (data, codec, evaluate):
     app.add_typer(_group.app, name=_group.__name__.rpartition(".")[2])

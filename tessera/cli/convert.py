@@ -1,7 +1,7 @@
 """`tessera convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -42,16 +42,24 @@ def convert(
     any_base: AnyBase = False,
     base: Annotated[Path | None, typer.Option(help="the model that an adapter belongs to")] = None,
     alpha: Annotated[float | None, typer.Option(help="of an adapter whose file does not state it")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="of a bundle: round the weights"),
+    ] = None,
+    about: Annotated[str | None, typer.Option(help="of a bundle: what the model generates, for its card")] = None,
+    license: Annotated[str | None, typer.Option(help="of a bundle: the license of the weights, for its card")] = None,
 ) -> None:
     """Convert a model, or an adapter, to another format.
 
-    The weights stay bit-identical, unless adapters are merged into them.
+    The weights stay bit-identical, unless adapters are merged into them or --dtype rounds them.
 
     \b
     Examples:
       tessera convert runs/mine mine.pt --to official
       tessera convert runs/lora style.safetensors --to diffusers
     """
+    import torch
+
     from tessera.interop import adapter_conversion, load
     from tessera.settings import unknown_name
 
@@ -60,6 +68,8 @@ def convert(
         raise TesseraError(unknown_name("format", to, known))
     only_adapters = to in adapter_conversion.ONLY_ADAPTERS or target.suffix == ".safetensors"
     if only_adapters or adapter_conversion.is_adapter(source):
+        if dtype or about or license:
+            raise TesseraError("--dtype, --about and --license are for bundles of models: leave them out")
         print(adapter_conversion.convert(source, target, to, base, alpha, any_base))
         return
     if base is not None or alpha is not None:
@@ -78,5 +88,8 @@ def convert(
             text_encoder=text_encoder,
             adapters=adapter or (),
             any_base=any_base,
+            dtype=None if dtype in (None, "float32") else getattr(torch, dtype),
+            about=about,
+            license=license,
         )
     )

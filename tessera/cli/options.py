@@ -15,7 +15,10 @@ from tessera.errors import TesseraError
 QUOTING = "write a name with a comma in double quotes, and a double quote in it twice: '\"red, blue\",cat'"
 MAX_SAMPLES = 1_000_000  # per command; more is most likely a typing error
 
-ModelPath = Annotated[str, typer.Argument(help="a bundle, the folder of a run, an official .pt or a diffusers folder")]
+ModelPath = Annotated[
+    str,
+    typer.Argument(help="a bundle, a run, an official .pt, a diffusers folder, or a name of `tessera models`"),
+]
 DataPath = Annotated[str, typer.Argument(help="a folder, .parquet, recipe, digits or shapes (a split: digits:ceiling)")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the recipe")]
 SamplingOverrides = Annotated[

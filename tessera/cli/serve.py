@@ -22,7 +22,9 @@ def check_installed(with_ray: bool = False) -> None:
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=]MODEL...", help="bundles, runs, official .pt files or diffusers folders"),
+        typer.Argument(
+            metavar="[NAME=]MODEL...", help="bundles, runs, official .pt files, diffusers folders, or names"
+        ),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the address is printed")] = 7860,
     host: Annotated[str, typer.Option(help="another address than this machine's own needs --keys")] = "127.0.0.1",

@@ -69,7 +69,7 @@ def tune(
     Example:
       tessera tune runs/mine --budget 15
     """
-    from tessera import runtime
+    from tessera import pretrained, runtime
     from tessera.evaluation import suite
     from tessera.evaluation.features import load_extractor
     from tessera.evaluation.reference import check_reference
@@ -88,6 +88,8 @@ def tune(
         "precision": precision,
     }
     tuning = validate(tuner.TuningConfig, settings, "the command line")
+    if pretrained.find(model) is not None and save_to is None and select != "none":
+        raise TesseraError(f"{model} comes with Tessera and is not changed: give --save-to FOLDER, or --select none")
     path = Path(model).expanduser()
     if path.exists() and not load.is_model(path):
         raise TesseraError(f"{model} is not a model that Tessera can read: {load.ACCEPTED}")

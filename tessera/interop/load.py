@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from tessera import bundle, runtime
+from tessera import bundle, pretrained, runtime
 from tessera.adapters import attached, merge
 from tessera.bundle import Model
 from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_file
@@ -27,8 +27,8 @@ from tessera.settings import unknown_name
 FORMATS = ("bundle", "official", "diffusers")
 ACCEPTED = (
     "expected a bundle (a folder with config.json), a run's folder, an official checkpoint "
-    f"({', '.join(SUFFIXES)}, or a folder of one), or a folder of a diffusers pipeline (DiT, PixArt, SD3, FLUX, ...) "
-    "or its transformer"
+    f"({', '.join(SUFFIXES)}, or a folder of one), a folder of a diffusers pipeline (DiT, PixArt, SD3, FLUX, ...) "
+    f"or its transformer, or a model that comes with Tessera: {', '.join(pretrained.names())}"
 )
 TYPE_IS_RECORDED = (
     "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights"
@@ -52,7 +52,8 @@ def load(
     adapters: Sequence[str | AdapterSpec] | Mapping[str, float] = (),
     any_base: bool = False,
 ) -> Model:
-    """Load a model from a bundle, a run (its newest checkpoint), an official checkpoint, or a diffusers folder.
+    """Load a model: a shipped one by its name, a bundle, a run (its newest checkpoint), an official checkpoint, or a
+    diffusers folder.
 
     device: auto, cpu, cuda or mps. ema: the decay of the EMA weights of a run that saved several (default: the first).
     checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit, sit-gvp, repa or repa-cosine.
@@ -122,7 +123,8 @@ def _check_options(
 
 def ema_decays(path: str | Path) -> list[float]:
     """The decays of the EMA weights that a run saved, the one it samples with first; [] if there is only one."""
-    folder = next(iter(bundle.checkpoints(Path(path).expanduser())), Path(path).expanduser())
+    path = pretrained.find(path) or Path(path).expanduser()
+    folder = next(iter(bundle.checkpoints(path)), path)
     if not (folder / bundle.EMA_FOLDER).is_dir():
         return []
     return list(bundle.ema_weights(folder, bundle.load_config(folder)))
@@ -130,7 +132,7 @@ def ema_decays(path: str | Path) -> list[float]:
 
 def is_model(path: str | Path) -> bool:
     """Whether `load` is likely to read a path, judged by file names only."""
-    path = Path(path).expanduser()
+    path = pretrained.find(path) or Path(path).expanduser()
     names = (bundle.CONFIG, diffusers.INDEX, "checkpoints", "recipe.yaml")
     if path.is_file():
         return is_weights_file(path)
@@ -152,15 +154,19 @@ def convert(
     text_encoder: str | AnyTextEncoder | None = None,
     adapters: Sequence[str | AdapterSpec] | Mapping[str, float] = (),
     any_base: bool = False,
+    dtype: torch.dtype | None = None,
+    about: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Write a model, or anything that `load` reads, in another format; returns a message about what was written.
 
     approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs.
+    Of a bundle: the weights are rounded to dtype (bfloat16 halves the file); about and license are for its card.
     Adapters are merged into the weights. Raises TesseraError if the target exists, or the format cannot hold the model.
     """
     if to not in FORMATS:
         raise TesseraError(unknown_name("format", to, FORMATS))
-    writers = dict(zip(FORMATS, (_write_bundle, official.write, _write_diffusers)))
+    writers = {"official": official.write, "diffusers": _write_diffusers}
     if not isinstance(source, Model):
         options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
         source = load(source, "cpu", ema=ema, codec=codec, text_encoder=text_encoder, **options)
@@ -176,7 +182,15 @@ def convert(
     if strengths:
         source = replace(source, network=copy.deepcopy(source.network), adapters={})
         merge(source.network)
-    text = writers[to](source, Path(target).expanduser(), approximate)
+    if to == "bundle":
+        lines = {name: text for name, text in (("about", about), ("license", license)) if text is not None}
+        provenance = source.config.provenance.model_copy(update=lines)
+        config = source.config.model_copy(update={"provenance": provenance})
+        text = _write_bundle(replace(source, config=config), Path(target).expanduser(), dtype)
+    elif any(value is not None for value in (dtype, about, license)):
+        raise TesseraError(f"dtype, about and license are for bundles, not for {to}: leave them out")
+    else:
+        text = writers[to](source, Path(target).expanduser(), approximate)
     names = ", ".join(f"{name} ({strength:g})" for name, strength in strengths.items())
     return f"{text}; adapters are merged into its weights: {names}" if strengths else text
 
@@ -236,7 +250,8 @@ def _write_diffusers(model: Model, target: Path, approximate: bool) -> str:
     return diffusers.write(model, target, approximate)
 
 
-def _write_bundle(model: Model, target: Path, approximate: bool) -> str:
-    """Write a bundle, which is always exact."""
-    bundle.save(model, target)
-    return f"wrote {target}: a bundle, exact"
+def _write_bundle(model: Model, target: Path, dtype: torch.dtype | None) -> str:
+    """Write a bundle, which is exact unless its weights are rounded."""
+    bundle.save(model, target, dtype=dtype)
+    rounding = "exact" if dtype is None else f"weights rounded to {str(dtype).removeprefix('torch.')}"
+    return f"wrote {target}: a bundle, {rounding}"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from tessera.errors import TesseraError
-from tessera.settings import KeysOf, Settings, apply_overrides, flatten, read_yaml, unknown_name, validate
+from tessera.settings import KeysOf, Settings, apply_overrides, find_recipe, flatten, read_yaml, unknown_name, validate
 from tessera.training.recipe import Recipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")  # of an axis value, which is a part of a folder's name
@@ -147,6 +147,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
 
     The default of `output` is runs/<name of the file>. `recipe` becomes a path from the working directory.
     """
+    path = find_recipe(path)
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
     data = apply_overrides(

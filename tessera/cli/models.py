@@ -1,0 +1,24 @@
+"""`tessera models`."""
+
+
+def models() -> None:
+    """List the models that come with Tessera.
+
+    Their names stand for them in all commands and in tessera.load; no download is needed.
+
+    \b
+    Example:
+      tessera models
+    """
+    from tessera import pretrained
+    from tessera.bundle import load_config
+    from tessera.reporting.text import format_bytes
+
+    for name in pretrained.names():
+        folder = pretrained.FOLDER / name
+        config = load_config(folder)
+        size = format_bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+        print(f"{name}: {config.provenance.about}")
+        print(f"  {config.network.summary()}; {size}; license: {config.provenance.license}")
+        condition = "--prompt " + '"smiling cat"' if config.network.uses_text else "--classes all"
+        print(f"  tessera sample {name} {condition} --per-class 4")
