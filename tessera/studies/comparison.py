@@ -55,8 +55,13 @@ def position(point: TrainingPoint, scale: Scale) -> float:
     return {"steps": float(point.step), "flops": point.flops, "seconds": point.seconds}[scale]
 
 
-def interpolate_score(result: MemberResult, metric: str, scale: Scale, x: float) -> Estimate | None:
-    """A member's score at x, linear in log x between scored points; None outside them."""
+def interpolate_score(
+    result: MemberResult, metric: str, scale: Scale, x: float, tolerance: float = 0.0
+) -> Estimate | None:
+    """A member's score at x, linear in log x between scored points; None outside them.
+
+    tolerance: the first point may lie beyond x by so much.
+    """
     points = [
         (position(point, scale), Estimate(score.value, score.low, score.high))
         for point in result.points
@@ -71,7 +76,7 @@ def interpolate_score(result: MemberResult, metric: str, scale: Scale, x: float)
             weight = math.log(x / before) / math.log(after / before)
             pairs = zip((a.value, a.low, a.high), (b.value, b.low, b.high))
             return Estimate(*(left + weight * (right - left) for left, right in pairs))
-    return None
+    return points[0][1] if points and x < points[0][0] <= x + tolerance else None
 
 
 def compare(comparison: Comparison, results: Sequence[MemberResult], metric: str) -> Iterator[AxisComparison]:
@@ -101,9 +106,13 @@ def _compare(
     if not included:
         return None
     x = min(last[member.name] for member in included)
+    # A budget in FLOPs is rounded to whole steps, so that members which are scored only at their ends, and should be
+    # equal, are apart by up to half a step of each.
+    step_flops = [point.flops / point.step for member in included for point in member.points[-1:] if point.step]
+    tolerance = max(step_flops, default=0.0) if scale == "flops" else 0.0
     by_value: dict[str, SeedScores] = {member.values[axis]: {} for member in group}
     for member in included:
-        score = interpolate_score(member, metric, scale, x)
+        score = interpolate_score(member, metric, scale, x, tolerance)
         if score is None:
             excluded.append(f"{member.name}: first scored after the point of comparison")
         else:

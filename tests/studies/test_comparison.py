@@ -49,6 +49,22 @@ def test_a_value_without_common_seeds_does_not_affect_the_others(synthetic):
     assert (zero.verdict, zero.seeds) == ("better", (0, 1, 2))
 
 
+def test_members_scored_only_at_their_ends_are_compared_though_budgets_are_rounded_to_steps(synthetic):
+    study = synthetic.design_study()
+    steps = {"in-context": (1000, 3.0e10), "cross-attention": (667, 4.5e10), "adaln-zero": (909, 3.3e10)}
+    results = []
+    for result in synthetic.design_results(study):
+        count, flops = steps[result.values["design"]]  # 3e13 FLOPs, 15e9 more and 3e9 less
+        results.append(replace(result, points=[replace(result.points[-1], step=count, flops=count * flops)]))
+    comparison = on_scale(list(compare(study.compare, results, "fd")), "flops")
+    assert [(value.name, value.seeds) for value in comparison.values] == [(name, (0, 1, 2)) for name in steps]
+    assert comparison.values[2].verdict == "better"
+    assert not [each for each in compare(study.compare, results, "fd") if each.scale == "steps"]
+    late = [replace(r, points=[replace(r.points[0], step=1002, flops=1002 * 3.0e10)])
+            if r.values["design"] == "in-context" else r for r in results]  # fmt: skip
+    assert not [each for each in compare(study.compare, late, "fd") if each.scale == "flops"]
+
+
 def test_scores_below_zero_are_compared(synthetic):
     study = synthetic.design_study()
     results = [
