@@ -17,27 +17,7 @@ from tessera import bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.run, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-run_dir: {run}
-data: {{kind: digits}}
-network: {{patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}}
-diffusion: {{num_timesteps: 20, schedule: cosine, prediction: v}}
-sampling: {{num_steps: 3}}
-training:
-  {{steps: 4, global_batch_size: 32, sample_every: 1000, sample_seeds: 1, checkpoint_every: 5, health_every: null,
-  tensorboard: false, device: cpu}}
-"""
-STUDY = """
-question: Does width help?
-recipe: tiny.yaml
-axes:
-  size:
-    S: {network.hidden_size: 16}
-    M: {network.hidden_size: 24}
-    L: {network.hidden_size: 32}
-set: {evaluation: {num_samples: 40, batch_size: 40, metrics: [kid]}}
-budget: {steps: 10}
-"""
+WIDTHS = {"S": 16, "M": 24, "L": 32}  # of the members of the study
 LAUNCH = ("--launch", "ray", "--tasks", "3")
 
 
@@ -101,10 +81,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_command_gives_the_bytes_of_one_process(
-    cluster, tessera, images, autoencoder_folder, tmp_path, whole_state
+    cluster, write_recipes, tessera, images, autoencoder_folder, tmp_path, whole_state
 ):
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
-    (tmp_path / "study.yaml").write_text(STUDY)
+    write_recipes(steps=4, widths=WIDTHS)
     tessera("train", "tiny.yaml")
     caching = ("data", "cache", images, f"codec.source={autoencoder_folder}", "--size", 8, "--shard-size", 200)
     commands = [
@@ -130,12 +109,11 @@ def test_every_command_gives_the_bytes_of_one_process(
         assert [path.read_bytes() for path in scores[0]] == [path.read_bytes() for path in scores[1]]
 
 
-def test_a_node_that_is_killed_loses_nothing(cluster, tessera, environment, tmp_path, whole_state):
+def test_a_node_that_is_killed_loses_nothing(cluster, write_recipes, tessera, environment, tmp_path, whole_state):
     """While its member of a study trains."""
     import ray
 
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
-    (tmp_path / "study.yaml").write_text(STUDY)
+    write_recipes(steps=4, widths=WIDTHS)
     words = ("study", tmp_path / "study.yaml", "budget.steps=400", "--hardware", "h100")
     tessera(*words, f"output={tmp_path / 'one'}")
     out = tmp_path / "ray"
@@ -161,8 +139,10 @@ def test_a_node_that_is_killed_loses_nothing(cluster, tessera, environment, tmp_
     assert sum(starts) >= 1  # the task of the lost node resumed elsewhere
 
 
-def test_a_training_on_two_nodes_survives_a_lost_one(cluster, tessera, environment, tmp_path, whole_state):
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "whole"))
+def test_a_training_on_two_nodes_survives_a_lost_one(
+    cluster, write_recipes, tessera, environment, tmp_path, whole_state
+):
+    write_recipes(steps=4, widths=WIDTHS, run="whole")
     words = ("train", "tiny.yaml", "training.steps=120", "training.fsdp=full")
     launch = ("--launch", "ray", "--nodes", "2")
     tessera(*words, *launch, address=cluster.address)
@@ -184,11 +164,10 @@ def test_a_training_on_two_nodes_survives_a_lost_one(cluster, tessera, environme
     assert whole_state(out) == whole_state(tmp_path / "whole")
 
 
-def test_ctrl_c_stops_the_tasks_and_a_repetition_resumes(cluster, environment, tmp_path):
+def test_ctrl_c_stops_the_tasks_and_a_repetition_resumes(cluster, write_recipes, environment, tmp_path):
     import signal
 
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
-    (tmp_path / "study.yaml").write_text(STUDY)
+    write_recipes(steps=4, widths=WIDTHS)
     out = tmp_path / "out"
     words = ["study", str(tmp_path / "study.yaml"), "budget.steps=400", f"output={out}", "--hardware", "h100", *LAUNCH]
     settings: dict[str, Any] = {"env": environment | {"RAY_ADDRESS": cluster.address}, "text": True}

@@ -17,26 +17,6 @@ from tessera import bundle
 pytestmark = [pytest.mark.slow, pytest.mark.run, pytest.mark.timeout(3600)]
 ROOT = Path(__file__).parents[2]
 daemons = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("slurm_cluster.py"))))
-RECIPE = """
-run_dir: {run}
-data: {{kind: digits}}
-network: {{patch_size: 4, hidden_size: 16, depth: 1, num_heads: 2}}
-diffusion: {{num_timesteps: 20, schedule: cosine, prediction: v}}
-sampling: {{num_steps: 3}}
-training:
-  {{steps: 120, global_batch_size: 32, sample_every: 1000, sample_seeds: 1, checkpoint_every: 5, health_every: null,
-  tensorboard: false, device: cpu, fsdp: full}}
-"""
-STUDY = """
-question: Does width help?
-recipe: tiny.yaml
-axes:
-  size:
-    S: {network.hidden_size: 16}
-    L: {network.hidden_size: 32}
-set: {evaluation: {num_samples: 40, batch_size: 40, metrics: [kid]}, training.fsdp: 1}
-budget: {steps: 10}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +33,9 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def run(cluster, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+def run(cluster, tmp_path, write_recipes) -> Callable[..., subprocess.CompletedProcess]:
     """`python -m tessera`, or a program of SLURM, which must succeed."""
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(run=tmp_path / "run"))
-    (tmp_path / "study.yaml").write_text(STUDY)
+    write_recipes(steps=120, widths={"S": 16, "L": 32}, fsdp="full")
 
     def run(*words: object, program: tuple[str, ...] = (sys.executable, "-m", "tessera")):
         done = subprocess.run(
