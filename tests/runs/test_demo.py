@@ -1,0 +1,39 @@
+"""`tessera demo`, shortened."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tessera import demo
+from tessera.monitoring.logger import read_log
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(demo, "FEWEST", 6)
+    monkeypatch.setattr(demo, "PER_CLASS", 4)
+    monkeypatch.setattr(demo, "COUNT", 40)
+
+
+def test_the_demo_shows_a_shipped_model_trains_and_writes_a_report(tessera, short, tmp_path):
+    done = tessera("demo", "--seconds", "0.01", "--out", tmp_path / "demo")
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert "shipped.png" in lines[0]  # before the training
+    assert read_log(tmp_path / "demo/run")[-1]["step"] == 6
+    assert [line for line in lines if line.startswith("sampled")][-1] == "sampled 40 of 40"
+    shipped, grid = (np.asarray(Image.open(tmp_path / f"demo/{name}.png")) for name in ("shipped", "grid"))
+    assert shipped.shape == grid.shape
+    assert shipped.std() > 60  # ink on paper; six steps of training give gray noise
+    report = (tmp_path / "demo/report.md").read_text()
+    assert "of 40 samples are classified as their class" in report
+    assert {"denoising.gif", "loss.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
+
+
+def test_a_demo_in_the_same_folder_resumes(tessera, short, tmp_path):
+    for seconds in ("0.01", "60"):
+        done = tessera("demo", "--seconds", seconds, "--out", tmp_path / "demo")
+        assert done.code == 0, done.err
+    assert "6 steps, as started before" in done.out
