@@ -31,7 +31,7 @@ def run(out: Path, seconds: float = 60) -> float:
     Writes shipped.png, grid.png, denoising.gif, loss.png and report.md into out. An interrupted demo in the same folder
     resumes. Raises TesseraError.
     """
-    _sample_grid(bundle.load(pretrained.FOLDER / "digits"), out / "shipped.png")
+    _sample_grid(bundle.load(pretrained.FOLDER / "dit-digits"), out / "shipped.png")
     print(f"digits of the model that comes with Tessera: {out / 'shipped.png'}", flush=True)
     classifier = DigitClassifier()
     recipe, duration = _read_recipe(out, seconds)
@@ -73,7 +73,7 @@ def _read_recipe(out: Path, seconds: float) -> tuple[Recipe, str]:
         duration = f"{recipe.training.steps} steps, as started before"
         print(f"resuming the demo in {out}: {duration}; give another --out for a new one", flush=True)
         return recipe, duration
-    path = RECIPES / "pretrained/digits.yaml"
+    path = RECIPES / "pretrained/dit-digits.yaml"
     recipe = read_recipe(path, overrides)
     print("measuring the speed of this machine", flush=True)
     estimate = dry_run(recipe, steps=10)

@@ -65,7 +65,9 @@ def test_an_installed_package_finds_its_models_and_recipes(installed, tmp_path):
     assert [line.partition(":")[0] for line in listed.stdout.splitlines() if not line.startswith(" ")] == (
         pretrained.names()
     )
-    sampled = run(installed, "sample", "digits", "--classes", "3", "num_steps=2", "--out", "three.png", folder=tmp_path)
+    sampled = run(
+        installed, "sample", "dit-digits", "--classes", "3", "num_steps=2", "--out", "three.png", folder=tmp_path
+    )
     assert sampled.returncode == 0, sampled.stderr
     assert (tmp_path / "three.png").exists()
     where = "import tessera, sys; print(tessera.__file__)"
@@ -95,7 +97,7 @@ def test_the_wheel_installs_into_an_empty_environment(distributions, tmp_path):
     ).stdout.strip()
     subprocess.run([*pip, f"torch=={torch}"], check=True)
     subprocess.run([*pip, str(wheel)], check=True)
-    command = [str(environment / "bin/tessera"), "sample", "digits", "--classes", "all", "--out", "grid.png"]
+    command = [str(environment / "bin/tessera"), "sample", "dit-digits", "--classes", "all", "--out", "grid.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "grid.png").exists()

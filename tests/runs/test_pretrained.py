@@ -5,6 +5,7 @@ import torch
 
 from tessera import bundle, pretrained
 from tessera.checkpoint_files import read_tensors
+from tessera.data.resolve import EMBEDDED
 from tessera.interop import load
 
 
@@ -54,3 +55,8 @@ def test_options_of_bundles_are_refused_for_other_formats(shipped, tessera, tmp_
     done = tessera("convert", "tiny", tmp_path / "x.pt", "--to", "official", *option)
     assert (done.code, "are for bundles" in done.err) == (1, True)
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_name_of_a_model_is_not_also_that_of_data():
+    """`tessera evaluate` and other commands take both."""
+    assert not {*pretrained.names()} & {*EMBEDDED}
