@@ -109,6 +109,7 @@ def test_a_check_as_tasks_writes_the_same_files(command, images, tmp_path):
     assert "shard 2/2" in (tmp_path / "tasks/check/launch/shard-2.log").read_text()
 
 
+@pytest.mark.slow
 def test_samples_and_scores_as_tasks_are_the_same(command, trained, tmp_path):
     launch = ("--launch", "local", "--tasks", "2")
     for name, words in {"one": (), "tasks": launch}.items():
@@ -133,6 +134,7 @@ def test_a_task_that_fails_is_named_with_its_log(command, images, tmp_path):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_a_cache_as_tasks_has_the_same_files(command, images, autoencoder_folder, tmp_path):
     words = ("data", "cache", images, f"codec.source={autoencoder_folder}", "--size", 8, "--shard-size", 300)
     for name, launch in {"one": (), "tasks": ("--launch", "local", "--tasks", "3")}.items():
