@@ -76,6 +76,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern (... + decaying rate)": (*MOST, *FALLING),
     "modern, a quarter": (*MOST, *FALLING),
     "modern, an eighth": (*MOST, *FALLING),
+    # beside it
+    "modern + dual token times": (*MOST, *FALLING, "training.token_times=dual"),
+    "modern + dual token times, half": (
+        *MOST, *FALLING, "training.token_times=dual", "training.token_times.fraction=0.5",
+    ),
     # other changes, and parts of the rope-swiglu block: "... + Muon" with one thing changed
     "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
     "shift by dimension": (*MOST, *STEADY, "diffusion.shift=dimension"),
@@ -85,7 +90,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "without SwiGLU": (*MOST, *STEADY, "network.block.mlp=gelu"),
     "without value residual": (*MOST, *STEADY, "network.block.value_residual=false"),
     "without shared modulation": (*MOST, *STEADY, "network.block.modulation=per-block"),
-}
+}  # fmt: skip
 BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; the rate decays within them
 SETTINGS = {
     "digits": Setting(
@@ -234,13 +239,20 @@ def flops_of_a_step(recipe) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from tessera.layers.embeddings import TimestepEmbedder
+    from tessera.layers.modulation import Modulation
+
     network = recipe.network.build()
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
     optimizer = recipe.training.optimizer.build(network)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    return 6 * recipe.training.global_batch_size * network.macs() + counter.get_total_flops()
+    macs = network.macs()
+    if recipe.training.token_times.kind == "dual":  # a time embedding and a modulation vector for each token
+        per_time = [part.macs() for part in network.modules() if isinstance(part, (Modulation, TimestepEmbedder))]
+        macs += (math.prod(recipe.network.grid) - 1) * sum(per_time)
+    return 6 * recipe.training.global_batch_size * macs + counter.get_total_flops()
 
 
 def report(data: str, out: Path) -> None:

@@ -59,9 +59,10 @@ class FilesConfig(ImagesConfig):
         description="train, validation or test, by the names of files or folders; null: train, or the only one",
     )
 
-    weights: tuple[PositiveFloat, ...] = Field(
+    weights: tuple[PositiveFloat, ...] | Literal["classes"] = Field(
         default=(),
-        description="of the paths: the share of each in every batch, as in 1, 1; empty: every image equally often",
+        description="of the paths: the share of each in every batch, as in 1, 1; classes: every class equally often; "
+        "empty: every image equally often",
     )
 
     shuffle_shards: PositiveInt | None = Field(
@@ -72,14 +73,14 @@ class FilesConfig(ImagesConfig):
 
     @field_validator("weights")
     @classmethod
-    def _check_ratio(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
-        if weights:
+    def _check_ratio(cls, weights: tuple[float, ...] | Literal["classes"]) -> tuple[float, ...] | Literal["classes"]:
+        if weights and weights != "classes":
             whole_weights(weights)
         return weights
 
     @model_validator(mode="after")
     def _check_weights(self) -> "FilesConfig":
-        if self.weights and len(self.weights) != len(self.paths):
+        if self.weights and self.weights != "classes" and len(self.weights) != len(self.paths):
             raise ValueError(f"weights has {len(self.weights)} numbers, and path has {len(self.paths)}: give one each")
         if self.weights and self.buckets is not None:
             raise ValueError("weights and buckets exclude each other: a batch of one size has images of any path")

@@ -182,6 +182,15 @@ class DiTConfig(NetworkConfig):
             return "needs block.text=keys or block.text=cross: text tokens in the sequence have no time"
         return super().frame_times_problem()
 
+    def token_times_problem(self) -> str | None:
+        if self.is_temporal:
+            return "needs a network for images, and this one is for clips: see training.frame_times"
+        if self.block.kind in ("in-context", "cross-attention"):
+            return f"needs a block with modulation, and {self.block.kind} has a condition token for each time"
+        if getattr(self.block, "text", None) == "sequence":
+            return "needs block.text=keys or block.text=cross: text tokens in the sequence have no time"
+        return None
+
     def token_grid(self, size: Sequence[int]) -> tuple[int, ...]:
         patch = (self.temporal_patch_size, self.patch_size, self.patch_size)[-len(size) :]
         return tuple(length // divisor for length, divisor in zip(size, patch))
@@ -312,7 +321,8 @@ class DiT(Network):
 
     def _context(self, x: Tensor, t: Tensor, condition: Condition) -> Context:
         check_rows(condition, x)
-        return self.embed_condition(check_times(t, x), condition, self.grid(x))
+        grid = self.grid(x)
+        return self.embed_condition(check_times(t, x, math.prod(grid)), condition, grid)
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         """Return the token grid (h, w) of x [B, C, H, W], or (t, h, w) of x [B, C, T, H, W]."""

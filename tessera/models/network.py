@@ -85,6 +85,10 @@ class NetworkConfig(Settings, ABC):
         """Why frames cannot have times of their own, as the end of a sentence about them; None if they can"""
         return None if self.is_temporal else "needs a network for clips, and this one is for images"
 
+    def token_times_problem(self) -> str | None:
+        """Why tokens of an image cannot have times of their own, as the end of a sentence about them"""
+        return "needs a DiT: the network has one time for all pixels"
+
     @property
     @abstractmethod
     def size_multiple(self) -> int:
@@ -159,12 +163,13 @@ class Network(nn.Module, ABC):
         """
 
 
-def check_times(t: Tensor, x: Tensor) -> Tensor:
+def check_times(t: Tensor, x: Tensor, tokens: int | None = None) -> Tensor:
     """Times t [B], or [B, T] for a clip x [B, C, T, H, W]; equal times of all frames of every clip become [B].
 
-    On a GPU they stay as they are, because the host would wait for their values. Raises ValueError for other shapes.
+    On a GPU they stay as they are, because the host would wait for their values. tokens: of an image in a network that
+    also takes times [B, N], one for each of them. Raises ValueError for other shapes.
     """
-    if t.shape == x.shape[:1]:
+    if t.shape == x.shape[:1] or (x.ndim == 4 and t.shape == (x.shape[0], tokens)):
         return t
     if x.ndim != 5 or t.shape != (x.shape[0], x.shape[2]):
         frames = f", or [{x.shape[0]}, {x.shape[2]}] for frames with their own times" if x.ndim == 5 else ""

@@ -4,6 +4,7 @@ All randomness is a function of (seed, global position of the sample), so the re
 ranks, on restarts or on the micro batch size. Shapes: B batch, C channels, H W height and width, h w of the latents.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -20,10 +21,11 @@ from tessera.diffusion.process import Losses
 from tessera.monitoring import health
 from tessera.training.distillation import Distillation
 from tessera.training.frame_times import AnyFrameTimes, MixedTimes, SharedTimes
+from tessera.training.token_times import AnyTokenTimes, DualTokenTimes, SharedTokenTimes, times_of_pixels
 
-SHARED_TIMES = SharedTimes()
-# Random streams, one for each use; `frame_times` and `distillation` have others. Never change a number: an old run
-# could not be resumed exactly.
+SHARED_TIMES, SHARED_TOKEN_TIMES = SharedTimes(), SharedTokenTimes()
+# Random streams, one for each use; `frame_times`, `token_times` and `distillation` have others. Never change a number:
+# an old run could not be resumed exactly.
 TIMESTEP_STREAM, NOISE_STREAM, CONDITION_DROPOUT_STREAM, POSTERIOR_STREAM = 1, 2, 3, 5  # 4: data.loader.FLIP_STREAM
 
 
@@ -41,6 +43,8 @@ class TrainingObjective:
     field_dropout: Mapping[str, float] = field(default_factory=dict)  # of single fields, each by itself
     uniform_numbers: int = 0  # that the network uses for each row
     frame_times: AnyFrameTimes = SHARED_TIMES  # of clips
+    token_times: AnyTokenTimes = SHARED_TOKEN_TIMES  # of images
+    patch_size: int = 1  # of the tokens that have times
     distillation: Distillation | None = None  # of a teacher, in place of the data's own velocity
     empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
@@ -125,10 +129,15 @@ def compute_loss(
     if isinstance(objective.frame_times, MixedTimes) and x0.ndim == 5:
         frames = objective.frame_times.sample(t, x0.shape[2], position, objective.seed, objective.diffusion)
         t = frames.t
+    network_t, mean_t = t, t if frames is None else frames.mean
+    if isinstance(objective.token_times, DualTokenTimes):
+        grid = x0.shape[2] // objective.patch_size, x0.shape[3] // objective.patch_size
+        network_t = objective.token_times.sample(t, math.prod(grid), position, objective.seed, objective.diffusion)
+        t, mean_t = times_of_pixels(network_t, grid, objective.patch_size), network_t.mean(dim=1)
     with runtime.autocast(objective.dtype, x0.device):
         raw = network(
             objective.diffusion.add_noise(x0, noise, t),
-            objective.diffusion.model_time(t).to(x0.device, non_blocking=True),
+            objective.diffusion.model_time(network_t).to(x0.device, non_blocking=True),
             condition,
         )
     with_loss, loss_t = (None, t) if frames is None else (frames.loss_frames, frames.loss_t)
@@ -138,4 +147,4 @@ def compute_loss(
             with_loss = is_own if with_loss is None else is_own & with_loss
             loss_t = loss_t if loss_t.ndim == 2 else loss_t[:, None].expand(-1, x0.shape[2])
     losses = objective.diffusion.loss(raw.float(), x0, noise, loss_t, with_loss)
-    return losses, t if frames is None else frames.mean
+    return losses, mean_t

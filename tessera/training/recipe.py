@@ -31,6 +31,7 @@ from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
+from tessera.training.token_times import AnyTokenTimes, SharedTokenTimes
 
 TEXT_SETTINGS = ("text_channels", "vocabulary_size", "text_tokens")
 
@@ -83,6 +84,10 @@ class TrainingConfig(Settings):
         default=SharedTimes(),
         description="times of the frames of clips; mixed: shared, independent, or 0 and without loss where a frame is "
         "given, for sampling from given frames",
+    )
+    token_times: AnyTokenTimes = Field(
+        default=SharedTokenTimes(),
+        description="times of the tokens of images; dual: a second time for some of them, as augmentation",
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="train the average velocity of a teacher, for sampling in a few steps; null: the data"
@@ -337,6 +342,12 @@ def resolve_recipe(
         )
     if not isinstance(recipe.training.frame_times, SharedTimes) and (problem := network.frame_times_problem()):
         raise TesseraError(f"training.frame_times={recipe.training.frame_times.kind} {problem}: leave it out")
+    if not isinstance(token_times := recipe.training.token_times, SharedTokenTimes):
+        problem = network.token_times_problem()
+        if recipe.training.distillation is not None:
+            problem = "does not go with training.distillation, whose steps have one time"
+        if problem:
+            raise TesseraError(f"training.token_times={token_times.kind} {problem}: leave it out")
     schedule = recipe.sampling.frame_schedule
     if not isinstance(schedule, Together) and (problem := network.frame_times_problem()):
         raise TesseraError(f"sampling.frame_schedule={schedule.kind} {problem}: leave it out")

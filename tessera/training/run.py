@@ -344,9 +344,9 @@ def build_buckets(recipe: Recipe, dataset: Dataset | LatentsDataset) -> Buckets 
 
 
 def sample_order(recipe: Recipe, dataset: Dataset | LatentsDataset) -> WeightedOrder | ShardedOrder | None:
-    """The order of samples if the recipe has weights of paths, or shuffles some shards at a time.
+    """The order of samples if the recipe has weights of paths or of classes, or shuffles some shards at a time.
 
-    Raises TesseraError if a path with a weight has no usable sample.
+    Raises TesseraError if a path with a weight has no usable sample, or if the data have no classes to balance.
     """
     source, data, config = files_dataset(dataset), recipe.data, recipe.training
     if isinstance(data, FilesConfig) and data.shuffle_shards is not None:
@@ -355,8 +355,16 @@ def sample_order(recipe: Recipe, dataset: Dataset | LatentsDataset) -> WeightedO
     if source is None or not isinstance(data, FilesConfig) or not data.weights:
         return None
     parts = np.repeat(np.arange(len(source.path_sizes)), source.path_sizes)
+    if data.weights == "classes":
+        parts = source.labels
     if isinstance(dataset, LatentsDataset):
         parts = parts[dataset.indices]
+    if data.weights == "classes":
+        classes, parts = np.unique(parts, return_inverse=True)
+        if not source.class_names or classes[0] < 0:
+            problem = "have no classes" if not source.class_names else "have samples without a class"
+            raise TesseraError(f"data.weights=classes balances classes, and the data {problem}: leave it out")
+        return WeightedOrder(parts, [1] * len(classes), config.global_batch_size, config.seed)
     if empty := [path for part, path in enumerate(data.paths) if part not in parts]:
         raise TesseraError(
             f"data.weights has a share for {empty[0]}, which has no image that can be used: leave it out"
@@ -510,6 +518,8 @@ def build_objective(
         field_dropout=recipe.training.field_dropout,
         uniform_numbers=recipe.network.uniform_numbers,
         frame_times=recipe.training.frame_times,
+        token_times=recipe.training.token_times,
+        patch_size=recipe.network.size_multiple,
     )
 
 
