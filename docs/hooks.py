@@ -1,12 +1,13 @@
 """MkDocs hooks: pages that are generated from the code, so that they cannot differ from it.
 
-`<!-- recipe keys -->` becomes a table of every key of a recipe, `<!-- build keys -->` of a recipe of `tessera data
-build`, `<!-- commands -->` the help of every command.
+`<!-- recipe keys -->` becomes a table of every key of a recipe; `<!-- build keys -->`, `<!-- codec keys -->` and
+`<!-- study keys -->` those of the recipes of `tessera data build`, `tessera codec train` and `tessera study`;
+`<!-- commands -->` the help of every command.
 """
 
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -20,6 +21,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace("<!-- recipe keys -->", recipe_reference())
     if "<!-- build keys -->" in markdown:
         markdown = markdown.replace("<!-- build keys -->", build_reference())
+    if "<!-- codec keys -->" in markdown:
+        markdown = markdown.replace("<!-- codec keys -->", codec_reference())
+    if "<!-- study keys -->" in markdown:
+        markdown = markdown.replace("<!-- study keys -->", study_reference())
     if "<!-- commands -->" in markdown:
         markdown = markdown.replace("<!-- commands -->", command_reference())
     return markdown
@@ -29,21 +34,45 @@ def recipe_reference() -> str:
     """Markdown tables of all keys: one section for each settings model, alternatives side by side by `kind`."""
     from tessera.training.recipe import Recipe
 
-    return "\n".join(_sections("", Recipe))
+    return "\n".join(_sections("", Recipe, set()))
 
 
 def build_reference() -> str:
     """Markdown tables of the keys of a recipe of `tessera data build`."""
     from tessera.data.build import BuildRecipe
 
-    return "\n".join(_sections("", BuildRecipe)).replace("## Top level", "## Recipe of `tessera data build`")
+    return _reference(BuildRecipe, "Recipe of `tessera data build`")
 
 
-def _sections(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+def codec_reference() -> str:
+    """Markdown tables of the keys of a recipe of `tessera codec train`. Its data are those of any recipe."""
+    from tessera.training.codec import CodecRecipe
+
+    return _reference(CodecRecipe, "Recipe of `tessera codec train`", {"data", "training.optimizer"})
+
+
+def study_reference() -> str:
+    """Markdown tables of the keys of a study."""
+    from tessera.studies.study import Study
+
+    return _reference(Study, "File of `tessera study`")
+
+
+def _reference(model: type[BaseModel], title: str, without: Iterable[str] = ()) -> str:
+    """The sections of a file other than a recipe of `tessera train`, all below one heading."""
+    sections = "\n".join(_sections("", model, set(without)))
+    return sections.replace("## Top level", f"## {title}").replace("\n## `", "\n### `")
+
+
+def _sections(prefix: str, model: type[BaseModel], written: set[str]) -> Iterator[str]:
+    """The section of a settings model and those of its parts. written: titles, and keys, that are left out."""
     title = prefix or "Top level"
     kind = model.model_fields.get("kind")
     if prefix and kind is not None and kind.default is not PydanticUndefined:
         title = f"{prefix} (kind: {kind.default})"
+    if title in written or prefix in written:  # such as the attention modes, which all networks have
+        return
+    written.add(title)
     yield f"{'##' if prefix.count('.') == 0 else '###'} `{title}`\n" if prefix else f"## {title}\n"
     yield f"{' '.join((model.__doc__ or '').split())}\n"
     fields = {name: field for name, field in model.model_fields.items() if name != "kind"}
@@ -55,7 +84,7 @@ def _sections(prefix: str, model: type[BaseModel]) -> Iterator[str]:
     yield ""
     for name, field in fields.items():
         for part in _models(field.annotation):
-            yield from _sections(f"{prefix}.{name}" if prefix else name, part)
+            yield from _sections(f"{prefix}.{name}" if prefix else name, part, written)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -82,7 +111,9 @@ def _type(annotation: Any) -> str:
             str(model.model_fields["kind"].default) for model in _models(annotation) if "kind" in model.model_fields
         ]
         rest = [_type(part) for part in arguments if not _models(part)]
-        return " or ".join(dict.fromkeys([", ".join(f"`{kind}`" for kind in kinds)] * bool(kinds) + rest))
+        named = [", ".join(f"`{kind}`" for kind in kinds)] * bool(kinds)
+        plain = ["section"] * (not kinds and bool(_models(annotation)))
+        return " or ".join(dict.fromkeys(named + plain + rest))
     if origin is tuple:
         return "list of " + " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not Ellipsis))
     if _models(annotation):
@@ -120,10 +151,10 @@ def _commands(command: Any, name: str) -> Iterator[str]:
         text, _, examples = (command.help or "").partition("\b\n")
         examples = examples.partition("\n")[2]  # without its heading
         yield f"## `{name}`\n\n{text.strip()}\n\n```\n{textwrap.dedent(examples).strip()}\n```\n"
-        yield "| argument or option | meaning |\n|---|---|"
-        for parameter in command.params:
-            if getattr(parameter, "hidden", False) or parameter.name == "help":
-                continue
+        shown = [part for part in command.params if not getattr(part, "hidden", False) and part.name != "help"]
+        if shown:
+            yield "| argument or option | meaning |\n|---|---|"
+        for parameter in shown:
             words = [word for word in (*parameter.opts, *parameter.secondary_opts) if word.startswith("-")]
             label = ", ".join(words) if words else (parameter.metavar or parameter.name.upper())
             text = (getattr(parameter, "help", None) or "").replace("|", "\\|")

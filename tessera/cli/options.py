@@ -19,7 +19,9 @@ ModelPath = Annotated[
     str,
     typer.Argument(help="a bundle, a run, an official .pt, a diffusers folder, or a name of `tessera models`"),
 ]
-DataPath = Annotated[str, typer.Argument(help="a folder, .parquet, recipe, digits or shapes (a split: digits:ceiling)")]
+DataPath = Annotated[
+    str, typer.Argument(help="a folder, .parquet, recipe, digits, shapes or lanes (a split: digits:ceiling)")
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the recipe")]
 SamplingOverrides = Annotated[
     list[str] | None,
@@ -69,7 +71,9 @@ Launch = Annotated[
     Literal["local", "ray", "slurm"] | None,
     typer.Option("--launch", help="run as --tasks N: processes here, a Ray cluster, or a SLURM job array"),
 ]
-Tasks = Annotated[int | None, typer.Option("--tasks", min=1, max=100_000, help="of --launch, each does a part")]
+Tasks = Annotated[
+    int | None, typer.Option("--tasks", min=1, max=100_000, help="number of tasks of --launch; each does a part")
+]
 LaunchOptions = Annotated[
     list[str] | None,
     typer.Option(

@@ -58,7 +58,7 @@ def tune(
     ] = None,
     save_to: Annotated[Path | None, typer.Option(help="write a new bundle instead of changing the model")] = None,
 ) -> None:
-    """Search the fastest sampling settings of equal quality.
+    """Search for the fastest sampling settings of equal quality.
 
     Solver, timestep grid, steps, guidance and caching are varied; the best settings are written into the model.
 

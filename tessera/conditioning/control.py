@@ -67,7 +67,7 @@ class Edges(ControlImage):
 
 
 class Grey(ControlImage):
-    """The image without its colours."""
+    """The image without its colors."""
 
     kind: Literal["grey"] = "grey"  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -88,7 +88,7 @@ class LowResolution(ControlImage):
 
 
 class Blocks(LowResolution):
-    """Blocks of one colour each."""
+    """Blocks of one color each."""
 
     kind: Literal["blocks"] = "blocks"  # pyright: ignore[reportIncompatibleVariableOverride]
     enlargement: ClassVar[Image.Resampling] = Image.Resampling.NEAREST

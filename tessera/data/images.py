@@ -65,13 +65,13 @@ class ImagesConfig(Settings):
     """Preprocessing of every image, wherever it comes from."""
 
     size: Size = Field(default=(256, 256), description="height and width after the crop, in pixels")
-    channels: Literal[1, 3] = Field(default=3, description="3 for colour, 1 for grey")
+    channels: Literal[1, 3] = Field(default=3, description="3 for color, 1 for grey")
     hflip: bool = Field(
         default=True,
         description="random horizontal flip; turn off where left and right differ; of clips off by default",
     )
     background: tuple[Level, Level, Level] = Field(
-        default=(255, 255, 255), description="colour behind transparent pixels"
+        default=(255, 255, 255), description="color behind transparent pixels"
     )
     upscale: bool = Field(
         default=False, description="scale up images smaller than the size; otherwise they are skipped"

@@ -49,7 +49,7 @@ Combinations = Literal["all", "known", "held-out-speeds", "held-out-pairs"]
 
 
 class LanesConfig(Settings):
-    """Clips in colour, never flipped: a lane is 8 x 32 pixels, and the class is the colour of the top disc."""
+    """Clips in color, never flipped: a lane is 8 x 32 pixels, and the class is the color of the top disc."""
 
     kind: Literal["lanes"] = "lanes"
     split: Literal["train", "test"] = Field(default="train", description="no clip is in both")
@@ -58,7 +58,7 @@ class LanesConfig(Settings):
     frames: PositiveInt = 24
     combinations: Combinations = Field(
         default="all",
-        description=f"of colour and speed, for every disc: known leaves out the speeds {HELD_OUT_SPEEDS[0]} to "
+        description=f"of color and speed, for every disc: known leaves out the speeds {HELD_OUT_SPEEDS[0]} to "
         f"{HELD_OUT_SPEEDS[1]} and the pairs {', '.join(HELD_OUT_PAIRS)} with their speeds, to train with; the others "
         "hold only what it leaves out",
     )

@@ -125,14 +125,14 @@ def parse_caption(caption: str) -> Description:
 
 
 class ShapesConfig(Settings):
-    """Colour, 32 x 32, one class per colour and shape, never flipped: captions name left and right."""
+    """Color, 32 x 32, one class per color and shape, never flipped: captions name left and right."""
 
     kind: Literal["shapes"] = "shapes"
     split: Literal["train", "test"] = Field(default="train", description="no image is in both")
     count: PositiveInt = Field(default=50_000, description="number of images; the first ones do not depend on it")
     combinations: Literal["all", "known", "held-out"] = Field(
         default="all",
-        description=f"of colour and shape, for every object: known is all but {', '.join(HELD_OUT)}, to train with, "
+        description=f"of color and shape, for every object: known is all but {', '.join(HELD_OUT)}, to train with, "
         "and held-out is these, to measure composition with",
     )
 

@@ -103,7 +103,7 @@ class DiTConfig(NetworkConfig):
         "sampling in one or a few steps (tessera distill)",
     )
     timestep_freq_divisor: PositiveInt = Field(
-        default=128, description="divisor in the timestep frequencies; diffusers' DiT was trained with 127"
+        default=128, description="divisor in the timestep frequencies; diffusers computes DiT with 127"
     )
     mlp_norm_eps: PositiveFloat = Field(
         default=1e-6, description="eps of the norm before the MLP; diffusers' DiT: 1e-5"

@@ -85,7 +85,7 @@ class Study(Settings):
 
     question: str = Field(description="the question of the study in one sentence: the title of the report")
     recipe: str = Field(description="the recipe of all members, relative to the study's file")
-    output: str = Field(description="the folder of the study")
+    output: str = Field(description="the folder of the study; by default runs/NAME")
     set: Overrides = Field(default_factory=dict, description="settings of all members, over those of the recipe")
     axes: dict[str, Values] = Field(description="axis: value: settings")
     seeds: tuple[NonNegativeInt, ...] = (0,)

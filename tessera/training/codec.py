@@ -78,7 +78,7 @@ class CodecTrainingConfig(Settings):
 class CodecRecipe(Settings):
     """The recipe of a codec: one YAML file."""
 
-    run_dir: str = Field(description="folder of the run")
+    run_dir: str = Field(description="folder of the run; by default runs/NAME")
     data: AnyData
     autoencoder: AutoencoderShape = AutoencoderShape()
     training: CodecTrainingConfig = CodecTrainingConfig()

@@ -168,7 +168,7 @@ class TrainingConfig(Settings):
 class Recipe(Settings):
     """A complete run. `network` may leave out the sizes that follow from data, codec and diffusion process."""
 
-    run_dir: str = Field(description="folder of the run")
+    run_dir: str = Field(description="folder of the run; of a recipe file by default runs/NAME")
     data: AnyData
     codec: AnyCodec = PixelsConfig()
     text: AnyTextEncoder | None = Field(
