@@ -11,6 +11,7 @@ has them is an error. Requests are repeated with growing random waits.
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import random
 import re
@@ -19,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
@@ -28,15 +30,22 @@ from tessera.files import PARTIAL, cache_folder
 
 PROTOCOLS = ("s3", "gs", "hf", "https", "http", "memory", "file")  # the last two for tests
 ADDRESS = re.compile(rf"({'|'.join(PROTOCOLS)}):/+(.+?)/*")  # `Path` makes one slash of two
-INSTALL = {"s3": "pip install 'tessera[storage]'", "gs": "pip install gcsfs", "hf": "pip install huggingface_hub"}
+INSTALL = {
+    "s3": "pip install 'tessera[storage]'",
+    "gs": "pip install 'tessera[gcs]'",
+    "hf": "pip install 'tessera[hub]'",
+}
 CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
-    "hf": "set HF_TOKEN",
+    "hf": "set HF_TOKEN to a token that may read it, and accept its terms on its page if it is gated",
 }
-# Requests are repeated here alone, so that waits do not multiply.
+ABSENT = {"hf": "its repository does not, or HF_TOKEN has no access to it"}  # the hub does not say which
+READ_ONLY = ("hf", "https", "http")  # each file written to the hub would be a commit
+# Requests of S3 are repeated here alone, so that waits do not multiply.
 OPTIONS: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.1, 10.0  # attempts of a request, seconds between them
+FEWER_TRIES = {"gs": 3, "hf": 5}  # their libraries repeat many requests too, 6 times in half a minute
 ETAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "created", "LastModified")  # what changes with an object
 THREADS = 16
 
@@ -95,35 +104,90 @@ def address(path: Path) -> str:
     return f"{protocol}://{'/' if protocol == 'file' else ''}{'/'.join(parts)}"
 
 
+@cache
+def _prepare(protocol: str) -> None:
+    """Set up the library of a protocol before it is imported: errors and progress are reported here alone."""
+    if protocol == "gs":
+        # Otherwise gcsfs asks for the type of each bucket by gRPC, which needs credentials even of public buckets.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        if not os.environ.get("GCSFS_DEBUG"):
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+            logging.getLogger("google.auth").setLevel(logging.ERROR)  # no credentials, which public buckets do not need
+    elif protocol == "hf":
+        from huggingface_hub.utils import disable_progress_bars
+
+        for name in ("huggingface_hub.http_get", "huggingface_hub.xet_get"):
+            disable_progress_bars(name)
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether an error means missing credentials or permission; each library has errors of its own."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None) or getattr(error, "status", None)  # of huggingface_hub, aiohttp
+    if status is None:
+        status = getattr(error, "code", None)  # of gcsfs
+    return (
+        "Credentials" in type(error).__name__
+        or isinstance(error, PermissionError)
+        or str(status) in ("401", "403")
+        or (type(error) is OSError and str(error).startswith("Forbidden"))  # of gcsfs
+    )
+
+
+def absence(url: str) -> str:
+    """What may not exist if an address leads to nothing."""
+    return f"{url} does not exist, or {ABSENT.get(url.partition(':')[0], 'its bucket does not')}"
+
+
+def check_writable(url: str) -> None:
+    """Raise TesseraError if nothing can be written to such an address."""
+    protocol = url.partition(":")[0]
+    if protocol in READ_ONLY and ADDRESS.fullmatch(url):
+        raise TesseraError(
+            f"cannot write {url}: {protocol}:// is read only; give a local folder, s3:// or gs://"
+            + ("; `hf upload` puts a local folder on the hub" if protocol == "hf" else "")
+        )
+
+
 def _call(url: str, action: str, function: Callable[[Any, str], T]) -> T:
     """`function(file system, path)`, repeated while it fails for reasons that may pass.
 
     Raises FileNotFoundError if there is no such object, else TesseraError.
     """
     protocol, start, problem = url.partition(":")[0], time.monotonic(), ""
-    for attempt in range(TRIES):
+    tries = min(FEWER_TRIES.get(protocol, TRIES), TRIES)
+    for attempt in range(tries):
         try:
             from fsspec.core import url_to_fs
 
+            _prepare(protocol)
             files, path = url_to_fs(url, use_listings_cache=False, **OPTIONS.get(protocol, {}))
             files.retries = 1  # of s3fs
+            if protocol == "hf":
+                files.dircache.clear()  # it has listings in spite of use_listings_cache
             return function(files, path)
         except ImportError:
             install = INSTALL.get(protocol, INSTALL["s3"])
             raise TesseraError(f"{url}: reading {protocol}:// needs another library: {install}") from None
-        except (FileNotFoundError, FileExistsError, TesseraError):
+        except (FileExistsError, TesseraError):
             raise
-        except Exception as error:  # each library has errors of its own
+        except Exception as raised:  # each library has errors of its own
+            error: BaseException = raised
+            if isinstance(error, FileNotFoundError):
+                # Of web servers, fsspec reports every failure as a missing file, with its cause.
+                if protocol not in ("http", "https") or isinstance(error.__cause__, FileNotFoundError | None):
+                    raise
+                error = error.__cause__
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise TesseraError(f"{url}: cannot {action}: {error}; TESSERA_STORAGE_GB limits what stays") from None
-            problem = f"{type(error).__name__}: {error}".strip()[:300]
-            if "Credentials" in type(error).__name__ or isinstance(error, PermissionError):
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            if _is_refused(error):
                 advice = CREDENTIALS.get(protocol, "check the permissions")
                 raise TesseraError(f"{url}: cannot {action} without permission ({problem}); {advice}") from None
-        if attempt + 1 < TRIES:
+        if attempt + 1 < tries:
             time.sleep(random.uniform(0.5, 1) * min(FIRST_WAIT * 2**attempt, LONGEST_WAIT))
     raise TesseraError(
-        f"{url}: could not {action} in {TRIES} attempts over {time.monotonic() - start:.0f} seconds; the last error: "
+        f"{url}: could not {action} in {tries} attempts over {time.monotonic() - start:.0f} seconds; the last error: "
         f"{problem}\ncheck the network and the server, then run the same command again"
     )
 
@@ -132,6 +196,12 @@ def _state(info: dict[str, Any]) -> State:
     tag = next((str(info[name]) for name in ETAGS if info.get(name)), "")
     seconds = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:4], "big") >> 1
     return State(int(info.get("size") or 0), seconds * 10**9)
+
+
+def _info(files: Any, name: str) -> dict[str, Any]:
+    if files.protocol == "hf" and files.resolve_path(name).path:
+        return files.info(name, refresh=True, expand_info=True)  # one request; without it, a listing of the folder
+    return files.info(name)
 
 
 def stat(path: Path) -> Any:
@@ -144,7 +214,7 @@ def stat(path: Path) -> Any:
 
 
 def _ask(path: Path) -> State:
-    return _state(_call(address(path), "read", lambda files, name: files.info(name)))
+    return _state(_call(address(path), "read", _info))
 
 
 def expect(path: Path, size: int, mtime_ns: int) -> None:
@@ -204,7 +274,7 @@ def is_folder(path: Path) -> bool:
     if str(path) in _folders or str(path) in _known:
         return str(path) in _folders
     with contextlib.suppress(FileNotFoundError):
-        info = _call(address(path), "read", lambda files, name: files.info(name))
+        info = _call(address(path), "read", _info)
         if info.get("type") == "directory":
             _folders.add(str(path))
             return True
@@ -226,7 +296,7 @@ def fetch(path: Path) -> Path:
                     return path
             _download(path, known)
         except FileNotFoundError:
-            raise TesseraError(f"{address(path)} does not exist, or its bucket does not") from None
+            raise TesseraError(absence(address(path))) from None
     make_room(path)
     return path
 
@@ -235,7 +305,7 @@ def _download(path: Path, known: State) -> None:
     url = address(path)
 
     def get(files: Any, name: str) -> None:
-        state = _state(files.info(name))
+        state = _state(_info(files, name))
         if state != known:
             raise TesseraError(
                 f"{url} has changed since its index was written or its folder was listed: {known.st_size:,} bytes "
@@ -306,7 +376,9 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
     """Bytes of an object, without the rest of it. Raises TesseraError."""
 
     def get(files: Any, name: str) -> bytes:
-        content = files.cat_file(name, start=offset, end=offset + length)
+        # Of the hub, without `size` it would also ask for that, and read 5 MB ahead.
+        exact = {"size": offset + length, "cache_type": "none"} if files.protocol == "hf" else {}
+        content = files.cat_file(name, start=offset, end=offset + length, **exact)
         if len(content) != length:
             raise ConnectionError(f"{len(content):,} of {length:,} bytes arrived")
         return content
@@ -314,7 +386,7 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
     try:
         return _call(address(path), "read", get)
     except FileNotFoundError:
-        raise TesseraError(f"{address(path)} does not exist, or its bucket does not") from None
+        raise TesseraError(absence(address(path))) from None
 
 
 def publish(path: Path) -> None:
@@ -326,6 +398,7 @@ def publish(path: Path) -> None:
 
 def upload(path: Path, url: str) -> State:
     """Upload a file to an address, whole or not at all. Raises TesseraError."""
+    check_writable(url)
 
     def put(files: Any, name: str) -> State:
         files.makedirs(files._parent(name), exist_ok=True) if url.startswith(("file:", "memory:")) else None
@@ -343,6 +416,7 @@ def upload(path: Path, url: str) -> State:
 
 def create(url: str, content: bytes, overwrite: bool = False) -> bool:
     """Write a small object. Returns whether it was written: not if it exists, unless it is to be overwritten."""
+    check_writable(url)
 
     def put(files: Any, name: str) -> bool:
         files.makedirs(files._parent(name), exist_ok=True) if url.startswith(("file:", "memory:")) else None

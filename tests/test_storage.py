@@ -97,12 +97,14 @@ def test_wrong_limits_and_missing_libraries_are_named(monkeypatch, bucket):
     with pytest.raises(TesseraError, match="TESSERA_STORAGE_GB is 'much'"):
         storage.limit()
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
-    with pytest.raises(TesseraError, match="needs another library: pip install gcsfs"):
+    with pytest.raises(TesseraError, match="needs another library: pip install 'tessera\\[gcs\\]'"):
         storage.exists(storage.locate("gs://bucket/x"))
 
 
 class Failing:
     """A file system that fails some times before it works."""
+
+    protocol = "s3"
 
     def __init__(self, error: Exception, times: int) -> None:
         self.error, self.times = error, times

@@ -73,6 +73,8 @@ def cache(
     command = shlex.join(["tessera", *(word for word in launching.own_words() if word != "--verify")])
     options = _Options(index, count, workers, batch_size)
     folder = images_folder
+    if not verify:
+        storage.check_writable(storage.address(images_folder if codec_config is not None else text_folder))
     if launched is not None and not verify:
         launched.run((images_folder if codec_config is not None else text_folder) / launching.FOLDER)
     try:
@@ -86,7 +88,7 @@ def cache(
                     writer = latent_cache.CacheWriter(folder, data, dataset, codec_config, codec, dtype, shard_size)
                     if (summary := _write(writer, options, torch_device, ranks, start, "encoding")) is not None:
                         print_error(_summary(summary, codec))
-                        print_error(f"to train on it: {shlex.quote(f'data.cache={folder}')}")
+                        print_error(f"to train on it: {shlex.quote(f'data.cache={storage.address(folder)}')}")
             if text is not None:
                 folder = text_folder
                 captions, encoder = Captions.of(dataset, data.description), text.build()
@@ -99,9 +101,11 @@ def cache(
                     cut = f", {summary['cut']:,} of them cut at {encoder.max_tokens} tokens" if summary["cut"] else ""
                     print_error(f"{summary['count']:,} different captions, {summary['tokens']:,} tokens{cut}")
                 if summary is not None and (codec_config is None or folder != images_folder):
-                    print_error(f"to train on it: {shlex.quote(f'text.cache={folder}')}")
+                    print_error(f"to train on it: {shlex.quote(f'text.cache={storage.address(folder)}')}")
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; the complete files are in {folder}: repeat the command to resume") from None
+        raise Interrupted(
+            f"interrupted; the complete files are in {storage.address(folder)}: repeat the command to resume"
+        ) from None
 
 
 class _Options(NamedTuple):

@@ -161,8 +161,9 @@ def _index_path(name: str, options: LayoutOptions) -> Indexed:
     split = split or options.split
     matches = expand_path(path)
     if not matches:
-        problem = "contains no parquet file" if options.kind == "parquet" else "does not exist"
-        raise TesseraError(f"data.path {name} {problem}; expected {EXPECTED}")
+        problem = f"{name} contains no parquet file" if options.kind == "parquet" else f"{name} does not exist"
+        problem = storage.absence(name) if storage.is_remote(storage.locate(name)) else problem
+        raise TesseraError(f"data.path {problem}; expected {EXPECTED}")
     return _concat(
         [_index_match(match, path if len(matches) == 1 else str(match), split, options) for match in matches]
     )

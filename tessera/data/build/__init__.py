@@ -113,6 +113,7 @@ class Builder:
 
             check_folder(Path(self.recipe.captioner.source).expanduser())
         path, address = self.output / RECIPE, storage.address(self.output)
+        storage.check_writable(address)
         if not storage.exists(path):
             if not storage.is_remote(self.output) and self.output.exists():
                 if not self.output.is_dir():
