@@ -7,6 +7,7 @@ codec/                   the autoencoder, if it came from a local folder; a hub 
 text/                    the text encoder, likewise
 README.md                the model card
 ema/0.999.safetensors    in a checkpoint of a run: the EMA with another decay, here 0.999
+ema/length-0.1.safetensors   likewise, of power-function averages: another length, here 0.1
 
 A checkpoint of an adapter has no weights of its own: `base` in config.json is the bundle that has them.
 """
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera import __version__, adapter_files, adapters, model_card, pretrained, storage
+from tessera import __version__, adapter_files, adapters, model_card, power_ema, pretrained, storage
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import FolderConfig
@@ -34,6 +35,7 @@ from tessera.settings import validate
 
 CONFIG, WEIGHTS, CARD, CODEC, EMA_FOLDER = "config.json", "model.safetensors", "README.md", "codec", "ema"
 TEXT, ADAPTERS, BASE = "text", "adapters", "base"
+EMA_FILES = {"exponential": "{}.safetensors", "power": "length-{}.safetensors"}  # of a decay, or a length
 TRAINED = "adapter"  # the name of an adapter in the run that trains it
 
 __all__ = [
@@ -83,9 +85,9 @@ def _upload(model: Model, place: Path, dtype: torch.dtype | None) -> None:
         storage.upload(folder / CONFIG, f"{url}/{CONFIG}")
 
 
-def localize(path: str | Path) -> Path:
+def localize(path: str | Path, averages: bool = False) -> Path:
     """The path of a model; of a shipped one its folder, of one in a bucket that of a downloaded copy, of a run
-    there its newest whole checkpoint.
+    there its newest whole checkpoint. averages: download also those that the run saved, to compute others.
 
     Raises TesseraError if the bucket has no such model.
     """
@@ -96,10 +98,14 @@ def localize(path: str | Path) -> Path:
         return storage.fetch(place)
     steps = sorted(name.split("/")[1] for name in names if re.fullmatch(r"checkpoints/step-\d{9}/training\.json", name))
     model = f"checkpoints/{steps[-1]}/" if steps else ""
-    parts = tuple(f"{part}/" for part in (CODEC, TEXT, BASE))  # of a run
+    own = (CODEC, TEXT, BASE, power_ema.SNAPSHOTS) if averages else (CODEC, TEXT, BASE)
+    parts = tuple(f"{part}/" for part in own)  # of a run
     for name in names:
         if (name.startswith(model) and "/state/" not in name) or name.startswith(parts):
             storage.fetch(place / name)
+    for path in (place / power_ema.SNAPSHOTS).glob("*") if averages else ():
+        if f"{power_ema.SNAPSHOTS}/{path.name}" not in names:
+            path.unlink()  # of steps that the run has trained again
     return place / model
 
 
@@ -166,32 +172,44 @@ def copy_codec(codec: StoredConfig, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def load(folder: Path, device: torch.device | str = "cpu", ema: float | None = None) -> Model:
+def load(
+    folder: Path, device: torch.device | str = "cpu", ema: float | None = None, ema_length: float | None = None
+) -> Model:
     """Read a bundle. ema: the decay of the weights to load, where there are several (default: those of the bundle).
+    ema_length: the length of their power-function average, which is computed if it is not stored.
 
-    Raises TesseraError if the bundle is incomplete, damaged, of another format or architecture, or lacks that decay.
+    Raises TesseraError if the bundle is incomplete, damaged, of another format or architecture, or lacks that decay or
+    length.
     """
     folder = Path(folder)
     config = load_config(folder)
-    weights = trained_weights(folder, config)
+    weights, trained = trained_weights(folder, config), None
+    if ema is not None and ema_length is not None:
+        raise TesseraError(f"got a decay ({ema}) and a length ({ema_length}) of averaged weights: give one of them")
+    if ema_length is not None:
+        trained = averaged_state(folder, config, ema_length)
+        provenance = config.provenance.model_copy(update={"ema_decay": None, "ema_length": ema_length})
+        config = config.model_copy(update={"provenance": provenance})
     if ema is not None:
         by_decay = ema_weights(folder, config)
         if ema not in by_decay:
             known = ", ".join(map(str, by_decay)) or "weights of unknown decay"
             raise TesseraError(f"{folder} has no EMA weights of decay {ema}; it has {known}")
         weights = by_decay[ema]
-        provenance = config.provenance.model_copy(update={"ema_decay": ema})
+        provenance = config.provenance.model_copy(update={"ema_decay": ema, "ema_length": None})
         config = config.model_copy(update={"provenance": provenance})
-    if config.base is None:
-        base = weights
-    elif not (base := folder / config.base / WEIGHTS).exists():
-        raise TesseraError(f"{folder} holds an adapter, and its base is missing: expected {base.resolve()}")
-    model = assemble(config.model_copy(update={"base": None, "adapters": {}}), read_tensors(base), str(folder), device)
+    trained = read_tensors(weights) if trained is None else trained
+    state = trained
+    if config.base is not None:
+        if not (base := folder / config.base / WEIGHTS).exists():
+            raise TesseraError(f"{folder} holds an adapter, and its base is missing: expected {base.resolve()}")
+        state = read_tensors(base)
+    model = assemble(config.model_copy(update={"base": None, "adapters": {}}), state, str(folder), device)
     model.adapters = {name: adapter_files.read_info(folder / ADAPTERS / name) for name in config.adapters}
     check_bases(model, model.adapters)
     for name in config.adapters:
         is_trained = config.base is not None and name == TRAINED
-        state = read_tensors(weights if is_trained else folder / ADAPTERS / name / adapter_files.WEIGHTS)
+        state = trained if is_trained else read_tensors(folder / ADAPTERS / name / adapter_files.WEIGHTS)
         adapters.attach(model.network, name, adapters.layers_from_state(model.network, state, str(folder)))
     adapters.set_strengths(model.network, config.adapters)
     return model
@@ -225,11 +243,62 @@ def trained_state(network: nn.Module) -> dict[str, Tensor]:
     return adapters.adapter_state(network, TRAINED) if is_adapter else network.state_dict()
 
 
-def ema_weights(folder: Path, config: BundleConfig) -> dict[float, Path]:
-    """The files of EMA weights in a bundle, by decay; those that the bundle samples with come first."""
-    own = config.provenance.ema_decay
+def ema_path(folder: Path, kind: str, average: float) -> Path:
+    """The file of averaged weights in a bundle. average: their decay, or their length if the kind is power."""
+    return folder / EMA_FOLDER / EMA_FILES[kind].format(average)
+
+
+def ema_weights(folder: Path, config: BundleConfig, kind: str = "exponential") -> dict[float, Path]:
+    """The files of averaged weights in a bundle, by decay, or by length if the kind is power; those that the bundle
+    samples with come first."""
+    own = config.provenance.ema_decay if kind == "exponential" else config.provenance.ema_length
     files = {} if own is None else {own: trained_weights(folder, config)}
-    return files | {float(path.stem): path for path in sorted((folder / EMA_FOLDER).glob("[0-9]*.safetensors"))}
+    before, after = EMA_FILES[kind].split("{}")
+    paths = sorted((folder / EMA_FOLDER).glob(EMA_FILES[kind].format("[0-9]*")))
+    return files | {float(path.name.removeprefix(before).removesuffix(after)): path for path in paths}
+
+
+def stored_averages(folder: Path, config: BundleConfig) -> dict[power_ema.Profile, power_ema.Stored]:
+    """The power-function averages in a bundle and, if it is a checkpoint of a run, those that the run saved before."""
+    step = config.provenance.steps or 0
+    own = ema_weights(folder, config, "power")
+    averages = {power_ema.Profile(step, length): power_ema.Stored(path) for length, path in own.items()}
+    parent = folder.resolve().parent
+    return (power_ema.snapshots(parent.parent, step) if averages and parent.name == "checkpoints" else {}) | averages
+
+
+def averaged_state(folder: Path, config: BundleConfig, length: float) -> dict[str, Tensor]:
+    """The trained weights of a bundle as a power-function average of a length: stored, or computed from those stored.
+
+    Raises TesseraError if they are not enough for that length.
+    """
+    stored = stored_averages(folder, config)
+    if not stored:
+        decay = config.provenance.ema_decay
+        weights = "one set of weights" if decay is None else f"exponential averages (decay {decay})"
+        raise TesseraError(
+            f"{folder} has {weights}, of which there is no length {length}: leave it out, or train with "
+            "training.ema.kind=power"
+        )
+    step, lengths = config.provenance.steps or 0, sorted({profile.length for profile in stored})
+    target, text = power_ema.Profile(step, length), f"lengths {', '.join(map(str, lengths))}"
+    if not 0 < length < power_ema.MAX_LENGTH:
+        raise TesseraError(f"an average has no length {length}: expected one above 0 and below 0.288")
+    if target not in stored and len(stored) == 1:
+        raise TesseraError(
+            f"{folder} has one average, of length {lengths[0]}, and {length} cannot be computed from it: take the run "
+            "that it is from, which has more"
+        )
+    factors, error = power_ema.fit(list(stored), target)
+    if error > power_ema.MAX_ERROR:
+        possible = power_ema.possible_lengths(list(stored), step)
+        limits = f"expected one from {possible[0]} to {possible[-1]}" if possible else "there is no other, either"
+        raise TesseraError(
+            f"{folder} has averages of {text} after {len({profile.step for profile in stored})} steps, which give "
+            f"length {length} with an error of {error:.0%}: {limits}; a run that saves them more often "
+            "(training.ema.snapshot_every) has more"
+        )
+    return power_ema.combine({stored[profile]: factor for profile, factor in zip(stored, factors) if factor})
 
 
 def load_config(folder: Path) -> BundleConfig:

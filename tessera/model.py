@@ -33,6 +33,7 @@ class Provenance(Settings):
     optimizer: str | None = None
     learning_rate: float | None = None
     ema_decay: float | None = Field(default=None, description="of the weights in this bundle")
+    ema_length: float | None = Field(default=None, description="of their power-function average")
     init_from: str | None = Field(default=None, description="the model that training started from")
     converted_from: str | None = Field(default=None, description="the file or folder of another format")
     not_converted: str | None = Field(default=None, description="what that file or folder holds and Tessera left out")

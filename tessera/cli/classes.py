@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, ModelPath, NumClasses, NumHeads, TextEncoder
+from tessera.cli.options import EMA, CheckpointType, Codec, EMALength, ModelPath, NumClasses, NumHeads, TextEncoder
 from tessera.errors import TesseraError
 from tessera.reporting.text import join_names
 
@@ -35,6 +35,7 @@ def classes(
         ),
     ] = None,
     ema: EMA = None,
+    ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
@@ -69,6 +70,7 @@ def classes(
         model,
         device="cpu",
         ema=ema,
+        ema_length=ema_length,
         checkpoint_type=checkpoint_type,
         num_heads=num_heads,
         num_classes=num_classes,

@@ -11,6 +11,7 @@ from tessera.cli.options import (
     AnyBase,
     CheckpointType,
     Codec,
+    EMALength,
     ModelPath,
     NumClasses,
     NumHeads,
@@ -33,6 +34,7 @@ def convert(
         bool, typer.Option(help="also write what the format cannot hold exactly, and report the difference")
     ] = False,
     ema: EMA = None,
+    ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
@@ -81,6 +83,7 @@ def convert(
             to,
             approximate=approximate,
             ema=ema,
+            ema_length=ema_length,
             checkpoint_type=checkpoint_type,
             num_heads=num_heads,
             num_classes=num_classes,

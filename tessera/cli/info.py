@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tessera.cli.options import EMA, CheckpointType, Codec, NumClasses, NumHeads, TextEncoder
+from tessera.cli.options import EMA, CheckpointType, Codec, EMALength, NumClasses, NumHeads, TextEncoder
 from tessera.errors import TesseraError
 
 SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "weights"}  # of an image
@@ -14,6 +14,7 @@ SETTINGS = {"model", "sampling", "options", "class_names", "prompts", "seeds", "
 def info(
     model: Annotated[str, typer.Argument(help="a model, an adapter, or an image or clip written by `tessera sample`")],
     ema: EMA = None,
+    ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
@@ -37,7 +38,7 @@ def info(
         return
     from tessera.bundle import weights_hash
     from tessera.interop import adapter_conversion
-    from tessera.interop.load import ema_decays, load
+    from tessera.interop.load import ema_decays, ema_lengths, load
     from tessera.model_card import describe
 
     if adapter_conversion.is_adapter(model):
@@ -47,6 +48,7 @@ def info(
         model,
         device="cpu",
         ema=ema,
+        ema_length=ema_length,
         checkpoint_type=checkpoint_type,
         num_heads=num_heads,
         num_classes=num_classes,
@@ -59,6 +61,10 @@ def info(
     facts |= loaded.config.provenance.facts()
     if decays := ema_decays(model):
         facts["EMA decays"] = f"{', '.join(map(str, decays))} (select one with --ema)"
+    lengths, limits = ema_lengths(model)
+    if lengths:
+        others = f"; {limits[0]} to {limits[1]} can be computed (--ema-length)" if limits else ""
+        facts["EMA lengths"] = ", ".join(map(str, lengths)) + others
     _print(facts)
 
 

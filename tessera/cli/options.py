@@ -32,6 +32,13 @@ SamplingOverrides = Annotated[
     ),
 ]
 EMA = Annotated[float | None, typer.Option("--ema", help="decay of the EMA to load, of a run with several (the first)")]
+EMALength = Annotated[
+    float | None,
+    typer.Option(
+        help="length of the EMA to load, as 0.08; of a run with training.ema.kind=power, which gives lengths between "
+        "those it saved, too"
+    ),
+]
 NumHeads = Annotated[int | None, typer.Option(help="attention heads, for a .pt of unusual width")]
 CheckpointType = Annotated[
     str | None,

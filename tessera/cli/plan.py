@@ -223,6 +223,11 @@ def format_plan(plan: "Plan", law: "Law | None" = None) -> str:
         f"disk         {_bytes(plan.disk_bytes)} for {work.num_checkpoints} checkpoints of "
         f"{_bytes(plan.checkpoint_bytes)}"
         + (f" and the base, {_bytes(work.adapter.base_bytes)}" if work.adapter else "")
+        + (
+            f" and {work.num_snapshots} snapshots of the EMA of {_bytes(plan.snapshot_bytes)}"
+            if work.num_snapshots
+            else ""
+        )
         + _data(plan),
     ]
     if plan.budget is not None:

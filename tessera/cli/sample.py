@@ -16,6 +16,7 @@ from tessera.cli.options import (
     ClassPolicy,
     Codec,
     Device,
+    EMALength,
     Launch,
     LaunchOptions,
     ModelPath,
@@ -101,6 +102,7 @@ def sample(
     precede: Annotated[str | None, typer.Option(help="a clip that the others lead to, with --frames in all")] = None,
     compile: Annotated[bool, typer.Option("--compile", help="compile the network first; for many images")] = False,
     ema: EMA = None,
+    ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
@@ -149,6 +151,7 @@ def sample(
         model,
         device=device,
         ema=ema,
+        ema_length=ema_length,
         checkpoint_type=checkpoint_type,
         num_heads=num_heads,
         num_classes=num_classes,
@@ -195,6 +198,7 @@ def sample(
     request = replace(request, **inputs)
     options = {
         "ema": ema,
+        "ema-length": ema_length,
         "cut-prompts": cut_prompts or None,
         "checkpoint-type": checkpoint_type,
         "num-heads": num_heads,

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from tessera.cli.options import EMA, Adapters, AnyBase, CheckpointType, Codec, Device, NumClasses, NumHeads, TextEncoder
+from tessera.cli.options import (
+    EMA,
+    Adapters,
+    AnyBase,
+    CheckpointType,
+    Codec,
+    Device,
+    EMALength,
+    NumClasses,
+    NumHeads,
+    TextEncoder,
+)
 from tessera.errors import TesseraError
 
 
@@ -51,6 +62,7 @@ def serve(
     adapter: Adapters = None,
     any_base: AnyBase = False,
     ema: EMA = None,
+    ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
     num_heads: NumHeads = None,
     num_classes: NumClasses = None,
@@ -81,6 +93,7 @@ def serve(
         "adapters": adapter or [],
         "any_base": any_base,
         "ema": ema,
+        "ema_length": ema_length,
         "checkpoint_type": checkpoint_type,
         "num_heads": num_heads,
         "num_classes": num_classes,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from tessera import bundle, pretrained, runtime
+from tessera import bundle, power_ema, pretrained, runtime
 from tessera.adapters import attached, merge
 from tessera.bundle import Model
 from tessera.checkpoint_files import SUFFIXES, find_weight_files, is_weights_file
@@ -34,6 +34,7 @@ TYPE_IS_RECORDED = (
     "{} records what it was trained as ({}): leave out --checkpoint-type; it is for files of bare weights"
 )
 Format = Literal["bundle", "official", "diffusers"]
+Average = dict[str, float | None]  # of the weights to load: its decay (ema) or its length (ema_length)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def load(
     device: str | torch.device = "auto",
     *,
     ema: float | None = None,
+    ema_length: float | None = None,
     checkpoint_type: str | None = None,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
@@ -56,6 +58,7 @@ def load(
     diffusers folder.
 
     device: auto, cpu, cuda or mps. ema: the decay of the EMA weights of a run that saved several (default: the first).
+    ema_length: the length of the weights' power-function average (training.ema.kind=power), stored or computed.
     checkpoint_type: what a .pt was trained as, if it does not record it: dit, sit, sit-gvp, repa or repa-cosine.
     num_heads, size, num_classes: what weights alone may not determine (see `official.read`); elsewhere they must match
     the source. codec: instead of the source's own: "pixels", a folder or a hub id. text_encoder: likewise, a folder,
@@ -64,11 +67,12 @@ def load(
     What was left out or assumed is in the provenance of the model, and logged as a warning.
     Raises TesseraError if no model is recognized, or the files are damaged.
     """
-    path, device = bundle.localize(path), runtime.choose_device(str(device))
+    path, device = bundle.localize(path, averages=ema_length is not None), runtime.choose_device(str(device))
+    average = {"ema": ema, "ema_length": ema_length}
     options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
-    model = _load_official(path, device, ema, codec=codec, **options)
+    model = _load_official(path, device, average, codec=codec, **options)
     if model is None:
-        model = _load_folder(path, device, codec, ema)
+        model = _load_folder(path, device, codec, average)
         _check_options(path, model, **options)
         model = model if codec is None else _with_codec(model, codec)
     model = model if text_encoder is None else _with_text_encoder(model, text_encoder)
@@ -76,11 +80,11 @@ def load(
     return model
 
 
-def _load_official(path: Path, device: torch.device, ema: float | None, **options: Any) -> Model | None:
+def _load_official(path: Path, device: torch.device, average: Average, **options: Any) -> Model | None:
     """The model of a file of weights, or of a folder that holds nothing else; None for other paths."""
     if not (is_weights_file(path) if path.is_file() else _is_weights_folder(path)):
         return None
-    _reject_ema(path, ema)
+    _reject_average(path, average)
     return _reported(path, official.read(path, device, **options))
 
 
@@ -130,6 +134,20 @@ def ema_decays(path: str | Path) -> list[float]:
     return list(bundle.ema_weights(folder, bundle.load_config(folder)))
 
 
+def ema_lengths(path: str | Path) -> tuple[list[float], list[float]]:
+    """The lengths of the power-function averages in a bundle or the newest checkpoint of a run, the one it samples with
+    first, and the shortest and the longest that `load` computes; [] if there are none."""
+    path = pretrained.find(path) or Path(path).expanduser()
+    folder = next(iter(bundle.checkpoints(path)), path)
+    if not (folder / bundle.CONFIG).is_file() or "format" not in read_json(folder / bundle.CONFIG):
+        return [], []
+    config = bundle.load_config(folder)
+    stored = bundle.stored_averages(folder, config)
+    lengths = list(bundle.ema_weights(folder, config, "power"))
+    possible = power_ema.possible_lengths(list(stored), config.provenance.steps or 0) if len(stored) > 1 else []
+    return lengths, possible and [possible[0], possible[-1]]
+
+
 def is_model(path: str | Path) -> bool:
     """Whether `load` is likely to read a path, judged by file names only."""
     path = pretrained.find(path) or Path(path).expanduser()
@@ -146,6 +164,7 @@ def convert(
     approximate: bool = False,
     *,
     ema: float | None = None,
+    ema_length: float | None = None,
     checkpoint_type: str | None = None,
     num_heads: int | None = None,
     size: int | tuple[int, int] | None = None,
@@ -169,10 +188,11 @@ def convert(
     writers = {"official": official.write, "diffusers": _write_diffusers}
     if not isinstance(source, Model):
         options = {"checkpoint_type": checkpoint_type, "num_heads": num_heads, "size": size, "num_classes": num_classes}
-        source = load(source, "cpu", ema=ema, codec=codec, text_encoder=text_encoder, **options)
+        source = load(source, "cpu", ema=ema, ema_length=ema_length, codec=codec, text_encoder=text_encoder, **options)
         attach_adapters(source, adapters, any_base)
-    elif ema is not None:
-        raise TesseraError(f"the weights of this model are loaded already: leave out ema {ema}")
+    elif ema is not None or ema_length is not None:
+        name, value = ("ema", ema) if ema is not None else ("ema_length", ema_length)
+        raise TesseraError(f"the weights of this model are loaded already: leave out {name} {value}")
     elif checkpoint_type is not None:
         raise TesseraError(TYPE_IS_RECORDED.format("this model", source.config.diffusion.summary()))
     else:
@@ -195,26 +215,30 @@ def convert(
     return f"{text}; adapters are merged into its weights: {names}" if strengths else text
 
 
-def _reject_ema(path: Path, ema: float | None) -> None:
-    if ema is not None:
-        raise TesseraError(f"{path} holds one set of weights, not EMA weights of decay {ema}: leave out --ema")
+def _reject_average(path: Path, average: Average) -> None:
+    for option, name in (("ema", "decay"), ("ema_length", "length")):
+        if average[option] is not None:
+            raise TesseraError(
+                f"{path} holds one set of weights, not EMA weights of {name} {average[option]}: leave out "
+                f"--{option.replace('_', '-')}"
+            )
 
 
-def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, ema: float | None) -> Model:
+def _load_folder(path: Path, device: torch.device, codec: CodecSource | None, average: Average) -> Model:
     if not path.exists():
         raise TesseraError(f"there is nothing at {path}: {ACCEPTED}")
     if not path.is_dir():
         raise TesseraError(f"{path} is not a model that Tessera can read: {ACCEPTED}")
     config: dict[str, Any] = read_json(path / bundle.CONFIG) if (path / bundle.CONFIG).exists() else {}
     if "format" in config:
-        return bundle.load(path, device, ema)
+        return bundle.load(path, device, **average)
     if "_class_name" in config or (path / diffusers.INDEX).exists():
-        _reject_ema(path, ema)
+        _reject_average(path, average)
         read = pixart_folder.read if pixart_folder.is_pixart(path) else diffusers.read
         read = diffusers_folder.read if diffusers_folder.accepts(path) else read
         return _reported(path, read(path, device, codec=codec))
     if checkpoints := bundle.checkpoints(path):
-        return bundle.load(checkpoints[0], device, ema)
+        return bundle.load(checkpoints[0], device, **average)
     if (path / "checkpoints").is_dir() or (path / "recipe.yaml").exists():
         raise TesseraError(f"the run in {path} has no checkpoint yet: wait for the first, or resume the training")
     raise TesseraError(f"{path} holds no model that Tessera can read: {ACCEPTED}")

@@ -443,9 +443,7 @@ def slow_ema(history: History) -> Finding | None:
     averages, weights = history.late(history.health, "loss_ema"), history.late(history.health, "loss_probe")
     if history.step < MIN_STEPS or not averages or not weights or mean(averages) < BEHIND * mean(weights):
         return None
-    memory = 1 / (1 - ema.decay)
-    if ema.warmup:
-        memory = min(memory, (10 + history.step) / 9)
+    memory = ema.memory(history.step)
     if history.step < 5 * memory <= 5 * steps / MIN_MEMORIES:
         return None  # it will still catch up
     distances = history.late(history.health, "ema_distance")
@@ -456,9 +454,7 @@ def slow_ema(history: History) -> Finding | None:
         "The averaged weights, which are used for sampling, are far behind the weights.",
         f"late loss of the EMA {mean(averages):.3g}, of the weights {mean(weights):.3g}{distance}; the EMA averages "
         f"about {memory:.0f} steps, and the run has {steps}",
-        # a memory of a twentieth of the run, in round numbers: 0.99, 0.998, 0.9995
-        f"training.ema.decay={1 - float(f'{min(0.1, 20 / steps):.1g}'):.6g}"
-        + ("" if ema.warmup else " and training.ema.warmup=true"),
+        ema.shorter(steps),
     )
 
 

@@ -90,6 +90,8 @@ class Workload:
     notes: tuple[str, ...] = ()  # assumptions
     text: str = ""  # the text encoder and the captions; "" without text
     adapter: AdapterWork | None = None  # None: all weights are trained
+    num_snapshots: int = 0  # of averages, from which others are computed
+    num_averages: int = 1  # in each
 
 
 class BatchLayout(NamedTuple):
@@ -227,9 +229,16 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of all checkpoints that are on disk at the same time, and of the base of an adapter."""
-        adapter = self.workload.adapter
-        return self.checkpoint_bytes * self.workload.num_checkpoints + (0 if adapter is None else adapter.base_bytes)
+        """Bytes of all checkpoints that are on disk at the same time, of the base of an adapter, and of snapshots of
+        the EMA."""
+        work = self.workload
+        checkpoints = self.checkpoint_bytes * work.num_checkpoints
+        return checkpoints + (work.adapter.base_bytes if work.adapter else 0) + work.num_snapshots * self.snapshot_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of one snapshot of the EMA: each of its averages in float32."""
+        return 4 * self.trained_parameters * self.workload.num_averages
 
     @property
     def latents_bytes(self) -> int | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tessera import generation, runtime
+from tessera import generation, power_ema, runtime
 from tessera.errors import TesseraError
 from tessera.generation.bulk import bulk_request
 from tessera.models.network import parameter_count
@@ -38,6 +38,8 @@ class RunEstimate:
     text: str = ""  # the text encoder and the captions; "" without text
     trained_parameters: int = 0
     base_bytes: int = 0  # of the copy of the weights below an adapter, on disk; 0 if all weights are trained
+    num_snapshots: int = 0  # of averages, from which others are computed
+    snapshot_bytes: int = 0  # of one
 
     def __str__(self) -> str:
         invalid = f", {self.invalid_samples} invalid so far" if self.invalid_samples else ""
@@ -51,7 +53,13 @@ class RunEstimate:
                 f"run          {format_duration(self.seconds)}",
                 f"peak memory  {self.peak_bytes / 2**20:,.0f} MiB",
                 f"disk         {self.checkpoint_bytes / 2**20:,.0f} MiB per checkpoint"
-                + (f", and {self.base_bytes / 2**20:,.0f} MiB for the base" if self.base_bytes else ""),
+                + (f", and {self.base_bytes / 2**20:,.0f} MiB for the base" if self.base_bytes else "")
+                + (
+                    f", and {self.num_snapshots * self.snapshot_bytes / 2**20:,.0f} MiB for {self.num_snapshots} "
+                    f"snapshots of the EMA, {self.snapshot_bytes / 2**20:.3g} MiB each"
+                    if self.num_snapshots
+                    else ""
+                ),
             )
         )
 
@@ -88,13 +96,19 @@ def dry_run(
         writer = CheckpointWriter(Path(scratch))
         save_checkpoint(run, writer, TrainerState(1, config.global_batch_size))
         writer.wait()
+        num_snapshots = config.ema.num_snapshots(config.steps)
+        if num_snapshots:
+            writer.save_snapshot(1, run.ema)
+            writer.wait()
+        snapshot_bytes = sum(path.stat().st_size for path in power_ema.snapshot_files(Path(scratch)).values())
         writer.close()
         files = checkpoint.checkpoint_path(Path(scratch), 1).rglob("*")
         size = sum(file.stat().st_size for file in files if file.is_file())
         free = shutil.disk_usage(_existing_parent(run_dir)).free
-        needed = size * (config.keep_last + 1) + base_bytes
+        needed = size * (config.keep_last + 1) + base_bytes + num_snapshots * snapshot_bytes
         if needed > free:
-            raise TesseraError(f"checkpoints need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
+            what = "checkpoints and snapshots of the EMA" if num_snapshots else "checkpoints"
+            raise TesseraError(f"{what} need {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free")
         text = run.loader.dataset.text
         trained = sum(weight.numel() for weight in run.network.parameters() if weight.requires_grad)
         return RunEstimate(
@@ -109,6 +123,8 @@ def dry_run(
             text="" if text is None else text_summary(run.recipe, text.sizes),
             trained_parameters=trained,
             base_bytes=base_bytes,
+            num_snapshots=num_snapshots,
+            snapshot_bytes=snapshot_bytes,
         )
 
 

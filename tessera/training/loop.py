@@ -176,8 +176,10 @@ class Trainer:
                     self._sample()
                     if resumed_from is None:
                         if self.world.is_main:
-                            run.delete_checkpoints_after(-1)
+                            run.delete_saved_after(-1)
                         self._save()  # for rollbacks
+                elif self.world.is_main:
+                    run.delete_saved_after(self.step)  # averages of a process that was killed
                 logger.start(self.step)
                 self.stopwatch = Stopwatch()
                 while self.step < config.steps:
@@ -226,7 +228,7 @@ class Trainer:
                     self.writer.wait()  # raises the error
                 due = due_after(run.recipe, self.step, stopping)
                 detector = self.recovery.detector
-                state = self.recovery.check(detector.read(wait=due.save), due.last)
+                state = self.recovery.check(detector.read(wait=due.save or due.snapshot), due.last)
                 if state is not None:
                     self.step, self.position = state.step, state.position
                     self.metrics, self.stopwatch = MetricAccumulator(), Stopwatch()
@@ -239,6 +241,9 @@ class Trainer:
                     self._log()
                 self.logger.advance(self.step)
                 with self.stopwatch.measure("paused"):
+                    if due.snapshot and good:
+                        run.ema.synchronize()
+                        self.writer.save_snapshot(self.step, run.ema)
                     if due.save and (good or stopping):
                         self._save()
                     if due.score and good:

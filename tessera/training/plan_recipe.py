@@ -163,6 +163,8 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         notes=tuple(notes),
         text="" if text is None else text_summary(recipe, text),
         adapter=_adapter_work(recipe, class_names),
+        num_snapshots=config.ema.num_snapshots(config.steps),
+        num_averages=len(config.ema.averages),
     )
 
 
@@ -176,7 +178,7 @@ def _adapter_work(recipe: Recipe, class_names: tuple[str, ...]) -> AdapterWork |
         summary=adapter.summary(),
         base_weights=adapter.base_weights,
         trained_parameters=trained,
-        saved_bytes=4 * trained * (1 + len(recipe.training.ema.decays)),
+        saved_bytes=4 * trained * (1 + len(recipe.training.ema.averages)),
         base_bytes=4 * parameter_count(meta_network(recipe.network)),
         can_recompute=not (isinstance(adapter, adapters.ControlConfig) and adapter.low_rank),
         is_uniform=not getattr(adapter, "where", None) and not isinstance(adapter, adapters.ControlConfig),

@@ -23,10 +23,11 @@ from tessera.models import AnyNetwork, PixArtConfig, with_kind
 from tessera.models.dit import DiTConfig
 from tessera.models.network import NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
+from tessera.power_ema import MAX_LENGTH, gamma, new_weight
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig, Together, check_schedule, check_step_size
 from tessera.sampling.timesteps import timestep_grid
-from tessera.settings import Settings, apply_overrides, as_tuple, read_yaml, validate
+from tessera.settings import Settings, apply_overrides, as_tuple, expand_kind, read_yaml, validate
 from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
@@ -42,6 +43,7 @@ class EMAConfig(Settings):
     The best decay is known only at the end of a run (Karras et al. 2024, section 3): `--ema` selects one.
     """
 
+    kind: Literal["exponential"] = "exponential"
     decay: Fraction = 0.9999
     extra_decays: Annotated[tuple[Fraction, ...], BeforeValidator(as_tuple)] = Field(
         default=(), description="decays of further averages, saved beside the first"
@@ -53,11 +55,96 @@ class EMAConfig(Settings):
         """The decays of all averages; sampling uses the first."""
         return self.decay, *self.extra_decays
 
+    @property
+    def averages(self) -> tuple[float, ...]:
+        """The keys of the averages: their decays."""
+        return self.decays
+
+    def new_weight(self, decay: float, step: int) -> float:
+        """The weight of the current weights in the average after step number `step`, counted from 1."""
+        return 1 - (min(decay, (1 + step) / (10 + step)) if self.warmup else decay)
+
+    def memory(self, step: int) -> float:
+        """About how many steps the first average covers after a step."""
+        return min(1 / (1 - self.decay), (10 + step) / 9) if self.warmup else 1 / (1 - self.decay)
+
+    def shorter(self, steps: int) -> str:
+        """The settings of an average that suits a run of some steps, where this one is too long."""
+        # a memory of a twentieth of the run, in round numbers: 0.99, 0.998, 0.9995
+        decay = f"training.ema.decay={1 - float(f'{min(0.1, 20 / steps):.1g}'):.6g}"
+        return decay if self.warmup else f"{decay} and training.ema.warmup=true"
+
+    def num_snapshots(self, steps: int) -> int:
+        """How often a run of some steps saves its averages beside its checkpoints."""
+        return 0
+
+    def provenance(self) -> dict[str, Any]:
+        """What a bundle records of the first average."""
+        return {"ema_decay": self.decay}
+
     @model_validator(mode="after")
     def _check_distinct(self) -> "EMAConfig":
         if len(set(self.decays)) < len(self.decays):
             raise ValueError(f"the decays must differ, got {', '.join(map(str, self.decays))}")
         return self
+
+
+class PowerEMAConfig(Settings):
+    """Power-function averages of the weights (Karras et al. 2024): their length is relative to the run.
+
+    Sampling uses the first. All are saved every `snapshot_every` steps, and `--ema-length` computes other lengths from
+    them after training.
+    """
+
+    kind: Literal["power"] = "power"
+    lengths: Annotated[
+        tuple[Annotated[float, Field(gt=0, lt=MAX_LENGTH)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = Field(
+        default=(0.05, 0.1),
+        description="standard deviations of the steps that an average covers, relative to the steps done (sigma_rel)",
+    )
+    snapshot_every: PositiveInt = Field(
+        default=5_000, description="steps between savings of all averages; 32 in a run give the lengths 0.02 to 0.25"
+    )
+
+    @property
+    def averages(self) -> tuple[float, ...]:
+        """The keys of the averages: their lengths."""
+        return self.lengths
+
+    def new_weight(self, length: float, step: int) -> float:
+        """The weight of the current weights in the average after step number `step`, counted from 1."""
+        return new_weight(length, step)
+
+    def memory(self, step: int) -> float:
+        """About how many steps the first average covers after a step."""
+        return step / (gamma(self.lengths[0]) + 1)
+
+    def shorter(self, steps: int) -> str:
+        """The settings of an average that suits a run of some steps, where this one is too long."""
+        return f"training.ema.lengths=[{', '.join(f'{length / 2:.3g}' for length in self.lengths)}]"
+
+    def num_snapshots(self, steps: int) -> int:
+        """How often a run of some steps saves its averages beside its checkpoints."""
+        return steps // self.snapshot_every
+
+    def provenance(self) -> dict[str, Any]:
+        """What a bundle records of the first average."""
+        return {"ema_length": self.lengths[0]}
+
+    @model_validator(mode="after")
+    def _check_distinct(self) -> "PowerEMAConfig":
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"the lengths must differ, got {', '.join(map(str, self.lengths))}")
+        return self
+
+
+def _default_to_exponential(value: Any) -> Any:
+    value = expand_kind(value)
+    return {"kind": "exponential", **value} if isinstance(value, dict) else value
+
+
+AnyEMA = Annotated[EMAConfig | PowerEMAConfig, BeforeValidator(_default_to_exponential), Field(discriminator="kind")]
 
 
 def _off_as_text(value: Any) -> Any:
@@ -76,7 +163,7 @@ class TrainingConfig(Settings):
         default=None, description="samples on a device at once; null: all of its part"
     )
     optimizer: AnyOptimizer = AdamWConfig()
-    ema: EMAConfig = EMAConfig()
+    ema: AnyEMA = EMAConfig()
     condition_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="fraction of samples without their condition (label), for guidance"
     )
@@ -219,7 +306,8 @@ def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str | tupl
     # Default kinds are written out so that overrides such as training.optimizer.kind=muon replace them.
     if isinstance(data.get("network"), dict):
         data["network"] = with_kind(data["network"])
-    for section, key, default in ((data, "diffusion", "gaussian"), (data.get("training"), "optimizer", "adamw")):
+    defaults = (data, "diffusion", "gaussian"), (training := data.get("training"), "optimizer", "adamw")
+    for section, key, default in (*defaults, (training, "ema", "exponential")):
         if isinstance(section, dict) and isinstance(section.get(key), dict):
             section[key] = {"kind": default, **section[key]}
     return validate(Recipe, apply_overrides(data, overrides, Recipe), source)

@@ -70,7 +70,7 @@ class Recovery:
         self.skipped.discard_after(state.step)
         run.loader.skipped_positions = self.skipped.positions
         if self.world.is_main:  # in this order: a run killed in between meets the same trouble and does the same again
-            run.delete_checkpoints_after(state.step)
+            run.delete_saved_after(state.step)
             self.skipped.write()
             if run.scorer is not None:
                 run.scorer.begin(state.step)

@@ -67,6 +67,13 @@ def check_compatible(run: TrainingRun, path: Path) -> None:
             f"cannot resume {path} with another model: {lines}\n"
             f"undo the change, start again with another run_dir=, or fine-tune with training.init_from={path}"
         )
+    before, ema = bundle.ema_weights(path, saved, "power"), run.ema.config
+    if ema.kind == "power" and before and (added := set(ema.lengths) - before.keys()):
+        raise TesseraError(
+            f"{path} has averages of the lengths {', '.join(map(str, before))}, and "
+            f"{', '.join(map(str, sorted(added)))} would lack the steps before: leave "
+            "training.ema.lengths as it was; --ema-length computes other lengths after training"
+        )
 
 
 def _fixed_settings(config: bundle.BundleConfig) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from tessera.files import atomic_write, remove_partials
 from tessera.interop import load
 from tessera.model import AdapterInfo
 from tessera.models.network import Network
+from tessera.power_ema import SNAPSHOTS
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import to_yaml
 from tessera.training import checkpoint, initialization, parallel, scores
@@ -115,8 +116,8 @@ class TrainingRun:
         if self.loader.dataset.text is not None:
             self.loader.dataset.text.encoder.unload()
 
-    def delete_checkpoints_after(self, step: int) -> None:
-        """Delete the checkpoints after a step that the run has rolled back to."""
+    def delete_saved_after(self, step: int) -> None:
+        """Delete the checkpoints and the averages of the steps after one that the run resumes from."""
         checkpoint.delete_after(self.run_dir, step)
         if self.remote is not None:
             self.remote.delete_after(step)
@@ -601,8 +602,8 @@ def set_memory_policy(recipe: Recipe) -> None:
 def prepare_folder(run: TrainingRun) -> None:
     """Create the folder of the run with its recipe, codec and text encoder. Raises TesseraError if that fails."""
     run_dir = run.run_dir
-    for folder in (run_dir, run_dir / "checkpoints", run_dir / SAMPLES):  # unfinished files of a killed run
-        remove_partials(folder)
+    for name in ("", "checkpoints", SAMPLES, SNAPSHOTS):  # unfinished files of a killed run
+        remove_partials(run_dir / name)
     atomic_write(run_dir / RECIPE, to_yaml(run.recipe))
     if run.base is not None and not (run_dir / bundle.BASE).exists():
         bundle.save_base(run.ema_model.config, run.base, run_dir / bundle.BASE)
@@ -633,8 +634,8 @@ def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, state: TrainerSt
         global_batch_size=config.global_batch_size,
         optimizer=config.optimizer.kind,
         learning_rate=config.optimizer.learning_rate,
-        ema_decay=config.ema.decay,
         init_from=config.init_from,
+        **config.ema.provenance(),
     )
     model = replace(run.ema_model, config=run.ema_model.config.model_copy(update={"provenance": provenance}))
     model.adapters = {

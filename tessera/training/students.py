@@ -98,7 +98,7 @@ def distillation_recipe(model: str, run_dir: str, overrides: Sequence[str] = ())
     training |= {
         "optimizer": optimizer,
         "steps": steps,
-        "ema": {**source["training"]["ema"], "warmup": True},
+        "ema": _from_first_step(source["training"]["ema"]),
         "distillation": {"teacher": model},
         "sample_every": steps,
         "checkpoint_every": max(1, steps // 4),
@@ -107,6 +107,11 @@ def distillation_recipe(model: str, run_dir: str, overrides: Sequence[str] = ())
     data = {name: value for name, value in source.items() if name not in LEFT_OUT}
     data |= {"run_dir": run_dir, "training": training}
     return read_recipe(data, overrides)
+
+
+def _from_first_step(ema: dict[str, Any]) -> dict[str, Any]:
+    """The averages of a teacher for a shorter run: power functions follow its length, exponential ones need warm-up."""
+    return ema if ema.get("kind") == "power" else {**ema, "warmup": True}
 
 
 def few_steps(model: Model) -> SamplingConfig:

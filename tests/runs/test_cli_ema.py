@@ -1,4 +1,4 @@
-"""`--ema`: one of the moving averages of a run."""
+"""`--ema` and `--ema-length`: one of the moving averages of a run, or one computed from them."""
 
 import re
 from pathlib import Path
@@ -64,3 +64,57 @@ def test_a_file_with_one_set_of_weights_has_no_decays(tessera, averaged, tmp_pat
     done = tessera("info", tmp_path / "one.pt", "--ema", "0.5")
     assert done.code == 1
     assert "--ema" in done.err
+
+
+@pytest.fixture(scope="module")
+def power(tmp_path_factory) -> Path:
+    """A run with power-function averages of the lengths 0.05 and 0.1. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("power")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    changes = ("training.ema={kind: power, snapshot_every: 1}", "training.steps=8")
+    changes += ("training.optimizer.learning_rate=0.05",)
+    return loop.train(read_recipe(folder / "tiny.yaml", [f"run_dir={folder / 'run'}", *changes]))
+
+
+def test_a_length_is_sampled_evaluated_and_recorded_in_images(tessera, power, tmp_path):
+    facts = tessera("info", power).out
+    assert re.search(
+        r"^EMA lengths +0\.05, 0\.1; 0\.0\d+ to 0\.\d+ can be computed \(--ema-length\)", facts, re.MULTILINE
+    )
+    assert re.search(r"^ema length +0\.05", facts, re.MULTILINE)
+    for length in ("0.05", "0.08"):
+        words = ("--classes", "3", "--seeds", "1", "--out", tmp_path / length)
+        assert tessera("sample", power, *words, "--ema-length", length).code == 0
+    one, other = (tmp_path / length / "class-3-seed-1.png" for length in ("0.05", "0.08"))
+    assert (np.asarray(Image.open(one)) != np.asarray(Image.open(other))).any()
+    assert "--ema-length 0.08" in tessera("info", other).out
+    words = ("--num-samples", "20", "--metrics", "fd", "--out", tmp_path / "scores", "--ema-length", "0.08")
+    assert tessera("evaluate", "score", power, *words).code == 0
+    assert (tmp_path / "scores/scores.json").exists()
+
+
+def test_a_computed_length_is_converted_to_a_bundle(tessera, power, tmp_path):
+    assert tessera("convert", power, tmp_path / "alone", "--to", "bundle", "--ema-length", "0.08").code == 0
+    lines = [tessera("info", *words).out for words in ((power, "--ema-length", "0.08"), (tmp_path / "alone",))]
+    weights = [re.search(r"^weights +(\w+)", text, re.MULTILINE) for text in lines]
+    assert weights[0] is not None
+    assert weights[1] is not None
+    assert weights[0][1] == weights[1][1]
+    assert re.search(r"^EMA lengths +0\.08$", lines[1], re.MULTILINE)
+    assert not (tmp_path / "alone/ema").exists()
+
+
+def test_a_length_that_there_is_not(tessera, averaged, power, tmp_path):
+    done = tessera("sample", power, "--ema-length", "0.29")
+    assert done.code == 1
+    assert "expected one above 0 and below 0.288" in done.err
+    done = tessera("sample", averaged, "--ema-length", "0.1")
+    assert done.code == 1
+    assert "training.ema.kind=power" in done.err
+    done = tessera("sample", power, "--ema", "0.9", "--ema-length", "0.1")
+    assert done.code == 1
+    assert "give one of them" in done.err
+    assert tessera("convert", power, tmp_path / "one.pt", "--to", "official", "--approximate").code == 0
+    done = tessera("info", tmp_path / "one.pt", "--ema-length", "0.1")
+    assert done.code == 1
+    assert "leave out --ema-length" in done.err

@@ -1,10 +1,11 @@
-"""The EMA against an explicit loop."""
+"""The EMA against an explicit loop, and power-function averages against the sum that defines them."""
 
 import pytest
 import torch
 
+from tessera.power_ema import gamma
 from tessera.training.ema import EMA
-from tessera.training.recipe import EMAConfig
+from tessera.training.recipe import EMAConfig, PowerEMAConfig
 
 
 @pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9, True), (0.0, False), (0.5, True)])
@@ -25,6 +26,26 @@ def test_the_ema_equals_an_explicit_loop(tiny_model, decay, warmup):
             expected[name] = factor * expected[name] + (1 - factor) * weight.double()
     for name, average in ema.network.named_parameters():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_power_function_averages_are_sums_over_all_steps(tiny_model):
+    network, steps = tiny_model.network, 30
+    ema = EMA(network, PowerEMAConfig(lengths=(0.05, 0.2)))
+    expected = {length: {name: 0 for name, _ in network.named_parameters()} for length in (0.05, 0.2)}
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight += torch.randn(weight.shape, generator=generator) if weight.requires_grad else 0
+        ema.update(step)
+        for length, sums in expected.items():
+            part = (step / steps) ** (gamma(length) + 1) - ((step - 1) / steps) ** (gamma(length) + 1)
+            for name, weight in network.named_parameters():
+                sums[name] += part * weight.detach().double()
+    assert ema.network is ema.networks[0.05]
+    for length, sums in expected.items():
+        for name, average in ema.networks[length].named_parameters():
+            torch.testing.assert_close(average.double(), sums[name], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("warmup", [False, True])

@@ -142,21 +142,27 @@ def missing_state(checkpoint: Path, network: Network, ema: EMA, optimizer: torch
     parts = []
     if missing and read_state(checkpoint).step > 0:
         parts = [f"the optimizer state of {len(missing)} of {len(optimized)} tensors"]
-    return parts + [f"the EMA of decay {decay}" for decay, (_, path) in _ema_files(checkpoint, ema).items() if not path]
+    name = "length" if ema.config.kind == "power" else "decay"
+    files = _ema_files(checkpoint, ema)
+    return parts + [f"the EMA of {name} {average}" for average, (_, path) in files.items() if not path]
 
 
 def _ema_files(checkpoint: Path, ema: EMA) -> dict[float, tuple[Network, Path | None]]:
     """Each average with the file that holds it, or None if the checkpoint never had it.
 
-    If the decay of the first average is new, it starts from the first average of the checkpoint.
+    If the decay of the first average is new, it starts from the first average of the checkpoint. Power-function
+    averages that are new all start from the weights: as if these had not changed until now, which is so for all alike.
     """
-    config = bundle.load_config(checkpoint)
-    paths = bundle.ema_weights(checkpoint, config)
-    for decay in (config.recipe or {}).get("training", {}).get("ema", {}).get("extra_decays", ()):
+    config, kind = bundle.load_config(checkpoint), ema.config.kind
+    paths = bundle.ema_weights(checkpoint, config, kind)
+    saved = (config.recipe or {}).get("training", {}).get("ema", {})
+    others = saved.get("extra_decays", ()) if kind == "exponential" else saved.get("lengths", ())[1:]
+    for average in others:
         # Where the file is missing, reading it is an error that names it.
-        paths.setdefault(decay, checkpoint / bundle.EMA_FOLDER / f"{decay}.safetensors")
-    paths.setdefault(ema.config.decay, bundle.trained_weights(checkpoint, config))
-    return {decay: (network, paths.get(decay)) for decay, network in ema.networks.items()}
+        paths.setdefault(average, bundle.ema_path(checkpoint, kind, average))
+    if kind == "exponential":
+        paths.setdefault(ema.config.averages[0], bundle.trained_weights(checkpoint, config))
+    return {average: (network, paths.get(average)) for average, network in ema.networks.items()}
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from pathlib import Path
 from tessera import files, storage
 from tessera.errors import TesseraError
 from tessera.files import PARTIAL
+from tessera.power_ema import SNAPSHOTS, snapshot_step
 from tessera.training.checkpoint.retention import expired
 from tessera.training.checkpoint.state import TRAINER_STATE, checkpoint_path
 
@@ -57,7 +58,7 @@ class RemoteRun:
                         shutil.rmtree(checkpoint, ignore_errors=True)
             elif path.name != files.LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        missing = [name for name in names if not name.startswith(f"{CHECKPOINTS}/")]
+        missing = [name for name in names if not name.startswith((f"{CHECKPOINTS}/", f"{SNAPSHOTS}/"))]
         for checkpoint in whole[:keep]:
             if checkpoint not in complete:
                 missing += [name for name in names if name.startswith(f"{CHECKPOINTS}/{checkpoint}/")]
@@ -106,6 +107,8 @@ class RemoteRun:
         """As `retention.delete_after`, of the bucket."""
         checkpoints = self._checkpoints()
         self._delete(checkpoints, {each for each in checkpoints if each > step})
+        averages = [name for name in storage.listing(self.place / SNAPSHOTS) if (snapshot_step(name) or 0) > step]
+        storage.remove(f"{self.address}/{SNAPSHOTS}/{name}" for name in averages)
 
     def _checkpoints(self) -> dict[int, list[str]]:
         """The names of the files of each checkpoint, whole or not, by step."""

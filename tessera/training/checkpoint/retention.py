@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from tessera import bundle
+from tessera import bundle, power_ema
 
 
 def expired(
@@ -26,7 +26,8 @@ def prune(run_dir: Path, keep_last: int, keep_every_n_steps: int | None = None, 
 
 
 def delete_after(run_dir: Path, step: int) -> None:
-    """Delete the checkpoints after a step that the run has rolled back to."""
+    """Delete the checkpoints and the averages of the steps after one that the run resumes from."""
+    power_ema.delete_snapshots_after(run_dir, step)
     for checkpoint in bundle.checkpoints(run_dir):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from tessera import __version__, adapters, bundle, files
+from tessera import __version__, adapters, bundle, files, power_ema
 from tessera.checkpoint_files import write_tensors
 from tessera.errors import TesseraError
 from tessera.models.network import Network
@@ -72,9 +72,9 @@ class CheckpointWriter:
         target = checkpoint_path(self.run_dir, state.step)
         partial = files.begin(target) if self.world.is_main else target.with_name(target.name + files.PARTIAL)
         self.world.barrier()
-        averages = {decay: parallel.full_network(network) for decay, network in ema.networks.items()}
+        averages = {average: parallel.full_network(network) for average, network in ema.networks.items()}
         if self.world.is_main:
-            averages = {decay: _cpu_copy(network) for decay, network in averages.items()}
+            averages = {average: _cpu_copy(network) for average, network in averages.items()}
         try:
             writing = async_save(
                 training_state_dict(network, optimizer),
@@ -83,15 +83,36 @@ class CheckpointWriter:
                 no_dist=self.world.world_size == 1,
             )
         except OSError as error:
-            raise self._write_error(target, error) from error
+            raise self._write_error(f"cannot write {target}: {error}") from error
         assert isinstance(writing, Future)
 
         def finish() -> None:
-            self._finish(writing, state, model, averages, ema.config.decay, partial, target)
+            self._finish(writing, state, model, averages, ema.config.kind, partial, target)
             if after is not None and self.world.is_main:
                 after()
 
         self._pending = self._thread.submit(finish)
+
+    def save_snapshot(self, step: int, ema: EMA) -> None:
+        """Begin to write the averages of a step alone. Every rank must call it. Raises TesseraError as `save` does."""
+        self.wait()
+        averages: dict[float, dict[str, torch.Tensor]] = {}
+        for average, network in ema.networks.items():
+            state = bundle.trained_state(parallel.full_network(network))
+            if self.world.is_main:
+                averages[average] = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+        def write() -> None:
+            reason: str | None = None
+            if self.world.is_main:
+                try:
+                    power_ema.write_snapshot(averages, self.run_dir, step)
+                except TesseraError as error:
+                    reason = str(error)
+            if (reason := self._gather(reason)[0]) is not None:
+                raise self._write_error(reason)
+
+        self._pending = self._thread.submit(write)
 
     def _finish(
         self,
@@ -99,7 +120,7 @@ class CheckpointWriter:
         state: TrainerState,
         model: bundle.Model,
         averages: dict[float, Network],
-        decay: float,
+        kind: str,
         partial: Path,
         target: Path,
     ) -> None:
@@ -110,13 +131,13 @@ class CheckpointWriter:
             writing.result()
             paths = sorted((partial / STATE_DIR).glob(f"shard-{self.world.rank + 1:05d}-*"))
             if self.world.is_main:
-                ema_model = bundle.Model(model.config, averages.pop(decay), adapters=model.adapters)
+                ema_model = bundle.Model(model.config, next(iter(averages.values())), adapters=model.adapters)
                 bundle.write(ema_model, partial, shared_folder="../..")
                 config = bundle.load_config(partial)
                 paths += [partial / bundle.CONFIG, bundle.trained_weights(partial, config)]
-                for other_decay, network in averages.items():
+                for average, network in list(averages.items())[1:]:
                     (partial / bundle.EMA_FOLDER).mkdir(exist_ok=True)
-                    paths.append(partial / bundle.EMA_FOLDER / f"{other_decay}.safetensors")
+                    paths.append(bundle.ema_path(partial, kind, average))
                     write_tensors(bundle.trained_state(network), paths[-1])
             checksums = {path.relative_to(partial).as_posix(): file_checksum(path) for path in paths}
         except (Exception, CheckpointException) as error:  # CheckpointException is not an Exception
@@ -142,7 +163,7 @@ class CheckpointWriter:
         if failure is not None:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise self._write_error(target, failure)
+            raise self._write_error(f"cannot write {target}: {failure}")
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
@@ -151,10 +172,10 @@ class CheckpointWriter:
         distributed.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def _write_error(self, target: Path, reason: object) -> TesseraError:
+    def _write_error(self, problem: str) -> TesseraError:
         saved = bundle.checkpoints(self.run_dir)
         return TesseraError(
-            f"cannot write {target}: {reason}; "
+            f"{problem}; "
             + (f"the last checkpoint is {saved[0]}; " if saved else "there is no checkpoint yet; ")
             + "fix the cause and run the same command again to resume"
         )
