@@ -58,7 +58,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(Path(run).glob("checkpoints/step-" + "[0-9]" * 9), reverse=True)
 
 
-def save(model: Model, folder: Path, shared_folder: str | None = None, dtype: torch.dtype | None = None) -> None:
+def save(model: Model, folder: Path | str, shared_folder: str | None = None, dtype: torch.dtype | None = None) -> None:
     """Write a bundle, whole or not at all; a codec and a text encoder in local folders are copied in.
 
     shared_folder: the folder with copies of both, relative to the bundle, if they are not to be copied.

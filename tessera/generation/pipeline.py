@@ -230,10 +230,9 @@ def generate(
     other inputs by field of the model's condition, one per row or one for all.
     progress is called with (steps done, steps in total). cache_stats: counts what caching saves.
 
-    options: guidance_scale, guidance_model, size, init_image, strength, mask, given_frames, given_indices and
-    precision, as described in
-    `SampleRequest`; any other key of SamplingConfig; and `overrides`. Where a mask is 0 the image is init_image, bit
-    for bit. Raises TesseraError for a request that the model cannot fulfill.
+    options: guidance_scale, guidance_model, size, init_image, strength, mask, controls, given_frames, given_indices
+    and precision, as described in `SampleRequest`; any other key of SamplingConfig; and `overrides`. Where a mask is 0
+    the image is init_image, bit for bit. Raises TesseraError for a request that the model cannot fulfill.
     """
     return generate_request(model, make_request(classes, seeds, **options), batch_size, progress, cache_stats)
 
