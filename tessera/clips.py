@@ -75,14 +75,18 @@ def encode_clip(
     fps: float = DEFAULT_FPS,
     settings: dict[str, Any] | None = None,
     quality: int | None = None,
+    threads: int | None = None,
 ) -> bytes:
     """A clip uint8 [T, H, W, C] as the content of a file with this suffix, as `save_clip` writes it.
 
-    quality: of a .webp, 0 to 100; None: without loss. Raises TesseraError.
+    quality: of a .webp, 0 to 100; None: without loss. threads: of a video's encoder, whose bytes depend on their
+    number; None: its choice. Raises TesseraError.
     """
     _check_clip(clip)
     suffix, text = suffix.lower(), None if settings is None else json.dumps(settings)
-    return _animation(suffix, clip, fps, text, quality) if suffix in ANIMATIONS else _video(suffix, clip, fps, text)
+    if suffix in ANIMATIONS:
+        return _animation(suffix, clip, fps, text, quality)
+    return _video(suffix, clip, fps, text, threads)
 
 
 def _check_clip(clip: np.ndarray) -> None:
@@ -120,7 +124,7 @@ def _durations(count: int, fps: float, suffix: str) -> list[int]:
     return np.maximum(np.diff(times), unit).tolist()
 
 
-def _video(suffix: str, clip: np.ndarray, fps: float, text: str | None) -> bytes:
+def _video(suffix: str, clip: np.ndarray, fps: float, text: str | None, threads: int | None) -> bytes:
     av, buffer = _av(Path(f"clip{suffix}")), io.BytesIO()
     codec, (height, width) = VIDEOS[suffix], clip.shape[1:3]
     even = np.pad(clip, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -129,6 +133,8 @@ def _video(suffix: str, clip: np.ndarray, fps: float, text: str | None) -> bytes
             container.metadata["comment"] = text
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=OPTIONS[codec])
         stream.height, stream.width, stream.pix_fmt = even.shape[1], even.shape[2], "yuv420p"
+        if threads is not None:
+            stream.codec_context.thread_count = threads
         for frame in np.repeat(even, 3 // even.shape[-1], axis=-1):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode(None))

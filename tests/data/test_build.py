@@ -422,7 +422,7 @@ def test_a_captioner_describes_what_has_no_caption(folder, tmp_path, blip):
         ({"siz": 3}, r"unknown key 'siz'; did you mean 'size'\?"),
         ({"exclude": ["smal"]}, "exclude: unknown kind 'smal'"),
         ({"exclude": ["small"]}, "exclude: 'small' has a setting of its own: set min_side"),
-        ({"exclude": ["frozen"]}, "exclude: 'frozen' is a finding of clips"),
+        ({"exclude": ["frozen"]}, "exclude frozen is for clips: set frames"),
         ({"size": None, "upscale": True}, "upscale has no effect without size"),
         ({"output": ""}, "output: "),
         ({"max_aspect": 0.5}, "max_aspect: "),

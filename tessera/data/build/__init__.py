@@ -22,7 +22,7 @@ from tessera import storage
 from tessera.data import index
 from tessera.data.build.recipe import BuildRecipe, read_recipe
 from tessera.data.build.select import class_numbers, left_out_line, left_out_lines, select_samples
-from tessera.data.build.write import RECORDS, SHARDS, ShardWriter
+from tessera.data.build.write import RECORDS, SHARDS, ShardWriter, frame_limit
 from tessera.data.check import scan
 from tessera.data.check.findings import ScanResult
 from tessera.data.check.scan import ALL, ScanShard
@@ -97,7 +97,9 @@ class Builder:
         config = resolve_data(self.recipe.reference, (1, 1))
         if not isinstance(config, FilesConfig):
             raise TesseraError(f"reference {self.recipe.reference}: embedded data has no files; expected a path")
-        return FilesDataset(config.model_copy(update={"size": (1, 1), "frames": None}))
+        return FilesDataset(
+            config.model_copy(update={"size": (1, 1), "frames": self.recipe.frames, "fps": self.recipe.fps})
+        )
 
     def _scanned(self) -> Iterator[tuple[FilesDataset, Path, str]]:
         """Every data set that is measured, the folder of its parts, and its name."""
@@ -279,6 +281,10 @@ class Builder:
         for record in records:
             left_out.update(reason for _, reason, _ in record["left_out"])
         samples = sum(map(len, self.datasets))
+        notes = [note.text for dataset in self.datasets for note in dataset.notes if note.severity != "note"]
+        if cut := sum(record["cut"] for record in records):
+            limit = frame_limit(self.recipe)
+            notes.append(f"{cut:,} clips had more than {limit:,} frames, of which the first are written (max_frames)")
         return {
             "samples": samples,
             "written": samples - left_out.total(),
@@ -287,7 +293,7 @@ class Builder:
             "classes": len(writer.class_names),
             "shards": {writer.name(number): record["sha256"] for number, record in enumerate(records)},
             "bytes": sum(record["bytes"] for record in records),
-            "notes": [note.text for dataset in self.datasets for note in dataset.notes if note.severity != "note"],
+            "notes": notes,
             "key": writer.key,
         }
 

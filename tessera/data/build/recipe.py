@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model
 
 from tessera.data.check.decisions import SAMPLE_KINDS, excluded_kinds
 from tessera.data.files import FilesConfig
-from tessera.data.images import Level
+from tessera.data.images import MAX_FPS, Level
 from tessera.errors import TesseraError
 from tessera.settings import Settings, apply_overrides, read_yaml, validate
 
@@ -16,16 +16,18 @@ OWN_KINDS = {  # kinds of findings that have settings of their own, which say fr
     "extreme-aspect": "max_aspect",
     "missing-captions": "require_captions",
     "empty-captions": "require_captions",
+    "short-clips": "frames",
 }
-CLIP_KINDS = ("short-clips", "frozen", "scene-cuts", "odd-fps", "low-fps", "variable-fps")
-KINDS = ("corrupt", *(kind for kind in SAMPLE_KINDS if kind not in (*OWN_KINDS, *CLIP_KINDS)))
+CLIP_KINDS = ("frozen", "scene-cuts", "odd-fps", "low-fps", "variable-fps")  # findings of clips
+KINDS = ("corrupt", *(kind for kind in SAMPLE_KINDS if kind not in OWN_KINDS))
+ENCODINGS = {"images": ("jpeg", "png", "webp"), "clips": ("mp4", "webp")}  # the first is the default
 
 
 class Source(Settings):
     """One of the places that samples come from: any layout that `data.path` reads."""
 
     path: str = Field(description="as data.path: a folder, tables, tars, an index, hub:owner/name, s3://...")
-    kind: Literal["files", "folder", "parquet"] = Field(default="files", description="as data.kind")
+    kind: Literal["files", "folder", "frame-folders", "parquet"] = Field(default="files", description="as data.kind")
     classes: Literal["auto", "folders", "none"] = Field(default="auto", description="as data.classes")
     image: str = Field(default="auto", description="as data.image: the column of images in tables")
     label: str | None = Field(default="auto", description="as data.label: the column of labels")
@@ -79,6 +81,16 @@ class BuildRecipe(Settings):
         default=(255, 255, 255), description="color behind transparent pixels"
     )
 
+    frames: PositiveInt | None = Field(
+        default=None, description="samples are clips, which are left out if they have fewer frames; null: images"
+    )
+    fps: Annotated[float, Field(gt=0, le=MAX_FPS)] | None = Field(
+        default=None, description="frames per second that clips are resampled to; null: those of each file"
+    )
+    max_frames: PositiveInt | None = Field(
+        default=None, description="frames of a clip that are written, the first ones; null: 512"
+    )
+
     min_side: PositiveInt | None = Field(
         default=None, description="pixels of the shorter side below which an image is left out; null: size"
     )
@@ -99,7 +111,10 @@ class BuildRecipe(Settings):
 
     format: Literal["tar", "parquet"] = Field(default="tar", description="of the shards: WebDataset tars, or parquet")
     samples_per_shard: PositiveInt = Field(default=10_000, description="at most; shards differ by one sample at most")
-    encoding: Literal["jpeg", "png", "webp"] = Field(default="jpeg", description="of the images; png is lossless")
+    encoding: Literal["auto", "jpeg", "png", "webp", "mp4"] = Field(
+        default="auto",
+        description="of images jpeg (auto), png (lossless) or webp; of clips mp4 (auto: H.264, crf 18) or webp",
+    )
     quality: Annotated[int, Field(ge=1, le=100)] = Field(default=95, description="of jpeg and webp")
     shuffle: int | None = Field(
         default=None, ge=0, description="seed of the order of the samples; null: the order of the sources"
@@ -111,8 +126,6 @@ class BuildRecipe(Settings):
         for kind in kinds:
             if setting := OWN_KINDS.get(kind):
                 raise ValueError(f"'{kind}' has a setting of its own: set {setting}")
-            if kind in CLIP_KINDS:
-                raise ValueError(f"'{kind}' is a finding of clips; data build writes images")
         try:
             excluded_kinds(kinds)
         except TesseraError as error:
@@ -127,6 +140,29 @@ class BuildRecipe(Settings):
             raise ValueError(f"min_side {self.min_side} leaves out all that upscale would enlarge to {self.size}")
         return self
 
+    @model_validator(mode="after")
+    def _check_clips(self) -> "BuildRecipe":
+        samples = "images" if self.frames is None else "clips"
+        if self.encoding not in ("auto", *ENCODINGS[samples]):
+            raise ValueError(f"encoding {self.encoding} is not for {samples}: give {' or '.join(ENCODINGS[samples])}")
+        if self.frames is not None:
+            if self.max_frames is not None and self.max_frames < self.frames:
+                raise ValueError(f"max_frames {self.max_frames} is less than frames {self.frames}, the least of a clip")
+            return self
+        for name in ("fps", "max_frames"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is for clips: set frames, the least number of frames, such as frames: 16")
+        if kinds := [kind for kind in self.exclude if kind in CLIP_KINDS]:
+            raise ValueError(f"exclude {kinds[0]} is for clips: set frames, the least number of frames")
+        if any(source.kind == "frame-folders" for source in self.sources):
+            raise ValueError("kind frame-folders is for clips: set frames, the least number of frames")
+        return self
+
+    @property
+    def file_format(self) -> str:
+        """The encoding, also where the recipe leaves it to the kind of the samples."""
+        return ENCODINGS["images" if self.frames is None else "clips"][0] if self.encoding == "auto" else self.encoding
+
     @property
     def least_side(self) -> int:
         """Pixels of the shorter side below which an image is left out."""
@@ -135,8 +171,9 @@ class BuildRecipe(Settings):
         return 1 if self.size is None or self.upscale else self.size
 
     def files_config(self, source: Source) -> FilesConfig:
-        """The data of a source. Images are read at their own size."""
-        return FilesConfig(size=(1, 1), channels=self.channels, background=self.background, **source.model_dump())
+        """The data of a source. Images and frames are read at their own size."""
+        settings = {"channels": self.channels, "background": self.background, "frames": self.frames, "fps": self.fps}
+        return FilesConfig(size=(1, 1), **settings, **source.model_dump())
 
     def identity(self) -> dict[str, Any]:
         """Everything that the written bytes depend on."""

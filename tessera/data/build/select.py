@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 # In order: a sample has the first reason that applies. Copies come last: they are searched among what remains.
-OWN_REASONS = ("small", "extreme-aspect", "missing-captions")
+OWN_REASONS = ("short-clips", "small", "extreme-aspect", "missing-captions")
 COPIES = ("conflicts", "duplicates", "near-duplicates")
-RULES = (rules.leaks, rules.classes, rules.contents, rules.formats)  # of findings about single samples
+RULES = (rules.leaks, rules.classes, rules.contents, rules.clips, rules.formats)  # of findings about single samples
 
 
 @dataclass
@@ -75,6 +75,8 @@ def _own_reasons(
     # Samples that cannot be read are left out, whatever the recipe excludes: there is nothing to write.
     faults = compute().index_in(source.stats["fault"], arrow().array(FAULTS)).fill_null(-1).to_numpy()
     reason[:] = np.where(faults >= 0, faults, -1)
+    if recipe.frames is not None:
+        mark("short-clips", source.column("frames") < recipe.frames)
     height, width = source.column("height"), source.column("width")
     shorter, longer = np.minimum(height, width), np.maximum(height, width)
     mark("small", shorter < recipe.least_side)
@@ -160,6 +162,8 @@ def left_out_lines(selection: Selection, sources: Sequence[ScanResult]) -> Itera
         source, kind, detail = sources[number], selection.kinds[selection.reason[row]], ""
         if kind in CORRUPT:
             detail = source.stats["detail"][own].as_py()
+        elif kind == "short-clips":
+            detail = f"{source.stats['frames'][own].as_py()} frames"
         elif kind in ("small", "extreme-aspect"):
             detail = f"{source.stats['height'][own].as_py()} x {source.stats['width'][own].as_py()}"
         elif selection.original[row] >= 0:

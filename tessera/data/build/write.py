@@ -1,4 +1,5 @@
 """Writing of one shard: its samples decoded, resized, described and encoded, and a record of what it holds.
+Samples are images, or clips: a clip is encoded as soon as it is read, and its middle frame stands for it.
 
 A shard is a function of the recipe and of its samples, and is written under another name and then renamed. So it may be
 written by any process, at any time, twice, and has the same bytes.
@@ -19,10 +20,12 @@ import numpy as np
 from PIL import Image
 
 from tessera import storage
+from tessera.clips import DEFAULT_FPS, encode_clip
 from tessera.data.build.recipe import BuildRecipe
 from tessera.data.check.scan import short_name
-from tessera.data.files import FilesDataset
-from tessera.data.images import InvalidSample, decoding_errors, read_image
+from tessera.data.clips import Span, frame_numbers, open_frames
+from tessera.data.files import FilesConfig, FilesDataset
+from tessera.data.images import InvalidSample, decoding_errors, flatten, read_image
 from tessera.data.index import arrow
 from tessera.errors import TesseraError
 from tessera.files import atomic_file
@@ -33,14 +36,17 @@ if TYPE_CHECKING:
     from tessera.encoders.captioner import Captioner
 
 CHUNK = 64  # samples in memory at once; of a captioner its batch
+FRAMES_AT_ONCE = 32  # of a clip at the size of its source
+MAX_FRAMES = 512  # of a clip, which is in memory at its new size
 ROWS_PER_GROUP = 256  # of parquet, whose groups are unpacked whole
-SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+SUFFIXES = {"jpeg": "jpg", "png": "png", "webp": "webp", "mp4": "mp4"}
 SHARDS, RECORDS = "shards", "records"  # folders of the output, and of the work
 
 
 @dataclass
 class Sample:
-    """One sample that is written. captions: without empty ones."""
+    """One sample that is written. captions: without empty ones. image: of a clip its middle frame. frames, fps: of a
+    clip."""
 
     row: int
     source: str
@@ -50,6 +56,8 @@ class Sample:
     original_size: tuple[int, int]  # height and width before resizing
     image: Image.Image
     content: bytes = b""  # encoded
+    frames: int = 0
+    fps: float = 0.0
 
 
 class Writer(Protocol):
@@ -65,7 +73,7 @@ class TarWriter:
 
     def __init__(self, path: Path, recipe: BuildRecipe, class_names: Sequence[str], several: bool) -> None:
         self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        self._suffix, self._class_names = SUFFIXES[recipe.encoding], class_names
+        self._suffix, self._class_names = SUFFIXES[recipe.file_format], class_names
 
     def add(self, sample: Sample, number: int) -> tuple[int, int]:
         offset = self._tar.offset + tarfile.BLOCKSIZE
@@ -76,6 +84,8 @@ class TarWriter:
             self._member(f"{number:09d}.cls", self._class_names[sample.label].encode())
         height, width = sample.original_size
         facts: dict[str, Any] = {"source": sample.source, "name": sample.name, "height": height, "width": width}
+        if sample.frames:
+            facts |= {"frames": sample.frames, "fps": sample.fps}
         if len(sample.captions) > 1:
             facts["caption"] = sample.captions
         self._member(f"{number:09d}.json", json.dumps(facts, ensure_ascii=False).encode())
@@ -103,7 +113,7 @@ class ParquetWriter:
         columns |= {"source": pa.string(), "name": pa.string(), "height": pa.int32(), "width": pa.int32()}
         self._schema = pa.schema(columns)
         self._file = parquet.ParquetWriter(path, self._schema, compression="zstd")
-        self._suffix, self._class_names, self._several = SUFFIXES[recipe.encoding], class_names, several
+        self._suffix, self._class_names, self._several = SUFFIXES[recipe.file_format], class_names, several
         self._rows: list[dict[str, Any]] = []
         self._written = 0
 
@@ -141,6 +151,7 @@ class ShardRecord:
     )
     captions: list[list[str]] = field(default_factory=list)
     left_out: list[tuple[int, str, str]] = field(default_factory=list)  # row, reason, detail
+    cut: int = 0  # clips of which only the first frames were written
 
     def table(self) -> "pyarrow.Table":
         pa = arrow()
@@ -191,7 +202,7 @@ class ShardWriter:
         return metadata is not None and storage.size_of(self.output / self.name(number)) == metadata["bytes"]
 
     def read_metadata(self, number: int) -> dict[str, Any] | None:
-        """key, bytes, sha256 and left_out of a shard; None without a valid record of it."""
+        """key, bytes, sha256, cut and left_out of a shard; None without a valid record of it."""
         pa = arrow()
         try:
             with pa.memory_map(str(self.record_path(number))) as file:
@@ -215,7 +226,8 @@ class ShardWriter:
         target, record = self.output / self.name(number), ShardRecord()
         rows = self.rows[self.limits[number] : self.limits[number + 1]].tolist()
         captioner = self._captioner
-        size = CHUNK if self.recipe.captioner is None else self.recipe.captioner.batch_size
+        size = CHUNK if self.recipe.frames is None else 1
+        size = size if self.recipe.captioner is None else self.recipe.captioner.batch_size
         kind = TarWriter if self.recipe.format == "tar" else ParquetWriter
         with atomic_file(target, str(os.getpid())) as partial:
             file = kind(partial, self.recipe, self.class_names, self.several)
@@ -230,6 +242,7 @@ class ShardWriter:
             bytes_written = partial.stat().st_size
         storage.publish(target)
         metadata = {"key": self.key, "bytes": bytes_written, "sha256": digest, "left_out": record.left_out}
+        metadata["cut"] = record.cut
         self._write_record(number, record, metadata)
 
     def _write_record(self, number: int, record: ShardRecord, metadata: dict[str, Any]) -> None:
@@ -243,9 +256,13 @@ class ShardWriter:
             writer.write_table(table)
 
     def _add(self, file: Writer, sample: Sample, number: int, record: ShardRecord) -> None:
-        sample.content = encode(sample.image, self.recipe)
+        if self.recipe.frames is None:
+            sample.content = encode(sample.image, self.recipe)
+        height, width = sample.image.height, sample.image.width
+        if self.recipe.file_format == "mp4":  # of odd sides one more pixel is written
+            height, width = height + height % 2, width + width % 2
         offset, length = file.add(sample, number)
-        values = (offset, length, sample.image.height, sample.image.width, sample.label if sample.label >= 0 else None)
+        values = (offset, length, height, width, sample.label if sample.label >= 0 else None)
         for column, value in zip(record.columns.values(), (*values, hashlib.sha256(sample.content).hexdigest())):
             column.append(value)
         record.captions.append(sample.captions)
@@ -261,7 +278,7 @@ class ShardWriter:
         samples = []
         for row in rows:
             try:
-                samples.append(self._read_sample(row))
+                samples.append(self._read_sample(row, record))
             except InvalidSample as error:
                 record.left_out.append((row, "damaged", str(error)))
         config = self.recipe.captioner
@@ -276,14 +293,22 @@ class ShardWriter:
             samples = [sample for sample in samples if sample.captions]
         return samples
 
-    def _read_sample(self, row: int) -> Sample:
+    def _read_sample(self, row: int, record: ShardRecord) -> Sample:
         dataset, own = self.place(row)
+        frames, fps, content = 0, 0.0, b""
         try:
-            image = read_image(dataset.encoded(own), dataset.config)
+            if self.recipe.frames is None:
+                image = read_image(dataset.encoded(own), dataset.config)
+                original = (image.height, image.width)
+                with decoding_errors():  # without memory for the pixels
+                    small = resize(image, self.recipe)
+            else:
+                clip = read_clip(dataset.encoded(own), dataset.span(own), self.recipe, dataset.config)
+                small, original = clip.images[len(clip.images) // 2], clip.original_size
+                frames, fps, content = len(clip.images), clip.fps, encode_frames(clip, self.recipe)
+                record.cut += clip.is_cut
         except OSError as error:
             raise InvalidSample(f"cannot be read: {error.strerror or error}") from None
-        with decoding_errors():  # without memory for the pixels
-            small = resize(image, self.recipe)
         others = dataset.table["other_captions"][own].as_py() or []
         captions = [(text or "").strip() for text in (dataset.caption(own), *others)]
         return Sample(
@@ -292,8 +317,11 @@ class ShardWriter:
             short_name(dataset, own),
             int(self.labels[row]),
             list(filter(None, captions)),
-            (image.height, image.width),
+            original,
             small,
+            content,
+            frames,
+            fps,
         )
 
     @cached_property
@@ -317,17 +345,63 @@ def resize(image: Image.Image, recipe: BuildRecipe) -> Image.Image:
     return image.resize((width, height), Image.Resampling[recipe.resampling.upper()])
 
 
+@dataclass
+class ResizedClip:
+    """The frames of a clip after resizing. original_size: height and width before. is_cut: whether it had more."""
+
+    images: list[Image.Image]
+    fps: float
+    original_size: tuple[int, int]
+    is_cut: bool
+
+
+def frame_limit(recipe: BuildRecipe) -> int:
+    """How many frames of a clip are written at most."""
+    return recipe.max_frames or max(MAX_FRAMES, recipe.frames or 0)
+
+
+def read_clip(source: Path | bytes, span: Span, recipe: BuildRecipe, config: FilesConfig) -> ResizedClip:
+    """Decode the first frames of a clip at the frame rate of the recipe, and resize them. Raises InvalidSample."""
+    span.check()
+    limit = frame_limit(recipe)
+    with open_frames(source, span.fps) as frames:
+        numbers = frame_numbers(frames, recipe.fps, span, limit + 1)
+        is_cut, numbers = len(numbers) > limit, numbers[:limit]
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        images: list[Image.Image] = []
+        sizes: set[tuple[int, int]] = set()
+        for start in range(0, len(unique), FRAMES_AT_ONCE):
+            for image in frames.read(unique[start : start + FRAMES_AT_ONCE].tolist()):
+                sizes.add(image.size)
+                images.append(resize(flatten(image, config), recipe))
+        if len(sizes) != 1:
+            raise InvalidSample("its frames have different sizes" if sizes else "it has no frames")
+        fps = recipe.fps
+        if fps is None:
+            seconds = float(frames.times[numbers[-1] + 1] - frames.times[numbers[0]])
+            fps = len(numbers) / seconds if frames.is_timed and seconds > 0 else DEFAULT_FPS
+    width, height = sizes.pop()
+    return ResizedClip([images[number] for number in inverse], round(fps, 3), (height, width), is_cut)
+
+
+def encode_frames(clip: ResizedClip, recipe: BuildRecipe) -> bytes:
+    """A video or an animation in memory, without metadata, by one thread: x264 writes other bytes with more."""
+    pixels = np.stack([np.asarray(image) for image in clip.images])
+    pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+    return encode_clip(pixels, f".{recipe.file_format}", clip.fps, quality=recipe.quality, threads=1)
+
+
 def encode(image: Image.Image, recipe: BuildRecipe) -> bytes:
     """An image file in memory, without metadata."""
     options: dict[str, Any] = {
         "jpeg": {"quality": recipe.quality, "subsampling": "4:4:4" if recipe.quality >= 90 else "4:2:0"},
         "png": {},
         "webp": {"quality": recipe.quality},
-    }[recipe.encoding]
+    }[recipe.file_format]
     buffer = io.BytesIO()
     try:
         image.info = {}  # text and profiles of the source, which Pillow would write
-        image.save(buffer, recipe.encoding, **options)
+        image.save(buffer, recipe.file_format, **options)
     except OSError as error:
-        raise TesseraError(f"cannot encode {recipe.encoding}: {error}; set encoding") from None
+        raise TesseraError(f"cannot encode {recipe.file_format}: {error}; set encoding") from None
     return buffer.getvalue()
