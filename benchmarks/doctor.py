@@ -122,7 +122,7 @@ CASES = (
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=0")),
     Case("quick", "nothing: learning rate x10, with a warm-up", None,
          ("training.optimizer.learning_rate=0.02", "training.optimizer.warmup_steps=50")),
-    Case("labels", "labels shuffled", "labels are uninformative", prepare=shuffled_labels),
+    Case("labels", "labels shuffled", "labels have no effect", prepare=shuffled_labels),
     Case("ema", "EMA frozen", "EMA too slow", ("training.ema.decay=0.999999", "training.ema.warmup=false")),
     Case("constant", "one image a thousand times", "images hardly differ", prepare=one_image),
     Case("no-dropout", "guidance without label dropout", "guidance without label dropout",

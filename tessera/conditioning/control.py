@@ -22,6 +22,7 @@ class ControlField(ConditionField):
     """
 
     null: ClassVar[float] = float("nan")
+    data_name: ClassVar[str] = "controls"
 
 
 class ControlStrengthField(ConditionField):

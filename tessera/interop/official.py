@@ -424,7 +424,7 @@ def _used_rows(head: Tensor, network: DiTConfig) -> Tensor:
 def _lost(network: DiTConfig, diffusion: AnyDiffusionConfig, implied: DiTConfig, source: str) -> list[str]:
     """The settings of a model that would be read back from its bare weights as another value."""
     lost = []
-    ignored = {"mlp_ratio"}  # determined by the hidden width, which is in the weights
+    ignored = {"mlp_ratio", "label_init_std"}  # the hidden width is in the weights; the other is of initial weights
     if not network.num_classes:
         ignored.add("learn_null_class")
     for name in type(network).model_fields.keys() - ignored:

@@ -102,6 +102,11 @@ class DiTConfig(NetworkConfig):
         description="the network is given the length of a step, and predicts the average velocity over it, for "
         "sampling in one or a few steps (tessera distill)",
     )
+    label_init_std: PositiveFloat = Field(
+        default=0.02,
+        description="standard deviation of the initial vectors of the classes; 0.02 in the paper's code. The vector of "
+        "the time soon has one of about 1 for each value, and labels have an effect sooner if they begin there, too",
+    )
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers computes DiT with 127"
     )
@@ -268,7 +273,9 @@ class DiT(Network):
         self.t_embedder = TimestepEmbedder(width, config.timestep_freq_divisor)
         self.step_size_embedder = StepSizeEmbedder(width) if config.step_size_embedding else None
         self.y_embedder = (
-            LabelEmbedder(config.num_classes, width, config.learn_null_class) if config.num_classes else None
+            LabelEmbedder(config.num_classes, width, config.learn_null_class, config.label_init_std)
+            if config.num_classes
+            else None
         )
         self.text_embedder = config.block.text_embedder(dims, config.text_channels, config.vocabulary_size)
         # A frozen parameter, not a buffer: official checkpoints contain it, and the paper's counts include it.

@@ -47,11 +47,13 @@ GROWING = 1.3  # late logits over those of the middle of the run
 # Labels and EMA
 MIN_IMAGES_PER_CLASS = 1000  # on average, before labels are judged
 MIN_CAPTIONED = 50_000  # images, before captions are judged
-MIN_PROBES = 5  # late probes
-# The cost of a wrong label, as a fraction of the loss. Labels are uninformative if it is below GAIN (by two standard
+MIN_CONTROLLED = 50_000  # images, before control images are judged
+MIN_PROBES, FEW_PROBES = 5, 2  # late probes; so few are enough if each has the standard error of its cost
+# The cost of a wrong label, as a fraction of the loss. Labels have no effect if it is below GAIN (by two standard
 # errors) and no more than chance. If it is small but more than chance, random labels may have been memorized. For
 # digits it is 1 % with noise prediction, 40 % with velocity prediction.
 GAIN, SMALL_GAIN = 0.003, 0.001
+RESPONSE = 0.01  # change of the output with wrong labels, relative to the output: the network responds to them
 HIGH_DROPOUT = 0.5  # of the labels or captions; 0.1 is usual
 CONDITIONS = {"label": "label", "text": "caption"}  # the fields of a condition that are dropped, in words
 MIN_MEMORIES = 3  # a run should be this many times longer than the memory of its EMA
@@ -356,64 +358,108 @@ def guidance_without_condition_dropout(history: History) -> Finding | None:
     )
 
 
-def uninformative_labels(history: History) -> Finding | None:
+def labels_without_effect(history: History) -> Finding | None:
     """Wrong labels that do not raise the loss."""
-    classes = history.recipe.network.num_classes
-    if classes < 2 or (cost := _cost_of_wrong(history, "label", MIN_IMAGES_PER_CLASS * classes)) is None:
+    network = history.recipe.network
+    classes, small = network.num_classes, network.kind == "dit" and network.get("label_init_std", 0.02) < 1
+    if classes < 2:
         return None
-    by_chance, evidence = cost
-    return Finding(
-        "labels are uninformative",
-        "error" if by_chance else "warning",
-        "Wrong labels do not raise the loss: the labels do not match the images.",
-        evidence,
+    return _condition_without_effect(
+        history,
+        "label",
+        MIN_IMAGES_PER_CLASS * classes,
         "check the labels behind data.path (data.classes): are the folders or columns correct? To train without "
-        "labels: data.classes=none",
+        "labels: data.classes=none. If they are right, train longer"
+        + (", or set network.label_init_std=1 in a new run" if small else ""),
     )
 
 
-def uninformative_captions(history: History) -> Finding | None:
+def captions_without_effect(history: History) -> Finding | None:
     """Wrong captions that do not raise the loss."""
-    if (cost := _cost_of_wrong(history, "caption", MIN_CAPTIONED)) is None:
-        return None
-    by_chance, evidence = cost
-    return Finding(
-        "captions are uninformative",
-        "error" if by_chance else "warning",
-        "Wrong captions do not raise the loss: the captions do not match the images, or the network does not use them.",
-        evidence,
+    return _condition_without_effect(
+        history,
+        "caption",
+        MIN_CAPTIONED,
         "check the captions behind data.path (data.caption), and that the text encoder reads their words: "
-        "tessera data check; if they are right, raise training.optimizer.learning_rate or train longer",
+        "tessera data check. If they are right, train longer or raise training.optimizer.learning_rate",
     )
 
 
-def _cost_of_wrong(history: History, name: str, min_images: int) -> tuple[bool, str] | None:
-    """Whether wrong labels or captions raise the loss no more than chance does, and the evidence; None if they raise it
-    by more, or if it is not known. Every probe measures both losses on the same samples, timesteps and noise.
+def controls_without_effect(history: History) -> Finding | None:
+    """Wrong control images that do not raise the loss."""
+    return _condition_without_effect(
+        history,
+        "control",
+        MIN_CONTROLLED,
+        "check adapter.image: is each control image that of its image? If it is, train longer",
+    )
+
+
+def _condition_without_effect(history: History, name: str, min_images: int, change: str) -> Finding | None:
+    """A finding if wrong labels, captions or control images do not raise the loss.
 
     min_images: seen in training before a probe counts.
     """
-    key = f"loss_wrong_{name}s"
-    pairs = [
-        (record[key], record["loss_probe"])
+    cost = _cost_of_wrong(history, name, min_images)
+    if cost is None or not _has_learned(history):
+        return None
+    mean_cost, error, probes = cost
+    by_chance = mean_cost <= 3 * error
+    if mean_cost + 2 * error >= GAIN or (not by_chance and mean_cost > SMALL_GAIN):
+        return None
+    evidence = (
+        f"a wrong {name} raises the loss by {mean_cost:.2%}, +- {2 * error:.2%} ({probes} probes, steps "
+        f"{history.step // 2} to {history.step}); informative {name}s raise it by 1 % or more"
+    )
+    response = history.late(history.health, f"change_wrong_{name}s")
+    responds = bool(response) and mean(response) >= RESPONSE
+    if response:
+        evidence += f"; it changes the output by {mean(response):.2%}"
+    norms = [history.late(history.health, f"norm_{part}") for part in ("time", f"{name}s")]
+    if all(norms):
+        evidence += f"; norm of the vector of the time {mean(norms[0]):.3g}, of the {name} {mean(norms[1]):.3g}"
+    reason = (
+        f"the {name}s do not match the images, or are learned by heart"
+        if responds
+        else f"the {name}s do not match the images, or the network does not use them yet"
+    )
+    return Finding(
+        f"{name}s have no effect",
+        "error" if by_chance and probes >= MIN_PROBES else "warning",
+        f"Wrong {name}s do not raise the loss: {reason}.",
+        evidence,
+        change,
+    )
+
+
+def _cost_of_wrong(history: History, name: str, min_images: int) -> tuple[float, float, int] | None:
+    """By which fraction of the loss wrong labels, captions or controls raise it late in the run, the standard error,
+    and the number of probes; None if it is not known.
+
+    Every probe measures both losses on the same samples, timesteps and noise. min_images: seen in training before a
+    probe counts.
+    """
+    records = [
+        record
         for record in history.health
         if record["step"] > history.step / 2
-        and len(finite((record.get(key), record.get("loss_probe")))) == 2
         and record["step"] * history.recipe.training.global_batch_size >= min_images
+        and len(finite(record.get(key) for key in (f"loss_wrong_{name}s", "loss_probe"))) == 2
     ]
-    if len(pairs) < MIN_PROBES or not _has_learned(history):
+    errors = [finite((record.get(f"cost_wrong_{name}s"), record.get(f"error_wrong_{name}s"))) for record in records]
+    if records and all(len(each) == 2 for each in errors):
+        costs = [cost for cost, _ in errors]
+        error = math.sqrt(sum(error**2 for _, error in errors)) / len(errors)
+        needed = FEW_PROBES
+    else:  # a run of an earlier version
+        loss = mean(record["loss_probe"] for record in records) if records else 1.0
+        costs, error = [(record[f"loss_wrong_{name}s"] - record["loss_probe"]) / loss for record in records], 0.0
+        needed = MIN_PROBES
+    if len(costs) < needed:
         return None
-    costs, loss = [wrong - right for wrong, right in pairs], mean(right for _, right in pairs)
-    error = stdev(costs) / math.sqrt(len(costs))
-    if mean(costs) + 2 * error >= GAIN * loss:
-        return None
-    by_chance = mean(costs) < 3 * error
-    if not by_chance and mean(costs) > SMALL_GAIN * loss:
-        return None
-    return by_chance, (
-        f"a wrong {name} raises the loss by {mean(costs) / loss:.2%}, +- {2 * error / loss:.2%} ({len(pairs)} probes, "
-        f"steps {history.step // 2} to {history.step}); informative {name}s raise it by 1 % or more"
-    )
+    if len(costs) >= MIN_PROBES:
+        error = max(error, stdev(costs) / math.sqrt(len(costs)))
+    return mean(costs), error, len(costs)
 
 
 def high_condition_dropout(history: History) -> Finding | None:
@@ -597,7 +643,7 @@ Rule = Callable[[History], Finding | None]
 # Causes before their consequences.
 RULES: tuple[Rule, ...] = (
     low_image_variety, unscaled_latents, many_invalid_images, no_warmup, learning_rate_too_high, no_learning,
-    attention_logits, guidance_without_condition_dropout, uninformative_labels, uninformative_captions, slow_ema,
-    growing_gradients, always_clipped, poor_end_of_schedule, dead_patches, closed_gates, high_condition_dropout,
-    waiting_for_data, low_gpu_utilization,
+    attention_logits, guidance_without_condition_dropout, labels_without_effect, captions_without_effect,
+    controls_without_effect, slow_ema, growing_gradients, always_clipped, poor_end_of_schedule, dead_patches,
+    closed_gates, high_condition_dropout, waiting_for_data, low_gpu_utilization,
 )  # fmt: skip

@@ -55,9 +55,11 @@ def facts(run: Path) -> dict[str, str]:
         summary["largest attention logit"] = f"{logits[-1][1]:.3g}"
     if ratio := _ratio_to_probe(history, "loss_ema"):
         summary["EMA loss"] = f"{ratio:.3f} times the loss of the weights"
-    for name in ("labels", "captions"):
+    for name in ("labels", "captions", "controls"):
         if ratio := _ratio_to_probe(history, f"loss_wrong_{name}"):
-            summary[f"wrong {name}"] = f"raise the loss by {ratio - 1:.1%}"
+            change = history.late(history.health, f"change_wrong_{name}")
+            response = f", and change the output by {mean(change):.1%}" if change else ""
+            summary[f"wrong {name}"] = f"raise the loss by {ratio - 1:.1%}{response}"
     if not history.health:
         summary["health"] = "no records: set training.health_every"
     return summary

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tessera import runtime
 from tessera.conditioning import Condition
 from tessera.diffusion import DiffusionProcess
+from tessera.layers.embeddings import LabelEmbedder, TimestepEmbedder
 from tessera.layers.modulation import Modulation, ScaleShiftTable
 from tessera.layers.patches import patchify
 from tessera.models.dit import DiT
@@ -35,6 +37,7 @@ GROUPS = {
     "y_embedder": "labels",
     "final_layer": "head",
 }
+EMBEDDERS = {"t_embedder": "norm_time", "y_embedder": "norm_labels"}  # and the metrics of their outputs
 
 
 def bin_by_timestep(mse: Tensor, t: Tensor) -> Tensor:
@@ -97,9 +100,11 @@ def probe(
 
     Lists with one value per block: attention_logits (the largest |q.k| / sqrt(H)), activations (rms of the tokens after
     the block) and, in designs that have them, gates and scales (rms). Mean squared errors: loss_probe of the weights,
-    loss_ema of the averaged weights, loss_wrong_labels and loss_wrong_captions of the weights if every label or caption
-    is wrong. Of x0: data_mean, data_std and data_spread (the standard deviation between samples). still_patches and
-    dead_patches are the fractions of token positions at which the data or the output hardly vary between samples.
+    loss_ema of the averaged weights. For labels, captions and controls: cost_wrong_labels and the other values of
+    `wrong_metrics`, if every label is that of another sample. norm_time and norm_labels: mean norms of the vectors of
+    timesteps and labels, which most designs add up. Of x0: data_mean, data_std and data_spread (the standard deviation
+    between samples). still_patches and dead_patches are the fractions of token positions at which the data or the
+    output hardly vary between samples.
 
     Values that need more samples or classes are absent. Values that are not finite are None, and so are the logits of
     blocks without attention. Token positions of a U-Net are those of its deepest level.
@@ -114,14 +119,20 @@ def probe(
                 return network(x, time, condition).float()
 
         def mse(raw: Tensor) -> Tensor:
-            return diffusion.loss(raw, x0, noise, t).mse.mean()
+            return diffusion.loss(raw, x0, noise, t).mse
 
         with instrument(network) as statistics:
             raw = predict(network, condition)
+        losses = mse(raw)
         metrics: dict[str, Tensor] = {name: torch.stack(values) for name, values in statistics.items() if values}
-        metrics |= {"loss_probe": mse(raw), "loss_ema": mse(predict(ema_network, condition))}
+        metrics |= {name: metrics[name].mean() for name in EMBEDDERS.values() if name in metrics}
+        metrics |= {"loss_probe": losses.mean(), "loss_ema": mse(predict(ema_network, condition)).mean()}
         for name, wrong in wrong_conditions(condition, num_classes).items():
-            metrics[f"loss_wrong_{name}"] = mse(predict(network, wrong))
+            changed, wrong_raw = changed_rows(condition, wrong), predict(network, wrong)
+            metrics |= {
+                f"{key}_wrong_{name}": value
+                for key, value in wrong_metrics(raw, losses, wrong_raw, mse(wrong_raw), changed).items()
+            }
         metrics |= {"data_mean": x0.mean(), "data_std": x0.std(correction=0)}
         if len(x0) > 1:
             patch_size, target = network.config.size_multiple, diffusion.training_target(x0, noise, t)
@@ -141,7 +152,7 @@ def stratified_timesteps(count: int, diffusion: DiffusionProcess) -> Tensor:
 
 
 def wrong_conditions(condition: Condition, num_classes: int) -> dict[str, Condition]:
-    """The condition with wrong values in one field, by the name of the values in data: labels, captions."""
+    """The condition with wrong values in one field, by the name of the values in data: labels, captions, controls."""
     rules, present, result = condition.rules(), condition.present, {}
     for name, value in present.items():
         changes = {}
@@ -155,10 +166,45 @@ def wrong_conditions(condition: Condition, num_classes: int) -> dict[str, Condit
     return result
 
 
+def changed_rows(condition: Condition, wrong: Condition) -> Tensor:
+    """Which rows of two conditions differ: bool [B]"""
+    pairs = [(value, wrong.present[name]) for name, value in condition.present.items()]
+    differ = [(_flat_rows(a) != _flat_rows(b)).any(dim=1) for a, b in pairs if a is not b]
+    return torch.stack(differ).any(dim=0)
+
+
+def wrong_metrics(
+    raw: Tensor, losses: Tensor, wrong_raw: Tensor, wrong_losses: Tensor, changed: Tensor
+) -> dict[str, Tensor]:
+    """What wrong conditions change, from the outputs raw [B, C, ...] and the losses [B] with the right condition and
+    with a wrong one, at the same times and noise. changed [B]: which rows have a wrong condition
+
+    loss: the mean with wrong conditions. cost: by which fraction of the loss they raise it, the mean over the changed
+    rows, and error, its standard error. change: the rms change of the output, relative to the rms of the output. The
+    last three are NaN if no row has a wrong condition, and error is if only one has.
+    """
+    weights = changed.float()
+    count, rises = weights.sum(), wrong_losses - losses
+    mean, loss = ((weights * values).sum() / count for values in (rises, losses))
+    variance = (weights * (rises - mean).square()).sum() / (count - 1)
+    squares = [(weights * values.flatten(1).square().sum(dim=1)).sum() for values in (wrong_raw - raw, raw)]
+    return {
+        "loss": wrong_losses.mean(),
+        "cost": mean / loss,
+        "error": (variance / count).sqrt() / loss,
+        "change": (squares[0] / squares[1]).sqrt(),
+    }
+
+
+def _flat_rows(value: Tensor) -> Tensor:
+    """[B, ...] -> [B, n] float32, without NaN"""
+    return value.reshape(len(value), -1).float().nan_to_num()
+
+
 def other_rows(value: Tensor) -> Tensor:
     """A permutation of the rows of [B, ...] in which each row is replaced by a different one, if no value is in more
     than half of them: int64 [B]"""
-    flat = value.flatten(1).float().nan_to_num()
+    flat = _flat_rows(value)
     order = torch.argsort((flat * torch.linspace(1, 2, flat.shape[1], device=flat.device)).sum(1), stable=True)
     return torch.empty_like(order).index_copy_(0, order, order.roll(len(order) // 2))
 
@@ -175,9 +221,11 @@ def wrong_labels(label: Tensor, num_classes: int) -> Tensor:
 def instrument(network: Network) -> Iterator[dict[str, list[Tensor]]]:
     """Record statistics of a network during one forward pass: lists with one scalar tensor per block, by name.
 
-    attention_logits, activations, gates, scales; a list stays empty in designs without them.
+    attention_logits, activations, gates, scales; a list stays empty in designs without them. The mean norms of the
+    vectors of timesteps and labels, norm_time and norm_labels, are lists with one element.
     """
-    statistics: dict[str, list[Tensor]] = {"attention_logits": [], "gates": [], "scales": [], "activations": []}
+    names = "attention_logits", "gates", "scales", "activations", *EMBEDDERS.values()
+    statistics: dict[str, list[Tensor]] = {name: [] for name in names}
     attention, width = _AttentionRecorder(), network.config.hidden_size if isinstance(network, DiT) else 0
 
     def after_block(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -194,8 +242,15 @@ def instrument(network: Network) -> Iterator[dict[str, list[Tensor]]]:
         if parts.shape[-2] == 3:
             statistics["gates"].append(_rms(parts[..., 2, :]))
 
+    def after_embedder(name: str, module: nn.Module, inputs: Any, vectors: Tensor) -> None:
+        statistics[name].append(torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32).mean())
+
     hooks = []
     try:
+        for attribute, name in EMBEDDERS.items():
+            embedder = getattr(network, attribute, None)
+            if isinstance(embedder, LabelEmbedder | TimestepEmbedder):
+                hooks.append(embedder.register_forward_hook(partial(after_embedder, name)))
         for block in network.blocks:
             hooks.append(block.register_forward_hook(after_block))
             modulation = getattr(block, "adaLN_modulation", None)

@@ -331,6 +331,11 @@ def test_settings_that_the_file_cannot_hold_are_named(make_model, tmp_path, netw
     assert named in official.write(model, tmp_path / "a.pt", approximate=True)
 
 
+def test_the_initial_values_of_labels_are_no_setting_that_is_lost(make_model, tmp_path):
+    official.write(make_model({"label_init_std": 1.0}, PAPER), tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").exists()
+
+
 def test_the_difference_of_an_approximate_file_is_reported(make_model, tmp_path):
     model = make_model({"timestep_freq_divisor": 127}, PAPER)
     message = official.write(model, tmp_path / "a.pt", approximate=True)

@@ -86,6 +86,20 @@ def test_null_label_is_the_row_after_the_last_class(classes, randomise):
         assert torch.equal(network(x, t, Condition(rows)), network(x, t, Condition(rows).null()))
 
 
+@pytest.mark.parametrize("design", ["adaln-zero", "rope-swiglu"])
+def test_the_standard_deviation_of_initial_labels_changes_nothing_else(design):
+    networks = []
+    for settings in ({}, {"label_init_std": 0.02}, {"label_init_std": 1.0}):
+        torch.manual_seed(3)
+        networks.append(config(block=design, num_classes=100, **settings).build().state_dict())
+    default, small, large = networks
+    table = "y_embedder.embedding_table.weight"
+    assert all(torch.equal(default[name], small[name]) for name in default)
+    assert all(torch.equal(default[name], large[name]) for name in default if name != table)
+    torch.testing.assert_close(large[table], 50 * default[table])
+    assert default[table].std().item() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize("size", [(10, 6), (16, 24), (12, 8)])  # the last has as many patches as the trained size
 @pytest.mark.parametrize("design", DESIGNS)
 def test_other_sizes_use_positions_of_their_own_grid(design, size, randomise):

@@ -214,11 +214,11 @@ FINDINGS = {
         "error", "training.field_dropout.label is 0, sampling.guidance_scales.label is 2",
         "training.field_dropout.label=0.1",
     ),
-    "labels are uninformative": (
+    "labels have no effect": (
         (), values(), values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
         "error", "probes", "data.classes=none",
     ),
-    "captions are uninformative": (
+    "captions have no effect": (
         (), values(), values(loss_wrong_captions=lambda step: probe(step)["loss_probe"] + 1e-3 * math.cos(step)),
         "error", "a wrong caption raises the loss by", "data.caption",
     ),
@@ -315,7 +315,69 @@ def test_one_hot_attention_is_found_without_growth(made):
 def test_memorized_labels_are_a_warning(made):
     cost = values(loss_wrong_labels=lambda step: probe(step)["loss_probe"] * (1.0005 + 1e-4 * math.cos(step)))
     findings = diagnose(made(health=cost))
-    assert [(finding.name, finding.severity) for finding in findings] == [("labels are uninformative", "warning")]
+    assert [(finding.name, finding.severity) for finding in findings] == [("labels have no effect", "warning")]
+
+
+def costs(name: str, cost: float, error: float, change: float, norms: tuple[float, float] = (12.0, 0.35)) -> Change:
+    """Records as `health.probe` writes them: what wrong labels, captions or controls change."""
+
+    def apply(step: int, record: dict[str, Any]) -> None:
+        loss = record["loss_probe"]
+        record |= {f"loss_wrong_{name}": loss * (1 + cost), f"cost_wrong_{name}": cost, f"error_wrong_{name}": error}
+        record |= {f"change_wrong_{name}": change, "norm_time": norms[0], "norm_labels": norms[1]}
+
+    return apply
+
+
+def test_two_probes_with_standard_errors_are_enough(made):
+    """The run of 350 steps in which all classes had one image."""
+    run = made("network.num_classes=9", health=costs("labels", 0.0, 0.0, 0.0), steps=350)
+    (finding,) = diagnose(run)
+    assert (finding.name, finding.severity) == ("labels have no effect", "warning")
+    assert "raises the loss by 0.00%, +- 0.00% (2 probes" in finding.evidence
+    assert "changes the output by 0.00%; norm of the vector of the time 12, of the label 0.35" in finding.evidence
+    assert "the network does not use them yet" in finding.what
+    assert diagnose(made("network.num_classes=9", health=costs("labels", 0.0, 0.0, 0.0), steps=250)) == []
+
+
+@pytest.mark.parametrize(
+    ("cost", "error", "severity"),
+    [
+        (0.0, 0.0, "error"),
+        (0.0005, 0.0005, "error"),  # chance
+        (0.0005, 0.0001, "warning"),  # small, but not chance
+        (0.003, 0.0001, None),
+        (0.0, 0.005, None),  # not known
+        (0.4, 0.1, None),
+    ],
+)
+def test_the_cost_of_a_wrong_condition_is_judged_by_its_standard_error(made, cost, error, severity):
+    """The errors of records are those of means of 20 to 21 probes."""
+    findings = diagnose(made(health=costs("labels", cost, error * math.sqrt(21), 0.0)))
+    assert [finding.severity for finding in findings] == ([] if severity is None else [severity])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("captions", CAPTIONS), ("controls", ("network.num_classes=0",)), ("labels", ())]
+)
+def test_every_kind_of_condition_is_judged(made, name, change):
+    (finding,) = diagnose(made(*change, health=costs(name, 0.0, 0.0, 0.0)))
+    assert finding.name == f"{name} have no effect"
+    assert diagnose(made(*change, health=costs(name, 0.05, 0.01, 0.3))) == []
+
+
+def test_a_network_that_responds_to_wrong_labels_may_have_learned_them_by_heart(made):
+    (finding,) = diagnose(made(health=costs("labels", 0.0, 1e-4, 0.2)))
+    assert "learned by heart" in finding.what
+    assert "changes the output by 20.00%" in finding.evidence
+
+
+def test_larger_initial_labels_are_proposed_where_they_are_small(made):
+    change = costs("labels", 0.0, 0.0, 0.0)
+    assert diagnose(made(health=change))[0].change.endswith(
+        "train longer, or set network.label_init_std=1 in a new run"
+    )
+    assert diagnose(made("network.label_init_std=1", health=change))[0].change.endswith("train longer")
 
 
 def test_low_gpu_utilization_needs_a_checkpoint_from_a_gpu(made, make_model):

@@ -22,6 +22,7 @@ from tessera.models.dit import DiTConfig
 from tessera.monitoring import health
 from tessera.monitoring.health import (
     bin_by_timestep,
+    changed_rows,
     largest_logit,
     other_rows,
     parameter_group,
@@ -29,6 +30,7 @@ from tessera.monitoring.health import (
     squared_distance,
     wrong_conditions,
     wrong_labels,
+    wrong_metrics,
 )
 from tessera.training.objective import NOISE_STREAM, TrainingObjective, prepare_batch, probe_inputs
 
@@ -268,6 +270,120 @@ def test_losses_of_weights_ema_and_wrong_labels(make, randomise):
     assert metrics["loss_ema"] == pytest.approx(mse(ema_network, condition), rel=1e-5)
     wrong = replace(condition, label=wrong_labels(condition.label, 3))
     assert metrics["loss_wrong_labels"] == pytest.approx(mse(network, wrong), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_cost_of_wrong_labels_has_its_standard_error(make):
+    network, inputs, objective = make(), batch(4), make_objective()
+    x, t, condition, x0, noise = expected_inputs(inputs, objective)
+    metrics = probe(network, network, inputs, objective)
+    wrong = replace(condition, label=wrong_labels(condition.label, 3))
+    outputs = [network(x, 1000 * t, each).double().numpy() for each in (condition, wrong)]
+    right, other = (np.square(output - (noise - x0).numpy()).mean(axis=(1, 2, 3)) for output in outputs)
+    assert metrics["cost_wrong_labels"] == pytest.approx((other - right).mean() / right.mean(), rel=1e-4)
+    error = (other - right).std(ddof=1) / math.sqrt(4) / right.mean()
+    assert metrics["error_wrong_labels"] == pytest.approx(error, rel=1e-4)
+    change = np.sqrt(np.square(outputs[1] - outputs[0]).sum() / np.square(outputs[0]).sum())
+    assert metrics["change_wrong_labels"] == pytest.approx(change, rel=1e-4)
+
+
+@pytest.mark.parametrize("block", ["adaln-zero", "rope-swiglu", "cross-attention", "in-context"])
+@torch.no_grad()
+def test_labels_without_effect_cost_exactly_nothing(make, block):
+    network = make(block)
+    network.y_embedder.embedding_table.weight.zero_()
+    metrics = probe(network, network, batch(4), make_objective())
+    assert [metrics[f"{name}_wrong_labels"] for name in ("cost", "error", "change")] == [0, 0, 0]
+    assert metrics["norm_labels"] == 0
+    assert metrics["norm_time"] > 0
+
+
+@torch.no_grad()
+def test_norms_of_the_vectors_of_time_and_labels(make):
+    network, objective = make(), make_objective()
+    _, t, condition, _, _ = expected_inputs(batch(4), objective)
+    metrics = probe(network, network, batch(4), objective)
+    for name, vectors in (("time", network.t_embedder(1000 * t)), ("labels", network.y_embedder(condition.label))):
+        assert metrics[f"norm_{name}"] == pytest.approx(vectors.norm(dim=-1).mean().item(), rel=1e-5)
+
+
+class KnowsTheImage(nn.Module):
+    """Predicts the velocity of the image that the condition describes: wrong conditions are all that it errs in."""
+
+    def __init__(self, config, noisy, t, images, find) -> None:
+        super().__init__()
+        self.config, self.blocks, self.find = config, nn.ModuleList(), find
+        self.noisy, self.t, self.images = noisy, t.view(-1, 1, 1, 1), images
+        self.error = nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, x, t, condition):
+        image = self.images[self.find(condition)]
+        return (self.noisy - image) / self.t + self.error
+
+
+@pytest.mark.parametrize("kind", ["labels", "captions", "controls"])
+@torch.no_grad()
+def test_every_kind_of_condition_is_measured(make, kind):
+    """A network that knows the images from their conditions, and one that ignores these."""
+    inputs, objective, rows = batch(4), make_objective(), torch.arange(4)
+    inputs = replace(inputs, pixels=(inputs.pixels % 2) * 255)
+    noisy, t, _, images, _ = expected_inputs(inputs, objective)
+    condition, find = {
+        "labels": (Condition(rows), lambda condition: condition.label),
+        "captions": (
+            Condition(text=rows[:, None], text_mask=torch.ones(4, 1, dtype=torch.bool)),
+            lambda condition: condition.text[:, 0],
+        ),
+        "controls": (Condition(control=images[:, None]), lambda condition: nearest(condition.control[:, 0], images)),
+    }[kind]
+    inputs = replace(inputs, condition=condition)
+    config = make().config
+    oracle = KnowsTheImage(config, noisy, t, images, find)
+    metrics = probe(oracle, oracle, inputs, objective, num_classes=4)
+    assert metrics[f"cost_wrong_{kind}"] > 100
+    assert metrics[f"cost_wrong_{kind}"] > metrics[f"error_wrong_{kind}"] > 0
+    assert metrics[f"change_wrong_{kind}"] > 0.1
+    ignorant = KnowsTheImage(config, noisy, t, images, lambda condition: rows)
+    metrics = probe(ignorant, ignorant, inputs, objective, num_classes=4)
+    assert [metrics[f"{name}_wrong_{kind}"] for name in ("cost", "error", "change")] == [0, 0, 0]
+
+
+def nearest(images, others):
+    return torch.cdist(images.flatten(1), others.flatten(1)).argmin(dim=1)
+
+
+@torch.no_grad()
+def test_rows_whose_condition_is_the_same_do_not_count(make):
+    """Five samples have one caption: at least three of them keep it, and if all have it there is nothing to measure."""
+    _, _, _, images, noise = expected_inputs(batch(6), make_objective())
+    text = torch.tensor([[0], [0], [0], [0], [0], [1]])
+    condition = Condition(text=text, text_mask=torch.ones(6, 1, dtype=torch.bool))
+    wrong = wrong_conditions(condition, 0)["captions"]
+    changed = changed_rows(condition, wrong)
+    assert changed.tolist() == [bool(a != b) for a, b in zip(text[:, 0], wrong.text[:, 0])]
+    assert changed.sum() == 2
+    right, other = torch.rand(6), torch.rand(6)
+    metrics = wrong_metrics(images, right, noise, other, changed)
+    rises = (other - right)[changed].numpy()
+    assert metrics["cost"].item() == pytest.approx(rises.mean() / right[changed].mean().item(), rel=1e-4)
+    error = rises.std(ddof=1) / math.sqrt(2) / right[changed].mean().item()
+    assert metrics["error"].item() == pytest.approx(error, rel=1e-4)
+    same = replace(condition, text=torch.zeros_like(text))
+    metrics = probe(ReadsIds(make()), ReadsIds(make()), replace(batch(6), condition=same), make_objective())
+    assert metrics["loss_wrong_captions"] == metrics["loss_probe"]
+    assert [metrics[f"{name}_wrong_captions"] for name in ("cost", "error", "change")] == [None] * 3
+
+
+class ReadsIds(nn.Module):
+    """The output is the first token of the text."""
+
+    def __init__(self, network) -> None:
+        super().__init__()
+        self.config, self.blocks = network.config, nn.ModuleList()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t, condition):
+        return torch.zeros_like(x) + self.scale * condition.text[:, :1, None, None]
 
 
 def test_labels_are_not_dropped_and_only_the_first_samples_are_used(make):

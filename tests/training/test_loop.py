@@ -99,6 +99,21 @@ def test_a_recipe_gives_the_same_run_bit_for_bit_and_another_seed_does_not(tiny,
     assert state(loop.train(tiny("third", "training.seed=1"))) != state(first)
 
 
+def test_health_records_do_not_change_the_training(tiny, state):
+    run, other = loop.train(tiny("run", "training.health_every=1")), loop.train(tiny("other"))
+    assert state(run) == state(other)
+    records = read_log(run, "health.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert record["norm_time"] > 0
+        assert record["norm_labels"] > 0
+        rise = record["loss_wrong_labels"] / record["loss_probe"] - 1
+        assert record["cost_wrong_labels"] == pytest.approx(rise, abs=1e-5)
+    assert records[0]["change_wrong_labels"] < records[-1]["change_wrong_labels"]  # the head begins at zero
+    again = loop.train(tiny("again", "training.health_every=1"))
+    assert read_log(again, "health.jsonl") == records
+
+
 def test_the_number_of_workers_does_not_matter(tiny, state):
     one = loop.train(tiny("one", "training.num_workers=1"))
     assert state(one) == state(loop.train(tiny("many", "training.num_workers=5")))

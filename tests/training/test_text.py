@@ -14,6 +14,7 @@ from tessera.data.captions import Captions, TextSizes
 from tessera.encoders.pretrained_text import PretrainedTextEncoder
 from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
+from tessera.monitoring.logger import read_log
 from tessera.settings import to_yaml
 from tessera.studies.study_plan import resolve
 from tessera.training import loop
@@ -53,6 +54,17 @@ def test_words_are_the_default_with_the_vocabulary_of_the_captions(text_recipe):
     assert run.ema_model.config.text == text
     again = build_run(Recipe.model_validate_json(run.recipe.model_dump_json()))
     assert again.recipe == run.recipe
+
+
+def test_the_effect_of_captions_is_recorded_and_does_not_change_the_training(text_recipe, state):
+    run = loop.train(text_recipe("run", "training.steps=2", "training.health_every=1"))
+    other = loop.train(text_recipe("other", "training.steps=2"))
+    assert state(run) == state(other)
+    record = read_log(run, "health.jsonl")[-1]
+    rise = record["loss_wrong_captions"] / record["loss_probe"] - 1
+    assert record["cost_wrong_captions"] == pytest.approx(rise, abs=1e-5)
+    assert record["error_wrong_captions"] > 0
+    assert record["change_wrong_captions"] > 0
 
 
 def test_classes_and_text(text_recipe):
