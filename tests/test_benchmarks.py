@@ -52,6 +52,7 @@ SMALL = {
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],
     "plan": ["--threads 1 --rounds 1 --only 'digits, batch 8'"],
+    "post_hoc_ema": ["--out {tmp} --steps 8 --samples 20 --lengths 0.05,0.08"],
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],
     "serving": [
         "throughput --requests 2 --shorter 10 --rounds 1",

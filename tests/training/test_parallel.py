@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tessera import runtime
+from tessera import bundle, power_ema, runtime
 from tessera.errors import Interrupted, TesseraError
 from tessera.monitoring import history
 from tessera.monitoring.logger import read_log
@@ -165,6 +166,21 @@ def test_any_number_of_ranks_trains_the_same_weights(processes, tiny, tmp_path, 
     assert set(results[0]["saved"]) == set(expected)
     for name, tensor in results[0]["saved"].items():
         np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-5 * abs(expected[name]).max(), err_msg=name)
+
+
+def test_snapshots_of_sharded_averages_are_whole(processes, tiny, tmp_path):
+    changes = ("training.steps=4", "training.ema={kind: power, snapshot_every: 2}")
+    processes.together(2, train, tiny("two", *changes, "training.fsdp=full"))
+    processes.together(1, train, tiny("one", *changes))
+    for step in (2, 4):
+        one, two = (load_file(power_ema.snapshot_path(tmp_path / name, step)) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    newest = bundle.checkpoints(tmp_path / "two")[0]
+    for length in (0.05, 0.1):
+        network = bundle.load(newest, ema_length=length).network
+        assert all(torch.equal(two[f"{length}/{name}"], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_a_run_can_be_resumed_with_another_number_of_ranks(processes, tiny, tmp_path):
