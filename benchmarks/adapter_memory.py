@@ -2,6 +2,7 @@
 
     python benchmarks/adapter_memory.py --out runs/adapter-memory        # finished rows are not measured again
     python benchmarks/adapter_memory.py --out ... --only "+ base in nf4" --batch 2
+    python benchmarks/adapter_memory.py --out ... --device cuda --steps 20
 
 Each row is a process of its own that trains twice with the trainer's loop, two steps each
 (--steps): first a network of one block
@@ -9,6 +10,8 @@ Each row is a process of its own that trains twice with the trainer's loop, two 
 the largest resident size (VmHWM of Linux) of the second run since its base is loaded, minus the resident size before
 this run. "Loading" is the largest size until then, minus the same: the base is mapped from its file in float32, and the
 system can drop these pages. "Planned" is the peak and what loading needs, as `tessera plan` prints them.
+
+On a GPU all of these are the bytes that PyTorch has allocated there, and the last column is the rate of the last step.
 """
 
 import argparse
@@ -45,7 +48,8 @@ def settings(name: str, options: argparse.Namespace, model: str = MODEL) -> dict
         "data": {"kind": "folder", "path": str(out / "images"), "size": 256, "cache": str(out / "cache")},
         "adapter": {"kind": "lora", "rank": 16},
         "training": {
-            "init_from": str(out / model), "steps": options.steps, "global_batch_size": options.batch, "device": "cpu",
+            "init_from": str(out / model), "steps": options.steps, "global_batch_size": options.batch,
+            "device": options.device,
             "sample_seeds": 1, "sample_every": 1000, "checkpoint_every": 1000, "log_every": 1, "tensorboard": False,
             "optimizer": {"grad_clip_norm": 1.0},
         },
@@ -111,30 +115,50 @@ def status(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def allocated(device: str) -> int:
+    """Bytes in use: resident, or of a GPU."""
+    import torch
+
+    return status("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+
+
+def peak(device: str) -> int:
+    """The largest number of bytes in use since the last call, which begins again."""
+    import torch
+
+    if device == "cpu":
+        size = status("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5")
+        return size
+    size = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return size
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Train a row in this process."""
-    from tessera.monitoring.logger import MetricLogger
+    from tessera.monitoring.logger import MetricLogger, read_log
     from tessera.training import loop
     from tessera.training.checkpoint import TrainerState
     from tessera.training.recipe import read_recipe
     from tessera.training.run import build_run, prepare_folder, set_memory_policy
 
     set_memory_policy(read_recipe(settings(name, options)))  # as `tessera train` does
-    before, peaks = 0, (0, 0)
+    before, peaks, rate = 0, (0, 0), 0.0
     for model in (SMALL, MODEL):  # the first run loads what the second one needs
-        before = status("VmRSS")
+        before = allocated(options.device)
         recipe = read_recipe(settings(name, options, model))
-        Path("/proc/self/clear_refs").write_text("5")  # the maximum begins again
+        peak(options.device)
         run = build_run(recipe)
         prepare_folder(run)
-        loading = status("VmHWM")
-        Path("/proc/self/clear_refs").write_text("5")
+        loading = peak(options.device)
         logger = MetricLogger(run.run_dir, 0, recipe.training.steps, False, silent=True)
         loop.Trainer(run, TrainerState(0, 0), logger).train(None)
         logger.close()
-        peaks = loading, status("VmHWM")
+        peaks = loading, peak(options.device)
+        rate = next((each["images_per_second"] for each in reversed(read_log(run.run_dir)) if "loss" in each), 0.0)
         del run
-    return {"before": before, "loading": peaks[0] - before, "measured": peaks[1] - before}
+    return {"before": before, "loading": peaks[0] - before, "measured": peaks[1] - before, "images/s": rate}
 
 
 def planned(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -142,20 +166,21 @@ def planned(name: str, options: argparse.Namespace) -> dict[str, float]:
     from tessera.training.plan_recipe import plan_for_recipe
     from tessera.training.recipe import read_recipe
 
-    machine = find("rtx4090").model_copy(update={"device": "cpu"})  # only memory is read; no operator is measured
+    machine = find("rtx4090").model_copy(update={"device": options.device})  # only memory is read; nothing is measured
     plan = plan_for_recipe(read_recipe(settings(name, options)), machine)
     return {"planned": plan.memory_bytes, "planned loading": plan.memory.loading, "checkpoint": plan.checkpoint_bytes}
 
 
 def row(name: str, options: argparse.Namespace) -> str:
-    path: Path = options.out / f"{name.replace(' ', '-').replace(',', '')}-{options.batch}.json"
+    words = [*name.replace(",", "").split(), str(options.batch), *([] if options.device == "cpu" else [options.device])]
+    path: Path = options.out / f"{'-'.join(words)}.json"
     values = planned(name, options)
     if name not in options.plan_only.split("; "):
         if not path.exists():
             for folder in options.out.glob("run-*"):
                 shutil.rmtree(folder)
             words = ["--row", name, "--out", str(options.out), "--batch", str(options.batch)]
-            words += ["--steps", str(options.steps)]
+            words += ["--steps", str(options.steps), "--device", options.device]
             done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stderr[-2000:]}")
@@ -163,7 +188,9 @@ def row(name: str, options: argparse.Namespace) -> str:
         values |= json.loads(path.read_text())
     cells = [f"{values[key] / 2**30:.2f}" if values.get(key) else "" for key in COLUMNS]
     ratio = f"{values['planned'] / values['measured']:.3f}" if "measured" in values else ""
-    return f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} | {cells[4]} |"
+    return f"| {name} | {cells[0]} | {cells[1]} | {ratio} | {cells[2]} | {cells[3]} | {cells[4]} |" + (
+        "" if options.device == "cpu" else f" {values.get('images/s', 0):.1f} |"
+    )
 
 
 def main() -> None:
@@ -174,6 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", help="rows, separated by ;")
     parser.add_argument("--plan-only", default=FULL, help="rows that are not measured, separated by ;")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--row", help="measure this row in this process")
     options = parser.parse_args()
     if options.row:
@@ -182,8 +210,9 @@ def main() -> None:
     prepare(options)
     names = [name.strip() for name in options.only.split(";")] if options.only else [*ROWS, *ALONE]
     print("GiB\n")
-    print("| run | planned | measured | ratio | loading, planned | measured | a checkpoint |")
-    print("|---|---|---|---|---|---|---|")
+    more = "" if options.device == "cpu" else " images/s |"
+    print("| run | planned | measured | ratio | loading, planned | measured | a checkpoint |" + more)
+    print("|---|---|---|---|---|---|---|" + "---|" * bool(more))
     for name in names:
         print(row(name, options), flush=True)
 

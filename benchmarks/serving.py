@@ -1,6 +1,6 @@
 """Serving: throughput, waiting time, a storm of requests, and how fast a full queue refuses.
 
-    python benchmarks/serving.py throughput [--model digits|DiT-S/4] [--rounds 5]
+    python benchmarks/serving.py throughput [--model digits|DiT-S/4] [--rounds 5] [--device cuda]
     python benchmarks/serving.py latency --model small [--requests 60] [--rounds 3]
     python benchmarks/serving.py storm [--requests 10000] [--clients 24]
     python benchmarks/serving.py refusal [--requests 300]
@@ -8,7 +8,7 @@
 throughput: 16 requests of 5 step counts, 3 solvers, 4 guidance scales and different classes at once, through the whole
 server (HTTP in the same process, queue, files), against the same requests one after the other: loops of diffusers'
 pipelines around its own transformer and schedulers, and `tessera.generate`. All start from noise and end with PNGs. CPU
-time of the process, one thread, the ways in turns.
+time of the process, one thread, the ways in turns; on a GPU wall time, and the images per second.
 latency: requests of 10 steps, one in ten of 250, at Poisson times that keep a first-in-first-out server busy for 70 %
 of the time; the same server with and without one request at a time. Wall time of the short ones. Then the scheduler
 alone in virtual time, with the CPU time of calls as measured: other programs on the machine do not change it.
@@ -55,7 +55,7 @@ STEPS, SOLVERS, SCALES = [10, 15, 20, 30, 40], ["ddim", "dpm++", "unipc"], [1.0,
 GENERATIONS = "/v1/images/generations"
 
 
-def make_model(name: str) -> tessera.Model:
+def make_model(name: str, device: str = "cpu") -> tessera.Model:
     """An untrained model: of the digits recipe, a tiny one, or a preset on latents, which are taken as pixels."""
     if name == "digits":
         recipe = Recipe.model_validate({**read_yaml(ROOT / "recipes/digits.yaml"), "run_dir": "unused"})
@@ -84,7 +84,7 @@ def make_model(name: str) -> tessera.Model:
         for parameter in built.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    return tessera.Model(config, built.eval())
+    return tessera.Model(config, built.eval().to(device))
 
 
 def mixed_bodies(count: int) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def diffusers_loops(model: tessera.Model) -> Any:
     network = model.network
     transformer = DiTTransformer2DModel(**transformer_config(network.config).model_dump(exclude={"class_name"}))
     transformer.load_state_dict(to_diffusers(network.state_dict(), network.config))
-    transformer.eval()
+    transformer.eval().to(model.device)
     shape, null = (network.config.in_channels, *network.config.input_size), network.config.num_classes
     schedulers = {
         "ddim": lambda: DDIMScheduler(clip_sample=False),
@@ -148,9 +148,9 @@ def diffusers_loops(model: tessera.Model) -> Any:
         channels = shape[0]
         for body in bodies:
             scheduler, scale = schedulers[body["sampler"]](), body["guidance_scale"]
-            scheduler.set_timesteps(body["num_steps"])
-            x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(body["seed"]))
-            labels = torch.tensor([int(body["prompt"]), null] if scale > 1 else [int(body["prompt"])])
+            scheduler.set_timesteps(body["num_steps"], device=model.device)
+            x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(body["seed"])).to(model.device)
+            labels = torch.tensor([int(body["prompt"]), null] if scale > 1 else [int(body["prompt"])]).to(model.device)
             for t in scheduler.timesteps:
                 inputs = scheduler.scale_model_input(torch.cat([x, x]) if scale > 1 else x, t)
                 raw = transformer(inputs, t[None].expand(len(inputs)), labels).sample[:, :channels]
@@ -158,15 +158,16 @@ def diffusers_loops(model: tessera.Model) -> Any:
                     cond, uncond = raw.chunk(2)
                     raw = uncond + scale * (cond - uncond)
                 x = scheduler.step(raw, t, x).prev_sample
-            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[0].movedim(0, -1).numpy()
-            to_png(pixels)
+            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[0].movedim(0, -1)
+            to_png(pixels.cpu().numpy())
 
     return run
 
 
 async def throughput(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    model, bodies = make_model(options.model), mixed_bodies(options.requests or 16)
+    model, bodies = make_model(options.model, options.device), mixed_bodies(options.requests or 16)
+    clock = time.process_time if options.device == "cpu" else time.perf_counter
     bodies = [{**body, "num_steps": max(1, body["num_steps"] // options.shorter)} for body in bodies]
     theirs = diffusers_loops(model)
     seconds: dict[str, list[float]] = {"the server": [], "tessera, one by one": [], "diffusers, one by one": []}
@@ -174,7 +175,7 @@ async def throughput(options: argparse.Namespace) -> None:
     async with serving(model, limits=Limits(max_queue=rows)) as client:
         for number in range((options.rounds or 5) + 1):
             for name, values in seconds.items():
-                start = time.process_time()
+                start = clock()
                 if name == "the server":
                     await asyncio.gather(*(post(client, body) for body in bodies))
                 else:
@@ -182,13 +183,15 @@ async def throughput(options: argparse.Namespace) -> None:
                         one_by_one, model, bodies
                     ) if "tessera" in name else await asyncio.to_thread(theirs, bodies)
                 if number:  # the first round is a warm-up
-                    values.append(time.process_time() - start)
+                    values.append(clock() - start)
     ours = statistics.median(seconds["the server"])
     print(f"{model.config.network.summary()}, {len(bodies)} requests, torch {torch.__version__}\n")
-    print("| way | CPU ms | times the server (median of rounds) |\n|---|---|---|")
+    unit = "CPU ms" if options.device == "cpu" else "ms"
+    print(f"| way | {unit} | images/s | times the server (median of rounds) |\n|---|---|---|---|")
     for name, values in seconds.items():
         ratios = [value / server for value, server in zip(values, seconds["the server"])]
-        print(f"| {name} | {1000 * statistics.median(values):.0f} | {statistics.median(ratios):.2f} |")
+        median = statistics.median(values)
+        print(f"| {name} | {1000 * median:.0f} | {len(bodies) / median:.1f} | {statistics.median(ratios):.2f} |")
     assert ours > 0
 
 
@@ -429,6 +432,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["throughput", "latency", "storm", "refusal"])
     parser.add_argument("--model", default="digits", help="digits, small, tiny or a preset such as DiT-S/4")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of throughput")
     parser.add_argument("--requests", type=int, help="16, 60, 10000 or 300")
     parser.add_argument("--shorter", type=int, default=1, help="throughput: divide the step counts, 10 to 40, by this")
     parser.add_argument("--rounds", type=int, help="throughput: 5, latency: 3")
