@@ -152,7 +152,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
         run = build_run(recipe)
         prepare_folder(run)
         loading = peak(options.device)
-        logger = MetricLogger(run.run_dir, 0, recipe.training.steps, False, silent=True)
+        logger = MetricLogger(run.run_dir, 0, recipe.training.steps, False)  # a silent one writes no log
         loop.Trainer(run, TrainerState(0, 0), logger).train(None)
         logger.close()
         peaks = loading, peak(options.device)
