@@ -107,7 +107,8 @@ SETTINGS = {
     "cifar10": Setting(
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.label_init_std=0.02",
+            "network.patch_size=4",
             "network.hidden_size=128",
             "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim",
             "sampling.num_steps=25",
@@ -120,7 +121,8 @@ SETTINGS = {
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=2",
+            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.label_init_std=0.02",
+            "network.patch_size=2",
             "network.hidden_size=384",
             "network.depth=8", "network.num_heads=6", "sampling.guidance_scale=1", "sampling.sampler=ddim",
             "sampling.num_steps=25",

@@ -17,6 +17,10 @@ SMALL = {
     "against_diffusers_solvers": ["--model DiT-S/8 --batches 1 --steps 2 --rounds 1"],
     "block_speed": ["--grid 2 --batch 2 --rounds 1", "--text 4 --grid 2 --batch 2 --width 32 --depth 1 --rounds 1"],
     "codecs": ["photos {codec} {images}"],
+    "conditioning": [
+        "worth --data digits",
+        "train --width 16 --depth 1 --steps 1 --batch 4 --count 20 'std 1+balanced' 'table rate x10+normalized'",
+    ],
     "continuous": ["--rows 4 --steps 2 --rounds 1"],
     "control": ["{shapes} --work {tmp} --steps 1 --batch 2 --count 2 --seeds 1 --only edges"],
     "data_check": ["--only report --samples 2000"],
