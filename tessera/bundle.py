@@ -18,6 +18,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def write(model: Model, folder: Path, shared_folder: str | None = None, dtype: t
         adapter_files.write(
             info, adapters.adapter_state(model.network, name), folder / ADAPTERS / name / adapter_files.WEIGHTS
         )
-    (folder / CARD).write_text(model_card.render(model), encoding="utf-8")
+    card = model_card.render(replace(model, config=model.config.model_copy(update={"codec": codec})))
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def save_base(config: BundleConfig, state: Mapping[str, Tensor], folder: Path) -> None:

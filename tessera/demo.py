@@ -1,4 +1,4 @@
-"""`tessera demo`: samples of a shipped model; then a training on digits, with a grid, an animation and a score."""
+"""`tessera demo`: samples of the shipped models; then a training on digits, with a grid, an animation and a score."""
 
 import io
 from pathlib import Path
@@ -22,17 +22,25 @@ from tessera.training.run import RECIPE
 ROWS = 8  # of the grid, one seed each
 PER_CLASS = 100  # scored samples of each class
 COUNT = 10 * PER_CLASS
+PROMPTS = (
+    "smiling cat with heart-eyes", "red apple", "blue heart", "fire engine", "snowman", "full moon",
+    "birthday cake", "soccer ball", "sunflower", "hamburger", "purple octopus", "blue apple",
+)  # fmt: skip
 FEWEST = 300  # steps, also where the machine was busy while its speed was measured: digits of fewer cannot be read
 
 
 def run(out: Path, seconds: float = 60) -> float:
     """Train for about `seconds`, and return the accuracy of the samples.
 
-    Writes shipped.png, grid.png, denoising.gif, loss.png and report.md into out. An interrupted demo in the same folder
-    resumes. Raises TesseraError.
+    Writes emoji.png, shipped.png, grid.png, denoising.gif, loss.png and report.md into out. An interrupted demo in the
+    same folder resumes. Raises TesseraError.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    emoji = generation.generate(bundle.load(pretrained.FOLDER / "emoji"), prompts=PROMPTS, seeds=[0] * len(PROMPTS))
+    images.save_png(out / "emoji.png", images.grid(emoji, len(PROMPTS) // 2, gap=4))
+    print(f"emoji of a model that comes with Tessera, from their names: {out / 'emoji.png'}", flush=True)
     _sample_grid(bundle.load(pretrained.FOLDER / "dit-digits"), out / "shipped.png")
-    print(f"digits of the model that comes with Tessera: {out / 'shipped.png'}", flush=True)
+    print(f"digits of another: {out / 'shipped.png'}", flush=True)
     classifier = DigitClassifier()
     recipe, duration = _read_recipe(out, seconds)
     run_dir = Path(recipe.run_dir)
@@ -58,7 +66,7 @@ def run(out: Path, seconds: float = 60) -> float:
     summary = _summary(accuracy, classifier)
     files.atomic_write(out / "report.md", _report(recipe, model, duration, summary, classifier, samples))
     print(f"\n{summary}\n")
-    for name in ("shipped.png", "grid.png", "denoising.gif", "loss.png", "report.md"):
+    for name in ("emoji.png", "shipped.png", "grid.png", "denoising.gif", "loss.png", "report.md"):
         print(out / name)
     print(f"more samples:  tessera sample {run_dir} --classes 3,7 --per-class 4")
     print(f"in a browser:  tessera serve {run_dir} --runs {out}, then open http://127.0.0.1:7860")
@@ -91,7 +99,6 @@ def _sample_grid(model: bundle.Model, path: Path) -> None:
     """Write ten classes as columns and a seed in each row."""
     labels, seeds = list(range(10)) * ROWS, [row for row in range(ROWS) for _ in range(10)]
     grid = generation.generate(model, labels, seeds, batch_size=10 * ROWS)
-    path.parent.mkdir(parents=True, exist_ok=True)
     images.save_png(path, images.grid(_upscale(grid), 10, gap=4))
 
 

@@ -82,9 +82,9 @@ def to_png(image: np.ndarray, settings: dict[str, Any] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(path: Path, image: np.ndarray, settings: dict[str, Any] | None = None) -> None:
+def save_png(path: str | Path, image: np.ndarray, settings: dict[str, Any] | None = None) -> None:
     """Write uint8 [H, W, C] as `to_png` does. Raises TesseraError."""
-    atomic_write(path, to_png(image, settings))
+    atomic_write(Path(path), to_png(image, settings))
 
 
 def limit_width(path: Path, width: int) -> bytes:

@@ -34,8 +34,8 @@ START = """tessera: diffusion transformers
 
   see what it does        tessera demo
   train on your images    tessera train recipes/modern.yaml data.path=my-images --dry-run
-  sample from a model     tessera sample dit-digits --classes all --per-class 4
-  work in the browser     tessera serve dit-digits --open
+  sample from a model     tessera sample emoji --prompt "smiling cat" --seeds 0-3
+  work in the browser     tessera serve emoji --open
 
 tessera --help lists all commands, and tessera COMMAND --help has examples of each."""
 

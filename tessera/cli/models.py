@@ -20,5 +20,5 @@ def models() -> None:
         size = format_bytes(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         print(f"{name}: {config.provenance.about}")
         print(f"  {config.network.summary()}; {size}; license: {config.provenance.license}")
-        condition = "--prompt " + '"smiling cat"' if config.network.uses_text else "--classes all"
-        print(f"  tessera sample {name} {condition} --per-class 4")
+        condition = '--prompt "smiling cat" --seeds 0-3' if config.network.uses_text else "--classes all --per-class 4"
+        print(f"  tessera sample {name} {condition}")

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tessera.checkpoint_files import read_state_dict
+from tessera.checkpoint_files import read_state_dict, write_tensors
 from tessera.codecs.codec import StoredCodec, StoredConfig, by_frame, digest, pretrained
 from tessera.errors import TesseraError
 
@@ -91,9 +90,12 @@ class Pair(nn.Module):
         return self.decoder(latents) * 2 - 1
 
     def save(self, folder: Path) -> None:
+        """Write both files, in float16 if the weights are: the published files are."""
         for name, part in (("encoder", self.encoder), ("decoder", self.decoder)):
-            weights = {key: tensor.cpu().contiguous() for key, tensor in part.state_dict().items()}
-            save_file(weights, folder / f"tiny_{name}.safetensors")
+            weights = part.state_dict()
+            halves = {key: tensor.half() for key, tensor in weights.items()}
+            is_half = all(torch.equal(halves[key].float(), tensor) for key, tensor in weights.items())
+            write_tensors(halves if is_half else weights, folder / f"tiny_{name}.safetensors")
 
 
 class Block(nn.Module):

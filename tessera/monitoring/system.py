@@ -18,6 +18,8 @@ EXTRAS = {
     "demo": ("the digits data set", ["sklearn"]),
     "data": ("data sets of the Hugging Face hub", ["datasets"]),
     "diffusers": ("autoencoders, and folders of diffusers", ["diffusers"]),
+    "gcs": ("data and runs in gs://", ["gcsfs"]),
+    "hub": ("data of the Hugging Face hub in hf://", ["huggingface_hub"]),
     "ray": ("tessera serve --replicas, --launch ray", ["ray", "httpx", "fastapi"]),
     "slurm": ("--launch slurm", ["submitit"]),
     "serve": ("tessera serve, and its page", ["fastapi", "uvicorn", "prometheus_client", "multipart"]),

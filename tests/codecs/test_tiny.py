@@ -118,6 +118,23 @@ def test_it_is_saved_and_read_back(request, layout, tmp_path):
     assert (copy.scale, copy.shift) == (codec.scale, codec.shift)
 
 
+def test_weights_of_half_precision_are_saved_as_such(pair_folder, tmp_path):
+    """Half the size, the same bits; other weights stay in float32."""
+    full, half = (TinyConfig(source=str(pair_folder)).build() for _ in range(2))
+    with torch.no_grad():
+        for weight in full.network.parameters():
+            weight.add_(1e-5 * torch.rand_like(weight))
+    half.network.half().float()
+    full.save(tmp_path / "full")
+    half.save(tmp_path / "half")
+    sizes = [sum(file.stat().st_size for file in (tmp_path / name).iterdir()) for name in ("full", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    for codec, name in ((full, "full"), (half, "half")):
+        saved = TinyConfig(source=str(tmp_path / name)).build().network.state_dict()
+        assert all(torch.equal(saved[key], weight) for key, weight in codec.network.state_dict().items())
+        assert {weight.dtype for weight in saved.values()} == {torch.float32}
+
+
 @pytest.mark.parametrize("layout", ["diffusers_folder", "pair_folder"])
 def test_a_bundle_contains_the_codec(request, layout, make_model, tmp_path):
     folder = request.getfixturevalue(layout)
@@ -130,6 +147,7 @@ def test_a_bundle_contains_the_codec(request, layout, make_model, tmp_path):
     loaded = bundle.load(tmp_path / "elsewhere")
     assert (generation.generate(loaded, classes=["dog"], seeds=[3]) == images).all()
     assert not list((tmp_path / "elsewhere").rglob("*.pth"))
+    assert str(folder) not in (tmp_path / "elsewhere/README.md").read_text()
 
 
 def test_the_fingerprint_depends_on_the_encoder_only(pair_folder, tmp_path):

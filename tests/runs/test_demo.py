@@ -21,7 +21,8 @@ def test_the_demo_shows_a_shipped_model_trains_and_writes_a_report(tessera, shor
     done = tessera("demo", "--seconds", "0.01", "--out", tmp_path / "demo")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert "shipped.png" in lines[0]  # before the training
+    assert ["emoji.png" in lines[0], "shipped.png" in lines[1]] == [True, True]  # before the training
+    assert Image.open(tmp_path / "demo/emoji.png").size == (6 * 68 - 4, 2 * 68 - 4)
     assert read_log(tmp_path / "demo/run")[-1]["step"] == 6
     assert [line for line in lines if line.startswith("sampled")][-1] == "sampled 40 of 40"
     shipped, grid = (np.asarray(Image.open(tmp_path / f"demo/{name}.png")) for name in ("shipped", "grid"))

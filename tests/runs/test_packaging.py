@@ -65,11 +65,10 @@ def test_an_installed_package_finds_its_models_and_recipes(installed, tmp_path):
     assert [line.partition(":")[0] for line in listed.stdout.splitlines() if not line.startswith(" ")] == (
         pretrained.names()
     )
-    sampled = run(
-        installed, "sample", "dit-digits", "--classes", "3", "num_steps=2", "--out", "three.png", folder=tmp_path
-    )
-    assert sampled.returncode == 0, sampled.stderr
-    assert (tmp_path / "three.png").exists()
+    for model, *words in (("dit-digits", "--classes", "3"), ("emoji", "--prompt", "blue heart")):
+        sampled = run(installed, "sample", model, *words, "num_steps=2", "--out", f"{model}.png", folder=tmp_path)
+        assert sampled.returncode == 0, sampled.stderr
+        assert (tmp_path / f"{model}.png").exists()
     where = "import tessera, sys; print(tessera.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     place = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True).stdout
@@ -80,6 +79,11 @@ def test_an_installed_recipe_is_used_by_its_name(installed, tmp_path):
     done = run(installed, "train", "recipes/digits.yaml", "training.steps=1", "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((installed / "tessera/recipes/digits.yaml").read_text())["data"]["kind"] == "digits"
+
+
+def test_shipped_models_are_small():
+    sizes = [file.stat().st_size for file in pretrained.FOLDER.rglob("*") if file.is_file()]
+    assert sum(sizes) < 20 * 10**6
 
 
 @pytest.mark.slow
