@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from statistics import mean, median, stdev
 from typing import Literal
 
-from tessera import bundle
+from tessera import bundle, power_ema
 from tessera.monitoring.health import BINS
-from tessera.monitoring.history import LATE, History, finite, series, series_max
+from tessera.monitoring.history import LATE, History, Section, finite, series, series_max
 
 EARLY = 0.1  # fraction of the steps so far in which a missing warm-up shows
 MIN_STEPS = 200  # steps before a run is judged by what it has learned
@@ -489,7 +489,7 @@ def slow_ema(history: History) -> Finding | None:
     averages, weights = history.late(history.health, "loss_ema"), history.late(history.health, "loss_probe")
     if history.step < MIN_STEPS or not averages or not weights or mean(averages) < BEHIND * mean(weights):
         return None
-    memory = ema.memory(history.step)
+    memory, shorter = _ema_memory(ema, history.step), _shorter_ema(ema, steps)
     if history.step < 5 * memory <= 5 * steps / MIN_MEMORIES:
         return None  # it will still catch up
     distances = history.late(history.health, "ema_distance")
@@ -500,8 +500,24 @@ def slow_ema(history: History) -> Finding | None:
         "The averaged weights, which are used for sampling, are far behind the weights.",
         f"late loss of the EMA {mean(averages):.3g}, of the weights {mean(weights):.3g}{distance}; the EMA averages "
         f"about {memory:.0f} steps, and the run has {steps}",
-        ema.shorter(steps),
+        shorter,
     )
+
+
+def _ema_memory(ema: Section, step: int) -> float:
+    """About how many steps the first average covers after a step."""
+    if ema.get("kind") == "power":
+        return step / (power_ema.gamma(ema.lengths[0]) + 1)
+    return min(1 / (1 - ema.decay), (10 + step) / 9) if ema.warmup else 1 / (1 - ema.decay)
+
+
+def _shorter_ema(ema: Section, steps: int) -> str:
+    """The settings of an average that suits a run of some steps, where this one is too long."""
+    if ema.get("kind") == "power":
+        return f"training.ema.lengths=[{', '.join(f'{length / 2:.3g}' for length in ema.lengths)}]"
+    # a memory of a twentieth of the run, in round numbers: 0.99, 0.998, 0.9995
+    decay = f"training.ema.decay={1 - float(f'{min(0.1, 20 / steps):.1g}'):.6g}"
+    return decay if ema.warmup else f"{decay} and training.ema.warmup=true"
 
 
 # Inactive parts

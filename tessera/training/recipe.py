@@ -23,7 +23,7 @@ from tessera.models import AnyNetwork, PixArtConfig, with_kind
 from tessera.models.dit import DiTConfig
 from tessera.models.network import NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
-from tessera.power_ema import MAX_LENGTH, gamma, new_weight
+from tessera.power_ema import MAX_LENGTH, new_weight
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig, Together, check_schedule, check_step_size
 from tessera.sampling.timesteps import timestep_grid
@@ -63,16 +63,6 @@ class EMAConfig(Settings):
     def new_weight(self, decay: float, step: int) -> float:
         """The weight of the current weights in the average after step number `step`, counted from 1."""
         return 1 - (min(decay, (1 + step) / (10 + step)) if self.warmup else decay)
-
-    def memory(self, step: int) -> float:
-        """About how many steps the first average covers after a step."""
-        return min(1 / (1 - self.decay), (10 + step) / 9) if self.warmup else 1 / (1 - self.decay)
-
-    def shorter(self, steps: int) -> str:
-        """The settings of an average that suits a run of some steps, where this one is too long."""
-        # a memory of a twentieth of the run, in round numbers: 0.99, 0.998, 0.9995
-        decay = f"training.ema.decay={1 - float(f'{min(0.1, 20 / steps):.1g}'):.6g}"
-        return decay if self.warmup else f"{decay} and training.ema.warmup=true"
 
     def num_snapshots(self, steps: int) -> int:
         """How often a run of some steps saves its averages beside its checkpoints."""
@@ -115,14 +105,6 @@ class PowerEMAConfig(Settings):
     def new_weight(self, length: float, step: int) -> float:
         """The weight of the current weights in the average after step number `step`, counted from 1."""
         return new_weight(length, step)
-
-    def memory(self, step: int) -> float:
-        """About how many steps the first average covers after a step."""
-        return step / (gamma(self.lengths[0]) + 1)
-
-    def shorter(self, steps: int) -> str:
-        """The settings of an average that suits a run of some steps, where this one is too long."""
-        return f"training.ema.lengths=[{', '.join(f'{length / 2:.3g}' for length in self.lengths)}]"
 
     def num_snapshots(self, steps: int) -> int:
         """How often a run of some steps saves its averages beside its checkpoints."""

@@ -233,6 +233,10 @@ FINDINGS = {
         ("training.ema.decay=0.9999",), values(), values(loss_ema=1.2), "error", "10000 steps",
         "training.ema.decay=0.995",
     ),
+    "EMA too slow ": (
+        ("training.ema.kind=power", "training.ema.lengths=[0.25]"), values(), values(loss_ema=1.2), "error",
+        "the EMA averages about", "training.ema.lengths=[0.125]",
+    ),
     "gradients grow": (
         (), values(grad_norm=lambda step: 0.1 + 4 * (step / 4000) ** 8), values(), "warning", "0.1",
         "training.optimizer.grad_clip_norm",
