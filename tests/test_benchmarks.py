@@ -23,6 +23,7 @@ SMALL = {
     ],
     "continuous": ["--rows 4 --steps 2 --rounds 1"],
     "control": ["{shapes} --work {tmp} --steps 1 --batch 2 --count 2 --seeds 1 --only edges"],
+    "data_build": ["--data {parquet} --counts 100"],
     "data_check": ["--only report --samples 2000"],
     "data_index": ["--samples 2000 --epochs 1"],
     "digit_recipes": ["--steps 2 --each 1 training.seed=1"],
