@@ -25,6 +25,16 @@ def grey(values: Sequence[int], size: tuple[int, int] = (32, 48)) -> np.ndarray:
     return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), *size, 3))
 
 
+def moving(seed: int, frames: int = 8, size: tuple[int, int] = (32, 48)) -> np.ndarray:
+    """A textured background, over which a square moves: uint8 [T, H, W, 3]"""
+    random = np.random.default_rng(seed)
+    still = random.integers(0, 200, (size[0] // 4, size[1] // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    result = np.repeat(still[None], frames, axis=0)
+    for number in range(frames):
+        result[number, 8:20, 2 * number : 2 * number + 12] = 240
+    return result
+
+
 def video(
     path: Path, frames: np.ndarray, fps: float = 10, times: Sequence[float] | None = None, rotated: bool = False
 ) -> Path:

@@ -13,17 +13,7 @@ from tessera.data.check import CheckRequest, report_findings, scan_data
 from tessera.errors import TesseraError
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("clip_files.py"))))
-clip, video = made.clip, made.video
-
-
-def moving(seed: int, frames: int = 8, size=(32, 48)) -> np.ndarray:
-    """A textured background, over which a square moves."""
-    random = np.random.default_rng(seed)
-    still = random.integers(0, 200, (size[0] // 4, size[1] // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
-    result = np.repeat(still[None], frames, axis=0)
-    for number in range(frames):
-        result[number, 8:20, 2 * number : 2 * number + 12] = 240
-    return result
+clip, moving, video = made.clip, made.moving, made.video
 
 
 def check(folder, out, **options):

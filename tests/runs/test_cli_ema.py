@@ -33,13 +33,18 @@ def test_info_lists_the_decays_and_distinguishes_the_weights(tessera, averaged):
     assert weights[()] != weights["--ema", "0.9"]
 
 
-def test_info_of_an_image_includes_the_decay(tessera, averaged, tmp_path):
-    for ema in ("0.5", "0.9"):
-        words = ("--classes", "3", "--seeds", "1", "--out", tmp_path / ema)
-        assert tessera("sample", averaged, *words, "--ema", ema).code == 0
-    one, other = (tmp_path / ema / "class-3-seed-1.png" for ema in ("0.5", "0.9"))
+def check_images(tessera, model, folder, option: str, values: tuple[str, str]) -> None:
+    """Two averages give different images, which say which one it was."""
+    for value in values:
+        words = ("--classes", "3", "--seeds", "1", "--out", folder / value)
+        assert tessera("sample", model, *words, option, value).code == 0
+    one, other = (folder / value / "class-3-seed-1.png" for value in values)
     assert (np.asarray(Image.open(one)) != np.asarray(Image.open(other))).any()
-    assert "--ema 0.9" in tessera("info", other).out
+    assert f"{option} {values[1]}" in tessera("info", other).out
+
+
+def test_info_of_an_image_includes_the_decay(tessera, averaged, tmp_path):
+    check_images(tessera, averaged, tmp_path, "--ema", ("0.5", "0.9"))
 
 
 def test_a_decay_is_converted_to_a_bundle(tessera, averaged, tmp_path):
@@ -82,12 +87,7 @@ def test_a_length_is_sampled_evaluated_and_recorded_in_images(tessera, power, tm
         r"^EMA lengths +0\.05, 0\.1; 0\.0\d+ to 0\.\d+ can be computed \(--ema-length\)", facts, re.MULTILINE
     )
     assert re.search(r"^ema length +0\.05", facts, re.MULTILINE)
-    for length in ("0.05", "0.08"):
-        words = ("--classes", "3", "--seeds", "1", "--out", tmp_path / length)
-        assert tessera("sample", power, *words, "--ema-length", length).code == 0
-    one, other = (tmp_path / length / "class-3-seed-1.png" for length in ("0.05", "0.08"))
-    assert (np.asarray(Image.open(one)) != np.asarray(Image.open(other))).any()
-    assert "--ema-length 0.08" in tessera("info", other).out
+    check_images(tessera, power, tmp_path, "--ema-length", ("0.05", "0.08"))
     words = ("--num-samples", "20", "--metrics", "fd", "--out", tmp_path / "scores", "--ema-length", "0.08")
     assert tessera("evaluate", "score", power, *words).code == 0
     assert (tmp_path / "scores/scores.json").exists()

@@ -1,6 +1,8 @@
 """Runs that take milliseconds: digits of 8 x 8, four tokens, one block."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from tessera import bundle
 from tessera.settings import apply_overrides, validate
+from tessera.training import loop
 from tessera.training.recipe import Recipe
 
 
@@ -70,3 +73,23 @@ def weights() -> Callable[[Path], dict[str, Tensor]]:
 def state() -> Callable[[Path], dict[str, Any]]:
     """Weights, averages, optimizer state and position of a run's newest checkpoint, bit for bit."""
     return newest_state
+
+
+@pytest.fixture
+def stop_after(monkeypatch) -> Callable[[int], None]:
+    """Interrupt trainings, as Ctrl-C does, when they have saved the checkpoint of a step: they stop after the next one.
+
+    Undone by monkeypatch.undo().
+    """
+
+    def interrupt(step: int) -> None:
+        save_checkpoint = loop.save_checkpoint
+
+        def save_and_stop(run, writer, state):
+            save_checkpoint(run, writer, state)
+            if state.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
+
+    return interrupt

@@ -145,20 +145,13 @@ def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
 @pytest.mark.parametrize("batch", [32, 300])  # within an epoch of 1000, and across its end
 @pytest.mark.parametrize("decay", ["constant", "cosine", "wsd"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_is_the_same_bit_for_bit(tiny, state, monkeypatch, batch, decay, optimizer):
+def test_a_resumed_run_is_the_same_bit_for_bit(tiny, state, monkeypatch, stop_after, batch, decay, optimizer):
     changes = (f"training.global_batch_size={batch}", f"training.optimizer.kind={optimizer}",
                f"training.optimizer.lr_schedule={decay}", "training.optimizer.warmup_steps=2",
                "training.optimizer.learning_rate=0.001", "training.steps=6",
                "training.ema={decay: 0.9, extra_decays: [0.5, 0.99], warmup: true}")  # fmt: skip
     whole = loop.train(tiny("whole", *changes))
-    save_checkpoint = loop.save_checkpoint
-
-    def save_and_stop(run, writer, state):
-        save_checkpoint(run, writer, state)
-        if state.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # handled after the next step
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
+    stop_after(3)
     recipe = tiny("part", *changes, "training.checkpoint_every=3")
     with pytest.raises(loop.Interrupted, match=r"stopped at step 4 of 6, everything is saved in .*part"):
         loop.train(recipe)
