@@ -31,7 +31,6 @@ def main() -> None:
         "network.depth=3", "network.num_heads=4", "training.optimizer.lr_schedule=constant", "training.device=cpu",
         "training.optimizer.warmup_steps=20", "training.sample_every=100000", "training.checkpoint_every=100000",
         "training.health_every=null", "sampling.num_steps=10", "training.ema.kind=power",
-        f"training.ema.snapshot_every={max(1, options.steps // 32)}",
     )  # fmt: skip
     recipe = read_recipe(RECIPES / "digits.yaml", changes)
     newest = bundle.checkpoints(tessera.train(recipe))[0]

@@ -96,7 +96,7 @@ def dry_run(
         writer = CheckpointWriter(Path(scratch))
         save_checkpoint(run, writer, TrainerState(1, config.global_batch_size))
         writer.wait()
-        num_snapshots = config.ema.num_snapshots(config.steps)
+        num_snapshots = config.ema.num_snapshots(config.steps, config.steps)
         if num_snapshots:
             writer.save_snapshot(1, run.ema)
             writer.wait()

@@ -163,7 +163,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
         notes=tuple(notes),
         text="" if text is None else text_summary(recipe, text),
         adapter=_adapter_work(recipe, class_names),
-        num_snapshots=config.ema.num_snapshots(config.steps),
+        num_snapshots=config.ema.num_snapshots(config.steps, config.steps),
         num_averages=len(config.ema.averages),
     )
 

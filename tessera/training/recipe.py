@@ -34,6 +34,7 @@ from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
 from tessera.training.token_times import AnyTokenTimes, SharedTokenTimes
 
+NUM_SNAPSHOTS = 32  # of averages in a run
 TEXT_SETTINGS = ("text_channels", "vocabulary_size", "text_tokens")
 
 
@@ -64,8 +65,8 @@ class EMAConfig(Settings):
         """The weight of the current weights in the average after step number `step`, counted from 1."""
         return 1 - (min(decay, (1 + step) / (10 + step)) if self.warmup else decay)
 
-    def num_snapshots(self, steps: int) -> int:
-        """How often a run of some steps saves its averages beside its checkpoints."""
+    def num_snapshots(self, step: int, steps: int) -> int:
+        """How often a run of some steps saves its averages beside its checkpoints until a step."""
         return 0
 
     def provenance(self) -> dict[str, Any]:
@@ -82,7 +83,7 @@ class EMAConfig(Settings):
 class PowerEMAConfig(Settings):
     """Power-function averages of the weights (Karras et al. 2024): their length is relative to the run.
 
-    Sampling uses the first. All are saved every `snapshot_every` steps, and `--ema-length` computes other lengths from
+    Sampling uses the first. All are saved several times in a run, and `--ema-length` computes other lengths from
     them after training.
     """
 
@@ -93,8 +94,9 @@ class PowerEMAConfig(Settings):
         default=(0.05, 0.1),
         description="standard deviations of the steps that an average covers, relative to the steps done (sigma_rel)",
     )
-    snapshot_every: PositiveInt = Field(
-        default=5_000, description="steps between savings of all averages; 32 in a run give the lengths 0.02 to 0.25"
+    snapshot_every: PositiveInt | None = Field(
+        default=None,
+        description="steps between savings of all averages; null: 32 in a run, which give the lengths 0.02 to 0.25",
     )
 
     @property
@@ -106,9 +108,9 @@ class PowerEMAConfig(Settings):
         """The weight of the current weights in the average after step number `step`, counted from 1."""
         return new_weight(length, step)
 
-    def num_snapshots(self, steps: int) -> int:
-        """How often a run of some steps saves its averages beside its checkpoints."""
-        return steps // self.snapshot_every
+    def num_snapshots(self, step: int, steps: int) -> int:
+        """How often a run of some steps saves its averages beside its checkpoints until a step."""
+        return step // (self.snapshot_every or max(1, steps // NUM_SNAPSHOTS))
 
     def provenance(self) -> dict[str, Any]:
         """What a bundle records of the first average."""

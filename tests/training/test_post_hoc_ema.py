@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -70,16 +69,9 @@ def test_a_run_saves_averages_and_other_lengths_are_computed_from_them(tiny, mon
         assert torch.equal(computed["pos_embed"], own["pos_embed"])
 
 
-def test_a_resumed_run_has_the_same_averages_bit_for_bit(tiny, state, monkeypatch):
+def test_a_resumed_run_has_the_same_averages_bit_for_bit(tiny, state, monkeypatch, stop_after):
     whole = loop.train(tiny("whole", *POWER))
-    save_checkpoint = loop.save_checkpoint
-
-    def save_and_stop(run, writer, position):
-        save_checkpoint(run, writer, position)
-        if position.step == 5:
-            os.kill(os.getpid(), signal.SIGINT)  # handled after the next step
-
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_stop)
+    stop_after(5)
     recipe = tiny("part", *POWER, "training.checkpoint_every=5")
     with pytest.raises(loop.Interrupted):
         loop.train(recipe)
@@ -154,6 +146,13 @@ def test_a_model_with_exponential_averages_has_no_lengths(tiny):
     with pytest.raises(TesseraError, match=r"exponential averages \(decay 0\.9999\), of which there is no length 0\.1: "
                                            r"leave it out, or train with training\.ema\.kind=power"):  # fmt: skip
         bundle.load(newest, ema_length=0.1)
+
+
+def test_a_run_saves_about_32_times_whatever_its_length(tiny):
+    ema = tiny("run", "training.ema.kind=power").training.ema
+    for steps, count in ((8, 8), (400, 33), (400_000, 32)):
+        assert ema.num_snapshots(steps, steps) == count
+        assert [ema.num_snapshots(step, steps) for step in (0, steps // 2)] == [0, count // 2]
 
 
 def test_plan_and_dry_run_include_the_disk_of_the_averages(tiny):
