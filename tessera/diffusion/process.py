@@ -28,6 +28,7 @@ class Losses:
     total: Tensor
     mse: Tensor
     vb: Tensor | None = None
+    alignment: Tensor | None = None  # of features, see `tessera.training.alignment`
 
 
 class DiffusionProcess(Protocol):

@@ -3,10 +3,12 @@
 Shapes: B images, C channels, H W height and width, D width of the feature.
 """
 
+import inspect
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -112,10 +114,35 @@ class VisionEncoder(nn.Module):
                 output = output.last_hidden_state.mean(1) if pooled is None else pooled
             return {"pool": output.flatten(1)}
 
+    @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """The features of the patches, of the last layer: images uint8 [B, C, H, W] -> float32 [B, D, h, w]
 
-def load(source: str, revision: str | None = None) -> VisionEncoder:
+        Raises TesseraError if the network has no grid of features.
+        """
+        network = getattr(self.network, "vision_model", self.network)
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.preprocessing(images.expand(-1, 3, -1, -1))
+            arguments = {"interpolate_pos_encoding": True} if _interpolates_positions(network) else {}
+            hidden = network(pixel_values=x, **arguments).last_hidden_state
+            if hidden.ndim == 4:  # of a convolutional network
+                return hidden
+            patch = getattr(network.config, "patch_size", None)
+            grid = tuple(side // patch for side in x.shape[2:]) if isinstance(patch, int) else (0, 0)
+            count = math.prod(grid)
+            if not 0 < count <= hidden.shape[1]:
+                raise TesseraError(f"{self.name} has no grid of features: {list(hidden.shape)} for {list(x.shape)}")
+            return hidden[:, -count:].mT.unflatten(2, grid)  # class and register tokens come first
+
+
+def _interpolates_positions(network: nn.Module) -> bool:
+    return "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
+
+
+def load(source: str, revision: str | None = None, size: int | None = None) -> VisionEncoder:
     """A vision network from a hub id or a folder that transformers wrote; in float32, on the CPU.
 
+    size: of the images that it gets, in place of the height and width of its configuration.
     Raises TesseraError if it cannot be loaded, is incomplete, or is not a vision network.
     """
     try:
@@ -137,7 +164,10 @@ def load(source: str, revision: str | None = None) -> VisionEncoder:
     with clear_errors(source):
         # transformers reads the configuration, with the defaults of every family; computed here without torchvision.
         processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
-        return VisionEncoder(network, _preprocessing(processor), source)
+        preprocessing = _preprocessing(processor)
+        if size is not None:
+            preprocessing = replace(preprocessing, size=(size, size), crop=None)
+        return VisionEncoder(network, preprocessing, source)
 
 
 @contextmanager

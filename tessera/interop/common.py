@@ -1,5 +1,7 @@
 """Functions shared by the readers and writers of other formats."""
 
+from dataclasses import replace
+
 import torch
 
 from tessera.bundle import Model
@@ -21,6 +23,17 @@ def require_dit(model: Model, target: str) -> DiT:
             "bundle"
         )
     return model.network
+
+
+def without_feature_head(model: Model) -> Model:
+    """The model without the head of training.alignment, which its output does not depend on."""
+    if getattr(model.config.network, "feature_channels", None) is None:
+        return model
+    network = model.config.network.model_copy(update={"feature_channels": None})
+    rest = network.build().to(model.device).eval().requires_grad_(False)
+    names = rest.state_dict().keys()
+    rest.load_state_dict({name: value for name, value in model.network.state_dict().items() if name in names})
+    return replace(model, config=model.config.model_copy(update={"network": network}), network=rest)
 
 
 @torch.no_grad()

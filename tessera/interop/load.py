@@ -19,6 +19,7 @@ from tessera.errors import TesseraError
 from tessera.files import read_json
 from tessera.interop import diffusers, diffusers_folder, official, pixart_folder
 from tessera.interop.adapters import AdapterSpec, attach_adapters
+from tessera.interop.common import without_feature_head
 from tessera.models.diffusers_network import DiffusersConfig
 from tessera.models.dit import DiTConfig
 from tessera.models.pixart import PixArtConfig
@@ -202,6 +203,7 @@ def convert(
     if strengths:
         source = replace(source, network=copy.deepcopy(source.network), adapters={})
         merge(source.network)
+    source = without_feature_head(source)
     if to == "bundle":
         lines = {name: text for name, text in (("about", about), ("license", license)) if text is not None}
         provenance = source.config.provenance.model_copy(update=lines)

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C channels, O raw output channels, T frames, H W height and width, p patch size, (h, w) = (H / p,
 W / p) the token grid of an image, (t, h, w) that of a clip, N = h w or t h w tokens, M condition tokens, G conditioning
-vectors of an image or clip, D width.
+vectors of an image or clip, D width, F channels of predicted features.
 """
 
 import math
@@ -106,6 +106,9 @@ class DiTConfig(NetworkConfig):
         default=0.02,
         description="standard deviation of the initial vectors of the classes; 0.02 in the paper's code. The vector of "
         "the time soon has one of about 1 for each value, and labels have an effect sooner if they begin there, too",
+    )
+    feature_channels: PositiveInt | None = Field(
+        default=None, description="channels of the features that training.alignment predicts from the tokens of a block"
     )
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers computes DiT with 127"
@@ -249,6 +252,23 @@ class FinalLayer(nn.Module):
         return tokens * self.linear.weight.numel() + modulation
 
 
+class FeatureHead(nn.Module):
+    """Predicts features from tokens (training.alignment); no part of the output."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.hidden, self.out = nn.Linear(width, width), nn.Linear(width, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, F]"""
+        return self.out(nn.functional.silu(self.hidden(self.norm(x))))
+
+    def macs(self, tokens: int) -> int:
+        """Multiply-adds for one sample."""
+        return tokens * (self.hidden.weight.numel() + self.out.weight.numel())
+
+
 class DiT(Network):
     """A transformer over patches, conditioned on the timestep and the class.
 
@@ -288,6 +308,7 @@ class DiT(Network):
         self.appends_tokens = blocks[0].appends_tokens
         patch_values = config.temporal_patch_size * config.patch_size**2
         self.final_layer = FinalLayer(width, patch_values * config.out_channels, blocks[0].modulated_head)
+        self.feature_head = FeatureHead(width, config.feature_channels) if config.feature_channels else None
         if reset:
             self.reset_parameters()
 
@@ -330,6 +351,21 @@ class DiT(Network):
         check_rows(condition, x)
         grid = self.grid(x)
         return self.embed_condition(check_times(t, x, math.prod(grid)), condition, grid)
+
+    def forward_with_features(self, x: Tensor, t: Tensor, condition: Condition, block: int) -> tuple[Tensor, Tensor]:
+        """The output, and the features that the head predicts from the output of a block (1: the first): [B, N, F]"""
+        assert self.feature_head is not None
+        tokens, context = self.embed(x, t, condition)
+        capture: dict[int, Tensor | None] = {block - 1: None}
+        output = self.head(self.run_blocks(tokens, context, capture=capture), context)
+        captured = capture[block - 1]
+        assert captured is not None
+        return output, self.feature_head(captured[:, : math.prod(context.grid)])
+
+    def block_output(self, x: Tensor, t: Tensor, condition: Condition, blocks: int) -> Tensor:
+        """The tokens of the image after the first blocks: [B, N, D]"""
+        tokens, context = self.embed(x, t, condition)
+        return self.run_blocks(tokens, context, end=blocks)[:, : math.prod(context.grid)]
 
     def grid(self, x: Tensor) -> tuple[int, ...]:
         """Return the token grid (h, w) of x [B, C, H, W], or (t, h, w) of x [B, C, T, H, W]."""

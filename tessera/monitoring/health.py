@@ -34,6 +34,7 @@ GROUPS = {
     "x_embedder": "patches",
     "t_embedder": "time",
     "step_size_embedder": "step size",
+    "feature_head": "features",
     "y_embedder": "labels",
     "final_layer": "head",
 }

@@ -26,6 +26,7 @@ from tessera.settings import Settings, diff, to_yaml, validate
 from tessera.studies.study import Budget, Marks, Member, Study, members
 from tessera.studies.worker import load_reference
 from tessera.training import initialization
+from tessera.training.alignment import training_macs
 from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
 from tessera.training.recipe import Recipe, infer_pixel_channels, inherit_text, read_recipe, resolve_recipe
 from tessera.training.run import load_init_model, measure_text, open_data
@@ -50,6 +51,7 @@ class MemberPlan(Settings):
     recipe: Recipe
     parameters: int
     macs: float  # multiply-adds of a forward pass of one sample
+    training_macs: float  # a third of those of a training step for one sample
     sampling_macs: dict[int, float]  # of all network evaluations for one image, by the number of sampling steps
     memory_bytes: int
     fits: bool
@@ -63,7 +65,7 @@ class MemberPlan(Settings):
     @property
     def flops_per_step(self) -> float:
         """Training FLOPs."""
-        return FLOPS_PER_MAC * self.macs * self.recipe.training.global_batch_size
+        return FLOPS_PER_MAC * self.training_macs * self.recipe.training.global_batch_size
 
     @property
     def flops(self) -> float:
@@ -109,6 +111,7 @@ class ResolvedMember:
     recipe: Recipe
     parameters: int
     macs: float
+    training_macs: float
 
 
 def resolve_members(study: Study) -> list[ResolvedMember]:
@@ -136,7 +139,8 @@ def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> Reso
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()
-    flops_per_step = FLOPS_PER_MAC * macs * recipe.training.global_batch_size
+    training = training_macs(recipe.training.alignment, network)
+    flops_per_step = FLOPS_PER_MAC * training * recipe.training.global_batch_size
     steps = training_steps(study.budget, flops_per_step)
     evaluation = {
         "every": None,
@@ -152,7 +156,7 @@ def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> Reso
     process = recipe.diffusion.resolve(recipe.network.in_channels, recipe.network.input_size).build()
     for num_steps in study.sampling_steps:
         timestep_grid(recipe.sampling.timestep_spacing, num_steps, process)  # raises for impossible numbers
-    return ResolvedMember(member, recipe, parameter_count(network), macs)
+    return ResolvedMember(member, recipe, parameter_count(network), macs, training)
 
 
 def resolve(recipe: Recipe, cache: dict[str, Any]) -> Recipe:
@@ -286,6 +290,7 @@ def _plan_member(study: Study, resolved: ResolvedMember, hardware: Hardware) -> 
         recipe=recipe,
         parameters=resolved.parameters,
         macs=macs,
+        training_macs=resolved.training_macs,
         sampling_macs=image_macs,
         memory_bytes=cost.memory_bytes,
         fits=cost.fits,

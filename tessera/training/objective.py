@@ -18,7 +18,9 @@ from tessera.data import Batch
 from tessera.data.loader import flip_mask
 from tessera.diffusion import DiffusionProcess
 from tessera.diffusion.process import Losses
+from tessera.models.dit import DiT
 from tessera.monitoring import health
+from tessera.training.alignment import Alignment
 from tessera.training.distillation import Distillation
 from tessera.training.frame_times import AnyFrameTimes, MixedTimes, SharedTimes
 from tessera.training.token_times import AnyTokenTimes, DualTokenTimes, SharedTokenTimes, times_of_pixels
@@ -45,6 +47,7 @@ class TrainingObjective:
     frame_times: AnyFrameTimes = SHARED_TIMES  # of clips
     token_times: AnyTokenTimes = SHARED_TOKEN_TIMES  # of images
     patch_size: int = 1  # of the tokens that have times
+    alignment: Alignment | None = None  # of features
     distillation: Distillation | None = None  # of a teacher, in place of the data's own velocity
     empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
@@ -134,12 +137,15 @@ def compute_loss(
         grid = x0.shape[2] // objective.patch_size, x0.shape[3] // objective.patch_size
         network_t = objective.token_times.sample(t, math.prod(grid), position, objective.seed, objective.diffusion)
         t, mean_t = times_of_pixels(network_t, grid, objective.patch_size), network_t.mean(dim=1)
+    x = objective.diffusion.add_noise(x0, noise, t)
+    time = objective.diffusion.model_time(network_t).to(x0.device, non_blocking=True)
+    alignment, features = objective.alignment, None
     with runtime.autocast(objective.dtype, x0.device):
-        raw = network(
-            objective.diffusion.add_noise(x0, noise, t),
-            objective.diffusion.model_time(network_t).to(x0.device, non_blocking=True),
-            condition,
-        )
+        if alignment is not None and alignment.is_active(position):
+            assert isinstance(network, DiT)
+            raw, features = alignment.forward(network, x, time, condition)
+        else:
+            raw = network(x, time, condition)
     with_loss, loss_t = (None, t) if frames is None else (frames.loss_frames, frames.loss_t)
     if own_frames is not None and x0.ndim == 5:
         is_own = torch.arange(x0.shape[2]) * objective.codec.frame_factor < own_frames.cpu()[:, None]
@@ -147,4 +153,6 @@ def compute_loss(
             with_loss = is_own if with_loss is None else is_own & with_loss
             loss_t = loss_t if loss_t.ndim == 2 else loss_t[:, None].expand(-1, x0.shape[2])
     losses = objective.diffusion.loss(raw.float(), x0, noise, loss_t, with_loss)
+    if alignment is not None:
+        losses = alignment.add(losses, features, x0, noise, network_t, condition, position)
     return losses, mean_t

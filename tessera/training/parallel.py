@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tessera.adapters import build_like
@@ -54,6 +54,9 @@ class ParallelContext:
         for block in network.blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=reshard_blocks)
         fully_shard(network, mesh=self.mesh, reshard_after_forward=False)
+        for name in ("forward_with_features", "block_output"):  # of a DiT: they gather the weights as forward does
+            if hasattr(network, name):
+                register_fsdp_forward_method(network, name)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over all ranks, in place. The result has the same bits on all ranks."""

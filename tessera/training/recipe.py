@@ -28,6 +28,7 @@ from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig, Together, check_schedule, check_step_size
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, expand_kind, read_yaml, validate
+from tessera.training.alignment import AnyAlignment, alignment_problem, feature_channels
 from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
@@ -159,6 +160,11 @@ class TrainingConfig(Settings):
     token_times: AnyTokenTimes = Field(
         default=SharedTokenTimes(),
         description="times of the tokens of images; dual: a second time for some of them, as augmentation",
+    )
+    alignment: AnyAlignment | None = Field(
+        default=None,
+        description="a block also learns to predict features: self (of the weight average, with less noise: SRA) or "
+        "encoder (of a pretrained image encoder: REPA)",
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="train the average velocity of a teacher, for sampling in a few steps; null: the data"
@@ -420,6 +426,7 @@ def resolve_recipe(
             problem = "does not go with training.distillation, whose steps have one time"
         if problem:
             raise TesseraError(f"training.token_times={token_times.kind} {problem}: leave it out")
+    network = _with_feature_head(recipe, network)
     schedule = recipe.sampling.frame_schedule
     if not isinstance(schedule, Together) and (problem := network.frame_times_problem()):
         raise TesseraError(f"sampling.frame_schedule={schedule.kind} {problem}: leave it out")
@@ -460,3 +467,18 @@ def resolve_recipe(
     # An invalid grid is an error now, not at the first grid of samples.
     timestep_grid(recipe.sampling.timestep_spacing, recipe.sampling.num_steps, process)
     return recipe.model_copy(update={"network": network})
+
+
+def _with_feature_head(recipe: Recipe, network: NetworkConfig) -> NetworkConfig:
+    """The network with the head that training.alignment needs, or without one. Raises TesseraError."""
+    config = recipe.training.alignment
+    if config is None:
+        channels = getattr(network, "feature_channels", None)
+        return network if channels is None else network.model_copy(update={"feature_channels": None})
+    problem = alignment_problem(config, network)
+    if recipe.training.distillation is not None or recipe.adapter is not None:
+        problem = "trains all weights from data: it does not go with training.distillation or an adapter"
+    if problem:
+        raise TesseraError(f"training.alignment={config.kind} {problem}; leave it out, or change that")
+    assert isinstance(network, DiTConfig)
+    return network.model_copy(update={"feature_channels": feature_channels(config, network)})

@@ -38,6 +38,7 @@ from tessera.power_ema import SNAPSHOTS
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import to_yaml
 from tessera.training import checkpoint, initialization, parallel, scores
+from tessera.training.alignment import Alignment, build_features, training_macs
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.distillation import Distillation, Teacher
 from tessera.training.ema import EMA
@@ -92,10 +93,10 @@ class TrainingRun:
     @property
     def macs(self) -> float:
         """Multiply-adds of the forward pass of a sample; the mean over all samples if their sizes differ. With
-        distillation: a third of those of a sample in a step of training."""
+        distillation or alignment: a third of those of a sample in a step of training."""
         distillation = self.objective.distillation
         if self.loader.buckets is None:
-            macs = self.network.macs()
+            macs = training_macs(self.recipe.training.alignment, self.network)
             return macs if distillation is None else macs + distillation.extra_macs(macs) / 3
         codec, bucket_ids = self.ema_model.codec, self.loader.buckets.bucket_ids
         macs = [self.network.macs(codec.latent_size(size)) for size in self.loader.buckets.sizes]
@@ -182,6 +183,10 @@ def build_run(
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     if teacher is not None:
         objective = replace(objective, distillation=build_distillation(recipe, teacher, objective, device))
+    if config.alignment is not None:
+        features = build_features(config.alignment, ema, objective.diffusion, codec, device, objective.seed)
+        end = round(config.alignment.until * config.steps) * config.global_batch_size
+        objective = replace(objective, alignment=Alignment(config.alignment, features, end, dtype))
     if recipe.sampling.null_text == "empty" and loader.dataset.text is not None:
         text = loader.dataset.text.encoder.encode_exactly("", is_negative=True)[None]
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
@@ -560,8 +565,8 @@ def compile_network(
         timings = compilation.time_modes(network, run_once, lambda: runtime.synchronize(device))
         log(str(timings))
         mode = world.broadcast(timings.fastest)
-    if world.world_size > 1 and mode == "whole":
-        mode = "blocks"  # FSDP communicates between the blocks
+    if mode == "whole" and (world.world_size > 1 or objective.alignment is not None):
+        mode = "blocks"  # FSDP communicates between the blocks, and an alignment uses the output of one
     forward, reason = compilation.compile_network(network, mode, dynamic_shapes=loader.buckets is not None)
     if reason is not None:
         log(f"training.compile={recipe.training.compile}, but this machine cannot compile: {reason}")

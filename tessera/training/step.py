@@ -46,7 +46,7 @@ class TrainState:
 class StepMetrics:
     """The metrics of a step over the global batch, on the device. Only the caller waits for them."""
 
-    values: dict[str, Tensor]  # loss, mse, perhaps vb, grad_norm before clipping
+    values: dict[str, Tensor]  # loss, mse, perhaps vb and alignment, grad_norm before clipping
     applied: Tensor  # 1, or 0 if the update was skipped
     clipped: Tensor  # 1 if the gradient norm was above grad_clip_norm
     loss_by_timestep: Tensor  # [2, BINS] sums and counts of mse, see `health.bin_by_timestep`
@@ -76,7 +76,7 @@ def train_step(
             losses, t = compute_loss(state.forward, x0, condition, position, objective, batch[rows].own_frames)
             # sum / (global batch size / ranks): FSDP takes the mean over the ranks, so this is the mean over the batch.
             (losses.total.sum() / (global_batch_size / context.world.world_size)).backward()
-        by_name = {"loss": losses.total, "mse": losses.mse, "vb": losses.vb}
+        by_name = {"loss": losses.total, "mse": losses.mse, "vb": losses.vb, "alignment": losses.alignment}
         names = [name for name, value in by_name.items() if value is not None]
         means = torch.stack(
             [value.detach().sum() / global_batch_size for value in by_name.values() if value is not None]

@@ -197,7 +197,7 @@ def member(tmp_path_factory):
     prepared = study_plan.resolve_members(config)[0]
     plan = study_plan.MemberPlan(
         values={"a": "b"}, seed=0, recipe=prepared.recipe, parameters=prepared.parameters, macs=1,
-        sampling_macs={50: 0}, memory_bytes=1, fits=True, seconds=1, evaluation_seconds=0,
+        training_macs=1,        sampling_macs={50: 0}, memory_bytes=1, fits=True, seconds=1, evaluation_seconds=0,
     )  # fmt: skip
     assert plan.total_flops == plan.flops == 6 * 256 * 3
     return plan

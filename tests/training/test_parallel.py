@@ -183,6 +183,16 @@ def test_snapshots_of_sharded_averages_are_whole(processes, tiny, tmp_path):
         assert all(torch.equal(two[f"{length}/{name}"], tensor) for name, tensor in network.state_dict().items())
 
 
+def test_features_of_sharded_averages_are_those_of_a_single_process(processes, tiny, tmp_path):
+    """The average is gathered again in each step, in which it has changed, and the alignment ends at once for all."""
+    changes = (*RICH, "training.alignment={kind: self, until: 0.7}")
+    processes.together(2, train, tiny("two", *changes, "training.fsdp=full"))
+    processes.together(1, train, tiny("one", *changes))
+    names = ("loss", "mse", "alignment", "grad_norm")
+    np.testing.assert_allclose(logged(tmp_path / "two", *names), logged(tmp_path / "one", *names), rtol=1e-5)
+    assert (logged(tmp_path / "one", "alignment")[:, 0] > 0).tolist() == [True] * 4 + [False] * 2
+
+
 def test_a_run_can_be_resumed_with_another_number_of_ranks(processes, tiny, tmp_path):
     """The state is restored bit for bit, each epoch reads each sample once, and the losses stay the same."""
     changes = (
