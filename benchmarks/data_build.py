@@ -1,10 +1,12 @@
 """Time and memory of `tessera data build` by the number of images.
 
     python benchmarks/data_build.py --data ../shared/data/cifar10 --counts 10000 30000 100000
+    python benchmarks/data_build.py --noise 16 --counts 30000 100000 300000 1000000
 
-Sources are parquet files of JPEG images of 64 x 64, each of four CIFAR-10 images, so that no two are alike; one in a
-hundred is a copy, and one in a hundred is cut off. Prints the rate, the peak memory of the command and all its
-processes together (without the cached pages of files), what was left out, and how many images the index has.
+Sources are parquet files of JPEG images of 64 x 64, each of four CIFAR-10 images, so that no two are alike, or of
+noise; one in a hundred is a copy, and one in a hundred is cut off. Prints the rate, the processor time, the peak memory
+of the command and all its processes together (without the cached pages of files), what was left out, and how many
+images the index has.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +28,22 @@ from PIL import Image
 ROWS = 5_000  # of a source file
 
 
-def write_sources(cifar: Path, folder: Path, count: int) -> tuple[int, int]:
-    """Write the images; return the numbers of copies and of damaged images."""
+def made_up(cifar: Path | None, side: int) -> Iterator[np.ndarray]:
+    """Images without end, uint8 [H, W, 3]: four of CIFAR-10 each, or noise of a side."""
+    generator = np.random.default_rng(0)
+    if cifar is None:
+        while True:
+            yield from generator.integers(0, 256, (ROWS, side, side, 3), np.uint8)
     table = parquet.read_table(cifar / "train.parquet", columns=["image"])["image"]
     tiles = [np.asarray(Image.open(io.BytesIO(row["bytes"].as_py()))) for row in table.slice(0, 20_000)]
-    generator, copies, damaged, last = np.random.default_rng(0), 0, 0, b""
+    while True:
+        a, b, c, d = (tiles[index] for index in generator.integers(len(tiles), size=4))
+        yield np.vstack((np.hstack((a, b)), np.hstack((c, d))))
+
+
+def write_sources(images: Iterator[np.ndarray], folder: Path, count: int) -> tuple[int, int]:
+    """Write the images; return the numbers of copies and of damaged images."""
+    copies, damaged, last = 0, 0, b""
     folder.mkdir()
     for start in range(0, count, ROWS):
         files = []
@@ -37,9 +51,8 @@ def write_sources(cifar: Path, folder: Path, count: int) -> tuple[int, int]:
             if number % 100 == 50:
                 copies, content = copies + 1, last
             else:
-                a, b, c, d = (tiles[index] for index in generator.integers(len(tiles), size=4))
                 buffer = io.BytesIO()
-                Image.fromarray(np.vstack((np.hstack((a, b)), np.hstack((c, d))))).save(buffer, "jpeg", quality=90)
+                Image.fromarray(next(images)).save(buffer, "jpeg", quality=90)
                 last = content = buffer.getvalue()
             if number % 100 == 75:
                 damaged, content = damaged + 1, content[: len(content) // 3]
@@ -63,12 +76,13 @@ def private_memory(pid: int) -> int:
     return total
 
 
-def build(sources: Path, output: Path) -> tuple[float, int]:
-    """The seconds that the command takes, and the largest sum of its memory."""
+def build(sources: Path, output: Path, side: int, workers: int | None) -> tuple[float, float, int]:
+    """The seconds and the processor seconds that the command takes, and the largest sum of its memory."""
     recipe = Path(__file__).parent.parent / "recipes/build.yaml"
-    settings = [f"sources={sources}", f"output={output}", "size=64"]
+    settings = [f"sources={sources}", f"output={output}", f"size={side}"]
+    settings += [] if workers is None else ["--workers", str(workers)]
     words = [sys.executable, "-m", "tessera", "data", "build", str(recipe), *settings]
-    began, most = time.perf_counter(), 0
+    began, most, before = time.perf_counter(), 0, sum(os.times()[2:4])
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read() if process.stderr else ""))
@@ -79,23 +93,29 @@ def build(sources: Path, output: Path) -> tuple[float, int]:
     reader.join()
     if process.returncode:
         raise SystemExit(f"the build failed: {errors[0][-2000:]}")
-    return time.perf_counter() - began, most
+    return time.perf_counter() - began, sum(os.times()[2:4]) - before, most
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-10")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data", type=Path, help="the folder of CIFAR-10")
+    images.add_argument("--noise", type=int, help="side of images of noise in pixels")
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--workers", type=int, help="processes; default: that of the command")
     options = parser.parse_args()
-    print("| images | seconds | images/s | peak MiB | copies, damaged | in the index |\n|---|---|---|---|---|---|")
+    side = options.noise or 64
+    print("| images | seconds | processor seconds | images/s | peak MiB | copies, damaged | in the index |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for count in options.counts:
         with tempfile.TemporaryDirectory() as folder:
-            copies, damaged = write_sources(options.data, Path(folder, "sources"), count)
-            seconds, most = build(Path(folder, "sources"), Path(folder, "built"))
+            os.environ["TESSERA_CACHE"] = f"{folder}/cache"  # where tables are unpacked: removed with the rest
+            copies, damaged = write_sources(made_up(options.data, side), Path(folder, "sources"), count)
+            seconds, processor, most = build(Path(folder, "sources"), Path(folder, "built"), side, options.workers)
             rows = parquet.read_metadata(Path(folder, "built/index.parquet")).num_rows
             print(
-                f"| {count:,} | {seconds:.0f} | {count / seconds:.0f} | {most / 2**20:.0f} | {copies}, {damaged} | "
-                f"{rows:,} |",
+                f"| {count:,} | {seconds:.0f} | {processor:.0f} | {count / seconds:.0f} | {most / 2**20:.0f} | "
+                f"{copies}, {damaged} | {rows:,} |",
                 flush=True,
             )
 

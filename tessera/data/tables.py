@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 NO_BYTES = "no image bytes in this row, or they cannot be unpacked"
-MAX_IN_MEMORY = 1 << 30  # bytes of parquet images in memory; larger data sets are unpacked to the disk
+MAX_IN_MEMORY = 1 << 26  # bytes of parquet images that each process holds; more are unpacked once and memory-mapped
 OPEN_TABLES = 16  # tables of a bucket that are mapped at once
 ROWS_PER_BATCH = 256  # rows unpacked at once
 

@@ -530,6 +530,14 @@ def test_warnings_of_pillow_do_not_reach_the_user(tmp_path):
     assert run.stderr == ""
 
 
+def test_the_usual_formats_are_tried_first():
+    code = "from tessera.data import folders, images; folders.image_suffixes(); print(*images.Image.ID)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = run.stdout.split()
+    assert {"JPEG", "PNG", "IM", "TGA"} <= set(names)
+    assert max(map(names.index, ("JPEG", "PNG"))) < min(map(names.index, ("IM", "TGA")))  # these have no signature
+
+
 # Invalid files
 
 

@@ -460,8 +460,6 @@ def test_a_run_with_everything_in_a_bucket_killed_20_times(
 ):
     """Data, latent cache, text of the run and checkpoints are in the bucket, behind a server with faults."""
     proxy, place = cloud
-    if place.startswith("gs"):
-        pytest.skip("a killed run is tested with s3:// alone")
     source, steps = write_tars(tmp_path / "data", 4), 48
     upload(source, f"{place}/data")
     settings = recipe.read_text().replace(
