@@ -81,6 +81,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern + dual token times, half": (
         *MOST, *FALLING, "training.token_times=dual", "training.token_times.fraction=0.5",
     ),
+    "modern + self-alignment": (*MOST, *FALLING, "training.alignment=self"),
+    "modern + self-alignment, half": (*MOST, *FALLING, "training.alignment=self", "training.alignment.until=0.5"),
+    "modern + dual token times + self-alignment": (  # Self-Flow: the features at the cleaner time
+        *MOST, *FALLING, "training.token_times=dual", "training.alignment=self", "training.alignment.time_gap=0",
+    ),
     # other changes, and parts of the rope-swiglu block: "... + Muon" with one thing changed
     "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
     "shift by dimension": (*MOST, *STEADY, "diffusion.shift=dimension"),
@@ -236,13 +241,14 @@ def curve(run: Path, metric: str) -> Curve | None:
     )
 
 
-def flops_of_a_step(recipe) -> int:
+def flops_of_a_step(recipe) -> float:
     """Forward, backward (twice the forward pass) and the optimizer's matrix products; two FLOPs per multiply-add."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from tessera.layers.embeddings import TimestepEmbedder
     from tessera.layers.modulation import Modulation
+    from tessera.training.alignment import training_macs
 
     network = recipe.network.build()
     for parameter in network.parameters():
@@ -250,7 +256,7 @@ def flops_of_a_step(recipe) -> int:
     optimizer = recipe.training.optimizer.build(network)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    macs = network.macs()
+    macs = training_macs(recipe.training.alignment, network)
     if recipe.training.token_times.kind == "dual":  # a time embedding and a modulation vector for each token
         per_time = [part.macs() for part in network.modules() if isinstance(part, (Modulation, TimestepEmbedder))]
         macs += (math.prod(recipe.network.grid) - 1) * sum(per_time)

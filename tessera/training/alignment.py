@@ -87,7 +87,11 @@ class EncoderAlignment(AlignmentSettings):
     )
 
 
-AnyAlignment = Annotated[SelfAlignment | EncoderAlignment, BeforeValidator(expand_kind), Field(discriminator="kind")]
+AnyAlignment = Annotated[
+    SelfAlignment | EncoderAlignment,
+    Field(discriminator="kind"),
+    BeforeValidator(expand_kind),  # behind it: it also applies where the field may be null
+]
 
 
 class Features(Protocol):

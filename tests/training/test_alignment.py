@@ -236,7 +236,7 @@ def recipe(run_dir, alignment, **training):
 def test_a_run_resumes_bit_for_bit_and_its_model_can_be_sampled(tmp_path):
     alignment = {"kind": "self", "until": 0.7}
     train(recipe(tmp_path / "whole", alignment))
-    train(recipe(tmp_path / "parts", {"kind": "self"}, steps=3, sample_every=3))  # `until` is relative to the steps
+    train(recipe(tmp_path / "parts", "self", steps=3, sample_every=3))  # `until` is relative to the steps
     train(recipe(tmp_path / "parts", alignment))
     whole, parts = (bundle.load(bundle.checkpoints(tmp_path / name)[0]) for name in ("whole", "parts"))
     states = whole.network.state_dict(), parts.network.state_dict()
