@@ -5,7 +5,7 @@
 
 Each kind is trained with the same training FLOPs (6 times the multiply-adds of a forward pass, the control included,
 times the samples), so the cheapest takes the most steps. Then it samples the captions of test scenes with control
-images of these scenes. Their content is known exactly. An object is right if the reader finds one of its shape, colour
+images of these scenes. Their content is known exactly. An object is right if the reader finds one of its shape, color
 and size within a pixel of its place; the control error is the fraction of objects that are not. The mask error is 1
 minus the intersection over union of the pixels that are not background. Without a control, the caption states all but
 the place. Finished runs are kept in FOLDER and not repeated.
@@ -29,7 +29,7 @@ from tessera.model import Model
 
 IMAGES: dict[str, dict[str, Any]] = {
     "edges": {"kind": "edges"},
-    "mask": {"kind": "mask", "threshold": 215},  # the lightest colour is below, the darkest background above
+    "mask": {"kind": "mask", "threshold": 215},  # the lightest color is below, the darkest background above
     "low resolution": {"kind": "low-resolution", "factor": 8},  # 4 x 4 pixels
 }
 RATES = {"channels": 6e-3, "copy": 6e-3, "tokens": 6e-3}  # not searched for each kind
@@ -67,12 +67,12 @@ def errors(generated: np.ndarray, data: ShapesDataset) -> dict[str, float]:
     """The control error and the mask error of images uint8 [B, H, W, 3] of the first scenes."""
     wrong, objects = 0, 0
     for number, image in enumerate(generated):
-        places = [(each.shape, each.colour, each.size, each.x, each.y) for each in detect(image).objects]
+        places = [(each.shape, each.color, each.size, each.x, each.y) for each in detect(image).objects]
         for each in data.scene(number).objects:
             near = [
                 place
                 for place in places
-                if place[:3] == (each.shape, each.colour, each.size)
+                if place[:3] == (each.shape, each.color, each.size)
                 and max(abs(place[3] - each.x), abs(place[4] - each.y)) <= PLACE
             ]
             wrong, objects = wrong + (not near), objects + 1

@@ -69,14 +69,14 @@ def synthetic(count: int, folder: Path) -> check.CheckRequest:
         rows = np.arange(part * scan.PART_SIZE, min((part + 1) * scan.PART_SIZE, count))
         same = np.where(rows >= count - hundredth, rows - count + hundredth, rows)
         alike = np.where(rows >= count - 2 * hundredth, (rows - count + 2 * hundredth) % hundredth, rows)
-        colours = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
+        colors = [np.random.default_rng(row).integers(0, 256, 192, dtype=np.uint8).tobytes() for row in alike.tolist()]
         plain = scan.SampleStats(
             "", None, "", 100_000, None, "JPEG", "RGB", 512, 512, contrast=255, visible_contrast=255
         )
         columns = {name: [value] * len(rows) for name, value in vars(plain).items()}
         columns["name"] = [f"{row % 1000:03d}/{row:08d}.jpg" for row in rows.tolist()]
         columns["digest"] = [int(row).to_bytes(32, "little") for row in same]
-        columns["hash"], columns["colour_grid"] = hashes[rows], colours
+        columns["hash"], columns["color_grid"] = hashes[rows], colors
         made = pa.table(columns, scan.schema()).replace_schema_metadata({"key": scan.part_key(source, part)})
         path = str(scan.part_path(folder / "out/parts", part))
         with pa.OSFile(path, "wb") as file, pa.ipc.new_file(file, made.schema) as writer:

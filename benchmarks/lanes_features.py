@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tessera.data import LanesConfig
-from tessera.data.lanes import COLOURS, SPEEDS
+from tessera.data.lanes import COLORS, SPEEDS
 from tessera.evaluation.toy import feature_network
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ SPEED_CLASSES = 3  # thirds of the range
 SHUFFLED = 4  # one clip in this many has its frames in a random order
 
 
-class ColoursAndSpeeds:
+class ColorsAndSpeeds:
     """Clips of one lane; the class is the color of the disc, and a third of the range of speeds or "shuffled"."""
 
-    class_names = tuple(f"{colour} {motion}" for colour in COLOURS for motion in (*range(SPEED_CLASSES), "shuffled"))
+    class_names = tuple(f"{color} {motion}" for color in COLORS for motion in (*range(SPEED_CLASSES), "shuffled"))
     text: "EncodedCaptions | None" = None
     image_sizes: np.ndarray | None = None
 
@@ -49,7 +49,7 @@ class ColoursAndSpeeds:
 
     @staticmethod
     def _is_shuffled(index: int) -> bool:
-        return index // len(COLOURS) % SHUFFLED == 0
+        return index // len(COLORS) % SHUFFLED == 0
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = LanesConfig()
     network = feature_network.train(
-        ColoursAndSpeeds(arguments.count),
+        ColorsAndSpeeds(arguments.count),
         (config.frames, *config.size),
         3,
         hflip=False,

@@ -4,7 +4,7 @@
     python benchmarks/lanes_oracle.py --distances       # Fréchet distances of clips and of frames, too
 
 A sampler that sees K previous frames continues a real clip frame by frame from the data's exact conditional
-distribution given what these K frames show: position and colour of a visible disc, or that it is hidden. Chaining and
+distribution given what these K frames show: position and color of a visible disc, or that it is hidden. Chaining and
 extension do the same with chunks of frames. Beside the law there is the flicker score of VBench (one minus the mean
 absolute difference of frames that follow each other), which ranks a still image best.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tessera.data.lanes import COLOURS, HIGH, LOW, PERIOD, SPEEDS, positions, render
+from tessera.data.lanes import COLORS, HIGH, LOW, PERIOD, SPEEDS, positions, render
 from tessera.evaluation import distances
 from tessera.evaluation.features import load_extractor
 from tessera.evaluation.moments import Moments
@@ -34,19 +34,19 @@ class State:
 
     phase: float
     speed: float
-    colour: int
+    color: int
 
     def later(self, frames: int) -> "State":
-        return State(self.phase + frames * self.speed, self.speed, self.colour)
+        return State(self.phase + frames * self.speed, self.speed, self.color)
 
     @property
-    def centre(self) -> float:
+    def center(self) -> float:
         return float(positions(np.array(self.phase)))
 
     @property
     def is_hidden(self) -> bool:
         low, high = hidden_interval()
-        return low < self.centre < high
+        return low < self.center < high
 
 
 class IdealSampler:
@@ -57,7 +57,7 @@ class IdealSampler:
 
     def prior(self) -> State:
         u = self.random
-        return State(u.uniform(0, PERIOD), u.uniform(*SPEEDS), int(u.integers(len(COLOURS))))
+        return State(u.uniform(0, PERIOD), u.uniform(*SPEEDS), int(u.integers(len(COLORS))))
 
     def real(self) -> list[State]:
         first = self.prior()
@@ -71,20 +71,20 @@ class IdealSampler:
         for _ in range(TRIES):
             state = self.prior()
             if len(seen) == 1:
-                state = State(self._phase(history[seen[0]]), state.speed, history[seen[0]].colour)
+                state = State(self._phase(history[seen[0]]), state.speed, history[seen[0]].color)
                 state = state.later(len(history) - 1 - seen[0])
             elif seen:
                 first, last = seen[-2:]
                 phase = self._phase(history[last])
                 way = np.mod(phase - self._phase(history[first]), PERIOD)
-                state = State(phase, way / (last - first), history[last].colour).later(len(history) - 1 - last)
+                state = State(phase, way / (last - first), history[last].color).later(len(history) - 1 - last)
             if SPEEDS[0] - 1e-6 <= state.speed <= SPEEDS[1] + 1e-6 and self._agrees(state, history):
                 return state
         raise RuntimeError("no state agrees with the history")
 
     def _phase(self, state: State) -> float:
-        """One of the two phases at the centre of a disc: it moves to the right or to the left."""
-        way = state.centre - LOW
+        """One of the two phases at the center of a disc: it moves to the right or to the left."""
+        way = state.center - LOW
         return way if self.random.random() < 0.5 else -way
 
     @staticmethod
@@ -93,7 +93,7 @@ class IdealSampler:
             earlier = state.later(index + 1 - len(history))
             if earlier.is_hidden != shown.is_hidden:
                 return False
-            if not shown.is_hidden and abs(earlier.centre - shown.centre) > 1e-6:
+            if not shown.is_hidden and abs(earlier.center - shown.center) > 1e-6:
                 return False
         return True
 
@@ -108,15 +108,15 @@ class IdealSampler:
         return clip[:FRAMES]
 
     def independent(self) -> list[State]:
-        colour = int(self.random.integers(len(COLOURS)))  # the class
-        return [State(self.random.uniform(0, PERIOD), 0, colour) for _ in range(FRAMES)]
+        color = int(self.random.integers(len(COLORS)))  # the class
+        return [State(self.random.uniform(0, PERIOD), 0, color) for _ in range(FRAMES)]
 
     def still(self) -> list[State]:
         return [self.prior()] * FRAMES
 
     def jitter(self, deviation: float) -> list[State]:
-        noisy = [(state, state.centre + deviation * self.random.standard_normal()) for state in self.real()]
-        return [State(np.clip(centre, LOW, HIGH) - LOW, state.speed, state.colour) for state, centre in noisy]
+        noisy = [(state, state.center + deviation * self.random.standard_normal()) for state in self.real()]
+        return [State(np.clip(center, LOW, HIGH) - LOW, state.speed, state.color) for state, center in noisy]
 
 
 SAMPLERS: dict[str, Callable[[IdealSampler], list[State]]] = {
@@ -133,9 +133,9 @@ SAMPLERS: dict[str, Callable[[IdealSampler], list[State]]] = {
 
 def sample_clips(name: str, count: int, seed: int = 0) -> np.ndarray:
     """Clips of one lane, uint8 [count, 24, 8, 32, 3]."""
-    sampler, palette = IdealSampler(seed), np.array(list(COLOURS.values()))
+    sampler, palette = IdealSampler(seed), np.array(list(COLORS.values()))
     states = [state for _ in range(count) for state in SAMPLERS[name](sampler)]
-    frames = render(np.array([state.centre for state in states]), palette[[state.colour for state in states]])
+    frames = render(np.array([state.center for state in states]), palette[[state.color for state in states]])
     return frames.reshape(count, FRAMES, *frames.shape[1:])
 
 
@@ -155,7 +155,7 @@ def row(name: str, clips: np.ndarray, readings: Readings) -> str:
 
     cells = (
         f"{flicker(clips):.4f}",
-        f"{readings.one_colour.mean():.2f}",
+        f"{readings.one_color.mean():.2f}",
         fraction(law),
         str(int(occluded.sum())),
         fraction(law[occluded]),

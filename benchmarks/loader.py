@@ -30,7 +30,7 @@ from PIL import Image
 from tessera.data import Loader
 from tessera.data import loader as loading
 from tessera.data.files import FilesConfig
-from tessera.data.images import centre_crop
+from tessera.data.images import center_crop
 
 BATCH = 64
 
@@ -57,7 +57,7 @@ class Transform:
         self.size = size
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        pixels = [np.asarray(centre_crop(image.convert("RGB"), (self.size, self.size))) for image in rows["image"]]
+        pixels = [np.asarray(center_crop(image.convert("RGB"), (self.size, self.size))) for image in rows["image"]]
         columns = {"pixels": [torch.from_numpy(each.transpose(2, 0, 1).copy()) for each in pixels]}
         return columns | ({"label": rows["label"]} if "label" in rows else {})
 

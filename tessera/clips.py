@@ -53,7 +53,7 @@ def save_clip(
     """Write a clip uint8 [T, H, W, C], in the format of the path's suffix.
 
     .mp4, .mov (H.264) and .webm (VP9): yuv420p at crf 18, for people; odd sides get one more pixel. .webp and .png: a
-    looping animation without loss. .gif: the same with 256 colours. No suffix: a folder of PNGs, frame-0000.png and so
+    looping animation without loss. .gif: the same with 256 colors. No suffix: a folder of PNGs, frame-0000.png and so
     on. fps: frames per second; an animation shows each frame for a whole number of milliseconds, a GIF of hundredths of
     a second.
 

@@ -89,7 +89,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
 
     import pyarrow.parquet
 
-    from tessera.data.shapes import COLOURS, SHAPES
+    from tessera.data.shapes import COLORS, SHAPES
 
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("benchmarks")
@@ -112,7 +112,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
         table = pa.table({"image": cells, **columns})
         pyarrow.parquet.write_table(table, folder / "parquet" / f"{split}.parquet")
     _save_text_model(folder / "text-model")
-    words = ("a", "small", "large", *COLOURS, *SHAPES, "left", "right", "above", "below", "of")
+    words = ("a", "small", "large", *COLORS, *SHAPES, "left", "right", "above", "below", "of")
     _save_text_model(folder / "shapes", words, depth=2, tokens=11)
     _save_digits_model(folder / "digits")
     for part in ("body", "bottomwear", "topwear", "hair", "shoes"):

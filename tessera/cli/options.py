@@ -63,6 +63,10 @@ AnyBase = Annotated[bool, typer.Option("--any-base", help="also adapters that we
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[Literal["float32", "bfloat16", "auto"], typer.Option(help="precision of the network")]
 Size = Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384")]
+SampleSize = Annotated[
+    str | None,
+    typer.Option(metavar="[FRAMESx]HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384; of clips also 16x256x384"),
+]
 ClassPolicy = Annotated[
     Literal["uniform", "balanced"], typer.Option(help="classes at random, or the same number of samples of each")
 ]
@@ -103,20 +107,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """'256' or '256x384' -> height and width. Raises TesseraError."""
     if text is None:
         return None
-    height, x, width = text.lower().partition("x")
-    if not height.isdecimal() or (x and not width.isdecimal()):
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise TesseraError(f"--size {text} is not valid: write 256 or 256x384 (height x width)")
-    return int(height), int(width or height)
+    return int(sides[0]), int(sides[-1])
 
 
 def parse_sample_size(text: str | None) -> tuple[int, ...] | None:
     """As `parse_size`, and '16x256x384' -> frames, height and width. Raises TesseraError."""
-    frames, _, rest = (text or "").lower().partition("x")
-    if "x" not in rest or not frames.isdecimal():
+    if text is None or text.count("x") + text.count("X") < 2:
         return parse_size(text)
-    size = parse_size(rest)
-    assert size is not None  # there is a text
-    return int(frames), *size
+    sides = text.lower().split("x")
+    if len(sides) > 3 or not all(side.isdecimal() for side in sides):
+        raise TesseraError(f"--size {text} is not valid: write 256x384 (height x width) or 16x256x384 (with frames)")
+    return tuple(map(int, sides))
 
 
 def split_names(option: str, text: str) -> list[str]:

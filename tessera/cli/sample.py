@@ -23,9 +23,9 @@ from tessera.cli.options import (
     NumClasses,
     NumHeads,
     Precision,
+    SampleSize,
     SamplingOverrides,
     Shard,
-    Size,
     Tasks,
     TextEncoder,
     parse_sample_size,
@@ -63,7 +63,7 @@ def sample(
         str | None, typer.Option(help="data whose captions are the prompts of --num-samples (the training data)")
     ] = None,
     class_policy: ClassPolicy = "uniform",
-    size: Size = None,
+    size: SampleSize = None,
     frames: Annotated[int | None, typer.Option(min=1, help="of each clip (as trained)")] = None,
     fps: Annotated[
         float | None, typer.Option(help="frames per second of the files of clips (as trained, or 8)")

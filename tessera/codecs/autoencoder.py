@@ -44,7 +44,7 @@ class Autoencoder(StoredCodec):
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self._set_normalization(config, *_scale_and_shift(self.vae.config))
         # Tiles are as large as the largest image processed whole, not as the images it was trained on (256 for most):
-        # group norms compute statistics per tile, so small tiles would differ in colour and contrast.
+        # group norms compute statistics per tile, so small tiles would differ in color and contrast.
         self.vae.tile_latent_min_size = config.tile_above // self.factor
         self.vae.tile_sample_min_size = self.vae.tile_latent_min_size * self.factor
         self.vae.enable_tiling()

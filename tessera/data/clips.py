@@ -23,7 +23,7 @@ from tessera.data.images import (
     MAX_FPS,
     ImagesConfig,
     InvalidSample,
-    centre_crop,
+    center_crop,
     check_covers,
     decoding_errors,
     flatten,
@@ -294,7 +294,7 @@ def load_clip(
         if len({image.size for image in images}) > 1:
             raise InvalidSample("its frames have different sizes")
         check_covers(images[0], (height, width), config)
-        pixels = np.stack([np.asarray(centre_crop(image, (height, width))) for image in images])[inverse]
+        pixels = np.stack([np.asarray(center_crop(image, (height, width))) for image in images])[inverse]
     pixels = pixels[None] if config.channels == 1 else np.moveaxis(pixels, -1, 0)
     return np.ascontiguousarray(pixels), min(available, count)
 

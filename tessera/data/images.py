@@ -1,4 +1,4 @@
-"""Decoding of one image file to an array: value ranges, transparency, orientation, centre crop.
+"""Decoding of one image file to an array: value ranges, transparency, orientation, center crop.
 
 Every image of a user is opened here, whatever reads it: training, check, evaluation, editing.
 
@@ -46,8 +46,8 @@ SIXTEEN_BIT_FORMATS = ("PNG", "TIFF", "JPEG2000", "IM")  # whose integers of 16 
 METADATA_PROBLEM = "tessera: metadata problem"  # the key of `Image.info` with what could not be read
 MAX_FPS = 1000  # frames per second; more are an error of units
 MAX_SCALED = 16  # times the size: where scaling up an image would exceed it, the image is cropped first
-# What `load_image` does beside its settings. It is part of a latent cache's key: change it with centre_crop or flatten.
-RESIZING = "halved by boxes, bicubic, centre crop"
+# What `load_image` does beside its settings. It is part of a latent cache's key: change it with center_crop or flatten.
+RESIZING = "halved by boxes, bicubic, centre crop"  # part of the key of caches: the spelling stays
 
 T = TypeVar("T")
 
@@ -181,7 +181,7 @@ def with_image(file: Path | bytes, read: Callable[[Image.Image], T]) -> T:
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            _scale_transparent_colour(image)
+            _scale_transparent_color(image)
             return read(image)
     except Exception as error:
         if isinstance(error, (InvalidSample, FileNotFoundError, PermissionError, Image.DecompressionBombError)):
@@ -192,7 +192,7 @@ def with_image(file: Path | bytes, read: Callable[[Image.Image], T]) -> T:
         try:
             with Image.open(io.BytesIO(remaining)) as image:
                 image.info[METADATA_PROBLEM] = _describe(problem)
-                _scale_transparent_colour(image)
+                _scale_transparent_color(image)
                 return read(image)
         except InvalidSample:
             raise
@@ -230,7 +230,7 @@ def _without_metadata(content: bytes) -> Iterator[bytes]:
 
 
 def _affects_pixels(chunk: bytes, keys: tuple[bytes, ...]) -> bool:
-    """Whether a PNG chunk is critical (its name starts in upper case), holds a transparent colour, or is intact and
+    """Whether a PNG chunk is critical (its name starts in upper case), holds a transparent color, or is intact and
     starts with a key."""
     kind, intact = chunk[4:8], zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
     return kind[:1].isupper() or kind == b"tRNS" or (intact and (kind in keys or chunk[8:].startswith(keys)))
@@ -280,7 +280,7 @@ def load_image(file: Path | bytes, config: ImagesConfig, size: tuple[int, ...] |
     image = read_image(file, config, size)
     check_covers(image, size, config)
     with decoding_errors():  # an image without pixels, or without memory for them
-        pixels = np.asarray(centre_crop(image, size))
+        pixels = np.asarray(center_crop(image, size))
     return np.ascontiguousarray(pixels[None] if config.channels == 1 else pixels.transpose(2, 0, 1))
 
 
@@ -316,7 +316,7 @@ def image_shape(file: Path | bytes) -> tuple[int, int]:
 
 
 def is_grey(file: Path | bytes) -> bool:
-    """Whether an image has no colours, by its type, from its header. Raises InvalidSample."""
+    """Whether an image has no colors, by its type, from its header. Raises InvalidSample."""
     with decoding_errors():
         return with_image(file, lambda image: image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"))
 
@@ -360,17 +360,17 @@ def upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _scale_transparent_colour(image: Image.Image) -> None:
-    """The transparent colour of an opened PNG in the units of its pixels: Pillow scales only the pixels to 8 bits."""
-    colour = image.info.get("transparency")
-    if colour is None or not isinstance(image, PngImagePlugin.PngImageFile):
+def _scale_transparent_color(image: Image.Image) -> None:
+    """The transparent color of an opened PNG in the units of its pixels: Pillow scales only the pixels to 8 bits."""
+    color = image.info.get("transparency")
+    if color is None or not isinstance(image, PngImagePlugin.PngImageFile):
         return
     raw_mode = image.tile[0].args
     if raw_mode == "RGB;16B":
-        raise InvalidSample("16 bits of colour with a transparent colour, which Pillow reads with 8: save it as RGBA")
+        raise InvalidSample("16 bits of color with a transparent color, which Pillow reads with 8: save it as RGBA")
     if raw_mode in ("L;2", "L;4"):
         highest = 2 ** int(raw_mode[-1]) - 1
-        image.info["transparency"] = (colour & highest) * (255 // highest)
+        image.info["transparency"] = (color & highest) * (255 // highest)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -409,8 +409,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         levels = 255 - levels
     grey = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
-    if (colour := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(values == colour, 0, 255).astype(np.uint8)))
+    if (color := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == color, 0, 255).astype(np.uint8)))
     return grey
 
 
@@ -421,7 +421,7 @@ def has_transparency(image: Image.Image) -> bool:
 
 
 def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
-    """Convert an image of 8 bits per channel to grey or RGB, composited onto the background colour."""
+    """Convert an image of 8 bits per channel to grey or RGB, composited onto the background color."""
     mode = "L" if config.channels == 1 else "RGB"
     if has_transparency(image):
         image = image.convert("RGBA")
@@ -429,9 +429,9 @@ def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The centre crop of ADM (Dhariwal & Nichol 2021): box filter by halves while at least twice too large, then
-    bicubic, then the centre. For a size that is not square the image is scaled until it covers the size.
+def center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The center crop of ADM (Dhariwal & Nichol 2021): box filter by halves while at least twice too large, then
+    bicubic, then the center. For a size that is not square the image is scaled until it covers the size.
     """
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -449,7 +449,7 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _crop_before_scaling(image: Image.Image, scaled: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """The centre crop of an image scaled up to `scaled` (width, height). What is cropped away is not scaled, except a
+    """The center crop of an image scaled up to `scaled` (width, height). What is cropped away is not scaled, except a
     margin. Rounding makes a difference of two levels at most from scaling everything.
     """
     spans, windows = [], []  # by axis

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tessera.data.captions import EncodedCaptions
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = {  # far apart, and none near the middle of two others, so that a mixture is never mistaken for a colour
+COLORS = {  # far apart, and none near the middle of two others, so that a mixture is never mistaken for a color
     "red": (215, 40, 40),
     "green": (30, 155, 60),
     "blue": (40, 70, 220),
@@ -31,8 +31,8 @@ COLOURS = {  # far apart, and none near the middle of two others, so that a mixt
 }
 SIZES = {"small": 4.0, "large": 6.0}  # from the centroid to the farthest side, in pixels
 RELATIONS = ("left of", "right of", "above", "below")
-CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
-# Never seen by a model trained with combinations: known, which sees each colour in at least four other shapes.
+CLASSES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
+# Never seen by a model trained with combinations: known, which sees each color in at least four other shapes.
 HELD_OUT = ("red triangle", "green ring", "blue circle", "yellow square", "purple cross")
 COMBINATIONS = {  # class ids of the objects
     "all": tuple(range(len(CLASSES))),
@@ -46,7 +46,7 @@ BACKGROUNDS = range(226, 248, 2)  # levels of grey; those of the test split are 
 STREAMS = {"train": 0x73687472, "test": 0x73687465}  # random streams
 
 GRID = 8  # positions are multiples of 1 / GRID of a pixel
-WINDOW, PHASES = 14, 16  # pixels from -7 to 7 around a whole number, and centres from -1 to 7/8 of a pixel from it
+WINDOW, PHASES = 14, 16  # pixels from -7 to 7 around a whole number, and centers from -1 to 7/8 of a pixel from it
 PAD = WINDOW // 2 + 1
 _SAMPLES = 16  # along each side of a pixel
 
@@ -56,16 +56,16 @@ class Appearance:
     """An object without its position."""
 
     shape: str
-    colour: str
+    color: str
     size: str
 
     @property
     def combination(self) -> str:
         """The name of its class."""
-        return f"{self.colour} {self.shape}"
+        return f"{self.color} {self.shape}"
 
     def __str__(self) -> str:
-        return f"a {self.size} {self.colour} {self.shape}"
+        return f"a {self.size} {self.color} {self.shape}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def relation(subject: Object, other: Object) -> str:
     return "above" if y > 0 else "below"
 
 
-_OBJECT = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+_OBJECT = f"a ({'|'.join(SIZES)}) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
 _CAPTION = re.compile(f"{_OBJECT}(?: ({'|'.join(RELATIONS)}) {_OBJECT})?")
 
 
@@ -119,8 +119,8 @@ def parse_caption(caption: str) -> Description:
             f"'{caption}' is not a caption of shapes; expected for example 'a large red circle' or "
             "'a large red circle left of a small blue square'"
         )
-    size, colour, shape, where, *other = match.groups()
-    first = Appearance(shape, colour, size)
+    size, color, shape, where, *other = match.groups()
+    first = Appearance(shape, color, size)
     return Description((first,)) if where is None else Description((first, Appearance(*reversed(other))), where)
 
 
@@ -169,7 +169,7 @@ class ShapesConfig(Settings):
 class ShapesDataset:
     """Scenes as functions of split and index; images are rendered on demand.
 
-    The class of a scene is the colour and shape of its subject; the other object, if any, is of another class.
+    The class of a scene is the color and shape of its subject; the other object, if any, is of another class.
     """
 
     class_names = CLASSES
@@ -202,8 +202,8 @@ class ShapesDataset:
 
 
 def _object(label: int, size: int, x: int, y: int) -> Object:
-    colour, shape = CLASSES[label].split()
-    return Object(shape, colour, tuple(SIZES)[size], x / GRID, y / GRID)
+    color, shape = CLASSES[label].split()
+    return Object(shape, color, tuple(SIZES)[size], x / GRID, y / GRID)
 
 
 def _sample_scenes(split: str, count: int, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -252,7 +252,7 @@ def render(scene: Scene) -> np.ndarray:
         mask = masks()[SHAPES.index(item.shape), tuple(SIZES).index(item.size), below, beside]
         top, left = row + PAD - WINDOW // 2, column + PAD - WINDOW // 2
         patch = canvas[:, top : top + WINDOW, left : left + WINDOW]
-        patch += mask * (np.asarray(COLOURS[item.colour], np.float32)[:, None, None] - patch)
+        patch += mask * (np.asarray(COLORS[item.color], np.float32)[:, None, None] - patch)
     return (canvas[:, PAD:-PAD, PAD:-PAD] + 0.5).astype(np.uint8)
 
 

@@ -168,7 +168,7 @@ def _groups(caption: str, training_captions: Collection[str] | None) -> list[str
     groups = ["all captions", number]
     if description.relation:
         groups.append(description.relation)
-    if others and first.colour != others[0].colour and first.shape != others[0].shape:
+    if others and first.color != others[0].color and first.shape != others[0].shape:
         groups.append(EXCHANGED)
     composed = any(item.combination in HELD_OUT for item in description.appearances)
     groups += [COMPOSED, f"{COMPOSED}, {number}"] if composed else [KNOWN]

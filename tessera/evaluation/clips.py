@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tessera.data.lanes import COLOURS
+from tessera.data.lanes import COLORS
 from tessera.errors import TesseraError
 from tessera.evaluation import law
 from tessera.evaluation.captions import ImageScores
@@ -16,7 +16,7 @@ def law_scores(source: SampleSource) -> ImageScores:
     if len(source.size) != 3 or source.channels != 3:
         raise TesseraError(f"law needs clips of lanes, and {source.description} has images of {list(source.size)}")
     clips, labels = _all_clips(source)
-    if source.class_names and source.class_names != tuple(COLOURS):
+    if source.class_names and source.class_names != tuple(COLORS):
         labels = None
     scores, rows = law.measure(clips, None if labels is None else labels.tolist())
     explanation = (

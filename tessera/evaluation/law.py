@@ -1,4 +1,4 @@
-"""The law of lanes as a metric: do discs keep colour and speed, also behind the bar? Read from the pixels, see
+"""The law of lanes as a metric: do discs keep color and speed, also behind the bar? Read from the pixels, see
 `toy.lane_reader`.
 
 A clip that stands still breaks the law, and the distribution of speeds is compared with that of real clips.
@@ -11,10 +11,10 @@ from functools import cache
 
 import numpy as np
 
-from tessera.data.lanes import COLOURS, HELD_OUT_PAIRS, HELD_OUT_SPEEDS, LANE, LanesConfig
+from tessera.data.lanes import COLORS, HELD_OUT_PAIRS, HELD_OUT_SPEEDS, LANE, LanesConfig
 from tessera.evaluation import distances
 from tessera.evaluation.toy import lane_reader
-from tessera.evaluation.toy.lane_reader import Readings, path_colours, read_clips
+from tessera.evaluation.toy.lane_reader import Readings, path_colors, read_clips
 from tessera.reporting.estimates import Estimate
 
 NUM_REAL = 1000  # clips of one lane, of the test split
@@ -84,7 +84,7 @@ def measure(
 
 
 def _speed_distance(readings: Readings, real_steps: np.ndarray) -> Estimate:
-    steps = np.abs(np.diff(readings.centres, axis=1))
+    steps = np.abs(np.diff(readings.centers, axis=1))
     groups = [steps[index::GROUPS] for index in range(GROUPS)]
     finite = [part for group in groups if len(part := group[np.isfinite(group)])]
     return distances.wasserstein(finite, real_steps)
@@ -95,21 +95,21 @@ def _fractions(readings: Readings, labels: Sequence[int] | None, lanes: int) -> 
     correct = {
         "law": readings.lawful,
         "readable": readings.readable,
-        "identity": readings.one_colour,
+        "identity": readings.one_color,
         "visibility": readings.visible,
         "path": readings.distances < lane_reader.TOLERANCE,
         "speed": readings.moving,
     }
-    colours = np.array([colour or "" for colour in path_colours(readings)])
-    groups = {"all": np.ones(len(colours), bool), OCCLUDED: readings.occluded}
+    colors = np.array([color or "" for color in path_colors(readings)])
+    groups = {"all": np.ones(len(colors), bool), OCCLUDED: readings.occluded}
     of_speed = (readings.speeds >= HELD_OUT_SPEEDS[0]) & (readings.speeds < HELD_OUT_SPEEDS[1])
-    of_pair = np.zeros(len(colours), bool)
-    for colour, (low, high) in HELD_OUT_PAIRS.items():
-        of_pair |= (colours == colour) & (readings.speeds >= low) & (readings.speeds < high)
+    of_pair = np.zeros(len(colors), bool)
+    for color, (low, high) in HELD_OUT_PAIRS.items():
+        of_pair |= (colors == color) & (readings.speeds >= low) & (readings.speeds < high)
     for name, members in ((KNOWN, ~of_speed & ~of_pair), (UNSEEN_SPEEDS, of_speed), (UNSEEN_PAIRS, of_pair)):
         groups[f"{name}, {OCCLUDED}"] = members & readings.occluded
     if labels is not None:
-        correct["class"] = np.repeat(colours[::lanes] == np.array(list(COLOURS))[list(labels)], lanes)
+        correct["class"] = np.repeat(colors[::lanes] == np.array(list(COLORS))[list(labels)], lanes)
     return {
         (group, word): (int(members.sum()), Estimate.proportion(int(correct[word][members].sum()), int(members.sum())))
         for group, word, _ in LINES

@@ -266,7 +266,7 @@ def _holds_clips(folder: Path) -> bool:
 
 
 def _is_grey_clip(path: Path) -> bool:
-    """Whether the first frame of a clip has no colours. Raises InvalidSample."""
+    """Whether the first frame of a clip has no colors. Raises InvalidSample."""
     with open_frames(path) as frames:
         pixels = np.asarray(frames.read([0])[0].convert("RGB"))
     return bool((pixels == pixels[..., :1]).all())

@@ -9,7 +9,7 @@ import numpy as np
 
 from tessera import images
 from tessera.data import images as data_images
-from tessera.data.images import ImagesConfig, InvalidSample, centre_crop
+from tessera.data.images import ImagesConfig, InvalidSample, center_crop
 from tessera.errors import TesseraError
 from tessera.model import Model
 
@@ -42,5 +42,5 @@ def crop(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [H, W, C] scaled and cropped to a size; unchanged if it has that size."""
     if pixels.shape[:2] == size:
         return pixels
-    cropped = np.array(centre_crop(images.to_pil(pixels), size))
+    cropped = np.array(center_crop(images.to_pil(pixels), size))
     return cropped if cropped.ndim == 3 else cropped[..., None]

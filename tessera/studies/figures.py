@@ -363,9 +363,10 @@ def _add_legend(figure: "Figure", title: str) -> None:
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         entries |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels())}
+    rows = max(1, int(figure.get_figheight() / 0.2) - 1)  # of 0.2 inches; one for the title
     figure.legend(
         list(entries.values()), list(entries), title=title, loc="outside right upper", handlelength=1.8,
-        ncols=math.ceil(len(entries) / 24),
+        ncols=math.ceil(len(entries) / rows),
     )  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def an_image_much_longer_than_wide(folder):
 
 
 @damage
-def an_image_of_one_colour(folder):
+def an_image_of_one_color(folder):
     return {"blank": {put(folder, "gui/x-blank.png", encoded(Image.new("RGB", (32, 32), (9, 99, 200)), "PNG"))}}
 
 
@@ -206,12 +206,12 @@ def sixteen_bits(folder):
 
 
 @damage
-def the_colours_of_print(folder):
+def the_colors_of_print(folder):
     return {"cmyk": {put(folder, "item/x-print.jpg", encoded(image(34).convert("CMYK"), "JPEG"))}}
 
 
 @damage
-def another_colour_profile(folder):
+def another_color_profile(folder):
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     exchanged = srgb.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")  # red and green
     put(folder, "item/x-srgb.png", encoded(image(38), "PNG", icc_profile=srgb))

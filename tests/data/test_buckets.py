@@ -40,7 +40,7 @@ def test_images_get_the_size_that_crops_least():
 
 
 def crop_loss(shape, size) -> float:
-    """The fraction of an image that a centre crop to a size removes."""
+    """The fraction of an image that a center crop to a size removes."""
     scale = max(size[0] / shape[0], size[1] / shape[1])
     return 1 - size[0] * size[1] / (scale * shape[0] * scale * shape[1])
 

@@ -74,7 +74,7 @@ def test_clips_are_resized_resampled_and_readable(folder, tmp_path, form, encodi
                 assert len(frames.times) == count + 1
                 assert frames.times[-1] == pytest.approx(count / 5, abs=0.01)
             difference = data.pixels(row).astype(float) - source.pixels(row)
-            # Of 255: colours of single pixels are stored at half the size, and the filters differ.
+            # Of 255: colors of single pixels are stored at half the size, and the filters differ.
             assert np.abs(difference).mean() < (12 if encoding == "auto" else 20)
 
 

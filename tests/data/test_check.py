@@ -282,7 +282,7 @@ def test_first_equal_equals_a_dictionary():
     assert findings.first_equal(values, among).tolist() == expected
 
 
-def test_colour_profiles_are_described_by_how_much_they_change():
+def test_color_profiles_are_described_by_how_much_they_change():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert scan.describe_profile(srgb) == ("", "")
     exchanged = srgb.replace(b"rXYZ", b"tmp ").replace(b"gXYZ", b"rXYZ").replace(b"tmp ", b"gXYZ")  # red and green
@@ -293,17 +293,17 @@ def test_colour_profiles_are_described_by_how_much_they_change():
     for damaged in (b"no profile", srgb[:200]):
         name, problem = scan.describe_profile(damaged)
         assert name == ""
-        assert problem.startswith("colour profile: ")
+        assert problem.startswith("color profile: ")
 
 
-def test_colour_grids_stay_in_their_parts_and_are_read_by_row():
+def test_color_grids_stay_in_their_parts_and_are_read_by_row():
     pa = pytest.importorskip("pyarrow")
     cells = np.random.default_rng(0).integers(0, 256, (50, 3 * scan.CELLS**2), dtype=np.uint8)
     whole = pa.array([row.tobytes() for row in cells], "binary")
-    tables = [pa.table({"colour_grid": pa.chunked_array([whole[:7], whole[7:7], whole[7:30]])})]
-    tables.append(pa.table({"colour_grid": pa.chunked_array([whole[30:]])}))
+    tables = [pa.table({"color_grid": pa.chunked_array([whole[:7], whole[7:7], whole[7:30]])})]
+    tables.append(pa.table({"color_grid": pa.chunked_array([whole[30:]])}))
     rows = np.random.default_rng(1).permutation(50)[:40]
-    grids = findings.ColourGrids(tables, rows)
+    grids = findings.ColorGrids(tables, rows)
     assert len(grids) == 40
     for index_ in (np.arange(40), np.array([3, 3, 39, 0]), np.empty(0, np.int64)):
         np.testing.assert_array_equal(grids[index_], cells[rows][index_])

@@ -87,11 +87,11 @@ def test_findings_of_the_clean_folder_are_true(clean, clean_check):
         on_white, alpha = pixels(clean / path)
         if (alpha < 1).any():
             truth["transparent"].add(path)
-        colours = Counter(map(tuple, on_white.reshape(-1, 3)))
+        colors = Counter(map(tuple, on_white.reshape(-1, 3)))
         if span(on_white) <= 2:
             on_black = on_white - 255 * (1 - alpha[..., None])
             truth["invisible" if span(on_black) > 2 else "blank"].add(path)
-        elif span(on_white) <= 16 or max(colours.values()) / alpha.size >= 0.99:
+        elif span(on_white) <= 16 or max(colors.values()) / alpha.size >= 0.99:
             truth["low-information"].add(path)
     assert {kind: names_by_kind.get(kind, set()) for kind in truth} == truth
 

@@ -21,7 +21,7 @@ from tessera.data.images import (
     ImagesConfig,
     InvalidSample,
     _eight_bits,
-    centre_crop,
+    center_crop,
     flatten,
     image_shape,
     load_image,
@@ -50,7 +50,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def png(samples: np.ndarray, bits: int, colour_type: int, *before: bytes, after: tuple[bytes, ...] = ()) -> bytes:
+def png(samples: np.ndarray, bits: int, color_type: int, *before: bytes, after: tuple[bytes, ...] = ()) -> bytes:
     """A PNG as its specification says, with chunks before and after the pixels. samples: integers [H, W, C]"""
     height, width = samples.shape[:2]
     if bits == 16:
@@ -58,7 +58,7 @@ def png(samples: np.ndarray, bits: int, colour_type: int, *before: bytes, after:
     else:
         digits = np.unpackbits(samples.astype("u1").reshape(height, -1, 1), axis=-1)[..., 8 - bits :]
         rows = np.packbits(digits.reshape(height, -1), axis=-1)
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0))
     data = png_chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
     return PNG_SIGNATURE + b"".join((header, *before, data, *after, png_chunk(b"IEND", b"")))
 
@@ -131,7 +131,7 @@ def test_the_background_is_white_by_default():
     assert load_image(encoded(Image.new("RGBA", (4, 4))), config(4)).min() == 255
 
 
-def test_a_palette_with_one_transparent_colour():
+def test_a_palette_with_one_transparent_color():
     image = Image.new("P", (2, 1))
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.putdata([0, 1])
@@ -158,7 +158,7 @@ def test_black_and_white_of_one_bit():
     np.testing.assert_array_equal(pixels_read[0], bits * np.uint8(255))
 
 
-def test_grey_output_has_one_channel_and_the_luma_of_the_colours():
+def test_grey_output_has_one_channel_and_the_luma_of_the_colors():
     pixels = noise(4, 4)
     pixels_read = load_image(encoded(Image.fromarray(pixels)), config(4, channels=1))
     assert pixels_read.shape == (1, 4, 4)
@@ -308,7 +308,7 @@ def test_exif_orientation_is_obeyed(orientation):
     np.testing.assert_array_equal(pixels_read, turned.transpose(2, 0, 1))
 
 
-CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the colour type of a PNG
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the color type of a PNG
 DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
@@ -321,16 +321,16 @@ def test_any_png_is_read_as_its_specification_says(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     samples = rng.integers(0, 2**bits, (height, width, CHANNELS[kind]))
-    colours, alpha = samples[..., :3] / (2**bits - 1) * 255, np.ones((height, width, 1))
+    colors, alpha = samples[..., :3] / (2**bits - 1) * 255, np.ones((height, width, 1))
     before = []
     if kind == 3:
         palette = rng.integers(0, 256, (2**bits, 3))
         before.append(png_chunk(b"PLTE", palette.astype("u1").tobytes()))
-        colours = palette[samples[..., 0]]
+        colors = palette[samples[..., 0]]
     if kind in (4, 6):
         alpha = samples[..., -1:] / (2**bits - 1)
-        colours = colours[..., :-1] if kind == 4 else colours
-    elif data.draw(st.booleans()) and (kind, bits) != (2, 16):  # 16 bits of colour are refused
+        colors = colors[..., :-1] if kind == 4 else colors
+    elif data.draw(st.booleans()) and (kind, bits) != (2, 16):  # 16 bits of color are refused
         if kind == 3:
             entries = rng.integers(0, 256, int(rng.integers(1, 2**bits + 1)))
             before.append(png_chunk(b"tRNS", entries.astype("u1").tobytes()))
@@ -347,7 +347,7 @@ def test_any_png_is_read_as_its_specification_says(data):
     background = tuple(rng.integers(0, 256, 3).tolist())
     channels = data.draw(st.sampled_from((1, 3)))
 
-    expected = TURN[turn](np.broadcast_to(colours, (height, width, 3)) * alpha + background * (1 - alpha))
+    expected = TURN[turn](np.broadcast_to(colors, (height, width, 3)) * alpha + background * (1 - alpha))
     if channels == 1:
         expected = expected @ np.array([[0.299], [0.587], [0.114]])
     content = png(samples, bits, kind, *before, after=tuple(after))
@@ -610,7 +610,7 @@ def test_background_levels_are_bytes(value):
 # The crop
 
 
-def adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
+def adm_center_crop(image: Image.Image, size: int) -> np.ndarray:
     """Independent: as guided-diffusion and DiT write it, for squares."""
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resample=Image.BOX)
@@ -626,32 +626,32 @@ def adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
 @given(height=st.integers(8, 90), width=st.integers(8, 90), size=st.integers(1, 24))
 def test_squares_are_cropped_as_adm_does(height, width, size):
     image = Image.fromarray(noise(height, width))
-    np.testing.assert_array_equal(np.asarray(centre_crop(image, (size, size))), adm_centre_crop(image, size))
+    np.testing.assert_array_equal(np.asarray(center_crop(image, (size, size))), adm_center_crop(image, size))
 
 
 @settings(max_examples=150, deadline=None)
 @given(height=st.integers(1, 90), width=st.integers(1, 90), rows=st.integers(1, 40), columns=st.integers(1, 40))
 def test_any_image_becomes_exactly_the_size(height, width, rows, columns):
-    cropped = centre_crop(Image.fromarray(noise(height, width)), (rows, columns))
+    cropped = center_crop(Image.fromarray(noise(height, width)), (rows, columns))
     assert cropped.size == (columns, rows)
 
 
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60), rows=st.integers(1, 30), columns=st.integers(1, 30))
 def test_a_constant_image_stays_constant_to_the_edge(height, width, rows, columns):
-    cropped = centre_crop(Image.new("RGB", (width, height), (12, 200, 99)), (rows, columns))
+    cropped = center_crop(Image.new("RGB", (width, height), (12, 200, 99)), (rows, columns))
     assert (np.asarray(cropped) == (12, 200, 99)).all()
 
 
-def test_the_crop_is_the_centre():
+def test_the_crop_is_the_center():
     pixels = np.zeros((8, 24, 3), np.uint8)
     pixels[:, 8:16] = 255
-    assert np.asarray(centre_crop(Image.fromarray(pixels), (8, 8))).min() == 255
-    assert np.asarray(centre_crop(Image.fromarray(pixels.transpose(1, 0, 2).copy()), (8, 8))).min() == 255
+    assert np.asarray(center_crop(Image.fromarray(pixels), (8, 8))).min() == 255
+    assert np.asarray(center_crop(Image.fromarray(pixels.transpose(1, 0, 2).copy()), (8, 8))).min() == 255
 
 
 def crop_of_the_whole(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The centre of the whole image, scaled up."""
+    """The center of the whole image, scaled up."""
     scale = max(size[1] / image.width, size[0] / image.height)
     scaled = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (scaled.width - size[1]) // 2, (scaled.height - size[0]) // 2
@@ -660,13 +660,13 @@ def crop_of_the_whole(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
 @settings(max_examples=60, deadline=None)
 @given(short=st.integers(1, 6), aspect=st.integers(2, 300), rows=st.integers(12, 40), columns=st.integers(12, 40))
-def test_a_long_image_that_is_scaled_up_is_the_centre_of_the_whole(short, aspect, rows, columns):
+def test_a_long_image_that_is_scaled_up_is_the_center_of_the_whole(short, aspect, rows, columns):
     for shape in ((short, short * aspect), (short * aspect, short)):
         image = Image.fromarray(noise(*shape, seed=aspect))
         expected = crop_of_the_whole(image, (rows, columns)).astype(int)
-        assert np.abs(np.asarray(centre_crop(image, (rows, columns))) - expected).max() <= 2
+        assert np.abs(np.asarray(center_crop(image, (rows, columns))) - expected).max() <= 2
         if max(shape) * max(rows, columns) / short <= 16 * min(rows, columns):  # an ordinary shape
-            np.testing.assert_array_equal(np.asarray(centre_crop(image, (rows, columns))), expected)
+            np.testing.assert_array_equal(np.asarray(center_crop(image, (rows, columns))), expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 60000), (60000, 1), (2, 30000)])
@@ -767,9 +767,9 @@ def test_other_content_has_no_shape(data, tmp_path):
 # Sixteen bits
 
 
-def test_sixteen_bits_of_colour_with_a_transparent_colour_are_refused_by_name():
+def test_sixteen_bits_of_color_with_a_transparent_color_are_refused_by_name():
     content = png(noise(2, 2).astype(int) * 257, 16, 2, png_chunk(b"tRNS", bytes(6)))
-    with pytest.raises(InvalidSample, match="16 bits of colour with a transparent colour.*save it as RGBA"):
+    with pytest.raises(InvalidSample, match="16 bits of color with a transparent color.*save it as RGBA"):
         load_image(content, config(2))
 
 

@@ -12,7 +12,7 @@ from tessera.data.lanes import (
     BACKGROUND,
     BAR,
     BAR_COLUMNS,
-    COLOURS,
+    COLORS,
     GRID,
     HELD_OUT_PAIRS,
     HELD_OUT_SPEEDS,
@@ -49,7 +49,7 @@ def test_clips_are_what_the_loader_expects():
     assert dataset.name(2) == "lanes train 2"
     assert len(dataset) == 3
     for index in range(3):
-        assert dataset.class_names[dataset.label(index)] == dataset.discs(index)[0].colour
+        assert dataset.class_names[dataset.label(index)] == dataset.discs(index)[0].color
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -77,7 +77,7 @@ def test_the_clips_never_change():
 
 
 def test_no_clip_is_in_both_splits():
-    """A start in one split is never one in the other, and no other start has its centre."""
+    """A start in one split is never one in the other, and no other start has its center."""
     starts = [{round(disc.start * GRID) for disc in discs("all", split)} for split in SPLITS]
     assert {start % 2 for start in starts[0]} == {0}
     assert {start % 2 for start in starts[1]} == {1}
@@ -88,19 +88,19 @@ def test_no_clip_is_in_both_splits():
     assert not both[0] & both[1]
 
 
-# Speeds and colours
+# Speeds and colors
 
 
-def test_speeds_starts_and_colours_are_evenly_spread():
+def test_speeds_starts_and_colors_are_evenly_spread():
     everything = discs("all", count=4000)
     speeds, starts = (np.array([getattr(disc, name) for disc in everything]) for name in ("speed", "start"))
     assert np.histogram(speeds, 6, SPEEDS)[0] / 4000 == pytest.approx(np.full(6, 1 / 6), abs=0.03)
     assert np.histogram(starts, 4, (0, PERIOD))[0] / 4000 == pytest.approx(np.full(4, 1 / 4), abs=0.03)
-    assert set(Counter(disc.colour for disc in everything).values()) == {500}
+    assert set(Counter(disc.color for disc in everything).values()) == {500}
 
 
 def is_held_out(disc: Disc) -> tuple[bool, bool]:
-    low, high = HELD_OUT_PAIRS.get(disc.colour, (0, 0))
+    low, high = HELD_OUT_PAIRS.get(disc.color, (0, 0))
     return HELD_OUT_SPEEDS[0] <= disc.speed < HELD_OUT_SPEEDS[1], low <= disc.speed < high
 
 
@@ -110,17 +110,17 @@ def test_held_out_speeds_and_pairs_never_occur_in_known_clips():
     assert all(is_held_out(disc)[0] for disc in discs("held-out-speeds"))
     pairs = discs("held-out-pairs")
     assert all(is_held_out(disc)[1] for disc in pairs)
-    assert {disc.colour for disc in pairs} == set(HELD_OUT_PAIRS)
-    for low, high in HELD_OUT_PAIRS.values():  # each of these speeds occurs with other colours
-        assert len({disc.colour for disc in known if low <= disc.speed < high}) == 6
-    assert {disc.colour for disc in known} == set(COLOURS)
+    assert {disc.color for disc in pairs} == set(HELD_OUT_PAIRS)
+    for low, high in HELD_OUT_PAIRS.values():  # each of these speeds occurs with other colors
+        assert len({disc.color for disc in known if low <= disc.speed < high}) == 6
+    assert {disc.color for disc in known} == set(COLORS)
     assert any(any(is_held_out(disc)) for disc in discs("all"))
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_the_allowed_speeds_are_what_nothing_holds_out(colour):
-    total = sum(high - low for low, high in allowed_speeds(colour, "known"))
-    pair = HELD_OUT_PAIRS.get(colour, (0, 0))
+@pytest.mark.parametrize("color", COLORS)
+def test_the_allowed_speeds_are_what_nothing_holds_out(color):
+    total = sum(high - low for low, high in allowed_speeds(color, "known"))
+    pair = HELD_OUT_PAIRS.get(color, (0, 0))
     expected = SPEEDS[1] - SPEEDS[0] - (HELD_OUT_SPEEDS[1] - HELD_OUT_SPEEDS[0]) - (pair[1] - pair[0])
     assert total == pytest.approx(expected)
 
@@ -138,22 +138,22 @@ def test_a_disc_moves_at_constant_speed_and_is_reflected_by_the_walls():
     assert positions(np.array([0, PERIOD / 2, PERIOD])) == pytest.approx([LOW, HIGH, LOW])
 
 
-@pytest.mark.parametrize("centre", [LOW, 5.3, 9.1, 25.77, HIGH])
-def test_coverage_is_the_exact_area_in_each_pixel(centre):
+@pytest.mark.parametrize("center", [LOW, 5.3, 9.1, 25.77, HIGH])
+def test_coverage_is_the_exact_area_in_each_pixel(center):
     """Against 64 x 64 samples of each pixel."""
     samples = 64
     x, y = ((np.arange(size * samples) + 0.5) / samples for size in (WIDTH, LANE))
-    inside = (x - centre) ** 2 + (y[:, None] - LANE / 2) ** 2 <= RADIUS**2
+    inside = (x - center) ** 2 + (y[:, None] - LANE / 2) ** 2 <= RADIUS**2
     expected = inside.reshape(LANE, samples, WIDTH, samples).mean((1, 3))
     expected[:, BAR_COLUMNS] = 0
-    np.testing.assert_allclose(coverage(np.array([centre]))[0], expected, atol=0.003)
+    np.testing.assert_allclose(coverage(np.array([center]))[0], expected, atol=0.003)
 
 
 def test_the_bar_hides_the_disc():
     clip = render_clip((Disc("red", 10.0, 1.0), Disc("white", 23.0, 0.8)), 24)
     assert (clip[..., BAR_COLUMNS] == BAR).all()
     assert (clip[:, 4, :LANE] == render_clip((Disc("blue", 10.0, 1.0),), 24)[:, 4]).all()  # both behind the bar
-    assert (clip[:, 0, LANE:, 24:28].reshape(3, -1) == np.array(COLOURS["white"])[:, None]).sum() > 40
+    assert (clip[:, 0, LANE:, 24:28].reshape(3, -1) == np.array(COLORS["white"])[:, None]).sum() > 40
     assert (clip[:, 0, :, :3] == BACKGROUND).all()
 
 

@@ -12,7 +12,7 @@ from tessera.data import ShapesConfig
 from tessera.data.shapes import (
     BORDER,
     CLASSES,
-    COLOURS,
+    COLORS,
     GAP,
     GRID,
     HELD_OUT,
@@ -91,13 +91,13 @@ def test_all_images_are_different():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_classes_are_colour_and_shape_of_the_subject_and_balanced(split):
+def test_classes_are_color_and_shape_of_the_subject_and_balanced(split):
     dataset = ShapesConfig(split=split, count=10 * len(CLASSES)).open()
-    assert dataset.class_names == tuple(f"{colour} {shape}" for colour, shape in product(COLOURS, SHAPES))
+    assert dataset.class_names == tuple(f"{color} {shape}" for color, shape in product(COLORS, SHAPES))
     assert set(Counter(dataset.label(index) for index in range(len(dataset))).values()) == {10}
     for index in range(len(dataset)):
         subject = dataset.scene(index).objects[0]
-        assert dataset.class_names[dataset.label(index)] == f"{subject.colour} {subject.shape}"
+        assert dataset.class_names[dataset.label(index)] == f"{subject.color} {subject.shape}"
 
 
 # Held-out combinations
@@ -106,15 +106,15 @@ def test_classes_are_colour_and_shape_of_the_subject_and_balanced(split):
 def combinations(setting: str, count: int = 3000) -> list[set[str]]:
     """The combinations in each scene, by class names."""
     dataset = ShapesConfig(combinations=setting, count=count).open()
-    return [{f"{one.colour} {one.shape}" for one in dataset.scene(index).objects} for index in range(count)]
+    return [{f"{one.color} {one.shape}" for one in dataset.scene(index).objects} for index in range(count)]
 
 
 def test_held_out_combinations_never_occur_but_their_words_do():
     known = combinations("known")
     assert set().union(*known) == set(CLASSES) - set(HELD_OUT)
-    colours, shapes = zip(*(name.split() for name in set().union(*known)))
-    assert set(Counter(shapes).values()) == {len(COLOURS) - 1}  # one colour of each shape is held out
-    assert min(Counter(colours).values()) >= len(SHAPES) - 1
+    colors, shapes = zip(*(name.split() for name in set().union(*known)))
+    assert set(Counter(shapes).values()) == {len(COLORS) - 1}  # one color of each shape is held out
+    assert min(Counter(colors).values()) >= len(SHAPES) - 1
     assert len(HELD_OUT) == len(CLASSES) / 6
     held_out = combinations("held-out")
     assert set().union(*held_out) == set(HELD_OUT)
@@ -129,7 +129,7 @@ def test_data_with_some_combinations_keep_the_classes_and_are_balanced(setting):
     assert set(counts.values()) == {1000 // len(counts)}
     for index in range(50):
         subject = dataset.scene(index).objects[0]
-        assert dataset.class_names[dataset.label(index)] == f"{subject.colour} {subject.shape}"
+        assert dataset.class_names[dataset.label(index)] == f"{subject.color} {subject.shape}"
     assert dataset.name(3) == f"shapes train {setting} 3"
     assert setting in ShapesConfig(combinations=setting).description
 
@@ -157,15 +157,15 @@ def test_attributes_are_evenly_spread(scenes, pairs):
     assert fractions(scene.objects[0].size for scene in scenes) == pytest.approx(dict.fromkeys(SIZES, 0.5), abs=0.02)
     relations = fractions(scene.description.relation for scene in pairs)
     assert relations == pytest.approx(dict.fromkeys(RELATIONS, 0.25), abs=0.03)
-    others = fractions((scene.objects[1].colour, scene.objects[1].shape) for scene in pairs)
-    assert others == pytest.approx(dict.fromkeys(product(COLOURS, SHAPES), 1 / len(CLASSES)), abs=0.01)
+    others = fractions((scene.objects[1].color, scene.objects[1].shape) for scene in pairs)
+    assert others == pytest.approx(dict.fromkeys(product(COLORS, SHAPES), 1 / len(CLASSES)), abs=0.01)
     assert len({scene.background for scene in scenes}) == 22
 
 
 def test_the_two_objects_have_different_classes(pairs):
     for scene in pairs:
         one, other = scene.objects
-        assert (one.colour, one.shape) != (other.colour, other.shape)
+        assert (one.color, one.shape) != (other.color, other.shape)
 
 
 def test_objects_stay_inside_and_apart(scenes, pairs):
@@ -219,17 +219,17 @@ def test_masks_have_the_area_of_their_shape_and_the_right_centroid(shape, area, 
     np.testing.assert_allclose(mask.sum((2, 3)), area * SIZES[size] ** 2, rtol=0.02)
     pixels = np.arange(mask.shape[-1]) + 0.5 - mask.shape[-1] / 2
     phases = (np.arange(len(mask)) - len(mask) / 2) / GRID
-    centres = np.einsum("pqij,j->pq", mask, pixels) / mask.sum((2, 3))
-    np.testing.assert_allclose(centres, np.broadcast_to(phases, centres.shape), atol=0.06)
-    centres = np.einsum("pqij,i->pq", mask, pixels) / mask.sum((2, 3))
-    np.testing.assert_allclose(centres, np.broadcast_to(phases[:, None], centres.shape), atol=0.06)
+    centers = np.einsum("pqij,j->pq", mask, pixels) / mask.sum((2, 3))
+    np.testing.assert_allclose(centers, np.broadcast_to(phases, centers.shape), atol=0.06)
+    centers = np.einsum("pqij,i->pq", mask, pixels) / mask.sum((2, 3))
+    np.testing.assert_allclose(centers, np.broadcast_to(phases[:, None], centers.shape), atol=0.06)
 
 
 def test_a_square_covers_exactly_its_pixels():
     image = render(Scene((Object("square", "blue", "small", 10, 20.5),), 240)).astype(int)
-    assert (image[:, 17:24, 6:14] == np.array(COLOURS["blue"])[:, None, None]).all()
+    assert (image[:, 17:24, 6:14] == np.array(COLORS["blue"])[:, None, None]).all()
     for row in (16, 24):  # half covered
-        assert image[:, row, 6] == pytest.approx((np.array(COLOURS["blue"]) + 240) / 2, abs=0.5)
+        assert image[:, row, 6] == pytest.approx((np.array(COLORS["blue"]) + 240) / 2, abs=0.5)
     image[:, 16:25, 6:14] = 240
     assert (image == 240).all()
 
@@ -255,7 +255,7 @@ def test_captions_parse_back(scenes):
         assert str(parsed) == str(expected)
         assert parsed.relation == expected.relation
         for appearance, one in zip(parsed.appearances, scene.objects, strict=True):
-            assert (appearance.shape, appearance.colour, appearance.size) == (one.shape, one.colour, one.size)
+            assert (appearance.shape, appearance.color, appearance.size) == (one.shape, one.color, one.size)
 
 
 def test_captions_in_words():

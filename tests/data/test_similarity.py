@@ -48,40 +48,40 @@ def test_near_pairs_are_all_pairs_that_are_near(seed):
 def test_leaders_have_no_leader_and_every_follower_looks_like_its_leader():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 2**64, 300, dtype=np.uint64)
-    colours = generator.integers(0, 256, (300, 192), dtype=np.uint8)
+    colors = generator.integers(0, 256, (300, 192), dtype=np.uint8)
     hashes = np.concatenate((hashes, flipped(hashes, generator, 3), flipped(hashes, generator, 4), hashes))
-    colours = np.concatenate((colours, colours, 255 - colours, colours))  # the third part is near by its hash alone
-    leader = similarity.leaders(hashes, colours)
+    colors = np.concatenate((colors, colors, 255 - colors, colors))  # the third part is near by its hash alone
+    leader = similarity.leaders(hashes, colors)
     assert (leader[leader] == leader).all()
     assert (leader <= np.arange(len(leader))).all()
     follows = np.flatnonzero(leader != np.arange(len(leader)))
     assert (np.bitwise_count(hashes[follows] ^ hashes[leader[follows]]) <= similarity.BITS).all()
-    assert similarity.same_colours(colours, follows, leader[follows]).all()
+    assert similarity.same_colors(colors, follows, leader[follows]).all()
     assert follows.tolist() == [*range(300, 600), *range(900, 1200)]
     assert (leader[follows] == follows % 300).all()
 
 
 def test_a_chain_of_steps_does_not_join_its_ends():
     steps = np.array([0, 0b111, 0b111111, 0b111111111], np.uint64)  # 3 bits apart each, the ends 9
-    colours = np.tile(np.arange(192, dtype=np.uint8), (4, 1))
-    assert similarity.leaders(steps, colours).tolist() == [0, 0, 2, 2]
+    colors = np.tile(np.arange(192, dtype=np.uint8), (4, 1))
+    assert similarity.leaders(steps, colors).tolist() == [0, 0, 2, 2]
 
 
 def test_followers_of_a_former_leader_are_compared_with_its_leader():
     """1 and 2 have the same hash. 1 looks like 0, so it is no longer a leader; 2 looks like 1, but not like 0."""
     ramp = np.arange(192.0)
     hashes = np.array([0, 1, 1], np.uint64)
-    colours = np.stack((ramp, ramp + 24 * (ramp > 170), ramp + 24 * (ramp > 170) + 24 * (ramp < 20))).astype(np.uint8)
-    assert similarity.same_colours(colours, np.array([0, 1]), np.array([1, 2])).all()
-    assert not similarity.same_colours(colours, np.array([0]), np.array([2])).any()
-    assert similarity.leaders(hashes, colours).tolist() == [0, 0, 2]
+    colors = np.stack((ramp, ramp + 24 * (ramp > 170), ramp + 24 * (ramp > 170) + 24 * (ramp < 20))).astype(np.uint8)
+    assert similarity.same_colors(colors, np.array([0, 1]), np.array([1, 2])).all()
+    assert not similarity.same_colors(colors, np.array([0]), np.array([2])).any()
+    assert similarity.leaders(hashes, colors).tolist() == [0, 0, 2]
 
 
-def test_thousands_of_one_hash_and_different_colours_end_soon():
+def test_thousands_of_one_hash_and_different_colors_end_soon():
     generator = np.random.default_rng(0)
-    colours = generator.integers(0, 256, (5000, 192), dtype=np.uint8)
-    colours[4000:] = colours[:1000]
-    leader = similarity.leaders(np.zeros(5000, np.uint64), colours)
+    colors = generator.integers(0, 256, (5000, 192), dtype=np.uint8)
+    colors[4000:] = colors[:1000]
+    leader = similarity.leaders(np.zeros(5000, np.uint64), colors)
     assert leader[4000 : 4000 + similarity.LEADERS].tolist() == list(range(similarity.LEADERS))
     assert (leader[similarity.LEADERS : 4000] == np.arange(similarity.LEADERS, 4000)).all()
 
@@ -112,21 +112,19 @@ def test_the_same_image_in_another_file_is_similar_and_others_are_not(change):
             results.append(measure_sample(buffer.getvalue(), "", CONFIG))
     both = originals + changed
     hashes = np.array([one.hash for one in both], np.uint64)
-    colours = np.stack([np.frombuffer(one.colour_grid, np.uint8) for one in both])
-    assert {tuple(pair) for pair in similarity.pairs(hashes, colours).tolist()} == {
-        (row, row + 20) for row in range(20)
-    }
+    colors = np.stack([np.frombuffer(one.color_grid, np.uint8) for one in both])
+    assert {tuple(pair) for pair in similarity.pairs(hashes, colors).tolist()} == {(row, row + 20) for row in range(20)}
 
 
 def test_appearances_are_equal_for_equal_images_only():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 2**64, 100_000, dtype=np.uint64)
-    colours = generator.integers(0, 256, (100_000, 192), dtype=np.uint8)
+    colors = generator.integers(0, 256, (100_000, 192), dtype=np.uint8)
     hashes[50_000:] = hashes[:50_000]
-    colours[50_000:] = colours[:50_000]
+    colors[50_000:] = colors[:50_000]
     changed = np.arange(75_000, 100_000)  # in one bit of one cell
-    colours[changed, generator.integers(0, 192, 25_000)] ^= 1
-    values = similarity.appearances(hashes, colours)
+    colors[changed, generator.integers(0, 192, 25_000)] ^= 1
+    values = similarity.appearances(hashes, colors)
     equal = (values[:50_000] == values[50_000:]).all(axis=1)
     assert equal[:25_000].all()
     assert not equal[25_000:].any()

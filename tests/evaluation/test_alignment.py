@@ -53,7 +53,7 @@ def exchanged(scene: Scene) -> Scene:
     if len(scene.objects) == 1:
         return scene
     one, other = scene.objects
-    return replace(scene, objects=(replace(one, colour=other.colour), replace(other, colour=one.colour)))
+    return replace(scene, objects=(replace(one, color=other.color), replace(other, color=one.color)))
 
 
 # Known images
@@ -117,7 +117,7 @@ def test_held_out_combinations_are_apart(scenes):
     """Each held-out object is replaced by one of another color, as by a model that does not compose."""
 
     def known(item: Object) -> Object:
-        return item if item.combination not in HELD_OUT else replace(item, colour="cyan")
+        return item if item.combination not in HELD_OUT else replace(item, color="cyan")
 
     lines = lines_of([replace(scene, objects=tuple(map(known, scene.objects))) for scene in scenes], scenes)
     assert lines[alignment.KNOWN, "whole"].images.value > 0.99

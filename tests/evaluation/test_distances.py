@@ -81,7 +81,7 @@ def test_frechet_of_equal_gaussians_is_zero(rank):
 
 @pytest.mark.parametrize(("n1", "n2"), [(20, 300), (300, 20), (20, 30), (2, 2)])
 def test_frechet_of_fewer_rows_than_dimensions(n1, n2):
-    """tr (S1 S2)^(1/2) is the nuclear norm of the centred rows' product, which needs no root of an eigenvalue."""
+    """tr (S1 S2)^(1/2) is the nuclear norm of the centered rows' product, which needs no root of an eigenvalue."""
     x, y = _samples(n1, 100, 1, np.float64), 2 * _samples(n2, 100, 2, np.float64) + 0.1
     one, two = Moments.from_rows(x), Moments.from_rows(y)
     shared = np.linalg.norm((x - one.mean) @ (y - two.mean).T, "nuc") / ((n1 - 1) * (n2 - 1)) ** 0.5

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tessera.data import LanesConfig
-from tessera.data.lanes import BAR_COLUMNS, COLOURS, Disc, positions, render_clip
+from tessera.data.lanes import BAR_COLUMNS, COLORS, Disc, positions, render_clip
 from tessera.errors import TesseraError
 from tessera.evaluation.distances import frechet
 from tessera.evaluation.features import load_extractor
 from tessera.evaluation.moments import Moments
-from tessera.evaluation.toy.lane_reader import HIDDEN, INVALID, hidden_interval, path_colours, read_clips
+from tessera.evaluation.toy.lane_reader import HIDDEN, INVALID, hidden_interval, path_colors, read_clips
 
 ROOT = Path(__file__).parents[2]
 FRAMES = np.arange(24)
@@ -39,16 +39,16 @@ def test_real_clips_are_read_exactly(dataset, clips):
     assert readings.lawful.all()
     assert 0.8 < readings.occluded.mean() < 0.95
     discs = [dataset.discs(index)[0] for index in range(200)]
-    assert list(path_colours(readings)) == [disc.colour for disc in discs]
+    assert list(path_colors(readings)) == [disc.color for disc in discs]
     np.testing.assert_allclose(readings.speeds, [disc.speed for disc in discs], atol=0.01)
     paths = np.stack([positions(disc.start + disc.speed * FRAMES) for disc in discs])
     low, high = hidden_interval()
-    assert np.nanmax(np.abs(readings.centres - paths)) < 0.3
+    assert np.nanmax(np.abs(readings.centers - paths)) < 0.3
     deep = np.abs(paths - (low + high) / 2) > (high - low) / 2 + 1.5  # discs of which half or more is visible
-    assert np.nanmax(np.abs(readings.centres - paths)[deep]) < 0.05
+    assert np.nanmax(np.abs(readings.centers - paths)[deep]) < 0.05
     is_hidden = (low < paths) & (paths < high)
     edge = np.minimum(np.abs(paths - low), np.abs(paths - high)) < 0.3  # hardly visible: either reading is right
-    assert ((readings.colours == HIDDEN) == is_hidden)[~edge].all()
+    assert ((readings.colors == HIDDEN) == is_hidden)[~edge].all()
     assert np.nanmean(readings.step_errors) < 0.04
     assert readings.steps.max() < 2.3
 
@@ -57,7 +57,7 @@ def test_every_lane_of_a_clip_is_read():
     dataset = LanesConfig(split="test", count=6, lanes=4).open()
     readings = read_clips(np.stack([np.moveaxis(dataset.pixels(index), 0, -1) for index in range(6)]))
     assert readings.lawful.shape == (24,)
-    assert list(path_colours(readings)) == [disc.colour for index in range(6) for disc in dataset.discs(index)]
+    assert list(path_colors(readings)) == [disc.color for index in range(6) for disc in dataset.discs(index)]
 
 
 def test_noise_and_blur_are_tolerated(clips):
@@ -82,7 +82,7 @@ def test_the_law_holds_for_the_clip_that_is_then_broken():
 @pytest.mark.parametrize(
     ("condition", "second"),
     [
-        ("one_colour", Disc("blue", 2.0, 1.2)),  # another colour after the bar
+        ("one_color", Disc("blue", 2.0, 1.2)),  # another color after the bar
         ("distances", Disc("red", 6.0, 1.2)),  # a jump of four pixels
         ("distances", Disc("red", -2.0 - 24 * 1.2, 1.2)),  # turns around behind the bar
         ("visible", None),  # never appears again
@@ -91,14 +91,14 @@ def test_the_law_holds_for_the_clip_that_is_then_broken():
 def test_each_violation_behind_the_bar_breaks_the_law(condition, second):
     """The disc is another one from the frame on in which it is hidden."""
     clip = clip_of(RED)
-    hidden = int(np.argmax(read_clips(clip).colours[0] == HIDDEN))
+    hidden = int(np.argmax(read_clips(clip).colors[0] == HIDDEN))
     empty = clip_of(Disc("red", 13.0, 0.0))  # behind the bar
     clip[:, hidden + 2 :] = (empty if second is None else clip_of(second))[:, hidden + 2 :]
     readings = read_clips(clip)
     assert not readings.lawful.any()
     if condition == "distances":
         assert readings.distances[0] > 0.5 or not readings.visible[0]
-        assert readings.one_colour.all()
+        assert readings.one_color.all()
     else:
         assert not getattr(readings, condition).any()
 
@@ -122,11 +122,11 @@ def test_a_frame_that_is_no_frame_of_lanes_is_invalid():
     two = clip_of(RED)
     two[:, 5] = np.where(two[:, 5] == two[:, 18], two[:, 5], np.minimum(two[:, 5], two[:, 18]))  # two discs at once
     before_bar = clip_of(RED)
-    before_bar[:, 12, 2:6, 14:19] = COLOURS["red"]  # a disc in front of the bar
+    before_bar[:, 12, 2:6, 14:19] = COLORS["red"]  # a disc in front of the bar
     half = ((clip_of(RED)[:, 5:6].astype(int) + clip_of(RED)[:, 20:21]) // 2).astype(np.uint8)  # both half transparent
     for clip in (two, before_bar, np.concatenate((clip_of(RED)[:, :5], half, clip_of(RED)[:, 6:]), axis=1)):
         readings = read_clips(clip)
-        assert (readings.colours == INVALID).sum() == 1
+        assert (readings.colors == INVALID).sum() == 1
         assert not readings.readable.any()
         assert not readings.lawful.any()
 
@@ -134,7 +134,7 @@ def test_a_frame_that_is_no_frame_of_lanes_is_invalid():
 def test_clips_without_any_disc():
     readings = read_clips(np.full((2, 24, 8, 32, 3), 128, np.uint8))
     assert not readings.lawful.any()
-    assert list(path_colours(readings)) == [None, None]
+    assert list(path_colors(readings)) == [None, None]
     assert not len(readings.steps)
 
 

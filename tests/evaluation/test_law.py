@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tessera.data import LanesConfig
-from tessera.data.lanes import COLOURS
+from tessera.data.lanes import COLORS
 from tessera.errors import TesseraError
 from tessera.evaluation import distances, law, suite
 from tessera.evaluation.features import load_extractor
@@ -29,13 +29,13 @@ def test_real_clips_obey_the_law():
 
 
 def test_the_scores_of_half_broken_clips():
-    """Every second clip changes its colour behind the bar, or stands still."""
+    """Every second clip changes its color behind the bar, or stands still."""
     clips, labels = clips_of(200)
     other = clips_of(200)[0][..., ::-1]  # red and blue exchanged
     broken = clips.copy()
     broken[::2, 12:] = other[::2, 12:]
     scores, _ = law.measure(broken, labels)
-    changed = np.mean([COLOURS[name][0] != COLOURS[name][2] for name in np.array(list(COLOURS))[labels[::2]]])
+    changed = np.mean([COLORS[name][0] != COLORS[name][2] for name in np.array(list(COLORS))[labels[::2]]])
     assert scores["law"].value == pytest.approx(1 - changed / 2, abs=0.05)
     still = clips.copy()
     still[::2] = still[::2, :1]

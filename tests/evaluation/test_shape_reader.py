@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 
 from tessera.data.shapes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     SIDE,
     SIZES,
     Object,
@@ -52,9 +52,9 @@ def levels(values: np.ndarray) -> np.ndarray:
 
 def other_color(scene: Scene, step: int) -> Scene:
     """A scene of one object with a color some steps later in the palette."""
-    names = list(COLOURS)
-    colour = names[(names.index(scene.objects[0].colour) + step) % len(names)]
-    return replace(scene, objects=(replace(scene.objects[0], colour=colour),))
+    names = list(COLORS)
+    color = names[(names.index(scene.objects[0].color) + step) % len(names)]
+    return replace(scene, objects=(replace(scene.objects[0], color=color),))
 
 
 def shown(images: np.ndarray, captions: list[str]) -> dict[str, float]:

@@ -145,10 +145,10 @@ def test_a_damaged_file_in_a_folder_is_skipped_and_named(make_folder, capsys, nu
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_gray_images_among_color_ones_are_read_in_color(make_folder, place):
-    grey, colour = noise(1, channels=1)[0], noise(2)
-    path = make_folder("samples", colour)
+    grey, color = noise(1, channels=1)[0], noise(2)
+    path = make_folder("samples", color)
     Image.fromarray(grey[..., 0]).save(path / f"{place:05d}.png")
-    expected = colour.copy()
+    expected = color.copy()
     expected[place] = grey.repeat(3, axis=2)
     source = FolderSource(path)
     assert source.channels == 3

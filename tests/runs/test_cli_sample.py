@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tessera import bundle, generation
-from tessera.data.images import ImagesConfig, centre_crop, load_image
+from tessera.data.images import ImagesConfig, center_crop, load_image
 from tessera.images import read_settings
 
 
@@ -350,26 +350,26 @@ def test_without_a_compiler_images_are_generated_all_the_same(tessera, trained, 
     assert (done.code, done.err) == (0, "continuing without compilation: no C++ compiler\n")
 
 
-@pytest.mark.parametrize("kind", ["turned", "colour", "transparent", "print", "sixteen", "palette"])
+@pytest.mark.parametrize("kind", ["turned", "color", "transparent", "print", "sixteen", "palette"])
 def test_an_initial_image_is_read_as_training_reads_it(tessera, trained, tmp_path, kind):
     """The mask keeps all of it, so the result is what was read."""
     path, exif = tmp_path / ("a.jpg" if kind == "print" else "a.png"), Image.Exif()
     exif[0x0112] = 6
-    colour = Image.open(save_noise(tmp_path / "colour.png", mode="RGB"))
+    color = Image.open(save_noise(tmp_path / "color.png", mode="RGB"))
     match kind:
         case "turned":
             save_noise(path)
             Image.open(path).save(path, exif=exif)
-        case "colour":
-            colour.save(path)
+        case "color":
+            color.save(path)
         case "transparent":
             save_noise(path, mode="RGBA")
         case "print":
-            colour.convert("CMYK").save(path, exif=exif)
+            color.convert("CMYK").save(path, exif=exif)
         case "sixteen":
             Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(path)
         case "palette":
-            colour.quantize(9).save(path, transparency=2)
+            color.quantize(9).save(path, transparency=2)
     Image.new("RGBA", (8, 8), (0, 0, 0, 255)).save(tmp_path / "keep.png")
     words = ["--init-image", path, "--mask", tmp_path / "keep.png", "--out", tmp_path / "s"]
     done = tessera("sample", trained, "--classes", "3", *words)
@@ -394,5 +394,5 @@ def test_an_initial_image_of_another_size_is_cropped_as_in_training(tessera, tra
     ]
     for name, size, more in (("own", (8, 8), []), ("wide", (8, 16), ["--size", "8x16"])):
         assert tessera(*words, *more, "--out", tmp_path / name).code == 0
-        expected = np.asarray(centre_crop(Image.fromarray(photo), size))
+        expected = np.asarray(center_crop(Image.fromarray(photo), size))
         np.testing.assert_array_equal(pixels(tmp_path / name / "class-3-seed-0.png").squeeze(), expected)

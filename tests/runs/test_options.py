@@ -3,7 +3,7 @@
 import pytest
 
 from tessera.cli import options
-from tessera.cli.options import ProgressLines, parse_shard, parse_size
+from tessera.cli.options import ProgressLines, parse_sample_size, parse_shard, parse_size
 from tessera.errors import TesseraError
 
 
@@ -23,6 +23,20 @@ def test_invalid_shards(text):
 )
 def test_sizes(text, size):
     assert parse_size(text) == size
+    assert parse_sample_size(text) == size
+
+
+def test_sizes_of_clips():
+    assert parse_sample_size("16x256x384") == (16, 256, 384)
+    for text in ("16x256x", "16x256x384x3", "axbxc"):
+        with pytest.raises(TesseraError, match=f"--size {text} is not valid: .* or 16x256x384"):
+            parse_sample_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "256x", "x256", "256x3x4", "wide"])
+def test_invalid_sizes(text):
+    with pytest.raises(TesseraError, match="is not valid: write 256 or 256x384"):
+        parse_size(text)
 
 
 def test_progress_lines_estimate_the_remaining_time(capsys, monkeypatch):

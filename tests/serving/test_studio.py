@@ -212,7 +212,7 @@ def test_only_the_painted_part_is_replaced(studio, tiny_model, tmp_path):
     page.mouse.move(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.7)
     page.mouse.up()
     canvas.focus()
-    page.keyboard.press("Space")  # the brush at the centre
+    page.keyboard.press("Space")  # the brush at the center
     page.keyboard.press("Control+z")
     page.get_by_role("button", name="Use this mask").click()
     field(page, "Seeds").fill("1")
@@ -220,7 +220,7 @@ def test_only_the_painted_part_is_replaced(studio, tiny_model, tmp_path):
     (job,) = records(server.out)
     result, mask = pixels(job["folder"] / "0.png"), pixels(job["folder"] / "mask.png")
     assert mask[5, 5:8].min() == 255  # where the stroke was
-    assert mask[:4].max() == 0  # and the dot at the centre was undone
+    assert mask[:4].max() == 0  # and the dot at the center was undone
     assert np.array_equal(result[mask == 0], image[mask == 0])
     assert (result != image)[mask == 255].any()
 

@@ -298,7 +298,7 @@ def test_settings_of_the_recipe_take_precedence(tiny, trained):
     assert PATCHES in report["resampled"]
 
 
-def test_a_colour_model_may_start_from_a_grey_one(tiny, trained, tmp_path):
+def test_a_color_model_may_start_from_a_grey_one(tiny, trained, tmp_path):
     for name in ("1/a", "1/b", "xyz/c"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (200, 10, 10)).save(tmp_path / f"data/{name}.png")

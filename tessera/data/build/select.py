@@ -13,7 +13,7 @@ import numpy as np
 from tessera.data.build.recipe import BuildRecipe
 from tessera.data.check import rules, similarity
 from tessera.data.check.decisions import excluded_kinds
-from tessera.data.check.findings import CORRUPT, ColourGrids, Finding, ScanResult, digests, first_equal, has_contrast
+from tessera.data.check.findings import CORRUPT, ColorGrids, Finding, ScanResult, digests, first_equal, has_contrast
 from tessera.data.check.scan import FAULTS
 from tessera.data.index import arrow, compute
 
@@ -132,7 +132,7 @@ def _mark_copies(
         area = np.concatenate([source.column("height") * source.column("width") for source in sources])
         rows = rows[np.argsort(-area[rows], kind="stable")]  # so that the first of a group is the largest
         hashes = np.concatenate([source.column("hash") for source in sources])[rows]
-        leader = rows[similarity.leaders(hashes, ColourGrids([source.stats for source in sources], rows))]
+        leader = rows[similarity.leaders(hashes, ColorGrids([source.stats for source in sources], rows))]
         similar = np.flatnonzero(leader != rows)
         mark("near-duplicates", rows[similar], leader[similar])
 

@@ -121,7 +121,7 @@ class ScanResult:
         own = np.arange(len(self.stats))
         rows = np.flatnonzero(has_contrast(self.stats) & (self.first_copy == own))
         leader = own.copy()
-        leader[rows] = rows[similarity.leaders(self.column("hash")[rows], ColourGrids([self.stats], rows))]
+        leader[rows] = rows[similarity.leaders(self.column("hash")[rows], ColorGrids([self.stats], rows))]
         return leader
 
     def exclude_command(self, kind: str) -> str:
@@ -155,14 +155,14 @@ def digests(stats: "pyarrow.Table") -> np.ndarray:
     return result
 
 
-class ColourGrids:
-    """The colour grids of some rows of tables that follow each other. They stay in the memory-mapped parts: only what
+class ColorGrids:
+    """The color grids of some rows of tables that follow each other. They stay in the memory-mapped parts: only what
     is indexed is copied."""
 
     def __init__(self, tables: Sequence["pyarrow.Table"], rows: np.ndarray) -> None:
         """rows: int64 [K]"""
         self._rows = rows
-        self._chunks = [_grids(chunk) for table in tables for chunk in table["colour_grid"].chunks if len(chunk)]
+        self._chunks = [_grids(chunk) for table in tables for chunk in table["color_grid"].chunks if len(chunk)]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ from tessera.data.check.clips import short_clips
 from tessera.data.check.findings import (
     MIN_CONTRAST,
     NO_SIZE,
-    ColourGrids,
+    ColorGrids,
     Finding,
     ScanResult,
     Severity,
@@ -44,7 +44,7 @@ Rule = Callable[[ScanResult], Iterator[Finding]]
 MIN_SIDE = 8  # pixels: an image with a shorter side shows nothing; below a quarter of the median it is a mistake
 MAX_ASPECT = 3.0  # the longer side over the shorter; buckets go to 2
 FAINT_CONTRAST = 16  # of 255: largest range of a channel of an image with low information
-PLAIN_FRACTION = 0.99  # of the area with one colour, from which on an image has low information
+PLAIN_FRACTION = 0.99  # of the area with one color, from which on an image has low information
 FEW_IMAGES = 20  # of a class
 IMBALANCE = 10.0  # the largest class over the smallest
 STILL = 0.25  # of 255 levels of the mean difference of frames: nothing moves
@@ -143,7 +143,7 @@ def near_duplicates(scan: ScanResult) -> Iterator[Finding]:
     leader, hashes = scan.leader, scan.stats["hash"]
     message = (
         f"images similar to an earlier one: at most {similarity.BITS} of 64 bits of the perceptual hashes differ, and "
-        f"the colour of no cell of {CELLS} x {CELLS} by more than {similarity.LEVELS} of 255 levels; they may be "
+        f"the color of no cell of {CELLS} x {CELLS} by more than {similarity.LEVELS} of 255 levels; they may be "
         "variants that differ in a detail"
     )
     rows = np.flatnonzero(leader != np.arange(len(leader)))
@@ -189,12 +189,12 @@ def _near_leaks(scan: ScanResult, reference: "pyarrow.Table") -> tuple[np.ndarra
     rows, reference_rows = np.flatnonzero(has_contrast(scan.stats)), np.flatnonzero(has_contrast(reference))
     hashes = np.concatenate((scan.column("hash")[rows], reference["hash"].to_numpy()[reference_rows]))
     every_row = np.concatenate((rows, len(scan.stats) + reference_rows))
-    # One image per hash and colours is compared on each side, so that a thousand copies are one pair.
-    values = similarity.appearances(hashes, ColourGrids([scan.stats, reference], every_row))
+    # One image per hash and colors is compared on each side, so that a thousand copies are one pair.
+    values = similarity.appearances(hashes, ColorGrids([scan.stats, reference], every_row))
     in_reference = np.arange(len(hashes)) >= len(rows)
     first = np.where(in_reference, first_equal(values, in_reference), first_equal(values, ~in_reference))
     heads = np.flatnonzero(first == np.arange(len(first)))
-    grids = ColourGrids([scan.stats, reference], every_row[heads])
+    grids = ColorGrids([scan.stats, reference], every_row[heads])
     pairs = heads[similarity.pairs(hashes[heads], grids)]
     pairs = pairs[(pairs[:, 0] < len(rows)) & (pairs[:, 1] >= len(rows))]
     left, place = np.unique(pairs[:, 0], return_index=True)  # the first partner of each
@@ -232,27 +232,27 @@ def sizes(scan: ScanResult) -> Iterator[Finding]:
 
 
 def contents(scan: ScanResult) -> Iterator[Finding]:
-    contrast, visible, fraction = (scan.column(n) for n in ("contrast", "visible_contrast", "max_colour_fraction"))
+    contrast, visible, fraction = (scan.column(n) for n in ("contrast", "visible_contrast", "max_color_fraction"))
     background = list(scan.dataset.config.background)
     blank = (contrast <= MIN_CONTRAST) & (visible <= MIN_CONTRAST)
     invisible = (contrast <= MIN_CONTRAST) & (visible > MIN_CONTRAST)
-    yield _excludable(scan, "blank", "warning", "images of one colour", scan.rows(blank))
+    yield _excludable(scan, "blank", "warning", "images of one color", scan.rows(blank))
     yield Finding(
         "invisible",
         "warning",
-        f"transparent images whose content has the colour of the background {background}, so nothing is visible",
-        "set data.background to a colour that none of them has, such as data.background=[0, 0, 0]",
+        f"transparent images whose content has the color of the background {background}, so nothing is visible",
+        "set data.background to a color that none of them has, such as data.background=[0, 0, 0]",
         samples=scan.rows(invisible),
     )
     low = (contrast <= FAINT_CONTRAST) | (fraction >= PLAIN_FRACTION)
     rows = scan.rows(~blank & ~invisible & low)
     message = (
-        f"images with little information: {PLAIN_FRACTION:.0%} of the area has one colour, or the colours span at most "
+        f"images with little information: {PLAIN_FRACTION:.0%} of the area has one color, or the colors span at most "
         f"{FAINT_CONTRAST} of 255 levels"
     )
 
     def plainness(row: int) -> str:
-        return f"{scan.value('max_colour_fraction', row):.1%} of one colour, {scan.value('contrast', row)} levels"
+        return f"{scan.value('max_color_fraction', row):.1%} of one color, {scan.value('contrast', row)} levels"
 
     yield _excludable(scan, "low-information", "warning", message, rows, plainness)
     yield Finding(
@@ -270,12 +270,12 @@ def formats(scan: ScanResult) -> Iterator[Finding]:
     message = "images with more than 8 bits per channel, which are read as 8 bits"
     yield Finding("sixteen-bit", "note", message, NOTHING, samples=scan.rows(scan.column("bits") > 8))
     rows = scan.rows(scan.equals("mode", "CMYK"))
-    message = "images in print colours (CMYK), converted without their profile, so that colours may be inaccurate"
-    advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
+    message = "images in print colors (CMYK), converted without their profile, so that colors may be inaccurate"
+    advice = "for exact colors convert them with their profile (ImageMagick: -profile sRGB.icc)"
     yield _excludable(scan, "cmyk", "note", message, rows, advice=advice)
     rows = scan.rows(~scan.equals("profile", ""))
-    message = "images with a colour profile that is not sRGB and is not applied, so a viewer shows other colours"
-    advice = "for exact colours convert them with their profile (ImageMagick: -profile sRGB.icc)"
+    message = "images with a color profile that is not sRGB and is not applied, so a viewer shows other colors"
+    advice = "for exact colors convert them with their profile (ImageMagick: -profile sRGB.icc)"
     yield _excludable(scan, "profile", "note", message, rows, functools.partial(scan.value, "profile"), advice)
     message = "images or videos stored rotated or flipped, which are turned upright as the file specifies"
     yield Finding("rotated", "note", message, NOTHING, samples=scan.rows(scan.column("orientation") > 1))

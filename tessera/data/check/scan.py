@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 PART_SIZE = 512  # samples
 MIN_SECONDS = 8.0  # of remaining work for which processes are started; each needs about three to start
 FORMAT = 5  # of a part; a part of another format is made again
-THUMBNAIL_SIDE = 64  # pixels of the longer side at which colours are counted
+THUMBNAIL_SIDE = 64  # pixels of the longer side at which colors are counted
 MIN_PROFILE_DIFFERENCE = 4  # of 255 levels: profiles that are called sRGB differ by one or two
-CELLS = 8  # cells per axis of the colour grid, which distinguishes recoloured images
+CELLS = 8  # cells per axis of the color grid, which distinguishes recolored images
 
 # Why an image is invalid.
 Fault = Literal[
@@ -83,14 +83,14 @@ class SampleStats:
     bits: int = 8  # per channel, as stored
     orientation: int = 1  # EXIF value
     metadata_problem: str = ""  # why metadata were ignored
-    profile: str = ""  # a colour profile by which colours are visibly different, and how much
+    profile: str = ""  # a color profile by which colors are visibly different, and how much
     animated: bool = False
     transparent_fraction: float = 0.0  # of the pixels that are not opaque
     contrast: int = 0  # of 255: the largest range of a channel, on the background
     visible_contrast: int = 0  # the same on the background that shows most
-    max_colour_fraction: float = 0.0  # of the area, of the most frequent colour
+    max_color_fraction: float = 0.0  # of the area, of the most frequent color
     hash: int = 0  # perceptual
-    colour_grid: bytes = b"\0" * (3 * CELLS**2)  # RGB means of CELLS x CELLS cells
+    color_grid: bytes = b"\0" * (3 * CELLS**2)  # RGB means of CELLS x CELLS cells
     # Of clips:
     frames: int = 0  # at the rate of the data
     seconds: float = 0.0  # of the whole file
@@ -105,13 +105,13 @@ class SampleStats:
         scale = min(1.0, THUMBNAIL_SIDE / max(image.size))
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         thumbnail = image if scale == 1 else image.resize(size, Image.Resampling.BOX)
-        self.max_colour_fraction = _max_colour_fraction(np.asarray(thumbnail))
+        self.max_color_fraction = _max_color_fraction(np.asarray(thumbnail))
         self.hash = similarity.perceptual_hash(grey)
-        self.colour_grid = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
+        self.color_grid = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
 ARROW_TYPES = {str: "string", int: "int64", bool: "bool_", float: "float32", bytes: "binary"}
-FIELD_TYPES = {"digest": "binary", "fault": "string", "hash": "uint64", "colour_grid": "binary", "orientation": "int32"}
+FIELD_TYPES = {"digest": "binary", "fault": "string", "hash": "uint64", "color_grid": "binary", "orientation": "int32"}
 
 
 def schema() -> "pyarrow.Schema":
@@ -192,20 +192,20 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
 
 @functools.lru_cache(16)
 def describe_profile(profile: bytes) -> tuple[str, str]:
-    """The name of a colour profile and the largest difference from sRGB, "" where it is not visible; and why the
-    profile cannot be used, "" if it can or is one of print colours."""
+    """The name of a color profile and the largest difference from sRGB, "" where it is not visible; and why the
+    profile cannot be used, "" if it can or is one of print colors."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()  # pyright: ignore[reportAttributeAccessIssue]
         if space not in ("RGB", "GRAY"):
             return "", ""
         levels = np.linspace(0, 255, 9).astype(np.uint8)
-        colours = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 9, 3)
-        plain = Image.fromarray(colours if space == "RGB" else np.arange(256, dtype=np.uint8)[None])
+        colors = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 9, 3)
+        plain = Image.fromarray(colors if space == "RGB" else np.arange(256, dtype=np.uint8)[None])
         converted = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         name = ImageCms.getProfileDescription(source).strip() or "a profile without a name"
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        return "", f"colour profile: {error}"
+        return "", f"color profile: {error}"
     assert converted is not None
     difference = np.abs(np.asarray(converted, np.int32) - np.asarray(plain.convert("RGB"), np.int32)).max()
     return (f"{name}, up to {difference} of 255 levels" if difference >= MIN_PROFILE_DIFFERENCE else ""), ""
@@ -221,10 +221,10 @@ def _contrast(image: Image.Image) -> int:
     return max(high - low for low, high in image.getextrema())  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
 
 
-def _max_colour_fraction(pixels: np.ndarray) -> float:
-    """The fraction of the most frequent colour; pixels: uint8 [H, W, 3]"""
-    colours = pixels.reshape(-1, 3).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
-    return float(np.unique(colours, return_counts=True)[1].max() / len(colours))
+def _max_color_fraction(pixels: np.ndarray) -> float:
+    """The fraction of the most frequent color; pixels: uint8 [H, W, 3]"""
+    colors = pixels.reshape(-1, 3).astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    return float(np.unique(colors, return_counts=True)[1].max() / len(colors))
 
 
 MAGIC: tuple[tuple[bytes, str], ...] = (

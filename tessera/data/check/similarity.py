@@ -11,17 +11,17 @@ from typing import Protocol
 import numpy as np
 
 SIDE = 32  # pixels of the grey image that is hashed
-LOW = 8  # frequencies per axis, which gives 64 bits; also the cells per axis of the colour grid
+LOW = 8  # frequencies per axis, which gives 64 bits; also the cells per axis of the color grid
 BITS = 5  # largest number of different bits; JPEG at quality 50, or scaling to a half, changes 0 to 4
-LEVELS = 32  # of 255: largest difference of the colour of a cell
+LEVELS = 32  # of 255: largest difference of the color of a cell
 VARIANCE_FRACTION = 0.03  # largest mean square difference of cells, relative to the variance within an image
 BANDS = ((0, 21), (21, 21), (42, 22))  # first bit and width of each band of the hash
-LEADERS = 64  # leaders per hash; more images with one hash and different colours are textures, not copies
+LEADERS = 64  # leaders per hash; more images with one hash and different colors are textures, not copies
 CHUNK = 1 << 20  # pairs compared at once
 
 
-class Colours(Protocol):
-    """The colours of images: an array uint8 [N, cells], or what is indexed like one and need not be in memory."""
+class Colors(Protocol):
+    """The colors of images: an array uint8 [N, cells], or what is indexed like one and need not be in memory."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: np.ndarray, /) -> np.ndarray:
@@ -31,16 +31,16 @@ class Colours(Protocol):
 
 @dataclass(frozen=True)
 class _Selected:
-    """Some rows of colours. rows: int64 [K]"""
+    """Some rows of colors. rows: int64 [K]"""
 
-    colours: Colours
+    colors: Colors
     rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        return self.colours[self.rows[index]]
+        return self.colors[self.rows[index]]
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
@@ -103,16 +103,16 @@ def _matches(
         begin = end
 
 
-def same_colours(colours: Colours, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def same_colors(colors: Colors, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Whether no cell of two images differs by more than LEVELS, and the mean square difference is small compared with
-    the variance within each image, bool [E]. So recoloured, dark or small motifs are not duplicates.
+    the variance within each image, bool [E]. So recolored, dark or small motifs are not duplicates.
 
     left, right: int64 [E]
     """
     near = np.empty(len(left), bool)
     for start in range(0, len(left), CHUNK >> 8):
         part = slice(start, start + (CHUNK >> 8))
-        first, second = (colours[side[part]].astype(np.float32) for side in (left, right))
+        first, second = (colors[side[part]].astype(np.float32) for side in (left, right))
         distance = np.abs(first - second)
         variance = np.minimum(_variance(first), _variance(second))
         small = (distance**2).mean(axis=1) <= VARIANCE_FRACTION * variance
@@ -126,17 +126,17 @@ def _variance(cells: np.ndarray) -> np.ndarray:
     return channels.var(axis=1).mean(axis=1)
 
 
-def pairs(hashes: np.ndarray, colours: Colours) -> np.ndarray:
-    """All pairs that are similar in hash and colours, int64 [E, 2], sorted, each once. hashes: uint64 [N]"""
+def pairs(hashes: np.ndarray, colors: Colors) -> np.ndarray:
+    """All pairs that are similar in hash and colors, int64 [E, 2], sorted, each once. hashes: uint64 [N]"""
     chunks = [np.empty((0, 2), np.int64)]
     for left, right in near_pairs(hashes):
-        similar = same_colours(colours, left, right)
+        similar = same_colors(colors, left, right)
         chunks.append(np.stack((left[similar], right[similar]), axis=1))
     return np.unique(np.concatenate(chunks), axis=0)
 
 
-def appearances(hashes: np.ndarray, colours: Colours) -> np.ndarray:
-    """Two 64-bit hashes of the perceptual hash and the colours of each image, uint64 [N, 2]: equal for equal images,
+def appearances(hashes: np.ndarray, colors: Colors) -> np.ndarray:
+    """Two 64-bit hashes of the perceptual hash and the colors of each image, uint64 [N, 2]: equal for equal images,
     and for others with a probability of about 1e-26 a pair.
 
     hashes: uint64 [N]
@@ -145,7 +145,7 @@ def appearances(hashes: np.ndarray, colours: Colours) -> np.ndarray:
     factors = np.array([0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # of SplitMix64 (Steele et al. 2014)
     for start in range(0, len(hashes), CHUNK >> 4):
         rows = np.arange(start, min(start + (CHUNK >> 4), len(hashes)))
-        words, state = np.ascontiguousarray(colours[rows]).view(np.uint64), result[rows]
+        words, state = np.ascontiguousarray(colors[rows]).view(np.uint64), result[rows]
         for word in words.T:
             state = (state ^ word[:, None]) * factors
             state ^= state >> np.uint64(29)
@@ -153,7 +153,7 @@ def appearances(hashes: np.ndarray, colours: Colours) -> np.ndarray:
     return result
 
 
-def leaders(hashes: np.ndarray, colours: Colours) -> np.ndarray:
+def leaders(hashes: np.ndarray, colors: Colors) -> np.ndarray:
     """For each image the first image that it is similar to, itself if there is none: int64 [N]
 
     A leader has no other leader, and every follower is similar to its leader directly. So no chain of similar images
@@ -167,19 +167,19 @@ def leaders(hashes: np.ndarray, colours: Colours) -> np.ndarray:
         for _ in range(LEADERS):
             if len(group) < 2:
                 break
-            similar = same_colours(colours, np.full(len(group), group[0]), group)
+            similar = same_colors(colors, np.full(len(group), group[0]), group)
             leader[group[similar]] = group[0]
             group = group[~similar]
         else:
             leader[group] = group
     heads = _select_leaders(hashes, leader)
     before = leader.copy()
-    for first, later in heads[pairs(hashes[heads], _Selected(colours, heads))]:
+    for first, later in heads[pairs(hashes[heads], _Selected(colors, heads))]:
         if leader[first] == first and leader[later] == later:
             leader[later] = first
     moved = np.flatnonzero(leader[before] != before)
     moved = moved[before[moved] != moved]  # whose leader now has another leader
-    stay = ~same_colours(colours, moved, leader[before[moved]])
+    stay = ~same_colors(colors, moved, leader[before[moved]])
     leader[moved] = np.where(stay, moved, leader[before[moved]])
     return leader
 

@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 
 from tessera.data import shapes
-from tessera.data.shapes import COLOURS, GRID, PAD, PHASES, SIZES, WINDOW, Description, Object, ShapesConfig, relation
+from tessera.data.shapes import COLORS, GRID, PAD, PHASES, SIZES, WINDOW, Description, Object, ShapesConfig, relation
 from tessera.reporting.estimates import Estimate
 
 # Distances are Euclidean, in levels of RGB. The palest color is 180 from the background, two colors are 127 apart.
@@ -103,7 +103,7 @@ def _fit_object(delta: np.ndarray, background: np.ndarray) -> Object:
 
 def _nearest_color(color: np.ndarray) -> str:
     """The name of the palette's nearest color; color [3]."""
-    distance = {name: float(np.linalg.norm(color - rgb)) for name, rgb in COLOURS.items()}
+    distance = {name: float(np.linalg.norm(color - rgb)) for name, rgb in COLORS.items()}
     nearest = min(distance, key=distance.__getitem__)
     if distance[nearest] > OFF_COLOR:
         raise _Invalid(f"no known color, nearest {nearest}")
@@ -169,7 +169,7 @@ class ShapesEvaluator:
         hits = {}
         if labels is not None:
             hits["accuracy"] = [
-                any(f"{item.colour} {item.shape}" == shapes.CLASSES[label] for item in detection.objects)
+                any(f"{item.color} {item.shape}" == shapes.CLASSES[label] for item in detection.objects)
                 for detection, label in zip(detections, labels, strict=True)
             ]
         return _fractions(hits | {"invalid": [bool(detection.invalid_reason) for detection in detections]})
@@ -182,10 +182,10 @@ def compare(objects: Sequence[Object], expected: Description) -> dict[str, bool]
     binding: color and shape of every object together. swapped: the same after the colors of two objects are exchanged.
     With the wrong number of objects nothing is correct.
     """
-    pairs = [(item.colour, item.shape) for item in expected.appearances]
+    pairs = [(item.color, item.shape) for item in expected.appearances]
     colors, names = zip(*pairs)
     swapped = list(zip(reversed(colors), names))
-    shown = [(item.colour, item.shape) for item in objects]
+    shown = [(item.color, item.shape) for item in objects]
     result = _matches(objects, expected)
     result["whole"] = all(result.values())
     result["binding"] = sorted(shown) == sorted(pairs)
@@ -194,14 +194,14 @@ def compare(objects: Sequence[Object], expected: Description) -> dict[str, bool]
 
 
 def _matches(objects: Sequence[Object], expected: Description) -> dict[str, bool]:
-    attributes = {"shape": "shape", "color": "colour", "size": "size"}
+    attributes = ("shape", "color", "size")
     if len(objects) != len(expected.appearances):
         return dict.fromkeys((*attributes, "relation") if expected.relation else attributes, False)
     best, best_rank = {}, (-1, False)
     for order in permutations(objects):
         equal = {
-            key: [getattr(item, name) == getattr(other, name) for item, other in zip(order, expected.appearances)]
-            for key, name in attributes.items()
+            key: [getattr(item, key) == getattr(other, key) for item, other in zip(order, expected.appearances)]
+            for key in attributes
         }
         result = {key: all(values) for key, values in equal.items()}
         if expected.relation:
