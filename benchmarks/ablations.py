@@ -86,6 +86,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern + dual token times + self-alignment": (  # Self-Flow: the features at the cleaner time
         *MOST, *FALLING, "training.token_times=dual", "training.alignment=self", "training.alignment.time_gap=0",
     ),
+    "modern + token routing": (*MOST, *FALLING, "training.token_routing={}"),  # for 256 tokens or more
     # other changes, and parts of the rope-swiglu block: "... + Muon" with one thing changed
     "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
     "shift by dimension": (*MOST, *STEADY, "diffusion.shift=dimension"),
@@ -248,7 +249,7 @@ def flops_of_a_step(recipe) -> float:
 
     from tessera.layers.embeddings import TimestepEmbedder
     from tessera.layers.modulation import Modulation
-    from tessera.training.alignment import training_macs
+    from tessera.training.recipe import training_macs
 
     network = recipe.network.build()
     for parameter in network.parameters():
@@ -256,7 +257,7 @@ def flops_of_a_step(recipe) -> float:
     optimizer = recipe.training.optimizer.build(network)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    macs = training_macs(recipe.training.alignment, network)
+    macs = training_macs(recipe.training, network)
     if recipe.training.token_times.kind == "dual":  # a time embedding and a modulation vector for each token
         per_time = [part.macs() for part in network.modules() if isinstance(part, (Modulation, TimestepEmbedder))]
         macs += (math.prod(recipe.network.grid) - 1) * sum(per_time)

@@ -80,6 +80,16 @@ class Context(Rows):
         """
         return modulation.params(self.c, self.shared_modulation)
 
+    def of_tokens(self, rows: Tensor, count: int) -> "Context":
+        """The context of some tokens, int64 [K]: of the image, which has `count`, and of all that are appended to it"""
+        with_times = {  # of tokens that have their own
+            name: value[:, rows]
+            for name in ("c", "shared_modulation")
+            if (value := getattr(self, name)) is not None and value.shape[1] == count > 1
+        }
+        rope, v0 = None if self.rope is None else self.rope[rows], None if self.v0 is None else self.v0[:, rows]
+        return replace(self, rope=rope, v0=v0, **with_times)
+
     def for_block(self, number: int) -> "Context":
         """The context of one block: its attention mode, text keys, keys of the controls and of earlier frames."""
         own = tuple(each.keys_values[number] for each in self.controls if each.keys_values is not None)

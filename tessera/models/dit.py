@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -50,6 +51,15 @@ def active_controls(strengths: Mapping[str, Tensor | float]) -> Iterator[None]:
         yield
     finally:
         ACTIVE_CONTROLS.reset(token)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Some tokens of an image skip the blocks start .. end - 1 (training.token_routing)."""
+
+    start: int
+    end: int
+    rows: Tensor  # int64 [K] the tokens that do not skip
 
 
 class Control(Protocol):
@@ -352,15 +362,36 @@ class DiT(Network):
         grid = self.grid(x)
         return self.embed_condition(check_times(t, x, math.prod(grid)), condition, grid)
 
-    def forward_with_features(self, x: Tensor, t: Tensor, condition: Condition, block: int) -> tuple[Tensor, Tensor]:
-        """The output, and the features that the head predicts from the output of a block (1: the first): [B, N, F]"""
-        assert self.feature_head is not None
+    def training_forward(
+        self, x: Tensor, t: Tensor, condition: Condition, feature_block: int | None = None, route: Route | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and the features [B, N, F] that the head predicts from the output of a block (1: the first).
+
+        feature_block: None for no features. It must not be on the route that some tokens take.
+        """
         tokens, context = self.embed(x, t, condition)
-        capture: dict[int, Tensor | None] = {block - 1: None}
-        output = self.head(self.run_blocks(tokens, context, capture=capture), context)
-        captured = capture[block - 1]
-        assert captured is not None
-        return output, self.feature_head(captured[:, : math.prod(context.grid)])
+        capture: dict[int, Tensor | None] = {} if feature_block is None else {feature_block - 1: None}
+        tokens = (self.run_blocks if route is None else partial(self._run_routed, route))(
+            tokens, context, capture=capture
+        )
+        features = None
+        for captured in capture.values():
+            assert captured is not None
+            assert self.feature_head is not None
+            features = self.feature_head(captured[:, : math.prod(context.grid)])
+        return self.head(tokens, context), features
+
+    def _run_routed(self, route: Route, tokens: Tensor, context: Context, capture: dict[int, Tensor | None]) -> Tensor:
+        """`run_blocks`, where only some tokens of the image pass the blocks of a route."""
+        count = math.prod(context.grid)
+        rows = torch.cat((route.rows, torch.arange(count, tokens.shape[1]))).to(tokens.device, non_blocking=True)
+        tokens = self.run_blocks(tokens, context, end=route.start, capture=capture)
+        some = context.of_tokens(rows, count)
+        if context.text_mask is not None:
+            some = replace(some, key_mask=self.config.block.key_mask(context.text_mask, len(route.rows)))
+        routed = self.run_blocks(tokens[:, rows], some, route.start, route.end)
+        tokens = tokens.index_copy(1, rows, routed.to(tokens.dtype))
+        return self.run_blocks(tokens, context, route.end, capture=capture)
 
     def block_output(self, x: Tensor, t: Tensor, condition: Condition, blocks: int) -> Tensor:
         """The tokens of the image after the first blocks: [B, N, D]"""
@@ -553,19 +584,24 @@ class DiT(Network):
         positions = sincos_frames(frames, self.config.hidden_size)[first_frame:]
         return (positions.to(table, non_blocking=table.is_cuda)[:, None] + table).flatten(0, 1)
 
-    def macs(self, size: Sequence[int] | None = None) -> int:
-        grid = self.config.token_grid(size or self.config.input_size)
-        tokens = math.prod(grid)
+    def block_macs(self, grid: tuple[int, ...], tokens: int | None = None) -> list[int]:
+        """Multiply-adds of each block for one sample of a token grid. tokens: of an image, where some are left out"""
+        count = math.prod(grid) if tokens is None else tokens
         text_tokens = self.config.text_tokens if self.text_embedder is not None else 0
         cond_tokens = text_tokens or self._frames_with_times(grid) + (self.y_embedder is not None)
-        appended = text_tokens if self.appends_tokens else 0
         modes = (self.config.attention.for_block(number) for number in range(len(self.blocks)))
-        blocks = [
-            block.macs(tokens, cond_tokens, mode.keys(grid))
-            + (0 if block.temporal is None else block.temporal.macs(tokens, grid))
+        return [
+            block.macs(count, cond_tokens, mode.keys(grid) if tokens is None else tokens)
+            + (0 if block.temporal is None else block.temporal.macs(count, grid))
             for block, mode in zip(self.blocks, modes)
             if isinstance(block, Block)
         ]
+
+    def macs(self, size: Sequence[int] | None = None) -> int:
+        grid = self.config.token_grid(size or self.config.input_size)
+        tokens, blocks = math.prod(grid), self.block_macs(grid)
+        text_tokens = self.config.text_tokens if self.text_embedder is not None else 0
+        appended = text_tokens if self.appends_tokens else 0
         return (
             self.x_embedder.macs(tokens)
             + self.t_embedder.macs()

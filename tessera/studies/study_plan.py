@@ -26,9 +26,15 @@ from tessera.settings import Settings, diff, to_yaml, validate
 from tessera.studies.study import Budget, Marks, Member, Study, members
 from tessera.studies.worker import load_reference
 from tessera.training import initialization
-from tessera.training.alignment import training_macs
 from tessera.training.plan_recipe import count_function_evaluations, plan_for_recipe
-from tessera.training.recipe import Recipe, infer_pixel_channels, inherit_text, read_recipe, resolve_recipe
+from tessera.training.recipe import (
+    Recipe,
+    infer_pixel_channels,
+    inherit_text,
+    read_recipe,
+    resolve_recipe,
+    training_macs,
+)
 from tessera.training.run import load_init_model, measure_text, open_data
 
 PLAN, STUDY, MEMBERS, REFERENCE = "plan.json", "study.yaml", "members", "reference"
@@ -139,7 +145,7 @@ def _resolve_member(study: Study, member: Member, cache: dict[str, Any]) -> Reso
     with torch.device("meta"):
         network = recipe.network.build()
     macs = network.macs()
-    training = training_macs(recipe.training.alignment, network)
+    training = training_macs(recipe.training, network)
     flops_per_step = FLOPS_PER_MAC * training * recipe.training.global_batch_size
     steps = training_steps(study.budget, flops_per_step)
     evaluation = {

@@ -157,10 +157,6 @@ class Alignment:
         """Whether the samples of a batch, at these positions [B], are aligned."""
         return bool(position[0] < self.num_positions)
 
-    def forward(self, network: DiT, x: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """The output of a network and the features that it predicts: [B, O, h, w], [B, N, F]"""
-        return network.forward_with_features(x, t, condition, self.config.block_of(len(network.blocks)))
-
     def add(
         self,
         losses: Losses,
@@ -183,19 +179,18 @@ class Alignment:
         return replace(losses, total=losses.total + self.config.weight * alignment, alignment=alignment)
 
 
-def training_macs(config: AnyAlignment | None, network: Network) -> float:
-    """A third of the multiply-adds of a training step for one image: those of a forward pass, without an alignment.
+def added_macs(config: AnyAlignment, network: Network) -> float:
+    """A third of the multiply-adds that an alignment adds to a training step, for one image.
 
     Those of an encoder are not known here, and not counted.
     """
-    macs = network.macs()
-    if config is None or not isinstance(network, DiT) or network.feature_head is None:
-        return macs
+    assert isinstance(network, DiT)
+    assert network.feature_head is not None
     added = network.feature_head.macs(math.prod(network.config.grid))
     if isinstance(config, SelfAlignment):
         depth = len(network.blocks)
-        added += macs * config.target_block_of(depth) / depth / 3  # a forward pass alone
-    return macs + config.until * added
+        added += network.macs() * config.target_block_of(depth) / depth / 3  # a forward pass alone
+    return config.until * added
 
 
 def build_features(

@@ -23,6 +23,7 @@ from tessera.monitoring import health
 from tessera.training.alignment import Alignment
 from tessera.training.distillation import Distillation
 from tessera.training.frame_times import AnyFrameTimes, MixedTimes, SharedTimes
+from tessera.training.token_routing import TokenRouting
 from tessera.training.token_times import AnyTokenTimes, DualTokenTimes, SharedTokenTimes, times_of_pixels
 
 SHARED_TIMES, SHARED_TOKEN_TIMES = SharedTimes(), SharedTokenTimes()
@@ -48,6 +49,7 @@ class TrainingObjective:
     token_times: AnyTokenTimes = SHARED_TOKEN_TIMES  # of images
     patch_size: int = 1  # of the tokens that have times
     alignment: Alignment | None = None  # of features
+    token_routing: TokenRouting | None = None
     distillation: Distillation | None = None  # of a teacher, in place of the data's own velocity
     empty_text: Condition | None = None  # an encoded empty prompt, one row, in place of null text
 
@@ -139,13 +141,17 @@ def compute_loss(
         t, mean_t = times_of_pixels(network_t, grid, objective.patch_size), network_t.mean(dim=1)
     x = objective.diffusion.add_noise(x0, noise, t)
     time = objective.diffusion.model_time(network_t).to(x0.device, non_blocking=True)
-    alignment, features = objective.alignment, None
+    alignment, routing, features = objective.alignment, objective.token_routing, None
     with runtime.autocast(objective.dtype, x0.device):
-        if alignment is not None and alignment.is_active(position):
-            assert isinstance(network, DiT)
-            raw, features = alignment.forward(network, x, time, condition)
-        else:
+        if alignment is None and routing is None:
             raw = network(x, time, condition)
+        else:
+            assert isinstance(network, DiT)
+            block = None
+            if alignment is not None and alignment.is_active(position):
+                block = alignment.config.block_of(len(network.blocks))
+            route = None if routing is None else routing.route(network, math.prod(network.grid(x)), position)
+            raw, features = network.training_forward(x, time, condition, block, route)
     with_loss, loss_t = (None, t) if frames is None else (frames.loss_frames, frames.loss_t)
     if own_frames is not None and x0.ndim == 5:
         is_own = torch.arange(x0.shape[2]) * objective.codec.frame_factor < own_frames.cpu()[:, None]

@@ -54,7 +54,7 @@ class ParallelContext:
         for block in network.blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=reshard_blocks)
         fully_shard(network, mesh=self.mesh, reshard_after_forward=False)
-        for name in ("forward_with_features", "block_output"):  # of a DiT: they gather the weights as forward does
+        for name in ("training_forward", "block_output"):  # of a DiT: they gather the weights as forward does
             if hasattr(network, name):
                 register_fsdp_forward_method(network, name)
 

@@ -21,18 +21,19 @@ from tessera.encoders.text import AnyTextEncoder, WordsConfig
 from tessera.errors import TesseraError
 from tessera.models import AnyNetwork, PixArtConfig, with_kind
 from tessera.models.dit import DiTConfig
-from tessera.models.network import NetworkConfig
+from tessera.models.network import Network, NetworkConfig
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.power_ema import MAX_LENGTH, new_weight
 from tessera.runtime import DeviceName, Precision
 from tessera.sampling import SamplingConfig, Together, check_schedule, check_step_size
 from tessera.sampling.timesteps import timestep_grid
 from tessera.settings import Settings, apply_overrides, as_tuple, expand_kind, read_yaml, validate
-from tessera.training.alignment import AnyAlignment, alignment_problem, feature_channels
+from tessera.training.alignment import AnyAlignment, added_macs, alignment_problem, feature_channels
 from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
+from tessera.training.token_routing import TokenRoutingConfig, skipped_macs
 from tessera.training.token_times import AnyTokenTimes, SharedTokenTimes
 
 NUM_SNAPSHOTS = 32  # of averages in a run
@@ -165,6 +166,9 @@ class TrainingConfig(Settings):
         default=None,
         description="a block also learns to predict features: self (of the weight average, with less noise: SRA) or "
         "encoder (of a pretrained image encoder: REPA)",
+    )
+    token_routing: TokenRoutingConfig | None = Field(
+        default=None, description="some tokens skip the blocks in the middle, in training (TREAD); {}: the defaults"
     )
     distillation: DistillationConfig | None = Field(
         default=None, description="train the average velocity of a teacher, for sampling in a few steps; null: the data"
@@ -427,6 +431,7 @@ def resolve_recipe(
         if problem:
             raise TesseraError(f"training.token_times={token_times.kind} {problem}: leave it out")
     network = _with_feature_head(recipe, network)
+    _check_routing(recipe, network)
     schedule = recipe.sampling.frame_schedule
     if not isinstance(schedule, Together) and (problem := network.frame_times_problem()):
         raise TesseraError(f"sampling.frame_schedule={schedule.kind} {problem}: leave it out")
@@ -482,3 +487,31 @@ def _with_feature_head(recipe: Recipe, network: NetworkConfig) -> NetworkConfig:
         raise TesseraError(f"training.alignment={config.kind} {problem}; leave it out, or change that")
     assert isinstance(network, DiTConfig)
     return network.model_copy(update={"feature_channels": feature_channels(config, network)})
+
+
+def _check_routing(recipe: Recipe, network: NetworkConfig) -> None:
+    """Raise TesseraError if tokens cannot be routed."""
+    config, alignment = recipe.training.token_routing, recipe.training.alignment
+    if config is None:
+        return
+    problem = config.problem(network)
+    if recipe.training.distillation is not None or recipe.adapter is not None:
+        problem = "trains all weights from data: it does not go with training.distillation or an adapter"
+    if problem is None and alignment is not None and isinstance(network, DiTConfig):
+        start, end = config.blocks(network.depth)
+        if start < (block := alignment.block_of(network.depth)) <= end:
+            problem = (
+                f"has a route over the blocks {start + 1} to {end}, and training.alignment needs all tokens of block "
+                f"{block}: set training.alignment.block={start}"
+            )
+    if problem:
+        raise TesseraError(f"training.token_routing {problem}; leave it out, or change that")
+
+
+def training_macs(training: TrainingConfig, network: Network) -> float:
+    """A third of the multiply-adds of a training step for one image: those of a forward pass, and what alignment and
+    routing change."""
+    macs = float(network.macs())
+    if training.alignment is not None:
+        macs += added_macs(training.alignment, network)
+    return macs if training.token_routing is None else macs - skipped_macs(training.token_routing, network)

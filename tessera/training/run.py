@@ -38,7 +38,7 @@ from tessera.power_ema import SNAPSHOTS
 from tessera.runtime import SINGLE, Distributed
 from tessera.settings import to_yaml
 from tessera.training import checkpoint, initialization, parallel, scores
-from tessera.training.alignment import Alignment, build_features, training_macs
+from tessera.training.alignment import Alignment, build_features
 from tessera.training.checkpoint import CheckpointWriter, TrainerState
 from tessera.training.distillation import Distillation, Teacher
 from tessera.training.ema import EMA
@@ -51,10 +51,12 @@ from tessera.training.recipe import (
     null_fields,
     resolve_recipe,
     resolve_text,
+    training_macs,
 )
 from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
 from tessera.training.students import check_student, load_teacher, student_recipe
+from tessera.training.token_routing import TokenRouting
 
 RECIPE, SAMPLES = "recipe.yaml", "samples"
 SKIPPED_SAMPLES, SHORT_SAMPLES, INIT_REPORT = "skipped_samples.txt", "short_clips.txt", "init_report.txt"
@@ -93,10 +95,10 @@ class TrainingRun:
     @property
     def macs(self) -> float:
         """Multiply-adds of the forward pass of a sample; the mean over all samples if their sizes differ. With
-        distillation or alignment: a third of those of a sample in a step of training."""
+        distillation, alignment or routing: a third of those of a sample in a step of training."""
         distillation = self.objective.distillation
         if self.loader.buckets is None:
-            macs = training_macs(self.recipe.training.alignment, self.network)
+            macs = training_macs(self.recipe.training, self.network)
             return macs if distillation is None else macs + distillation.extra_macs(macs) / 3
         codec, bucket_ids = self.ema_model.codec, self.loader.buckets.bucket_ids
         macs = [self.network.macs(codec.latent_size(size)) for size in self.loader.buckets.sizes]
@@ -187,6 +189,9 @@ def build_run(
         features = build_features(config.alignment, ema, objective.diffusion, codec, device, objective.seed)
         end = round(config.alignment.until * config.steps) * config.global_batch_size
         objective = replace(objective, alignment=Alignment(config.alignment, features, end, dtype))
+    if config.token_routing is not None:
+        routing = TokenRouting(config.token_routing, config.global_batch_size, objective.seed)
+        objective = replace(objective, token_routing=routing)
     if recipe.sampling.null_text == "empty" and loader.dataset.text is not None:
         text = loader.dataset.text.encoder.encode_exactly("", is_negative=True)[None]
         mask = torch.ones(text.shape[:2], dtype=torch.bool)
@@ -565,8 +570,8 @@ def compile_network(
         timings = compilation.time_modes(network, run_once, lambda: runtime.synchronize(device))
         log(str(timings))
         mode = world.broadcast(timings.fastest)
-    if mode == "whole" and (world.world_size > 1 or objective.alignment is not None):
-        mode = "blocks"  # FSDP communicates between the blocks, and an alignment uses the output of one
+    if mode == "whole" and (world.world_size > 1 or objective.alignment or objective.token_routing):
+        mode = "blocks"  # FSDP, alignment and routing do something between the blocks
     forward, reason = compilation.compile_network(network, mode, dynamic_shapes=loader.buckets is not None)
     if reason is not None:
         log(f"training.compile={recipe.training.compile}, but this machine cannot compile: {reason}")

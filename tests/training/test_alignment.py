@@ -23,12 +23,11 @@ from tessera.training.alignment import (
     EncoderFeatures,
     SelfAlignment,
     build_features,
-    training_macs,
 )
 from tessera.training.ema import EMA
 from tessera.training.loop import train
 from tessera.training.objective import TrainingObjective, compute_loss, sample_noise
-from tessera.training.recipe import EMAConfig, read_recipe, resolve_recipe
+from tessera.training.recipe import EMAConfig, TrainingConfig, read_recipe, resolve_recipe, training_macs
 from tessera.training.token_times import DualTokenTimes
 
 NETWORK = DiTConfig(
@@ -125,7 +124,7 @@ def test_the_head_changes_neither_output_nor_cost_of_sampling():
     plain.load_state_dict({name: value for name, value in network.state_dict().items() if "feature_head" not in name})
     x, t = torch.randn(2, 3, 8, 8), torch.rand(2)
     condition = Condition(label=torch.tensor([0, 1]))
-    output, features = network.forward_with_features(x, t, condition, 2)
+    output, features = network.training_forward(x, t, condition, 2)
     assert torch.equal(output, plain(x, t, condition))
     assert torch.equal(network(x, t, condition), output)
     assert features.shape == (2, 16, 24)
@@ -135,9 +134,9 @@ def test_the_head_changes_neither_output_nor_cost_of_sampling():
 def test_the_multiply_adds_of_training_are_those_of_the_modules_that_run():
     network = trained_network()
     head = 16 * 2 * 24 * 24
-    assert training_macs(None, network) == network.macs()
-    config = SelfAlignment(block=1, target_block=2, until=0.5)
-    assert training_macs(config, network) == pytest.approx(network.macs() + 0.5 * (head + network.macs() * 2 / 3 / 3))
+    assert training_macs(TrainingConfig(), network) == network.macs()
+    training = TrainingConfig(alignment=SelfAlignment(block=1, target_block=2, until=0.5))
+    assert training_macs(training, network) == pytest.approx(network.macs() + 0.5 * (head + network.macs() * 2 / 3 / 3))
 
 
 @pytest.mark.parametrize(
