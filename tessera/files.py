@@ -135,11 +135,12 @@ class InUse(TesseraError):
 
 
 @contextmanager
-def exclusive_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+def exclusive_lock(folder: Path, on_wait: Callable[[], None] | None = None, name: str = "") -> Iterator[None]:
     """Create a folder if necessary and lock it for this process. The lock of a killed process does not block.
 
     on_wait: called once if another process has locked the folder; then this process waits for it. Without on_wait
-    InUse is raised. Raises TesseraError if the folder cannot be written.
+    InUse is raised. name: of the folder in errors, if it is a copy. Raises TesseraError if the folder cannot be
+    written.
     """
     lock = FileLock(folder / LOCK, thread_local=False)
     try:
@@ -148,7 +149,9 @@ def exclusive_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> I
             lock.acquire(timeout=0)
         except Timeout:
             if on_wait is None:
-                raise InUse(f"{folder} is in use by another process: wait for it, or choose another folder") from None
+                raise InUse(
+                    f"{name or folder} is in use by another process: wait for it, or choose another folder"
+                ) from None
             on_wait()
             lock.acquire()
     except OSError as error:

@@ -307,9 +307,11 @@ def _download(path: Path, known: State) -> None:
     def get(files: Any, name: str) -> None:
         state = _state(_info(files, name))
         if state != known:
+            sizes = f"{known.st_size:,} bytes then, {state.st_size:,} now"
+            difference = sizes if state.st_size != known.st_size else "of the same size, but with another ETag or date"
             raise TesseraError(
-                f"{url} has changed since its index was written or its folder was listed: {known.st_size:,} bytes "
-                f"then, {state.st_size:,} now; write the index again, or restore the file"
+                f"{url} has changed since its index was written or its folder was listed: {difference}; write the "
+                "index again, or restore the file"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")

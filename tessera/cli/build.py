@@ -17,7 +17,7 @@ from tessera.cli.options import (
     print_error,
     progress,
 )
-from tessera.errors import Interrupted
+from tessera.errors import Interrupted, TesseraError
 
 
 def build(
@@ -39,7 +39,7 @@ def build(
     Example:
       tessera data build recipes/build.yaml sources=my-images output=built size=256
     """
-    from tessera import runtime
+    from tessera import runtime, storage
     from tessera.data.build import Builder, read_recipe
     from tessera.data.build import build as build_data
     from tessera.data.check.scan import ScanShard
@@ -49,6 +49,11 @@ def build(
     config = read_recipe(recipe, overrides)
     if launched is not None:
         builder = Builder(config)
+        if launched.kind != "local" and config.work is None and storage.is_remote(builder.output):
+            raise TesseraError(
+                f"output {config.output} is in a bucket, and the tasks share their measurements in a folder: set work= "
+                "to a folder that all machines see under the same path, or build with --launch local"
+            )
         builder.begin()
         for name in ("measure", "write") if builder.missing_parts() else ("write",):
             # Of a bucket, too, the work is a folder that all machines share.

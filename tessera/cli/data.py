@@ -51,7 +51,7 @@ def check(
     Example:
       tessera data check my-images --write-index clean.parquet
     """
-    from tessera import runtime
+    from tessera import runtime, storage
     from tessera.data.check import FINDINGS, REPORT, CheckRequest, report_findings, scan_data
     from tessera.data.check.decisions import excluded_kinds
     from tessera.data.check.scan import ScanShard
@@ -93,7 +93,8 @@ def check(
     _print_findings(result)
     print(f"{result.keep.sum():,} of {len(result.keep):,} samples accepted; report in {folder / REPORT}")
     if write_index is not None:
-        print(f"to train on the accepted samples: {shlex.quote(f'data.path={write_index}')}")
+        address = storage.address(storage.locate(write_index))
+        print(f"to train on the accepted samples: {shlex.quote(f'data.path={address}')}")
     elif not result.keep.all():
         print("nothing was changed; --write-index accepted.parquet writes an index of the accepted samples")
 

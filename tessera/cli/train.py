@@ -64,6 +64,11 @@ def _launch(config: "Recipe", kind: str, nodes: int | None, ranks: int, options:
 
     if nodes is None:
         raise TesseraError(f"--launch {kind} needs the number of machines: add --nodes 2, for example")
+    if nodes > 1 and storage.is_remote(storage.locate(config.run_dir)):
+        raise TesseraError(
+            f"run_dir={config.run_dir} is in a bucket, which works for the processes of one machine: give a folder "
+            "that all machines share, or --nodes 1"
+        )
     launched = launching.Launch(kind, nodes, options)
     launched.check()
     training = Training(

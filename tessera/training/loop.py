@@ -112,7 +112,11 @@ def _local_copy(remote: checkpoint.RemoteRun | None, keep: int, world: Distribut
         world.barrier()
         yield
         return
-    with exclusive_lock(remote.local), remote.exclusive(lambda text: print(text, file=sys.stderr, flush=True)):
+
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with exclusive_lock(remote.local, name=remote.address), remote.exclusive(log):
         remote.pull(keep)
         world.barrier()
         try:
@@ -190,7 +194,7 @@ class Trainer:
         if self.invalid_samples:
             path = run.run_dir / SKIPPED_SAMPLES
             logger.info(f"{len(self.invalid_samples)} images could not be used: {path} lists them")
-        logger.info(f"trained {config.steps} steps; the model is in {run.run_dir}")
+        logger.info(f"trained {config.steps} steps; the model is in {run.address}")
 
     def _log_start(self, resumed_from: Path | None) -> None:
         run, info = self.run, self.logger.info
@@ -253,7 +257,7 @@ class Trainer:
                 if stopping and not due.last:
                     self.writer.wait()
                     raise Interrupted(
-                        f"stopped at step {self.step} of {config.steps}, everything is saved in {run.run_dir}\n"
+                        f"stopped at step {self.step} of {config.steps}, everything is saved in {run.address}\n"
                         "run the same command again to resume"
                     )
         finally:

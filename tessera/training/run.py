@@ -84,6 +84,11 @@ class TrainingRun:
         return checkpoint.local_folder(self.recipe.run_dir)
 
     @property
+    def address(self) -> str:
+        """Where the user looks for the run: a folder, or a bucket of which run_dir is a copy."""
+        return str(self.run_dir) if self.remote is None else self.remote.address
+
+    @property
     def parallel(self) -> ParallelContext:
         return self.state.parallel
 

@@ -58,6 +58,7 @@ def test_slurm_needs_its_programs(monkeypatch, tmp_path):
     [
         (("--nodes", "2"), "--nodes and --launch-option are for --launch"),
         (("--launch", "ray"), "--launch ray needs the number of machines: add --nodes 2"),
+        (("--launch", "ray", "--nodes", "2", "run_dir=s3://bucket/run"), "works for the processes of one machine"),
         (("--launch", "slurm", "--nodes", "2", "--resume", "never"), "--resume never would refuse the restart"),
         (("--launch", "ray", "--nodes", "2", "--launch-option", "partition=x"), "partition is not known to --launch"),
     ],
@@ -160,6 +161,55 @@ def test_a_build_as_tasks_has_the_same_files(command, images, tmp_path):
     }
     for name, content in contents(tmp_path / "tasks").items():
         assert "/work/" in name or content == files[name], name
+
+
+@pytest.fixture
+def clips(tmp_path) -> Path:
+    """550 clips of three to six frames with captions, one of them damaged: two parts of a check."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "clips"
+    for number in range(550):
+        pixels = generator.integers(0, 255, (3 + number % 4, 16, 16, 3), np.uint8)
+        path = folder / f"{number % 2}/{number:04d}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = [Image.fromarray(frame) for frame in pixels]
+        images[0].save(path, save_all=True, append_images=images[1:], duration=200)
+        path.with_suffix(".txt").write_text(f"noise {number}")
+    path.write_bytes(path.read_bytes()[:40])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["check", "build", "cache"])
+def test_clips_as_tasks_are_the_same_files(command, clips, autoencoder_folder, tmp_path, verb):
+    (tmp_path / "build.yaml").write_text("{size: 8, frames: 4, fps: 5, encoding: webp, samples_per_shard: 100}")
+    settings = ("data.frames=4", "data.fps=5", f"codec.source={autoencoder_folder}")
+    words, pattern, count = {
+        "check": (("check", clips, "--frames", 4, "--fps", 5, "--size", 8), "out/parts/*", 2),
+        "build": (("build", tmp_path / "build.yaml", f"sources={clips}"), "out/shards/*", 5),  # of long clips
+        "cache": (("cache", clips, *settings, "--size", 8, "--shard-size", 150), "out/*/0*.safetensors", 4),
+    }[verb]
+    out = ("output=out",) if verb == "build" else ("--out", "out")
+    for name, launch in {"one": (), "tasks": ("--launch", "local", "--tasks", "2")}.items():
+        (tmp_path / name).mkdir()
+        done = command("data", *words, *out, *launch, cwd=tmp_path / name)
+        assert done.code == 0, done.err
+    assert "shard 2/2 is done" in done.err
+    one, tasks = (contents(tmp_path / name) for name in ("one", "tasks"))
+    assert len(list((tmp_path / "one").glob(pattern))) == count
+    assert one.keys() == tasks.keys()
+    assert [name for name in one if one[name] != tasks[name]] == []
+
+
+def test_a_build_into_a_bucket_on_several_machines_needs_a_shared_folder(
+    tessera, images, tmp_path, fresh_storage, monkeypatch
+):
+    monkeypatch.setattr(launching.Launch, "check", lambda self: None)  # Ray need not be installed
+    (tmp_path / "build.yaml").write_text("size: 8\n")
+    words = (f"sources={images}", f"output=file://{tmp_path}/built", "--launch", "ray", "--tasks", "2")
+    done = tessera("data", "build", tmp_path / "build.yaml", *words)
+    assert (done.code, "set work= to a folder that all machines see" in done.err) == (1, True), done.err
+    assert not (tmp_path / "built").exists()
 
 
 STUDY = """

@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tessera import bundle, storage
+from tessera.data.files import FilesConfig
 from tessera.errors import TesseraError
 from tessera.files import InUse
 from tessera.monitoring.logger import read_log
@@ -365,10 +366,9 @@ def test_an_index_in_a_bucket_is_its_listing_and_notices_a_changed_shard(cloud, 
     source = write_tars(tmp_path / "data", 2)
     upload(source, f"{place}/data")
     index = f"{place}/data/index.parquet"
-    assert (
-        tessera("data", "check", f"{place}/data", "--size", 8, "--write-index", index, "--out", tmp_path / "c").code
-        == 0
-    )
+    check = tessera("data", "check", f"{place}/data", "--size", 8, "--write-index", index, "--out", tmp_path / "c")
+    assert check.code == 0, check.err
+    assert check.out.endswith(f"to train on the accepted samples: data.path={index}\n")
     monkeypatch.setattr(storage, "_known", {})
     shutil.rmtree(tmp_path / "cache")
     proxy.requests.clear()
@@ -379,11 +379,16 @@ def test_an_index_in_a_bucket_is_its_listing_and_notices_a_changed_shard(cloud, 
     assert all(re.search("max-keys=1(&|$)|maxResults=1(&|$)", path) for path in lists), lists
     write_tars(tmp_path / "other", 2, 40)
     storage.upload(tmp_path / "other/001.tar", f"{place}/data/001.tar")
+    storage.upload(tmp_path / "data/001.tar", f"{place}/data/000.tar")  # of the same size
     monkeypatch.setattr(storage, "_known", {})
     shutil.rmtree(tmp_path / "cache")
+    dataset = FilesConfig(path=index, size=8, channels=1).open()
     changed = tessera("train", recipe, *data_words(f"{place}/data"), f"run_dir={tmp_path}/second")
     assert changed.code == 1
-    assert "001.tar has changed since its index was written" in changed.err
+    assert "has changed since its index was written" in changed.err
+    for name, difference in (("000.tar", "of the same size, but with another ETag"), ("001.tar", "bytes then, ")):
+        with pytest.raises(TesseraError, match=rf"{name} has changed .* {difference}"):
+            _ = [dataset.encoded(row) for row in range(len(dataset)) if name in dataset.name(row)]
 
 
 @pytest.mark.slow
