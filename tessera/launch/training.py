@@ -197,11 +197,12 @@ def _attempt(training: Training, attempt: int, log: Callable[[str], None]) -> li
     except KeyboardInterrupt:
         raise Interrupted("interrupted; everything is saved: repeat the command to resume") from None
     finally:
-        for reference in references:
+        running = ray.wait(list(references), num_returns=len(references), timeout=0)[1] if references else []
+        for reference in running:  # not of those that have ended: Ray's driver can abort while it completes them
             ray.cancel(reference, force=False)
-        if references:
+        if running:
             # Longer than a task takes to stop: Ray's driver aborts if one replies after its node was taken from it.
-            ray.wait(list(references), num_returns=len(references), timeout=STOP_SECONDS + MARGIN_SECONDS)
+            ray.wait(running, num_returns=len(running), timeout=STOP_SECONDS + MARGIN_SECONDS)
         remove_placement_group(group)
 
 
