@@ -292,6 +292,25 @@ def to_yaml(settings: Settings) -> str:
     return yaml.dump(settings.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def _kinds_before_fields(overrides: Sequence[str | tuple[str, Any]]) -> list[str | tuple[str, Any]]:
+    """Words with each `section.kind=...` before the words that set fields of that section, else in their order."""
+    result: list[str | tuple[str, Any]] = []
+    for override in overrides:
+        index = len(result)
+        path = override.partition("=")[0] if isinstance(override, str) else ""
+        if path.endswith(".kind"):
+            section = path.removesuffix("kind")
+            for position in range(len(result) - 1, -1, -1):
+                earlier = result[position]
+                name = earlier.partition("=")[0] if isinstance(earlier, str) else f"{earlier[0]}"
+                if section.startswith(f"{name}."):  # replaces the section or one around it
+                    break
+                if isinstance(earlier, str) and name.startswith(section) and name != path:
+                    index = position
+        result.insert(index, override)
+    return result
+
+
 def apply_overrides(
     data: dict[str, Any],
     overrides: Sequence[str | tuple[str, Any]],
@@ -302,11 +321,11 @@ def apply_overrides(
 
     kind: the class of the settings. The type of a field decides how the text of a word is read: literally for text,
     else as YAML. Without kind, everything is read as YAML. Selecting another kind (`diffusion.schedule=cosine`,
-    `data.kind=parquet`) drops the fields of the previous kind. example: an override for the error message about a
-    malformed one.
+    `data.kind=parquet`) drops the fields of the previous kind, but not those that the words set, in whatever order.
+    example: an override for the error message about a malformed one.
     """
     result = copy.deepcopy(data)
-    for override in overrides:
+    for override in _kinds_before_fields(overrides):
         path, equals, text = override.partition("=") if isinstance(override, str) else (override[0], "=", "")
         quoted = shorten(repr(override))
         if not equals or not path:

@@ -381,6 +381,20 @@ def test_paths_and_names_of_a_recipe(tmp_path):
     assert read_recipe(again) == recipe
 
 
+@pytest.mark.parametrize(
+    ("words", "section"),
+    [
+        (["data.path=a", "data.kind=files"], {"kind": "files", "path": "a"}),
+        (["data.kind=files", "data.path=a"], {"kind": "files", "path": "a"}),
+        (["data.path=a", "data.size=8", "data.kind=files"], {"kind": "files", "path": "a", "size": 8}),
+        (["data.path=a", "data={kind: parquet}", "data.kind=files"], {"kind": "files"}),
+        (["data.kind=digits", "data.path=a", "data.kind=files"], {"kind": "files", "path": "a"}),
+    ],
+)
+def test_a_field_of_the_command_line_stays_whatever_the_place_of_the_kind(words, section):
+    assert apply_overrides({"data": {"kind": "parquet", "label": "label"}}, words) == {"data": section}
+
+
 def test_another_kind_drops_the_fields_of_the_one_it_replaces():
     data = {"diffusion": {"kind": "gaussian", "schedule": {"kind": "linear", "start": 1e-3}, "num_timesteps": 100}}
     for override in ("diffusion.schedule.kind=cosine", "diffusion.schedule=cosine"):

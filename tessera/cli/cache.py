@@ -176,7 +176,7 @@ def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any
     if from_recipe := Path(target).suffix in (".yaml", ".yml"):
         if size is not None:
             raise TesseraError(f"--size has no effect with the recipe {target}: give data.size=")
-        config: Any = recipe.read_recipe(Path(target), overrides)
+        config: Any = _with_initial_settings(recipe.read_recipe(Path(target), overrides))
     else:
         data = resolve_data(target, parse_size(size)).model_dump(mode="json", exclude_unset=True)
         if not any(word.startswith("codec") for word in overrides):
@@ -192,6 +192,19 @@ def _open(target: str, overrides: list[str], size: str | None) -> tuple[Any, Any
     if codec is None and text is None:
         raise TesseraError(f"the codec of {target} is pixels, which has no latents to cache: give codec.source=FOLDER")
     return config.data, codec, text, config.data.open() if from_recipe else open_data(config.data)
+
+
+def _with_initial_settings(config: Any) -> Any:
+    """A recipe with the codec, the text encoder and the size of the model that training.init_from names."""
+    from tessera.training import initialization
+    from tessera.training.recipe import infer_pixel_channels, inherit_text
+    from tessera.training.run import load_init_model
+
+    model = load_init_model(config, None)
+    if model is None:
+        return config
+    config = inherit_text(infer_pixel_channels(initialization.inherit_settings(config, model)), model.config.text)
+    return initialization.inherit_size(config, model.config, config.codec.build())
 
 
 def _verify(dataset: Any, unit: str = "samples") -> None:

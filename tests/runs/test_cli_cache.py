@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tessera.data.latents import LatentsDataset
 
@@ -214,6 +215,20 @@ def test_wrong_arguments(tessera, recipe, tmp_path, more, message):
     assert done.code == 1
     assert message in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_starts_from_a_model_uses_its_codec(tessera, tmp_path):
+    """`emoji` has a tiny autoencoder, and the recipe names none. A LoRA then trains on the cache."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(image).save(tmp_path / "images/a.png")
+    (tmp_path / "images/a.txt").write_text("blue heart")
+    settings = ("training.init_from=emoji", f"data.path={tmp_path / 'images'}", f"data.cache={tmp_path / 'latents'}")
+    done = tessera("data", "cache", "recipes/lora.yaml", *settings, "--workers", 1)
+    assert done.code == 0, done.err
+    training = ("training.steps=1", "training.global_batch_size=1", f"run_dir={tmp_path / 'run'}")
+    done = tessera("train", "recipes/lora.yaml", *settings, *training)
+    assert done.code == 0, done.err
 
 
 def children(process: int) -> list[int]:
