@@ -169,15 +169,16 @@ class Trainer:
         if score_due and self.step not in self.world.broadcast(list(scores.history(run.run_dir))):
             self._score()  # the run was killed between the checkpoint and its scores
         if self.step >= config.steps:
-            if not self.world.broadcast(self._grid_path.exists()):
+            if config.sample_every is not None and not self.world.broadcast(self._grid_path.exists()):
                 self._sample()  # the run was killed before the last grid
             logger.info(f"nothing left to do: {self.step} of {config.steps} steps are done")
             return
         try:
             with stop_signals() as signals:
                 if self.step == 0:
-                    logger.info("sampling the first grid")
-                    self._sample()
+                    if config.sample_every is not None:
+                        logger.info("sampling the first grid")
+                        self._sample()
                     if resumed_from is None:
                         if self.world.is_main:
                             run.delete_saved_after(-1)

@@ -212,7 +212,9 @@ class TrainingConfig(Settings):
         default="all", description="temporal: the layers of temporal attention alone; others stay those of init_from"
     )
     log_every: PositiveInt = 100
-    sample_every: PositiveInt = Field(default=5_000, description="steps between grids of samples")
+    sample_every: PositiveInt | None = Field(
+        default=5_000, description="steps between grids of samples, beside the first and the last; null: no grids"
+    )
     sample_seeds: PositiveInt = Field(default=4, description="seeds of each class or prompt in a grid of samples")
     sample_prompts: tuple[str, ...] = Field(
         default=(), description="prompts of a grid of samples, in a model of text (8 captions of the data)"

@@ -18,8 +18,10 @@ MAX_CLASSES, NUM_PROMPTS, NUM_UNCONDITIONAL = 16, 8, 8
 
 
 def num_grids(recipe: Recipe) -> int:
-    """The number of grids in a run: before the first step, at regular steps, and after the last step."""
+    """The number of grids in a run: before the first step, at regular steps, and after the last step; 0: none"""
     config = recipe.training
+    if config.sample_every is None:
+        return 0
     return len({0, config.steps, *range(config.sample_every, config.steps + 1, config.sample_every)})
 
 

@@ -34,7 +34,7 @@ def due_after(recipe: Recipe, step: int, stopping: bool) -> Due:
         snapshot=config.ema.num_snapshots(step, config.steps) > config.ema.num_snapshots(step - 1, config.steps),
         save=step % config.checkpoint_every == 0 or score or last or stopping,
         score=score,
-        sample=(step % config.sample_every == 0 and not stopping) or last,
+        sample=config.sample_every is not None and ((step % config.sample_every == 0 and not stopping) or last),
     )
 
 

@@ -21,6 +21,7 @@ from tessera.monitoring.logger import read_log
 from tessera.monitoring.report import build_report
 from tessera.training import checkpoint, dry_run, loop
 from tessera.training.recipe import Recipe, read_recipe
+from tessera.training.samples import num_grids
 
 
 def noise_images(folder: Path, *names: str, size: int = 8) -> dict:
@@ -40,6 +41,16 @@ def untimed(run: Path) -> list[dict]:
 
 
 # The files of a run
+
+
+def test_a_run_without_grids_of_samples_draws_none(tiny, monkeypatch):
+    recipe = tiny("run", "training.steps=4", "training.checkpoint_every=2", "training.sample_every=null")
+    monkeypatch.setattr(loop, "sample_grid", lambda *args: pytest.fail("a grid was sampled"))
+    run = loop.train(recipe)
+    assert not list(run.glob("samples/*"))
+    loop.train(recipe)  # nothing is left to do, the last grid neither
+    assert num_grids(recipe) == 0
+    build_report(run, Recipe)
 
 
 def test_a_run_leaves_recipe_log_samples_and_checkpoints(tiny):
