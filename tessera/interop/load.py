@@ -77,6 +77,7 @@ def load(
         _check_options(path, model, **options)
         model = model if codec is None else _with_codec(model, codec)
     model = model if text_encoder is None else _with_text_encoder(model, text_encoder)
+    model = without_feature_head(model)  # so that an adapter has the same base in training and sampling
     attach_adapters(model, adapters, any_base)
     return model
 

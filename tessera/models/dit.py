@@ -118,7 +118,7 @@ class DiTConfig(NetworkConfig):
         "the time soon has one of about 1 for each value, and labels have an effect sooner if they begin there, too",
     )
     feature_channels: PositiveInt | None = Field(
-        default=None, description="channels of the features that training.alignment predicts from the tokens of a block"
+        default=None, description="set by training.alignment: channels of the features that it predicts from a block"
     )
     timestep_freq_divisor: PositiveInt = Field(
         default=128, description="divisor in the timestep frequencies; diffusers computes DiT with 127"

@@ -81,7 +81,7 @@ class EncoderAlignment(AlignmentSettings):
     """Features of a frozen encoder of clean images, such as DINOv2, through transformers: REPA."""
 
     kind: Literal["encoder"] = "encoder"
-    source: str = Field(description="folder of an image encoder of transformers, or hf://OWNER/NAME")
+    source: str = Field(description="folder of an image encoder of transformers, or its id on the hub")
     size: PositiveInt | None = Field(
         default=None, description="height and width that images are resized to for it; null: its own"
     )
@@ -207,7 +207,8 @@ def feature_channels(config: AnyAlignment, network: DiTConfig) -> int:
     if isinstance(config, SelfAlignment):
         return network.hidden_size
     encoder = _load_encoder(config.source, config.size)
-    return encoder.patches(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]
+    device = next(encoder.parameters()).device  # of an earlier run of this process
+    return encoder.patches(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)).shape[1]
 
 
 @cache

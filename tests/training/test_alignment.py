@@ -7,12 +7,13 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tessera import bundle, randomness
+from tessera.adapters import LoRAConfig
 from tessera.codecs import PixelsConfig
 from tessera.conditioning import Condition
 from tessera.diffusion import FlowMatchingConfig, GaussianDiffusionConfig
 from tessera.encoders import vision
 from tessera.errors import TesseraError
-from tessera.interop.load import convert
+from tessera.interop.load import convert, load
 from tessera.models import DiTConfig
 from tessera.models.blocks import InContext, RoPESwiGLU
 from tessera.models.dit import DiT
@@ -241,6 +242,9 @@ def test_a_run_resumes_bit_for_bit_and_its_model_can_be_sampled(tmp_path):
     states = whole.network.state_dict(), parts.network.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole.network.config.feature_channels == 24
+    adapted = recipe(tmp_path / "lora", None, init_from=str(tmp_path / "whole"), steps=1, sample_every=1)
+    train(adapted.model_copy(update={"adapter": LoRAConfig(rank=2)}))
+    assert load(tmp_path / "whole", "cpu", adapters=[str(tmp_path / "lora")]).network.config.feature_channels is None
     convert(tmp_path / "whole", tmp_path / "bundle", "bundle")
     exported = bundle.load(tmp_path / "bundle")
     assert exported.network.config.feature_channels is None
