@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,23 +49,28 @@ def studio(browser, tmp_path):
 
     stops, problems = [], []
 
-    def start(*models, keys=None, runs=None, **options):
-        entries = [ModelEntry(f"model-{n}", f"path/{n}", lambda model=model: model) for n, model in enumerate(models)]
+    def start(*models, keys=None, runs=None, loaded=None, **options):
+        def load(model):
+            assert loaded is None or loaded.wait(60)
+            return model
+
+        entries = [ModelEntry(f"model-{n}", f"path/{n}", partial(load, model)) for n, model in enumerate(models)]
         service = Service(entries, ServiceOptions(out=tmp_path / "served", private=bool(keys)))
         app = create_app(service, keys, runs=runs)
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
 
         async def serve():
-            await service.start()
+            starting = asyncio.create_task(service.start())  # the page can be opened while models are loaded
             try:
                 await server.serve(sockets=[listening])
             finally:
+                await starting
                 await service.close()
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
-        while not service.ready:
+        while not (server.started and (service.ready or loaded)):
             assert thread.is_alive()
             time.sleep(0.01)
         context = browser.new_context(**options)
@@ -142,6 +148,15 @@ def test_a_table_of_classes_and_seeds_has_the_images_of_generate(studio, tiny_mo
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
     assert page.locator(":focus").get_attribute("aria-label") == "cat, seed 7: finished"
+
+
+def test_a_page_opened_while_the_server_loads_its_model_knows_it_afterwards(studio, tiny_model):
+    loaded = threading.Event()
+    page = studio(tiny_model, loaded=loaded).page
+    page.get_by_text("This model is loaded when it is used first").wait_for()
+    loaded.set()
+    page.get_by_text("none chosen: the first one").wait_for()  # the classes
+    generate(page, 4)
 
 
 def test_cells_show_previews_and_can_be_cancelled(studio, slow_model):

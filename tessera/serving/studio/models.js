@@ -22,7 +22,20 @@ models.load = async (model) => {
   return id;
 };
 
+/** A page that is opened while the server still loads its models has no facts of them: ask again when it is ready. */
 export async function start() {
   choices.set(await get("/v1/studio"));
   await models.refresh();
+  while (models.get().list.length && !(await isReady())) await new Promise((resolve) => setTimeout(resolve, 300));
+  await models.refresh();
+}
+
+async function isReady() {
+  try {
+    await get("/ready");
+  } catch (error) {
+    if (error.status === 503) return false;
+    throw error;
+  }
+  return true;
 }
