@@ -23,9 +23,9 @@ from tessera.files import atomic_write
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs/figures"
 TESSERA = [sys.executable, "-m", "tessera"]
-NAMES = ["smiling cat with heart-eyes", "snowman", "rocket", "purple octopus"]
+NAMES = ["smiling cat with heart-eyes", "snowman", "rocket", "birthday cake"]
 SIZE = {"width": 1280, "height": 800}
-STEPS = 400  # of the training; the screenshot is of step 200 or a later one
+STEPS = 1500  # of the training; the screenshot is of step 200 or a later one
 
 
 def save(page: Page, name: str) -> None:
@@ -55,7 +55,7 @@ def show_table(page: Page) -> None:
 
 
 def fill_gallery(page: Page) -> None:
-    page.get_by_label("Prompt", exact=True).fill("red apple\nblue heart\nowl\nbirthday cake\nhamburger\ngolden apple")
+    page.get_by_label("Prompt", exact=True).fill("red apple\nblue heart\nowl\nfire engine\nhamburger\npenguin")
     page.get_by_label("Seeds", exact=True).fill("4")
     page.get_by_label("Columns", exact=True).select_option("seed")
     finish(page, 24)
@@ -63,12 +63,15 @@ def fill_gallery(page: Page) -> None:
 
 def show_gallery(page: Page) -> None:
     page.locator(".gallery img, .results img").nth(10).click()
+    page.wait_for_function(  # images below the window are loaded when they are scrolled to
+        "[...document.images].every(i => i.getBoundingClientRect().top > innerHeight || (i.complete && i.naturalWidth))"
+    )
     page.get_by_role("button", name="Use again").wait_for()
     save(page, "gallery")
 
 
 def show_run(page: Page) -> None:
-    page.get_by_text(re.compile(rf"step [2-3]\d\d of {STEPS}")).last.wait_for()
+    page.get_by_text(re.compile(rf"step ([2-9]\d\d|1[0-5]\d\d) of {STEPS}")).last.wait_for()
     page.get_by_role("img", name=re.compile("^Loss: ")).wait_for()
     page.get_by_role("img", name=re.compile("^Score")).first.wait_for()
     save(page, "runs")
@@ -87,6 +90,7 @@ def main() -> None:
             *TESSERA, "train", str(ROOT / "recipes/digits.yaml"), f"run_dir={folder}/runs/digits",
             f"training.steps={STEPS}", "training.log_every=5", "evaluation.every=50", "evaluation.metrics=[fd,kid]",
             "evaluation.num_samples=200", "training.sample_every=50",
+            "network.hidden_size=96", "network.depth=4", "network.num_heads=3",
         ]  # fmt: skip
         processes = [subprocess.Popen([*serve, "--runs", f"{folder}/runs"], cwd=folder)]
         try:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tessera import storage
 from tessera.errors import TesseraError
-from tessera.files import atomic_file, cache_folder
+from tessera.files import atomic_file, cache_folder, this_writer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -171,7 +171,7 @@ def write_parts(parts: Iterable["pyarrow.Table"], table: "pyarrow.Table", path: 
         columns = columns.with_metadata({**columns.metadata, STATES_KEY: json.dumps(states).encode()})
     dictionary_columns: Any = ["label"]  # for paths and captions a dictionary costs more than it saves
     with (
-        atomic_file(path) as partial,
+        atomic_file(path, this_writer()) as partial,
         parquet.ParquetWriter(partial, columns, compression="zstd", use_dictionary=dictionary_columns) as writer,
     ):
         for part in parts:
@@ -202,7 +202,7 @@ def _read_table(path: Path) -> "pyarrow.Table":
     target = cache_folder() / "indexes" / f"{path.stem}-{key}.arrow"
     if not target.exists():
         with (
-            atomic_file(target, str(os.getpid())) as partial,
+            atomic_file(target, this_writer()) as partial,
             pa.OSFile(str(partial), "wb") as sink,
             pa.ipc.new_file(sink, file.schema_arrow) as writer,
         ):

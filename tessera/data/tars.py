@@ -25,7 +25,7 @@ from tessera.data.folders import sample_suffixes
 from tessera.data.index import arrow
 from tessera.data.notes import printable
 from tessera.errors import TesseraError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, this_writer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -60,7 +60,8 @@ def read_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarRe
             return members, TarReport(**json.loads(members.schema.metadata[REPORT_KEY]))
     members, report = _list_tar(file, options)
     if len(members) >= MIN_CACHED_MEMBERS or storage.is_remote(file):
-        with suppress(TesseraError), atomic_file(cached) as partial:  # no space: the tar is listed again next time
+        # Without space, the tar is listed again next time.
+        with suppress(TesseraError), atomic_file(cached, this_writer()) as partial:
             metadata = {REPORT_KEY: json.dumps(vars(report)).encode()}
             parquet.write_table(members.replace_schema_metadata(metadata), partial)
     return members, report

@@ -32,8 +32,17 @@ def connect() -> Any:
             ray.init(logging_level=logging.WARNING, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             address = os.environ.get("RAY_ADDRESS", "on this machine")
-            raise TesseraError(f"cannot reach the Ray cluster {address}: {error}") from None
+            raise TesseraError(f"cannot reach the Ray cluster {address}: {error}{_token_advice()}") from None
     return ray
+
+
+def _token_advice() -> str:
+    """What to do if the cluster wants a token, as those do that `ray start` begins where ~/.ray/auth_token exists."""
+    if os.environ.get("RAY_AUTH_MODE", "").lower() in ("token", "k8s"):
+        return "; it may want another token: copy ~/.ray/auth_token of its first machine to this one"
+    return (
+        "; if the lines above speak of a token, copy ~/.ray/auth_token of its first machine and set RAY_AUTH_MODE=token"
+    )
 
 
 def passed_environment() -> dict[str, str]:

@@ -6,6 +6,9 @@ import json
 import os
 import runpy
 import tarfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -329,6 +332,27 @@ def test_shards_of_the_work_in_any_order_give_the_bytes_of_one_process(folder, t
         build.build(merged, shard=ScanShard(number, 3))
     summary(merged)
     assert outputs(tmp_path / "merged") == outputs(tmp_path / "whole")
+
+
+def test_shards_that_end_at_the_same_time_write_the_index_once(folder, tmp_path, monkeypatch):
+    config, write_index, names = recipe([folder], tmp_path / "built"), Builder._write_index, []
+    first = Builder(config)
+    first.begin()
+    first.scan(1, build.ALL, None)
+    writer = first.writer()
+    first.write(writer, list(range(len(writer))), 1, None)
+
+    def slow(self, writer):
+        names.append(threading.current_thread().name)
+        time.sleep(0.5)
+        write_index(self, writer)
+
+    monkeypatch.setattr(Builder, "_write_index", slow)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda number: build.build(config, shard=ScanShard(number, 3)), range(3)))
+    assert len(names) == 1
+    assert all(result.summary is not None for result in results)
+    assert not list((tmp_path / "built").rglob("*.partial"))
 
 
 def test_processes_give_the_bytes_of_one(folder, tmp_path):

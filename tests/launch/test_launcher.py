@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tessera.errors import Interrupted, TesseraError
-from tessera.launch import launcher, local, slurm, task
+from tessera.launch import launcher, local, ray, slurm, task
 from tessera.launch.local import LocalLauncher
 from tessera.launch.task import Outcome, Task
 
@@ -274,3 +275,15 @@ def test_slurm_errors_and_stop(fake_slurm, tmp_path):
     (fake_slurm / "sbatch").write_text('#!/bin/sh\necho "Invalid partition name specified" >&2; exit 1')
     with pytest.raises(TesseraError, match="sbatch refused the job: .*Invalid partition name"):
         launched.submit(tasks("c"))
+
+
+@pytest.mark.parametrize("mode, advice", [("", "set RAY_AUTH_MODE=token"), ("token", "may want another token")])
+def test_a_ray_cluster_that_refuses_is_named_with_what_to_do_about_its_token(monkeypatch, mode, advice):
+    def init(**options):
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6379")
+
+    monkeypatch.setattr(ray, "import_ray", lambda: SimpleNamespace(is_initialized=lambda: False, init=init))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.2:6379")
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises(TesseraError, match=rf"cannot reach the Ray cluster 192.0.2.2:6379: Failed .*{advice}"):
+        ray.connect()

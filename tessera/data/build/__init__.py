@@ -7,7 +7,6 @@ are searched across all sources.
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from tessera.data.index import arrow
 from tessera.data.processes import run_in_processes
 from tessera.data.resolve import resolve_data
 from tessera.errors import TesseraError
-from tessera.files import PARTIAL, atomic_file, cache_folder, exclusive_lock, read_array, read_json
+from tessera.files import PARTIAL, atomic_file, cache_folder, exclusive_lock, read_array, read_json, this_writer
 from tessera.settings import diff, read_yaml, to_yaml, validate
 
 RECIPE, SUMMARY, LEFT_OUT = "recipe.yaml", "summary.json", "left-out.jsonl"
@@ -127,7 +126,7 @@ class Builder:
                         f"output {address} holds {others[0]} and no {RECIPE}, so data build did not write it: give "
                         "another folder as output"
                     )
-            with atomic_file(path, str(os.getpid())) as partial:
+            with atomic_file(path, this_writer()) as partial:
                 partial.write_text(to_yaml(self.recipe), encoding="utf-8")
             storage.publish(path)
             return
@@ -232,17 +231,18 @@ class Builder:
         result = Built(0, written, len(writer))
         if written < len(writer):
             return result
-        if (summary := self._summary()) is not None and summary["key"] == writer.key:
-            return replace(result, summary=summary)
-        self._write_left_out(writer)
-        self._write_index(writer)
-        summary = self._summarize(writer)
-        with atomic_file(self.output / SUMMARY, str(os.getpid())) as partial:
-            partial.write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        storage.publish(self.output / SUMMARY)
-        for folder in (self.output, self.output / SHARDS, self.work, self.work / RECORDS):
-            for partial in folder.glob("*" + PARTIAL):  # of processes that were killed
-                partial.unlink(missing_ok=True)
+        with exclusive_lock(self.work, on_wait=lambda: None):  # the last shards may end at the same time
+            if (summary := self._summary()) is not None and summary["key"] == writer.key:
+                return replace(result, summary=summary)
+            self._write_left_out(writer)
+            self._write_index(writer)
+            summary = self._summarize(writer)
+            with atomic_file(self.output / SUMMARY, this_writer()) as partial:
+                partial.write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            storage.publish(self.output / SUMMARY)
+            for folder in (self.output, self.output / SHARDS, self.work, self.work / RECORDS):
+                for partial in folder.glob("*" + PARTIAL):  # of processes that were killed
+                    partial.unlink(missing_ok=True)
         return replace(result, summary=summary)
 
     def _summary(self) -> dict[str, Any] | None:
@@ -252,7 +252,7 @@ class Builder:
     def _write_left_out(self, writer: ShardWriter) -> None:
         """Every sample that is left out: those of the selection, then those that could not be written."""
         path = self.output / LEFT_OUT
-        with atomic_file(path, str(os.getpid())) as partial, partial.open("wb") as file:
+        with atomic_file(path, this_writer()) as partial, partial.open("wb") as file:
             with (self.work / SELECTED_LEFT_OUT).open("rb") as selected:
                 shutil.copyfileobj(selected, file)
             for number in range(len(writer)):

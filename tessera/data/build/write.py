@@ -8,7 +8,6 @@ written by any process, at any time, twice, and has the same bytes.
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.images import InvalidSample, decoding_errors, flatten, read_image
 from tessera.data.index import arrow
 from tessera.errors import TesseraError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, this_writer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -229,7 +228,7 @@ class ShardWriter:
         size = CHUNK if self.recipe.frames is None else 1
         size = size if self.recipe.captioner is None else self.recipe.captioner.batch_size
         kind = TarWriter if self.recipe.format == "tar" else ParquetWriter
-        with atomic_file(target, str(os.getpid())) as partial:
+        with atomic_file(target, this_writer()) as partial:
             file = kind(partial, self.recipe, self.class_names, self.several)
             for start in range(0, len(rows), size):
                 chunk = rows[start : start + size]
@@ -249,7 +248,7 @@ class ShardWriter:
         pa = arrow()
         table = record.table().replace_schema_metadata({"record": json.dumps(metadata)})
         with (
-            atomic_file(self.record_path(number), str(os.getpid())) as partial,
+            atomic_file(self.record_path(number), this_writer()) as partial,
             pa.OSFile(str(partial), "wb") as file,
             pa.ipc.new_file(file, table.schema) as writer,
         ):

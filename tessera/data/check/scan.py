@@ -39,7 +39,7 @@ from tessera.data.index import SPAN_COLUMNS, arrow
 from tessera.data.processes import run_in_processes
 from tessera.data.tables import NO_BYTES
 from tessera.errors import TesseraError
-from tessera.files import atomic_file
+from tessera.files import atomic_file, this_writer
 
 if TYPE_CHECKING:
     import pyarrow
@@ -375,7 +375,7 @@ def _scan_part(dataset: FilesDataset, folder: Path, keys: dict[int, str], part: 
     columns = {field.name: [getattr(sample, field.name) for sample in stats] for field in fields(SampleStats)}
     table = pa.table(columns, schema()).replace_schema_metadata({"key": keys[part]})
     with (
-        atomic_file(part_path(folder, part), str(os.getpid())) as partial,  # two processes may write the same part
+        atomic_file(part_path(folder, part), this_writer()) as partial,  # two processes may write the same part
         pa.OSFile(str(partial), "wb") as file,
         pa.ipc.new_file(file, table.schema) as writer,
     ):
