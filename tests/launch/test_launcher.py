@@ -277,7 +277,7 @@ def test_slurm_errors_and_stop(fake_slurm, tmp_path):
         launched.submit(tasks("c"))
 
 
-@pytest.mark.parametrize("mode, advice", [("", "set RAY_AUTH_MODE=token"), ("token", "may want another token")])
+@pytest.mark.parametrize(("mode", "advice"), [("", "set RAY_AUTH_MODE=token"), ("token", "may want another token")])
 def test_a_ray_cluster_that_refuses_is_named_with_what_to_do_about_its_token(monkeypatch, mode, advice):
     def init(**options):
         raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.2:6379")
