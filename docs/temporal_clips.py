@@ -1,0 +1,48 @@
+"""The clip of docs/studies/temporal.md: what the networks of recipes/studies/temporal.yaml generate, side by side.
+
+    python docs/temporal_clips.py runs/temporal      # after the study; writes docs/figures/temporal.webp
+
+One column for each network, one row for each class (color), the same seeds everywhere.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import tessera
+from tessera.clips import save_clip
+
+TARGET = Path(__file__).parent / "figures/temporal.webp"
+TITLES = {
+    "full": "full attention",
+    "alternating": "space, then time",
+    "previous": "previous frame",
+    "per-frame": "each frame alone",
+    "unet": "3-D U-Net",
+}
+CLASSES, FPS, ZOOM, GAP, TITLE = range(8), 8, 5, 4, 22
+
+
+def column(run: Path, title: str) -> np.ndarray:
+    """A title, then the clips of all classes below each other, [T, H, W, 3]."""
+    clips = tessera.generate(tessera.load(str(run)), classes=list(CLASSES), seeds=list(CLASSES))  # [B, T, H, W, 3]
+    clips = clips.repeat(ZOOM, axis=2).repeat(ZOOM, axis=3)
+    clips = np.pad(clips, [(0, 0), (0, 0), (GAP, 0), (GAP, GAP), (0, 0)], constant_values=255)
+    width, font = clips.shape[3], ImageFont.load_default(14)
+    head = Image.new("RGB", (width, TITLE), "white")
+    ImageDraw.Draw(head).text(((width - font.getlength(title)) / 2, 3), title, fill="black", font=font)
+    heads = np.broadcast_to(np.asarray(head), (clips.shape[1], TITLE, width, 3))
+    return np.concatenate([heads, *clips], axis=1)
+
+
+def main(folder: Path) -> None:
+    columns = [column(folder / f"members/{arm}-seed0", title) for arm, title in TITLES.items()]
+    frames = np.concatenate(columns, axis=2)
+    save_clip(TARGET, frames, FPS)
+    print(f"{TARGET}: {frames.shape}, {TARGET.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
