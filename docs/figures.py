@@ -21,8 +21,7 @@ from tessera.studies.study import Study, read_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs/studies"
-NAMES = ("scaling", "blocks", "unet")
-METRIC = "fd"
+STUDY_METRICS = {"scaling": "fd", "blocks": "fd", "unet": "fd", "text": "alignment"}
 PLOTS = (
     figures.against_compute,
     figures.against_gmacs,
@@ -41,14 +40,15 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def score(row: dict[str, str]) -> dict[str, Estimate]:
+def score(row: dict[str, str], metric: str) -> dict[str, Estimate]:
     """The main metric of a row of a table."""
-    return {METRIC: Estimate(*(float(row[METRIC + end]) for end in ("", "_low", "_high")))}
+    return {metric: Estimate(*(float(row[metric + end]) for end in ("", "_low", "_high")))}
 
 
 def results(study: Study, name: str) -> list[MemberResult]:
     """The members of a study, from its tables."""
-    sampled = rows(STUDIES / f"{name}-sampling.csv")
+    metric, path = STUDY_METRICS[name], STUDIES / f"{name}-sampling.csv"
+    sampled = rows(path) if path.exists() else []
     members = []
     for member, group in groupby(rows(STUDIES / f"{name}.csv"), key=lambda row: row["member"]):
         points = list(group)
@@ -69,7 +69,7 @@ def results(study: Study, name: str) -> list[MemberResult]:
                         int(row["samples"]),
                         float(row["training_flops"]),
                         float(row["seconds"]),
-                        score(row),  # pyright: ignore[reportArgumentType]
+                        score(row, metric),  # pyright: ignore[reportArgumentType]
                     )
                     for row in points
                 ],
@@ -77,7 +77,7 @@ def results(study: Study, name: str) -> list[MemberResult]:
                     SamplingPoint(
                         int(row["sampling_steps"]),
                         float(row["gmacs_per_image"]) * 1e9,
-                        score(row),  # pyright: ignore[reportArgumentType]
+                        score(row, metric),  # pyright: ignore[reportArgumentType]
                     )
                     for row in sampled
                     if row["member"] == member
@@ -92,9 +92,9 @@ def study_figures(name: str) -> Iterator[figures.StudyFigure]:
     """The figures of a study that its page shows and that can be made from its tables."""
     page = (STUDIES / f"{name}.md").read_text(encoding="utf-8")
     study = read_study(ROOT / f"recipes/studies/{name}.yaml")
-    settings = average_seeds(results(study, name), METRIC)
+    settings = average_seeds(results(study, name), STUDY_METRICS[name])
     for plot in PLOTS:
-        figure = plot(study, settings, METRIC)
+        figure = plot(study, settings, STUDY_METRICS[name])
         if figure is not None and f"figures/{name}/{figure.name}.png" in page:
             yield figure
 
@@ -129,7 +129,7 @@ def tuning_figure() -> bytes:
 
 
 def main() -> None:
-    for name in NAMES:
+    for name in STUDY_METRICS:
         for figure in study_figures(name):
             path = STUDIES / "figures" / name / f"{figure.name}.png"
             atomic_write(path, figure.png)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 MARKERS = "os^Dv*PX<>"
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MAX_COLUMNS = 4  # panels in a row
+EQUAL = 1.05  # of the compute of two members, which ends with a whole step
 RING: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "0.15", "markeredgewidth": 1.0}
 X_LABELS: dict[Scale, str] = {"steps": "training steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 X_VALUES: dict[Scale, Callable[[MeanPoint], float]] = {
@@ -97,6 +98,9 @@ def against_compute(study: Study, settings: Sequence[Variant], metric: str) -> S
     curves = _curves(settings, "flops")
     if not curves:
         return None
+    ends = [x for curve in curves for x in curve.x]
+    if len(curves) == len(ends) > 1 and max(ends) <= EQUAL * min(ends):
+        return _at_equal_compute(study, curves, metric, _intervals(settings))
     best = frontier(eval_points([curve.setting for curve in curves])) if metric not in HIGHER_IS_BETTER else []
     law = _law_points(study, final_points(settings, "flops"), "flops", metric)
     panel = Panel(
@@ -110,6 +114,23 @@ def against_compute(study: Study, settings: Sequence[Variant], metric: str) -> S
         metric,
         [[panel]],
     )
+
+
+def _at_equal_compute(study: Study, curves: Sequence[Curve], metric: str, intervals: str) -> StudyFigure:
+    """One score of each setting, below each other: against compute they would be a column."""
+    with style():
+        figure = new_figure(6.2, 0.9 + 0.34 * len(curves))
+        axes = figure.subplots()
+        for row, curve in enumerate(curves):
+            look, (score,) = _look(study.axes, curve.setting.values), curve.scores
+            axes.hlines(row, score.low, score.high, color=look["color"], linewidth=1.4, alpha=0.6)
+            axes.plot(score.value, row, look["marker"], color=look["color"], markersize=7, markeredgecolor="white")
+        axes.set_yticks(range(len(curves)), [label(curve.setting.name) for curve in curves])
+        axes.set_ylim(len(curves) - 0.4, -0.6)
+        axes.set_xlim(left=min(0.0, *(curve.scores[0].low for curve in curves)))
+        axes.set_xlabel(f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)")
+        caption = f"{metric} at {curves[0].x[0]:.3g} training FLOPs each; {intervals}."
+        return StudyFigure("compute", caption, encode(figure, "png"), encode(figure, "svg"))
 
 
 def against_gmacs(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
@@ -249,7 +270,7 @@ def _law_points(study: Study, points: FinalPoints, against: Literal["gmacs", "fl
 
 def _intervals(settings: Sequence[Variant], shape: str = "bars") -> str:
     if any(len(setting.seeds) > 1 for setting in settings):
-        return f"lines are means over seeds, {shape} from the lowest to the highest seed"
+        return f"means over seeds, {shape} from the lowest to the highest seed"
     return f"one seed, {shape} the metric's own 95 % interval"
 
 

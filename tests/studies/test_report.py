@@ -83,6 +83,17 @@ def test_figures_are_reproducible(scaling):
     assert figure.svg == (path.parent / "figures/compute.svg").read_bytes()
 
 
+def test_members_that_end_at_equal_compute_are_rows(scaling, svg_text):
+    study, results, _ = scaling
+    ends = [replace(result, points=[replace(result.points[-1], flops=1e12)]) for result in results]
+    settings = average_seeds(ends, "fd")
+    figure = figures.against_compute(study, settings, "fd")
+    assert "at 1e+12 training FLOPs each" in figure.caption
+    text = svg_text(figure.svg)
+    assert [line for line in text if line in {setting.name for setting in settings}] == [s.name for s in settings]
+    assert "training FLOPs" not in " ".join(text)
+
+
 def test_a_comparison_names_the_best_design(synthetic, tmp_path):
     study = synthetic.design_study()
     text = report.write(study, synthetic.design_results(study), tmp_path).read_text()
