@@ -156,7 +156,9 @@ def test_any_ranks_and_scales(ranks, scales, to, projections, network, tmp_path_
     path = tmp_path_factory.mktemp("any") / FORMATS[to]
     lora_files.write(path, state, network, to)
     read = lora_files.read(path, network)
-    torch.testing.assert_close(output(network, read), output(network, state), rtol=1e-4, atol=1e-4)
+    # Of the whole: with large ranks and scales, single elements differ by the rounding of much larger sums.
+    expected = output(network, state)
+    assert torch.linalg.vector_norm(output(network, read) - expected) < 1e-4 * torch.linalg.vector_norm(expected)
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     tensors = load_file(file)
     stored_ranks = {
