@@ -9,7 +9,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
-# Arguments that make a script fast. The first ones of each script run in every test run, the others in `make prove`.
+# Arguments that make a script fast. The first ones of each script run in every test run, unless the script is among the
+# SLOW ones; the others in `make prove`.
 # {tmp} is an empty folder, {images} holds small photographs, {codec} a codec
 SMALL = {
     "adapter_memory": ["--out {tmp} --model DiT-S/8 --batch 1 --steps 1 --only '+ base in nf4; full fine-tuning'"],
@@ -77,6 +78,11 @@ SMALL = {
     "subjects": ["{digits} --work {tmp} --steps 1 --prior 1 --each 1 --seeds 1"],
     "training_step": ["--model digits --batch 2 --ways eager --seconds 1"],
 }
+
+SLOW = {  # even so, each takes at least a hundredth of all tests
+    "adapter_memory", "digit_recipes", "doctor", "faults", "few_steps", "gpu_throughput", "loader", "plan", "sharding",
+    "solver_orders", "subjects", "training_step",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +169,7 @@ def test_every_script_is_in_the_table():
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        pytest.param(name, words, marks=[pytest.mark.slow] if number else [])
+        pytest.param(name, words, marks=[pytest.mark.slow] if number or name in SLOW else [])
         for name, calls in SMALL.items()
         for number, words in enumerate(calls)
     ],

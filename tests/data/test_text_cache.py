@@ -112,6 +112,7 @@ def test_processes_and_interruptions_give_the_same_bytes(writer, small_shards, t
     assert damaged_shards(CachedTokens(writer.folder), lambda done, total: None) == []
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_several_processes(writer, tmp_path, monkeypatch):
     write(writer)

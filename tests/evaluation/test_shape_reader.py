@@ -71,6 +71,7 @@ def invalid_fraction(images: np.ndarray) -> float:
 # Real images
 
 
+@pytest.mark.slow
 def test_every_attribute_of_real_images_is_detected(dataset, images):
     exact = 0
     for index, image in enumerate(images):

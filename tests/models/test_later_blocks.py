@@ -137,6 +137,7 @@ def test_activation_checkpointing_gives_the_same_gradients(block, randomise):
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adaln-single", "rope-swiglu"])
 def test_compiled_network_gives_the_same_gradients(kind, randomise):
     """In one graph, for the configured size and another one."""

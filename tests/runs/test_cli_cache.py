@@ -226,7 +226,7 @@ def test_a_recipe_that_starts_from_a_model_uses_its_codec(tessera, tmp_path):
     settings = ("training.init_from=emoji", f"data.path={tmp_path / 'images'}", f"data.cache={tmp_path / 'latents'}")
     done = tessera("data", "cache", "recipes/lora.yaml", *settings, "--workers", 1)
     assert done.code == 0, done.err
-    training = ("training.steps=1", "training.global_batch_size=1", f"run_dir={tmp_path / 'run'}")
+    training = ("training.steps=1", "training.global_batch_size=1", "training.sample_every=null", f"run_dir={tmp_path / 'run'}")
     done = tessera("train", "recipes/lora.yaml", *settings, *training)
     assert done.code == 0, done.err
 
@@ -242,8 +242,9 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="this system does not list processes")
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_processes_end_with_the_command(tessera, start, recipe, tmp_path, number):
     out = tmp_path / "out"
     many = "data.count=100000"

@@ -88,6 +88,7 @@ def test_a_recipe_sets_the_size(tessera, data, tmp_path):
     assert counts == {"empty": 1, "duplicates": 2, "small": 49}
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_are_the_shards(data, tmp_path):
     for number in range(100, 1200):
         (data / f"cat/{number}.png").hardlink_to(data / "cat/00.png")
@@ -100,7 +101,7 @@ def test_processes_of_torchrun_are_the_shards(data, tmp_path):
 
 
 def test_an_interrupted_check_resumes(data, tmp_path):
-    for number in range(100, 20_000):
+    for number in range(100, 6_000):
         (data / f"cat/{number}.png").hardlink_to(data / "cat/00.png")
     words = [sys.executable, "-m", "tessera", "data", "check", str(data), "--out", str(tmp_path / "out")]
     words += ["--workers", "2"]

@@ -157,6 +157,7 @@ def test_a_killed_evaluation_resumes_with_the_same_scores(tessera, start, traine
     assert scores(tmp_path / "part") == scores(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(tessera, environment, trained, tmp_path):
     words = evaluate_words(trained, tmp_path / "two", 400)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tessera"]

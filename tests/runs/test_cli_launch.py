@@ -123,6 +123,7 @@ def test_samples_and_scores_as_tasks_are_the_same(command, trained, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "tasks")
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_is_named_with_its_log(command, images, tmp_path):
     (tmp_path / "check").mkdir()
     (tmp_path / "check/parts").write_text("a file in place of the folder")
@@ -147,6 +148,7 @@ def test_a_cache_as_tasks_has_the_same_files(command, images, autoencoder_folder
     assert files == contents(tmp_path / "tasks")
 
 
+@pytest.mark.slow
 def test_a_build_as_tasks_has_the_same_files(command, images, tmp_path):
     (tmp_path / "build.yaml").write_text("size: 8\nsamples_per_shard: 300\n")
     for name, launch in {"one": (), "tasks": ("--launch", "local", "--tasks", "2")}.items():

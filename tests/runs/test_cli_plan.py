@@ -22,7 +22,7 @@ def test_a_preset_alone_prints_its_parameters_and_multiply_adds(tessera):
 def test_a_budget_that_is_too_small_prints_the_plan_and_an_error(tessera, recipe):
     network = plan_recipe.workload(read_recipe(recipe, [])).network
     flops = 6 * count_macs_and_parameters(network)[0] * 32  # of a step with 32 samples
-    done = tessera("plan", recipe, "--hardware", "h100x2", "--budget", f"{2.5 * flops:.0f}", "network.depth=20")
+    done = tessera("plan", recipe, "--hardware", "h100x2", "--budget", f"{2.5 * flops:.0f}", "network.depth=6")
     assert done.code == 1
     for text in (
         "2 x NVIDIA H100",

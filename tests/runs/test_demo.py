@@ -33,6 +33,7 @@ def test_the_demo_shows_a_shipped_model_trains_and_writes_a_report(tessera, shor
     assert {"denoising.gif", "loss.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_demo_in_the_same_folder_resumes(tessera, short, tmp_path):
     for seconds in ("0.01", "60"):
         done = tessera("demo", "--seconds", seconds, "--out", tmp_path / "demo")

@@ -96,6 +96,7 @@ def check_equal(run: Path, whole: Path) -> None:
     assert len(bundle.checkpoints(run)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_run_killed_again_and_again_ends_like_an_uninterrupted_one(tessera, recipe, tmp_path, environment):
     words = (f"training.steps={STEPS}", *EVERY_STEP, "training.optimizer=muon", "training.ema.extra_decays=[0.9, 0.99]")

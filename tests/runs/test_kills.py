@@ -94,6 +94,7 @@ def untimed(run: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name not in timed} for record in read_log(run)]
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_again_and_again_end_like_undisturbed_ones(processes, recipe, tmp_path, whole_state):
     words = ("training.steps=50", "training.checkpoint_every=1", *SHARDED)
     processes.together(2, train, recipe, (*words, f"run_dir={tmp_path / 'whole'}", "training.checkpoint_every=50"))

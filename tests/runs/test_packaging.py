@@ -75,6 +75,7 @@ def test_an_installed_package_finds_its_models_and_recipes(installed, tmp_path):
     assert place.startswith(str(installed))
 
 
+@pytest.mark.slow
 def test_an_installed_recipe_is_used_by_its_name(installed, tmp_path):
     done = run(installed, "train", "recipes/digits.yaml", "training.steps=1", "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
