@@ -291,6 +291,8 @@ def averaged_state(folder: Path, config: BundleConfig, length: float) -> dict[st
             f"{folder} has one average, of length {lengths[0]}, and {length} cannot be computed from it: take the run "
             "that it is from, which has more"
         )
+    if target not in stored and not step:
+        raise TesseraError(f"{folder} is of step 0, before any training: leave out the length {length}")
     factors, error = power_ema.fit(list(stored), target)
     if error > power_ema.MAX_ERROR:
         possible = power_ema.possible_lengths(list(stored), step)

@@ -6,6 +6,7 @@ Shapes: T frames, H W height and width, C channels (1 or 3).
 import html
 import io
 import json
+import math
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -120,7 +121,9 @@ def _animation(suffix: str, clip: np.ndarray, fps: float, text: str | None, qual
 def _durations(count: int, fps: float, suffix: str) -> list[int]:
     """Milliseconds for each frame, whose sum is that of the clip up to one unit."""
     unit = 10 if suffix == ".gif" else 1
-    times = np.round(np.arange(count + 1) * 1000 / fps / unit).astype(int) * unit
+    ends = np.arange(count + 1) * 1000 / fps / unit
+    times = np.round(ends).astype(int) * unit
+    times[-1] = math.ceil(round(ends[-1], 6)) * unit  # a shorter clip would be read without its last frame
     return np.maximum(np.diff(times), unit).tolist()
 
 

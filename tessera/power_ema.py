@@ -100,6 +100,8 @@ def _least_squares(stored: Sequence[Profile], targets: Sequence[Profile]) -> tup
 
 def possible_lengths(stored: Sequence[Profile], step: int) -> list[float]:
     """The lengths, in steps of 0.005, that can be computed after a step with an error of at most MAX_ERROR."""
+    if not step:
+        return []  # the weights have not changed yet
     lengths = [round(0.005 * number, 3) for number in range(1, 58)]
     _, errors = _least_squares(stored, [Profile(step, length) for length in lengths])
     return [length for length, error in zip(lengths, errors) if error <= MAX_ERROR]

@@ -50,6 +50,17 @@ def test_equal_frames_are_not_lost(tmp_path, name):
     assert np.abs(result.astype(int) - clip).max() <= (6 if name == "a.gif" else 0)
 
 
+@pytest.mark.parametrize("name", ["a.webp", "a.gif", "a.png"])
+@pytest.mark.parametrize("fps", [8, 12, 24, 30, 60])
+def test_no_frame_is_lost_to_the_rounding_of_durations(tmp_path, name, fps):
+    """The files have hundredths or thousandths of a second, and five frames at 24 per second take 208.3 ms."""
+    clip = moving()[:5]
+    tessera.save_clip(tmp_path / name, clip, fps)
+    result = read_clip(tmp_path / name, fps=fps)
+    assert result.shape == clip.shape
+    assert np.abs(result.astype(int) - clip).max() <= (6 if name == "a.gif" else 0)
+
+
 def test_videos_are_h264_with_even_sides(tmp_path):
     av = pytest.importorskip("av")
     tessera.save_clip(tmp_path / "odd.mp4", moving(size=(15, 21)), 12.5)

@@ -114,6 +114,10 @@ def test_more_snapshots_give_more_lengths():
 # Files
 
 
+def test_before_any_training_no_length_is_computed():
+    assert power_ema.possible_lengths([Profile(0, 0.05), Profile(0, 0.1)], 0) == []
+
+
 def test_a_snapshot_is_read_back_and_a_partial_one_is_not(tmp_path):
     states = {0.05: {"a": torch.randn(3, 2), "b": torch.randn(())}, 0.1: {"a": torch.randn(3, 2), "b": torch.randn(())}}
     for step in (2, 4, 6):

@@ -339,14 +339,16 @@ class ClipFormat:
         clips.check_target(Path("clip" + suffix), fps)
         return cls(fps, suffix)
 
-    def read(self, path: Path, settings: dict[str, Any], frames: int, channels: int) -> np.ndarray | None:
-        """uint8 [T, H, W, C] of a file with exactly these settings, None without one."""
+    def read(self, path: Path, settings: dict[str, Any], size: tuple[int, ...], channels: int) -> np.ndarray | None:
+        """uint8 [T, H, W, C] of a file with exactly these settings and this size, None without one."""
         if not clips.holds(path, settings):
             return None
         try:
-            return read_clip(path, self.fps, channels)[:frames]
+            clip = read_clip(path, self.fps, channels)
         except InvalidSample:
             return None
+        clip = clip[tuple(map(slice, size))]  # a video has even sides
+        return clip if clip.shape[:3] == tuple(size) else None  # an animation of equal frames is one image
 
 
 def write_images(
@@ -463,8 +465,8 @@ def _generate(
         if clip_format is None:
             image = images.load_png(path, stored)
         else:
-            frames = (request.size or generation.image_size(model))[0]
-            image = clip_format.read(path, stored, frames, model.codec.pixel_channels)
+            size = request.size or generation.image_size(model)
+            image = clip_format.read(path, stored, size, model.codec.pixel_channels)
         if image is not None:
             done[row] = image
     missing = [row for row in rows if row not in done]

@@ -1,6 +1,7 @@
 """Runs of training below one folder, for the studio: read-only, live while they train."""
 
 import asyncio
+import hashlib
 import json
 import math
 import time
@@ -206,7 +207,12 @@ def runs_router(service: Service, root: Path, responses: dict[int | str, Any]) -
         """Make a checkpoint one of /v1/models; it is loaded when a job needs it."""
         path = await asyncio.to_thread(runs.checkpoint, run, step)
         name = f"{'run' if run == '.' else run}-{step}".replace("@", "-")
-        name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("._-")[-100:]
+        name = "".join(
+            letter if (letter.isascii() and letter.isalnum()) or letter in "._-" else "-" for letter in name
+        ).strip("._-")[-100:]
+        entry = service.pool.entries.get(name)
+        if entry is not None and entry.path != str(path):  # another run, whose name has the same letters
+            name = f"{name[-91:].strip('._-')}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if name not in service.pool.entries:
             (entry,) = await asyncio.to_thread(parse_models, [f"{name}={path}"])
             service.pool.entries[name] = entry

@@ -223,6 +223,8 @@ class Service:
         files = {name: str(self.folder.path(job.id, f"{name}.png")) for name in resolved.inputs}
         job.inputs = [f"{name}.png" for name in resolved.inputs]
         running.options = command_options(parameters, files)
+        if len(models) > 1:
+            running.options["guidance-model"] = models[1].path
         every = parameters.preview_every
         previews = previews or (lambda num_steps: set(range(every, num_steps, every)) if every else set())
         self.store.add(job)
@@ -235,6 +237,7 @@ class Service:
         except BaseException:
             self.engine.cancel(job.id)
             self._running.pop(job.id, None)
+            self.store.end(job, "failed", "the job was not accepted")  # for those who follow its events
             self.store.forget(job.id)
             self.files.submit(self.folder.remove, job.id)
             raise

@@ -114,13 +114,16 @@ async def _thumbnails(service: Service, loaded: LoadedModel, labels: Sequence[in
         output_format="webp",
         output_compression=85,
     )
-    place = service.admission.enter(CLIENT)
+    place = None
     try:
+        place = service.admission.enter(CLIENT)
         job = await service.submit(CLIENT, place, parameters, keep_contents=True)
     except (TesseraError, ApiError) as error:
-        service.admission.leave(place)
         yield event("error", {"message": str(getattr(error, "detail", error))})
         return
+    finally:
+        if place is not None and not place.taken:  # also where the client has left
+            service.admission.leave(place)
     sent: set[int] = set()
     try:
         async for _ in job.changes():

@@ -55,7 +55,7 @@ from tessera.training.recipe import (
 )
 from tessera.training.scores import Scorer
 from tessera.training.step import TrainState
-from tessera.training.students import check_student, load_teacher, student_recipe
+from tessera.training.students import check_student, check_student_classes, load_teacher, student_recipe
 from tessera.training.token_routing import TokenRouting
 
 RECIPE, SAMPLES = "recipe.yaml", "samples"
@@ -168,6 +168,8 @@ def build_run(
     base_classes = init_model.config.class_names if init_model is not None and recipe.adapter is not None else ()
     recipe, loader, accumulation_steps = build_data(recipe, codec, device, world, log, base_classes)
     class_names = loader.dataset.class_names if recipe.network.num_classes else ()
+    if teacher is not None:
+        check_student_classes(teacher, class_names)
     network, init_report = build_network(recipe, class_names, init_model, resumes=checkpoint_dir is not None)
     base = None
     ema_model_adapters = {}

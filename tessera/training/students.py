@@ -79,6 +79,19 @@ def check_student(recipe: Recipe) -> None:
     config.target.check(recipe.sampling)
 
 
+def check_student_classes(teacher: Teacher, class_names: Sequence[str]) -> None:
+    """Raise TesseraError unless the numbers of the classes in the data mean the same to the teacher."""
+    config = teacher.model.config
+    names, count = config.class_names, config.network.num_classes
+    if count and (tuple(class_names) != names if names else len(class_names) != count):
+        first = next((name for name, own in zip(class_names, names) if name != own), None)
+        raise TesseraError(
+            f"the teacher has {count} classes, and the data {len(class_names)}"
+            + ("" if first is None else f", of which '{first}' has another number in the teacher or is not in it")
+            + ": a student learns the teacher's classes, so train it on data with the same ones"
+        )
+
+
 def distillation_recipe(model: str, run_dir: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that distills a model, from the recipe that it was trained with. Raises TesseraError."""
     teacher = load.load(model, "cpu")

@@ -76,6 +76,23 @@ def test_other_formats_of_a_folder(tessera, run, tmp_path, kind):
     assert "tessera sample" in tessera("info", files[0]).out
 
 
+@pytest.mark.parametrize("kind", ["mp4", "webp"])
+def test_files_of_another_shape_do_not_end_a_resumed_command(tessera, run, tmp_path, kind, monkeypatch):
+    """A video of odd sides has even ones, and an animation of equal frames is one image."""
+    pytest.importorskip("av")
+    clip = np.zeros((2, 4, 9, 7, 1), np.uint8)  # as a model whose clips stand still
+
+    def generated(model, request, **options):
+        return clip[: len(request)]
+
+    monkeypatch.setattr("tessera.generation.generate_request", generated)
+    monkeypatch.setattr("tessera.generation.image_size", lambda model: (4, 9, 7))
+    words = ("sample", run, "--classes", "up", "--format", kind, "--out", tmp_path / "s")
+    assert tessera(*words, "--seeds", "1").code == 0
+    done = tessera(*words, "--seeds", "1,2")
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -389,7 +389,7 @@ def test_every_setting_of_a_request(serve, run, make_model):
     assert (pixels(original)[..., 0] == image).all()
     options = record["settings"][0]["options"]
     assert options["mask"].endswith("mask.png")
-    assert options["guidance-model"] == "model-1"
+    assert options["guidance-model"] == "path/1"
 
 
 def test_models_of_text(serve, run, make_model):
@@ -498,3 +498,45 @@ def test_the_description_of_models(serve, run, tiny_model):
     assert model["id"] == "model-0"
     assert model["facts"]["classes"] == ["cat", "dog", "emu"]
     assert model["facts"]["size"] == [8, 8]
+
+
+def test_a_client_that_leaves_while_thumbnails_are_submitted_takes_no_place(serve, run, slow_model):
+    from tessera.serving.studio_api import _thumbnails
+
+    async def work():
+        async with serve(slow_model) as server:
+            service = server.service
+            slow_model.calls.clear()
+            slow_model.gate.clear()  # the engine is busy, so a job waits to be accepted
+            await server.client.post("/v1/jobs", json={"condition": {"label": ["cat"]}, "settings": {"num_steps": 2}})
+            while not slow_model.calls:
+                await asyncio.sleep(0.01)
+            (loaded,) = await service.pool.acquire("model-0")
+            service.pool.release("model-0")
+            first = asyncio.ensure_future(anext(_thumbnails(service, loaded, [0, 1])))
+            while service.admission.count < 2:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            places = service.admission.count
+            slow_model.gate.set()
+            return places
+
+    assert run(work()) == 1
+
+
+def test_the_events_of_all_jobs_end_after_a_job_that_is_refused(serve, run, tiny_model):
+    from tessera.serving.jobs_api import _all_events
+
+    async def work():
+        async with serve(tiny_model) as server:
+            events = _all_events(server.service, "127.0.0.1")
+            assert await anext(events) == b": open\n\n"
+            body = {"condition": {"label": ["cat"]}, "settings": {"sampler": "jump"}}
+            assert (await server.client.post("/v1/jobs", json=body)).status_code == 400
+            server.service.draining = True
+            async with asyncio.timeout(10):
+                return b"".join([each async for each in events])
+
+    assert b"event: end" in run(work())

@@ -110,3 +110,29 @@ def test_long_curves_are_averaged():
         "steps": [250, 500, 750, 1000], "values": [125.5, 375.5, 625.5, 875.5]
     }  # fmt: skip
     assert curve([], points=4).steps == []
+
+
+def test_checkpoints_of_runs_with_similar_names_are_different_models(tmp_path):
+    """a/b and a-b would both be a-b-5; the letters of other alphabets are not those of names of models."""
+    names = ["a/b", "a-b", "läufe"]
+    for name in names:
+        write_run(tmp_path / "runs" / name, {"step": 5, "loss": 1.0})
+        checkpoint = tmp_path / "runs" / name / "checkpoints/step-000000005"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}")
+
+    async def work():
+        service = Service([], ServiceOptions(out=tmp_path / "served"))
+        service.ready = True
+        transport = httpx.ASGITransport(app=create_app(service, runs=tmp_path / "runs"))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answers = [
+                await client.post("/v1/runs/models", params={"run": name, "step": 5}) for name in [*names, *names]
+            ]
+        service.files.shutdown()
+        return [answer.json()["id"] for answer in answers], service.pool.entries
+
+    ids, entries = asyncio.run(work())
+    assert ids[:3] == ids[3:]
+    for name, model in zip(names, ids):
+        assert entries[model].path == str(tmp_path / "runs" / name / "checkpoints/step-000000005")

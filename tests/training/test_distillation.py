@@ -3,8 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tessera import bundle, generation
@@ -21,7 +23,7 @@ from tessera.sampling import SamplingConfig
 from tessera.times import expand
 from tessera.training import loop
 from tessera.training.distillation import AlphaFlow, Distillation, DistillationConfig, MeanFlow, Shortcut, Teacher
-from tessera.training.recipe import Recipe
+from tessera.training.recipe import Recipe, read_recipe
 from tessera.training.run import build_run
 from tessera.training.students import distillation_recipe
 
@@ -321,6 +323,29 @@ def test_what_cannot_be_distilled_is_refused(teacher, tiny):
     )
     with pytest.raises(TesseraError, match="needs a teacher with an unconditional output"):
         distilled(plain, "no-null", "training.distillation.guidance_scale=2")
+
+
+@pytest.mark.run
+def test_a_student_has_the_classes_of_its_teacher(teacher, tmp_path):
+    """The same number of classes in another order would be learned under wrong names."""
+    for number in (1, 0, *range(2, 10)):
+        folder = tmp_path / "data" / f"class-{number}"
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(folder / "a.png")
+    data = {"kind": "folder", "path": str(tmp_path / "data"), "size": 8, "channels": 1}
+    training = {"steps": 2, "global_batch_size": 4, "device": "cpu", "distillation": {"teacher": str(teacher)}}
+    recipe = read_recipe({"run_dir": str(tmp_path / "student"), "data": data, "training": training})
+    with pytest.raises(TesseraError, match="'class-0' has another number in the teacher or is not in it"):
+        build_run(recipe)
+
+
+def test_every_batch_has_the_same_number_of_velocities_in_long_trainings():
+    """Positions above 2^24 are no float32."""
+    config = DistillationConfig(teacher="", instantaneous=0.25)
+    distillation = Distillation(config, None, FlowMatchingConfig().build(), 0, 2**27, None)  # pyright: ignore
+    for first in (0, 2**24, 2**26):
+        t, s = distillation.times(torch.arange(first, first + 64))
+        assert (t == s).view(-1, 4).sum(dim=1).tolist() == [1] * 16
 
 
 @pytest.mark.run
