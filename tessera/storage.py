@@ -29,7 +29,7 @@ from tessera.errors import TesseraError
 from tessera.files import PARTIAL, cache_folder
 
 PROTOCOLS = ("s3", "gs", "hf", "https", "http", "memory", "file")  # the last two for tests
-ADDRESS = re.compile(rf"({'|'.join(PROTOCOLS)}):/+(.+?)/*")  # `Path` makes one slash of two
+ADDRESS = re.compile(rf"({'|'.join(PROTOCOLS)}):/+(.*?)/*")  # `Path` makes one slash of two
 INSTALL = {
     "s3": "pip install 'tessera[storage]'",
     "gs": "pip install 'tessera[gcs]'",
@@ -48,6 +48,8 @@ TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.1, 10.0  # attempts of a request, seconds
 FEWER_TRIES = {"gs": 3, "hf": 5}  # their libraries repeat many requests too, 6 times in half a minute
 ETAGS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "created", "LastModified")  # what changes with an object
 THREADS = 16
+PARTIAL_SECONDS = 86_400  # after which a partial file is of a process that was killed
+WALK_SHARE = 16  # of the limit: what a process adds before it looks again for what others added
 
 T = TypeVar("T")
 
@@ -69,6 +71,7 @@ _folders: set[str] = set()
 _locks = [Lock() for _ in range(64)]  # of paths, by their hash: no file is downloaded twice at once
 _room_lock = Lock()
 _stored: dict[str, int] = {}  # bytes of all downloaded files, by folder
+_added: dict[str, int] = {}  # the part of them that was not there when this process last looked
 
 
 def _root() -> Path:
@@ -134,6 +137,11 @@ def _is_refused(error: BaseException) -> bool:
     )
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether an error means that the disk has no room."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
 def absence(url: str) -> str:
     """What may not exist if an address leads to nothing."""
     return f"{url} does not exist, or {ABSENT.get(url.partition(':')[0], 'its bucket does not')}"
@@ -173,12 +181,18 @@ def _call(url: str, action: str, function: Callable[[Any, str], T]) -> T:
             raise
         except Exception as raised:  # each library has errors of its own
             error: BaseException = raised
+            named = str(getattr(error, "filename", None) or "")
+            if named.startswith(f"{cache_folder().absolute()}{os.sep}") and not _is_full(error):
+                raise TesseraError(
+                    f"{url}: cannot {action}, because of {named}: {getattr(error, 'strerror', error)}; check the cache "
+                    "folder, or set TESSERA_CACHE to another one"
+                ) from None
             if isinstance(error, FileNotFoundError):
                 # Of web servers, fsspec reports every failure as a missing file, with its cause.
                 if protocol not in ("http", "https") or isinstance(error.__cause__, FileNotFoundError | None):
                     raise
                 error = error.__cause__
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if _is_full(error):
                 raise TesseraError(f"{url}: cannot {action}: {error}; TESSERA_STORAGE_GB limits what stays") from None
             problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             if _is_refused(error):
@@ -239,9 +253,11 @@ def listing(folder: Path) -> list[str]:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """The remote paths of a pattern with *, ? and [], sorted; of a path without them itself, if it exists."""
+    """The remote paths of a pattern with *, ? and [], sorted; what exists by this name is no pattern."""
+    if exists(pattern):
+        return [pattern]
     if not re.search(r"[*?\[]", str(pattern)):
-        return [pattern] if exists(pattern) else []
+        return []
     url = address(pattern)
     names = _call(url, "list", lambda files, name: [files.unstrip_protocol(each) for each in files.glob(name)])
     return sorted(locate(name) for name in names)
@@ -289,7 +305,7 @@ def fetch(path: Path) -> Path:
     with _locks[hash(path) % len(_locks)]:
         try:
             known = stat(path)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 stored = path.stat()
                 if (stored.st_size, stored.st_mtime_ns) == (known.st_size, known.st_mtime_ns):
                     os.utime(path, ns=(time.time_ns(), known.st_mtime_ns))
@@ -337,29 +353,31 @@ def limit() -> int:
 
 
 def make_room(added: Path) -> None:
-    """Remove the files that were not used for longest, if all exceed the limit."""
+    """Remove the files that were not used for longest, if all exceed the limit. Files that are being written stay."""
     root = str(_root().parent)
     with _room_lock:
         size = added.stat().st_size if added.exists() else 0
-        if root in _stored and _stored[root] + size <= limit():
+        if root in _stored and _stored[root] + size <= limit() and _added[root] + size <= limit() / WALK_SHARE:
             _stored[root] += size
+            _added[root] += size
             return
         entries = []
         for folder, _, names in os.walk(root):
             for name in names:
                 with contextlib.suppress(OSError):  # removed by another process
                     state = os.stat(path := os.path.join(folder, name))
-                    entries.append((state.st_atime_ns, state.st_size, path))
-        total = sum(size for _, size, _ in entries)
+                    is_written = name.endswith(PARTIAL) and time.time() - state.st_mtime < PARTIAL_SECONDS
+                    entries.append((state.st_atime_ns, state.st_size, path, is_written))
+        total = sum(size for _, size, _, _ in entries)
         if total > limit():
-            for _, size, path in sorted(entries):
+            for _, size, path, is_written in sorted(entries):
                 if total <= 0.9 * limit():
                     break
-                if path != str(added):
+                if path != str(added) and not is_written:
                     with contextlib.suppress(OSError):
                         os.unlink(path)
                     total -= size
-        _stored[root] = total
+        _stored[root], _added[root] = total, 0
 
 
 def read(path: Path, offset: int = 0, length: int = -1) -> bytes:

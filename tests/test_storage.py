@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ def test_an_address_and_its_path_name_each_other(url):
     assert storage.is_remote(path)
     assert storage.address(path) == url
     assert storage.locate(Path(url)) == path  # whose slashes are one
+
+
+def test_what_is_above_all_buckets_has_an_address():
+    folder = storage.locate("s3://bucket").parent
+    assert storage.address(folder) == "s3://"
+    assert storage.locate("s3://") == folder
 
 
 def test_other_paths_are_local(tmp_path):
@@ -90,6 +97,47 @@ def test_copies_take_no_more_than_the_limit_and_the_oldest_go(bucket, monkeypatc
     assert paths[7].exists()
     assert not paths[1].exists()
     assert storage.read(paths[1]) == bytes(1000)  # downloaded again
+
+
+def test_what_other_processes_download_counts_for_the_limit(bucket, monkeypatch):
+    monkeypatch.setenv("TESSERA_STORAGE_GB", "1e-5")  # 10,000 bytes
+    folder = storage.locate(bucket)
+    for number in range(20):
+        put(bucket, str(number), bytes(1000))
+        storage.fetch(folder / str(number))
+        (folder / f"other-{number}").write_bytes(bytes(1000))  # by another process, that makes no room
+        assert sum(each.stat().st_size for each in folder.iterdir()) <= 11_000
+
+
+def test_a_file_that_is_being_written_is_not_removed_for_another(bucket, monkeypatch):
+    monkeypatch.setenv("TESSERA_STORAGE_GB", "2e-6")  # 2,000 bytes
+    folder = storage.locate(bucket)
+    partial, killed = folder / "x.1.partial", folder / "x.2.partial"
+    folder.mkdir(parents=True)
+    for path in (partial, killed):
+        path.write_bytes(bytes(1000))
+    os.utime(partial, (1, time.time()))  # begun long ago, and written since
+    os.utime(killed, (1, 1))
+    for number in range(3):
+        put(bucket, str(number), bytes(1000))
+        storage.fetch(folder / str(number))
+    assert partial.exists()
+    assert not killed.exists()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(bucket, tmp_path, monkeypatch):
+    put(bucket, "x", b"content")
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "file/cache"))
+    with pytest.raises(TesseraError, match="cannot download, because of .*file/cache.*Not a directory.*TESSERA_CACHE"):
+        storage.fetch(storage.locate(f"{bucket}/x"))
+
+
+def test_a_name_with_the_characters_of_patterns_is_itself(bucket):
+    put(bucket, "a[1]?*.tar", b"content")
+    path = storage.locate(f"{bucket}/a[1]?*.tar")
+    assert storage.matching(path) == [path]
+    assert storage.matching(storage.locate(f"{bucket}/a*.tar")) == [path]
 
 
 def test_wrong_limits_and_missing_libraries_are_named(monkeypatch, bucket):

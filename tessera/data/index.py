@@ -160,7 +160,9 @@ def write_parts(parts: Iterable["pyarrow.Table"], table: "pyarrow.Table", path: 
     path = storage.locate(path)
     root, class_names = metadata(table)
     here = path.expanduser().absolute().parent
-    if root.is_relative_to(here) or here.is_relative_to(root):
+    # Not from a local index into the cache folder, which stands for a bucket on this machine alone.
+    is_near = storage.is_remote(root) == storage.is_remote(path.absolute())
+    if is_near and (root.is_relative_to(here) or here.is_relative_to(root)):
         root = Path(os.path.relpath(root, here))
     states = {}
     if storage.holds_remote(metadata(table)[0]):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import runpy
 import tarfile
 import threading
@@ -353,6 +354,21 @@ def test_shards_that_end_at_the_same_time_write_the_index_once(folder, tmp_path,
     assert len(names) == 1
     assert all(result.summary is not None for result in results)
     assert not list((tmp_path / "built").rglob("*.partial"))
+
+
+def test_processes_of_two_machines_with_one_number_write_under_two_names(folder, tmp_path, monkeypatch):
+    config = recipe([folder], tmp_path / "out", samples_per_shard=20)
+    builder = build.Builder(config)
+    builder.begin()
+    builder.scan(1, build.ALL, None)
+    writer = builder.writer()
+    first = writer.write(0)
+    next(first)
+    monkeypatch.setattr(platform, "node", lambda: "other-machine")
+    assert sum(writer.write(0)) == 20
+    assert list(first) == []  # its last part: it ends whole, and does not lose its file to the other
+    assert summary(config)["written"] == 20
+    assert outputs(tmp_path / "out").keys() == {"shards/000000.tar", index.FILE, build.SUMMARY, build.LEFT_OUT}
 
 
 def test_processes_give_the_bytes_of_one(folder, tmp_path):

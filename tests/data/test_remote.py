@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tessera import storage
-from tessera.data import Loader
+from tessera.data import Loader, index
 from tessera.data.sampler import ShardedOrder
 from tessera.errors import TesseraError
 
-pytest.importorskip("fsspec")
+fsspec = pytest.importorskip("fsspec")
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "layout_files.py")))
 
 
@@ -103,3 +103,16 @@ def test_an_epoch_has_each_sample_once_and_few_shards_at_a_time(window):
         assert len(groups) == -(-7 // window)
     assert not np.array_equal(epochs[0], epochs[1])
     assert np.array_equal(order.batch(len(shards)), ShardedOrder(shards, window, len(shards), 3).batch(len(shards)))
+
+
+@pytest.mark.parametrize("folder", [".", "elsewhere"], ids=["above the cache folder", "beside it"])
+def test_a_local_index_of_two_buckets_names_them_and_not_the_cache_folder(bucket, folder, tmp_path, monkeypatch):
+    files = fsspec.filesystem("memory")
+    addresses = [f"memory://{tmp_path.name}-{name}" for name in "ab"]
+    for value, address in enumerate(addresses):
+        files.pipe(f"{address}/{value}.png", made.png(value))
+    index.write(made.open_data(addresses).table, tmp_path / folder / "index.parquet")
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "other"))  # as on another machine
+    opened = made.open_data(tmp_path / folder / "index.parquet")
+    assert [opened.name(number) for number in range(2)] == [f"{addresses[0]}/0.png", f"{addresses[1]}/1.png"]
+    assert [opened.encoded(number) for number in range(2)] == [made.png(0), made.png(1)]
