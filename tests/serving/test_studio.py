@@ -159,6 +159,41 @@ def test_a_page_opened_while_the_server_loads_its_model_knows_it_afterwards(stud
     generate(page, 4)
 
 
+def test_the_form_follows_the_model(studio, tiny_model, make_model, tmp_path):
+    """Thumbnails are those of the chosen model, and what the form hides for it is not sent."""
+    plain = make_model({"learn_null_class": False}, seed=3)
+    server = studio(tiny_model, plain)
+    page = server.page
+    images = page.locator("label.class img")
+    images.nth(2).wait_for()
+    field(page, "Guidance scale").fill("2")
+    old = images.first.get_attribute("src")
+    field(page, "Model").select_option("model-1")
+    page.wait_for_function("old => ![old, undefined].includes(document.querySelector('label.class img')?.src)", arg=old)
+    assert field(page, "Guidance scale").is_disabled()
+    generate(page, 4)  # which a model without guidance would refuse
+
+    entry = server.service.pool.entries.pop("model-1")  # as on a server that is started again with other models
+    page.reload()
+    page.keyboard.press("Alt+2")
+    page.get_by_role("button", name="cat, seed 0").click()
+    page.get_by_role("button", name="Use again").click()
+    page.get_by_text("This server has no model “model-1”").wait_for()
+    server.service.pool.entries["model-1"] = entry
+
+
+def test_an_image_to_start_from_is_not_sent_to_a_model_of_clips(studio, tiny_model, make_model, tmp_path):
+    server = studio(tiny_model, make_model({"input_size": [3, 8, 8]}))
+    page = server.page
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "start.png")
+    page.get_by_text("Start from an image").click()
+    page.locator("input[type=file]").set_input_files(tmp_path / "start.png")
+    page.locator(".stack img").wait_for()
+    field(page, "Model").select_option("model-1")
+    field(page, "Seeds").fill("1")
+    generate(page, 1)
+
+
 def test_cells_show_previews_and_can_be_cancelled(studio, slow_model):
     slow_model.gate.clear()
     slow_model.permits.release(10)  # the image of the start, whose rows are few
@@ -396,6 +431,22 @@ def test_a_server_with_keys_asks_for_one_once(studio, tiny_model):
     assert page.locator(".cell img").first.get_attribute("src").startswith("blob:")  # an <img> cannot send the key
     page.reload()
     generate(page, 4)  # without another question
+
+
+def test_with_a_key_an_image_that_is_gone_does_not_leave_another_in_its_place(studio, tiny_model):
+    server = studio(tiny_model, keys={"me": KEY})
+    page = server.page
+    page.get_by_role("dialog", name="API key").get_by_label("Key").fill(KEY)
+    page.keyboard.press("Enter")
+    generate(page, 4)
+    page.get_by_role("button", name="cat, seed 0: finished").click()
+    page.locator(".large img").wait_for()
+    (gone,) = [job for job in records(server.out) if job["seeds"] == [1]]
+    (gone["folder"] / "0.png").unlink()
+    page.get_by_role("button", name="cat, seed 1: finished").click()
+    page.get_by_role("heading", name="cat, seed 1").wait_for()
+    page.wait_for_timeout(500)
+    assert page.locator(".large img").count() == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

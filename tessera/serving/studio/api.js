@@ -113,7 +113,7 @@ export function useImage(path) {
     send(path).then((response) => response.blob()).then((blob) => {
       if (active) setUrl(current = URL.createObjectURL(blob));
     }).catch(() => {});
-    return () => { active = false; if (current) URL.revokeObjectURL(current); };
+    return () => { active = false; setUrl(null); if (current) URL.revokeObjectURL(current); };
   }, [path, direct]);
   return direct ? path : url;
 }

@@ -71,14 +71,15 @@ function parameters(values, point, facts) {
   if (point.condition !== null) result.condition = usesText(facts) ? { text: [point.condition] } : { label: [point.condition] };
   if (usesText(facts) && all.negative) result.negative = { text: [all.negative] };
   const guidance = toNumber(all, "guidance_scale", "The guidance scale");
-  if (guidance !== null) result.guidance_scale = guidance;
+  const counts = (isUsed, name) => isUsed || name in point || "model" in point; // not what the form hides for this model
+  if (guidance !== null && counts(facts?.can_be_guided ?? true, "guidance_scale")) result.guidance_scale = guidance;
   for (const name of settingNames) {
     const value = name.startsWith("num") || name.endsWith("rescale") ? toNumber(all, name, name) : all[name] || null;
     if (value !== null) result.settings[name] = value;
   }
   const size = ["frames", "height", "width"].slice(facts?.clips ? 0 : 1).map((name, index) => toNumber(all, name, name) ?? facts?.size.at(index - (facts.clips ? 3 : 2)));
   if (["frames", "height", "width"].some((name) => all[name] !== "")) result.size = size;
-  if (all.init) {
+  if (all.init && counts(!facts?.clips, "strength")) {
     result.init_image = all.init.url;
     if (all.mask) result.mask = all.mask;
     const strength = toNumber(all, "strength", "The strength");

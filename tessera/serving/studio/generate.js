@@ -32,6 +32,9 @@ export const cancelAll = () => cancel(allCells());
 
 /** Use an image for another one: its settings in the form. record, index: of the gallery */
 export async function useAgain(item, extra = {}) {
+  const known = () => models.get().list.some(({ id }) => id === item.parameters.model);
+  if (!known()) await models.refresh();
+  if (!known()) throw new Error(`This server has no model “${item.parameters.model}”, which this image is of.`);
   const inputs = item.inputs || [], read = (name) => (inputs.includes(`${name}.png`) ? fetchDataUrl(`/v1/jobs/${item.job}/inputs/${name}.png`) : null);
   const { parameters } = item;
   const [init, mask] = await Promise.all([parameters.init_image || read("init-image"), parameters.mask || read("mask")]);
@@ -84,7 +87,7 @@ export function Generate() {
         ${!facts && list.length > 0 && html`<p class="note">This model is loaded when it is used first. <button type="button" onClick=${() => models.load(values.model).catch(tellError)}>Load it</button></p>`}
         ${usesText(facts) ? html`
           <${Field} label="Prompt" hint="One in each line"><textarea rows="3" ...${input("prompts")}></textarea><//>
-          <${Field} label="Negative prompt" hint="What guidance leads away from"><input ...${input("negative")} /><//>` : facts?.classes.length > 0 && html`<${Classes} facts=${facts} model=${values.model} labels=${values.labels} onChange=${set("labels")} />`}
+          <${Field} label="Negative prompt" hint="What guidance leads away from"><input ...${input("negative")} /><//>` : facts?.classes.length > 0 && html`<${Classes} key=${values.model} facts=${facts} model=${values.model} labels=${values.labels} onChange=${set("labels")} />`}
         <div class="pair">
           <${Field} label="First seed" after=${html`<button type="button" aria-label="Random seed" title="Random seed" onClick=${() => form.set({ seed: String(Math.floor(Math.random() * 2 ** 32)) })}>⚄</button>`}>
             <input inputmode="numeric" ...${input("seed")} /><//>
@@ -130,7 +133,6 @@ function Classes({ facts, model, labels, onChange }) {
   const words = search.toLowerCase().split(/\s+/).filter(Boolean);
   const matches = facts.classes.map((name, label) => ({ name, label })).filter(({ name, label }) => words.every((word) => name.toLowerCase().includes(word) || String(label) === word));
   const shown = matches.slice(0, SHOWN), wanted = shown.map(({ label }) => label).filter((label) => !(label in thumbnails));
-  useEffect(() => setThumbnails({}), [model]);
   useEffect(() => {
     if (!wanted.length) return undefined;
     const control = new AbortController();
