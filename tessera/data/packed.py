@@ -251,6 +251,10 @@ def index_tars(files: Sequence[Path], root: Path, options: LayoutOptions) -> Ind
             continue
         path = repeat(file.relative_to(root).as_posix(), len(members))
         parts.append(members.replace_schema_metadata().append_column("path", path))
+        if report.is_cut:
+            text = f"{file} has no end-of-archive block, so it was probably cut off: {len(members):,} samples are read"
+            message = "tars that were probably cut off"
+            notes.append(Note("damaged-files", "warning", text, message, (str(file),)))
         notes += about(
             *("repeated-keys", file, "images have the key of another image and are not read", report.collisions),
             "a key ends at the first dot of the name, as in WebDataset: rename them",

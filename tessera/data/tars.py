@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MIN_CACHED_MEMBERS = 1000  # a tar with as many samples has its members cached: listing takes about 0.1 ms a member
-FORMAT = 3  # of the cache
+FORMAT = 4  # of the cache
 REPORT_KEY = b"report"
 TEXT_MEMBERS = ("txt", "cls", "json")  # in any case
 
@@ -45,6 +45,7 @@ class TarReport:
     unreadable: list[str] = field(default_factory=list)  # texts that cannot be decoded, and damaged JSON
     links: list[str] = field(default_factory=list)
     unread: dict[str, int] = field(default_factory=dict)
+    is_cut: bool = False  # it does not end as a tar does
     unused: dict[str, str] = field(default_factory=dict)  # `caption` or `label` by the JSON key that looks like it
 
 
@@ -103,6 +104,9 @@ def _list_tar(file: Path, options: ColumnOptions) -> tuple["pyarrow.Table", TarR
                     _add_text(texts.setdefault(key, {}), suffix, raw, options, member_name, report)
                 else:
                     unread[f".{suffix}" if suffix else "no ending"] += 1
+            # tarfile takes a file that was cut between two members, or within a header, for a whole one.
+            archive.fileobj.seek(archive.offset)
+            report.is_cut = archive.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE
     except (tarfile.TarError, EOFError, OSError) as error:
         raise TesseraError(f"{file} is damaged, or compressed and must be unpacked first: {error}") from None
     report.unread = dict(unread)

@@ -262,6 +262,19 @@ def test_large_tars_are_listed_once(tmp_path, monkeypatch):
     assert samples(open_data(path))[:2] == [(3, None, "another"), (4, None, "and another, longer")]
 
 
+@pytest.mark.parametrize("extra", [0, 100], ids=["between members", "within a header"])
+def test_a_tar_that_was_cut_is_named(tmp_path, extra):
+    """The file has a header and one block of content for each image."""
+    members = [(f"{number}.png", png(number)) for number in range(4)]
+    whole = tar(tmp_path / "whole.tar", *members).read_bytes()
+    assert not open_data(tmp_path / "whole.tar").notes
+    cut = open_data(put(tmp_path / "cut.tar", whole[: 4 * tarfile.BLOCKSIZE + extra]))
+    assert [value for value, *_ in samples(cut)][:2] == [0, 1]
+    (note,) = cut.notes
+    assert (note.kind, note.severity) == ("damaged-files", "warning")
+    assert "cut.tar has no end-of-archive block, so it was probably cut off: 2 samples are read" in note.text
+
+
 def test_invalid_tars(tmp_path):
     whole = tar(tmp_path / "a.tar", ("a.png", png(size=64)), ("b.png", png(size=64))).read_bytes()
     put(tmp_path / "cut.tar", whole[: len(whole) // 20])
