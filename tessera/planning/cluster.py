@@ -84,7 +84,7 @@ def all_reduce_seconds(hardware: Hardware, size: float, ranks: int, local: int) 
 
 
 def simulate_step(cost: StepCost, hardware: Hardware, devices: int, shards: int) -> StepTime:
-    """A step on `devices`, of which `shards` neighbours hold one copy of the weights together.
+    """A step on `devices`, of which `shards` neighbors hold one copy of the weights together.
 
     shards == devices: FSDP; 1: replication, as DDP; else HSDP. Raises TesseraError if they are no divisor.
     """

@@ -246,8 +246,8 @@ class Distillation:
     def times(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """t and s of the samples at these positions, equal where the velocity itself is trained: float64 [B] each"""
         share = self.config.instantaneous
-        # Of every so many neighbours one, so that every batch has the same number of them.
-        number = position.double()  # float32 has no neighbours above 2^24
+        # Of every so many neighbors one, so that every batch has the same number of them.
+        number = position.double()  # float32 has no neighbors above 2^24
         is_instantaneous = ((number + 1) * share).floor() > (number * share).floor()
         uniform = randomness.uniform(self.seed, position, DISTILLATION_STREAM, 3)
         t, s = self.config.target.steps(uniform[:, :2])
