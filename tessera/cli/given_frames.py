@@ -16,6 +16,7 @@ from tessera.data.clips import read_clip
 from tessera.data.images import InvalidSample
 from tessera.errors import TesseraError
 from tessera.generation.image_inputs import crop, images_config, read_image
+from tessera.generation.image_settings import data_fps
 from tessera.model import Model
 
 
@@ -31,7 +32,7 @@ def read_given_frames(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The fields of the request, empty without such options, and a hash of the frames.
 
-    size: of the clips; None: as trained. fps: at which clips are read; None: all of their frames. Images and frames are
+    size: of the clips; None: as trained. fps: at which clips are read; None: as in training. Images and frames are
     cropped to the size. Raises TesseraError for what does not fit.
     """
     texts = [f"0={first}"] * (first is not None) + [f"-1={last}"] * (last is not None) + list(numbered)
@@ -49,7 +50,7 @@ def read_given_frames(
         if path is None:
             continue
         try:
-            clip = read_clip(Path(path), fps, config.channels)
+            clip = read_clip(Path(path), data_fps(model) if fps is None else fps, config.channels)
         except (InvalidSample, OSError) as error:
             raise TesseraError(f"cannot read {option} {path}: {error}") from None
         if len(clip) >= frames:

@@ -180,7 +180,7 @@ def sample(
         loaded, guidance_model, init_image, strength, mask, request.size, control or (), control_map or ()
     )
     frame_inputs, frame_hashes = read_given_frames(
-        loaded, request.size, clip_format and clip_format.fps, first, last, numbered or (), extend, precede
+        loaded, request.size, fps, first, last, numbered or (), extend, precede
     )
     inputs, hashes = inputs | frame_inputs, hashes | frame_hashes
     if compile:

@@ -21,9 +21,14 @@ def class_text(model: Model, label: int) -> str:
     return names[label] if names.count(names[label]) == 1 else str(label)
 
 
+def data_fps(model: Model) -> float | None:
+    """The frame rate to which the clips that a model was trained on were resampled; None: every frame was taken."""
+    return (model.config.recipe or {}).get("data", {}).get("fps")
+
+
 def trained_fps(model: Model) -> float:
-    """The frames per second of the clips that a model was trained on."""
-    return clips.frame_rate(SimpleNamespace(**(model.config.recipe or {}).get("data", {})))
+    """The frames per second of the clips of a model."""
+    return clips.frame_rate(SimpleNamespace(fps=data_fps(model)))
 
 
 def row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:

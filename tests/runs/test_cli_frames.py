@@ -62,6 +62,18 @@ def test_a_clip_is_continued_and_led_to(tessera, run, tmp_path):
         assert (result[frames] == read_clip(clip, channels=1)).all()
 
 
+def test_a_model_of_every_frame_continues_every_frame(tessera, clips_recipe, tmp_path):
+    assert tessera("train", clips_recipe, "training.frame_times=mixed", "data.fps=null").code == 0
+    clip, out = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8), tmp_path / "out.webp"
+    save_clip(tmp_path / "clip.webp", clip, 2)
+    words = ("--classes", "up", "--extend", tmp_path / "clip.webp", "--out", out)
+    done = tessera("sample", tmp_path / "run", *words)
+    assert done.code == 0, done.err
+    assert (read_clip(out, channels=1)[:3] == clip).all()
+    done = tessera("sample", tmp_path / "run", *words, "--fps", 4)  # asks for each frame twice
+    assert "has 6 frames, and the whole clip 4" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
