@@ -21,7 +21,7 @@ from tessera.studies.study import Study, read_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs/studies"
-STUDY_METRICS = {"scaling": "fd", "blocks": "fd", "unet": "fd", "text": "alignment"}
+STUDY_METRICS = {"scaling": "fd", "blocks": "fd", "unet": "fd", "text": "alignment", "temporal": "law_occluded"}
 PLOTS = (
     figures.against_compute,
     figures.against_gmacs,

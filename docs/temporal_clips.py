@@ -18,9 +18,9 @@ TARGET = Path(__file__).parent / "figures/temporal.webp"
 TITLES = {
     "full": "full attention",
     "alternating": "space, then time",
+    "unet": "3-D U-Net",
     "previous": "previous frame",
     "per-frame": "each frame alone",
-    "unet": "3-D U-Net",
 }
 CLASSES, FPS, ZOOM, GAP, TITLE = range(8), 8, 5, 4, 22
 

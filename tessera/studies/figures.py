@@ -124,7 +124,15 @@ def _at_equal_compute(study: Study, curves: Sequence[Curve], metric: str, interv
         for row, curve in enumerate(curves):
             look, (score,) = _look(study.axes, curve.setting.values), curve.scores
             axes.hlines(row, score.low, score.high, color=look["color"], linewidth=1.4, alpha=0.6)
-            axes.plot(score.value, row, look["marker"], color=look["color"], markersize=7, markeredgecolor="white")
+            axes.plot(
+                score.value,
+                row,
+                look["marker"],
+                color=look["color"],
+                markersize=7,
+                markeredgecolor="white",
+                clip_on=False,
+            )
         axes.set_yticks(range(len(curves)), [label(curve.setting.name) for curve in curves])
         axes.set_ylim(len(curves) - 0.4, -0.6)
         axes.set_xlim(left=min(0.0, *(curve.scores[0].low for curve in curves)))
