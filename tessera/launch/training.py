@@ -91,7 +91,7 @@ def slurm_script(training: Training) -> str:
         **({"gpus-per-node": str(training.gpus)} if training.gpus else {}),
         "requeue": "",
         "open-mode": "append",
-        "output": str(log),
+        "output": str(log).replace("%", "%%"),  # sbatch replaces %j and others
         "chdir": str(training.folder),
         "signal": f"B:TERM@{SAVE_SECONDS + 40}",
         **training.options,

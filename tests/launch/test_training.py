@@ -29,6 +29,8 @@ def test_the_script_has_resources_options_and_torchrun(tmp_path):
     assert "--nnodes=2 --nproc-per-node=4 --max-restarts=1" in script
     assert "-m tessera train 'a b.yaml'" in script
     assert "gpus-per-node" not in training.slurm_script(make(tmp_path, gpus=0))
+    escaped = training.slurm_script(make(tmp_path / "50%job"))  # %j would be the number of the job
+    assert f"#SBATCH --output={tmp_path}/50%%job/" in escaped
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
