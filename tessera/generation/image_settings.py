@@ -3,7 +3,6 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def data_fps(model: Model) -> float | None:
 
 def trained_fps(model: Model) -> float:
     """The frames per second of the clips of a model."""
-    return clips.frame_rate(SimpleNamespace(fps=data_fps(model)))
+    return data_fps(model) or clips.DEFAULT_FPS
 
 
 def row_settings(model: Model, request: SampleRequest, rows: Sequence[int]) -> dict[str, Any]:
