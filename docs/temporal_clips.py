@@ -1,8 +1,8 @@
-"""The clip of docs/studies/temporal.md: what the networks of recipes/studies/temporal.yaml generate, side by side.
+"""The clip of docs/studies/temporal.md, and its table of what goes wrong, from the networks of the study.
 
-    python docs/temporal_clips.py runs/temporal      # after the study; writes docs/figures/temporal.webp
+    python docs/temporal_clips.py runs/temporal      # writes docs/figures/temporal.webp, and prints the table
 
-One column for each network, one row for each class (color), the same seeds everywhere.
+The clip has one column for each network, one row for each class (color), and the same seeds everywhere.
 """
 
 import sys
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import tessera
 from tessera.clips import save_clip
+from tessera.evaluation.toy.lane_reader import read_clips
 
 TARGET = Path(__file__).parent / "figures/temporal.webp"
 TITLES = {
@@ -22,6 +23,7 @@ TITLES = {
     "previous": "previous frame",
     "per-frame": "each frame alone",
 }
+NUM_READ = 96  # clips of each network for the table
 CLASSES, FPS, ZOOM, GAP, TITLE = range(8), 8, 5, 4, 22
 
 
@@ -37,10 +39,20 @@ def column(run: Path, title: str) -> np.ndarray:
     return np.concatenate([heads, *clips], axis=1)
 
 
+def what_goes_wrong(run: Path) -> str:
+    """Shares of clips with one color, seen where they must be, of constant speed; the median distance from a path."""
+    classes = [number % len(CLASSES) for number in range(NUM_READ)]
+    readings = read_clips(tessera.generate(tessera.load(str(run)), classes=classes, seeds=list(range(NUM_READ))))
+    shares = [f"{part.mean():.0%}" for part in (readings.one_color, readings.visible, readings.moving)]
+    return " | ".join([*shares, f"{np.nanmedian(readings.distances):.2f} px"])
+
+
 def main(folder: Path) -> None:
     columns = [column(folder / f"members/{arm}-seed0", title) for arm, title in TITLES.items()]
     frames = np.concatenate(columns, axis=2)
     save_clip(TARGET, frames, FPS)
+    for run in sorted(folder.glob("members/*-seed0")):
+        print(f"| {run.name} | {what_goes_wrong(run)} |")
     print(f"{TARGET}: {frames.shape}, {TARGET.stat().st_size:,} bytes")
 
 
