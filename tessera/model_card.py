@@ -24,7 +24,7 @@ def describe(model: Model) -> dict[str, str]:
         "diffusion": config.diffusion.summary(),
         "parameters": f"{parameter_count(model.network):,}",
         **({"adapters": _adapters(model)} if attached(model.network) else {}),
-        "Gflops": f"{model.network.macs() / 1e9:.4g} (multiply-adds of one forward pass, as the DiT paper counts)",
+        "GMACs": f"{model.network.macs() / 1e9:.4g} per forward pass (the DiT paper's Gflops)",
         "sampling": config.sampling.summary(),
     }
 

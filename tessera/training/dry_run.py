@@ -45,7 +45,7 @@ class RunEstimate:
         invalid = f", {self.invalid_samples} invalid so far" if self.invalid_samples else ""
         return "\n".join(
             (
-                f"network      {self.parameters:,} parameters, {self.gmacs:.4g} Gflops (multiply-adds) a forward pass",
+                f"network      {self.parameters:,} parameters, {self.gmacs:.4g} GMACs per forward pass",
                 f"data         {self.images:,} images{invalid}",
                 *([f"adapter      {self.trained_parameters:,} parameters are trained"] if self.base_bytes else []),
                 *([f"text         {self.text}"] if self.text else []),
