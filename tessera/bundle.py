@@ -1,7 +1,7 @@
 """A trained model as one folder that holds everything needed to sample from it.
 
 config.json              the network, diffusion process, codec and sampling settings
-model.safetensors        the weights (the EMA of training)
+model.safetensors        the weights (the EMA of training), float32, or rounded: 16 bits, or 8 (int8_weights.py)
 adapters/NAME            adapters on these weights, with their strengths in config.json
 codec/                   the autoencoder, if it came from a local folder; a hub id stays an id
 text/                    the text encoder, likewise
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tessera import __version__, adapter_files, adapters, model_card, power_ema, pretrained, storage
+from tessera import __version__, adapter_files, adapters, int8_weights, model_card, power_ema, pretrained, storage
 from tessera.checkpoint_files import read_tensors, write_tensors
 from tessera.codecs import StoredConfig
 from tessera.encoders.text import FolderConfig
@@ -63,8 +63,8 @@ def save(model: Model, folder: Path | str, shared_folder: str | None = None, dty
     """Write a bundle, whole or not at all; a codec and a text encoder in local folders are copied in.
 
     shared_folder: the folder with copies of both, relative to the bundle, if they are not to be copied.
-    dtype: the weights are rounded to it in the file (default: as they are); `load` gives float32.
-    Raises TesseraError if the folder exists or cannot be written.
+    dtype: the weights are rounded to it in the file (default: as they are), int8 in blocks with a scale each; `load`
+    gives float32. Raises TesseraError if the folder exists or cannot be written.
     """
     if storage.is_remote(place := storage.locate(folder)):
         _upload(model, place, dtype)
@@ -131,7 +131,11 @@ def write(model: Model, folder: Path, shared_folder: str | None = None, dtype: t
     (folder / CONFIG).write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
     if base is None:
         state = adapters.base_state(model.network)
-        write_tensors({name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, folder / WEIGHTS)
+        if dtype == torch.int8:
+            state = int8_weights.quantize(state)
+        elif dtype is not None:
+            state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        write_tensors(state, folder / WEIGHTS)
     for name in strengths:
         info = model.adapters.get(name, AdapterInfo())
         adapter_files.write(
@@ -200,12 +204,12 @@ def load(
         weights = by_decay[ema]
         provenance = config.provenance.model_copy(update={"ema_decay": ema, "ema_length": None})
         config = config.model_copy(update={"provenance": provenance})
-    trained = read_tensors(weights) if trained is None else trained
+    trained = read_weights(weights) if trained is None else trained
     state = trained
     if config.base is not None:
         if not (base := folder / config.base / WEIGHTS).exists():
             raise TesseraError(f"{folder} holds an adapter, and its base is missing: expected {base.resolve()}")
-        state = read_tensors(base)
+        state = read_weights(base)
     model = assemble(config.model_copy(update={"base": None, "adapters": {}}), state, str(folder), device)
     model.adapters = {name: adapter_files.read_info(folder / ADAPTERS / name) for name in config.adapters}
     check_bases(model, model.adapters)
@@ -232,6 +236,11 @@ def check_bases(model: Model, infos: Mapping[str, AdapterInfo], bases: Mapping[s
                     f"than those of this model ({own}, {model.config.network.summary()}): use it with {where}, or "
                     "with --any-base (any_base=True) with any of the same shapes"
                 )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of weights; those in 8 bits are float32. Raises TesseraError."""
+    return int8_weights.dequantize(read_tensors(path), str(path))
 
 
 def trained_weights(folder: Path, config: BundleConfig) -> Path:
@@ -293,6 +302,8 @@ def averaged_state(folder: Path, config: BundleConfig, length: float) -> dict[st
         )
     if target not in stored and not step:
         raise TesseraError(f"{folder} is of step 0, before any training: leave out the length {length}")
+    if target in stored and stored[target].path == trained_weights(folder, config):
+        return read_weights(stored[target].path)
     factors, error = power_ema.fit(list(stored), target)
     if error > power_ema.MAX_ERROR:
         possible = power_ema.possible_lengths(list(stored), step)

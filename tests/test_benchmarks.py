@@ -57,6 +57,7 @@ SMALL = {
     "loader": ["--only photos --photos 70 --side 350 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
     "paper_law": ["--out {tmp}"],
+    "rounding": ["{digits} --seeds 1 num_steps=1", "{text_model} --prompts image --seeds 1 num_steps=1"],
     "plan": ["--threads 1 --rounds 1 --only 'digits, batch 8'"],
     "post_hoc_ema": ["--out {tmp} --steps 8 --samples 20 --lengths 0.05,0.08"],
     "precomputed_modulation": ["--models digits --batches 1 --seconds 0.1"],

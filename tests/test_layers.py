@@ -24,7 +24,7 @@ LAYERS = [  # lowest first
     ("diffusion", "layers", "encoders", "clips"),
     ("models", "sampling", "codecs"),
     ("model", "acceleration", "adapters", "planning", "data"),
-    ("model_card", "adapter_files", "power_ema"),
+    ("model_card", "adapter_files", "power_ema", "int8_weights"),
     ("bundle",),
     ("generation", "interop"),
     ("evaluation", "monitoring"),

@@ -45,8 +45,8 @@ def convert(
     base: Annotated[Path | None, typer.Option(help="the model that an adapter belongs to")] = None,
     alpha: Annotated[float | None, typer.Option(help="of an adapter whose file does not state it")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="of a bundle: round the weights"),
+        Literal["float32", "bfloat16", "float16", "int8"] | None,
+        typer.Option(help="of a bundle: round the weights in the file; in memory they are float32 again"),
     ] = None,
     about: Annotated[str | None, typer.Option(help="of a bundle: what the model generates, for its card")] = None,
     license: Annotated[str | None, typer.Option(help="of a bundle: the license of the weights, for its card")] = None,
