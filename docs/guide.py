@@ -2,14 +2,16 @@
 
     python docs/guide.py figures                  # run the chapters and write docs/figures/guide/
     python docs/guide.py notebooks --out FOLDER   # a notebook of each chapter, in English and in Chinese
-    python docs/guide.py sync                     # copy the code of the English pages to the Chinese ones
+    python docs/guide.py outputs [PAGE...]        # run the chapters and write what each block prints below it
+    python docs/guide.py sync                     # copy the code and its outputs to the Chinese pages
 
-A chapter's code saves its figures in the working directory, so both commands run it in a temporary folder. Blocks of
+A chapter's code saves its figures in the working directory, so these commands run it in a temporary folder. Blocks of
 the Chinese chapters are those of the English ones (`tests/test_guide.py`).
 """
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures" / "guide"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+OUTPUT = re.compile(r"^```output\n(.*?)^```\n", flags=re.DOTALL | re.MULTILINE)
 
 
 def chapters(language: str = "en") -> list[Path]:
@@ -45,35 +48,82 @@ def translated() -> list[tuple[Path, Path]]:
     return [(DOCS.parent / "README.md", DOCS / "zh" / "README.md"), *pairs]
 
 
+def outputs_of(text: str) -> list[str]:
+    """What each Python block of a page prints, as the page shows it: an empty text where it shows nothing."""
+    blocks = fenced_blocks(text)
+    following = [*blocks[1:], ("", "")]
+    return [
+        output if label == "output" else ""
+        for (language, _), (label, output) in zip(blocks, following, strict=True)
+        if language == "python"
+    ]
+
+
+def with_outputs(text: str, outputs: list[str]) -> str:
+    """A page whose Python blocks are followed by what they print, in place of the outputs that it had."""
+    remaining = iter(outputs)
+
+    def add_output(block: re.Match[str]) -> str:
+        printed = next(remaining) if block[1] == "python" else ""
+        return f"{block[0]}\n```output\n{printed}```" if printed else block[0]
+
+    return FENCE.sub(add_output, OUTPUT.sub("", text))
+
+
 def sync() -> None:
-    """Replace the fenced blocks of the Chinese pages by those of the English ones, where their number is equal."""
+    """Copy the fenced blocks of the English pages to the Chinese ones, where their number is equal.
+
+    Outputs follow their Python block, so a Chinese page need not have them yet.
+    """
     for english, chinese in translated():
-        blocks = [match[0] for match in FENCE.finditer(english.read_text(encoding="utf-8"))]
+        source = english.read_text(encoding="utf-8")
+        blocks = [match[0] for match in FENCE.finditer(OUTPUT.sub("", source))]
         text = chinese.read_text(encoding="utf-8")
-        if len(fenced_blocks(text)) != len(blocks):
-            print(f"{chinese}: {len(fenced_blocks(text))} blocks, and {english} has {len(blocks)}: add or remove some")
+        changed = OUTPUT.sub("", text)
+        if len(fenced_blocks(changed)) != len(blocks):
+            print(
+                f"{chinese}: {len(fenced_blocks(changed))} blocks, and {english} has {len(blocks)}: add or remove some"
+            )
             continue
         remaining = iter(blocks)
-        changed = FENCE.sub(lambda _, remaining=remaining: next(remaining), text)
+        changed = FENCE.sub(lambda _, remaining=remaining: next(remaining), changed)
+        changed = with_outputs(changed, outputs_of(source))
         if changed != text:
             chinese.write_text(changed, encoding="utf-8")
             print(f"{chinese}: copied the code of {english}")
 
 
-def run(page: Path, folder: Path) -> dict[str, Any]:
-    """Run the blocks of a page in order, with a folder as the working directory. Returns the names they define."""
+def run(page: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Run the blocks of a page in order, with a folder as the working directory.
+
+    Returns the names that they define, and what each block prints to the standard output.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names: dict[str, Any] = {"__name__": "guide"}
+    outputs = []
     blocks = code_blocks(page.read_text(encoding="utf-8"))
     with contextlib.chdir(folder):
         for number, block in enumerate(blocks, 1):
-            exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+            outputs.append(printed.getvalue())
     plt.close("all")
-    return names
+    return names, outputs
+
+
+def write_outputs(pages: list[Path]) -> None:
+    """Run chapters and write what each block prints below it, in both languages."""
+    for page in pages:
+        with tempfile.TemporaryDirectory() as folder:
+            _, outputs = run(page, Path(folder))
+        page.write_text(with_outputs(page.read_text(encoding="utf-8"), outputs), encoding="utf-8")
+        print(f"{page.name}: {sum(map(bool, outputs))} outputs")
+    sync()
 
 
 def write_figures() -> None:
@@ -90,11 +140,11 @@ def write_figures() -> None:
 def notebook(page: Path) -> Any:
     """A page as a notebook: its Python blocks are cells, and its answers are no longer hidden.
 
-    The figures are left out, because the cells show them.
+    The figures and outputs are left out, because the cells show them.
     """
     import jupytext
 
-    text = page.read_text(encoding="utf-8")
+    text = OUTPUT.sub("", page.read_text(encoding="utf-8"))
     text = re.sub(r"^<details[^>]*><summary>(.*?)</summary>$", r"**\1**", text, flags=re.MULTILINE)
     text = re.sub(r"^</details>\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^!\[.*?\]\([^)]*figures/guide/[^)]*\)\n", "", text, flags=re.MULTILINE)
@@ -119,11 +169,14 @@ def write_notebooks(out: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["figures", "notebooks", "sync"])
+    parser.add_argument("what", choices=["figures", "notebooks", "outputs", "sync"])
+    parser.add_argument("pages", nargs="*", type=Path, help="pages whose outputs are written (all chapters)")
     parser.add_argument("--out", type=Path, default=Path("notebooks"), help="folder for the notebooks")
     options = parser.parse_args()
     if options.what == "figures":
         write_figures()
+    elif options.what == "outputs":
+        write_outputs(options.pages or chapters())
     elif options.what == "sync":
         sync()
     else:

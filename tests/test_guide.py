@@ -1,8 +1,9 @@
-"""The guide's code runs, block after block, as a reader would run it, and makes the figures that the pages show.
+"""The guide's code runs, block after block, as a reader runs it, prints what the pages show, and makes their figures.
 
 Every chapter becomes a notebook. The Chinese pages have the headings and the code of the English ones.
 """
 
+import codeop
 import importlib.util
 import re
 from pathlib import Path
@@ -24,18 +25,49 @@ PARAMETERS = [
 ]
 
 
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(?:e[+-]?\d+)?")
+
+
 def figures_of(text: str) -> set[str]:
     """The names of the guide's figures that a page shows."""
     return set(re.findall(r"!\[[^\]]*\]\([^)]*figures/guide/([\w-]+\.png)\)", text))
 
 
 @pytest.mark.parametrize("page", PARAMETERS)
-def test_the_blocks_of_a_chapter_run_in_turn_and_make_its_figures(page, tmp_path, capsys):
-    guide.run(page, tmp_path)
-    assert capsys.readouterr().out
+def test_the_blocks_of_a_chapter_run_in_turn_print_its_outputs_and_make_its_figures(page, tmp_path):
+    _, printed = guide.run(page, tmp_path)
+    shown = guide.outputs_of(page.read_text(encoding="utf-8"))
+    assert any(shown)
+    for output, expected in zip(printed, shown, strict=True):
+        assert NUMBER.sub("#", output) == NUMBER.sub("#", expected), f"run: python docs/guide.py outputs {page}"
+        if page.name != TRAINS:  # a training's numbers depend on the machine, and some on its load
+            numbers, expected_numbers = (
+                [float(number.replace(",", "")) for number in NUMBER.findall(text)] for text in (output, expected)
+            )
+            assert numbers == pytest.approx(expected_numbers, rel=0.1)
     figures = {path.name for path in tmp_path.glob("*.png")}
     assert figures == figures_of(page.read_text(encoding="utf-8"))
     assert all((guide.FIGURES / name).exists() for name in figures)
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, DOCS / "tutorial" / "first-model.md"], ids=lambda page: page.stem)
+def test_blocks_can_be_pasted_into_a_python_session(page):
+    """Python before 3.13 takes a paste line by line: a loop ends with an empty line, and a function has none inside."""
+    for block in guide.code_blocks(page.read_text(encoding="utf-8")):
+        lines: list[str] = []
+        for line in [*block.splitlines(), ""]:
+            lines.append(line)
+            if codeop.compile_command("\n".join(lines), symbol="single") is not None:
+                lines = []
+        assert not lines
+
+
+def test_outputs_follow_their_block_in_place_of_earlier_ones():
+    page = "```python\nprint(1)\n```\n```output\n2\n```\ntext\n```text\na = b\n```\n```python\nx = 1\n```\n"
+    assert guide.outputs_of(page) == ["2\n", ""]
+    changed = guide.with_outputs(page, ["1\n", ""])
+    assert changed == page.replace("2", "1")
+    assert guide.with_outputs(changed, ["", "3\n"]).count("```output") == 1
 
 
 def test_all_figures_are_shown_and_small():
@@ -66,7 +98,7 @@ def test_a_notebook_has_the_code_of_its_chapter(page):
     cells = guide.notebook(page).cells
     code = [cell.source for cell in cells if cell.cell_type == "code"]
     assert code == [block.rstrip("\n") for block in guide.code_blocks(page.read_text(encoding="utf-8"))]
-    assert not any("<details" in cell.source or "figures/guide" in cell.source for cell in cells)
+    assert not any(part in cell.source for cell in cells for part in ("<details", "figures/guide", "```output"))
 
 
 # The code of a Chinese chapter is that of the English one, so one of them is enough.
@@ -82,7 +114,7 @@ def test_a_notebook_runs_and_shows_figures(page, tmp_path):
 
 @pytest.mark.slow
 def test_the_first_model_is_trained_and_sampled(tmp_path):
-    names = guide.run(DOCS / "tutorial" / "first-model.md", tmp_path)
+    names, _ = guide.run(DOCS / "tutorial" / "first-model.md", tmp_path)
     assert names["images"].shape == (2, 8, 8, 1)
     assert names["preview"].shape == (1, 8, 8, 1)
     assert (tmp_path / "runs" / "first-model").is_dir()
