@@ -199,9 +199,7 @@ def comparison(study: Study, settings: Sequence[Variant], metric: str) -> StudyF
     others = [axis for axis in study.axes if axis != study.compare.axis]
     axes = {axis: list(study.axes[axis]) for axis in (study.compare.axis, *others)}
     panels = [Panel(_curves(settings, scale), X_LABELS[scale]) for scale in SCALES]
-    caption = (
-        f"{metric} at equal steps, equal training FLOPs and equal time of training; {_intervals(settings, 'bands')}."
-    )
+    caption = f"{metric} at equal steps, equal training FLOPs and equal training time; {_intervals(settings, 'bands')}."
     return _plot("comparison", caption, axes, metric, [panels], bands=True)
 
 
@@ -248,7 +246,7 @@ def image_grids(study: Study, results: Sequence[MemberResult]) -> StudyFigure | 
                 axes.set_title(label(f"{first} {column}"))
             if column == columns[0] and row:
                 axes.set_ylabel(label(f"{others[0]} {row}" if len(others) == 1 else row))
-        caption = "The last grid of samples of each member: the same seeds everywhere, a column a class, cropped."
+        caption = "The last grid of samples of each member: the same seeds, one column per class, cropped."
         unfinished = [result.name for result in results if result.sample_grid is not None and result.state != "done"]
         caption += f" Not done: {', '.join(unfinished)}." if unfinished else ""
         return StudyFigure("images", caption, encode(figure, "png"), encode(figure, "svg"))

@@ -48,7 +48,7 @@ TITLES = {  # of the figures, by name
     "sampling": "By sampling compute",
     "images": "Samples",
 }
-SCALE_NAMES: dict[Scale, str] = {"steps": "steps", "flops": "training FLOPs", "seconds": "time of training"}
+SCALE_NAMES: dict[Scale, str] = {"steps": "steps", "flops": "training FLOPs", "seconds": "training time"}
 COMPARISON_METHOD = (
     "Members are compared at the last point that all have reached. Between scored points a score is interpolated "
     "linearly in the logarithm of steps, FLOPs or seconds. Means have t intervals over seeds; with one seed, the "
