@@ -24,7 +24,7 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.reporting.estimates import Estimate
 
-FRAMES, SIDE, CELLS = 8, 64, 13  # cells in a row of a sheet
+FRAMES, SIDE, FPS, CELLS = 8, 64, 8, 13  # cells in a row of a sheet
 ACTIONS = {  # the cells of the frames, after the first cell of a direction
     "walk": (7, 0, 1, 2, 3, 4, 5, 6),
     "spellcard": (0, 1, 2, 3, 4, 5, 4, 6),
@@ -166,7 +166,7 @@ def write(sprites: Sprites, folder: Path, limit: int | None) -> None:
                 frames = [Image.fromarray(frame) for frame in as_uint8(sprites.compose(character, *motion))]
                 buffer = io.BytesIO()
                 frames[0].save(
-                    buffer, "WEBP", save_all=True, append_images=frames[1:], duration=125, loop=0, lossless=True
+                    buffer, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0, lossless=True
                 )
                 rows["video"].append({"bytes": buffer.getvalue(), "path": None})
                 rows["label"].append(label)
@@ -206,19 +206,54 @@ def check(sprites: Sprites, count: int) -> None:
         print(f"| {name} | {' | '.join(cells)} | {min(distances):.1f} to {max(distances):.1f} |", flush=True)
 
 
-def judge(sprites: Sprites, target: str, count: int) -> None:
-    """The scores of an .npz of clips with labels of CLASSES, or of a model that is conditioned on them."""
+def judge(sprites: Sprites, target: str, count: int, sheet: Path | None) -> None:
+    """The scores of an .npz of clips with labels of CLASSES, or of a model: from its classes alone, and from the first
+    frame of test characters, too. sheet: an animation of some of both, a row for each.
+    """
+    labels = [index % len(CLASSES) for index in range(count)]
     if target.endswith(".npz"):
         with np.load(target) as file:
             clips, labels = file["arr_0"][:count], file["arr_1"][:count].tolist()
-    else:
-        import tessera
+        print_scores("clips", [sprites.read(clip) for clip in clips], labels, None)
+        return
+    import tessera
 
-        model = tessera.load(target)
-        labels = [index % len(CLASSES) for index in range(count)]
-        clips = tessera.generate(model, labels, list(range(count)))
-    for name, estimate in scores([sprites.read(clip) for clip in clips], labels, None).items():
-        print(f"{name:24s} {estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")
+    model = tessera.load(target)
+    clips = tessera.generate(model, labels, list(range(count)), batch_size=36)
+    readings = [sprites.read(clip) for clip in clips]
+    print_scores("from the class", readings, labels, None)
+    valid = [reading.character for reading in readings if reading.is_valid]
+    if valid:
+        expected = len(list(characters(test=True))) / VARIANTS ** len(PARTS)
+        new = Estimate.proportion(sum(map(is_test, valid)), len(valid))
+        print(f"  test characters among the valid ones: {text(new)}; of all combinations {expected:.3f}")
+        print(f"  different characters among the valid ones: {len(set(valid))} of {len(valid)}")
+
+    random = np.random.default_rng(1)
+    held_out = list(characters(test=True))
+    chosen = [held_out[index] for index in random.integers(len(held_out), size=count)]
+    real = np.stack([as_uint8(sprites.compose(each, *MOTIONS[label])) for each, label in zip(chosen, labels)])
+    seeds = list(range(count))
+    animated = tessera.generate(model, labels, seeds, batch_size=36, given_frames=real[:, :1], given_indices=[0])
+    print_scores("test characters, from the first frame", [sprites.read(clip) for clip in animated], labels, chosen)
+    if sheet is not None:
+        columns = len(CLASSES)
+        rows = [clips[:columns], clips[columns : 2 * columns], real[:columns], animated[:columns]]
+        frames = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)  # [T, H, W, C]
+        tessera.save_clip(sheet, frames.repeat(2, axis=1).repeat(2, axis=2), fps=FPS)
+        print(f"{sheet}: two rows from the class; test characters, and below them their clips from the first frame")
+
+
+def print_scores(
+    name: str, readings: Sequence[Reading], labels: Sequence[int], shown: Sequence[Sequence[int]] | None
+) -> None:
+    print(f"{name}, {len(readings)} clips; median distance {np.median([each.distance for each in readings]):.1f}")
+    for score, estimate in scores(readings, labels, shown).items():
+        print(f"  {score:24s} {text(estimate)}")
+
+
+def text(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def main() -> None:
@@ -228,6 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of sheets")
     parser.add_argument("--out", type=Path, default=Path("sprites"), help="of write: the folder")
     parser.add_argument("--count", type=int, default=180, help="clips of judge and check")
+    parser.add_argument("--sheet", type=Path, help="of judge of a model: an animation of its clips, such as clips.webp")
     parser.add_argument("--limit", type=int, help="of write: characters of each split")
     arguments = parser.parse_args()
     try:
@@ -239,7 +275,7 @@ def main() -> None:
         elif arguments.target is None:
             raise TesseraError("judge needs a target: an .npz of clips and labels, a run or a bundle")
         else:
-            judge(sprites, arguments.target, arguments.count)
+            judge(sprites, arguments.target, arguments.count, arguments.sheet)
     except TesseraError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -2,7 +2,7 @@
 via Block-wise Quantization, with even steps instead of their data type).
 
 A float tensor NAME of 1,024 values or more is two tensors of a file: NAME, int8 of the same shape, and NAME.scale,
-float32 [ceil(values / 64)]. A value changes by at most half a step: 1/254 of the largest magnitude in its block.
+bfloat16 [ceil(values / 64)]. A value changes by at most half a step: 1/253 of the largest magnitude in its block.
 Smaller tensors stay as they are. In memory the weights are float32 again.
 """
 
@@ -24,10 +24,10 @@ def quantize(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = tensor
             continue
         blocks = _blocks(tensor.detach().float())
-        scale = blocks.abs().amax(dim=1) / LARGEST
+        scale = (blocks.abs().amax(dim=1) / LARGEST).bfloat16()
         if not bool(torch.isfinite(scale).all()):
             raise TesseraError(f"{name} has weights that are not finite, which have no 8-bit form: write it as float32")
-        steps = (blocks / scale.where(scale > 0, 1.0)[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+        steps = (blocks / scale.float().where(scale > 0, 1.0)[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
         tensors[name] = steps.flatten()[: tensor.numel()].view(tensor.shape)
         tensors[name + SCALE] = scale
     return tensors

@@ -55,3 +55,39 @@ def test_real_clips_are_read_exactly_and_broken_ones_are_not_valid(sprites, shee
     assert {estimate.value for estimate in result.values()} == {0.5}
     result = sprites.scores([reading, reading], [label, 0], [character, (0, 0, 0, 0)])
     assert [result[name].value for name in ("valid", "action", "identity")] == [1, 0.5, 0.5]
+
+
+def test_a_model_is_judged_from_classes_and_from_first_frames(
+    sprites, sheets, make_model, monkeypatch, tmp_path, capsys
+):
+    """A model that returns real clips of test characters is right throughout, and the sheet shows them."""
+    import tessera
+
+    network = {"input_size": (8, 64, 64), "in_channels": 3, "out_channels": 6, "num_classes": 9, "patch_size": 32}
+    tessera.save(make_model(network, class_names=()), tmp_path / "model")
+    held_out = list(sprites.characters(test=True))
+
+    def real_clips(model, labels, seeds, batch_size, given_frames=None, given_indices=()):
+        shown = [held_out[index] for index in np.random.default_rng(1).integers(len(held_out), size=len(labels))]
+        clips = np.stack([sprites.as_uint8(sheets.compose(*each)) for each in motions(shown, labels)])
+        assert given_frames is None or (given_frames == clips[:, :1]).all()
+        return clips
+
+    def motions(shown, labels):
+        return [(character, *sprites.MOTIONS[label]) for character, label in zip(shown, labels)]
+
+    monkeypatch.setattr(tessera, "generate", real_clips, raising=False)
+    sprites.judge(sheets, str(tmp_path / "model"), 18, tmp_path / "clips.webp")
+    lines = capsys.readouterr().out.splitlines()
+    first, second = (index for index, line in enumerate(lines) if "18 clips" in line)
+    assert "median distance 0.0" in lines[first]
+    assert "test characters among the valid ones: 1.000" in "\n".join(lines[first:second])
+    assert any("identity" in line and "1.000" in line for line in lines[second:])
+    assert clip_shape(tmp_path / "clips.webp") == (8, 4 * 128, 9 * 128)
+
+
+def clip_shape(path):
+    from PIL import Image
+
+    with Image.open(path) as clip:
+        return (clip.n_frames, clip.height, clip.width)
