@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,12 +30,13 @@ Variant = tuple[str, ...]  # what rows of one sampler share beside the size: mod
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in memory. name: as clients call it; weights: their hash."""
+    """A model in memory. name: as clients call it; weights: their hash; options: of `tessera sample`, to read it so."""
 
     name: str
     path: str
     model: Model
     weights: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ import gc
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,99}")
 
 @dataclass
 class ModelEntry:
-    """A model by name. loader: reads it, in another thread"""
+    """A model by name. loader: reads it, in another thread; options: of `tessera sample`, to read it in the same way"""
 
     name: str
     path: str
     loader: Callable[[], Model]
+    options: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
     loaded: LoadedModel | None = None
     users: int = 0  # jobs that need it now
@@ -59,8 +60,14 @@ def parse_models(
         def loader(path: str = path) -> Model:
             return load.load(path, device=device, adapters=list(adapters), **options)
 
-        entries[name] = ModelEntry(name, path, loader)
+        entries[name] = ModelEntry(name, path, loader, _command_options(adapters, options))
     return list(entries.values())
+
+
+def _command_options(adapters: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load` as options of `tessera sample`, without those that are not set."""
+    named = {"adapter": list(adapters)} | {name.replace("_", "-"): value for name, value in options.items()}
+    return {name: value for name, value in named.items() if value not in (None, False, [])}
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -159,7 +166,7 @@ class ModelPool:
     async def _load(self, entry: ModelEntry) -> None:
         start = time.monotonic()
         model, weights = await asyncio.to_thread(_load, entry.loader)
-        entry.loaded, entry.facts = LoadedModel(entry.name, entry.path, model, weights), describe(model)
+        entry.loaded, entry.facts = LoadedModel(entry.name, entry.path, model, weights, entry.options), describe(model)
         seconds = time.monotonic() - start
         logger.info("loaded", extra={"model": entry.name, "seconds": round(seconds, 3)})
         if self._on_load is not None:

@@ -222,7 +222,7 @@ class Service:
         job = Job(self.store.new_id(), client, models[0].name, parameters.record(), seeds, running.place.cost)
         files = {name: str(self.folder.path(job.id, f"{name}.png")) for name in resolved.inputs}
         job.inputs = [f"{name}.png" for name in resolved.inputs]
-        running.options = command_options(parameters, files)
+        running.options = {**models[0].options, **command_options(parameters, files)}
         if len(models) > 1:
             running.options["guidance-model"] = models[1].path
         every = parameters.preview_every

@@ -641,11 +641,12 @@ def save_checkpoint(run: TrainingRun, writer: CheckpointWriter, state: TrainerSt
     """Begin to write a checkpoint. Old checkpoints are pruned once it is complete."""
     device, config, world_size = run.ema_model.device, run.recipe.training, run.parallel.world.world_size
     runtime.synchronize(device)
+    samples = "clips" if run.ema_model.config.network.is_temporal else "images"
     provenance = bundle.Provenance(
         trained_with=f"tessera {__version__}, torch {torch.__version__}, {runtime.device_name(device)}"
         + (f", {world_size} ranks" if world_size > 1 else ""),
         device=device.type,
-        data=f"{len(run.loader.dataset):,} images ({run.recipe.data.description})",
+        data=f"{len(run.loader.dataset):,} {samples} ({run.recipe.data.description})",
         steps=state.step,
         images_seen=state.position,
         global_batch_size=config.global_batch_size,

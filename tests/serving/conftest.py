@@ -21,7 +21,10 @@ def serve(tmp_path) -> Callable:
 
     @contextlib.asynccontextmanager
     async def running(*models, keys=None, hosts=None, start=True, **options) -> AsyncIterator[SimpleNamespace]:
-        entries = [ModelEntry(f"model-{n}", f"path/{n}", lambda model=model: model) for n, model in enumerate(models)]
+        entries = [
+            model if isinstance(model, ModelEntry) else ModelEntry(f"model-{n}", f"path/{n}", lambda model=model: model)
+            for n, model in enumerate(models)
+        ]
         service = Service(entries, ServiceOptions(out=options.pop("out", tmp_path / "served"), **options))
         app = create_app(service, keys, hosts)
         if start:

@@ -8,11 +8,12 @@ import shlex
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from tessera import adapters, bundle, clips, generation
-from tessera.adapters import ControlConfig
+from tessera import adapter_files, adapters, bundle, clips, generation
+from tessera.adapters import ControlConfig, LoRAConfig
 from tessera.cli import app as cli
 from tessera.data.clips import read_clip
 from tessera.encoders.text import WordsConfig
@@ -20,6 +21,7 @@ from tessera.generation.image_settings import sample_command
 from tessera.images import read_settings
 from tessera.model import AdapterInfo
 from tessera.serving.admission import Limits
+from tessera.serving.models import parse_models
 
 PATHS = ("jobs", "images/generations")
 
@@ -467,6 +469,35 @@ def test_clips_are_those_of_the_command_line(serve, run, make_model, tmp_path, o
     frames = [read_clip(each, 4, channels=3).astype(int) for each in (path, expected)]
     assert frames[0].shape == (3, 8, 8, 3)
     assert np.abs(frames[0] - frames[1]).max() <= (3 if output_format == "mp4" else 1)  # H.264 may differ by more
+
+
+def test_the_command_reads_the_model_as_the_server_did(serve, run, make_model, tmp_path):
+    """A server's --adapter is part of the command that is stored with its images."""
+    model, folder = make_model(), tmp_path / "style"
+    bundle.save(model, tmp_path / "model")
+    layers = LoRAConfig(rank=2).layers(model.network, ())
+    adapters.attach(model.network, "style", layers)
+    state = {name: torch.randn_like(tensor) for name, tensor in adapters.adapter_state(model.network, "style").items()}
+    adapter_files.write(AdapterInfo(), state, folder / adapter_files.WEIGHTS)
+
+    async def work(entry):
+        async with serve(entry, out=tmp_path / "out") as server:
+            body = {"condition": {"label": ["dog"]}, "seeds": [3], "settings": {"num_steps": 3}}
+            job = (await server.client.post("/v1/jobs", json=body)).json()["id"]
+            await server.client.get(f"/v1/jobs/{job}/events")
+            return (await server.client.get(f"/v1/jobs/{job}/results/0")).content
+
+    (entry,) = parse_models([str(tmp_path / "model")], adapters=[f"{folder}:0.5"])
+    served = run(work(entry))
+    (tmp_path / "served.png").write_bytes(served)
+    words = shlex.split(sample_command(read_settings(tmp_path / "served.png") or {}), comments=True)
+    assert words[words.index("--adapter") + 1] == f"{folder}:0.5"
+    for name, command in (("same", words), ("without", [w for w in words if w not in ("--adapter", f"{folder}:0.5")])):
+        done = CliRunner().invoke(cli, [*command[1:], "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+    (same,), (without,) = ((tmp_path / name).glob("*3.png") for name in ("same", "without"))
+    assert close(pixels(same.read_bytes()), pixels(served))
+    assert not close(pixels(without.read_bytes()), pixels(served))
 
 
 @pytest.mark.parametrize(
