@@ -23,7 +23,7 @@ from tessera.errors import Interrupted, TesseraError
 def build(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe such as recipes/build.yaml")],
     overrides: Overrides = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: one per CPU core)")] = None,
     shard: Shard = None,
     launch: Launch = None,
     tasks: Tasks = None,
@@ -32,8 +32,8 @@ def build(
     """Build a data set: read sources in any layout, leave out damaged images and copies, resize, and write shards of
     even size with an index.
 
-    To resume after an interruption, repeat the command. On several machines: --launch ray or slurm; or run --shard 1/4
-    to 4/4 to measure, and the same again to write; or the second time once without --shard.
+    To resume after an interruption, repeat the command. On several machines: use --launch ray or slurm; or run it with
+    --shard 1/4 to 4/4, which measures, and then with the same shards again, or once without --shard, which writes.
 
     \b
     Example:

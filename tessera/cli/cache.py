@@ -29,11 +29,14 @@ def cache(
         str, typer.Argument(help="a recipe, or any data (with --size and codec.source=...), or a cache to --verify")
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="folder of caches (the recipe's data.cache, or latents)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of caches (default: the recipe's data.cache, or latents)")
+    ] = None,
     size: Size = None,
     dtype: Annotated[Literal["float16", "bfloat16"], typer.Option()] = "float16",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="processes on the CPU, reader threads for a GPU (one per core)")
+        int | None,
+        typer.Option(min=1, help="processes on the CPU, or reader threads for a GPU (default: one per core)"),
     ] = None,
     shard: Shard = None,
     launch: Launch = None,

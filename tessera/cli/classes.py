@@ -31,7 +31,7 @@ def classes(
     add_word: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NEW[=OLD,OLD]", help="for a model of text: a word that starts as the mean of others, or of all"
+            metavar="NEW[=OLD,OLD]", help="for a text model: a word that starts as the mean of others, or of all"
         ),
     ] = None,
     ema: EMA = None,
@@ -44,9 +44,9 @@ def classes(
 ) -> None:
     """List the classes of a model, or change them.
 
-    A new model is written with classes added, removed, renamed or merged, or with new words.
+    With OUT, a new model is written with classes added, removed, renamed or merged, or with new words.
 
-    Each option may be repeated. The kept classes give the same images as before, and so do texts without the new words.
+    Options may be repeated. Unchanged classes give the same images as before, and so do prompts without the new words.
 
     \b
     Examples:

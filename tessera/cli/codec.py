@@ -41,7 +41,9 @@ def score(
     codec: Annotated[str, typer.Argument(help="folder of an autoencoder, a run or a bundle, or a hub id")],
     data: DataPath,
     size: Size = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="images, evenly spaced in the data (all)")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="number of images, evenly spaced in the data (default: all)")
+    ] = None,
     features: Annotated[
         str | None, typer.Option(help="also report the Fréchet distance of these: shapes, inception, or a folder")
     ] = None,

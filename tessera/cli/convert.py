@@ -28,7 +28,7 @@ def convert(
     ],
     to: Annotated[
         str,
-        typer.Option("--to", help="bundle, official, diffusers; of an adapter: adapter, peft, diffusers, kohya"),
+        typer.Option("--to", help="bundle, official, diffusers; for an adapter: adapter, peft, diffusers, kohya"),
     ],
     approximate: Annotated[
         bool, typer.Option(help="also write what the format cannot hold exactly, and report the difference")
@@ -43,13 +43,13 @@ def convert(
     adapter: Adapters = None,
     any_base: AnyBase = False,
     base: Annotated[Path | None, typer.Option(help="the model that an adapter belongs to")] = None,
-    alpha: Annotated[float | None, typer.Option(help="of an adapter whose file does not state it")] = None,
+    alpha: Annotated[float | None, typer.Option(help="alpha of an adapter whose file does not state it")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "int8"] | None,
-        typer.Option(help="of a bundle: round the weights in the file; in memory they are float32 again"),
+        typer.Option(help="for a bundle: round the weights in the file; in memory they are float32 again"),
     ] = None,
-    about: Annotated[str | None, typer.Option(help="of a bundle: what the model generates, for its card")] = None,
-    license: Annotated[str | None, typer.Option(help="of a bundle: the license of the weights, for its card")] = None,
+    about: Annotated[str | None, typer.Option(help="for a bundle: what the model generates, for its card")] = None,
+    license: Annotated[str | None, typer.Option(help="for a bundle: the license of the weights, for its card")] = None,
 ) -> None:
     """Convert a model, or an adapter, to another format.
 

@@ -26,16 +26,20 @@ for _command in (build, cache):
 @app.command()
 def check(
     data: Annotated[str, typer.Argument(metavar="PATH", help="images or clips in any layout, or a recipe")],
-    reference: Annotated[str | None, typer.Option(help="validation data that must not be part of it")] = None,
+    reference: Annotated[str | None, typer.Option(help="validation data: report samples that are in both")] = None,
     write_index: Annotated[Path | None, typer.Option(help="write an index of the accepted samples: .parquet")] = None,
     exclude: Annotated[
         str, typer.Option(help="kinds of findings whose samples are rejected, separated by commas")
     ] = "corrupt,duplicates,leaks",
-    out: Annotated[Path | None, typer.Option(help="folder for report and decisions (check/NAME)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for report and decisions (default: check/NAME)")] = None,
     size: Size = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="of training, for clips (as the recipe)")] = None,
-    fps: Annotated[float | None, typer.Option(help="of training, for clips (as the recipe)")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="processes (one per CPU core)")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="for clips: frames per clip in training (default: of the recipe)")
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="for clips: frames per second in training (default: of the recipe)")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes (default: one per CPU core)")] = None,
     shard: Shard = None,
     launch: Launch = None,
     tasks: Tasks = None,
@@ -44,7 +48,7 @@ def check(
 ) -> None:
     """Find damaged, duplicate, leaked and unusual samples, and suggest remedies. Changes nothing.
 
-    To resume after an interruption, repeat the command. On several machines: --launch ray or slurm; or run it with
+    To resume after an interruption, repeat the command. On several machines: use --launch ray or slurm; or run it with
     --shard 1/4 to 4/4, then once without --shard.
 
     \b

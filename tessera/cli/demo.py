@@ -9,7 +9,7 @@ import typer
 def demo(
     seconds: Annotated[float, typer.Option(help="training time")] = 60,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("demo"),
-    serve: Annotated[bool, typer.Option("--serve", help="then open the page of `tessera serve`")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="afterwards, open the page of `tessera serve`")] = False,
 ) -> None:
     """Train a small DiT on handwritten digits, and look at samples.
 

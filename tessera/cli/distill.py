@@ -17,10 +17,10 @@ def distill(
 ) -> None:
     """Train a model that samples in one or a few steps.
 
-    It learns from a trained one, on the same data.
+    The student learns from a trained model, on the same data.
 
-    The guidance of MODEL is learned, too: samples need no second evaluation. Settings follow from the recipe of MODEL;
-    any can be changed, for example training.distillation.guidance_scale=2 training.steps=5000.
+    The student also learns the guidance of MODEL, so sampling needs no unconditional evaluation. Settings follow from
+    the recipe of MODEL; any can be changed, for example training.distillation.guidance_scale=2 training.steps=5000.
 
     \b
     Example:

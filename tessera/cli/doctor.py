@@ -17,8 +17,8 @@ def doctor(
 ) -> None:
     """Diagnose a run, or this machine.
 
-    Of a run, the log files are read and changes suggested; works during training, too. With --system: versions,
-    devices, and what each missing extra would give.
+    For a run, it reads the log files and suggests changes; this works during training, too. With --system, it checks
+    versions and devices, and lists what each missing extra would add.
 
     \b
     Examples:

@@ -84,24 +84,26 @@ def score(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(help="a model, a folder or .npz of samples, or data")],
     overrides: SamplingOverrides = None,
-    reference: Annotated[str | None, typer.Option(help="data or statistics (the training data of the model)")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="data or statistics (default: the training data of the model)")
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="of fd, frame_fd, motion, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, law, "
+            help="some of fd, frame_fd, motion, fd_inf, sfid, kid, is, prdc, authenticity, oracle, alignment, law, "
             "clip_score (default: those that apply)"
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(min=2, max=MAX_SAMPLES, help="50000 of a model, all of a folder")
+        int | None, typer.Option(min=2, max=MAX_SAMPLES, help="default: 50000 for a model, all for a folder")
     ] = None,
     features: Features = None,
     captions: Annotated[
-        str | None, typer.Option(help="data whose captions a text model is sampled for (the reference)")
+        str | None, typer.Option(help="data whose captions are the prompts for a text model (default: the reference)")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="folder of a CLIP network, for clip_score")] = None,
     class_policy: ClassPolicy = "uniform",
-    seed: Annotated[int, typer.Option(min=0, max=2**62, help="of the first sample; the others count up")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="seed of the first sample; the others count up")] = 0,
     size: SampleSize = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     precision: Precision = "float32",
@@ -115,7 +117,7 @@ def score(
     text_encoder: TextEncoder = None,
     adapter: Adapters = None,
     any_base: AnyBase = False,
-    out: Annotated[Path | None, typer.Option(help="folder for all results (evaluation/NAME)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for all results (default: evaluation/NAME)")] = None,
     shard: Shard = None,
     launch: Launch = None,
     tasks: Tasks = None,
@@ -123,8 +125,8 @@ def score(
 ) -> None:
     """Compute scores with 95 % intervals. Writes scores.json and an HTML report.
 
-    To resume after an interruption, repeat the command. With torchrun, all ranks share the work; with --launch, tasks
-    here, in a Ray cluster or of SLURM sample and compute features. --shard 1/4 does a part of both.
+    To resume after an interruption, repeat the command. Sampling and features can be divided: among the ranks of
+    torchrun, with --launch among tasks on this machine, in a Ray cluster or on SLURM, or by --shard 1/4 to 4/4.
 
     \b
     Examples:
@@ -211,7 +213,7 @@ def stats(
     out: Annotated[Path, typer.Option(help="the .npz to write")],
     features: Features = None,
     size: Size = None,
-    num_samples: Annotated[int | None, typer.Option(min=2, help="images (all)")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=2, help="number of images (default: all)")] = None,
     num_rows: Annotated[int, typer.Option(min=0, max=10_000, help="feature rows to store, for kid and prdc")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,
     device: Device = "auto",
@@ -253,7 +255,7 @@ def train_features(
     width: Annotated[int, typer.Option(min=8, help="a multiple of 8; up to four times as many features")] = 24,
     device: Device = "auto",
 ) -> None:
-    """Train a small feature network on labelled data, where no pretrained network fits. Needs no download.
+    """Train a small feature network on labeled data, if no pretrained network fits. Needs no download.
 
     \b
     Example:
@@ -287,7 +289,7 @@ def train_features(
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="a scores.json, or the folder of an evaluation")],
-    second: Annotated[Path, typer.Argument(help="another")],
+    second: Annotated[Path, typer.Argument(help="another one")],
 ) -> None:
     """Compare two evaluations, and list the differences of their protocols.
 

@@ -23,7 +23,7 @@ def info(
 ) -> None:
     """Print the facts of a model, an adapter, an image or a clip.
 
-    Of a model also its training; of an image or clip the command that reproduces it.
+    For a model also how it was trained; for an image or clip also the command that reproduces it.
 
     \b
     Examples:

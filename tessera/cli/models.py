@@ -4,7 +4,7 @@
 def models() -> None:
     """List the models that come with Tessera.
 
-    Their names stand for them in all commands and in tessera.load; no download is needed.
+    All commands and tessera.load accept their names in place of a path. No download is needed.
 
     \b
     Example:

@@ -20,7 +20,8 @@ ModelPath = Annotated[
     typer.Argument(help="a bundle, a run, an official .pt, a diffusers folder, or a name of `tessera models`"),
 ]
 DataPath = Annotated[
-    str, typer.Argument(help="a folder, .parquet, recipe, digits, shapes or lanes (a split: digits:ceiling)")
+    str,
+    typer.Argument(help="a folder, a .parquet, a recipe, digits, shapes or lanes, or a split such as digits:ceiling"),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="settings of the recipe")]
 SamplingOverrides = Annotated[
@@ -31,21 +32,24 @@ SamplingOverrides = Annotated[
         "sampler.order=3 timestep_spacing=karras ...",
     ),
 ]
-EMA = Annotated[float | None, typer.Option("--ema", help="decay of the EMA to load, of a run with several (the first)")]
+EMA = Annotated[
+    float | None, typer.Option("--ema", help="decay of the EMA to load, if a run has several (default: the first)")
+]
 EMALength = Annotated[
     float | None,
     typer.Option(
-        help="length of the EMA to load, as 0.08; of a run with training.ema.kind=power, which gives lengths between "
-        "those it saved, too"
+        help="length of the EMA to load, such as 0.08, for a run with training.ema.kind=power; also lengths that were "
+        "not saved"
     ),
 ]
 NumHeads = Annotated[int | None, typer.Option(help="attention heads, for a .pt of unusual width")]
 CheckpointType = Annotated[
     str | None,
-    typer.Option(help="what a .pt was trained as, if unrecorded: dit, sit, sit-gvp, repa, repa-cosine"),
+    typer.Option(help="type of a .pt that does not record it: dit, sit, sit-gvp, repa, repa-cosine"),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(help="classes of a .pt, without the null label (one less than its label vectors)")
+    int | None,
+    typer.Option(help="classes of a .pt, without the null label (default: the rows of its label table minus one)"),
 ]
 Codec = Annotated[str | None, typer.Option(help="autoencoder folder, hub id or 'pixels', instead of the model's own")]
 TextEncoder = Annotated[
@@ -56,26 +60,29 @@ Adapters = Annotated[
     typer.Option(
         "--adapter",
         metavar="[NAME=]PATH[:STRENGTH]",
-        help="a trained adapter (a run, or a file of it), and how strong; repeat for several",
+        help="a trained adapter (a run or an adapter file) and its strength; repeatable",
     ),
 ]
-AnyBase = Annotated[bool, typer.Option("--any-base", help="also adapters that were trained on another model")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="accept adapters that were trained on another model")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps")]
 Precision = Annotated[Literal["float32", "bfloat16", "auto"], typer.Option(help="precision of the network")]
-Size = Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384")]
+Size = Annotated[str | None, typer.Option(metavar="HEIGHTxWIDTH", help="in pixels: 256 or 256x384")]
 SampleSize = Annotated[
     str | None,
-    typer.Option(metavar="[FRAMESx]HEIGHTxWIDTH", help="in pixels, as in 256 or 256x384; of clips also 16x256x384"),
+    typer.Option(metavar="[FRAMESx]HEIGHTxWIDTH", help="in pixels: 256 or 256x384; for clips also 16x256x384"),
 ]
 ClassPolicy = Annotated[
     Literal["uniform", "balanced"], typer.Option(help="classes at random, or the same number of samples of each")
 ]
 Features = Annotated[
     str | None,
-    typer.Option(help="inception, digits, shapes, a folder, or a Hugging Face vision model (selected by the data)"),
+    typer.Option(
+        help="inception, digits, shapes, a folder, or a Hugging Face vision model (default: depends on the data)"
+    ),
 ]
 Shard = Annotated[
-    str | None, typer.Option(metavar="I/N", help="do part I of N, counted from 1; the others may run on other machines")
+    str | None,
+    typer.Option(metavar="I/N", help="do only part I of N, counted from 1; other parts may run on other machines"),
 ]
 
 Launch = Annotated[
@@ -83,14 +90,15 @@ Launch = Annotated[
     typer.Option("--launch", help="run as --tasks N: processes here, a Ray cluster, or a SLURM job array"),
 ]
 Tasks = Annotated[
-    int | None, typer.Option("--tasks", min=1, max=100_000, help="number of tasks of --launch; each does a part")
+    int | None, typer.Option("--tasks", min=1, max=100_000, help="number of tasks for --launch; each does a part")
 ]
 LaunchOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--launch-option",
         metavar="KEY=VALUE",
-        help="cpus, gpus of a task; retries (2); parallel (local); any option of sbatch, as in partition=gpu (slurm)",
+        help="cpus or gpus per task; retries (default: 2); with local: parallel; with slurm: any option of sbatch, "
+        "such as partition=gpu",
     ),
 ]
 

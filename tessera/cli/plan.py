@@ -27,7 +27,9 @@ def plan(
     budget: Annotated[
         str | None, typer.Option(help="8h, 90m, 2d, $200, 64gpuh or 1e18 (FLOPs); exit code 1 if it is too small")
     ] = None,
-    price: Annotated[float | None, typer.Option(help="dollars per device hour (of the built-in table)")] = None,
+    price: Annotated[
+        float | None, typer.Option(help="dollars per device hour (default: from the built-in table)")
+    ] = None,
     law: Annotated[
         Path | None, typer.Option(help="law.json of a study: report the best model size for this compute")
     ] = None,
@@ -35,15 +37,21 @@ def plan(
         int | None,
         typer.Option(help="also simulate FSDP and HSDP on 8 to this many GPUs, with failures and storage"),
     ] = None,
-    mtbf: Annotated[float | None, typer.Option(help="of --gpus: hours between failures of a GPU (50,000)")] = None,
-    restart: Annotated[float | None, typer.Option(help="of --gpus: seconds from failure to step (600)")] = None,
-    storage: Annotated[float | None, typer.Option(help="of --gpus: GB/s that all GPUs write together (10)")] = None,
+    mtbf: Annotated[
+        float | None, typer.Option(help="for --gpus: hours between failures of one GPU (default: 50,000)")
+    ] = None,
+    restart: Annotated[
+        float | None, typer.Option(help="for --gpus: seconds from a failure to the next step (default: 600)")
+    ] = None,
+    storage: Annotated[
+        float | None, typer.Option(help="for --gpus: GB/s that all GPUs write together (default: 10)")
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="measure this machine again")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate the cost of a run before it starts.
 
-    Parameters, compute, memory, time, disk and money. Nothing is trained or downloaded.
+    It prints parameters, compute, memory, time, disk and money. Nothing is trained or downloaded.
 
     For a preset alone, parameters and multiply-adds are printed; with --hardware it is planned as the paper trained it.
 

@@ -8,11 +8,11 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="the folder of a run")],
-    out: Annotated[Path | None, typer.Option(help="the HTML file (RUN/report.html)")] = None,
+    out: Annotated[Path | None, typer.Option(help="the HTML file (default: RUN/report.html)")] = None,
 ) -> None:
     """Write an HTML report of a run.
 
-    It has curves, samples, diagnostics and settings. Works during training, too.
+    The page has curves, samples, diagnostics and settings. The command also works during training.
 
     \b
     Example:

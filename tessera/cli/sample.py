@@ -38,15 +38,15 @@ def sample(
     model: ModelPath,
     overrides: SamplingOverrides = None,
     classes: Annotated[
-        str | None, typer.Option(help="names or numbers: cat,dog or 3,7 or all; as in CSV: '\"red, blue\",cat'")
+        str | None, typer.Option(help="names or numbers: cat,dog or 3,7 or all; quoted as in CSV: '\"red, blue\",cat'")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="what to show, for a model of text; repeat for several")
+        list[str] | None, typer.Option(help="a description of the image, for a text model; repeatable")
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="a .txt with a prompt in each line, or a .csv or .jsonl with the columns prompt, negative_prompt, "
+            help="a .txt with one prompt per line, or a .csv or .jsonl with the columns prompt, negative_prompt, "
             "guidance_scale, seed"
         ),
     ] = None,
@@ -54,29 +54,32 @@ def sample(
         bool, typer.Option("--cut-prompts", help="cut prompts that are too long for the text encoder")
     ] = False,
     negative_prompt: Annotated[str | None, typer.Option(help="what guidance leads away from")] = None,
-    per_class: Annotated[int | None, typer.Option(min=1, help="images of each class or prompt (1)")] = None,
-    seeds: Annotated[str | None, typer.Option(help="as in 0-15 or 1,5,9; the seed determines the image")] = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="images per class or prompt (default: 1)")] = None,
+    seeds: Annotated[str | None, typer.Option(help="0-15 or 1,5,9, for example; a seed determines its image")] = None,
     num_samples: Annotated[
-        int | None, typer.Option(min=1, max=MAX_SAMPLES, help="total; classes are chosen by --class-policy")
+        int | None, typer.Option(min=1, max=MAX_SAMPLES, help="total number; --class-policy chooses the classes")
     ] = None,
     captions: Annotated[
-        str | None, typer.Option(help="data whose captions are the prompts of --num-samples (the training data)")
+        str | None,
+        typer.Option(help="data whose captions are the prompts for --num-samples (default: the training data)"),
     ] = None,
     class_policy: ClassPolicy = "uniform",
     size: SampleSize = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="of each clip (as trained)")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="frames per clip (default: as trained)")] = None,
     fps: Annotated[
-        float | None, typer.Option(help="frames per second of the files of clips (as trained, or 8)")
+        float | None, typer.Option(help="frames per second of the files of clips (default: as trained, or 8)")
     ] = None,
     format: Annotated[
         Literal["webp", "mp4", "webm", "gif", "frames"] | None,
-        typer.Option(help="of the clips in a folder (webp, without loss); frames: a folder of PNGs each"),
+        typer.Option(
+            help="file format of clips in a folder (default: webp, lossless); frames: a folder of PNGs per clip"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     precision: Precision = "float32",
     device: Device = "auto",
     out: Annotated[
-        Path, typer.Option(help="a folder, or a .png for the grid alone; of clips also .mp4, .webm, .webp or .gif")
+        Path, typer.Option(help="a folder, or a .png for only the grid; for clips also .mp4, .webm, .webp or .gif")
     ] = Path("samples"),
     npz: Annotated[Path | None, typer.Option(help="write one .npz in the format of the ADM suite instead")] = None,
     shard: Shard = None,
@@ -88,7 +91,7 @@ def sample(
     ] = None,
     init_image: Annotated[str | None, typer.Option(help="start from this image, cropped to --size")] = None,
     strength: Annotated[
-        float | None, typer.Option(help="how much --init-image may change, 0 to 1 (0.6, or 1 with --mask)")
+        float | None, typer.Option(help="how much --init-image may change, 0 to 1 (default: 0.6, or 1 with --mask)")
     ] = None,
     mask: Annotated[
         str | None, typer.Option(help="inpainting: an image that is white where --init-image is replaced")
@@ -96,11 +99,16 @@ def sample(
     first: Annotated[str | None, typer.Option("--from", help="the first frame of the clips, an image")] = None,
     last: Annotated[str | None, typer.Option(help="the last frame of the clips, an image")] = None,
     numbered: Annotated[
-        list[str] | None, typer.Option("--given", help="NUMBER=IMAGE for any frame of the clips, from 0; repeatable")
+        list[str] | None,
+        typer.Option("--given", help="NUMBER=IMAGE for any frame of the clips, counted from 0; repeatable"),
     ] = None,
-    extend: Annotated[str | None, typer.Option(help="a clip that is continued, up to --frames in all")] = None,
-    precede: Annotated[str | None, typer.Option(help="a clip that the others lead to, with --frames in all")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="compile the network first; for many images")] = False,
+    extend: Annotated[str | None, typer.Option(help="continue this clip, to --frames frames in total")] = None,
+    precede: Annotated[
+        str | None, typer.Option(help="generate the frames before this clip, --frames frames in total")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile the network first; worthwhile for many images")
+    ] = False,
     ema: EMA = None,
     ema_length: EMALength = None,
     checkpoint_type: CheckpointType = None,
@@ -112,18 +120,18 @@ def sample(
     control: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=IMAGE:STRENGTH for an adapter that is a control, as in edges=photo.png:0.8; repeatable"
+            help="NAME=IMAGE:STRENGTH for an adapter that is a control, such as edges=photo.png:0.8; repeatable"
         ),
     ] = None,
     control_map: Annotated[
-        list[str] | None, typer.Option(help="the same with a control image itself, such as a sketch of edges")
+        list[str] | None, typer.Option(help="the same with a finished control image, such as a sketch of edges")
     ] = None,
     any_base: AnyBase = False,
 ) -> None:
-    """Generate images or clips: a file of each, and a grid. `tessera info FILE` prints the command that reproduces it.
+    """Generate images or clips: a file for each, and a grid. `tessera info FILE` prints the command that reproduces it.
 
-    To resume after an interruption, repeat the command. With torchrun, all ranks share the work of --npz; with
-    --launch, tasks here, in a Ray cluster or of SLURM do.
+    To resume after an interruption, repeat the command. The work of --npz can be divided: among the ranks of torchrun,
+    or with --launch among tasks on this machine, in a Ray cluster or on SLURM.
 
     \b
     Examples:

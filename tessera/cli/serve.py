@@ -38,24 +38,25 @@ def serve(
         ),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port; the address is printed")] = 7860,
-    host: Annotated[str, typer.Option(help="another address than this machine's own needs --keys")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="any address but the loopback address needs --keys")] = "127.0.0.1",
     out: Annotated[Path, typer.Option(help="the folder for jobs and their images")] = Path("served"),
-    runs: Annotated[Path | None, typer.Option(help="a folder with runs of training that the page shows")] = None,
+    runs: Annotated[Path | None, typer.Option(help="a folder with training runs, which the page shows")] = None,
     keys: Annotated[Path | None, typer.Option(help="a file with a line 'client key' for each client")] = None,
-    without_keys: Annotated[bool, typer.Option("--without-keys", help="let everyone in who can reach --host")] = False,
+    without_keys: Annotated[bool, typer.Option("--without-keys", help="let in everyone who can reach --host")] = False,
     max_loaded: Annotated[int, typer.Option(min=1, help="models in memory; others are loaded when needed")] = 2,
-    max_queue: Annotated[int, typer.Option(min=1, help="jobs that are accepted and not ended; more get 429")] = 64,
-    max_body: Annotated[int, typer.Option(min=1, help="of a request, in MiB")] = 16,
-    max_cost: Annotated[float, typer.Option(min=1, help="of one job: images x steps x pixels")] = 2e9,
+    max_queue: Annotated[int, typer.Option(min=1, help="queued and running jobs; others are refused with 429")] = 64,
+    max_body: Annotated[int, typer.Option(min=1, help="largest body of a request, in MiB")] = 16,
+    max_cost: Annotated[float, typer.Option(min=1, help="largest cost of a job: images x steps x pixels")] = 2e9,
     call_seconds: Annotated[
-        float, typer.Option(min=0.001, help="target for one network call: longer is more throughput, later previews")
+        float,
+        typer.Option(min=0.001, help="target for one network call; longer: more throughput, but later previews"),
     ] = 0.5,
     max_rows: Annotated[int, typer.Option(min=1, help="rows in one network call; guided ones count twice")] = 64,
     rows_per_call: Annotated[
         int | None,
-        typer.Option(min=1, help="fill every call up to so many rows: equal bits whatever shares the call"),
+        typer.Option(min=1, help="pad every call to this many rows: equal bits whatever else is in the call"),
     ] = None,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="for accepted jobs after SIGTERM")] = 30.0,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="time for accepted jobs after SIGTERM")] = 30.0,
     open_page: Annotated[bool, typer.Option("--open", help="open the page in the browser")] = False,
     replicas: Annotated[int | None, typer.Option(min=1, help="several processes or machines, with Ray Serve")] = None,
     device: Device = "auto",
@@ -69,10 +70,10 @@ def serve(
     codec: Codec = None,
     text_encoder: TextEncoder = None,
 ) -> None:
-    """Serve models over HTTP, with a page to work in.
+    """Serve models over HTTP, with a page for the browser.
 
-    There are the images interface of OpenAI, and /v1/jobs for all that `tessera sample` can do. Requests of all clients
-    share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are finished first.
+    The server has OpenAI's interface for images, and /v1/jobs for everything that `tessera sample` can do. Requests of
+    all clients share network calls, whatever their settings. After Ctrl-C or SIGTERM, accepted jobs are finished first.
 
     \b
     Example:

@@ -24,14 +24,16 @@ def study(
     launch_option: LaunchOptions = None,
     retry: Annotated[bool, typer.Option("--retry", help="run failed members again")] = False,
     report: Annotated[bool, typer.Option("--report", help="write the report of the results so far and exit")] = False,
-    hardware: Annotated[str | None, typer.Option(help="plan for this, as in `tessera plan` (this machine)")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="plan for this, as in `tessera plan` (default: this machine)")
+    ] = None,
 ) -> None:
     """Train and compare a grid of recipes.
 
-    All members are scored alike. The report has scaling laws or comparisons.
+    All members are scored with one protocol. The report has scaling laws or comparisons.
 
-    A study that does not fit its budget is refused before it starts. To resume, repeat the command. On several GPUs or
-    machines: --launch local, ray or slurm.
+    A study that would take longer than its limit_minutes is refused before it starts. To resume, repeat the command. On
+    several GPUs or machines: --launch local, ray or slurm.
 
     \b
     Example:

@@ -21,16 +21,18 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a run or checkpoint")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything and estimate time and memory")] = False,
     launch: Annotated[
-        Literal["ray", "slurm"] | None, typer.Option("--launch", help="train on --nodes of a Ray cluster or of SLURM")
+        Literal["ray", "slurm"] | None,
+        typer.Option("--launch", help="train on --nodes machines of a Ray or SLURM cluster"),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="machines of --launch")] = None,
-    ranks_per_node: Annotated[int, typer.Option(min=1, help="of --launch: GPUs of each machine")] = 1,
+    nodes: Annotated[int | None, typer.Option(min=1, help="number of machines for --launch")] = None,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="for --launch: ranks on each machine, one per GPU")] = 1,
     launch_option: Annotated[
         list[str] | None,
         typer.Option(
             "--launch-option",
             metavar="KEY=VALUE",
-            help="cpus, gpus of a machine; retries (3); any option of sbatch, as in partition=gpu (slurm)",
+            help="cpus or gpus per machine; retries (default: 3); with slurm: any option of sbatch, such as "
+            "partition=gpu",
         ),
     ] = None,
 ) -> None:

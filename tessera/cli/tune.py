@@ -32,7 +32,9 @@ def tune(
             help="sampling settings of the baseline, instead of the model's own: num_steps=250",
         ),
     ] = None,
-    reference: Annotated[str | None, typer.Option(help="data or statistics (the training data of the model)")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="data or statistics (default: the training data of the model)")
+    ] = None,
     features: Features = None,
     num_samples: Annotated[int, typer.Option(help="samples per trial; twice as many in the final comparison")] = 500,
     budget: Annotated[float, typer.Option(help="minutes, approximately")] = 15,
@@ -54,16 +56,17 @@ def tune(
     adapter: Adapters = None,
     any_base: AnyBase = False,
     out: Annotated[
-        Path | None, typer.Option(help="folder for all results (RUN/tune/CHECKPOINT, or tune-NAME beside the model)")
+        Path | None,
+        typer.Option(help="folder for all results (default: RUN/tune/CHECKPOINT, or tune-NAME beside the model)"),
     ] = None,
     save_to: Annotated[Path | None, typer.Option(help="write a new bundle instead of changing the model")] = None,
 ) -> None:
     """Search for the fastest sampling settings of equal quality.
 
-    Solver, timestep grid, steps, guidance and caching are varied; the best settings are written into the model.
+    It varies solver, timestep grid, steps, guidance and caching, and writes the best settings into the model.
 
-    Each trial is compared with the baseline by fd on the same seeds, the finalists again on new seeds. To resume after
-    an interruption or to spend more time, repeat the command.
+    Each trial is compared with the baseline by fd on the same seeds, and the finalists again on new seeds. To resume
+    after an interruption, or to continue the search, repeat the command.
 
     \b
     Example:
