@@ -82,7 +82,9 @@ MODEL_PARAMETERS = (  # that have no effect on existing samples
 @app.command()
 def score(
     ctx: typer.Context,
-    target: Annotated[str, typer.Argument(help="a model, a folder or .npz of samples, or data")],
+    target: Annotated[
+        str, typer.Argument(help="a model, also a shipped one by name, a folder or .npz of samples, or data")
+    ],
     overrides: SamplingOverrides = None,
     reference: Annotated[
         str | None, typer.Option(help="data or statistics (default: the training data of the model)")

@@ -176,12 +176,14 @@ class ProgressLines:
     """Progress as lines of text, for logs."""
 
     def __init__(self, description: str) -> None:
-        self.description, self.start_time, self.first_done = description, time.monotonic(), 0
+        self.description, self.start_time = description, time.monotonic()
+        self.first_done: int | None = None
         self.last_time = self.start_time
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        self.first_done = self.first_done or done  # items that existed already do not count for the speed
+        if self.first_done is None:
+            self.first_done = done  # items that existed already do not count for the speed
         if now - self.last_time < LOG_INTERVAL:
             return
         self.last_time = now

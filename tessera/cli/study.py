@@ -53,14 +53,15 @@ def study(
     with progress() as start:
         plan = study_plan.plan_study(config, prepared, previous, hardware, start("planning"))
     names = study_plan.shard_members(plan, part)
+    if dry_run:
+        print(study_plan.format_plan(plan), flush=True)
+    elif previous is None:
+        print_error(study_plan.format_plan(plan))
     study_plan.check_limits(config, plan)
     if dry_run:
-        print(study_plan.format_plan(plan))
         if shard is not None:
             print(f"shard {shard}: {', '.join(names) or 'empty, as there are fewer members'}")
         return
-    if previous is None:
-        print_error(study_plan.format_plan(plan))
     study_plan.write_plan(config, plan)
     if launched is not None:
         launched.run(Path(config.output) / launching.FOLDER)

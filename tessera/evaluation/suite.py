@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tessera import pretrained
 from tessera.bundle import Model
 from tessera.data import AnyData
 from tessera.data.resolve import EMBEDDED, parse_data, resolve_data
@@ -368,11 +369,13 @@ def training_data(model: Model) -> AnyData:
 
 
 def check_target(target: str) -> None:
-    """Raise TesseraError if the path to be scored does not exist."""
-    if not Path(target).expanduser().exists() and target.partition(":")[0] not in EMBEDDED:
+    """Raise TesseraError if what is to be scored is neither a path that exists nor a name of Tessera's."""
+    names = (*pretrained.names(), *EMBEDDED)
+    if not Path(target).expanduser().exists() and target.partition(":")[0] not in names:
         raise TesseraError(
-            f"{target} does not exist: give a model (a run, a bundle, a .pt, a diffusers folder), a folder or an .npz "
-            f"of samples, or data ({', '.join(EMBEDDED)}, a .parquet, a recipe)"
+            f"{target} does not exist: give a model (a run, a bundle, a .pt, a diffusers folder, or "
+            f"{', '.join(pretrained.names())}), a folder or an .npz of samples, or data ({', '.join(EMBEDDED)}, a "
+            ".parquet, a recipe)"
         )
 
 

@@ -5,6 +5,7 @@ OUTPUT/plan.json    the recipe of each member, and its cost as planned before it
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,7 +262,8 @@ def plan_study(
 ) -> StudyPlan:
     """Plan the members. Those in the previous plan keep the cost that was planned before they started.
 
-    hardware: as in `tessera plan`; None: this machine. Raises TesseraError if the previous plan is of another study.
+    hardware: as in `tessera plan`; None: this machine. progress is called with the planned costs and their number,
+    which is that of the members of one seed. Raises TesseraError if the previous plan is of another study.
     """
     if previous is not None:
         check_same_study(Path(study.output), previous, {each.member.name: each.recipe for each in resolved})
@@ -269,10 +271,11 @@ def plan_study(
     machine = find(hardware or ("cuda" if on_gpu else "cpu"))
     plans: dict[str, MemberPlan] = {}
     by_values: dict[str, MemberPlan] = {}  # seeds have equal cost
-    for number, each in enumerate(resolved):
-        if progress is not None:
-            progress(number, len(resolved))
+    num_costs = len({json.dumps(each.member.values) for each in resolved})
+    for each in resolved:
         member, values = each.member, json.dumps(each.member.values)
+        if progress is not None and values not in by_values:
+            progress(len(by_values), num_costs)
         if previous is not None and member.name in previous.members:
             macs = sampling_macs(each.recipe, each.macs, study.sampling_steps)
             changes = {"recipe": each.recipe, "sampling_macs": macs}
@@ -306,18 +309,19 @@ def _plan_member(study: Study, resolved: ResolvedMember, hardware: Hardware) -> 
 
 
 def check_limits(study: Study, plan: StudyPlan) -> None:
-    """Raise TesseraError with the plan if members do not fit in memory or the study takes too long."""
+    """Raise TesseraError if members do not fit in memory or the study takes too long."""
     too_large = [name for name, member in plan.members.items() if not member.fits]
     if too_large:
         raise TesseraError(
-            f"{format_plan(plan)}\nthese members do not fit in memory: {', '.join(too_large)}\n"
+            f"these members do not fit in memory: {', '.join(too_large)}\n"
             "lower set.training.micro_batch_size, set training.activation_checkpointing, or leave them out"
         )
     limit = study.limit_minutes
     if limit is not None and plan.seconds > 60 * limit:
         raise TesseraError(
-            f"{format_plan(plan)}\nthe study takes about {format_duration(plan.seconds)} on one machine, and "
-            f"limit_minutes is {limit:g}: lower the budget, the sizes or evaluation.num_samples, or raise limit_minutes"
+            f"the study takes about {format_duration(plan.seconds)} on one machine, and limit_minutes is {limit:g}: "
+            "lower budget.steps or budget.flops, the sizes or set.evaluation.num_samples, "
+            f"or allow it with limit_minutes={math.ceil(plan.seconds / 600) * 10}"
         )
 
 

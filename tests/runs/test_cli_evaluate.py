@@ -59,6 +59,17 @@ def test_a_model_is_scored_against_its_training_data(tessera, trained, tmp_path)
     assert (first.samples, first.sampling["num_steps"], first.sampling["class_policy"]) == (60, 3, "uniform")
 
 
+def test_a_shipped_model_is_scored_by_its_name(tessera, tmp_path):
+    words = ("--num-samples", "10", "--metrics", "oracle", "--out", tmp_path / "out", "num_steps=2")
+    done = tessera("evaluate", "dit-digits", *words)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1].startswith("accuracy ")
+    missing = tessera("evaluate", "dit-digit", *words)
+    assert missing.code == 1
+    assert missing.err.startswith("error: dit-digit does not exist: ")
+    assert "or dit-digits, emoji)" in missing.err
+
+
 def test_score_is_the_default_command(tessera, samples, tmp_path):
     words = (samples, "--reference", "digits", "--metrics", "kid,fd")
     assert tessera("evaluate", *words, "--out", tmp_path / "a").code == 0

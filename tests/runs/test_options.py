@@ -46,3 +46,12 @@ def test_progress_lines_estimate_the_remaining_time(capsys, monkeypatch):
     for done in (100, 110, 112, 130):  # 100 existed before
         report(done, 160)
     assert capsys.readouterr().err == "encoding: 110 of 160, 55 s left\nencoding: 130 of 160, 31 s left\n"
+
+
+def test_progress_lines_count_the_first_item_if_none_existed(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 20.0, 40.0])
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
+    report = ProgressLines("planning")
+    for done in (0, 1, 2):
+        report(done, 4)
+    assert capsys.readouterr().err == "planning: 1 of 4, 1 min 0 s left\nplanning: 2 of 4, 40 s left\n"

@@ -95,6 +95,15 @@ def test_seeds_have_equal_cost(write_study):
     assert study_plan.StudyPlan.model_validate_json(plan.model_dump_json()) == plan
 
 
+def test_progress_counts_what_is_planned(write_study, fixed_cost):
+    config = write_study("seeds=[0, 1, 2]")
+    calls = []
+    study_plan.plan_study(
+        config, study_plan.resolve_members(config), None, GPU, lambda done, total: calls.append((done, total))
+    )
+    assert calls == [(0, 2), (1, 2)]
+
+
 def test_invalid_members_are_listed_before_anything_starts(write_study, tmp_path):
     config = write_study(
         "axes.size.M.network.hidden_size=33",
@@ -129,16 +138,17 @@ def test_unequal_or_impossible_evaluations_are_refused(write_study, words, messa
     assert message in str(caught.value)
 
 
-def test_a_study_over_its_limits_is_refused_with_its_plan(write_study, fixed_cost):
+def test_a_study_over_its_limits_is_refused(write_study, fixed_cost):
     config = write_study("limit_minutes=1e-9")
     plan = make_plan(config)
     with pytest.raises(TesseraError, match="limit_minutes is 1e-09") as caught:
         study_plan.check_limits(config, plan)
-    assert study_plan.format_plan(plan) in str(caught.value)
+    allowed = int(str(caught.value).rpartition("limit_minutes=")[2])
+    assert allowed >= plan.seconds / 60 > allowed - 10
+    study_plan.check_limits(write_study(f"limit_minutes={allowed}"), plan)
     large = plan.members["L"].model_copy(update={"fits": False})
-    with pytest.raises(TesseraError, match="these members do not fit in memory: L\n") as caught:
+    with pytest.raises(TesseraError, match="these members do not fit in memory: L\n"):
         study_plan.check_limits(write_study(), study_plan.StudyPlan(members={**plan.members, "L": large}))
-    assert "does not fit" in str(caught.value)
     study_plan.check_limits(write_study(f"limit_minutes={plan.seconds / 60 * 1.01}"), plan)
 
 
