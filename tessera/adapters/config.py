@@ -60,8 +60,10 @@ class LoRAConfig(AdapterConfig):
     """Low-rank changes of linear layers (Hu et al. 2021)."""
 
     kind: Literal["lora"] = "lora"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
-    rank: PositiveInt = 16
-    alpha: PositiveFloat | None = Field(default=None, description="the change is multiplied by alpha / rank; null: 1")
+    rank: PositiveInt = Field(default=16, description="rank of the changes")
+    alpha: PositiveFloat | None = Field(
+        default=None, description="the change is multiplied by alpha / rank; null: by 1"
+    )
     where: str | None = Field(
         default=None,
         description="regular expression for the names of the layers to adapt; null: all of the blocks but modulation",

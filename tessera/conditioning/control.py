@@ -99,7 +99,7 @@ class Mask(ControlImage):
     """White where the image is darker than a threshold, else black."""
 
     kind: Literal["mask"] = "mask"  # pyright: ignore[reportIncompatibleVariableOverride]
-    threshold: int = Field(default=128, ge=1, le=255, description="of the level of grey")
+    threshold: int = Field(default=128, ge=1, le=255, description="the gray level below which the mask is white")
 
     def convert(self, image: Image.Image) -> Image.Image:
         return image.convert("L").point([255] * self.threshold + [0] * (256 - self.threshold))

@@ -17,7 +17,7 @@ SPLITS = {"model": slice(0, 1000), "judge": slice(1000, 1500), "ceiling": slice(
 
 
 class DigitsConfig(Settings):
-    """Grey, 8 x 8, ten classes, never flipped."""
+    """Gray, 8 x 8, ten classes, never flipped."""
 
     kind: Literal["digits"] = "digits"
     split: Literal["model", "judge", "ceiling", "all"] = Field(

@@ -61,7 +61,7 @@ class FilesConfig(ImagesConfig):
 
     weights: tuple[PositiveFloat, ...] | Literal["classes"] = Field(
         default=(),
-        description="of the paths: the share of each in every batch, as in 1, 1; classes: every class equally often; "
+        description="of the paths: the parts of each in every batch, as in 1, 1; classes: every class equally often; "
         "empty: every image equally often",
     )
 

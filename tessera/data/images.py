@@ -68,7 +68,7 @@ class ImagesConfig(Settings):
     """Preprocessing of every image, wherever it comes from."""
 
     size: Size = Field(default=(256, 256), description="height and width after the crop, in pixels")
-    channels: Literal[1, 3] = Field(default=3, description="3 for color, 1 for grey")
+    channels: Literal[1, 3] = Field(default=3, description="3 for color, 1 for gray")
     hflip: bool = Field(
         default=True,
         description="random horizontal flip; turn off where left and right differ; of clips off by default",

@@ -58,7 +58,9 @@ class FlowMatchingConfig(Settings):
         default="velocity", description="the quantity of the squared error, independent of the prediction"
     )
     timestep_sampling: Annotated[
-        UniformTimesteps | LogitNormalTimesteps, BeforeValidator(expand_kind), Field(discriminator="kind")
+        UniformTimesteps | LogitNormalTimesteps,
+        BeforeValidator(expand_kind),
+        Field(discriminator="kind", description="the distribution of the training times"),
     ] = UniformTimesteps()
     shift: PositiveFloat | Literal["dimension"] = Field(
         default=1.0,

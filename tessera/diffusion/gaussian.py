@@ -92,17 +92,21 @@ class GaussianDiffusionConfig(Settings):
     """Settings of a Gaussian diffusion process. The defaults are those of the DiT paper."""
 
     kind: Literal["gaussian"] = "gaussian"
-    num_timesteps: PositiveInt = 1000
+    num_timesteps: PositiveInt = Field(default=1000, description="trained timesteps")
     schedule: Annotated[
-        LinearBetas | CosineBetas | ScaledLinearBetas, BeforeValidator(expand_kind), Field(discriminator="kind")
+        LinearBetas | CosineBetas | ScaledLinearBetas,
+        BeforeValidator(expand_kind),
+        Field(discriminator="kind", description="the noise schedule"),
     ] = LinearBetas()
-    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    prediction: Literal["epsilon", "x0", "v"] = Field(default="epsilon", description="what the network predicts")
     variance: Literal["learned", "posterior", "beta"] = Field(
         default="learned",
         description="learned between the two others, or fixed: posterior (small) or beta (large)",
     )
     weighting: Annotated[
-        UniformWeighting | MinSNRWeighting, BeforeValidator(expand_kind), Field(discriminator="kind")
+        UniformWeighting | MinSNRWeighting,
+        BeforeValidator(expand_kind),
+        Field(discriminator="kind", description="the weight of the loss at each timestep"),
     ] = UniformWeighting()
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the schedule so that the last step is pure noise (Lin et al. 2024)"

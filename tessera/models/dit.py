@@ -89,33 +89,33 @@ class DiTConfig(NetworkConfig):
     kind: Literal["dit"] = "dit"  # pyright: ignore[reportIncompatibleVariableOverride] (never assigned)
     patch_size: PositiveInt = Field(default=2, description="height and width of a patch")
     temporal_patch_size: PositiveInt = Field(default=1, description="frames of a patch, in a network for clips")
-    depth: PositiveInt = 28
-    hidden_size: PositiveInt = 1152
-    num_heads: PositiveInt = 16
-    mlp_ratio: PositiveFloat = 4.0
-    block: AnyBlock = AdaLNZero()
+    depth: PositiveInt = Field(default=28, description="number of blocks")
+    hidden_size: PositiveInt = Field(default=1152, description="width: channels of a token")
+    num_heads: PositiveInt = Field(default=16, description="attention heads of a block; they divide the width")
+    mlp_ratio: PositiveFloat = Field(default=4.0, description="hidden width of the MLP, relative to hidden_size")
+    block: AnyBlock = Field(default=AdaLNZero(), description="the block design")
     attention: AnyAttention = Field(
         default=Full(), description="which tokens of a clip attend to each other; the weights do not depend on it"
     )
     temporal_attention: bool = Field(
         default=False,
-        description="a layer of temporal attention with its own weights in each block, which begins without effect; "
-        "with attention=spatial this is space-time factorization",
+        description="a layer of temporal attention with its own weights in each block, which has no effect at first; "
+        "with attention=spatial each block then has spatial and temporal attention",
     )
     frame_positions: FramePositions = Field(
         default="all",
-        description="which attention layers know the order of the frames; temporal: those of temporal_attention alone, "
-        "so that the others see images",
+        description="which attention layers get the positions of the frames; temporal: only those of "
+        "temporal_attention, so that the others treat the frames as images",
     )
     step_size_embedding: bool = Field(
         default=False,
-        description="the network is given the length of a step, and predicts the average velocity over it, for "
+        description="the length of a step is an input of the network, which predicts the average velocity over it, for "
         "sampling in one or a few steps (tessera distill)",
     )
     label_init_std: PositiveFloat = Field(
         default=0.02,
-        description="standard deviation of the initial vectors of the classes; 0.02 in the paper's code. The vector of "
-        "the time soon has one of about 1 for each value, and labels have an effect sooner if they begin there, too",
+        description="standard deviation of the initial class embeddings; 0.02 in the paper's code. That of the time "
+        "embedding soon is about 1, and labels have an effect sooner if they start with 1, too",
     )
     feature_channels: PositiveInt | None = Field(
         default=None, description="set by training.alignment: channels of the features that it predicts from a block"

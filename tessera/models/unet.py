@@ -60,7 +60,7 @@ class UNetConfig(NetworkConfig):
         default=Full(), description="which positions of a clip attend to each other; the weights do not depend on it"
     )
     temporal_attention: bool = Field(
-        default=False, description="a layer of temporal attention after each attention, which begins without effect"
+        default=False, description="a layer of temporal attention after each attention; it has no effect at first"
     )
     frame_positions: FramePositions = Field(
         default="all",

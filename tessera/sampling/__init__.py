@@ -72,8 +72,8 @@ SAMPLERS = {solver.model_fields["kind"].default: solver for solver in get_args(_
 class SamplingConfig(Settings):
     """How to sample from a model. Saved in its bundle, so that sampling needs no flags."""
 
-    sampler: AnySampler = DDIM()
-    num_steps: PositiveInt = 50
+    sampler: AnySampler = Field(default=DDIM(), description="the solver")
+    num_steps: PositiveInt = Field(default=50, description="steps from noise to data")
     timestep_spacing: AnyTimestepSpacing = Field(default=Uniform(), description="the grid of times")
     guidance_scale: float = Field(default=1.0, description="classifier-free guidance; 1 is off")
     guidance_scales: dict[str, float] = Field(

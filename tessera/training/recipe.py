@@ -251,20 +251,25 @@ class TrainingConfig(Settings):
 class Recipe(Settings):
     """A complete run. `network` may leave out the sizes that follow from data, codec and diffusion process."""
 
-    run_dir: str = Field(description="folder of the run; of a recipe file by default runs/NAME")
-    data: AnyData
-    codec: AnyCodec = PixelsConfig()
+    run_dir: str = Field(description="folder of the run; default for a recipe file: runs/NAME")
+    data: AnyData = Field(description="the training data")
+    codec: AnyCodec = Field(default=PixelsConfig(), description="what maps images or clips to latents")
     text: AnyTextEncoder | None = Field(
-        default=None, description="the text encoder of a network that reads text; null: words, if it does"
+        default=None, description="the text encoder; null: words, if the network is conditioned on text"
     )
-    network: AnyNetwork = DiTConfig()
+    network: AnyNetwork = Field(default=DiTConfig(), description="the network that is trained")
     adapter: AnyAdapter | None = Field(
-        default=None, description="what alone is trained, on the frozen model of training.init_from; null: all weights"
+        default=None,
+        description="an adapter, which is trained on the frozen model of training.init_from; null: train all weights",
     )
-    diffusion: AnyDiffusionConfig = GaussianDiffusionConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    diffusion: AnyDiffusionConfig = Field(
+        default=GaussianDiffusionConfig(), description="how noise is added, what the network predicts, and the loss"
+    )
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="how the trained model is sampled")
+    training: TrainingConfig = Field(
+        default=TrainingConfig(), description="steps, optimizer, EMA, devices, checkpoints"
+    )
+    evaluation: EvaluationConfig = Field(default=EvaluationConfig(), description="scores during training")
 
     @model_validator(mode="after")
     def _check_adapter(self) -> "Recipe":
