@@ -141,7 +141,8 @@ def compare(first: Sequence[Score], second: Sequence[Score]) -> str:
     for differences, metrics in warnings.items():
         fingerprints = " and ".join(side[metrics[0]].fingerprint for side in (left, right))
         lines.append(
-            f"warning: {', '.join(metrics)}: the protocols differ, so the values cannot be compared:\n  {fingerprints}"
+            f"warning: {', '.join(metrics)}: the protocols differ. The values are comparable only if this is what you "
+            f"compare:\n  {fingerprints}"
         )
         lines += [f"  - {difference}" for difference in differences]
     return "\n".join(lines)

@@ -150,9 +150,13 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     path = find_recipe(path)
     if not path.exists():
         raise TesseraError(f"there is no study {path}: expected a YAML file with recipe, axes and budget")
-    data = apply_overrides(
-        {"output": f"runs/{path.stem}", **read_yaml(path, Study)}, overrides, Study, "budget.steps=500"
-    )
+    content = read_yaml(path, Study)
+    if "training" in content and "axes" not in content:
+        raise TesseraError(
+            f"{path} is the recipe of one run; expected a study with recipe, axes and budget. "
+            f"`tessera train {path}` runs the recipe"
+        )
+    data = apply_overrides({"output": f"runs/{path.stem}", **content}, overrides, Study, "budget.steps=500")
     study = validate(Study, data, f"study {path}")
     recipe = path.parent / study.recipe
     if not recipe.exists():

@@ -302,6 +302,11 @@ def read_recipe(recipe: Path | Mapping[str, Any], overrides: Sequence[str | tupl
     """
     if isinstance(recipe, Path):
         data, source = {"run_dir": f"runs/{recipe.stem}", **read_yaml(recipe, Recipe)}, f"recipe {recipe}"
+        if {"recipe", "axes"} <= data.keys():
+            raise TesseraError(
+                f"{recipe} is a study, which trains several models; expected the recipe of one run. "
+                f"`tessera study {recipe} --dry-run` prints what it costs, and without --dry-run it runs"
+            )
     else:
         data, source = copy.deepcopy(dict(recipe)), "the recipe"
     # Default kinds are written out so that overrides such as training.optimizer.kind=muon replace them.

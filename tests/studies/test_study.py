@@ -64,3 +64,11 @@ def test_invalid_studies_are_refused(write_study, words, message):
 def test_a_missing_study_is_refused(tmp_path):
     with pytest.raises(TesseraError, match="there is no study"):
         read_study(tmp_path / "nothing.yaml")
+
+
+def test_a_recipe_is_no_study_and_the_message_names_the_command(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: digits\ntraining: {steps: 3}\n")
+    with pytest.raises(TesseraError, match="is the recipe of one run") as caught:
+        read_study(path)
+    assert f"`tessera train {path}`" in str(caught.value)

@@ -26,6 +26,13 @@ def resolved(recipe: Recipe) -> Recipe:
     return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
+def test_a_study_is_no_recipe_and_the_message_names_the_command():
+    path = RECIPES[0].parent / "studies" / "blocks.yaml"
+    with pytest.raises(TesseraError, match="is a study, which trains several models") as caught:
+        read_recipe(path)
+    assert f"`tessera study {path} --dry-run`" in str(caught.value)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid_and_starts_with_its_command(path):
     text = path.read_text(encoding="utf-8")
