@@ -141,15 +141,15 @@ def _off_as_text(value: Any) -> Any:
 class TrainingConfig(Settings):
     """How a run trains, and what it logs and saves. The defaults are those of the DiT paper."""
 
-    steps: PositiveInt = 400_000
+    steps: PositiveInt = Field(default=400_000, description="optimizer updates of the whole run")
     global_batch_size: PositiveInt = Field(
         default=256, description="samples in a step, over all ranks and accumulation steps"
     )
     micro_batch_size: PositiveInt | None = Field(
         default=None, description="samples on a device at once; null: all of its part"
     )
-    optimizer: AnyOptimizer = AdamWConfig()
-    ema: AnyEMA = EMAConfig()
+    optimizer: AnyOptimizer = Field(default=AdamWConfig(), description="the optimizer with its learning rate")
+    ema: AnyEMA = Field(default=EMAConfig(), description="averages of the weights; sampling uses the first")
     condition_dropout: float = Field(
         default=0.1, ge=0, lt=1, description="fraction of samples without their condition (label), for guidance"
     )
@@ -189,9 +189,9 @@ class TrainingConfig(Settings):
     fsdp: PositiveInt | Literal["full"] = Field(
         default=1, description="ranks that hold one copy of the weights together; 1: each rank has a copy"
     )
-    stability: StabilityConfig = StabilityConfig()
-    seed: NonNegativeInt = 0
-    device: DeviceName = "auto"
+    stability: StabilityConfig = Field(default=StabilityConfig(), description="skipped steps and roll-backs")
+    seed: NonNegativeInt = Field(default=0, description="of all random numbers of the training")
+    device: DeviceName = Field(default="auto", description="auto: a GPU if there is one")
     num_workers: PositiveInt = Field(default=2, description="threads that read data ahead")
     decode_processes: NonNegativeInt = Field(
         default=0, description="processes that decode images, for many small ones; 0: the threads decode"
@@ -211,7 +211,7 @@ class TrainingConfig(Settings):
     trainable: Literal["all", "temporal"] = Field(
         default="all", description="temporal: the layers of temporal attention alone; others stay those of init_from"
     )
-    log_every: PositiveInt = 100
+    log_every: PositiveInt = Field(default=100, description="steps between records of log.jsonl")
     sample_every: PositiveInt | None = Field(
         default=5_000, description="steps between grids of samples, beside the first and the last; null: no grids"
     )
@@ -219,7 +219,7 @@ class TrainingConfig(Settings):
     sample_prompts: tuple[str, ...] = Field(
         default=(), description="prompts of a grid of samples, in a model of text (8 captions of the data)"
     )
-    checkpoint_every: PositiveInt = 5_000
+    checkpoint_every: PositiveInt = Field(default=5_000, description="steps between checkpoints")
     keep_last: PositiveInt = Field(
         default=2, description="newest checkpoints to keep, beside the one with the best score"
     )
