@@ -36,7 +36,9 @@ def tune(
         str | None, typer.Option(help="data or statistics (default: the training data of the model)")
     ] = None,
     features: Features = None,
-    num_samples: Annotated[int, typer.Option(help="samples per trial; twice as many in the final comparison")] = 500,
+    num_samples: Annotated[
+        int, typer.Option(help="samples per trial, at least 50; twice as many in the final comparison")
+    ] = 500,
     budget: Annotated[float, typer.Option(help="minutes, approximately")] = 15,
     select: Annotated[
         str, typer.Option(help="fastest-equal (fastest that is not worse), best (lowest fd) or none (write nothing)")

@@ -306,8 +306,11 @@ def test_a_stage_ends_when_its_time_is_over(tuner):
 
 
 def test_a_budget_below_the_time_of_the_baseline_is_refused(tuner):
-    with pytest.raises(TesseraError, match=r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\), or a"):
-        tuner(budget=1e-4).run()
+    message = r"ancestral, 12 steps, uniform.*give --budget \d+ \(minutes\)"
+    with pytest.raises(TesseraError, match=message + r", or --num-samples from 50 to 50$"):
+        tuner(budget=1e-4, num_samples=51).run()
+    with pytest.raises(TesseraError, match=message + "$"):  # fewer samples than 50 are not allowed
+        tuner(budget=1e-4, num_samples=50).run()
     assert not tuner().folder.exists()
 
 

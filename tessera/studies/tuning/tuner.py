@@ -53,6 +53,7 @@ from tessera.studies.tuning.trials import Trial, read_trial, select_finalists, s
 
 RESULTS, STATISTICS, NO_EFFECT = "results.json", "reference.npz", ".no-effect"
 CALLS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 25, 35, 50)  # of the denoiser for one image
+MIN_SAMPLES = 50  # of a trial
 NUM_STARTS = 4  # pairs of solver and spacing whose steps are searched
 FINAL = "final"  # the stage of the final comparison
 FINAL_SEED = 1 << 32  # the first seed of the final comparison; other trials start at 0
@@ -67,7 +68,9 @@ Log = Callable[[str], None]
 class TuningConfig(Settings):
     """The settings of a search."""
 
-    num_samples: PositiveInt = Field(default=500, ge=50, description="samples per trial; twice as many at the end")
+    num_samples: PositiveInt = Field(
+        default=500, ge=MIN_SAMPLES, description="samples per trial; twice as many at the end"
+    )
     budget: PositiveFloat = Field(default=15.0, description="minutes, approximately")
     select: Literal["fastest-equal", "best", "none"] = "fastest-equal"
     tolerance: float = Field(default=0.05, ge=0, description="largest increase of fd, as a fraction of the baseline's")
@@ -262,10 +265,12 @@ class Tuner:
         image_seconds = (time.monotonic() - start) / len(request.seeds) * steps / max(1, min(3, steps) - 1)
         needed = (self.config.num_samples + self._final_images()) * image_seconds
         if needed > 60 * self.config.budget:
+            number = self.config.num_samples
+            fewer = f", or --num-samples from {MIN_SAMPLES} to {number - 1}" if number > MIN_SAMPLES else ""
             raise TesseraError(
                 f"the baseline alone ({self.baseline_sampling.summary()}) takes about {format_duration(needed)} for "
                 f"search and final comparison, and the budget is {format_duration(60 * self.config.budget)}: give "
-                f"--budget {math.ceil(needed / 30)} (minutes), or a --num-samples below {self.config.num_samples}"
+                f"--budget {math.ceil(needed / 30)} (minutes){fewer}"
             )
 
     def _final_images(self) -> float:
