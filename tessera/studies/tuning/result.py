@@ -88,7 +88,7 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> list[str]:
     """The first trial is the baseline."""
     baseline = trials[0]
     has_accuracy = any(score.metric == ACCURACY for score in baseline.scores)
-    header = f"{'calls':>6}  {'s/image':<10}{'speedup':<9}{'fd':<26}{'minus baseline':<28}"
+    header = f"{'calls':>6}  {'s/image':<10}{'speedup':<9}{'fd':<30}{'minus baseline':<34}"
     lines = [header + (f"{ACCURACY:<10}" if has_accuracy else "") + "settings"]
     for trial in trials:
         difference = trial.difference_to(baseline)
@@ -96,7 +96,7 @@ def _table(trials: Sequence[Trial], chosen: Trial | None) -> list[str]:
         accuracy = next((f"{score.value:.1%}" for score in trial.scores if score.metric == ACCURACY), "")
         lines.append(
             f"{trial.calls:>6.4g}  {trial.seconds:<10.3g}{f'{baseline.seconds / trial.seconds:.3g}x':<9}"
-            + f"{_format(trial.fd):<26}{'' if trial is baseline else difference_text:<28}"
+            + f"{_format(trial.fd):<30}{'' if trial is baseline else difference_text:<34}"
             + (f"{accuracy:<10}" if has_accuracy else "")
             + ("baseline: " if trial is baseline else "chosen: " if trial is chosen else "")
             + trial.name
