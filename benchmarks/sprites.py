@@ -217,6 +217,7 @@ def judge(sprites: Sprites, target: str, count: int, sheet: Path | None) -> None
         print_scores("clips", [sprites.read(clip) for clip in clips], labels, None)
         return
     import tessera
+    from tessera.clips import encode_clip
 
     model = tessera.load(target)
     clips = tessera.generate(model, labels, list(range(count)), batch_size=36)
@@ -240,7 +241,7 @@ def judge(sprites: Sprites, target: str, count: int, sheet: Path | None) -> None
         columns = len(CLASSES)
         rows = [clips[:columns], clips[columns : 2 * columns], real[:columns], animated[:columns]]
         frames = np.concatenate([np.concatenate(list(row), axis=2) for row in rows], axis=1)  # [T, H, W, C]
-        tessera.save_clip(sheet, frames.repeat(2, axis=1).repeat(2, axis=2), fps=FPS)
+        sheet.write_bytes(encode_clip(frames.repeat(2, axis=1).repeat(2, axis=2), ".webp", FPS, quality=85))
         print(f"{sheet}: two rows from the class; test characters, and below them their clips from the first frame")
 
 
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of sheets")
     parser.add_argument("--out", type=Path, default=Path("sprites"), help="of write: the folder")
     parser.add_argument("--count", type=int, default=180, help="clips of judge and check")
-    parser.add_argument("--sheet", type=Path, help="of judge of a model: an animation of its clips, such as clips.webp")
+    parser.add_argument("--sheet", type=Path, help="of judge of a model: an animated WebP of its clips")
     parser.add_argument("--limit", type=int, help="of write: characters of each split")
     arguments = parser.parse_args()
     try:

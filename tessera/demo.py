@@ -1,4 +1,4 @@
-"""`tessera demo`: samples of the shipped models; then a training on digits, with a grid, an animation and a score."""
+"""`tessera demo`: samples of shipped models; then a training on digits, with a grid, an animation and a score."""
 
 import io
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 import tessera
-from tessera import bundle, files, generation, images, model_card, pretrained
+from tessera import bundle, clips, files, generation, images, model_card, pretrained
 from tessera.data.digits import DigitsConfig, DigitsDataset
 from tessera.evaluation.toy.digit_classifier import DigitClassifier
 from tessera.monitoring.logger import read_log
@@ -20,27 +20,33 @@ from tessera.training.recipe import Recipe, read_recipe
 from tessera.training.run import RECIPE
 
 ROWS = 8  # of the grid, one seed each
+CLIP_STEPS, CLIP_FPS = 16, 8  # fewer steps than the model's own 40, for a first look
 PER_CLASS = 100  # scored samples of each class
 COUNT = 10 * PER_CLASS
 PROMPTS = (
     "smiling cat with heart-eyes", "red apple", "blue heart", "fire engine", "snowman", "full moon",
     "birthday cake", "soccer ball", "sunflower", "hamburger", "purple octopus", "blue apple",
 )  # fmt: skip
+MOTIONS = ("walk left", "walk front", "walk right", "spellcard left", "spellcard front", "slash right")
 FEWEST = 300  # steps, also where the machine was busy while its speed was measured: digits of fewer cannot be read
 
 
 def run(out: Path, seconds: float = 60) -> float:
     """Train for about `seconds`, and return the accuracy of the samples.
 
-    Writes emoji.png, shipped.png, grid.png, denoising.gif, loss.png and report.md into out. An interrupted demo in the
+    Writes emoji.png, sprites.webp, grid.png, denoising.gif, loss.png and report.md into out. An interrupted demo in the
     same folder resumes. Raises TesseraError.
     """
     out.mkdir(parents=True, exist_ok=True)
     emoji = generation.generate(bundle.load(pretrained.FOLDER / "emoji"), prompts=PROMPTS, seeds=[0] * len(PROMPTS))
     images.save_png(out / "emoji.png", images.grid(emoji, len(PROMPTS) // 2, gap=4))
     print(f"emoji of a model that comes with Tessera, from their names: {out / 'emoji.png'}", flush=True)
-    _sample_grid(bundle.load(pretrained.FOLDER / "dit-digits"), out / "shipped.png")
-    print(f"digits of another: {out / 'shipped.png'}", flush=True)
+    sprites = generation.generate(
+        bundle.load(pretrained.FOLDER / "sprites"), MOTIONS, range(len(MOTIONS)), num_steps=CLIP_STEPS
+    )
+    frames = [images.grid(frame, len(MOTIONS), gap=4, zoom=2) for frame in sprites.swapaxes(0, 1)]
+    clips.save_clip(out / "sprites.webp", np.stack(frames), CLIP_FPS)
+    print(f"clips of another, {', '.join(MOTIONS)}: {out / 'sprites.webp'}", flush=True)
     classifier = DigitClassifier()
     recipe, duration = _read_recipe(out, seconds)
     run_dir = Path(recipe.run_dir)
@@ -66,7 +72,7 @@ def run(out: Path, seconds: float = 60) -> float:
     summary = _summary(accuracy, classifier)
     files.atomic_write(out / "report.md", _report(recipe, model, duration, summary, classifier, samples))
     print(f"\n{summary}\n")
-    for name in ("emoji.png", "shipped.png", "grid.png", "denoising.gif", "loss.png", "report.md"):
+    for name in ("emoji.png", "sprites.webp", "grid.png", "denoising.gif", "loss.png", "report.md"):
         print(out / name)
     print(f"more samples:  tessera sample {run_dir} --classes 3,7 --per-class 4")
     print(f"in a browser:  tessera serve {run_dir} --runs {out}, then open http://127.0.0.1:7860")

@@ -1,8 +1,8 @@
-"""Weights in 8 bits, for smaller files: blocks of 64 values share a scale (as in Dettmers et al. 2022, 8-bit Optimizers
-via Block-wise Quantization, with even steps instead of their data type).
+"""Weights in 8 bits, for smaller files: 128 values share a scale (block-wise quantization as in Dettmers et al. 2022,
+8-bit Optimizers via Block-wise Quantization, but with equal steps).
 
 A float tensor NAME of 1,024 values or more is two tensors of a file: NAME, int8 of the same shape, and NAME.scale,
-bfloat16 [ceil(values / 64)]. A value changes by at most half a step: 1/253 of the largest magnitude in its block.
+bfloat16 [ceil(values / 128)]. A value changes by at most half a step: 1/253 of the largest magnitude in its block.
 Smaller tensors stay as they are. In memory the weights are float32 again.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tessera.errors import TesseraError
 
-BLOCK, SMALLEST, LARGEST, SCALE = 64, 1024, 127, ".scale"
+BLOCK, SMALLEST, LARGEST, SCALE = 128, 1024, 127, ".scale"
 
 
 def quantize(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,6 +56,6 @@ def dequantize(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _blocks(tensor: Tensor) -> Tensor:
-    """Any shape -> [ceil(values / 64), 64], with zeros at the end"""
+    """Any shape -> [ceil(values / 128), 128], with zeros at the end"""
     values = tensor.flatten()
     return torch.nn.functional.pad(values, (0, -values.numel() % BLOCK)).view(-1, BLOCK)

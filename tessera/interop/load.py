@@ -182,7 +182,7 @@ def convert(
     """Write a model, or anything that `load` reads, in another format; returns a message about what was written.
 
     approximate: also write what the format cannot hold exactly, and measure how much one forward pass differs.
-    Of a bundle: the weights are rounded to dtype (bfloat16 halves the file, int8 makes it 0.27 of it); about and
+    Of a bundle: the weights are rounded to dtype (bfloat16 halves the file, int8 makes it a quarter); about and
     license are for its card.
     Adapters are merged into the weights. Raises TesseraError if the target exists, or the format cannot hold the model.
     """

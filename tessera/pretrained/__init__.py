@@ -1,5 +1,5 @@
 """Models that come with the package. Each folder here is a bundle, and its name stands for it wherever a model is
-read: `tessera sample dit-digits`. Their weights are rounded to bfloat16."""
+read: `tessera sample dit-digits`. Their weights are in 8 bits."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tessera import demo
 from tessera.monitoring.logger import read_log
@@ -21,13 +21,16 @@ def test_the_demo_shows_a_shipped_model_trains_and_writes_a_report(tessera, shor
     done = tessera("demo", "--seconds", "0.01", "--out", tmp_path / "demo")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert ["emoji.png" in lines[0], "shipped.png" in lines[1]] == [True, True]  # before the training
+    assert ["emoji.png" in lines[0], "sprites.webp" in lines[1]] == [True, True]  # before the training
     assert Image.open(tmp_path / "demo/emoji.png").size == (6 * 68 - 4, 2 * 68 - 4)
     assert read_log(tmp_path / "demo/run")[-1]["step"] == 6
     assert [line for line in lines if line.startswith("sampled")][-1] == "sampled 40 of 40"
-    shipped, grid = (np.asarray(Image.open(tmp_path / f"demo/{name}.png")) for name in ("shipped", "grid"))
-    assert shipped.shape == grid.shape
-    assert shipped.std() > 60  # ink on paper; six steps of training give gray noise
+    with Image.open(tmp_path / "demo/sprites.webp") as sprites:
+        assert (sprites.n_frames, sprites.size) == (8, (6 * 132 - 4, 128))
+        frames = np.stack([np.asarray(frame.convert("L"), int) for frame in ImageSequence.Iterator(sprites)])
+    assert (frames[0] < 20).mean() > 0.4  # a dark ground around the characters
+    assert np.abs(frames[4] - frames[0]).max() > 60  # which move
+    assert Image.open(tmp_path / "demo/grid.png").size == (10 * 52 - 4, 8 * 52 - 4)
     report = (tmp_path / "demo/report.md").read_text()
     assert "of 40 samples are classified as their class" in report
     assert {"denoising.gif", "loss.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}

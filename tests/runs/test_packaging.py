@@ -65,7 +65,11 @@ def test_an_installed_package_finds_its_models_and_recipes(installed, tmp_path):
     assert [line.partition(":")[0] for line in listed.stdout.splitlines() if not line.startswith(" ")] == (
         pretrained.names()
     )
-    for model, *words in (("dit-digits", "--classes", "3"), ("emoji", "--prompt", "blue heart")):
+    for model, *words in (
+        ("dit-digits", "--classes", "3"),
+        ("emoji", "--prompt", "blue heart"),
+        ("sprites", "--classes", "walk left"),
+    ):
         sampled = run(installed, "sample", model, *words, "num_steps=2", "--out", f"{model}.png", folder=tmp_path)
         assert sampled.returncode == 0, sampled.stderr
         assert (tmp_path / f"{model}.png").exists()
