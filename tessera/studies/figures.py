@@ -275,8 +275,10 @@ def _law_points(study: Study, points: FinalPoints, against: Literal["gmacs", "fl
 
 
 def _intervals(settings: Sequence[Variant], shape: str = "bars") -> str:
-    if any(len(setting.seeds) > 1 for setting in settings):
-        return f"means over seeds, {shape} from the lowest to the highest seed"
+    counts = {len(setting.seeds) for setting in settings}
+    if max(counts, default=1) > 1:
+        of_one_seed = ", with one seed the metric's own 95 % interval" if 1 in counts else ""
+        return f"means over seeds, {shape} from the lowest to the highest seed{of_one_seed}"
     return f"one seed, {shape} the metric's own 95 % interval"
 
 

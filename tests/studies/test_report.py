@@ -94,6 +94,29 @@ def test_members_that_end_at_equal_compute_are_rows(scaling, svg_text):
     assert "training FLOPs" not in " ".join(text)
 
 
+@pytest.mark.parametrize(
+    ("missing", "bars"),
+    [
+        ((), "means over seeds, bars from the lowest to the highest seed."),
+        ((1, 2), "means over seeds, bars from the lowest to the highest seed, with one seed the metric's own 95 %"),
+        (None, "one seed, bars the metric's own 95 % interval."),
+    ],
+)
+def test_a_caption_states_what_the_bars_are(synthetic, missing, bars):
+    """missing: the seeds that the first design does not have; None: all designs have one seed."""
+    study = synthetic.design_study()
+    results = synthetic.design_results(study)
+    first = next(iter(results[0].values.values()))
+    remaining = [
+        each
+        for each in results
+        if not (each.seed if missing is None else each.seed in missing and first in each.values.values())
+    ]
+    ends = [replace(each, points=[replace(each.points[-1], flops=1e12)]) for each in remaining]
+    figure = figures.against_compute(study, average_seeds(ends, "fd"), "fd")
+    assert bars in figure.caption
+
+
 def test_a_comparison_names_the_best_design(synthetic, tmp_path):
     study = synthetic.design_study()
     text = report.write(study, synthetic.design_results(study), tmp_path).read_text()
