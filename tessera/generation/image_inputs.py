@@ -22,6 +22,8 @@ def images_config(model: Model) -> ImagesConfig:
 
 def read_image(name: str, file: Path | bytes, config: ImagesConfig) -> np.ndarray:
     """uint8 [H, W, C] of an image file, by path or content, read as training reads it. Raises TesseraError."""
+    if isinstance(file, Path) and not file.exists():
+        raise TesseraError(f"cannot read {name}: there is no such file")
     try:
         pixels = np.array(data_images.read_image(file, config))
     except InvalidSample as error:

@@ -77,7 +77,7 @@ def test_a_model_of_every_frame_continues_every_frame(tessera, clips_recipe, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--from", "gone.png"], "cannot read the frame gone.png"),
+        (["--from", "gone.png"], "cannot read the frame gone.png: there is no such file"),
         (["--given", "a.png"], "--given a.png is not valid: write NUMBER=IMAGE"),
         (["--given", "9=a.png"], "given_indices has 9, and the clip has frames 0 to 3"),
         (["--from", "a.png", "--given", "0=b.png"], "name a frame of 4 twice"),
