@@ -96,8 +96,8 @@ cli.main()
     [
         (["study"], "settings of the study: budget.steps=500"),
         (["train"], "settings of the recipe"),
-        (["sample"], "With torchrun, all ranks share the work"),
-        (["evaluate", "score"], "With torchrun, all ranks share the work"),
+        (["sample"], "can be divided: among the ranks of torchrun"),
+        (["evaluate", "score"], "can be divided: among the ranks of torchrun"),
     ],
 )
 def test_help(tessera, words, expected):

@@ -67,7 +67,7 @@ def test_a_shipped_model_is_scored_by_its_name(tessera, tmp_path):
     missing = tessera("evaluate", "dit-digit", *words)
     assert missing.code == 1
     assert missing.err.startswith("error: dit-digit does not exist: ")
-    assert "or dit-digits, emoji)" in missing.err
+    assert "or dit-digits, emoji, sprites)" in missing.err
 
 
 def test_score_is_the_default_command(tessera, samples, tmp_path):

@@ -189,7 +189,7 @@ def test_images_and_clips_of_several_lengths_in_one_run(recipe, tmp_path):
 
 @pytest.mark.run
 def test_a_dry_run_estimates_a_run_of_clips(recipe):
-    assert "a forward pass" in str(dry_run.dry_run(recipe()))
+    assert "per forward pass" in str(dry_run.dry_run(recipe()))
 
 
 def test_codecs_and_controls_are_trained_on_images(recipe, tiny, tmp_path):
