@@ -226,7 +226,12 @@ def test_a_recipe_that_starts_from_a_model_uses_its_codec(tessera, tmp_path):
     settings = ("training.init_from=emoji", f"data.path={tmp_path / 'images'}", f"data.cache={tmp_path / 'latents'}")
     done = tessera("data", "cache", "recipes/lora.yaml", *settings, "--workers", 1)
     assert done.code == 0, done.err
-    training = ("training.steps=1", "training.global_batch_size=1", "training.sample_every=null", f"run_dir={tmp_path / 'run'}")
+    training = (
+        "training.steps=1",
+        "training.global_batch_size=1",
+        "training.sample_every=null",
+        f"run_dir={tmp_path / 'run'}",
+    )
     done = tessera("train", "recipes/lora.yaml", *settings, *training)
     assert done.code == 0, done.err
 
