@@ -29,6 +29,8 @@ def main() -> None:
     model = tessera.load(options.model)
     condition: list = options.prompts or list(range(model.config.network.num_classes))
     rows = len(condition)
+    if not rows:
+        raise SystemExit(f"{options.model} has no classes: give --prompts, or a model of classes or text")
     key = "prompts" if options.prompts else "classes"
     request = {key: condition * options.seeds, "seeds": np.repeat(np.arange(options.seeds), rows).tolist()}
     print("| weights | file | images: root mean square difference, levels | largest of an image |\n|---|---|---|---|")

@@ -210,6 +210,10 @@ def judge(sprites: Sprites, target: str, count: int, sheet: Path | None) -> None
     """The scores of an .npz of clips with labels of CLASSES, or of a model: from its classes alone, and from the first
     frame of test characters, too. sheet: an animation of some of both, a row for each.
     """
+    if sheet is not None:
+        if count < 2 * len(CLASSES):
+            raise TesseraError(f"--sheet shows {2 * len(CLASSES)} clips: give --count {2 * len(CLASSES)} or more")
+        sheet.parent.mkdir(parents=True, exist_ok=True)
     labels = [index % len(CLASSES) for index in range(count)]
     if target.endswith(".npz"):
         with np.load(target) as file:

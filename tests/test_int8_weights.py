@@ -69,6 +69,14 @@ def test_a_bundle_in_8_bits_is_a_quarter_and_generates_nearly_the_same(make_mode
     assert bundle.weights_hash(after) != bundle.weights_hash(before)
 
 
+def test_an_average_is_loaded_by_its_length(make_model, tmp_path):
+    provenance = {"ema_length": 0.1, "steps": 100}
+    model = make_model({"hidden_size": 64, "num_heads": 4}, provenance=provenance)
+    bundle.save(model, tmp_path / "small", dtype=torch.int8)
+    whole, by_length = bundle.load(tmp_path / "small"), bundle.load(tmp_path / "small", ema_length=0.1)
+    assert bundle.weights_hash(by_length.network) == bundle.weights_hash(whole.network)
+
+
 def test_scales_that_are_missing_are_named(make_model, tmp_path):
     bundle.save(make_model({"hidden_size": 64, "num_heads": 4}), tmp_path / "small", dtype=torch.int8)
     tensors = load_file(tmp_path / "small" / bundle.WEIGHTS)

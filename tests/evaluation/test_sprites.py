@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tessera.errors import TesseraError
+
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("TESSERA_SHARED", ROOT.parent / "shared/data")) / "sprites"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason=f"there are no sprites at {FOLDER}")
@@ -77,13 +79,15 @@ def test_a_model_is_judged_from_classes_and_from_first_frames(
         return [(character, *sprites.MOTIONS[label]) for character, label in zip(shown, labels)]
 
     monkeypatch.setattr(tessera, "generate", real_clips, raising=False)
-    sprites.judge(sheets, str(tmp_path / "model"), 18, tmp_path / "clips.webp")
+    with pytest.raises(TesseraError, match="--count 18 or more"):
+        sprites.judge(sheets, str(tmp_path / "model"), 9, tmp_path / "clips.webp")
+    sprites.judge(sheets, str(tmp_path / "model"), 18, tmp_path / "new/clips.webp")
     lines = capsys.readouterr().out.splitlines()
     first, second = (index for index, line in enumerate(lines) if "18 clips" in line)
     assert "median distance 0.0" in lines[first]
     assert "test characters among the valid ones: 1.000" in "\n".join(lines[first:second])
     assert any("identity" in line and "1.000" in line for line in lines[second:])
-    assert clip_shape(tmp_path / "clips.webp") == (8, 4 * 128, 9 * 128)
+    assert clip_shape(tmp_path / "new/clips.webp") == (8, 4 * 128, 9 * 128)
 
 
 def clip_shape(path):
