@@ -1,6 +1,7 @@
 """The log of a run, and its lines without a terminal."""
 
 import json
+import time
 
 import pytest
 
@@ -71,6 +72,8 @@ def test_tensorboard_gets_the_metrics_and_resuming_purges_later_ones(tmp_path):
     for step in (1, 2, 3):
         first.record(step, loss=step / 10, images_per_second=1.0)
     first.close()
+    # TensorBoard reads files by name: seconds, then a counter as text, where "10" is before "9".
+    time.sleep(1.1)
     second = MetricLogger(tmp_path, 1, 10, tensorboard=True)
     for step in (2, 3):
         second.record(step, loss=step / 100, images_per_second=1.0)
