@@ -1,6 +1,7 @@
 """Fixtures for every test: small networks with random weights, and models that sample in milliseconds."""
 
 import base64
+import gc
 import json
 import os
 import runpy
@@ -212,6 +213,10 @@ RUNS = {
     "studies/test_tune.py", "training/test_buckets.py", "training/test_codec.py", "training/test_loop.py",
     "training/test_parallel.py", "training/test_recovery.py", "training/test_scores.py", "training/test_unet.py",
 }  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # ten thousand tests and all their modules: otherwise every full collection visits them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,9 +80,10 @@ SMALL = {
     "training_step": ["--model digits --batch 2 --ways eager --seconds 1"],
 }
 
-SLOW = {  # even so, each takes at least a hundredth of all tests
-    "adapter_memory", "digit_recipes", "doctor", "faults", "few_steps", "gpu_throughput", "loader", "plan", "sharding",
-    "solver_orders", "subjects", "training_step",
+SLOW = {  # even so, each takes seconds
+    "ablations", "adapter_memory", "against_diffusers", "against_diffusers_solvers", "data_build", "digit_recipes",
+    "doctor", "evaluation_real", "evaluation_speed", "faults", "few_steps", "gpu_throughput", "loader", "plan",
+    "serving", "sharding", "solver_orders", "subjects", "training_step", "versions",
 }  # fmt: skip
 
 

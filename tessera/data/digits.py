@@ -1,5 +1,6 @@
 """The embedded data set: 1797 handwritten digits, 8 x 8 scans that ship with scikit-learn (Alpaydin & Kaynak 1998)."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -48,6 +49,17 @@ class DigitsConfig(Settings):
         return DigitsDataset(self)
 
 
+@cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 [N, 1, 8, 8], and labels, [N]. scikit-learn parses a text file, which takes most of the time."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise TesseraError("the embedded digits need scikit-learn: pip install 'tessera[demo]'") from None
+    bunch: Any = load_digits()
+    return np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None], bunch.target
+
+
 class DigitsDataset:
     """The digits of one split. A fixed permutation mixes the writers."""
 
@@ -56,15 +68,11 @@ class DigitsDataset:
     image_sizes: np.ndarray | None = None
 
     def __init__(self, config: DigitsConfig) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError:
-            raise TesseraError("the embedded digits need scikit-learn: pip install 'tessera[demo]'") from None
-        bunch: Any = load_digits()
-        rows = randomness.permutation(0, 0, 0, len(bunch.target)).numpy()[SPLITS[config.split]]
+        images, labels = _all_digits()
+        rows = randomness.permutation(0, 0, 0, len(labels)).numpy()[SPLITS[config.split]]
         self.split = config.split
-        self.images = np.round(bunch.images[rows] * (255 / 16)).astype(np.uint8)[:, None]  # [N, 1, 8, 8]
-        self.labels = bunch.target[rows]
+        self.images = images[rows]
+        self.labels = labels[rows]
 
     def __len__(self) -> int:
         return len(self.labels)

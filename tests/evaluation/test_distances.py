@@ -415,8 +415,7 @@ def _coverage(shift, kind, repeats, count=320, width=8):
     return coverage(plain, np.mean([e.value for e in plain])), coverage(infinite, truth), kernel
 
 
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
-@pytest.mark.parametrize("shift", [0.0, 0.3])
+@pytest.mark.parametrize(("kind", "shift"), [("normal", 0.3), ("heavy", 0.0)])
 def test_intervals_cover_the_truth(shift, kind):
     fd, infinite, kernel = _coverage(shift, kind, 200)
     # 95 % minus 3 standard errors of a fraction of 200 is 90.4 %

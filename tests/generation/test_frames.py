@@ -136,7 +136,15 @@ def test_one_chunk_of_all_frames_is_a_clip_at_once(clip_model):
 
 @pytest.mark.parametrize("attention", CAUSAL, ids=str)
 @pytest.mark.parametrize("block", ["adaln-zero", "rope-swiglu"])
-@pytest.mark.parametrize("options", [{}, {"sampler": "dpm++", "guidance_scale": 2.0}, {"sampler": "heun"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "dpm++", "guidance_scale": 2.0},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"sampler": "heun"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_a_roll_out_with_a_cache_is_the_whole_network_with_a_mask(clip_model, attention, block, options, chunk):
     """Longer than the clips of the training, and from given frames, too."""

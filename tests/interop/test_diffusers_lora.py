@@ -118,9 +118,8 @@ def test_a_lora_of_five_steps_is_loaded_by_diffusers(folders, name, tmp_path, mo
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == FLUX else pytest.mark.slow) for name in sorted((*CLASSES, PIXART))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted((*CLASSES, PIXART)))
 def test_a_lora_is_trained_on_a_base_in_fewer_bits_and_planned(folders, name, tmp_path):
     settings = recipe(folders(name), tmp_path / "run", steps=2)
     settings["adapter"]["base_weights"] = "nf4"

@@ -137,7 +137,7 @@ def test_there_and_back(kind, config, to, tmp_path, randomise):
         lora_files.write(path, state, network, to)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ranks=st.lists(st.integers(1, 6), min_size=3, max_size=3),
     scales=st.lists(st.floats(0.01, 8), min_size=3, max_size=3),

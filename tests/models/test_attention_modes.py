@@ -210,7 +210,15 @@ def test_new_temporal_attention_has_no_effect(make, block):
 
 @pytest.mark.parametrize(("mode", "block"), [*NETWORKS, *((mode, "text keys") for mode in MODES)])
 @pytest.mark.parametrize("temporal", [False, True])
-@pytest.mark.parametrize("size", [(FRAMES, 4, 6), (3, 8, 4), (1, 4, 6), (4, 6)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (3, 8, 4),
+        pytest.param((FRAMES, 4, 6), marks=pytest.mark.slow),
+        pytest.param((1, 4, 6), marks=pytest.mark.slow),
+        (4, 6),
+    ],
+)
 def test_macs_equal_pytorchs_counter(mode, block, temporal, size):
     changes = {"temporal_attention": temporal}
     condition = Condition(torch.zeros(1, dtype=torch.int64))

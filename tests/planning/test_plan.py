@@ -223,7 +223,15 @@ def adapter_recipe(base, adapter, *overrides: str) -> Recipe:
     return validate(Recipe, apply_overrides(settings, words), "the test's recipe")
 
 
-@pytest.mark.parametrize(("adapter", "overrides"), ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize(
+    ("adapter", "overrides"),
+    [
+        pytest.param(
+            *values, id=name, marks=[] if name in ("lora", "copied blocks, nf4", "classes") else pytest.mark.slow
+        )
+        for name, values in ADAPTERS.items()
+    ],
+)
 def test_the_plan_of_an_adapter_is_that_of_its_run(adapter, overrides, base, tmp_path):
     """Only what is trained has gradients, averages and optimizer state; a checkpoint holds nothing else."""
     recipe = adapter_recipe(base, adapter, f"run_dir={tmp_path / 'run'}", *overrides)

@@ -105,7 +105,7 @@ def kill_and_resume(environment: dict[str, str], command: tuple[str, ...], out: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize(("kills", "count"), [(4, 400), pytest.param(20, 1600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "count"), [(2, 200), pytest.param(20, 1600, marks=pytest.mark.slow)])
 def test_a_cache_killed_repeatedly_equals_an_uninterrupted_one(tessera, recipe, tmp_path, environment, kills, count):
     many = f"data.count={count}"
     assert tessera(*words(recipe, tmp_path / "whole", "--workers", 1, many)).code == 0

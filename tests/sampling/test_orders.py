@@ -28,6 +28,9 @@ PROCESSES = {
     "gvp": FlowMatchingConfig(path="gvp"),
 }
 processes = pytest.mark.parametrize("name", PROCESSES)
+two_processes = pytest.mark.parametrize(  # and the others in `make prove`
+    "name", ["linear", "flow", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "gvp"))]
+)
 MIXTURE = [(0.3, -1.0, 0.4), (0.7, 0.8, 0.3)]  # weight, mean, standard deviation
 GAUSSIAN = [(1.0, 0.5, 0.6)]
 
@@ -105,7 +108,7 @@ def test_the_truth_is_the_closed_form_of_one_gaussian(name):
     torch.testing.assert_close(exact.path(x, 1.0, 0.2), expected, rtol=1e-7, atol=1e-7)
 
 
-@processes
+@two_processes
 @pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
 def test_every_solver_has_its_declared_order(name, data):
     """The first steps of dpm++ 3 and unipc 3 are of lower order; they are tested with an exact history."""
@@ -120,7 +123,7 @@ def test_every_solver_has_its_declared_order(name, data):
         assert slope(counts, errors) < order + 0.5, (solver, errors)
 
 
-@processes
+@two_processes
 @pytest.mark.parametrize("solver", [DPMSolver(), DPMSolver(order=3), UniPC(order=3)], ids=str)
 def test_with_an_exact_history_every_step_is_of_the_full_order(name, solver):
     exact, x = Exact(PROCESSES[name].build(), MIXTURE), starts()
@@ -190,7 +193,7 @@ class ExactNetwork(Exact):
         return self.diffusion.predict(self.diffusion.training_target(best.x0, best.eps, t), x, t)
 
 
-@pytest.mark.parametrize("path", ["linear", "gvp"])
+@pytest.mark.parametrize("path", ["linear", pytest.param("gvp", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prediction", ["velocity", "x0", "epsilon"])
 def test_every_prediction_of_a_flow_has_the_same_order_from_pure_noise(path, prediction):
     """Although epsilon does not determine x0 at time 1. The first step limits the order to 2 for every prediction."""

@@ -214,7 +214,10 @@ def distilled(teacher, name: str, *overrides: str):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("target", ["alpha-flow", "mean-flow", "shortcut"])
+@pytest.mark.parametrize(
+    "target",
+    ["alpha-flow", pytest.param("mean-flow", marks=pytest.mark.slow), pytest.param("shortcut", marks=pytest.mark.slow)],
+)
 def test_a_student_resumes_bit_for_bit(teacher, state, target):
     setting = f"training.distillation.target={target}"
     whole = distilled(teacher, "whole", setting)

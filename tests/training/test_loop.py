@@ -153,7 +153,7 @@ def test_data_without_classes_train_an_unconditional_model(tiny, tmp_path):
 # Resuming
 
 
-@pytest.mark.parametrize("batch", [32, 300])  # within an epoch of 1000, and across its end
+@pytest.mark.parametrize("batch", [pytest.param(32, marks=pytest.mark.slow), 300])  # 300: across the end of an epoch
 @pytest.mark.parametrize("decay", ["constant", "cosine", "wsd"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_the_same_bit_for_bit(tiny, state, monkeypatch, stop_after, batch, decay, optimizer):

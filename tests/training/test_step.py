@@ -322,7 +322,10 @@ def moving_digits(count: int, start: int, frames: int = 4) -> tuple[torch.Tensor
     return clips, torch.tensor(labels)
 
 
-@pytest.mark.parametrize("kind", ["adaln-zero", "rope-swiglu", "unet"])
+@pytest.mark.parametrize(
+    "kind",
+    ["rope-swiglu", pytest.param("adaln-zero", marks=pytest.mark.slow), pytest.param("unet", marks=pytest.mark.slow)],
+)
 def test_fifty_steps_on_clips_of_moving_digits(kind):
     """The loss falls, and a batch of clips in parts has the gradient of the whole, as for images."""
     sizes = {"input_size": (4, 16, 16), "in_channels": 1, "out_channels": 1, "num_classes": 10}
