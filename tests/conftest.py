@@ -131,7 +131,7 @@ def make_model() -> Callable[..., Model]:
 
 @pytest.fixture
 def tiny_model(make_model) -> Model:
-    """A grey-scale model of three classes (cat, dog, emu) with learned variance. It samples with DDIM in 6 steps."""
+    """A gray-scale model of three classes (cat, dog, emu) with learned variance. It samples with DDIM in 6 steps."""
     return make_model()
 
 

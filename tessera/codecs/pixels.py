@@ -23,7 +23,7 @@ class PixelsConfig(Settings):
 
 
 class Pixels(Codec):
-    """The identity on [B, C, H, W] or [B, C, T, H, W] in -1 .. 1, one (grey) or three (RGB) channels."""
+    """The identity on [B, C, H, W] or [B, C, T, H, W] in -1 .. 1, one (gray) or three (RGB) channels."""
 
     def __init__(self, config: PixelsConfig) -> None:
         self.config = config

@@ -34,7 +34,7 @@ def resolve_codec(source: CodecSource | None, channels: int | None = None, decod
         return AutoencoderConfig(source=SD_VAE.format(decoder)) if channels == 4 else PixelsConfig(channels=channels)
     if source == "pixels":
         if channels not in (None, 1, 3):
-            raise TesseraError(f"the network has {channels} channels, but pixels have 1 (grey) or 3 (RGB)")
+            raise TesseraError(f"the network has {channels} channels, but pixels have 1 (gray) or 3 (RGB)")
         return PixelsConfig(channels=channels or 3)
     if isinstance(source, str):
         return _stored_codec(source, channels)

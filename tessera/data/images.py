@@ -315,7 +315,7 @@ def image_shape(file: Path | bytes) -> tuple[int, int]:
         return with_image(file, read)
 
 
-def is_grey(file: Path | bytes) -> bool:
+def is_gray(file: Path | bytes) -> bool:
     """Whether an image has no colors, by its type, from its header. Raises InvalidSample."""
     with decoding_errors():
         return with_image(file, lambda image: image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"))
@@ -408,10 +408,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     levels = values * (255 / highest)
     if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
         levels = 255 - levels
-    grey = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    gray = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
     if (color := image.info.get("transparency")) is not None:
-        grey.putalpha(Image.fromarray(np.where(values == color, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == color, 0, 255).astype(np.uint8)))
+    return gray
 
 
 def has_transparency(image: Image.Image) -> bool:
@@ -421,7 +421,7 @@ def has_transparency(image: Image.Image) -> bool:
 
 
 def flatten(image: Image.Image, config: ImagesConfig) -> Image.Image:
-    """Convert an image of 8 bits per channel to grey or RGB, composited onto the background color."""
+    """Convert an image of 8 bits per channel to gray or RGB, composited onto the background color."""
     mode = "L" if config.channels == 1 else "RGB"
     if has_transparency(image):
         image = image.convert("RGBA")

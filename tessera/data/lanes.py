@@ -17,7 +17,7 @@ from tessera.settings import Settings
 if TYPE_CHECKING:
     from tessera.data.captions import EncodedCaptions
 
-LEVELS = (28, 228)  # of a channel of a disc: the colors are the corners of a cube around the grey of the background
+LEVELS = (28, 228)  # of a channel of a disc: the colors are the corners of a cube around the gray of the background
 COLORS = {
     "black": (28, 28, 28),
     "blue": (28, 28, 228),
@@ -28,7 +28,7 @@ COLORS = {
     "yellow": (228, 228, 28),
     "white": (228, 228, 228),
 }
-BACKGROUND, BAR = 128, 64  # levels of grey
+BACKGROUND, BAR = 128, 64  # levels of gray
 LANE, WIDTH, RADIUS = 8, 32, 3.0  # pixels: height of a lane, width of a frame, radius of a disc
 BAR_COLUMNS = slice(10, 22)
 LOW, HIGH = RADIUS, WIDTH - RADIUS  # between which the center of a disc moves

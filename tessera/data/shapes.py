@@ -42,7 +42,7 @@ COMBINATIONS = {  # class ids of the objects
 
 SIDE = 32
 BORDER, GAP = 1.5, 2.0  # free pixels at the edge of the image and between two objects
-BACKGROUNDS = range(226, 248, 2)  # levels of grey; those of the test split are odd, so no image is in both
+BACKGROUNDS = range(226, 248, 2)  # levels of gray; those of the test split are odd, so no image is in both
 STREAMS = {"train": 0x73687472, "test": 0x73687465}  # random streams
 
 GRID = 8  # positions are multiples of 1 / GRID of a pixel
@@ -89,7 +89,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects, the subject first, on a level of grey."""
+    """One or two objects, the subject first, on a level of gray."""
 
     objects: tuple[Object, ...]
     background: int = BACKGROUNDS[0]

@@ -94,7 +94,7 @@ class VisionEncoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images uint8 [B, C, H, W], C 1 (grey) or 3 (RGB) -> {"pool": float32 [B, D]}
+        """images uint8 [B, C, H, W], C 1 (gray) or 3 (RGB) -> {"pool": float32 [B, D]}
 
         The feature is the image embedding of image-text networks (CLIP, SigLIP); the pooled output of networks that
         have one, which for DINOv2 is the class token after the last norm, as in FD-DINOv2 (Stein et al. 2023); else the
@@ -103,7 +103,7 @@ class VisionEncoder(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise TesseraError(
                 f"{self.name} got {images.dtype} {list(images.shape)}; expected torch.uint8 "
-                "[B, C, H, W] with C 1 (grey) or 3 (RGB)"
+                "[B, C, H, W] with C 1 (gray) or 3 (RGB)"
             )
         with torch.autocast(images.device.type, enabled=False):
             x = self.preprocessing(images.expand(-1, 3, -1, -1))

@@ -20,7 +20,7 @@ from tessera.data.clips import open_frames, read_clip
 from tessera.data.columns import MAX_CLASSES
 from tessera.data.files import FilesConfig, FilesDataset
 from tessera.data.folders import VIDEO_SUFFIXES
-from tessera.data.images import ImagesConfig, InvalidSample, is_grey, read_image, sample_size
+from tessera.data.images import ImagesConfig, InvalidSample, is_gray, read_image, sample_size
 from tessera.data.resolve import open_data
 from tessera.errors import TesseraError
 from tessera.generation.shards import ImageShard, shard_range
@@ -103,7 +103,7 @@ class DatasetSource:
 class FolderSource:
     """A folder of images or clips as they are displayed: they must have one size, and clips one length.
 
-    They have one channel if all are grey (of clips: in their first frames). Clips have the frame rate that is stored
+    They have one channel if all are gray (of clips: in their first frames). Clips have the frame rate that is stored
     with them, as `tessera sample` does, else every frame of the file.
 
     Attributes:
@@ -124,9 +124,9 @@ class FolderSource:
         files = [files[index] for index in _select(count, len(files), self.description)]
         self.paths, self.count = [file for file, _ in files], len(files)
         self.skipped: dict[Path, str] = {}
-        grey = {path: self._usable(_is_grey_clip if self.has_clips else is_grey, path) for path in self.paths}
-        readable = [path for path, value in grey.items() if value is not None]
-        self.channels = 3 if False in grey.values() else 1
+        gray = {path: self._usable(_is_gray_clip if self.has_clips else is_gray, path) for path in self.paths}
+        readable = [path for path, value in gray.items() if value is not None]
+        self.channels = 3 if False in gray.values() else 1
         self._config = ImagesConfig(channels=1 if self.channels == 1 else 3)
         images = ((path, self._usable(self._pixels, path)) for path in readable)
         self._first, first = next(((path, image) for path, image in images if image is not None), (None, None))
@@ -265,7 +265,7 @@ def _holds_clips(folder: Path) -> bool:
     return False
 
 
-def _is_grey_clip(path: Path) -> bool:
+def _is_gray_clip(path: Path) -> bool:
     """Whether the first frame of a clip has no colors. Raises InvalidSample."""
     with open_frames(path) as frames:
         pixels = np.asarray(frames.read([0])[0].convert("RGB"))

@@ -1,4 +1,4 @@
-"""Clips as files of every kind. Frame k of a clip is grey of the level 20 + 20 k, unless levels are given."""
+"""Clips as files of every kind. Frame k of a clip is gray of the level 20 + 20 k, unless levels are given."""
 
 import io
 import struct

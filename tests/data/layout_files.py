@@ -1,4 +1,4 @@
-"""Small data sets of every layout, for tests. An image is recognized by its grey level."""
+"""Small data sets of every layout, for tests. An image is recognized by its gray level."""
 
 import io
 import tarfile
@@ -53,7 +53,7 @@ def open_data(path: Any, **changes: Any) -> FilesDataset:
 
 
 def samples(source: FilesDataset) -> list[tuple[int, str | None, str | None]]:
-    """Grey level, class name and caption of every sample."""
+    """Gray level, class name and caption of every sample."""
     names = source.class_names
     return [
         (int(source.pixels(i)[0, 0, 0]), names[source.label(i)] if names else None, source.caption(i))

@@ -79,7 +79,7 @@ def test_clips_are_resized_resampled_and_readable(folder, tmp_path, form, encodi
 
 
 def test_frames_are_those_of_the_times_and_sides_become_even(tmp_path):
-    # Frame k is grey of the level 20 + 20 k. At half the rate every second one is written.
+    # Frame k is gray of the level 20 + 20 k. At half the rate every second one is written.
     path = made.video(tmp_path / "clips/a.mp4", made.grey(made.levels(10), (32, 50)))
     config = recipe(tmp_path / "clips", tmp_path / "out", fps=5, frames=2, size=15)
     clip = write.read_clip(path, Span(), config, FilesConfig(path="", size=(1, 1), frames=2, fps=5))

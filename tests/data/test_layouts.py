@@ -51,7 +51,7 @@ def open_data(path, **changes):
 
 
 def samples(source) -> list[tuple[int, str | None, str | None]]:
-    """Grey level, class name and caption of every sample."""
+    """Gray level, class name and caption of every sample."""
     return [
         (
             int(source.pixels(i)[0, 0, 0]),

@@ -109,7 +109,7 @@ def test_decode_rounds_to_the_nearest_of_256(tiny_model):
 
 
 def test_pixels_survive_a_round_trip(tiny_model):
-    """Every grey value, as data is read (x / 127.5 - 1), decodes to itself."""
+    """every gray value, as data is read (x / 127.5 - 1), decodes to itself."""
     pixels = torch.arange(256.0).view(1, 1, 16, 16) / 127.5 - 1
     assert generation.decode(tiny_model, pixels).flatten().tolist() == list(range(256))
 

@@ -133,7 +133,7 @@ def test_the_default_codec(make_model, tmp_path, channels, codec):
 def test_a_codec_is_required_or_passed(make_model, tmp_path, autoencoder_folder):
     two = make_model({"in_channels": 2, "out_channels": 4}, PAPER, {"kind": "pixels"})
     assert "give --codec" in read_error(saved(state(two), tmp_path / "two.pt"), num_heads=2)
-    assert "pixels have 1 (grey) or 3 (RGB)" in read_error(tmp_path / "two.pt", num_heads=2, codec="pixels")
+    assert "pixels have 1 (gray) or 3 (RGB)" in read_error(tmp_path / "two.pt", num_heads=2, codec="pixels")
     assert "has 2 channels, but" in read_error(tmp_path / "two.pt", num_heads=2, codec=str(autoencoder_folder))
     assert "no codec at ./nowhere" in read_error(tmp_path / "two.pt", num_heads=2, codec="./nowhere")
     assert "holds no codec" in read_error(tmp_path / "two.pt", num_heads=2, codec=str(tmp_path))

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.run
 
 
 def write_tars(folder: Path, count: int = 4, samples: int = 32) -> Path:
-    """Tars of grey images of 8 x 8 pixels in two classes."""
+    """Tars of gray images of 8 x 8 pixels in two classes."""
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0)
     for number in range(count):

@@ -51,7 +51,7 @@ def alone(model, request: SampleRequest) -> Tensor:
     return last.x[0]
 
 
-def grey_levels(one: Tensor, other: Tensor) -> float:
+def gray_levels(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() * 127.5)
 
 
@@ -75,7 +75,7 @@ def test_sixteen_mixed_rows_joining_at_different_moments_equal_each_alone(model)
     done = run(model, schedule)
     assert len(done) == 16
     for number, request in enumerate(rows):
-        assert grey_levels(done[str(number)], alone(model, request)) < 1
+        assert gray_levels(done[str(number)], alone(model, request)) < 1
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_rows_of_one_solver_that_join_later_share_its_step(make_model):
     assert groups[0] == 2
     assert 1 in groups
     for name, request in (("one", one), ("two", two)):
-        assert grey_levels(done[name], alone(model, request)) < 1
+        assert gray_levels(done[name], alone(model, request)) < 1
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_every_call_holds_only_the_rows_that_need_it(make_model):
     assert sizes == [4, 4, 5, 5]  # 3 rows, one guided at all times and one at the last two
     model.network.forward = original
     for number, row in enumerate(rows):
-        assert grey_levels(done[str(number)], alone(model, row)) < 1
+        assert gray_levels(done[str(number)], alone(model, row)) < 1
 
 
 @torch.no_grad()
@@ -144,9 +144,9 @@ def test_caching_keeps_its_state_with_each_row(make_model):
     done = run(model, {2 * number: [(str(number), row)] for number, row in enumerate(rows)}, caching=caching)
     reused = False
     for number, request in enumerate(rows):
-        assert grey_levels(done[str(number)], alone(model, request)) < 1
+        assert gray_levels(done[str(number)], alone(model, request)) < 1
         plain = replace(request, settings={**request.settings, "caching": "none"})
-        reused |= grey_levels(done[str(number)], alone(model, plain)) > 0.1
+        reused |= gray_levels(done[str(number)], alone(model, plain)) > 0.1
     assert reused
 
 
@@ -167,7 +167,7 @@ def test_inpainting_image_to_image_and_new_images_together(make_model):
     ]
     done = run(model, {number: [(str(number), row)] for number, row in enumerate(rows)})
     for number, row in enumerate(rows):
-        assert grey_levels(done[str(number)], alone(model, row)) < 1
+        assert gray_levels(done[str(number)], alone(model, row)) < 1
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_sizes_are_sampled_in_calls_of_their_own(make_model):
     done = run(model, {0: [(str(number), row) for number, row in enumerate(rows)]})
     for number, row in enumerate(rows):
         assert done[str(number)].shape[1:] == (row.size or (8, 8))
-        assert grey_levels(done[str(number)], alone(model, row)) < 1
+        assert gray_levels(done[str(number)], alone(model, row)) < 1
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_a_guidance_model(make_model):
     rows = [replace(request, guidance_model=weak) for request in requests(8) if request.guidance_scale != 1]
     done = run(model, {0: [(str(n), row) for n, row in enumerate(rows)]}, guidance_model=weak)
     for number, row in enumerate(rows):
-        assert grey_levels(done[str(number)], alone(model, row)) < 1
+        assert gray_levels(done[str(number)], alone(model, row)) < 1
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def test_rows_leave_between_steps(make_model):
         done |= sampler.step()
     assert sorted(done) == ["a", "c"]
     *_, last = generation.sample_steps(model, request.resolve(model))
-    assert grey_levels(done["c"], last.x[2]) < 1
+    assert gray_levels(done["c"], last.x[2]) < 1
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_a_name_is_free_once_its_row_is_removed(make_model, sampler):
     continuous.add(two, ["a"])
     while continuous.batch.num_rows:
         done |= continuous.step()
-    assert grey_levels(done["a"], alone(model, two)) < 1
+    assert gray_levels(done["a"], alone(model, two)) < 1
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def test_only_some_rows_advance(make_model, sampler):
                 assert step == before[name] or name in chosen | within
     *_, last = generation.sample_steps(model, request.resolve(model))
     for row, name in enumerate("abcd"):
-        assert grey_levels(done[name], last.x[row]) < 1
+        assert gray_levels(done[name], last.x[row]) < 1
 
 
 @torch.no_grad()
@@ -270,7 +270,7 @@ def test_the_predicted_x0_of_each_row_is_known_after_its_first_call(make_model):
     continuous.step()
     (state,) = continuous.batch.states
     *_, one_step = generation.sample_steps(model, request.resolve(model))  # one step ends at the x0 predicted in noise
-    assert grey_levels(state.x0, one_step.x) < 1
+    assert gray_levels(state.x0, one_step.x) < 1
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ def decoded(item: dict) -> np.ndarray:
 
 
 def close(one: np.ndarray, other: np.ndarray) -> bool:
-    """Within one grey level."""
+    """Within one gray level."""
     return one.shape == other.shape and int(np.abs(one.astype(int) - other).max()) <= 1
 
 

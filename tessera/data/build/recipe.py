@@ -76,7 +76,7 @@ class BuildRecipe(Settings):
     )
     upscale: bool = Field(default=False, description="also enlarge images whose shorter side is below size")
     resampling: Literal["lanczos", "bicubic", "box"] = Field(default="lanczos", description="filter of the resizing")
-    channels: Literal[1, 3] = Field(default=3, description="3 for color, 1 for grey")
+    channels: Literal[1, 3] = Field(default=3, description="3 for color, 1 for gray")
     background: tuple[Level, Level, Level] = Field(
         default=(255, 255, 255), description="color behind transparent pixels"
     )

@@ -85,8 +85,8 @@ def _measure(stats: "SampleStats", frames: Frames, span: Span, config: ImagesCon
     # Three frames beside each other stand for the clip where it is compared with others.
     chosen = [images[0], images[len(images) // 2], images[-1]]
     strip = Image.fromarray(np.concatenate([np.asarray(image) for image in chosen], axis=1))
-    grey = strip.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX)
-    stats.describe_pixels(strip, np.asarray(grey))
+    gray = strip.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX)
+    stats.describe_pixels(strip, np.asarray(gray))
 
 
 def short_clips(config: ImagesConfig) -> int:

@@ -99,14 +99,14 @@ class SampleStats:
     motion: float = 0.0  # of 255: the largest mean difference of two frames
     cut: float = -1.0  # seconds at which the scene changes; -1: it does not
 
-    def describe_pixels(self, image: Image.Image, grey: np.ndarray) -> None:
-        """Measure an RGB image without transparency. grey: uint8 [similarity.SIDE, similarity.SIDE]"""
+    def describe_pixels(self, image: Image.Image, gray: np.ndarray) -> None:
+        """Measure an RGB image without transparency. gray: uint8 [similarity.SIDE, similarity.SIDE]"""
         self.contrast = self.visible_contrast = _contrast(image)
         scale = min(1.0, THUMBNAIL_SIDE / max(image.size))
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
         thumbnail = image if scale == 1 else image.resize(size, Image.Resampling.BOX)
         self.max_color_fraction = _max_color_fraction(np.asarray(thumbnail))
-        self.hash = similarity.perceptual_hash(grey)
+        self.hash = similarity.perceptual_hash(gray)
         self.color_grid = image.resize((CELLS, CELLS), Image.Resampling.BOX).tobytes()
 
 
@@ -179,15 +179,15 @@ def _measure(stats: SampleStats, image: Image.Image, data: bytes, config: Images
     stats.metadata_problem = image.info.get(METADATA_PROBLEM, "")
 
     flat = flatten(shown, config).convert("RGB")
-    grey = flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX)
-    stats.describe_pixels(flat, np.asarray(grey))
+    gray = flat.convert("L").resize((similarity.SIDE, similarity.SIDE), Image.Resampling.BOX)
+    stats.describe_pixels(flat, np.asarray(gray))
     if has_transparency(shown):
         rgba = shown.convert("RGBA")
         alpha = np.asarray(rgba.getchannel("A"))
         if not (alpha == 255).all():
             stats.transparent_fraction = float((alpha < 255).mean())
             # On black and on white: an image without contrast on either is blank on any background.
-            stats.visible_contrast = max(_contrast(_on_grey(rgba, level)) for level in (0, 255))
+            stats.visible_contrast = max(_contrast(_on_gray(rgba, level)) for level in (0, 255))
 
 
 @functools.lru_cache(16)
@@ -211,7 +211,7 @@ def describe_profile(profile: bytes) -> tuple[str, str]:
     return (f"{name}, up to {difference} of 255 levels" if difference >= MIN_PROFILE_DIFFERENCE else ""), ""
 
 
-def _on_grey(image: Image.Image, level: int) -> Image.Image:
+def _on_gray(image: Image.Image, level: int) -> Image.Image:
     background = Image.new("RGBA", image.size, (level, level, level, 255))
     return Image.alpha_composite(background, image).convert("RGB")
 

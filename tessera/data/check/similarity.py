@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-SIDE = 32  # pixels of the grey image that is hashed
+SIDE = 32  # pixels of the gray image that is hashed
 LOW = 8  # frequencies per axis, which gives 64 bits; also the cells per axis of the color grid
 BITS = 5  # largest number of different bits; JPEG at quality 50, or scaling to a half, changes 0 to 4
 LEVELS = 32  # of 255: largest difference of the color of a cell
@@ -43,12 +43,12 @@ class _Selected:
         return self.colors[self.rows[index]]
 
 
-def perceptual_hash(grey: np.ndarray) -> int:
+def perceptual_hash(gray: np.ndarray) -> int:
     """pHash (Zauner 2010): which of the lowest frequencies of a cosine transform are above their median. 64 bits.
 
-    grey: [SIDE, SIDE]
+    gray: [SIDE, SIDE]
     """
-    low = _cosines() @ grey.astype(np.float32) @ _cosines().T
+    low = _cosines() @ gray.astype(np.float32) @ _cosines().T
     # The mean brightness is not structure and always far above the median: its bit stays 0.
     bits = low.ravel() > np.median(low.ravel()[1:])
     bits[0] = False
