@@ -150,7 +150,7 @@ def read(folder: Path, device: torch.device | str = "cpu", *, codec: CodecSource
 
 
 def network_config(config: TransformerConfig, source: str) -> DiTConfig:
-    """The DiTConfig of diffusers' network; it has one more class, the null class."""
+    """The DiTConfig of diffusers' network; it has one more class, the null label."""
     return validate(
         DiTConfig,
         {
@@ -316,7 +316,7 @@ def write(model: Model, target: Path, approximate: bool = False) -> str:
         messages.append(f"its scheduler is DDIM, which samples otherwise than this model: {'; '.join(replaced)}")
     if network.num_classes != NULL_CLASS:
         messages.append(
-            f"DiTPipeline guides with class {NULL_CLASS}, and the null class of this model is {network.num_classes}: "
+            f"DiTPipeline guides with class {NULL_CLASS}, and the null label of this model is {network.num_classes}: "
             "sample there with guidance_scale=1"
         )
     return "\n".join(messages)
@@ -341,7 +341,7 @@ def _problems(model: Model, network: DiTConfig) -> list[str]:
         kind = "conditioned on text" if network.uses_text else "unconditional"
         problems.append(f"the network is {kind}; only class-conditional networks are supported there")
     elif not network.learn_null_class:
-        problems.append("learn_null_class is false; the label table there always has a null class")
+        problems.append("learn_null_class is false; the label table there always has a null label")
     table = model.network.state_dict().get("pos_embed")
     if table is not None and not torch.allclose(
         table[0], sincos_grid(network.grid, network.hidden_size).to(table), rtol=0, atol=1e-5

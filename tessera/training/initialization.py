@@ -206,7 +206,7 @@ def _without_classes(
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The weights for a network of text, and the names of those computed.
 
-    Where it has no classes, the time embedding gets the null class (or the mean of all) as a bias: so it begins as the
+    Where it has no classes, the time embedding gets the null label (or the mean of all) as a bias: so it begins as the
     class model without a class.
     """
     if after.num_classes or TABLE not in state:

@@ -351,7 +351,7 @@ def trace_step(
     class_names: of the network; an adapter may name some.
     """
     config, count = recipe.training, micro_batch_size * accumulation_steps
-    if network.num_classes:  # without a null class, labels are checked by value, which fake tensors do not have
+    if network.num_classes:  # without a null label, labels are checked by value, which fake tensors do not have
         network = network.model_copy(update={"learn_null_class": True})
     process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     model = _meta_model(network, recipe, class_names)

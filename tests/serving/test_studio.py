@@ -370,6 +370,44 @@ def test_the_gallery_finds_images_and_uses_them_again(studio, tiny_model):
     assert len(records(server.out)) == 5
 
 
+def test_what_the_form_has_no_field_for_is_used_again_and_can_be_removed(studio, tiny_model):
+    server = studio(tiny_model)
+    page = server.page
+    settings = {
+        "sampler": {"kind": "dpm++", "order": 3}, "clipping": {"kind": "range"}, "guidance_interval": [0.1, 0.8],
+        "num_steps": 4,
+    }  # fmt: skip
+    request = {"seeds": [7], "condition": {"label": ["dog"]}, "settings": settings, "output_format": "webp"}
+    address = f"{page.url.partition('#')[0]}v1/jobs"
+    job = page.request.post(address, data=request).json()["id"]
+    while page.request.get(f"{address}/{job}").json()["state"] != "finished":
+        time.sleep(0.05)
+    server.open("gallery")
+    page.get_by_role("button", name="dog, seed 7").click()
+    page.get_by_role("button", name="Use again").click()
+    note = page.get_by_text("Also used, from the image:")
+    assert "clipping=" in note.inner_text()
+    assert "output_format=webp" in note.inner_text()
+    generate(page, 1)
+    first, second = (record["parameters"] for record in records(server.out))
+    assert second["settings"] == first["settings"] == settings
+    assert second["condition"] == {"label": [1]}
+    assert second["output_format"] == "webp"
+
+    assert page.get_by_role("checkbox", name="dog").is_checked()
+    assert "order" in note.inner_text()
+    field(page, "Sampler").select_option("heun")
+    page.wait_for_function("!document.body.innerText.includes('order')")
+    generate(page, 1)
+    assert records(server.out)[-1]["parameters"]["settings"] == settings | {"sampler": "heun"}
+    page.get_by_role("button", name="Remove these").click()
+    note.wait_for(state="detached")
+    generate(page, 1)
+    latest = records(server.out)[-1]["parameters"]
+    assert latest["settings"] == {"sampler": "heun", "num_steps": 4}
+    assert latest["output_format"] == "png"
+
+
 def test_a_run_is_watched_while_it_trains_and_its_checkpoints_compared(studio, tmp_path):
     from tessera.settings import validate
     from tessera.training import loop

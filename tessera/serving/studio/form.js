@@ -24,6 +24,7 @@ export const EMPTY = {
   num_steps: "", guidance_scale: "", sampler: "", timestep_spacing: "", guidance_rescale: "", frames: "", height: "", width: "",
   rows: "condition", rowValues: "", columns: "seed", columnValues: "",
   init: null, mask: null, strength: "", controls: {},
+  others: { settings: {} }, // parameters of an image that is used again, for which the form has no field
 };
 export const form = createStore(EMPTY);
 
@@ -65,18 +66,38 @@ function toNumber(values, name, label) {
   return value;
 }
 
+const fields = ["model", "seeds", "condition", "negative", "guidance_scale", "size", "init_image", "strength", "mask", "settings", "controls", "preview_every"];
+const defaults = { precision: "float32", cut_long: false, output_format: "png" };
+const isChoice = (value) => typeof value === "object" && value !== null && Object.keys(value).length === 1; // {kind: "heun"}
+
+/** The parameters of an image that the form has no field for; of a sampler with options, all of them. */
+function withoutField({ settings = {}, ...parameters }) {
+  const rest = Object.entries(parameters).filter(([name, value]) => !fields.includes(name) && value !== null && value !== defaults[name]);
+  const more = Object.entries(settings).filter(([name, value]) => !settingNames.includes(name) || (typeof value === "object" && value !== null && !isChoice(value)));
+  const inputs = Object.entries(parameters.condition ?? {}).filter(([name]) => name !== "label" && name !== "text");
+  return { ...Object.fromEntries(rest), ...(inputs.length && { condition: Object.fromEntries(inputs) }), settings: Object.fromEntries(more) };
+}
+
+/** As words, for the note below the fields. Options of a sampler count while the field names that sampler. */
+export function othersText(values) {
+  const { settings, ...rest } = values.others, word = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+  const used = Object.entries(settings).filter(([name, value]) => !settingNames.includes(name) || value.kind === values[name]);
+  return [...Object.entries(rest), ...used].map(([name, value]) => `${name}=${word(value)}`).join(", ");
+}
+
 /** The body of /v1/jobs. point: the values of this cell, over those of the form. */
 function parameters(values, point, facts) {
-  const all = { ...values, ...point }, result = { model: all.model, seeds: [point.seed], settings: {} };
-  if (point.condition !== null) result.condition = usesText(facts) ? { text: [point.condition] } : { label: [point.condition] };
+  const all = { ...values, ...point }, result = { ...all.others, model: all.model, seeds: [point.seed], settings: {} };
+  if (point.condition !== null) result.condition = { ...all.others.condition, [usesText(facts) ? "text" : "label"]: [point.condition] };
   if (usesText(facts) && all.negative) result.negative = { text: [all.negative] };
   const guidance = toNumber(all, "guidance_scale", "The guidance scale");
   const counts = (isUsed, name) => isUsed || name in point || "model" in point; // not what the form hides for this model
   if (guidance !== null && counts(facts?.can_be_guided ?? true, "guidance_scale")) result.guidance_scale = guidance;
   for (const name of settingNames) {
     const value = name.startsWith("num") || name.endsWith("rescale") ? toNumber(all, name, name) : all[name] || null;
-    if (value !== null) result.settings[name] = value;
+    if (value !== null) result.settings[name] = all.others.settings[name]?.kind === value ? all.others.settings[name] : value;
   }
+  for (const [name, value] of Object.entries(all.others.settings)) if (!settingNames.includes(name)) result.settings[name] = value;
   const size = ["frames", "height", "width"].slice(facts?.clips ? 0 : 1).map((name, index) => toNumber(all, name, name) ?? facts?.size.at(index - (facts.clips ? 3 : 2)));
   if (["frames", "height", "width"].some((name) => all[name] !== "")) result.size = size;
   if (all.init && counts(!facts?.clips, "strength")) {
@@ -130,6 +151,7 @@ export function fill(parameters, extra = {}) {
     ...Object.fromEntries(settingNames.map((name) => [name, typeof settings[name] === "object" ? settings[name].kind : settings[name] ?? ""])),
     ...(size && { width: size.at(-1), height: size.at(-2), frames: size.length === 3 ? size[0] : "" }),
     strength: parameters.strength ?? "",
+    others: withoutField(parameters),
     ...extra,
   });
 }

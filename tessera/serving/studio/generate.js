@@ -1,7 +1,7 @@
 // The view "Generate": the form, the tables of images, and the details of the selected one.
 import { Field, Select, announce, createStore, html, tell, tellError, useEffect, useState } from "./ui.js";
 import { dataUrl, events, fetchDataUrl, query } from "./api.js";
-import { AXES, EMPTY, axisValues, fill, form, plan, usesText } from "./form.js";
+import { AXES, EMPTY, axisValues, fill, form, othersText, plan, usesText } from "./form.js";
 import { Detail, Image, Progress, StepSlider, Table } from "./cells.js";
 import { ACTIVE, cancel, changes, forget, run } from "./jobs.js";
 import { MaskEditor, readFile } from "./mask.js";
@@ -42,7 +42,9 @@ export async function useAgain(item, extra = {}) {
   for (const [name, control] of Object.entries(parameters.controls || {})) {
     controls[name] = { strength: control.strength ?? 1, is_map: control.is_map ?? false, image: control.image || await read(`control-${name}`) };
   }
-  fill(parameters, { init: init && { url: init, name: "image of the job" }, mask, controls, ...extra });
+  const classes = modelFacts(parameters.model)?.classes ?? []; // a request may name its classes
+  const labels = (parameters.condition?.label ?? []).map((label) => (classes.includes(label) ? classes.indexOf(label) : label));
+  fill(parameters, { labels, init: init && { url: init, name: "image of the job" }, mask, controls, ...extra });
   location.hash = "#generate";
 }
 
@@ -107,6 +109,7 @@ export function Generate() {
           <${Field} label="Guidance rescale" hint="0 to 1"><input type="number" min="0" max="1" step="any" placeholder=${sampling?.guidance_rescale} ...${input("guidance_rescale")} /><//>
           ${facts?.adapters.length > 0 && html`<p class="note">Adapters of this model: ${facts.adapters.join(", ")}</p>`}
         </details>
+        ${othersText(values) && html`<p class="note">Also used, from the image: ${othersText(values)} <button type="button" onClick=${() => form.set({ others: EMPTY.others })}>Remove these</button></p>`}
         <${Start} values=${values} facts=${facts} />
         ${facts?.controls.map((name) => html`<${Control} key=${name} name=${name} control=${values.controls[name]} onChange=${(control) => form.set({ controls: { ...values.controls, [name]: control } })} />`)}
         <${Axes} values=${values} facts=${facts} />
