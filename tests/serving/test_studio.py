@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -442,6 +443,12 @@ def test_a_run_is_watched_while_it_trains_and_its_checkpoints_compared(studio, t
     loss = read_log(tmp_path / "runs/first")[-1]["loss"]
     shown = page.get_by_role("img", name=re.compile("^Loss: .* at step 6$")).get_attribute("aria-label")
     assert float(shown.split()[1]) == pytest.approx(loss, rel=0.01)
+    shutil.copytree(tmp_path / "runs/first", tmp_path / "runs/second")
+    os.utime(tmp_path / "runs/second/log.jsonl", (time.time() + 60, time.time() + 60))
+    page.get_by_role("link", name="second").wait_for()  # the list is read every ten seconds
+    assert page.locator("nav li").first.inner_text().startswith("second")  # in the order of the last change
+    page.wait_for_timeout(300)
+    assert page.locator(".run-title h2").inner_text() == "first"  # nobody chose the other one
     field(page, "Step of the samples").fill("1")
     page.locator("img.sample-grid[src*='step-000000002.png']").wait_for()
     page.get_by_role("heading", name="Diagnostics").wait_for()

@@ -12,7 +12,7 @@ const nameOf = () => decodeURIComponent(location.hash.split("/").slice(1).join("
 
 export function Runs() {
   const { runs: hasRuns, version } = choices.use(), { list, state, diagnosis, error } = runs.use();
-  const [name, setName] = useState(nameOf());
+  const [name, setName] = useState(nameOf()), [newest, setNewest] = useState(null);
   useEffect(() => {
     const change = () => setName(nameOf());
     addEventListener("hashchange", change);
@@ -20,12 +20,16 @@ export function Runs() {
   }, []);
   useEffect(() => {
     if (!hasRuns) return undefined;
-    const load = () => get("/v1/runs").then(({ data }) => runs.set({ list: data })).catch(tellError);
+    const load = () => get("/v1/runs").then(({ data }) => {
+      runs.set({ list: data });
+      // The list is ordered by the last change. Of two runs that train, the page keeps showing the one it began with.
+      setNewest((shown) => (data.some((each) => each.name === shown) ? shown : data[0]?.name));
+    }).catch(tellError);
     load();
     const timer = setInterval(load, 10000);
     return () => clearInterval(timer);
   }, [hasRuns]);
-  const current = name || list?.[0]?.name;
+  const current = name || newest;
   useEffect(() => {
     if (!current || !hasRuns) return undefined;
     runs.set({ state: null, diagnosis: null, error: null });
