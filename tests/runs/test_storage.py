@@ -105,6 +105,26 @@ def test_a_run_in_a_bucket_is_the_local_run_and_continues_on_another_machine(tes
     assert np.array_equal(*images)
 
 
+def test_averages_in_a_bucket_continue_on_another_machine_and_give_other_lengths(tessera, recipe, tmp_path, bucket):
+    words = ["data={kind: digits}", "training.ema={kind: power, snapshot_every: 2}", "training.checkpoint_every=4"]
+    assert tessera("train", recipe, *words, f"run_dir={tmp_path / 'local'}", "training.steps=8").code == 0
+    place = f"file://{bucket}/run"
+    for steps in (4, 8):
+        done = tessera("train", recipe, *words, f"run_dir={place}", f"training.steps={steps}")
+        assert done.code == 0, done.err
+        shutil.rmtree(tmp_path / "cache")  # another machine
+    averages = state(tmp_path / "local/ema-snapshots")
+    assert len(averages) > 4
+    assert state(bucket / "run/ema-snapshots") == averages
+    for source, name in ((place, "a"), (tmp_path / "local", "b")):
+        out = tessera(
+            "sample", source, "--ema-length", 0.08, "--out", tmp_path / name, "--num-samples", 1, "num_steps=2"
+        )
+        assert out.code == 0, out.err
+    images = [np.asarray(Image.open(sorted((tmp_path / name).rglob("*.png"))[0])) for name in "ab"]
+    assert np.array_equal(*images)
+
+
 def test_two_runs_in_one_place(bucket, monkeypatch):
     monkeypatch.setattr(remote, "LEASE", 0.4)
     first, second = (checkpoint.RemoteRun(f"file://{bucket}/run") for _ in range(2))

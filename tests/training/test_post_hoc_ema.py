@@ -16,6 +16,7 @@ from tessera.power_ema import Profile, gamma
 from tessera.training import loop, plan_recipe
 from tessera.training.dry_run import dry_run
 from tessera.training.ema import EMA
+from tessera.training.recipe import read_recipe
 
 POWER = ("training.ema={kind: power, lengths: [0.05, 0.1], snapshot_every: 2}", "training.steps=12",
          "training.optimizer.learning_rate=0.05")  # fmt: skip
@@ -67,6 +68,28 @@ def test_a_run_saves_averages_and_other_lengths_are_computed_from_them(tiny, mon
         computed = bundle.load(newest, ema_length=length).network.state_dict()
         assert relative(computed, expected, trajectory[-1]) < 0.05
         assert torch.equal(computed["pos_embed"], own["pos_embed"])
+
+
+def test_other_lengths_of_an_adapter_are_sums_of_its_weights(tiny, monkeypatch):
+    base = loop.train(tiny("base", "training.steps=2"))
+    trajectory: list[list[torch.Tensor]] = []
+    update = EMA.update
+
+    def update_and_record(self, step):
+        trajectory.append([weight.double() for weight in self._weights])
+        update(self, step)
+
+    monkeypatch.setattr(EMA, "update", update_and_record)
+    adapter = ("adapter={kind: lora, rank: 2}", f"training.init_from={base}")
+    settings = tiny("adapter", *POWER).model_dump(mode="json", exclude_unset=True)
+    run = loop.train(read_recipe({name: settings[name] for name in settings if name != "network"}, list(adapter)))
+    parts = np.diff((np.arange(13) / 12) ** (gamma(0.07) + 1))
+    expected = [sum(part * weight for part, weight in zip(parts, weights)) for weights in zip(*trajectory)]
+    weights = bundle.load(bundle.checkpoints(run)[0], ema_length=0.07).network.named_parameters()
+    computed = [weight for name, weight in weights if "lora" in name]
+    assert len(computed) == len(expected) > 0
+    numbered = [dict(enumerate(weights)) for weights in (computed, expected, trajectory[-1])]
+    assert relative(*numbered) < 0.05
 
 
 def test_a_resumed_run_has_the_same_averages_bit_for_bit(tiny, state, monkeypatch, stop_after):
