@@ -1,20 +1,23 @@
 """What does each part of the modern recipe contribute? One network size, equal training FLOPs, several seeds.
 
     python benchmarks/ablations.py run --data digits --out runs/ablations [--shard 1/2] [--seeds 0,1,2] [MEMBER ...]
+    python benchmarks/ablations.py run --data cifar10 --out runs/ablations --rates 0.5,1,2 paper    # a search
     python benchmarks/ablations.py report --data digits --out runs/ablations > table.md      # and
     runs/ablations/digits.png
 
 A member is a list of overrides of one recipe. Each run is a `tessera train` with evaluations at fixed intervals. To
 resume after an interruption, run the same command again. Members whose steps have other FLOPs, including the
 optimizer's matrix products, take fewer or more steps, so that all use the same FLOPs. `--shard i/n` takes every n-th
-run: for two processes, or an array of jobs.
+run: for two processes, or an array of jobs. `--rates` runs the members with their learning rates multiplied, with a
+quarter of the FLOPs; the best factor belongs into `Setting.rates`.
 """
 
 import argparse
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,8 @@ class Setting:
     steps: int  # of the paper's network; others get as many FLOPs
     every: int  # steps of the paper's network between scores
     seeds: tuple[int, ...]
-    rate: float = 1.0  # of the members' learning rates, which suit the digits' network
+    rate: float = 1.0  # a factor of the members' learning rates, which suit the digits' network
+    rates: Mapping[str, float] = field(default_factory=dict)  # of some members, instead, as the search found them
 
 
 GAUSSIAN = (
@@ -98,6 +102,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "without shared modulation": (*MOST, *STEADY, "network.block.modulation=per-block"),
 }  # fmt: skip
 BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; the rate decays within them
+SEARCH_BUDGET = 0.25  # of a run of the search for learning rates
 SETTINGS = {
     "digits": Setting(
         "digits.yaml",
@@ -122,7 +127,24 @@ SETTINGS = {
             "evaluation.num_samples=1000",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
-        steps=400, every=200, seeds=(0,),
+        steps=4000, every=1000, seeds=(0, 1),
+    ),
+    # Expects emoji/latents, emoji/features and emoji/train.npz (docs/explanation/ablations.md).
+    "emoji": Setting(
+        "modern.yaml",
+        (
+            "data=parquet", "data.path=../shared/data/emoji/train.parquet", "data.label=group", "data.size=64",
+            "data.hflip=false", "data.cache=emoji/latents", "codec=autoencoder-tiny",
+            "codec.source=../shared/data/taef2", "network.label_init_std=0.02",
+            "network.patch_size=1",
+            "network.hidden_size=128",
+            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim",
+            "sampling.num_steps=25",
+            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64",
+            "evaluation.num_samples=1000",
+            "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
+        ),
+        steps=3000, every=750, seeds=(0, 1),
     ),
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",
@@ -142,24 +164,26 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def overrides(data: str, member: str, seed: int, out: Path) -> list[str]:
-    """All settings of a run, with the number of steps that uses the budget."""
+def overrides(data: str, member: str, seed: int, out: Path, rate: float | None = None) -> list[str]:
+    """All settings of a run, with the number of steps that uses the budget. rate: a factor of the search."""
     setting = SETTINGS[data]
     settings = [
         *setting.common,
         *MEMBERS[member],
         f"training.seed={seed}",
-        f"run_dir={out / folder(data, member, seed)}",
+        f"run_dir={out / folder(data, member, seed, rate)}",
     ]
     settings += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
     # Optimizer settings that belong to every kind follow the kind that a member chooses.
     settings.sort(
         key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "diffusion="))
     )
-    settings = [_scaled(line, setting.rate) for line in settings]
+    factor = setting.rates.get(member, setting.rate) if rate is None else rate
+    settings = [_scaled(line, factor) for line in settings]
     share = flops_of_a_step(recipe_of(data, settings)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
     every = round(setting.every / share)
-    steps = round(every * setting.steps / setting.every * BUDGETS.get(member, 1))
+    budget = BUDGETS.get(member, 1) if rate is None else SEARCH_BUDGET
+    steps = round(every * setting.steps / setting.every * budget)
     return [*settings, f"training.steps={steps}", f"evaluation.every={every}", f"training.checkpoint_every={every}"]
 
 
@@ -178,22 +202,24 @@ def recipe_of(data: str, overrides: list[str]):
     return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
-def folder(data: str, member: str, seed: int) -> str:
+def folder(data: str, member: str, seed: int, rate: float | None = None) -> str:
     words = re.findall(r"[\w-]+", member)
-    return f"{data}/{'-'.join(words)}-seed-{seed}"
+    return f"{data}/{'-'.join(words)}-seed-{seed}" + (f"-rate-{rate:g}" if rate is not None else "")
 
 
 def run(
-    data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int], steps: int | None = None
-) -> None:
+    data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int], steps: int | None = None,
+    rates: tuple[float | None, ...] = (None,),
+) -> None:  # fmt: skip
     from tessera.training import loop
     from tessera.training.recipe import read_recipe
 
-    jobs = [(seed, member) for seed in seeds for member in members]  # all members of a seed before the next seed
-    for number, (seed, member) in enumerate(jobs):
+    # All members of a seed before the next seed.
+    jobs = [(seed, member, rate) for seed in seeds for member in members for rate in rates]
+    for number, (seed, member, rate) in enumerate(jobs):
         if number % shard[1] == shard[0] - 1:
-            print(f"--- {member}, seed {seed}", flush=True)
-            settings = overrides(data, member, seed, out)
+            print(f"--- {member}, seed {seed}" + (f", rates x {rate:g}" if rate is not None else ""), flush=True)
+            settings = overrides(data, member, seed, out, rate)
             if steps is not None:
                 settings += [f"training.steps={steps}", f"evaluation.every={steps}", "evaluation.num_samples=50"]
             loop.train(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
@@ -286,6 +312,22 @@ def report(data: str, out: Path) -> None:
         step = pairs[0][0].flops[0] / pairs[0][0].steps[0] / (spent / results["paper"][0][0].steps[-1])
         print(f"| {member} | {len(pairs)} | {fd} | {kid} | {step:.2f} | {fractions} |")
     plot(results, paper, out / f"{data}.png")
+    searched = list(rate_search(data, out))
+    if searched:
+        print(f"\nFD after {SEARCH_BUDGET:g} of the FLOPs by the factor of the learning rates, one seed:\n")
+        print("| recipe | factor: FD |\n|---|---|")
+        for member, scores in searched:
+            print(f"| {member} | {', '.join(f'{rate:g}: {fd:.3g}' for rate, fd in sorted(scores.items()))} |")
+
+
+def rate_search(data: str, out: Path) -> Iterator[tuple[str, dict[float, float]]]:
+    """The members whose learning rates were searched, and the FD by factor."""
+    for member in MEMBERS:
+        start = folder(data, member, SETTINGS[data].seeds[0]) + "-rate-"
+        runs = {float(path.name.rpartition("-rate-")[2]): path for path in out.glob(start + "*")}
+        curves = {rate: curve(path, "fd") for rate, path in runs.items()}
+        if scores := {rate: float(fd.value[-1]) for rate, fd in curves.items() if fd is not None}:
+            yield member, scores
 
 
 def mean(runs: list[Curve]) -> str:
@@ -325,6 +367,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--seeds", default=None, help="as in 0,1,2")
     parser.add_argument("--shard", default="1/1", help="i/n: part i of n, from 1")
+    parser.add_argument("--rates", help="factors of the learning rates, as in 0.5,1,2: a search with less FLOPs")
     parser.add_argument("--steps", type=int, help="of the paper's network (the setting's)")
     parser.add_argument("members", nargs="*", default=[], help="some of the members (all)")
     options = parser.parse_intermixed_args()
@@ -333,7 +376,9 @@ def main() -> None:
     seeds = SETTINGS[options.data].seeds if options.seeds is None else [int(seed) for seed in options.seeds.split(",")]
     index, count = map(int, options.shard.split("/"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run(options.data, options.out, list(seeds), options.members or list(MEMBERS), (index, count), options.steps)
+    rates = (None,) if options.rates is None else tuple(float(rate) for rate in options.rates.split(","))
+    members = options.members or list(MEMBERS)
+    return run(options.data, options.out, list(seeds), members, (index, count), options.steps, rates)
 
 
 if __name__ == "__main__":

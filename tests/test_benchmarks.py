@@ -52,7 +52,7 @@ SMALL = {
         "million --counts 64",
         "encode --count 4 --size 32 --workers 1",
     ],
-    "ablations": ["run --out {tmp} --steps 2 --seeds 0 paper"],
+    "ablations": ["run --out {tmp} --steps 2 --seeds 0 --rates 0.5 paper"],
     "lora_digits": ["{digits} --work {tmp} --steps 1 --each 2 --seeds 1 --rates 1 --only 'LoRA, rank 4'"],
     "loader": ["--only photos --photos 70 --side 350 --rounds 1 --seconds 0.1 --workers 1"],
     "overheads": ["--width 32 --depth 1 --batch 4 --rounds 1"],
