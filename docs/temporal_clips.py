@@ -17,11 +17,11 @@ from tessera.evaluation.toy.lane_reader import read_clips
 
 TARGET = Path(__file__).parent / "figures/temporal.webp"
 TITLES = {
-    "full": "full attention",
-    "alternating": "space, then time",
-    "unet": "3-D U-Net",
-    "previous": "previous frame",
-    "per-frame": "each frame alone",
+    "full-seed0": "full attention",
+    "alternating-seed0": "space, then time",
+    "unet-seed1": "3-D U-Net",  # the middle of three trainings that differ much
+    "previous-seed0": "previous frame",
+    "per-frame-seed0": "each frame alone",
 }
 NUM_READ = 96  # clips of each network for the table
 CLASSES, FPS, ZOOM, GAP, TITLE = range(8), 8, 5, 4, 22
@@ -48,11 +48,11 @@ def what_goes_wrong(run: Path) -> str:
 
 
 def main(folder: Path) -> None:
-    columns = [column(folder / f"members/{arm}-seed0", title) for arm, title in TITLES.items()]
+    columns = [column(folder / "members" / member, title) for member, title in TITLES.items()]
     frames = np.concatenate(columns, axis=2)
     save_clip(TARGET, frames, FPS)
-    for run in sorted(folder.glob("members/*-seed0")):
-        print(f"| {run.name} | {what_goes_wrong(run)} |")
+    for run in sorted(path for path in folder.glob("members/*") if (path / "evaluation").exists()):
+        print(f"| {run.name} | {what_goes_wrong(run)} |", flush=True)
     print(f"{TARGET}: {frames.shape}, {TARGET.stat().st_size:,} bytes")
 
 

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-UNFINISHED = ("temporal",)
 GRIDS = ("samples", "images")  # names of figures
 spec = importlib.util.spec_from_file_location("docs_figures", ROOT / "docs/figures.py")
 assert spec is not None
@@ -40,7 +39,7 @@ def test_the_values_of_the_axes_are_those_of_the_recipe():
         results = docs_figures.results(study, name)
         for axis, values in study.axes.items():
             tabled = {result.values[axis] for result in results}
-            assert tabled <= set(values) if name in UNFINISHED else tabled == set(values)
+            assert tabled == set(values)
 
 
 def test_the_figure_of_a_tuning_has_every_row_of_its_table():
