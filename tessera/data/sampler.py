@@ -134,8 +134,9 @@ class WeightedOrder:
     """Each part of the data has a given share of the positions, whatever its size.
 
     The positions of a cycle, which has as many as the whole weights have in sum, go to the parts in turn: sample j of a
-    part of weight w is due at (j + 1/2) / w of the cycle. So a batch of whole cycles has exactly the shares, and any
-    other batch almost. The samples of a part are an endless sequence of permutations.
+    part of weight w is due at (j + 1/2) / w of the cycle. So a batch of whole cycles has exactly the shares. The first
+    k samples have at most (1 + s (P - 2)) / 2 too few or too many of a part with the share s of P parts: for each part,
+    they differ by at most 1/2 from what is due. The samples of a part are an endless sequence of permutations.
     """
 
     def __init__(self, parts: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tessera import randomness
@@ -96,6 +96,7 @@ def test_replacements_are_the_rest_of_the_same_bucket():
 WEIGHTS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
+@example(weights=[1, 1, 1, 5], batch=1, start=5, seed=0)  # 9/8 too few of the last part: the bound is tight
 @given(weights=WEIGHTS, batch=st.integers(1, 16), start=st.integers(0, 300), seed=st.integers(0, 2**40))
 @settings(deadline=None)
 def test_each_part_has_its_share_of_the_positions_and_its_samples_occur_equally_often(weights, batch, start, seed):
@@ -104,9 +105,12 @@ def test_each_part_has_its_share_of_the_positions_and_its_samples_occur_equally_
     order = WeightedOrder(parts, weights, 1, seed)
     shares = [Fraction(weight, sum(weights)) for weight in weights]
     samples = [int(order.batch(position)[0]) for position in range(start + batch)]
-    for count in range(len(samples)):  # never more than one sample off
+    for count in range(len(samples)):
         counts = np.bincount(parts[samples[:count]].astype(int), minlength=len(weights))
-        assert all(abs(actual - count * share) <= 1 for actual, share in zip(counts, shares))
+        assert all(
+            abs(int(actual) - count * share) <= (1 + share * max(len(weights) - 2, 0)) / 2
+            for actual, share in zip(counts, shares)
+        )
     for part, size in enumerate(sizes):
         own = [sample for sample in samples if parts[sample] == part]
         for round_ in range(len(own) // size):
