@@ -103,6 +103,12 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; the rate decays within them
 SEARCH_BUDGET = 0.25  # of a run of the search for learning rates
+WIDTH_128 = (  # of 64 tokens
+    "network.label_init_std=0.02", "network.hidden_size=128", "network.depth=4", "network.num_heads=4",
+    "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
+    "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64",
+    "evaluation.num_samples=1000",
+)  # fmt: skip
 SETTINGS = {
     "digits": Setting(
         "digits.yaml",
@@ -118,13 +124,7 @@ SETTINGS = {
     "cifar10": Setting(
         "modern.yaml",
         (
-            "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.label_init_std=0.02",
-            "network.patch_size=4",
-            "network.hidden_size=128",
-            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim",
-            "sampling.num_steps=25",
-            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64",
-            "evaluation.num_samples=1000",
+            *WIDTH_128, "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
         steps=4000, every=1000, seeds=(0, 1),
@@ -133,15 +133,9 @@ SETTINGS = {
     "emoji": Setting(
         "modern.yaml",
         (
-            "data=parquet", "data.path=../shared/data/emoji/train.parquet", "data.label=group", "data.size=64",
-            "data.hflip=false", "data.cache=emoji/latents", "codec=autoencoder-tiny",
-            "codec.source=../shared/data/taef2", "network.label_init_std=0.02",
-            "network.patch_size=1",
-            "network.hidden_size=128",
-            "network.depth=4", "network.num_heads=4", "sampling.guidance_scale=1", "sampling.sampler=ddim",
-            "sampling.num_steps=25",
-            "training.optimizer.grad_clip_norm=null", "training.ema.decay=0.995", "training.global_batch_size=64",
-            "evaluation.num_samples=1000",
+            *WIDTH_128, "data=parquet", "data.path=../shared/data/emoji/train.parquet", "data.label=group",
+            "data.size=64", "data.hflip=false", "data.cache=emoji/latents", "codec=autoencoder-tiny",
+            "codec.source=../shared/data/taef2", "network.patch_size=1",
             "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
         ),
         steps=3000, every=750, seeds=(0, 1),

@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     columns = [column(folder / "members" / member, title) for member, title in TITLES.items()]
     frames = np.concatenate(columns, axis=2)
     save_clip(TARGET, frames, FPS)
-    for run in sorted(path for path in folder.glob("members/*") if (path / "evaluation").exists()):
+    for run in sorted({path.parents[1] for path in folder.glob("members/*/evaluation/step-*.json")}):
         print(f"| {run.name} | {what_goes_wrong(run)} |", flush=True)
     print(f"{TARGET}: {frames.shape}, {TARGET.stat().st_size:,} bytes")
 

@@ -74,8 +74,11 @@ const isChoice = (value) => typeof value === "object" && value !== null && Objec
 function withoutField({ settings = {}, ...parameters }) {
   const rest = Object.entries(parameters).filter(([name, value]) => !fields.includes(name) && value !== null && value !== defaults[name]);
   const more = Object.entries(settings).filter(([name, value]) => !settingNames.includes(name) || (typeof value === "object" && value !== null && !isChoice(value)));
-  const inputs = Object.entries(parameters.condition ?? {}).filter(([name]) => name !== "label" && name !== "text");
-  return { ...Object.fromEntries(rest), ...(inputs.length && { condition: Object.fromEntries(inputs) }), settings: Object.fromEntries(more) };
+  for (const [name, inForm] of [["condition", ["label", "text"]], ["negative", ["text"]]]) {
+    const inputs = Object.entries(parameters[name] ?? {}).filter(([field]) => !inForm.includes(field));
+    if (inputs.length) rest.push([name, Object.fromEntries(inputs)]);
+  }
+  return { ...Object.fromEntries(rest), settings: Object.fromEntries(more) };
 }
 
 /** As words, for the note below the fields. Options of a sampler count while the field names that sampler. */
@@ -89,7 +92,7 @@ export function othersText(values) {
 function parameters(values, point, facts) {
   const all = { ...values, ...point }, result = { ...all.others, model: all.model, seeds: [point.seed], settings: {} };
   if (point.condition !== null) result.condition = { ...all.others.condition, [usesText(facts) ? "text" : "label"]: [point.condition] };
-  if (usesText(facts) && all.negative) result.negative = { text: [all.negative] };
+  if (usesText(facts) && all.negative) result.negative = { ...all.others.negative, text: [all.negative] };
   const guidance = toNumber(all, "guidance_scale", "The guidance scale");
   const counts = (isUsed, name) => isUsed || name in point || "model" in point; // not what the form hides for this model
   if (guidance !== null && counts(facts?.can_be_guided ?? true, "guidance_scale")) result.guidance_scale = guidance;
