@@ -9,14 +9,14 @@ A member is a list of overrides of one recipe. Each run is a `tessera train` wit
 resume after an interruption, run the same command again. Members whose steps have other FLOPs, including the
 optimizer's matrix products, take fewer or more steps, so that all use the same FLOPs. `--shard i/n` takes every n-th
 run: for two processes, or an array of jobs. `--rates` runs the members with their learning rates multiplied, with a
-quarter of the FLOPs; the best factor belongs into `Setting.rates`.
+part of the FLOPs (--budget 0.25); the best factor belongs into `Setting.rates`.
 """
 
 import argparse
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -102,7 +102,16 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "without shared modulation": (*MOST, *STEADY, "network.block.modulation=per-block"),
 }  # fmt: skip
 BUDGETS = {"modern, a quarter": 0.25, "modern, an eighth": 0.125}  # of the FLOPs; the rate decays within them
-SEARCH_BUDGET = 0.25  # of a run of the search for learning rates
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the search for learning rates: a factor of them, and the share of the FLOPs."""
+
+    rate: float
+    budget: float = 0.25
+
+
 WIDTH_128 = (  # of 64 tokens
     "network.label_init_std=0.02", "network.hidden_size=128", "network.depth=4", "network.num_heads=4",
     "sampling.guidance_scale=1", "sampling.sampler=ddim", "sampling.num_steps=25",
@@ -127,7 +136,7 @@ SETTINGS = {
             *WIDTH_128, "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
-        steps=4000, every=1000, seeds=(0, 1),
+        steps=3000, every=500, seeds=(0, 1), rate=2,
     ),
     # Expects emoji/latents, emoji/features and emoji/train.npz (docs/explanation/ablations.md).
     "emoji": Setting(
@@ -138,7 +147,7 @@ SETTINGS = {
             "codec.source=../shared/data/taef2", "network.patch_size=1",
             "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
         ),
-        steps=3000, every=750, seeds=(0, 1),
+        steps=3000, every=500, seeds=(0, 1), rate=2,
     ),
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",
@@ -158,25 +167,25 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def overrides(data: str, member: str, seed: int, out: Path, rate: float | None = None) -> list[str]:
-    """All settings of a run, with the number of steps that uses the budget. rate: a factor of the search."""
+def overrides(data: str, member: str, seed: int, out: Path, trial: Trial | None = None) -> list[str]:
+    """All settings of a run, with the number of steps that uses the budget."""
     setting = SETTINGS[data]
     settings = [
         *setting.common,
         *MEMBERS[member],
         f"training.seed={seed}",
-        f"run_dir={out / folder(data, member, seed, rate)}",
+        f"run_dir={out / folder(data, member, seed, trial)}",
     ]
     settings += ["training.sample_every=1000000", "training.tensorboard=false", "training.log_every=100"]
     # Optimizer settings that belong to every kind follow the kind that a member chooses.
     settings.sort(
         key=lambda line: not line.startswith(("data=", "network.block=", "training.optimizer=", "diffusion="))
     )
-    factor = setting.rates.get(member, setting.rate) if rate is None else rate
+    factor = setting.rates.get(member, setting.rate) if trial is None else trial.rate
     settings = [_scaled(line, factor) for line in settings]
     share = flops_of_a_step(recipe_of(data, settings)) / flops_of_a_step(recipe_of(data, [*setting.common, *PAPER]))
     every = round(setting.every / share)
-    budget = BUDGETS.get(member, 1) if rate is None else SEARCH_BUDGET
+    budget = BUDGETS.get(member, 1) if trial is None else trial.budget
     steps = round(every * setting.steps / setting.every * budget)
     return [*settings, f"training.steps={steps}", f"evaluation.every={every}", f"training.checkpoint_every={every}"]
 
@@ -196,24 +205,25 @@ def recipe_of(data: str, overrides: list[str]):
     return resolve_recipe(recipe, recipe.data.open().class_names, recipe.codec.build())
 
 
-def folder(data: str, member: str, seed: int, rate: float | None = None) -> str:
+def folder(data: str, member: str, seed: int, trial: Trial | None = None) -> str:
     words = re.findall(r"[\w-]+", member)
-    return f"{data}/{'-'.join(words)}-seed-{seed}" + (f"-rate-{rate:g}" if rate is not None else "")
+    suffix = "" if trial is None else f"-rate-{trial.rate:g}-budget-{trial.budget:g}"
+    return f"{data}/{'-'.join(words)}-seed-{seed}{suffix}"
 
 
 def run(
     data: str, out: Path, seeds: list[int], members: list[str], shard: tuple[int, int], steps: int | None = None,
-    rates: tuple[float | None, ...] = (None,),
+    trials: Sequence[Trial | None] = (None,), added: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     from tessera.training import loop
     from tessera.training.recipe import read_recipe
 
     # All members of a seed before the next seed.
-    jobs = [(seed, member, rate) for seed in seeds for member in members for rate in rates]
-    for number, (seed, member, rate) in enumerate(jobs):
+    jobs = [(seed, member, trial) for seed in seeds for member in members for trial in trials]
+    for number, (seed, member, trial) in enumerate(jobs):
         if number % shard[1] == shard[0] - 1:
-            print(f"--- {member}, seed {seed}" + (f", rates x {rate:g}" if rate is not None else ""), flush=True)
-            settings = overrides(data, member, seed, out, rate)
+            print(f"--- {member}, seed {seed}" + (f", rates x {trial.rate:g}" if trial is not None else ""), flush=True)
+            settings = [*overrides(data, member, seed, out, trial), *added]
             if steps is not None:
                 settings += [f"training.steps={steps}", f"evaluation.every={steps}", "evaluation.num_samples=50"]
             loop.train(read_recipe(RECIPES / SETTINGS[data].recipe, settings))
@@ -308,20 +318,24 @@ def report(data: str, out: Path) -> None:
     plot(results, paper, out / f"{data}.png")
     searched = list(rate_search(data, out))
     if searched:
-        print(f"\nFD after {SEARCH_BUDGET:g} of the FLOPs by the factor of the learning rates, one seed:\n")
-        print("| recipe | factor: FD |\n|---|---|")
-        for member, scores in searched:
-            print(f"| {member} | {', '.join(f'{rate:g}: {fd:.3g}' for rate, fd in sorted(scores.items()))} |")
+        print("\nFD by the factor of the learning rates, one seed:\n")
+        print("| recipe | share of the FLOPs | factor: FD |\n|---|---|---|")
+        for member, budget, scores in searched:
+            results = ", ".join(f"{rate:g}: {fd:.3g}" for rate, fd in sorted(scores.items()))
+            print(f"| {member} | {budget:g} | {results} |")
 
 
-def rate_search(data: str, out: Path) -> Iterator[tuple[str, dict[float, float]]]:
-    """The members whose learning rates were searched, and the FD by factor."""
+def rate_search(data: str, out: Path) -> Iterator[tuple[str, float, dict[float, float]]]:
+    """The members whose learning rates were searched, the shares of the FLOPs, and the FD by factor."""
     for member in MEMBERS:
-        start = folder(data, member, SETTINGS[data].seeds[0]) + "-rate-"
-        runs = {float(path.name.rpartition("-rate-")[2]): path for path in out.glob(start + "*")}
-        curves = {rate: curve(path, "fd") for rate, path in runs.items()}
-        if scores := {rate: float(fd.value[-1]) for rate, fd in curves.items() if fd is not None}:
-            yield member, scores
+        start = folder(data, member, SETTINGS[data].seeds[0])
+        scores: dict[float, dict[float, float]] = {}
+        for path in out.glob(start + "-rate-*-budget-*"):
+            rate, budget = map(float, path.name.rpartition("-rate-")[2].split("-budget-"))
+            if fd := curve(path, "fd"):
+                scores.setdefault(budget, {})[rate] = float(fd.value[-1])
+        for budget, values in sorted(scores.items()):
+            yield member, budget, values
 
 
 def mean(runs: list[Curve]) -> str:
@@ -362,7 +376,9 @@ def main() -> None:
     parser.add_argument("--seeds", default=None, help="as in 0,1,2")
     parser.add_argument("--shard", default="1/1", help="i/n: part i of n, from 1")
     parser.add_argument("--rates", help="factors of the learning rates, as in 0.5,1,2: a search with less FLOPs")
+    parser.add_argument("--budget", type=float, default=Trial.budget, help="share of the FLOPs in a search")
     parser.add_argument("--steps", type=int, help="of the paper's network (the setting's)")
+    parser.add_argument("--compile", default="off", help="as training.compile: faster, the same results to rounding")
     parser.add_argument("members", nargs="*", default=[], help="some of the members (all)")
     options = parser.parse_intermixed_args()
     if options.verb == "report":
@@ -370,9 +386,11 @@ def main() -> None:
     seeds = SETTINGS[options.data].seeds if options.seeds is None else [int(seed) for seed in options.seeds.split(",")]
     index, count = map(int, options.shard.split("/"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rates = (None,) if options.rates is None else tuple(float(rate) for rate in options.rates.split(","))
+    rates = options.rates.split(",") if options.rates else []
+    trials = [Trial(float(rate), options.budget) for rate in rates] or [None]
     members = options.members or list(MEMBERS)
-    return run(options.data, options.out, list(seeds), members, (index, count), options.steps, rates)
+    added = (f"training.compile={options.compile}",)
+    return run(options.data, options.out, list(seeds), members, (index, count), options.steps, trials, added)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """One or a few steps instead of hundreds: distilled students against their teachers, and what each target costs.
 
-    python benchmarks/few_steps.py run --out runs/few-steps [ARM ...]     # resumable
+    python benchmarks/few_steps.py run --out runs/few-steps [--data cifar10] [ARM ...]     # resumable
     python benchmarks/few_steps.py time --out runs/few-steps
-    python benchmarks/few_steps.py report --out runs/few-steps
+    python benchmarks/few_steps.py report --out runs/few-steps [--data cifar10]
 
-The teachers are "modern" of benchmarks/ablations.py on digits, trained where they are missing. FD of 2,000 generated
-images, ten classes equally often, against all digits, and the share that a classifier reads as the requested digit. The
-teacher is sampled with 25 DDIM steps and guidance 1.5, which the students have learned.
+The teachers are "modern" of benchmarks/ablations.py, trained where they are missing; --teachers is a folder of its
+runs. FD of 2,000 generated images, all classes equally often, against the training data, and of digits the share that a
+classifier reads as the requested digit. The teacher is sampled with 25 DDIM steps, and with as many steps as the
+students; its guidance scale is 1.5, which the students have learned.
 """
 
 import argparse
@@ -22,7 +23,12 @@ import numpy as np
 GUIDANCE = 1.5
 MEMBER = "modern (... + decaying rate)"
 STEPS = (1, 2, 4, 8)
-TEACHER = f"guidance_scale={GUIDANCE} num_steps=25 sampler=ddim"
+TEACHER = f"guidance_scale={GUIDANCE} sampler=ddim num_steps="
+METRICS = {  # of each setting of benchmarks/ablations.py
+    "digits": ("--metrics", "fd,oracle", "--reference", "digits"),
+    "cifar10": ("--metrics", "fd", "--reference", "cifar10/train.npz", "--features", "cifar10/features"),
+    "emoji": ("--metrics", "fd", "--reference", "emoji/train.npz", "--features", "emoji/features"),
+}
 SLOW = "training.optimizer.learning_rate=0.003 training.optimizer.adamw_learning_rate=0.001"  # they fail at 0.006
 ARMS = {
     "alpha-flow": "",
@@ -37,36 +43,30 @@ def tessera(*arguments: str) -> None:
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def score(model: Path, out: Path, settings: str, count: int) -> None:
+def score(model: Path, out: Path, settings: str, count: int, data: str) -> None:
     if not (out / "scores.json").exists():
-        options = ("--metrics", "fd,oracle", "--reference", "digits", "--num-samples", str(count))
-        tessera(
-            "evaluate",
-            "score",
-            str(model),
-            *options,
-            "--class-policy",
-            "balanced",
-            "--out",
-            str(out),
-            *settings.split(),
-        )
+        options = (*METRICS[data], "--num-samples", str(count), "--class-policy", "balanced", "--out", str(out))
+        tessera("evaluate", "score", str(model), *options, *settings.split())
 
 
 def folder(arm: str) -> str:
     return arm.replace(", ", "-").replace(" ", "-")
 
 
-def teacher_of(out: Path, seed: int) -> Path:
-    return out / "teachers" / ablations.folder("digits", MEMBER, seed)
+def teacher_of(teachers: Path, data: str, seed: int) -> Path:
+    return teachers / ablations.folder(data, MEMBER, seed)
 
 
-def run(out: Path, arms: list[str], seeds: list[int], steps: int | None, count: int) -> None:
+def run(
+    out: Path, teachers: Path, data: str, arms: list[str], seeds: list[int], steps: int | None, count: int
+) -> None:  # fmt: skip
     for seed in seeds:
-        teacher = teacher_of(out, seed)
+        teacher = teacher_of(teachers, data, seed)
         if not (out / f"scores/teacher-{seed}/scores.json").exists():
-            ablations.run("digits", out / "teachers", [seed], [MEMBER], (1, 1), steps)
-        score(teacher, out / f"scores/teacher-{seed}", TEACHER, count)
+            ablations.run(data, teachers, [seed], [MEMBER], (1, 1), steps)
+        score(teacher, out / f"scores/teacher-{seed}", TEACHER + "25", count, data)
+        for number in STEPS:
+            score(teacher, out / f"scores/teacher-{seed}-{number}", TEACHER + str(number), count, data)
         for arm in arms:
             student = out / f"{folder(arm)}-{seed}"
             settings = (
@@ -75,10 +75,10 @@ def run(out: Path, arms: list[str], seeds: list[int], steps: int | None, count: 
             settings += f" evaluation.metrics=[fd] evaluation.num_samples=50 {ARMS[arm]}"
             tessera("distill", str(teacher), "--to", str(student), *settings.split())
             for number in STEPS:
-                score(student, out / f"scores/{folder(arm)}-{seed}-{number}", f"num_steps={number}", count)
+                score(student, out / f"scores/{folder(arm)}-{seed}-{number}", f"num_steps={number}", count, data)
 
 
-def measure_time(out: Path, rounds: int = 3) -> None:
+def measure_time(out: Path, teachers: Path, rounds: int = 3) -> None:
     """CPU time of an image: 250 guided ancestral steps and the student's steps in turns, medians of the ratios."""
     import time
 
@@ -87,7 +87,7 @@ def measure_time(out: Path, rounds: int = 3) -> None:
     from tessera import generate, load
 
     torch.set_num_threads(1)
-    teacher, student = load(str(teacher_of(out, 0))), load(str(out / "alpha-flow-0"))
+    teacher, student = load(str(teacher_of(teachers, "digits", 0))), load(str(out / "alpha-flow-0"))
     seeds, classes = list(range(100)), list(range(10)) * 10
     ratios: dict[int, list[float]] = {steps: [] for steps in (1, 2)}
 
@@ -116,17 +116,21 @@ def read(out: Path, name: str) -> dict[str, float] | None:
 def report(out: Path) -> None:
     print("| model | steps | FD, each seed | more than its teacher | read as requested |\n|---|---|---|---|---|")
     teachers = {seed: scores for seed in range(10) if (scores := read(out, f"teacher-{seed}"))}
-    fds = [scores["fd"] for scores in teachers.values()]
-    shares = [scores["accuracy"] for scores in teachers.values()]
-    print(f"| teacher | 25, guided | {values(fds)} | | {np.mean(shares):.1%} |")
-    for arm in ARMS:
+    best = {seed: scores["fd"] for seed, scores in teachers.items()}
+    print(row("teacher", "25, guided", teachers, {}))
+    for arm in ("teacher", *ARMS):
         for steps in STEPS:
             rows = {seed: scores for seed in teachers if (scores := read(out, f"{folder(arm)}-{seed}-{steps}"))}
             if rows:
-                more = [scores["fd"] - teachers[seed]["fd"] for seed, scores in rows.items()]
-                shares = [scores["accuracy"] for scores in rows.values()]
-                fds = [scores["fd"] for scores in rows.values()]
-                print(f"| {arm} | {steps} | {values(fds)} | {values(more)} | {np.mean(shares):.1%} |")
+                print(row(arm, f"{steps}, guided" if arm == "teacher" else str(steps), rows, best))
+
+
+def row(name: str, steps: str, scores: dict[int, dict[str, float]], best: dict[int, float]) -> str:
+    """A row of the table: the scores of each seed, and the difference from the best FD of the seed's teacher."""
+    more = values([each["fd"] - best[seed] for seed, each in scores.items()]) if best else ""
+    shares = [each["accuracy"] for each in scores.values() if "accuracy" in each]
+    share = f"{np.mean(shares):.1%}" if shares else ""
+    return f"| {name} | {steps} | {values([each['fd'] for each in scores.values()])} | {more} | {share} |"
 
 
 def values(numbers: list[float]) -> str:
@@ -137,15 +141,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "time", "report"))
     parser.add_argument("--out", type=Path, default=Path("runs/few-steps"))
+    parser.add_argument("--data", choices=METRICS, default="digits")
+    parser.add_argument("--teachers", type=Path, help="runs of benchmarks/ablations.py (OUT/teachers)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, help="of the teachers (those of the ablations)")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("arms", nargs="*", default=[], help="some of the arms (all)")
     options = parser.parse_intermixed_args()
+    teachers = options.teachers or options.out / "teachers"
     if options.verb == "run":
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        return run(options.out, options.arms or list(ARMS), seeds, options.steps, options.samples)
-    return measure_time(options.out) if options.verb == "time" else report(options.out)
+        arms = options.arms or list(ARMS)
+        return run(options.out, teachers, options.data, arms, seeds, options.steps, options.samples)
+    return measure_time(options.out, teachers) if options.verb == "time" else report(options.out)
 
 
 if __name__ == "__main__":

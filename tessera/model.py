@@ -1,6 +1,6 @@
 """A trained model in memory, and its configuration."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from tessera.codecs import AnyCodec, Codec
 from tessera.diffusion import AnyDiffusionConfig, DiffusionProcess
 from tessera.encoders.text import AnyTextEncoder, TextEncoder
 from tessera.errors import TesseraError
-from tessera.models import AnyNetwork, Network
+from tessera.models import AnyNetwork, DiT, Network
+from tessera.models.routing import RoutedDiT, TokenRoutingConfig
 from tessera.sampling import SamplingConfig
 from tessera.settings import Settings
 
@@ -122,6 +123,20 @@ class Model:
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    @property
+    def routed(self) -> "Model":
+        """The same model with some tokens skipping blocks, as in its training: a weaker one to guide away from.
+
+        Raises TesseraError if it was not trained with token routing.
+        """
+        routing = ((self.config.recipe or {}).get("training") or {}).get("token_routing")
+        if routing is None or not isinstance(self.network, DiT):
+            raise TesseraError("the model was not trained with training.token_routing, which this guidance needs")
+        if self.network.controls:
+            raise TesseraError("guidance by routed tokens does not go with control adapters: leave out one of them")
+        network = RoutedDiT(self.network, TokenRoutingConfig.model_validate(routing))
+        return replace(self, network=network)
 
     @property
     def null_fields(self) -> tuple[str, ...]:

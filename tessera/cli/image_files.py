@@ -35,6 +35,7 @@ from tessera.generation import SampleRequest, bulk
 from tessera.generation.bulk import BulkSamples, bulk_request
 from tessera.generation.image_inputs import crop, images_config, read_image, read_mask
 from tessera.generation.image_settings import row_settings, trained_fps
+from tessera.generation.request import ROUTED
 from tessera.interop import load
 from tessera.model import Model
 
@@ -219,7 +220,9 @@ def read_inputs(
     """
     arguments: dict[str, Any] = {} if strength is None else {"strength": strength}
     hashes: dict[str, str] = {}
-    if guidance_model is not None:
+    if guidance_model == ROUTED:
+        arguments["guidance_model"] = model.routed
+    elif guidance_model is not None:
         try:
             guide = load.load(guidance_model, device=str(model.device))
         except TesseraError as error:

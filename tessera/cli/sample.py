@@ -87,7 +87,11 @@ def sample(
     tasks: Tasks = None,
     launch_option: LaunchOptions = None,
     guidance_model: Annotated[
-        str | None, typer.Option(help="autoguidance: a weaker model of the same kind, such as an early checkpoint")
+        str | None,
+        typer.Option(
+            help="autoguidance: a weaker model of the same kind, such as an early checkpoint; routed: the model itself "
+            "with fewer tokens, if it was trained with training.token_routing"
+        ),
     ] = None,
     init_image: Annotated[str | None, typer.Option(help="start from this image, cropped to --size")] = None,
     strength: Annotated[

@@ -27,6 +27,7 @@ from tessera.settings import apply_overrides, validate
 OUTPUT_SETTINGS = {
     "kind", "num_timesteps", "schedule", "prediction", "variance", "zero_terminal_snr", "path", "network_times",
 }  # fmt: skip
+ROUTED = "routed"  # as a guidance model: the model itself, with tokens that skip blocks (`Model.routed`)
 FRAMES = "frames"  # the term whose weak output has noise in place of clean frames
 ALL = "all"  # the term of guidance whose weak output lacks every condition
 

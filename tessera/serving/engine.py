@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 from tessera.errors import TesseraError
 from tessera.generation import ContinuousSampler, SampleRequest, decode
+from tessera.generation.request import ROUTED
 from tessera.model import Model
 from tessera.sampling import SamplingConfig
 from tessera.serving.scheduler import Call, RowScheduler
@@ -41,6 +43,11 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @cached_property
+    def routed(self) -> "LoadedModel":
+        """See `Model.routed`. One object, so that all jobs with it share batches."""
+        return replace(self, name=ROUTED, path=ROUTED, model=self.model.routed)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ class JobParameters(Settings):
     mask: str | None = Field(default=None, description=f"{IMAGE}, white where init_image is replaced, else black")
     precision: Precision = "float32"
     settings: dict[str, Any] = Field(default_factory=dict, description="any sampling setting, such as num_steps")
-    guidance_model: str | None = Field(default=None, description="one of /v1/models: autoguidance by a weaker model")
+    guidance_model: str | None = Field(
+        default=None,
+        description="one of /v1/models: autoguidance by a weaker model; routed: by the model itself with fewer tokens",
+    )
     cut_long: bool = Field(default=False, description="cut prompts that are too long, instead of an error")
     controls: dict[str, ControlParameters] = Field(default_factory=dict, description="images for controls, by name")
     output_format: JobFormat = Field(default="png", description="of clips, png and webp are animations without loss")

@@ -20,6 +20,7 @@ from tessera.conditioning import Condition
 from tessera.errors import TesseraError
 from tessera.generation import SampleRequest, image_size, sampling_config
 from tessera.generation.image_settings import row_settings, trained_fps
+from tessera.generation.request import ROUTED
 from tessera.serving.admission import Admission, Limits, Place
 from tessera.serving.encoding import encode, preview_format
 from tessera.serving.engine import (
@@ -67,6 +68,7 @@ class _Running:
     request: SampleRequest
     parameters: JobParameters
     models: list[LoadedModel]
+    guide: LoadedModel | None  # the guidance model
     place: Place
     options: dict[str, Any]  # of the command line
     keeps_contents: bool
@@ -183,8 +185,9 @@ class Service:
         for a response that waits for them. Raises ApiError and TesseraError for what cannot be accepted.
         """
         names = [self.model_entry(source.model).name]
-        if isinstance(source, JobParameters) and source.guidance_model is not None:
-            names.append(self.model_entry(source.guidance_model).name)
+        guide = source.guidance_model if isinstance(source, JobParameters) else None
+        if guide is not None and guide != ROUTED:
+            names.append(self.model_entry(guide).name)
         models = await self.pool.acquire(*names)
         try:
             running, resolved = await self._prepare(source, images or {}, models, place, keep_contents)
@@ -208,9 +211,10 @@ class Service:
         parameters = source if isinstance(source, JobParameters) else source.job(model)
         parameters = parameters.model_copy(update=images).complete(self.pool.default)
         self.admission.add_cost(place, job_cost(parameters, models[0]))
-        weak = models[1].model if len(models) > 1 else None
+        guide = models[0].routed if parameters.guidance_model == ROUTED else models[1] if len(models) > 1 else None
+        weak = None if guide is None else guide.model
         resolved = await asyncio.to_thread(resolve_job, parameters, model, weak, self.options.limits.max_pixels)
-        return _Running(resolved.request, parameters, models, place, {}, keep_contents), resolved
+        return _Running(resolved.request, parameters, models, guide, place, {}, keep_contents), resolved
 
     async def _enter(
         self, client: str, running: _Running, resolved: ResolvedJob, previews: Callable[[int], set[int]] | None
@@ -223,16 +227,15 @@ class Service:
         files = {name: str(self.folder.path(job.id, f"{name}.png")) for name in resolved.inputs}
         job.inputs = [f"{name}.png" for name in resolved.inputs]
         running.options = {**models[0].options, **command_options(parameters, files)}
-        if len(models) > 1:
-            running.options["guidance-model"] = models[1].path
+        if running.guide is not None:
+            running.options["guidance-model"] = running.guide.path
         every = parameters.preview_every
         previews = previews or (lambda num_steps: set(range(every, num_steps, every)) if every else set())
         self.store.add(job)
         self._running[job.id] = running
         try:
             await self._in_files(self._write_submitted, job, resolved.inputs)
-            weak = models[1] if len(models) > 1 else None
-            work = Work(job.id, client, models[0], request, weak, previews)
+            work = Work(job.id, client, models[0], request, running.guide, previews)
             config = await asyncio.wrap_future(self.engine.submit(lambda: work))
         except BaseException:
             self.engine.cancel(job.id)

@@ -20,8 +20,9 @@ from tessera.diffusion import AnyDiffusionConfig, GaussianDiffusionConfig
 from tessera.encoders.text import AnyTextEncoder, WordsConfig
 from tessera.errors import TesseraError
 from tessera.models import AnyNetwork, PixArtConfig, with_kind
-from tessera.models.dit import DiTConfig
+from tessera.models.dit import DiT, DiTConfig
 from tessera.models.network import Network, NetworkConfig
+from tessera.models.routing import TokenRoutingConfig, saved_macs
 from tessera.monitoring.spikes import StabilityConfig
 from tessera.power_ema import MAX_LENGTH, new_weight
 from tessera.runtime import DeviceName, Precision
@@ -33,7 +34,6 @@ from tessera.training.distillation import DistillationConfig
 from tessera.training.frame_times import AnyFrameTimes, SharedTimes
 from tessera.training.optimizers import AdamWConfig, AnyOptimizer, Fraction
 from tessera.training.scores import EvaluationConfig
-from tessera.training.token_routing import TokenRoutingConfig, skipped_macs
 from tessera.training.token_times import AnyTokenTimes, SharedTokenTimes
 
 NUM_SNAPSHOTS = 32  # of averages in a run
@@ -526,4 +526,6 @@ def training_macs(training: TrainingConfig, network: Network) -> float:
     macs = float(network.macs())
     if training.alignment is not None:
         macs += added_macs(training.alignment, network)
-    return macs if training.token_routing is None else macs - skipped_macs(training.token_routing, network)
+    if training.token_routing is not None and isinstance(network, DiT):
+        macs -= saved_macs(network, training.token_routing, network.config.grid)
+    return macs

@@ -1,8 +1,12 @@
 """`generate`: images do not depend on their batch; classes by name, sizes, guidance, editing, and clear errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tessera import generation, randomness
 from tessera.acceleration.first_block_cache import CacheStats
@@ -10,6 +14,7 @@ from tessera.conditioning import Condition, LabelField
 from tessera.diffusion import GaussianDiffusionConfig
 from tessera.errors import TesseraError
 from tessera.generation import denoiser as assembly
+from tessera.model import Model
 from tessera.sampling import DDIM, SAMPLERS, SamplingConfig, sample_loop
 from tessera.sampling.continuous import STREAM
 from tessera.sampling.denoiser import Denoiser
@@ -399,6 +404,52 @@ def test_a_guidance_model_replaces_the_unconditional_half(make_model):
         start = randomness.normal(torch.tensor([3]), torch.tensor([0]), STREAM, (1, 8, 8))
         one, other = (each.network(start, torch.tensor([999.0]), Condition([1]))[:, :1] for each in (model, weak))
     torch.testing.assert_close(guided.x, 2 * one - other, rtol=1e-4, atol=1e-4)
+
+
+ROUTED_NETWORK = {"depth": 4, "block": "rope-swiglu"}
+
+
+def routed_model(make_model, routing: dict | None = None) -> Model:
+    """As a model that was trained with token routing."""
+    model = make_model(ROUTED_NETWORK)
+    recipe = {"training": {"token_routing": {"fraction": 0.75} if routing is None else routing}}
+    return replace(model, config=model.config.model_copy(update={"recipe": recipe}))
+
+
+def test_a_model_of_routed_tokens_skips_what_its_training_skipped(make_model):
+    model = routed_model(make_model)
+    routed, x, t, condition = model.routed, torch.randn(2, 1, 8, 8), torch.tensor([900.0, 20.0]), Condition([1, 2])
+    network, passing = model.network, []
+    for block in network.blocks:
+        block.register_forward_hook(lambda module, inputs, output: passing.append(inputs[0].shape[1]))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = routed.network(x[:1], t[:1], Condition([1]))
+    assert passing == [16, 4, 4, 16]  # of 4 x 4: blocks 2 and 3 get a quarter
+    assert counter.get_total_flops() == 2 * routed.network.macs()
+    with torch.no_grad():
+        both = routed.network(x, t, condition)
+        torch.testing.assert_close(both[:1], output)  # in every call the same tokens skip
+        assert not torch.allclose(both, network(x, t, condition), atol=1e-3)
+    names = routed.network.state_dict().keys()
+    assert len(names) == len(network.state_dict())  # the same weights once
+
+
+def test_guidance_by_routed_tokens_leads_away_from_their_output(make_model):
+    model = routed_model(make_model)
+    *_, guided = generation.generate_steps(
+        model, [1], [3], guidance_model=model.routed, guidance_scale=2.0, num_steps=1
+    )
+    with torch.no_grad():
+        start = randomness.normal(torch.tensor([3]), torch.tensor([0]), STREAM, (1, 8, 8))
+        networks = (model.network, model.routed.network)
+        one, other = (network(start, torch.tensor([999.0]), Condition([1]))[:, :1] for network in networks)
+    torch.testing.assert_close(guided.x, 2 * one - other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_routed_tokens(make_model):
+    for model in (make_model(), make_model(ROUTED_NETWORK)):
+        with pytest.raises(TesseraError, match=r"was not trained with training\.token_routing"):
+            _ = model.routed
 
 
 @pytest.mark.parametrize("network", [{"num_classes": 0}, {"learn_null_class": False}])

@@ -290,6 +290,23 @@ def test_info_of_an_image_with_an_initial_image_a_mask_and_a_guidance_model(tess
     np.testing.assert_array_equal(pixels(tmp_path / "samples/class-3-seed-5.png"), first)
 
 
+def test_guidance_by_routed_tokens(tessera, trained, recipe, tmp_path, monkeypatch):
+    """Of a run that was trained so; the command of an image repeats it."""
+    monkeypatch.chdir(tmp_path)
+    settings = ["training.token_routing={}", "network.depth=3", "training.ema.decay=0", "run_dir=routed-run"]
+    assert tessera("train", recipe, *settings).code == 0
+    words = ["--guidance-model", "routed", "guidance_scale=4"]
+    done = tessera("sample", "routed-run", "--classes", "3", "--seeds", "5", *words, "--out", "first")
+    assert done.code == 0, done.err
+    command = shlex.split(tessera("info", "first/class-3-seed-5.png").out, comments=True)
+    assert command[command.index("--guidance-model") + 1] == "routed"
+    assert tessera(*command[1:]).code == 0
+    np.testing.assert_array_equal(pixels("samples/class-3-seed-5.png"), pixels("first/class-3-seed-5.png"))
+    done = tessera("sample", trained, "--classes", "3", *words)
+    assert (done.code, done.out) == (1, "")
+    assert "not trained with training.token_routing" in done.err
+
+
 def test_a_changed_initial_image_is_used(tessera, trained, tmp_path):
     command = ["sample", trained, "--classes", "3", "--init-image", tmp_path / "a.png", "--strength", "0.3"]
     results = []

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -392,6 +393,33 @@ def test_every_setting_of_a_request(serve, run, make_model):
     options = record["settings"][0]["options"]
     assert options["mask"].endswith("mask.png")
     assert options["guidance-model"] == "path/1"
+
+
+def test_guidance_by_routed_tokens(serve, run, make_model):
+    """As from Python; in one batch with others, and refused by a model that was trained without routes."""
+    model = make_model({"depth": 4, "block": "rope-swiglu"})
+    recipe = {"training": {"token_routing": {}}}
+    model = replace(model, config=model.config.model_copy(update={"recipe": recipe}))
+    body = {"condition": {"label": ["cat", "emu"]}, "guidance_model": "routed", "guidance_scale": 3, "seeds": [1, 2]}
+
+    async def work():
+        async with serve(model, make_model()) as server:
+            refused = await server.client.post("/v1/jobs", json={"model": "model-1", **body})
+            records = [(await server.client.post("/v1/jobs", json=body)).json() for _ in range(2)]
+            results = []
+            for record in records:
+                await server.client.get(f"/v1/jobs/{record['id']}/events")
+                results += [
+                    (await server.client.get(f"/v1/jobs/{record['id']}/results/{row}")).content for row in (0, 1)
+                ]
+            return refused, (await server.client.get(f"/v1/jobs/{records[0]['id']}")).json(), results
+
+    refused, record, results = run(work())
+    assert refused.status_code == 400
+    assert "training.token_routing" in refused.json()["error"]["message"]
+    expected = generation.generate(model, ["cat", "emu"], [1, 2], guidance_scale=3.0, guidance_model=model.routed)
+    assert all(close(pixels(content), image) for content, image in zip(results, [*expected, *expected], strict=True))
+    assert record["settings"][0]["options"]["guidance-model"] == "routed"
 
 
 def test_models_of_text(serve, run, make_model):
