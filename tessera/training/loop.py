@@ -351,6 +351,8 @@ class Trainer:
             with torch.compiler.set_stance("force_eager"):
                 errors = objective.distillation.errors(run.ema.network, x0, noise, condition)
             probe["average_velocity_error"] = errors
+            values = ", ".join(f"{error:.2g} ({step})" for step, error in errors.items())
+            self.logger.info(f"error of the average velocity, relative to the teacher's path: {values}")
         for network in (run.network, run.ema.network):
             parallel.reshard(network)
         values = {

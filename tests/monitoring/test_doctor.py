@@ -150,6 +150,7 @@ def test_a_healthy_run_has_no_findings_at_any_age(made, steps):
         ((), values(), values(attention_logits=[170.0, 60.0])),  # high, but steady
         ((), values(), values(loss_by_timestep=[None, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.6, None])),
         ((), values(), values(still_patches=0.5, dead_patches=0.05)),
+        ((), values(), values(average_velocity_error=lambda step: {"1 to 0": 0.5 if step < 900 else 0.05})),
     ],
 )  # fmt: skip
 def test_unusual_but_correct_runs_have_no_findings(made, changes, log, health):
@@ -249,6 +250,11 @@ FINDINGS = {
     ),
     "dead patches": ((), values(), values(dead_patches=0.4), "warning", "0.40", "training.optimizer.learning_rate"),
     "closed gates": ((), values(), values(gates=[0.2, 0.001]), "warning", "blocks 1", "network.depth=1"),
+    "student far from its teacher": (
+        ("training.optimizer=muon", "training.optimizer.adamw_learning_rate=0.004"), values(),
+        values(average_velocity_error=lambda step: {"1 to 0": 0.05 if step < 900 else 0.4, "1 to 0.5": 0.1}), "error",
+        "from 1 to 0 at step 4000: 0.4", "training.optimizer.adamw_learning_rate=0.002",
+    ),
     "waiting for data": ((), values(data_wait=0.5), values(), "warning", "50%", "training.num_workers=4"),
 }  # fmt: skip
 

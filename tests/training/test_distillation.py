@@ -261,8 +261,9 @@ def test_a_quarter_of_the_teachers_flops_by_default(tiny):
 
 
 @pytest.mark.run
-def test_the_error_of_the_average_velocity_is_logged_and_reported(teacher, tmp_path):
+def test_the_error_of_the_average_velocity_is_logged_and_reported(teacher, tmp_path, capsys):
     student = distilled(teacher, "student", "training.health_every=2")
+    assert capsys.readouterr().err.count("error of the average velocity, relative to the teacher's path: ") == 2
     errors = [json.loads(line)["average_velocity_error"] for line in (student / "health.jsonl").open()]
     assert [set(each) for each in errors] == [{"1 to 0", "1 to 0.5", "0.5 to 0"}] * 2
     assert all(value > 0 for each in errors for value in each.values())
