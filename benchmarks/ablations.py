@@ -136,7 +136,7 @@ SETTINGS = {
             *WIDTH_128, "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
-        steps=3000, every=500, seeds=(0, 1), rate=2,
+        steps=3000, every=500, seeds=(0, 1), rate=2, rates={"paper": 1},
     ),
     # Expects emoji/latents, emoji/features and emoji/train.npz (docs/explanation/ablations.md).
     "emoji": Setting(
@@ -146,8 +146,9 @@ SETTINGS = {
             "data.size=64", "data.hflip=false", "data.cache=emoji/latents", "codec=autoencoder-tiny",
             "codec.source=../shared/data/taef2", "network.patch_size=1",
             "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
+            "evaluation.class_policy=data",
         ),
-        steps=3000, every=500, seeds=(0, 1), rate=2,
+        steps=3000, every=500, seeds=(0, 1),
     ),
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",

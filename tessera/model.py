@@ -71,6 +71,9 @@ class BundleConfig(Settings):
     text: AnyTextEncoder | None = Field(default=None, description="the text encoder; null: no text, or not known")
     sampling: SamplingConfig = SamplingConfig()
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = Field(
+        default=(), description="images of each class in the training data; empty: not known"
+    )
     base: str | None = Field(
         default=None, description="the bundle with the weights below the adapters, relative to this; null: its own"
     )

@@ -72,7 +72,8 @@ SampleSize = Annotated[
     typer.Option(metavar="[FRAMESx]HEIGHTxWIDTH", help="in pixels: 256 or 256x384; for clips also 16x256x384"),
 ]
 ClassPolicy = Annotated[
-    Literal["uniform", "balanced"], typer.Option(help="classes at random, or the same number of samples of each")
+    Literal["uniform", "balanced", "data"],
+    typer.Option(help="classes at random, the same number of samples of each, or as often as in the training data"),
 ]
 Features = Annotated[
     str | None,

@@ -4,6 +4,7 @@ A field is one object of a subclass of `ConditionField`, given in the declaratio
 fields alike: it never names one. Shapes: B rows.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import field
@@ -115,8 +116,11 @@ class LabelField(ConditionField):
         return torch.tensor(labels, dtype=torch.int64)
 
     def default_inputs(self, seeds: Sequence[int], policy: str, model: Any) -> list[int]:
-        """balanced: classes in turn; uniform: each image a random class, by its seed."""
+        """balanced: classes in turn; data: as often as in the training data, evenly spread over the images; uniform:
+        each image a random class, by its seed."""
         count = model.network.num_classes
+        if policy == "data":
+            return _as_in_data(len(seeds), model.class_counts)
         if policy == "balanced":
             return [position % count for position in range(len(seeds))]
         uniform = randomness.uniform(0, torch.tensor(list(seeds), dtype=torch.int64), CLASS_STREAM)[:, 0]
@@ -124,6 +128,19 @@ class LabelField(ConditionField):
 
     def hint(self, model: Any) -> str:
         return f"it has {model.network.num_classes} classes; pass some, for example classes=[0]"
+
+
+def _as_in_data(number: int, counts: Sequence[int]) -> list[int]:
+    """Classes of images in proportion to these counts, in any prefix. Raises TesseraError without counts."""
+    if not counts:
+        raise TesseraError(
+            "this model does not record how many images of each class it was trained on: sample balanced or uniform "
+            "classes"
+        )
+    shares = torch.tensor([*counts], dtype=torch.float64).cumsum(0) / sum(counts)
+    # Multiples of the golden ratio are evenly spread modulo 1, however many they are.
+    quantiles = (torch.arange(number, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 + 0.5) % 1
+    return torch.searchsorted(shares, quantiles, right=True).clamp(max=len(counts) - 1).tolist()
 
 
 def condition_field(rules: ConditionField) -> Any:

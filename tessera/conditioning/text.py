@@ -64,8 +64,9 @@ class TextField(ConditionField):
         return {"text": pad_sequence(rows, batch_first=True), "text_mask": mask}
 
     def inputs_from_data(self, seeds: Sequence[int], policy: str, dataset: Any) -> list[str]:
-        """Captions of a data set. balanced: of its samples in turn, in a random order that never changes; uniform: of
-        a random sample for each image, by its seed. A sample without a caption is replaced by the next one with one.
+        """Captions of a data set. balanced, data: of its samples in turn, in a random order that never changes;
+        uniform: of a random sample for each image, by its seed. A sample without a caption is replaced by the next one
+        with one.
         """
         missing = TesseraError(
             "this model needs a prompt for each image: list them, or name data with captions (--captions, "
@@ -74,7 +75,7 @@ class TextField(ConditionField):
         if not hasattr(dataset, "caption") or not len(dataset):
             raise missing
         count = len(dataset)
-        if policy == "balanced":
+        if policy in ("balanced", "data"):
             order = randomness.permutation(0, CAPTION_STREAM, 0, count).tolist()
             chosen = [order[position % count] for position in range(len(seeds))]
         else:

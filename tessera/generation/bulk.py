@@ -31,7 +31,7 @@ from tessera.model import Model
 from tessera.runtime import Distributed
 from tessera.settings import Settings
 
-Policy = Literal["uniform", "balanced"]
+Policy = Literal["uniform", "balanced", "data"]
 
 
 def default_condition(
@@ -67,8 +67,9 @@ def bulk_request(
 ) -> SampleRequest:
     """A request for `count` images with consecutive seeds and default conditions. fields: its other fields.
 
-    balanced: classes in turn; uniform: each a random class, by its seed. Captions are chosen from the data in the same
-    way, and cut as in training. Raises TesseraError for a condition that cannot choose.
+    balanced: classes in turn; data: as often as in the training data; uniform: each a random class, by its seed.
+    Captions are chosen from the data in the same way, and cut as in training. Raises TesseraError for a condition that
+    cannot choose.
     """
     seeds = range(first_seed, first_seed + count)
     condition = default_condition(model, seeds, policy, data)

@@ -125,7 +125,7 @@ def score_sampling_steps(recipe: Recipe, model: bundle.Model, extractor: Feature
     work = path.with_suffix(".work")
     reference = config.reference or recipe.data
     data, settings = caption_data(config.captions, reference, model), {"num_steps": num_steps}
-    request = bulk_request(model, config.num_samples, "balanced", data=data, settings=settings)
+    request = bulk_request(model, config.num_samples, config.class_policy, data=data, settings=settings)
     evaluation = suite.evaluate(
         BulkSamples(model, request, work / "samples", config.batch_size, f"{num_steps} steps"),
         reference,

@@ -85,6 +85,7 @@ def change_classes(
         update={
             "network": model.config.network.model_copy(update={"num_classes": len(class_names)}),
             "class_names": class_names,
+            "class_counts": (),
             "provenance": provenance.model_copy(update={"classes_changed": history}),
         }
     )

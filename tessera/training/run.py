@@ -185,7 +185,7 @@ def build_run(
         torch.set_float32_matmul_precision("high")  # TF32 for the matrix products that autocast leaves in float32
     network.to(device)
     ema = EMA(network, config.ema, share_frozen=world.world_size == 1)
-    ema_model = build_ema_model(recipe, class_names, ema, codec)
+    ema_model = build_ema_model(recipe, loader.dataset, class_names, ema, codec)
     ema_model.adapters = ema_model_adapters
     if loader.dataset.text is not None:
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
@@ -505,8 +505,15 @@ def _is_same_network(recipe: Recipe, class_names: tuple[str, ...], model: bundle
     return recipe.network.model_dump() == network and class_names == model.config.class_names
 
 
-def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, codec: Codec) -> bundle.Model:
-    text = recipe.text
+def build_ema_model(
+    recipe: Recipe, dataset: Dataset | LatentsDataset, class_names: tuple[str, ...], ema: EMA, codec: Codec
+) -> bundle.Model:
+    text, labels = recipe.text, getattr(dataset, "labels", None)
+    counts = (
+        []
+        if labels is None
+        else np.bincount(np.asarray(labels)[np.asarray(labels) >= 0], minlength=len(class_names)).tolist()
+    )
     if isinstance(text, FrozenConfig):
         text = text.model_copy(update={"cache": None})  # of the training captions
     config = bundle.BundleConfig(
@@ -516,6 +523,7 @@ def build_ema_model(recipe: Recipe, class_names: tuple[str, ...], ema: EMA, code
         text=text,
         sampling=recipe.sampling,
         class_names=class_names,
+        class_counts=tuple(counts) if len(counts) == len(class_names) else (),
         recipe=recipe.model_dump(mode="json"),
     )
     return bundle.Model(config, ema.network, codec)

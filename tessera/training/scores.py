@@ -21,7 +21,7 @@ from tessera.evaluation.features import FeatureSet, Progress, check_images, load
 from tessera.evaluation.protocol import Score
 from tessera.evaluation.reference import resolve_reference
 from tessera.files import atomic_write
-from tessera.generation.bulk import BulkSamples, bulk_request
+from tessera.generation.bulk import BulkSamples, Policy, bulk_request
 from tessera.generation.resumable import claim_folder
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.runtime import SINGLE, Distributed
@@ -32,13 +32,18 @@ REMEDY = "Give the run another run_dir=, or remove that folder to score all step
 
 
 class EvaluationConfig(Settings):
-    """How a run scores its model during training. Images are sampled with the recipe's `sampling`, classes in turn."""
+    """How a run scores its model during training. Images are sampled with the recipe's `sampling`."""
 
     every: PositiveInt | None = Field(default=None, description="steps between evaluations; the last step is included")
     at: tuple[PositiveInt, ...] = Field(
         default=(), description="further steps at which the model is scored; without `every` and `at`: never"
     )
     num_samples: PositiveInt = Field(default=1000, ge=2, description="images sampled for each evaluation")
+    class_policy: Policy = Field(
+        default="balanced",
+        description="classes of the sampled images: in turn; data: as often as in the training data, for a Fréchet "
+        "distance where classes differ in size; uniform: at random",
+    )
     metrics: tuple[str, ...] = Field(
         default=("fd", "kid"), description="as in `tessera evaluate`; the first one selects the best checkpoint"
     )
@@ -147,7 +152,7 @@ class Scorer:
         return metrics
 
     def _samples(self, step: int, folder: Path, model: bundle.Model) -> BulkSamples:
-        request = bulk_request(model, self.config.num_samples, "balanced", data=self.caption_data)
+        request = bulk_request(model, self.config.num_samples, self.config.class_policy, data=self.caption_data)
         return BulkSamples(model, request, folder, self.config.batch_size, f"step {step}")
 
 

@@ -2,6 +2,7 @@
 
 import zipfile
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,24 @@ def test_uniform_classes_are_uniform_and_depend_on_their_seeds(make_model):
     assert ((pairs - 200) ** 2 / 200).sum() < 149  # 99 degrees of freedom
     later = bulk_request(model, 100, "uniform", first_seed=500)
     assert later.classes == request.classes[500:600]
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 1000])
+def test_classes_as_in_the_data_are_as_frequent_as_there(make_model, count):
+    """Of any number of images, within one of the exact share for the ends of each class."""
+    model = make_model({"num_classes": 4})
+    counts = np.array([630, 3, 0, 367])
+    model = replace(model, config=model.config.model_copy(update={"class_counts": tuple(counts.tolist())}))
+    request = bulk_request(model, count, "data")
+    drawn = np.bincount(request.classes, minlength=4)
+    assert drawn[2] == 0
+    assert (np.abs(drawn - count * counts / counts.sum()) < 3).all()
+    assert bulk_request(model, 2 * count, "data").classes[:count] == request.classes
+
+
+def test_a_model_that_does_not_know_its_class_counts(tiny_model):
+    with pytest.raises(TesseraError, match="does not record how many images of each class"):
+        bulk_request(tiny_model, 10, "data")
 
 
 def test_the_protocol_records_seeds_and_class_policy(tiny_model, tmp_path):

@@ -250,7 +250,7 @@ def test_a_quarter_of_the_teachers_flops_by_default(tiny):
     teacher = loop.train(tiny("teacher", "training.steps=100", "diffusion=flow", "sampling.guidance_scale=2"))
     recipe = distillation_recipe(str(teacher), str(teacher.parent / "student"))
     assert recipe.training.steps == 13
-    assert recipe.training.optimizer.learning_rate == 0.5 * 1e-3  # the teacher's
+    assert recipe.training.optimizer.learning_rate == 0.125 * 1e-3  # the teacher's
     run = build_run(recipe)
     own = run.network.macs()
     # forward and backward, the teacher with and without its condition, and the target of half of the samples

@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from tessera import bundle
+from tessera.cli import app
 from tessera.data import DigitsConfig, ShapesConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import protocol, reference
@@ -87,6 +90,20 @@ def test_scores_are_in_the_log_in_files_and_in_a_plot(whole):
 def test_scores_are_those_of_evaluate_for_the_checkpoint(whole, digits_scores):
     expected = digits_scores(bundle.checkpoints(whole)[0])
     assert {name: scores_of(whole)[6][name] for name in expected} == expected
+
+
+def test_scores_of_classes_as_frequent_as_in_the_data(tiny, tmp_path):
+    """As `tessera evaluate --class-policy data`: the model records the images of each class."""
+    run = loop.train(tiny("data", *SCORED, "evaluation.class_policy=data", "evaluation.every=6"))
+    model = bundle.load(bundle.checkpoints(run)[0])
+    labels = DigitsConfig().open().labels
+    assert model.config.class_counts == tuple(np.bincount(labels).tolist())
+    words = ["--reference", "digits:ceiling", "--metrics", "kid,fd", "--num-samples", "40", "--batch-size", "40"]
+    words += ["--class-policy", "data", "--out", str(tmp_path / "scores")]
+    assert CliRunner().invoke(app, ["evaluate", "score", str(run), *words]).exit_code == 0
+    records = json.loads((tmp_path / "scores/scores.json").read_text())
+    expected = {record["metric"]: record["value"] for record in records}
+    assert {name: scores_of(run)[6][name] for name in expected} == expected
 
 
 @pytest.fixture
