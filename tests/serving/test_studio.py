@@ -105,7 +105,11 @@ def field(page, label):
 
 
 def generate(page, count):
-    page.get_by_role("button", name="Generate", exact=True).click()
+    def is_job(response):
+        return response.request.method == "POST" and response.url.endswith("/v1/jobs")
+
+    with page.expect_response(is_job):  # the text of an earlier job may still be there
+        page.get_by_role("button", name="Generate", exact=True).click()
     page.get_by_text(f"{count} of {count} finished").wait_for()
 
 
