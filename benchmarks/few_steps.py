@@ -2,7 +2,7 @@
 
     python benchmarks/few_steps.py run --out runs/few-steps [--data cifar10] [ARM ...]     # resumable
     python benchmarks/few_steps.py time --out runs/few-steps
-    python benchmarks/few_steps.py report --out runs/few-steps [--data cifar10]
+    python benchmarks/few_steps.py report --out runs/few-steps
 
 The teachers are "modern" of benchmarks/ablations.py, trained where they are missing; --teachers is a folder of its
 runs. FD of 2,000 generated images, all classes equally often, against the training data, and of digits the share that a

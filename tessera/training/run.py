@@ -508,12 +508,9 @@ def _is_same_network(recipe: Recipe, class_names: tuple[str, ...], model: bundle
 def build_ema_model(
     recipe: Recipe, dataset: Dataset | LatentsDataset, class_names: tuple[str, ...], ema: EMA, codec: Codec
 ) -> bundle.Model:
-    text, labels = recipe.text, getattr(dataset, "labels", None)
-    counts = (
-        []
-        if labels is None
-        else np.bincount(np.asarray(labels)[np.asarray(labels) >= 0], minlength=len(class_names)).tolist()
-    )
+    text = recipe.text
+    labels = np.asarray(getattr(dataset, "labels", ()), dtype=np.int64)
+    counts = np.bincount(labels[labels >= 0], minlength=len(class_names)).tolist() if len(labels) else []
     if isinstance(text, FrozenConfig):
         text = text.model_copy(update={"cache": None})  # of the training captions
     config = bundle.BundleConfig(
