@@ -81,6 +81,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern, a quarter": (*MOST, *FALLING),
     "modern, an eighth": (*MOST, *FALLING),
     # beside it
+    "modern, label_init_std 1": (*MOST, *FALLING, "network.label_init_std=1"),  # of recipes/modern.yaml, not 0.02
     "modern + dual token times": (*MOST, *FALLING, "training.token_times=dual"),
     "modern + dual token times, half": (
         *MOST, *FALLING, "training.token_times=dual", "training.token_times.fraction=0.5",
@@ -148,7 +149,7 @@ SETTINGS = {
             "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
             "evaluation.class_policy=data",
         ),
-        steps=3000, every=500, seeds=(0, 1),
+        steps=1500, every=250, seeds=(0, 1),
     ),
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",

@@ -23,19 +23,17 @@ import numpy as np
 GUIDANCE = 1.5
 MEMBER = "modern (... + decaying rate)"
 STEPS = (1, 2, 4, 8)
-# On digits half of the teacher's rates is better than the default, an eighth; on CIFAR-10 it diverges.
-RATES = {"digits": "training.optimizer.learning_rate=0.006 training.optimizer.adamw_learning_rate=0.002"}
 TEACHER = f"guidance_scale={GUIDANCE} sampler=ddim num_steps="
 METRICS = {  # of each setting of benchmarks/ablations.py
     "digits": ("--metrics", "fd,oracle", "--reference", "digits"),
     "cifar10": ("--metrics", "fd", "--reference", "cifar10/train.npz", "--features", "cifar10/features"),
     "emoji": ("--metrics", "fd", "--reference", "emoji/train.npz", "--features", "emoji/features"),
 }
-SLOW = "training.optimizer.learning_rate=0.003 training.optimizer.adamw_learning_rate=0.001"  # they fail at 0.006
 ARMS = {
     "alpha-flow": "",
-    "mean-flow": f"training.distillation.target=mean-flow {SLOW}",
-    "shortcut": f"training.distillation.target=shortcut {SLOW}",
+    "alpha-flow, current weights": "training.distillation.target_weights=current",
+    "mean-flow": "training.distillation.target=mean-flow",
+    "shortcut": "training.distillation.target=shortcut",
 }
 
 
@@ -75,7 +73,7 @@ def run(
             settings = (
                 f"training.distillation.guidance_scale={GUIDANCE} training.seed={seed} training.tensorboard=false"
             )
-            settings += f" evaluation.metrics=[fd] evaluation.num_samples=50 {RATES.get(data, '')} {ARMS[arm]}"
+            settings += f" evaluation.metrics=[fd] evaluation.num_samples=50 {ARMS[arm]}"
             tessera("distill", str(teacher), "--to", str(student), *settings.split())
             for number in STEPS:
                 score(student, out / f"scores/{folder(arm)}-{seed}-{number}", f"num_steps={number}", count, data)

@@ -9,7 +9,7 @@ no guidance, and its targets have no noise of single samples. Shapes: B batch, C
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -26,6 +26,10 @@ from tessera.models.dit import DiTConfig
 from tessera.sampling import Denoiser, SamplingConfig
 from tessera.settings import Settings, expand_kind
 from tessera.times import expand, row_mean
+from tessera.training import parallel
+
+if TYPE_CHECKING:
+    from tessera.training.ema import EMA
 
 DISTILLATION_STREAM = 8  # random stream, see `tessera.training.objective`
 
@@ -158,6 +162,11 @@ class DistillationConfig(Settings):
         default=None, description="guide the teacher only between these times; null: as its sampling settings"
     )
     target: AnyTarget = Field(default=AlphaFlow(), description="what the average velocity is trained to be")
+    target_weights: Literal["average", "current"] = Field(
+        default="average",
+        description="the weights of the student in its own targets: the moving average, which is stable at higher "
+        "learning rates, or the current ones",
+    )
     instantaneous: float = Field(
         default=0.5, ge=0, lt=1, description="fraction of samples that learn the velocity itself, at s = t"
     )
@@ -229,6 +238,7 @@ class Distillation:
     seed: int
     num_positions: int  # of the whole training
     dtype: torch.dtype | None  # of autocast
+    ema: "EMA | None" = None  # the weight average that the targets come from; None: the current weights
 
     def extra_macs(self, macs: float) -> float:
         """Multiply-adds for the target of a sample. macs: of a forward pass of the student"""
@@ -300,17 +310,25 @@ class Distillation:
         if with_velocity.any():
             rows = with_velocity.nonzero()[:, 0].to(x.device)
             target[rows] = self.teacher.velocity(x[rows], t[with_velocity], condition[rows])
+        # Sharded ranks must call the network equally often: without a whole step, a target is computed and not used.
+        chosen = whole if whole.any() else torch.arange(len(whole)) == 0
+        rows = chosen.nonzero()[:, 0].to(x.device)
+        steps = condition[rows]
+        if self.ema is not None:
+            self.ema.synchronize()
+            network = self.ema.network
+        targets = rule.target(
+            lambda x, t, s: self.average(network, x, t, s, steps),
+            x[rows],
+            t[chosen],
+            s[chosen],
+            target[rows],
+            progress[chosen],
+        )
         if whole.any():
-            rows = whole.nonzero()[:, 0].to(x.device)
-            steps = condition[rows]
-            target[rows] = rule.target(
-                lambda x, t, s: self.average(network, x, t, s, steps),
-                x[rows],
-                t[whole],
-                s[whole],
-                target[rows],
-                progress[whole],
-            )
+            target[rows] = targets
+        if self.ema is not None:
+            parallel.reshard(self.ema.network)  # its weights change before the next call
         return target
 
 

@@ -191,7 +191,7 @@ def build_run(
         ema_model.loaded_text_encoder = loader.dataset.text.encoder
     objective = build_objective(recipe, ema_model.diffusion, codec, dtype)
     if teacher is not None:
-        objective = replace(objective, distillation=build_distillation(recipe, teacher, objective, device))
+        objective = replace(objective, distillation=build_distillation(recipe, teacher, objective, ema, device))
     if config.alignment is not None:
         features = build_features(config.alignment, ema, objective.diffusion, codec, device, objective.seed)
         end = round(config.alignment.until * config.steps) * config.global_batch_size
@@ -547,13 +547,16 @@ def build_objective(
 
 
 def build_distillation(
-    recipe: Recipe, teacher: Teacher, objective: TrainingObjective, device: torch.device
+    recipe: Recipe, teacher: Teacher, objective: TrainingObjective, ema: EMA, device: torch.device
 ) -> Distillation:
     config = recipe.training
     assert config.distillation is not None
     teacher.model.network.to(device)
     positions = config.steps * config.global_batch_size
-    return Distillation(config.distillation, teacher, objective.diffusion, objective.seed, positions, objective.dtype)
+    average = ema if config.distillation.target_weights == "average" else None
+    return Distillation(
+        config.distillation, teacher, objective.diffusion, objective.seed, positions, objective.dtype, average
+    )
 
 
 def compile_network(

@@ -233,6 +233,37 @@ def test_a_student_resumes_bit_for_bit(teacher, state, target):
 
 
 @pytest.mark.run
+def test_the_targets_come_from_the_weight_average(teacher):
+    """A change of the average changes the targets of steps alone, and those that current weights have not at all."""
+    run = build_run(distillation_recipe(str(teacher), str(teacher.parent / "student"), STUDENT))
+    by_average, network, average = run.objective.distillation, run.network, run.ema.network
+    assert by_average is not None
+    by_current = replace(by_average, ema=None)
+    batch = run.loader.load_batch(0)
+    x0 = batch.pixels.float() / 127.5 - 1
+    noise = torch.randn_like(x0)
+
+    @torch.no_grad()
+    def loss(distillation: Distillation, network) -> Tensor:
+        return distillation.loss(network, x0, noise, batch.condition, batch.position)[0].mse
+
+    before = loss(by_current, network)
+    assert torch.equal(loss(by_average, network), before)  # the average begins as the network
+    for parameter, trained in zip(average.parameters(), network.parameters()):
+        if trained.requires_grad:  # both share the others
+            parameter.mul_(1.5)
+    after, (t, s) = loss(by_average, network), by_average.times(batch.position)
+    assert torch.equal(after[t == s], before[t == s])  # the teacher's velocity
+    assert (after[t > s] != before[t > s]).all()
+    assert torch.equal(loss(by_current, network), before)
+    assert torch.equal(loss(by_average, average), loss(by_current, average))
+    settings = (*STUDENT, "training.distillation.target_weights=current")
+    other = build_run(distillation_recipe(str(teacher), str(teacher.parent / "other"), settings))
+    assert other.objective.distillation is not None
+    assert other.objective.distillation.ema is None
+
+
+@pytest.mark.run
 def test_a_student_begins_as_the_guided_teacher_would(teacher):
     """Before its first step, a student has the weights of the teacher's average, and learns its guided velocity."""
     student = distilled(teacher, "student", "training.optimizer.learning_rate=1e-12", "training.ema.decay=0")
@@ -250,7 +281,7 @@ def test_a_quarter_of_the_teachers_flops_by_default(tiny):
     teacher = loop.train(tiny("teacher", "training.steps=100", "diffusion=flow", "sampling.guidance_scale=2"))
     recipe = distillation_recipe(str(teacher), str(teacher.parent / "student"))
     assert recipe.training.steps == 13
-    assert recipe.training.optimizer.learning_rate == 0.125 * 1e-3  # the teacher's
+    assert recipe.training.optimizer.learning_rate == 0.25 * 1e-3  # the teacher's
     run = build_run(recipe)
     own = run.network.macs()
     # forward and backward, the teacher with and without its condition, and the target of half of the samples

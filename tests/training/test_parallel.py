@@ -23,6 +23,7 @@ from tessera.monitoring.logger import read_log
 from tessera.training import checkpoint, loop
 from tessera.training.run import build_run
 from tessera.training.step import train_step
+from tessera.training.students import distillation_recipe
 
 pytest.importorskip("sklearn")
 
@@ -191,6 +192,24 @@ def test_features_of_sharded_averages_are_those_of_a_single_process(processes, t
     names = ("loss", "mse", "alignment", "grad_norm")
     np.testing.assert_allclose(logged(tmp_path / "two", *names), logged(tmp_path / "one", *names), rtol=1e-5)
     assert (logged(tmp_path / "one", "alignment")[:, 0] > 0).tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize("weights", ["average", "current"])
+def test_a_sharded_student_has_the_targets_of_a_single_process(processes, tiny, tmp_path, weights):
+    """With one sample per rank, only one of the ranks trains a step, and both gather the weights equally often."""
+    settings = (*RICH, "diffusion=flow", "sampling.guidance_scale=2")
+    teacher = loop.train(tiny("teacher", *settings))
+
+    def student(name: str, *changes: str):
+        changes = (*changes, "training.steps=5", "training.global_batch_size=2", "training.micro_batch_size=null")
+        changes = (*changes, f"training.distillation.target_weights={weights}", "training.log_every=1")
+        return distillation_recipe(str(teacher), str(tmp_path / name), changes)
+
+    processes.together(2, train, student("two", "training.fsdp=full"))
+    processes.together(1, train, student("one"))
+    names = ("loss", "mse", "grad_norm")
+    np.testing.assert_allclose(logged(tmp_path / "two", *names), logged(tmp_path / "one", *names), rtol=1e-5)
+    assert len(logged(tmp_path / "one", "mse")) == 5
 
 
 def test_a_run_can_be_resumed_with_another_number_of_ranks(processes, tiny, tmp_path):
