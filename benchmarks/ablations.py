@@ -91,6 +91,10 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "modern + dual token times + self-alignment": (  # Self-Flow: the features at the cleaner time
         *MOST, *FALLING, "training.token_times=dual", "training.alignment=self", "training.alignment.time_gap=0",
     ),
+    # REPA with a pretrained encoder, of which benchmarks/imagenet_encoder.py makes a folder
+    "modern + encoder alignment": (
+        *MOST, *FALLING, "training.alignment={kind: encoder, source: runs/efficientnet-lite0, size: 128}",
+    ),
     "modern + token routing": (*MOST, *FALLING, "training.token_routing={}"),  # for 256 tokens or more
     # other changes, and parts of the rope-swiglu block: "... + Muon" with one thing changed
     "x0 prediction": (*MOST, *STEADY, "diffusion.prediction=x0"),
@@ -149,7 +153,7 @@ SETTINGS = {
             "evaluation.features=emoji/features", "evaluation.reference=emoji/train.npz",
             "evaluation.class_policy=data",
         ),
-        steps=1500, every=250, seeds=(0, 1),
+        steps=1500, every=250, seeds=(0, 1), rate=2,
     ),
     "cifar10-gpu": Setting(  # one member is a call of some minutes on an H100
         "modern.yaml",

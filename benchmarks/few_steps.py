@@ -3,6 +3,7 @@
     python benchmarks/few_steps.py run --out runs/few-steps [--data cifar10] [ARM ...]     # resumable
     python benchmarks/few_steps.py time --out runs/few-steps
     python benchmarks/few_steps.py report --out runs/few-steps
+    python benchmarks/few_steps.py figure --out runs/few-steps [--data cifar10]      # writes figure.png
 
 The teachers are "modern" of benchmarks/ablations.py, trained where they are missing; --teachers is a folder of its
 runs. FD of 2,000 generated images, all classes equally often, against the training data, and of digits the share that a
@@ -109,6 +110,33 @@ def measure_time(out: Path, teachers: Path, rounds: int = 3) -> None:
         print(f"{steps} steps: {np.median(values):.0f} x less time than 250 guided steps")
 
 
+def figure(out: Path, teachers: Path, data: str, per_class: int = 2) -> None:
+    """Images of a teacher above those of its student, from equal seeds."""
+    from PIL import Image, ImageDraw
+
+    from tessera import generate, load
+
+    teacher, student = load(str(teacher_of(teachers, data, 0))), load(str(out / "alpha-flow-0"))
+    classes = [label for label in range(teacher.config.network.num_classes) for _ in range(per_class)]
+    seeds = list(range(len(classes)))
+    rows = {"25 guided": generate(teacher, classes, seeds, guidance_scale=GUIDANCE, sampler="ddim", num_steps=25)}
+    rows |= {f"student, {steps}": generate(student, classes, seeds, num_steps=steps) for steps in (1, 2, 4)}
+    side = rows["25 guided"].shape[1]
+    scale, margin, gap = max(1, 64 // side), 90, 2
+    cell = side * scale + gap
+    image = Image.new("RGB", (margin + len(classes) * cell, len(rows) * cell), "white")
+    for row, (name, images) in enumerate(rows.items()):
+        ImageDraw.Draw(image).text((4, row * cell + cell // 2 - 6), name, fill="black")
+        for column, pixels in enumerate(images):
+            each = (
+                Image.fromarray(pixels.squeeze())
+                .convert("RGB")
+                .resize((cell - gap, cell - gap), Image.Resampling.NEAREST)
+            )
+            image.paste(each, (margin + column * cell, row * cell))
+    image.save(out / "figure.png")
+
+
 def read(out: Path, name: str) -> dict[str, float] | None:
     path = out / "scores" / name / "scores.json"
     return {each["metric"]: each["value"] for each in json.loads(path.read_text())} if path.exists() else None
@@ -140,7 +168,7 @@ def values(numbers: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "time", "report"))
+    parser.add_argument("verb", choices=("run", "time", "report", "figure"))
     parser.add_argument("--out", type=Path, default=Path("runs/few-steps"))
     parser.add_argument("--data", choices=METRICS, default="digits")
     parser.add_argument("--teachers", type=Path, help="runs of benchmarks/ablations.py (OUT/teachers)")
@@ -154,6 +182,8 @@ def main() -> None:
         seeds = [int(seed) for seed in options.seeds.split(",")]
         arms = options.arms or list(ARMS)
         return run(options.out, teachers, options.data, arms, seeds, options.steps, options.samples)
+    if options.verb == "figure":
+        return figure(options.out, teachers, options.data)
     return measure_time(options.out, teachers) if options.verb == "time" else report(options.out)
 
 

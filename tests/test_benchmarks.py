@@ -45,6 +45,7 @@ SMALL = {
         "--sample --model DiT-S/8 --batch 1 --samplers ddim:2",
     ],
     "guidance_halves": ["--batches 1 --seconds 0.1 --widths 64 --sides 2"],
+    "imagenet_encoder": ["--out {tmp}"],
     "lanes_features": ["--out {tmp}/features --steps 1 --count 100"],
     "lanes_oracle": ["--count 4", "--count 4 --distances"],
     "latent_cache": [

@@ -41,7 +41,7 @@ class Target(Settings, ABC):
     """The target of the average velocity over a step, from the teacher's velocity v at its start."""
 
     ends: PositiveFloat = Field(
-        default=1.5, description="power that moves the ends of training steps towards 1 and 0; 1: two uniform times"
+        default=2, description="power that moves the ends of training steps towards 1 and 0; 1: two uniform times"
     )
     calls: ClassVar[float]  # evaluations of the network beside the one that is trained
     needs_velocity: ClassVar[bool] = True  # of the teacher, also where s < t
@@ -70,7 +70,7 @@ class AlphaFlow(Target):
     calls: ClassVar[float] = 1
     start: float = Field(default=0.5, gt=0, le=1, description="alpha at the start of training")
     end: float = Field(
-        default=0.25, gt=0, le=1, description="alpha once it has fallen; less is more exact, and needs longer training"
+        default=0.1, gt=0, le=1, description="alpha once it has fallen; less is more exact, and needs longer training"
     )
     falling: float = Field(default=0.5, ge=0, le=1, description="fraction of training in which alpha falls")
 

@@ -16,7 +16,7 @@ from tessera.training.distillation import DistillationConfig, Teacher, check_tea
 from tessera.training.recipe import Recipe, read_recipe
 
 SHARE = 0.13  # of the teacher's steps: a step of distillation costs about 1.8 of its steps, so a quarter of its FLOPs
-RATE = 0.25  # of the teacher's learning rates
+RATE = 0.25  # of the teacher's learning rates: half of them was stable, too (benchmarks/few_steps.md)
 LEFT_OUT = ("run_dir", "network", "codec", "text", "sampling", "adapter", "diffusion")  # taken from the teacher
 KEPT = ("global_batch_size", "micro_batch_size", "seed", "device", "num_workers", "stability")
 
