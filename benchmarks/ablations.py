@@ -141,7 +141,7 @@ SETTINGS = {
             *WIDTH_128, "data=parquet", "data.path=cifar10/train.parquet", "data.size=32", "network.patch_size=4",
             "evaluation.features=cifar10/features", "evaluation.reference=cifar10/train.npz",
         ),
-        steps=3000, every=500, seeds=(0, 1), rate=2, rates={"paper": 1},
+        steps=3000, every=500, seeds=(0, 1),
     ),
     # Expects emoji/latents, emoji/features and emoji/train.npz (docs/explanation/ablations.md).
     "emoji": Setting(
