@@ -128,12 +128,8 @@ def figure(out: Path, teachers: Path, data: str, per_class: int = 2) -> None:
     for row, (name, images) in enumerate(rows.items()):
         ImageDraw.Draw(image).text((4, row * cell + cell // 2 - 6), name, fill="black")
         for column, pixels in enumerate(images):
-            each = (
-                Image.fromarray(pixels.squeeze())
-                .convert("RGB")
-                .resize((cell - gap, cell - gap), Image.Resampling.NEAREST)
-            )
-            image.paste(each, (margin + column * cell, row * cell))
+            large = pixels.squeeze().repeat(scale, axis=0).repeat(scale, axis=1)
+            image.paste(Image.fromarray(large), (margin + column * cell, row * cell))
     image.save(out / "figure.png")
 
 
