@@ -107,6 +107,16 @@ def built_in_features() -> list[str]:
     return sorted(folder.name for folder in BUILT_IN.iterdir()) if BUILT_IN.is_dir() else []
 
 
+def feature_macs(name: str) -> float:
+    """Multiply-adds of a feature network for one image: counted for those of `train-features`. All others count as
+    Inception, which takes 299 x 299 pixels.
+    """
+    if name == MEAN:
+        return 1
+    path = BUILT_IN / name if name in built_in_features() else Path(name).expanduser()
+    return feature_network.read_config(path).macs() if feature_network.is_saved_at(path) else 5.7e9
+
+
 def load_extractor(name: str, device: torch.device) -> FeatureExtractor:
     """The feature network of a name: `digits`, `shapes`, `inception`, the path of its .pth, a folder written by
     `tessera evaluate train-features`, or a Hugging Face vision model by id or folder. Raises TesseraError.

@@ -44,6 +44,12 @@ def is_statistics(path: Path) -> bool:
         raise TesseraError(f"{path} is truncated or not an .npz file: {error}") from None
 
 
+def is_statistics_path(reference: str | AnyData) -> bool:
+    """Whether a reference is a file of statistics, whose features are known."""
+    path = Path(reference).expanduser() if isinstance(reference, str) else Path()
+    return path.suffix == ".npz" and path.exists() and is_statistics(path)
+
+
 def save_statistics(features: FeatureSet, path: Path, num_rows: int = MAX_ROWS) -> None:
     """Write statistics and `num_rows` random rows, at most MAX_ROWS. Raises TesseraError if writing fails."""
     arrays: dict[str, Any] = {}
@@ -154,7 +160,7 @@ def resolve_reference(
 ) -> FeatureSet | SampleSource:
     """The statistics, or the images without their features. Raises like `open_reference`."""
     path = Path(reference).expanduser() if isinstance(reference, str) else Path()
-    if path.suffix == ".npz" and path.exists() and is_statistics(path):
+    if is_statistics_path(reference):
         statistics = load_statistics(path)
         check_compatible(statistics, samples, extractor)
         return statistics

@@ -28,6 +28,8 @@ from tessera.data.text_cache import FOLDER as TEXT_CACHE
 from tessera.encoders.text import FolderConfig, WordsConfig
 from tessera.errors import TesseraError
 from tessera.evaluation import suite
+from tessera.evaluation.features import feature_macs
+from tessera.evaluation.reference import is_statistics_path
 from tessera.models import PixArtConfig
 from tessera.models.network import DATA_DEPENDENT, Network, NetworkConfig, parameter_count
 from tessera.models.presets import PRESETS, UNET_PRESETS
@@ -63,9 +65,6 @@ from tessera.training.run import (
 from tessera.training.samples import images_per_grid, num_grids
 from tessera.training.step import TrainState, train_step
 
-# Multiply-adds of a feature network for one image: Inception takes 299 x 299 pixels (5.7 billion), the built-in data
-# sets have small networks of their own. Other features count as Inception.
-FEATURE_MACS = {"mean": 1, "inception": 5.7e9, "digits": 2e6, "shapes": 3e7, "lanes": 6.1e7}
 ASSUMED_CHANNELS, ASSUMED_TOKENS = {"minilm": 384, "folder": 4096}, 120  # of text encoders; those of T5-XXL
 PRESET_SETTINGS = {  # the recipe of a preset
     "run_dir": "runs/plan",
@@ -122,9 +121,10 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
     process = recipe.diffusion.resolve(network.in_channels, network.input_size).build()
     num_evaluations = evaluation.count(config.steps)
     num_scored = evaluation.num_samples * num_evaluations
-    features = evaluation.features or suite.default_features(evaluation.reference or recipe.data, evaluation.metrics)
+    reference = evaluation.reference or recipe.data
+    features = evaluation.features or suite.default_features(reference, evaluation.metrics)
     num_extracted = num_scored
-    if num_evaluations and suite.needs_reference(evaluation.metrics):
+    if num_evaluations and suite.needs_reference(evaluation.metrics) and not is_statistics_path(reference):
         num_extracted += min(images or num_scored, 50_000)
     autoencoder, pixel_size = None if isinstance(recipe.codec, PixelsConfig) else codec, sample_size(recipe.data)
     cached = isinstance(recipe.data, FilesConfig) and recipe.data.cache is not None
@@ -153,7 +153,7 @@ def workload(recipe: Recipe, name: str | None = None) -> Workload:
             extracted_images=num_extracted,
             calls_per_image=count_function_evaluations(recipe, process),
             batch_size=evaluation.batch_size if num_evaluations else images_per_grid(recipe),
-            extractor_macs=FEATURE_MACS.get(features, FEATURE_MACS["inception"]),
+            extractor_macs=feature_macs(features),
             num_evaluations=num_evaluations,
         ),
         num_checkpoints=checkpoints,

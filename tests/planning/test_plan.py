@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tessera import bundle
 from tessera.cli.plan import format_plan
 from tessera.errors import TesseraError
+from tessera.evaluation.toy import feature_network
 from tessera.models.presets import PRESETS
 from tessera.planning import budget, hardware, published
 from tessera.planning.plan import (
@@ -317,3 +319,24 @@ def test_metrics_that_read_clips_need_no_features_of_the_reference():
     assert sampling.extracted_images == sampling.scored_images == 3 * 64
     assert sampling.extractor_macs < 10
     assert plan_recipe.workload(read_recipe(path, [*words, "evaluation.metrics=[fd]"])).sampling.extractor_macs > 1e6
+
+
+def test_the_cost_of_scoring_follows_the_feature_network_and_the_reference(tmp_path):
+    """A network of one's own is much smaller than Inception; statistics need no features of the reference."""
+    config = feature_network.FeatureConfig(size=(8, 8), channels=1, num_classes=2, width=8)
+    feature_network.save(config.build(), tmp_path / "features")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(16), sigma=np.eye(16))
+    words = ["evaluation.every=20", "evaluation.metrics=[fd]", "evaluation.num_samples=64"]
+
+    def sampling(*more: str):
+        return plan_recipe.workload(tiny_recipe(*words, *more)).sampling
+
+    with_images = sampling(f"evaluation.features={tmp_path / 'features'}")
+    # stem 8 x 8, 1 to 8 channels; 4 x 4, 8 to 16; two convolutions 16 to 16; 2 classes
+    assert with_images.extractor_macs == 64 * 9 * 8 + 16 * 9 * (8 * 16 + 2 * 16 * 16) + 16 * 2
+    assert with_images.extracted_images == with_images.scored_images + 1000 == 2 * 64 + 1000
+    assert sampling("evaluation.features=owner/name").extractor_macs == 5.7e9
+    statistics = sampling(
+        f"evaluation.reference={tmp_path / 'stats.npz'}", f"evaluation.features={tmp_path / 'features'}"
+    )
+    assert statistics.extracted_images == statistics.scored_images == 2 * 64

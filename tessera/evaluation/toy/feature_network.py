@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from tessera import bundle, randomness
 from tessera.checkpoint_files import read_tensors, write_tensors
@@ -48,6 +49,12 @@ class FeatureConfig(Settings):
 
     def build(self) -> "FeatureNetwork":
         return FeatureNetwork(self)
+
+    def macs(self) -> float:
+        """Multiply-adds for one image or clip."""
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.build()(torch.empty(1, self.channels, *self.size, dtype=torch.uint8))
+        return counter.get_total_flops() / 2
 
 
 class FeatureNetwork(nn.Module):
@@ -120,13 +127,18 @@ def is_saved_at(folder: Path) -> bool:
         return False
 
 
-def load(folder: Path) -> FeatureNetwork:
-    """Raises TesseraError if the folder is incomplete or damaged."""
+def read_config(folder: Path) -> FeatureConfig:
+    """Raises TesseraError if the file is missing or damaged."""
     try:
         config = json.loads((folder / bundle.CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TesseraError(f"cannot read {folder / bundle.CONFIG}: {error}") from None
-    network = validate(FeatureConfig, config, str(folder / bundle.CONFIG)).build()
+    return validate(FeatureConfig, config, str(folder / bundle.CONFIG))
+
+
+def load(folder: Path) -> FeatureNetwork:
+    """Raises TesseraError if the folder is incomplete or damaged."""
+    network = read_config(folder).build()
     tensors = read_tensors(folder / bundle.WEIGHTS)
     bundle.check_state_dict(network.state_dict(), tensors, str(folder))
     network.load_state_dict(tensors)
