@@ -150,6 +150,22 @@ def largest_mask(x: Sequence[float], count: int) -> list[bool]:
 # Compute-optimal size
 
 
+def best_size(gmacs: Sequence[float], values: Sequence[float]) -> float | None:
+    """The GMACs at the minimum of the parabola through the lowest value and its two neighbors, in logarithms.
+
+    Approach 2 of Hoffmann et al. 2022, who fit all sizes; far from the minimum the curve is no parabola. None if the
+    lowest value belongs to the smallest or the largest size, or if a value is not above zero: the minimum may lie
+    outside.
+    """
+    sizes, metric = zip(*sorted(zip(gmacs, values)))
+    lowest = int(np.argmin(metric))
+    if not 0 < lowest < len(sizes) - 1 or min(metric) <= 0:
+        return None
+    near = slice(lowest - 1, lowest + 2)
+    curvature, slope, _ = np.polyfit(np.log(sizes[near]), np.log(metric[near]), 2)
+    return math.exp(-slope / (2 * curvature)) if curvature > 0 else sizes[lowest]
+
+
 @dataclass(frozen=True)
 class EvalPoint:
     """The metric of a run at some step."""

@@ -16,13 +16,14 @@ from PIL import Image
 from tessera.errors import TesseraError
 from tessera.files import atomic_write
 from tessera.planning import published
-from tessera.planning.scaling_law import EvalPoint, fit, frontier, largest_mask, predict_held_out
+from tessera.planning.scaling_law import EvalPoint, best_size, fit, frontier, largest_mask, predict_held_out
 from tessera.reporting.estimates import Estimate
 from tessera.reporting.figures import COLORS, encode, label, new_figure, set_log_scale, style
 from tessera.reporting.metrics import HIGHER_IS_BETTER
 from tessera.studies.comparison import SCALES, Scale
 from tessera.studies.results import MemberResult
 from tessera.studies.seed_aggregation import (
+    EQUAL,
     FinalPoints,
     MeanPoint,
     Variant,
@@ -30,6 +31,7 @@ from tessera.studies.seed_aggregation import (
     common_steps,
     final_points,
     points_at_step,
+    sizes_at_equal_flops,
 )
 from tessera.studies.study import Study
 
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 MARKERS = "os^Dv*PX<>"
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 MAX_COLUMNS = 4  # panels in a row
-EQUAL = 1.05  # of the compute of two members, which ends with a whole step
 RING: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "0.15", "markeredgewidth": 1.0}
 X_LABELS: dict[Scale, str] = {"steps": "training steps", "flops": "training FLOPs", "seconds": "seconds of training"}
 X_VALUES: dict[Scale, Callable[[MeanPoint], float]] = {
@@ -156,6 +157,36 @@ def against_gmacs(study: Study, settings: Sequence[Variant], metric: str) -> Stu
     caption = f"{metric} against GMACs after equal training steps; {_intervals(settings)}."
     rows = [panels[start : start + MAX_COLUMNS] for start in range(0, len(panels), MAX_COLUMNS)]
     return _plot("gmacs", caption, study.axes, metric, rows)
+
+
+def by_size(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:
+    """Metric against GMACs at equal training FLOPs: one line for each, with its minimum."""
+    from matplotlib import colormaps
+
+    levels = sizes_at_equal_flops(study, settings)
+    if not levels:
+        return None
+    with style():
+        figure = new_figure(6.9, 4.2)
+        axes = figure.subplots()
+        for number, (flops, points) in enumerate(levels):
+            color = colormaps["viridis"](0.9 * (1 - number / max(1, len(levels) - 1)))
+            axes.vlines(points.x, [y.low for y in points.y], [y.high for y in points.y], color=color, alpha=0.5)
+            axes.plot(points.x, points.values, "o-", color=color, label=f"{flops:.3g}")
+            if metric not in HIGHER_IS_BETTER and (size := best_size(points.x, points.values)) is not None:
+                axes.axvline(size, color=color, linestyle=":", linewidth=1)
+        axes.set_xlabel("GMACs of a forward pass")
+        axes.set_ylabel(f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)")
+        _set_scale(axes.xaxis, [x for _, points in levels for x in points.x])
+        _set_scale(
+            axes.yaxis,
+            [v for _, points in levels for v in points.values],
+            [y for _, points in levels for y in points.y],
+        )
+        _add_legend(figure, "training FLOPs")
+        caption = f"{metric} against GMACs at equal training FLOPs; {_intervals(settings)}"
+        caption += "; dotted: the minimum of a parabola, where it lies between measured sizes."
+        return StudyFigure("sizes", caption, encode(figure, "png"), encode(figure, "svg"))
 
 
 def over_steps(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigure | None:

@@ -36,6 +36,7 @@ from tessera.studies.seed_aggregation import (
     check_one_protocol,
     final_points,
     main_metric,
+    sizes_at_equal_flops,
 )
 from tessera.studies.study import Study
 
@@ -43,6 +44,7 @@ REPORT, FIGURES = "report.md", "figures"
 TITLES = {  # of the figures, by name
     "comparison": "Comparison",
     "compute": "By training compute",
+    "sizes": "By size, at equal training compute",
     "gmacs": "At equal steps",
     "steps": "Over training",
     "sampling": "By sampling compute",
@@ -77,7 +79,8 @@ def write(study: Study, results: Sequence[MemberResult], folder: Path) -> Path:
     blocks: list[Block] = [Paragraph(_state(results))]
     if metric:
         compared = list(compare(study.compare, results, metric)) if study.compare else []
-        answer = [] if study.law or study.compare else [*_best(study, averaged, metric)]
+        answer = [*_best_sizes(study, averaged, metric)]
+        answer = answer or ([] if study.law or study.compare else [*_best(study, averaged, metric)])
         answer += [*_scaling(study, averaged, metric), *(law.summary() if law else filter(None, [no_law_reason]))]
         answer += [*_sampling(averaged, metric), *(_verdict(study, each, metric) for each in compared)]
         if study.compare and not compared:
@@ -86,6 +89,7 @@ def write(study: Study, results: Sequence[MemberResult], folder: Path) -> Path:
             )
         blocks += [Heading("Answer"), Bullets(answer), *_figures(study, results, averaged, metric, folder / FIGURES)]
         blocks += [*_comparisons(compared, metric), *_exponents(study, averaged, metric)]
+        blocks += _sizes(study, averaged, metric)
     blocks += [*_members(results), Heading("Limits"), Bullets([*_limits(study, results, averaged, metric)])]
     blocks += _protocol(results)
     Document(study.question, blocks).save(folder)
@@ -112,9 +116,43 @@ def _best(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[st
             continue
         best = (max if metric in HIGHER_IS_BETTER else min)(final, key=lambda name: final[name].value)
         score = final[best]
-        near = [n for n, other in final.items() if n != best and other.low <= score.high and score.low <= other.high]
+        near = [name for name, other in final.items() if name != best and _overlap(other, score)]
         text = f"Of {axis} {value}, {best} has the best {metric}" if len(final) > 1 else f"{best} has {metric}"
         yield f"{text}, {_range(score)}." + (f" Intervals overlap with {', '.join(near)}." if near else "")
+
+
+def _best_sizes(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[str]:
+    """The best size at each training compute, and its law."""
+    sign, lower = (-1, "highest") if metric in HIGHER_IS_BETTER else (1, "lowest")
+    levels, sizes = sizes_at_equal_flops(study, averaged), {}
+    for flops, points in levels:
+        best = min(range(len(points.x)), key=lambda i: sign * points.values[i])
+        name, score = points.variants[best].name, points.y[best]
+        text = f"{_sentence(points.description)[:-1]} {name} has the {lower} {metric}, {_range(score)}"
+        size = None if sign < 0 else scaling_law.best_size(points.x, points.values)
+        if size is not None:
+            sizes[flops] = size
+            text += f"; the minimum is at {size:.3g} GMACs"
+        elif best in (0, len(points.x) - 1):
+            end, other = ("smallest", "smaller") if best == 0 else ("largest", "larger")
+            text += f": the {end} size, so the best one may be {other}"
+        near = [v.name for v, y in zip(points.variants, points.y) if v.name != name and _overlap(y, score)]
+        yield f"{text}." + (f" Ranges overlap with {', '.join(near)}." if near else "")
+    try:
+        line = scaling_law.fit([*sizes], [*sizes.values()]) if levels and sign > 0 else None
+    except TesseraError:
+        yield (
+            f"No law of the best size: it has a minimum between measured sizes at {len(sizes)} of {len(levels)} "
+            f"training FLOPs, and a law needs {scaling_law.MIN_POINTS}."
+        )
+        return
+    if line is not None:
+        growth = line.exponent
+        yield (
+            f"The best GMACs follow compute^{-growth.value:.2f} ({-growth.high:.2f} to {-growth.low:.2f}), the best "
+            f"number of samples compute^{1 + growth.value:.2f}, by {line.points} minima between {line.low:.2g} and "
+            f"{line.high:.2g} training FLOPs."
+        )
 
 
 def _scaling(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[str]:
@@ -247,6 +285,7 @@ def _figures(
     makers: dict[str, tuple[Any, Callable[[], StudyFigure | None]]] = {  # whether the study requests it, and how
         "comparison": (study.compare, lambda: figures.comparison(study, averaged, metric)),
         "compute": (True, lambda: figures.against_compute(study, averaged, metric)),
+        "sizes": (sizes_at_equal_flops(study, averaged), lambda: figures.by_size(study, averaged, metric)),
         "gmacs": (study.law, lambda: figures.against_gmacs(study, averaged, metric)),
         "steps": (True, lambda: figures.over_steps(study, averaged, metric)),
         "sampling": (study.sampling_steps, lambda: figures.sampling_compute(study, averaged, metric)),
@@ -301,6 +340,20 @@ def _exponents(study: Study, averaged: Sequence[Variant], metric: str) -> Iterat
             rows.append([name, str(len(chosen)), _range(line.exponent, 3), _deviation(line.error)])
     yield Heading(f"Scaling law {points.description}".strip())
     yield Table(rows, ["settings", "points", "exponent (95 %)", "deviation"])
+
+
+def _sizes(study: Study, averaged: Sequence[Variant], metric: str) -> Iterator[Block]:
+    """Every size at each training compute."""
+    levels = sizes_at_equal_flops(study, averaged)
+    if levels:
+        names = {variant.name: variant for _, points in levels for variant in points.variants}
+        rows = []
+        for flops, points in levels:
+            scores = {variant.name: _range(score) for variant, score in zip(points.variants, points.y)}
+            rows.append([f"{flops:.3g}", *(scores.get(name, "") for name in names)])
+        yield Heading("Sizes at equal training FLOPs")
+        head = [f"{name}: {variant.gmacs:.3g} GMACs" for name, variant in names.items()]
+        yield Table(rows, ["training FLOPs", *head])
 
 
 def _members(results: Sequence[MemberResult]) -> Iterator[Block]:
@@ -424,6 +477,10 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 # Text
+
+
+def _overlap(one: Estimate, other: Estimate) -> bool:
+    return one.low <= other.high and other.low <= one.high
 
 
 def _range(estimate: Estimate, digits: int = 4, sign: str = "") -> str:

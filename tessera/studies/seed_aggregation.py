@@ -10,8 +10,11 @@ from tessera.errors import TesseraError, bullet_list
 from tessera.evaluation.protocol import Score, protocol_differences
 from tessera.reporting.estimates import Estimate
 from tessera.studies.results import MemberResult
+from tessera.studies.study import Study
 
 Against = Literal["gmacs", "flops"]
+EQUAL = 1.05  # of the compute of two members, which is that of whole steps
+MIN_SIZES = 3  # of which the best one is looked for
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,31 @@ def points_at_step(variants: Sequence[Variant], step: int) -> FinalPoints:
     """By GMACs, at a step at which all variants were scored."""
     scores = [next(point.score for point in variant.points if point.step == step) for variant in variants]
     return FinalPoints(f"after {step:,} steps", list(variants), [variant.gmacs for variant in variants], scores)
+
+
+def points_at_flops(variants: Sequence[Variant], flops: float) -> FinalPoints:
+    """By GMACs, of the variants that were scored at this many training FLOPs, to a step."""
+    scores = {
+        variant.name: point.score
+        for variant in variants
+        for point in variant.points
+        if flops / EQUAL <= point.flops <= flops * EQUAL
+    }
+    scored = [variant for variant in variants if variant.name in scores]
+    gmacs, values = [variant.gmacs for variant in scored], [scores[variant.name] for variant in scored]
+    return FinalPoints(f"at {flops:.3g} training FLOPs", scored, gmacs, values)
+
+
+def sizes_at_equal_flops(study: Study, variants: Sequence[Variant]) -> list[tuple[float, FinalPoints]]:
+    """The training FLOPs of the marks and of the end, each with the scores of at least three sizes there. Empty for a
+    study whose members differ in more than their size, or are trained for equal steps.
+    """
+    variants = sorted(active(variants), key=lambda variant: variant.gmacs)
+    different = len({variant.gmacs for variant in variants}) == len(variants)
+    if study.budget.flops is None or study.compare is not None or study.law is not None or not different:
+        return []
+    levels = [(flops, points_at_flops(variants, flops)) for flops in sorted({*study.marks.flops, study.budget.flops})]
+    return [(flops, points) for flops, points in levels if len(points.x) >= MIN_SIZES]
 
 
 def check_one_protocol(results: Sequence[MemberResult]) -> None:

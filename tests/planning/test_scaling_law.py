@@ -144,6 +144,16 @@ def test_a_missing_law_is_named(tmp_path):
         scaling_law.read_law(tmp_path)
 
 
+def test_the_best_size_at_equal_compute_is_the_minimum_of_a_parabola():
+    values = [math.exp(1 + 0.3 * math.log(gmacs / 5) ** 2) for gmacs in X]
+    assert scaling_law.best_size(X, values) == pytest.approx(5)
+    assert scaling_law.best_size(X[::-1], values[::-1]) == pytest.approx(5)
+    far = [*values[:1], *values[1:5], 1e6]  # is no neighbor of the lowest
+    assert scaling_law.best_size(X, far) == pytest.approx(5)
+    assert scaling_law.best_size(X, sorted(values)) is scaling_law.best_size(X, sorted(values)[::-1]) is None  # ends
+    assert scaling_law.best_size(X[:2], values[:2]) is None
+
+
 def test_a_best_size_needs_sizes_to_compare():
     once = [EvalPoint(f"run {gmacs}", gmacs, 100, 1 / gmacs) for gmacs in (1, 2, 3)]
     with pytest.raises(TesseraError, match="every run was scored once"):

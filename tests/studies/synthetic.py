@@ -122,3 +122,36 @@ def design_results(study: Study, noise: float = 0.03) -> list[MemberResult]:
             )
         )  # fmt: skip
     return results
+
+
+def equal_flops_study(**changes: Any) -> Study:
+    settings: dict[str, Any] = {
+        "question": "Which size is best at equal training FLOPs?",
+        "recipe": "digits.yaml",
+        "output": "runs/sizes",
+        "axes": {"size": {name: {"network.depth": depth} for depth, name in enumerate(SIZES, start=1)}},
+        "seeds": [0, 1],
+        "budget": {"flops": 1e15},
+        "marks": {"flops": [1e13, 1e14, 2e14]},
+    }
+    return Study.model_validate(settings | changes)
+
+
+def equal_flops_results(study: Study, metric: str = "fd") -> list[MemberResult]:
+    """fd has its minimum at 0.4 (FLOPs / 1e15)^0.5 GMACs; seeds shift it by 2 %."""
+    results = []
+    for member in members(study):
+        gmacs = SIZES[member.values["size"]]
+        per_step = 6 * gmacs * 1e9 * BATCH
+        points = []
+        for flops in (*study.marks.flops, study.budget.flops):
+            step = max(1, round(flops / per_step))
+            distance = np.log(gmacs / (0.4 * (flops / 1e15) ** 0.5))
+            value = (flops / 1e15) ** -0.3 * float(np.exp(0.3 * distance**2)) * (1 + 0.02 * member.seed)
+            points.append(TrainingPoint(step, step * BATCH, step * per_step, 1.0, {metric: score(metric, value)}))
+        results.append(
+            MemberResult(
+                member.name, member.values, member.seed, "done", None, 50_000, gmacs * 1e9, 1.0, points, [], None
+            )
+        )
+    return results

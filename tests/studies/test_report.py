@@ -156,6 +156,33 @@ def test_a_study_without_a_law_names_the_best(synthetic, tmp_path, monkeypatch):
     assert not (tmp_path / "law.json").exists()
 
 
+def test_the_best_size_at_equal_compute_grows_as_the_numbers_do(synthetic, tmp_path, svg_text):
+    """At 1e13 FLOPs the best size is below the smallest one; between the others it grows with the root of compute."""
+    study = synthetic.equal_flops_study()
+    text = report.write(study, synthetic.equal_flops_results(study), tmp_path).read_text()
+    assert re.findall(r"At (\S+) training FLOPs (\S+) has the lowest fd", text) == [
+        ("1e+13", "S"), ("1e+14", "B"), ("2e+14", "B"), ("1e+15", "L"),
+    ]  # fmt: skip
+    assert "the smallest size, so the best one may be smaller" in text
+    assert [float(size) for size in re.findall(r"the minimum is at (\S+) GMACs", text)] == pytest.approx(
+        [0.4 * flops**0.5 for flops in (0.1, 0.2, 1)], rel=0.02
+    )
+    assert re.search(r"The best GMACs follow compute\^0.50 .* samples compute\^0.50, by 3 minima", text)
+    assert text.count("| 1e+14 | ") == 1
+    check_figures(tmp_path / "figures", {"compute", "sizes", "steps"})
+    assert {"1e+13", "1e+15", "fd (lower is better)"} <= set(svg_text((tmp_path / "figures/sizes.svg").read_bytes()))
+
+
+def test_a_best_size_without_a_law_names_what_is_missing(synthetic, tmp_path):
+    study = synthetic.equal_flops_study(marks={"flops": [1e13]})
+    text = report.write(study, synthetic.equal_flops_results(study), tmp_path).read_text()
+    assert "minimum between measured sizes at 1 of 2 training FLOPs, and a law needs 3" in text
+    study = synthetic.equal_flops_study()
+    text = report.write(study, synthetic.equal_flops_results(study, "authenticity"), tmp_path / "higher").read_text()
+    assert "XL has the highest authenticity" in text
+    assert "minimum" not in text.split("## Answer")[1].split("##")[0]
+
+
 def test_a_study_that_has_not_started_has_a_report(synthetic, tmp_path):
     study = synthetic.design_study()
     results = [replace(result, state="not started", points=[]) for result in synthetic.design_results(study)]
