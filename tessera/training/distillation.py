@@ -37,19 +37,22 @@ DISTILLATION_STREAM = 8  # random stream, see `tessera.training.objective`
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def arcsine(uniform: Tensor) -> Tensor:
+    """Times from 0 to 1 of uniform numbers, more of them near both ends (the arcsine distribution): every sampling
+    begins at 1 and ends at 0.
+    """
+    return torch.sin(uniform.double() * torch.pi / 2) ** 2
+
+
 class Target(Settings, ABC):
     """The target of the average velocity over a step, from the teacher's velocity v at its start."""
 
-    ends: PositiveFloat = Field(
-        default=2, description="power that moves the ends of training steps towards 1 and 0; 1: two uniform times"
-    )
     calls: ClassVar[float]  # evaluations of the network beside the one that is trained
     needs_velocity: ClassVar[bool] = True  # of the teacher, also where s < t
 
+    @abstractmethod
     def steps(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """The start t and the end s < t of training steps, from uniform numbers [B, 2]: two times, sorted"""
-        s, t = uniform.double().sort(dim=1).values.unbind(1)
-        return 1 - (1 - t) ** self.ends, s**self.ends
+        """The start t and the end s < t of training steps, from uniform numbers [B, 2]"""
 
     def check(self, sampling: SamplingConfig) -> None:
         """Raise TesseraError for steps of sampling that are not trained."""
@@ -59,7 +62,23 @@ class Target(Settings, ABC):
         """[B, C, ...] from x and v [B, C, ...], t and s [B]; progress [B]: of the training, from 0 to 1"""
 
 
-class AlphaFlow(Target):
+class AnyStep(Target, ABC):
+    """A target for steps between any two times."""
+
+    length_power: PositiveFloat = Field(
+        default=2,
+        description="p of the lengths 1 - (1 - u)^p of training steps, u uniform: more steps are long; 1: all lengths "
+        "equally often",
+    )
+
+    def steps(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = uniform.double().unbind(1)
+        length = 1 - (1 - first) ** self.length_power
+        s = (1 - length) * arcsine(second)
+        return s + length, s
+
+
+class AlphaFlow(AnyStep):
     """alpha v + (1 - alpha) u(x_m, m, s), at m = t - alpha (t - s) after a short step along v (Zhang et al. 2025,
     "AlphaFlow").
 
@@ -86,7 +105,7 @@ class AlphaFlow(Target):
         return torch.lerp(rest, v, expand(alpha, x))
 
 
-class MeanFlow(Target):
+class MeanFlow(AnyStep):
     """v - (t - s) du/dt, with the derivative along the path by forward-mode differentiation (Geng et al. 2025, equation
     10)."""
 
@@ -168,7 +187,7 @@ class DistillationConfig(Settings):
         "learning rates, or the current ones",
     )
     instantaneous: float = Field(
-        default=0.5, ge=0, lt=1, description="fraction of samples that learn the velocity itself, at s = t"
+        default=0.25, ge=0, lt=1, description="fraction of samples that learn the velocity itself, at s = t"
     )
     adaptive_power: NonNegativeFloat = Field(
         default=1.0, description="p of the weight (error + eps)^-p of a sample; 0: all samples weigh the same"
@@ -261,7 +280,7 @@ class Distillation:
         is_instantaneous = ((number + 1) * share).floor() > (number * share).floor()
         uniform = randomness.uniform(self.seed, position, DISTILLATION_STREAM, 3)
         t, s = self.config.target.steps(uniform[:, :2])
-        instant = self.diffusion.sample_timesteps(uniform[:, 2]).double()
+        instant = arcsine(uniform[:, 2])
         return torch.where(is_instantaneous, instant, t), torch.where(is_instantaneous, instant, s)
 
     def loss(
@@ -283,20 +302,26 @@ class Distillation:
         0.5". The teacher's path has this many steps of Heun's method, twice as many evaluations.
         """
         half = num_steps // 2
-        ends = {name: torch.full((len(x0),), t, dtype=torch.float64) for name, t in (("1", 1), ("0.5", 0.5), ("0", 0))}
-        one, middle, zero = ends.values()
-        halfway = self.diffusion.add_noise(x0, noise, middle)
-        first = self.teacher.average_velocity(noise, one, middle, condition, half)
-        second = self.teacher.average_velocity(noise - first / 2, middle, zero, condition, half)
+
+        def at(time: float) -> Tensor:
+            return torch.full((len(x0),), time, dtype=torch.float64)
+
+        def path(x: Tensor, t: float, s: float, num_steps: int) -> Tensor:
+            return self.teacher.average_velocity(x, at(t), at(s), condition, num_steps)
+
+        halfway, quarter = (self.diffusion.add_noise(x0, noise, at(time)) for time in (0.5, 0.75))
+        first = path(noise, 1, 0.5, half)
+        second = path(noise - first / 2, 0.5, 0, half)
         exact = {
-            ("1", "0"): (noise, (first + second) / 2),
-            ("1", "0.5"): (noise, first),
-            ("0.5", "0"): (halfway, self.teacher.average_velocity(halfway, middle, zero, condition, half)),
+            (1, 0): (noise, (first + second) / 2),
+            (1, 0.5): (noise, first),
+            (0.5, 0): (halfway, path(halfway, 0.5, 0, half)),
+            (0.75, 0.5): (quarter, path(quarter, 0.75, 0.5, half)),
         }
         result = {}
         for (t, s), (x, expected) in exact.items():
-            error = self.average(network, x, ends[t], ends[s], condition) - expected
-            result[f"{t} to {s}"] = float(error.square().mean() / expected.square().mean())
+            error = self.average(network, x, at(t), at(s), condition) - expected
+            result[f"{t:g} to {s:g}"] = float(error.square().mean() / expected.square().mean())
         return result
 
     @torch.no_grad()

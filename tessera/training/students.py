@@ -5,7 +5,6 @@ from typing import Any
 
 from tessera import bundle
 from tessera.diffusion import FlowMatchingConfig
-from tessera.diffusion.flow import LogitNormalTimesteps
 from tessera.errors import TesseraError
 from tessera.interop import load
 from tessera.model import Model
@@ -15,7 +14,7 @@ from tessera.settings import validate
 from tessera.training.distillation import DistillationConfig, Teacher, check_teacher
 from tessera.training.recipe import Recipe, read_recipe
 
-SHARE = 0.13  # of the teacher's steps: a step of distillation costs about 1.8 of its steps, so a quarter of its FLOPs
+SHARE = 0.13  # of the teacher's steps: a step of distillation costs about 1.9 of its steps, so a quarter of its FLOPs
 RATE = 0.25  # of the teacher's learning rates: half of them was stable, too (benchmarks/few_steps.md)
 LEFT_OUT = ("run_dir", "network", "codec", "text", "sampling", "adapter", "diffusion")  # taken from the teacher
 KEPT = ("global_batch_size", "micro_batch_size", "seed", "device", "num_workers", "stability")
@@ -50,7 +49,7 @@ def student_recipe(recipe: Recipe, teacher: Teacher) -> Recipe:
     settings = {name: getattr(recipe.sampling, name) for name in recipe.sampling.model_fields_set}
     sections["sampling"] = few_steps(teacher.model).model_copy(update=settings)
     if "diffusion" not in recipe.model_fields_set and not is_linear_flow(teacher.model.config.diffusion):
-        sections["diffusion"] = FlowMatchingConfig(timestep_sampling=LogitNormalTimesteps())
+        sections["diffusion"] = FlowMatchingConfig()
     return recipe.model_copy(update=sections)
 
 

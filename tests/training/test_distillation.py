@@ -190,6 +190,10 @@ def test_steps_of_training_cover_those_of_sampling():
         assert float(s.min()) >= 0
         assert float(t.max()) <= 1
         assert ((t > 0.9) & (s < 0.1)).double().mean() > 0.015  # one step from noise to data
+        for count in (1, 2, 4):
+            for k in range(count):
+                near = ((t - (1 - k / count)).abs() < 0.1) & ((s - (1 - (k + 1) / count)).abs() < 0.1)
+                assert near.double().mean() > 0.01, (rule.kind, count, k)
     t, s = Shortcut(smallest=8).steps(uniform)
     assert set((t - s).tolist()) == {1.0, 0.5, 0.25}
     assert bool((t / (t - s) % 1 == 0).all())
@@ -284,9 +288,9 @@ def test_a_quarter_of_the_teachers_flops_by_default(tiny):
     assert recipe.training.optimizer.learning_rate == 0.25 * 1e-3  # the teacher's
     run = build_run(recipe)
     own = run.network.macs()
-    # forward and backward, the teacher with and without its condition, and the target of half of the samples
+    # forward and backward, the teacher with and without its condition, and the target of three quarters of the samples
     assert run.macs == pytest.approx(
-        (3 * own + 2 * bundle.load(bundle.checkpoints(teacher)[0]).network.macs() + own / 2) / 3
+        (3 * own + 2 * bundle.load(bundle.checkpoints(teacher)[0]).network.macs() + 0.75 * own) / 3
     )
     assert 0.2 < 13 * run.macs / (100 * own) < 0.26
 
@@ -296,7 +300,7 @@ def test_the_error_of_the_average_velocity_is_logged_and_reported(teacher, tmp_p
     student = distilled(teacher, "student", "training.health_every=2")
     assert capsys.readouterr().err.count("error of the average velocity, relative to the teacher's path: ") == 2
     errors = [json.loads(line)["average_velocity_error"] for line in (student / "health.jsonl").open()]
-    assert [set(each) for each in errors] == [{"1 to 0", "1 to 0.5", "0.5 to 0"}] * 2
+    assert [set(each) for each in errors] == [{"1 to 0", "1 to 0.5", "0.5 to 0", "0.75 to 0.5"}] * 2
     assert all(value > 0 for each in errors for value in each.values())
     report.write(student, Recipe, tmp_path / "report.html")
     assert "Error of the average velocity" in (tmp_path / "report.html").read_text()
@@ -381,6 +385,18 @@ def test_every_batch_has_the_same_number_of_velocities_in_long_trainings():
     for first in (0, 2**24, 2**26):
         t, s = distillation.times(torch.arange(first, first + 64))
         assert (t == s).view(-1, 4).sum(dim=1).tolist() == [1] * 16
+
+
+def test_velocities_are_trained_at_all_times():
+    """Also near 1 and 0, where every sampling begins and ends, and the teacher's own times are rare."""
+    distillation = Distillation(DistillationConfig(teacher=""), None, FlowMatchingConfig().build(), 0, 4000, None)  # pyright: ignore
+    t, s = distillation.times(torch.arange(4000))
+    times = t[t == s]
+    counts = torch.histc(times.float(), 10, 0, 1) / len(times)
+    edges = torch.linspace(0, 1, 11, dtype=torch.float64)
+    expected = (2 / torch.pi * edges.sqrt().asin()).diff()
+    assert (counts - expected).abs().max() < 0.03
+    assert counts.min() > 0.04
 
 
 @pytest.mark.run
