@@ -21,9 +21,17 @@ from tessera.studies.study import Study, read_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = ROOT / "docs/studies"
-STUDY_METRICS = {"scaling": "fd", "blocks": "fd", "unet": "fd", "text": "alignment", "temporal": "law_occluded"}
+STUDY_METRICS = {
+    "scaling": "fd",
+    "iso-flops": "fd",
+    "blocks": "fd",
+    "unet": "fd",
+    "text": "alignment",
+    "temporal": "law_occluded",
+}
 PLOTS = (
     figures.against_compute,
+    figures.by_size,
     figures.against_gmacs,
     figures.over_steps,
     figures.sampling_compute,
