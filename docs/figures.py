@@ -26,6 +26,7 @@ STUDY_METRICS = {
     "iso-flops": "fd",
     "blocks": "fd",
     "unet": "fd",
+    "unet-latents": "fd",
     "text": "alignment",
     "temporal": "law_occluded",
 }
