@@ -137,7 +137,7 @@ def _at_equal_compute(study: Study, curves: Sequence[Curve], metric: str, interv
         axes.set_yticks(range(len(curves)), [label(curve.setting.name) for curve in curves])
         axes.set_ylim(len(curves) - 0.4, -0.6)
         axes.set_xlim(left=min(0.0, *(curve.scores[0].low for curve in curves)))
-        axes.set_xlabel(f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)")
+        axes.set_xlabel(_metric_label(metric))
         caption = f"{metric} at {curves[0].x[0]:.3g} training FLOPs each; {intervals}."
         return StudyFigure("compute", caption, encode(figure, "png"), encode(figure, "svg"))
 
@@ -176,7 +176,7 @@ def by_size(study: Study, settings: Sequence[Variant], metric: str) -> StudyFigu
             if metric not in HIGHER_IS_BETTER and (size := best_size(points.x, points.values)) is not None:
                 axes.axvline(size, color=color, linestyle=":", linewidth=1)
         axes.set_xlabel("GMACs of a forward pass")
-        axes.set_ylabel(f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)")
+        axes.set_ylabel(_metric_label(metric))
         _set_scale(axes.xaxis, [x for _, points in levels for x in points.x])
         _set_scale(
             axes.yaxis,
@@ -305,6 +305,10 @@ def _law_points(study: Study, points: FinalPoints, against: Literal["gmacs", "fl
     return LawPoints(points.x, points.values, largest_mask(points.x, min(study.law.held_out, len(points.x))))
 
 
+def _metric_label(metric: str) -> str:
+    return f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)"
+
+
 def _intervals(settings: Sequence[Variant], shape: str = "bars") -> str:
     counts = {len(setting.seeds) for setting in settings}
     if max(counts, default=1) > 1:
@@ -344,7 +348,7 @@ def _plot(
                 intervals += _plot_law(axes, panel.law)
             axes.set_title(label(panel.title))
             axes.set_xlabel(panel.x_label)
-            axes.set_ylabel(f"{metric} ({'higher' if metric in HIGHER_IS_BETTER else 'lower'} is better)")
+            axes.set_ylabel(_metric_label(metric))
             axes.label_outer()
             _set_scale(axes.xaxis, [x for curve in panel.curves for x in curve.x])
         scores = [score for panel in panels for curve in panel.curves for score in curve.scores]
